@@ -1,0 +1,25 @@
+"""A memory of 100 million tokens for any Hugging Face causal LM (Memory Sparse Attention, arXiv 2603.23516)."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .cache_msa import MSACache
+from .configuration_msa import MSAConfig
+from .memory_msa import Document, MemoryBank
+from .modeling_msa import MSAForCausalLM, MSAModel
+from .routing_msa import LayerRouting
+
+__version__ = "0.1.0"
+
+AutoConfig.register(MSAConfig.model_type, MSAConfig)
+AutoModel.register(MSAConfig, MSAModel)
+AutoModelForCausalLM.register(MSAConfig, MSAForCausalLM)
+
+__all__ = [
+    "Document",
+    "LayerRouting",
+    "MSACache",
+    "MSAConfig",
+    "MSAForCausalLM",
+    "MSAModel",
+    "MemoryBank",
+]
