@@ -86,8 +86,28 @@ class MSAConfig(PreTrainedConfig):
     """
 
     model_type = "msa"
-    has_no_defaults_at_init = True
     keys_to_ignore_at_inference = ("past_key_values", "lm_loss", "aux_loss", "answer_loss", "routing")
+
+    # Declared, so that transformers does not take `top_k` for an option of generate().
+    base_model_type: str | None
+    memory_layers: list[int]
+    chunk_size: int
+    top_k: int
+    similarity: str
+    training_similarity: str | None
+    head_reduction: str
+    query_reduction: str
+    chunk_reduction: str
+    shared_router: bool
+    score_bias: bool
+    prefix_token_ids: list[int]
+    lm_loss_weight: float
+    aux_loss_weight: float
+    answer_loss_weight: float
+    aux_loss: str
+    aux_temperature: float
+    aux_layers: list[int]
+    focal_gamma: float
 
     def __init__(
         self,
@@ -121,10 +141,16 @@ class MSAConfig(PreTrainedConfig):
                 raise ValueError(f"`msa_config` and {clash} both set the same thing; give one of them.")
             own.update(translated)
         if own["base_model_type"] is None:
-            raise ValueError(
-                "`base_model_type` is missing: it names the base decoder, for example 'qwen3'. "
-                "`MSAForCausalLM.from_base(model)` sets it for you."
-            )
+            # Transformers makes a config without arguments to learn the defaults; no model can be made of it.
+            if kwargs.keys() - {"attn_implementation"}:
+                raise ValueError(
+                    "`base_model_type` is missing: it names the base decoder, for example 'qwen3'. "
+                    "`MSAForCausalLM.from_base(model)` sets it for you."
+                )
+            super().__init__(**kwargs)
+            for name, value in own.items():
+                setattr(self, name, value)
+            return
         if own["base_model_type"] not in CONFIG_MAPPING or own["base_model_type"] == self.model_type:
             raise ValueError(f"`base_model_type` is {own['base_model_type']!r}, which this transformers does not know.")
         kwargs.pop("model_type", None)

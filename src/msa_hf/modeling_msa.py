@@ -16,7 +16,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
@@ -93,12 +93,21 @@ class MSAModelOutput(BaseModelOutputWithPast):
     routing: dict[int, LayerRouting] | None = None
 
 
+class BaseGenerationConfig(GenerationConfig):
+    """Reads generation options from the base's part of a configuration: our `top_k` counts documents, not tokens."""
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> GenerationConfig:
+        return GenerationConfig.from_model_config(model_config.base_config())
+
+
 class MemoryMixin:
     """What the headless model and the causal LM share."""
 
     base_class: ClassVar[type[PreTrainedModel]]
     base_mapping: ClassVar[Any]
     output_class: ClassVar[type]
+    generation_config_class = BaseGenerationConfig
     config: Any
 
     # Construction -----------------------------------------------------------------------------------------------------
@@ -156,6 +165,11 @@ class MemoryMixin:
         return made
 
     @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # Transformers reads the source of the file that defines the class; the experts are in the base's.
+        return cls.base_class._can_set_experts_implementation()
+
+    @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Nothing to do: checkpoints always carry their code (see `save_pretrained`)."""
 
@@ -179,6 +193,9 @@ class MemoryMixin:
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
         )
+        if getattr(getattr(model, "generation_config", None), "_from_model_config", False):
+            # Transformers read the options from config.json, for want of a generation_config.json.
+            model.generation_config = BaseGenerationConfig.from_model_config(model.config)
         missing = [name for name in info["missing_keys"] if any(f".{router}." in name for router in ROUTER_MODULES)]
         if missing:
             layers = [
@@ -257,6 +274,7 @@ class MemoryMixin:
         old = model.config
         _replace_config(model, old, config)
         config._attn_implementation = old._attn_implementation
+        config._experts_implementation = old._experts_implementation
         attach_routers(model, config)
         model.__class__ = made
         try:
@@ -274,6 +292,7 @@ class MemoryMixin:
         names = {ours: theirs for theirs, ours in IMPLEMENTATIONS.items()}
         base = model.config.base_config()
         base._attn_implementation = names.get(model.config._attn_implementation, model.config._attn_implementation)
+        base._experts_implementation = model.config._experts_implementation
         base.name_or_path = model.config.name_or_path
         detach_routers(model)
         _replace_config(model, model.config, base)
@@ -297,6 +316,8 @@ class MemoryMixin:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Save weights and configuration, and the code that `trust_remote_code=True` needs to load them."""
+        # The base class finds its parameters by their own names only, as it cannot know this configuration's model type.
+        kwargs.setdefault("save_original_format", False)
         self.config.auto_map = dict(AUTO_MAP)
         result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):

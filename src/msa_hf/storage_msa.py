@@ -180,6 +180,13 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
             raise ValueError(f"the file {_brief(name)} is named more than once")
 
 
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without its `checksum`, as canonical JSON (RFC 8785)."""
+    content = {name: value for name, value in manifest.items() if name != "checksum"}
+    canonical = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Read and check `manifest.json` of a bank; returns it as decoded.
 
@@ -210,10 +217,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
                 raise ValueError(f"`{name}` must be a list of strings")
         if unknown := sorted(set(manifest["reader_features"]) - READER_FEATURES):
             raise _error(path, f"`reader_features` has {_brief(unknown)}, which this library cannot read", UPGRADE)
+        if _get(manifest, "", "checksum", str) != manifest_checksum(manifest):
+            raise ValueError("the content does not match its `checksum`: corrupted, or edited by hand")
         _check_manifest(manifest)
     except BankFormatError:
         raise
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _error(path, str(error)) from error
     return manifest
 
@@ -522,6 +531,7 @@ def write_bank(
             "prefix": prefix_record,
             "segments": segments,
         }
+        manifest["checksum"] = manifest_checksum(manifest)
         temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         _sync(temporary)
         _sync(directory)  # the names of the data files, before anything refers to them
