@@ -1,219 +1,242 @@
-"""The training forward's parts that are not the model: unpacking rows, pooled documents, and the losses (paper, 3.4)."""
+"""The training forward (paper, 3.4): packed rows, or a pool of documents shared by the questions of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# What a token of a packed row is (`doc_ids`); 1, 2, ... are documents.
-ROUTING, ACTIVE, TEMPLATE = 0, -1, -2
+from .attention_msa import AttendingPass, EncodingPass, PrefixPass, chunks_of
+from .inference_msa import MemoryMixin
+from .losses_msa import auxiliary_loss, positive_mask
+from .outputs_msa import MSACausalLMOutput
+from .packing_msa import PackedRows, pooled_documents, unpack_rows
+from .retrofit_msa import attention_layers
+from .routing_msa import LayerRouting
 
-
-@dataclass(frozen=True)
-class TokenBlocks:
-    """Sequences cut out of a batch of rows, right-padded.
-
-    Attributes:
-        index: [S, L] int64 into the flattened rows; 0 where padded.
-        mask: [S, L] bool, tokens that are there.
-    """
-
-    index: Tensor
-    mask: Tensor
-
-    def take(self, values: Tensor, fill: int = 0) -> Tensor:
-        """[B, T] values of the rows -> [S, L]."""
-        return values.flatten()[self.index].masked_fill(~self.mask, fill)
-
-    def put(self, into: Tensor, states: Tensor) -> Tensor:
-        """Write [S, L, ...] states back to their places in the flattened rows `into` [B * T, ...]."""
-        return into.index_put((self.index[self.mask],), states[self.mask].to(into.dtype))
+TRAINING_ARGUMENTS = ("doc_ids", "documents", "positive_docs", "answer_labels")
 
 
-@dataclass(frozen=True)
-class PackedRows:
-    """Rows of the form prefix + documents + question + tail + answer, taken apart.
+class TrainingMixin(MemoryMixin):
+    """The training forward of a causal LM; both forms share one mathematics, stages 1 and 2 with gradients."""
 
-    Attributes:
-        prefix, documents, active: the three kinds of sequences.
-        document_row: [N] int64, the row of each document; `document_number` [N] int64, its number in the row from 0.
-    """
+    def training_forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        documents: Any = None,
+        positive_docs: Tensor | None = None,
+        answer_labels: Tensor | None = None,
+        routing_mask: Tensor | None = None,
+        force_documents: Tensor | None = None,
+        num_items_in_batch: Any = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if doc_ids is not None and documents is not None:
+            raise ValueError("Pass packed rows (`doc_ids`) or a pool (`documents`), not both.")
+        if kwargs.pop("memory", None) is not None:
+            raise ValueError("A training step brings its own documents; leave `memory` out.")
+        if kwargs.pop("past_key_values", None) is not None or kwargs.pop("inputs_embeds", None) is not None:
+            raise ValueError("A training step takes `input_ids` and no cache.")
+        kwargs.pop("use_cache", None)
+        kwargs.pop("output_document_scores", None)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = mask.bool()
+        if doc_ids is not None:
+            rows = unpack_rows(doc_ids, mask)
+            output, scores = self._packed_forward(rows, input_ids, doc_ids, position_ids, force_documents, kwargs)
+        else:
+            output, scores = self._pool_forward(
+                input_ids, mask, position_ids, labels, documents, routing_mask, force_documents, kwargs
+            )
+        if torch.is_grad_enabled() and not self.config.shared_router and self._router_gradient_lost(scores):
+            raise RuntimeError(
+                "The routers' scores carry no gradient: gradient checkpointing runs with use_reentrant=True. "
+                "Enable it with use_reentrant=False (the default of transformers)."
+            )
+        loss_kwargs = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        vocabulary = {"vocab_size": self.config.vocab_size, **loss_kwargs}
+        terms: list[Tensor] = []
+        if labels is not None:
+            output.lm_loss = cast(Any, self).loss_function(output.logits, labels, **vocabulary)
+            terms.append(self.config.lm_loss_weight * output.lm_loss)
+        if answer_labels is not None:
+            output.answer_loss = cast(Any, self).loss_function(output.logits, answer_labels, **vocabulary)
+            terms.append(self.config.answer_loss_weight * output.answer_loss)
+        if positive_docs is not None:
+            some = next(iter(scores.values()))
+            positives = positive_mask(positive_docs.to(some.device), some.shape[1])
+            output.aux_loss = auxiliary_loss(scores, positives, self.config, labels, num_items_in_batch)
+            terms.append(self.config.aux_loss_weight * output.aux_loss)
+        if terms:
+            output.loss = torch.stack([term.to(output.logits.device) for term in terms]).sum()
+        return output if return_dict is not False else output.to_tuple()
 
-    prefix: TokenBlocks
-    documents: TokenBlocks
-    active: TokenBlocks
-    document_row: Tensor
-    document_number: Tensor
-
-
-def _blocks(sequence: Tensor, index: Tensor, count: int) -> TokenBlocks:
-    """Tokens at `index` [n], the j-th in sequence `sequence[j]` [n] (0 .. count - 1), as right-padded blocks."""
-    order = sequence.argsort(stable=True)
-    sequence, index = sequence[order], index[order]
-    lengths = torch.bincount(sequence, minlength=count)
-    width = int(lengths.max()) if count else 0
-    starts = lengths.cumsum(0) - lengths
-    place = torch.arange(len(index), device=index.device) - starts[sequence]
-    blocks = index.new_zeros(count, width)
-    blocks[sequence, place] = index
-    return TokenBlocks(blocks, torch.arange(width, device=index.device) < lengths[:, None])
-
-
-def unpack_rows(doc_ids: Tensor, attention_mask: Tensor) -> PackedRows:
-    """Take packed rows apart.
-
-    Args:
-        doc_ids: [B, T] int64: 1, 2, ... documents, 0 routing tokens, -1 other active tokens, -2 template tokens: those
-            that open the row are the prefix, later ones are active.
-        attention_mask: [B, T] bool.
-
-    Raises:
-        ValueError: for prefixes of different lengths, which one cache of positions cannot hold.
-    """
-    batch, width = doc_ids.shape
-    if int(doc_ids.min()) < TEMPLATE:
-        raise ValueError(f"`doc_ids` holds {int(doc_ids.min())}; tokens are -2, -1, 0 or a document from 1.")
-    row = torch.arange(batch, device=doc_ids.device)[:, None].expand(batch, width)
-    flat = torch.arange(batch * width, device=doc_ids.device).view(batch, width)
-    before = ((doc_ids == TEMPLATE) | ~attention_mask).long().cumprod(1).bool() & attention_mask
-    is_document = (doc_ids > 0) & attention_mask
-    is_active = (doc_ids <= 0) & attention_mask & ~before
-    prefix = _blocks(row[before], flat[before], batch)
-    if not bool(prefix.mask.all()):
-        raise ValueError("The rows of a packed batch must open with equally many template tokens (doc_ids -2).")
-    names, number = torch.unique(row[is_document] * (width + 1) + doc_ids[is_document], return_inverse=True)
-    return PackedRows(
-        prefix=prefix,
-        documents=_blocks(number, flat[is_document], len(names)),
-        active=_blocks(row[is_active], flat[is_active], batch),
-        document_row=names // (width + 1),
-        document_number=names % (width + 1) - 1,
-    )
-
-
-def pooled_documents(documents: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The `documents` argument of a training step as ids [N, L] int64, right-padded with 0, and lengths [N] int64.
-
-    Args:
-        documents: token id lists (or 1-d tensors), or what a tokenizer returns with `padding=True,
-            return_tensors="pt"`: a mapping with `input_ids` and `attention_mask` [N, L].
-
-    Raises:
-        ValueError: for no documents or an empty one, naming it.
-    """
-    if isinstance(documents, Mapping):
-        ids, mask = documents["input_ids"], documents["attention_mask"].bool()
-        rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)] if not _right_padded(mask) else None
-        if rows is None:
-            lengths = mask.sum(1)
-            ids, lengths = ids.masked_fill(~mask, 0).to(device), lengths.to(device)
-            return _checked(ids, lengths)
-        documents = rows
-    if not isinstance(documents, Sequence) or isinstance(documents, str):
-        raise ValueError(
-            f"`documents` must be token id lists or a mapping with `input_ids` and `attention_mask`, got {type(documents)}."
-        )
-    tensors = [torch.as_tensor(document, dtype=torch.long, device=device).flatten() for document in documents]
-    lengths = torch.tensor([len(tensor) for tensor in tensors], device=device, dtype=torch.long)
-    if not tensors:
-        raise ValueError("`documents` is empty: a training step needs at least one document.")
-    return _checked(torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True), lengths)
-
-
-def _right_padded(mask: Tensor) -> bool:
-    return bool((mask.long().diff(dim=1) <= 0).all())
-
-
-def _checked(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    if not len(lengths):
-        raise ValueError("`documents` is empty: a training step needs at least one document.")
-    if int(lengths.min()) < 1:
-        raise ValueError(f"Document {int(lengths.argmin())} of `documents` has no tokens; leave it out.")
-    return ids, lengths
-
-
-def positive_mask(positive_docs: Tensor, count: int) -> Tensor:
-    """[B, P] int64 document numbers, padded with -1 -> [B, count] bool.
-
-    Raises:
-        ValueError: for a number outside the documents.
-    """
-    if positive_docs.dim() != 2 or positive_docs.is_floating_point():
-        raise ValueError("`positive_docs` must be [batch, n] document numbers from 0, padded with -1.")
-    if positive_docs.numel() and (int(positive_docs.max()) >= count or int(positive_docs.min()) < -1):
-        raise ValueError(f"`positive_docs` names document {int(positive_docs.max())}, but there are {count} documents.")
-    mask = torch.zeros(positive_docs.shape[0], count + 1, dtype=torch.bool, device=positive_docs.device)
-    return mask.scatter(1, torch.where(positive_docs < 0, count, positive_docs), True)[:, :count]
-
-
-def router_loss(
-    scores: Tensor, positives: Tensor, temperature: float = 0.1, form: str = "infonce_decoupled", gamma: float = 2.0
-) -> Tensor:
-    """Contrastive loss of one layer's document scores (paper, Eq. 5), per sample.
-
-    With z = s / temperature, over the positives i of a sample:
-    `infonce_decoupled`: mean of -log(e^z_i / (e^z_i + sum over negatives e^z_n)), positives do not compete;
-    `infonce`: mean of -log(e^z_i / sum over all e^z). The focal forms weigh each term by (1 - p)^gamma.
-
-    Args:
-        scores: [B, N] float, -inf for documents that a sample does not see.
-        positives: [B, N] bool.
-
-    Returns:
-        [B] float32, 0 for samples without positives.
-    """
-    seen = scores > float("-inf")
-    logits = torch.where(seen, scores.float(), 0.0) / temperature
-    rivals = seen & ~positives if form.startswith("infonce_decoupled") else seen
-    # A finite stand-in for -inf keeps gradients finite where a sample has no rival at all.
-    rest = logits.masked_fill(~rivals, -1e9).logsumexp(1, keepdim=True)
-    if form.startswith("infonce_decoupled"):
-        terms = torch.nn.functional.softplus(rest - logits)
-    else:
-        terms = rest - logits
-    if form.endswith("focal"):
-        terms = terms * (-torch.expm1(-terms)).clamp(min=0) ** gamma
-    chosen = positives & seen
-    return torch.where(chosen, terms, 0.0).sum(1) / chosen.sum(1).clamp(min=1)
-
-
-def auxiliary_loss(
-    document_scores: Mapping[int, Tensor],
-    positives: Tensor,
-    config: Any,
-    labels: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None,
-) -> Tensor:
-    """Mean of `router_loss` over (layer of `config.aux_layers`, sample with positives).
-
-    Under gradient accumulation (`num_items_in_batch`, the labelled tokens of all micro-batches together) each sample
-    counts by its share of those tokens instead, so that the micro-batches' losses add up to the same whatever their
-    size.
-
-    Args:
-        document_scores: layer -> [B, N] float32.
-        positives: [B, N] bool.
-        config: MSAConfig.
-        labels: [B, T], needed with `num_items_in_batch`.
-    """
-    losses = torch.stack(
-        [
-            router_loss(
-                document_scores[layer],
-                positives.to(document_scores[layer].device),
-                config.aux_temperature,
-                config.aux_loss,
-                config.focal_gamma,
-            ).to(positives.device)
-            for layer in config.aux_layers
+    def _router_gradient_lost(self, scores: dict[int, Tensor]) -> bool:
+        routers = [
+            parameter.requires_grad
+            for module in attention_layers(cast(nn.Module, self)).values()
+            if hasattr(module, "router_q_proj")
+            for parameter in module.router_q_proj.parameters()
         ]
-    ).mean(0)
-    if num_items_in_batch is not None and labels is not None:
-        share = (labels != -100).sum(1) / torch.as_tensor(num_items_in_batch, device=labels.device)
-        return (losses * share.to(losses.device)).sum()
-    samples = positives.any(1).to(losses.device)
-    return losses.masked_fill(~samples, 0.0).sum() / samples.sum().clamp(min=1)
+        return any(routers) and not any(item.requires_grad for item in scores.values())
+
+    def _encode_for_training(self, ids: Tensor, lengths: Tensor, **kwargs: Any) -> tuple[EncodingPass, Any]:
+        """Encode right-padded documents [N, L], with gradients and through all layers."""
+        similarity = self.config.training_similarity or self.config.similarity
+        encoding = EncodingPass(self.config, lengths, similarity, stop=False)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        kwargs.setdefault("position_ids", positions)
+        output = self.run_base(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, memory_pass=encoding, **kwargs
+        )
+        return encoding, output
+
+    def _attend_in_training(
+        self, encoding: EncodingPass, lengths: Tensor, prefix: dict[int, tuple[Tensor, Tensor]], **fields: Any
+    ) -> AttendingPass:
+        return AttendingPass(
+            config=self.config,
+            similarity=encoding.similarity,
+            layers=dict(encoding.layers),
+            offsets=chunks_of(lengths, self.config.chunk_size),
+            prefix=prefix,
+            keep_document_scores=True,
+            **fields,
+        )
+
+    def _pool_forward(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        position_ids: Tensor | None,
+        labels: Tensor | None,
+        documents: Any,
+        routing_mask: Tensor | None,
+        force_documents: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[MSACausalLMOutput, dict[int, Tensor]]:
+        if not bool(mask.any(1).all()):
+            raise ValueError(f"Question {int((~mask.any(1)).nonzero()[0])} of the batch is only padding; leave it out.")
+        ids, lengths = pooled_documents(documents, input_ids.device)
+        if force_documents is not None:
+            force_documents = self.checked_documents(force_documents, input_ids.shape[0], len(lengths))
+        if routing_mask is None:
+            routing_mask = mask if labels is None else mask & ((labels != -100).long().cumsum(1) == 0)
+        encoding, _ = self._encode_for_training(ids, lengths, backbone_only=True)
+        attending = self._attend_in_training(
+            encoding,
+            lengths,
+            self.encode_prefix(),
+            routing_mask=routing_mask.bool() & mask,
+            force_documents=force_documents,
+        )
+        if position_ids is None:
+            position_ids = (mask.long().cumsum(1) - 1).clamp(min=0) + self.config.first_position
+        output = self.run_base(
+            input_ids=input_ids,
+            attention_mask=mask.long(),
+            position_ids=position_ids,
+            use_cache=False,
+            memory_pass=attending,
+            return_dict=True,
+            **kwargs,
+        )
+        result = MSACausalLMOutput(
+            logits=output.logits,
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+            routing=attending.routing,
+        )
+        return result, _scores_of(attending.routing)
+
+    def _packed_forward(
+        self,
+        rows: PackedRows,
+        input_ids: Tensor,
+        doc_ids: Tensor,
+        position_ids: Tensor | None,
+        force_documents: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[MSACausalLMOutput, dict[int, Tensor]]:
+        """The pool's computation on sequences cut out of rows, put together again."""
+        batch, width = input_ids.shape
+        first = rows.prefix.mask.shape[1] + self.config.top_k
+        pieces: list[tuple[Any, Any]] = []
+
+        def run(blocks: Any, start: int, memory_pass: Any) -> None:
+            length = blocks.mask.shape[1]
+            positions = torch.arange(start, start + length, device=input_ids.device).expand(blocks.mask.shape)
+            if position_ids is not None:
+                positions = torch.where(blocks.mask, blocks.take(position_ids), positions)
+            output = self.run_base(
+                input_ids=blocks.take(input_ids),
+                attention_mask=torch.ones_like(positions),
+                position_ids=positions,
+                use_cache=False,
+                memory_pass=memory_pass,
+                return_dict=True,
+                **kwargs,
+            )
+            pieces.append((blocks, output))
+
+        prefix_pass = PrefixPass()
+        if rows.prefix.mask.shape[1]:
+            run(rows.prefix, 0, prefix_pass)
+        if not len(rows.document_row):
+            raise ValueError("A packed batch needs at least one document (`doc_ids` of 1 and more).")
+        lengths = rows.documents.mask.sum(1)
+        similarity = self.config.training_similarity or self.config.similarity
+        encoding = EncodingPass(self.config, lengths, similarity, stop=False)
+        run(rows.documents, 0, encoding)
+
+        # Where row b's document i lies among the documents of all rows: [B, n], -1 for none.
+        count = int(rows.document_number.max()) + 1
+        place = torch.full((batch, count), -1, device=input_ids.device)
+        place[rows.document_row, rows.document_number] = torch.arange(len(lengths), device=input_ids.device)
+        visible = rows.document_row == torch.arange(batch, device=input_ids.device)[:, None]
+        routing: dict[int, LayerRouting] = {}
+        if rows.active.mask.any():
+            if force_documents is not None:
+                force_documents = self.checked_documents(force_documents, batch, count)
+                forced = place.gather(1, force_documents.clamp(min=0))
+                force_documents = forced.masked_fill(force_documents < 0, -1)
+            attending = self._attend_in_training(
+                encoding,
+                lengths,
+                prefix_pass.states,
+                routing_mask=rows.active.take(doc_ids, fill=-1) == 0,
+                visible=visible,
+                force_documents=force_documents,
+            )
+            run(rows.active, first, attending)
+            number = torch.cat([rows.document_number, rows.document_number.new_full((1,), -1)])
+            for layer, found in attending.routing.items():
+                assert found.document_scores is not None
+                scores = found.document_scores.gather(1, place.clamp(min=0)).masked_fill(place < 0, float("-inf"))
+                routing[layer] = LayerRouting(number[found.documents], found.scores, scores)
+
+        def assemble(part_of: Any) -> Tensor:
+            states = part_of(pieces[0][1])
+            whole = states.new_zeros(batch * width, states.shape[-1])
+            for blocks, output in pieces:
+                whole = blocks.put(whole, part_of(output))
+            return whole.view(batch, width, -1)
+
+        hidden_states = None
+        if pieces[0][1].get("hidden_states") is not None:
+            layers = range(len(pieces[0][1].hidden_states))
+            hidden_states = tuple(assemble(lambda output, layer=layer: output.hidden_states[layer]) for layer in layers)
+        result = MSACausalLMOutput(
+            logits=assemble(lambda output: output.logits), hidden_states=hidden_states, routing=routing
+        )
+        return result, _scores_of(routing)
+
+
+def _scores_of(routing: dict[int, LayerRouting]) -> dict[int, Tensor]:
+    return {layer: found.document_scores for layer, found in routing.items() if found.document_scores is not None}

@@ -1,0 +1,92 @@
+"""The auxiliary loss that trains the routers (paper, Eq. 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def positive_mask(positive_docs: Tensor, count: int) -> Tensor:
+    """[B, P] int64 document numbers, padded with -1 -> [B, count] bool.
+
+    Raises:
+        ValueError: for a number outside the documents.
+    """
+    if positive_docs.dim() != 2 or positive_docs.is_floating_point():
+        raise ValueError("`positive_docs` must be [batch, n] document numbers from 0, padded with -1.")
+    if positive_docs.numel() and (int(positive_docs.max()) >= count or int(positive_docs.min()) < -1):
+        raise ValueError(f"`positive_docs` names document {int(positive_docs.max())}, but there are {count} documents.")
+    mask = torch.zeros(positive_docs.shape[0], count + 1, dtype=torch.bool, device=positive_docs.device)
+    return mask.scatter(1, torch.where(positive_docs < 0, count, positive_docs), True)[:, :count]
+
+
+def router_loss(
+    scores: Tensor, positives: Tensor, temperature: float = 0.1, form: str = "infonce_decoupled", gamma: float = 2.0
+) -> Tensor:
+    """Contrastive loss of one layer's document scores (paper, Eq. 5), per sample.
+
+    With z = s / temperature, over the positives i of a sample:
+    `infonce_decoupled`: mean of -log(e^z_i / (e^z_i + sum over negatives e^z_n)), positives do not compete;
+    `infonce`: mean of -log(e^z_i / sum over all e^z). The focal forms weigh each term by (1 - p)^gamma.
+
+    Args:
+        scores: [B, N] float, -inf for documents that a sample does not see.
+        positives: [B, N] bool.
+
+    Returns:
+        [B] float32, 0 for samples without positives.
+    """
+    seen = scores > float("-inf")
+    logits = torch.where(seen, scores.float(), 0.0) / temperature
+    rivals = seen & ~positives if form.startswith("infonce_decoupled") else seen
+    # A finite stand-in for -inf keeps gradients finite where a sample has no rival at all.
+    rest = logits.masked_fill(~rivals, -1e9).logsumexp(1, keepdim=True)
+    if form.startswith("infonce_decoupled"):
+        terms = torch.nn.functional.softplus(rest - logits)
+    else:
+        terms = rest - logits
+    if form.endswith("focal"):
+        terms = terms * (-torch.expm1(-terms)).clamp(min=0) ** gamma
+    chosen = positives & seen
+    return torch.where(chosen, terms, 0.0).sum(1) / chosen.sum(1).clamp(min=1)
+
+
+def auxiliary_loss(
+    document_scores: Mapping[int, Tensor],
+    positives: Tensor,
+    config: Any,
+    labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Mean of `router_loss` over (layer of `config.aux_layers`, sample with positives).
+
+    Under gradient accumulation (`num_items_in_batch`, the labelled tokens of all micro-batches together) each sample
+    counts by its share of those tokens instead, so that the micro-batches' losses add up to the same whatever their
+    size.
+
+    Args:
+        document_scores: layer -> [B, N] float32.
+        positives: [B, N] bool.
+        config: MSAConfig.
+        labels: [B, T], needed with `num_items_in_batch`.
+    """
+    losses = torch.stack(
+        [
+            router_loss(
+                document_scores[layer],
+                positives.to(document_scores[layer].device),
+                config.aux_temperature,
+                config.aux_loss,
+                config.focal_gamma,
+            ).to(positives.device)
+            for layer in config.aux_layers
+        ]
+    ).mean(0)
+    if num_items_in_batch is not None and labels is not None:
+        share = (labels != -100).sum(1) / torch.as_tensor(num_items_in_batch, device=labels.device)
+        return (losses * share.to(losses.device)).sum()
+    samples = positives.any(1).to(losses.device)
+    return losses.masked_fill(~samples, 0.0).sum() / samples.sum().clamp(min=1)
