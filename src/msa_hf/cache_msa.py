@@ -37,14 +37,16 @@ class Context:
     def index(self, samples: Tensor) -> Context:
         """The contexts of `samples` [B'] int64, in that order."""
 
-        def pick(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.index_select(0, samples.to(tensor.device))
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor.index_select(0, samples.to(tensor.device))
 
         return Context(
-            *(pick(tensor) for tensor in (self.keys, self.values, self.valid)),  # type: ignore[arg-type]
+            pick(self.keys),
+            pick(self.values),
+            pick(self.valid),
             self.prefix_length,
-            pick(self.bias),
-            pick(self.documents),
+            None if self.bias is None else pick(self.bias),
+            None if self.documents is None else pick(self.documents),
         )
 
     def where(self, samples: Tensor, other: Context) -> Context:

@@ -93,18 +93,20 @@ class CheckpointMixin:
         self.set_attn_implementation(config._attn_implementation)
 
     @classmethod
-    def class_for(cls, base_model_type: str) -> type:
+    def class_for(cls, base_model_type: str | None) -> Any:
         """The class that puts a memory on models of `base_model_type`; made once, then looked up.
 
         Raises:
             ValueError: for a kind of model that cannot hold a memory, naming what is missing.
         """
+        if base_model_type is None:
+            raise ValueError("The configuration names no `base_model_type`; `from_base` makes one of a plain model.")
         config_class = type(AutoConfig.for_model(base_model_type))
         base_class = cls.base_mapping.get(config_class, None)
         return cls._class_on(base_class if not isinstance(base_class, tuple) else base_class[0], base_model_type)
 
     @classmethod
-    def _class_on(cls, base_class: type | None, base_model_type: str) -> type:
+    def _class_on(cls, base_class: type | None, base_model_type: str) -> Any:
         if base_class is None:
             refuse_unsupported(AutoConfig.for_model(base_model_type), base_class)
         assert base_class is not None
@@ -124,7 +126,7 @@ class CheckpointMixin:
             ],
         }
         made = type(name, (cls, base_class), namespace)
-        # Without the base's conversions, checkpoints whose tensors are renamed or merged on loading would be read wrongly.
+        # Without the base's conversions, checkpoints whose tensors are renamed or merged would be read wrongly.
         conversions = get_checkpoint_conversion_mapping(base_class.__name__)
         if conversions is None:
             conversions = get_checkpoint_conversion_mapping(base_model_type)
@@ -239,7 +241,7 @@ class CheckpointMixin:
         config = cls._config_on(model.config, own)
         attention_layers(model)
         implementation = memory_implementation(model.config._attn_implementation)
-        made = cls._class_on(type(model), config.base_model_type)
+        made = cls._class_on(type(model), model.config.model_type)
         old = model.config
         _replace_config(model, old, config)
         config._attn_implementation = old._attn_implementation
@@ -285,30 +287,30 @@ class CheckpointMixin:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Save weights and configuration, and the code that `trust_remote_code=True` needs to load them."""
-        # The base class finds its parameters by their own names only, as it cannot know this configuration's model type.
+        # Under the parameters' own names the base class finds them too; it converts none for this model type.
         kwargs.setdefault("save_original_format", False)
         self.config.auto_map = dict(AUTO_MAP)
         result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
+            here = Path(__file__).parent
             for name in REMOTE_FILES:
-                target = Path(save_directory) / name
-                if not target.exists() or not target.samefile(Path(__file__).with_name(name)):
-                    shutil.copyfile(Path(__file__).with_name(name), target)
+                if here.resolve() != Path(save_directory).resolve():
+                    shutil.copyfile(here / name, Path(save_directory) / name)
         return result
 
 
-def _named_forward(mixin: type, base_class: type) -> Any:
+def _named_forward(mixin: Any, base_class: Any) -> Any:
     """A forward whose signature is the base's with our arguments added: generate() and Trainer pass on only those."""
     base = inspect.signature(base_class.forward)
     names = [name for name, item in base.parameters.items() if item.kind is item.POSITIONAL_OR_KEYWORD][1:]
-    ours = mixin.forward_arguments  # type: ignore[attr-defined]
+    ours = mixin.forward_arguments
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) > len(names):
             raise TypeError(f"forward() takes at most {len(names)} positional arguments, got {len(args)}.")
         if kwargs.keys() & set(names[: len(args)]):
             raise TypeError(f"forward() got {sorted(kwargs.keys() & set(names[: len(args)]))} twice.")
-        return mixin.forward(self, **dict(zip(names, args, strict=False)), **kwargs)  # type: ignore[attr-defined]
+        return mixin.forward(self, **dict(zip(names, args, strict=False)), **kwargs)
 
     parameters = list(base.parameters.values())
     added = [
@@ -318,7 +320,7 @@ def _named_forward(mixin: type, base_class: type) -> Any:
     ]
     split = next((i for i, item in enumerate(parameters) if item.kind is item.VAR_KEYWORD), len(parameters))
     forward.__signature__ = base.replace(parameters=[*parameters[:split], *added, *parameters[split:]])  # type: ignore[attr-defined]
-    forward.__doc__ = mixin.forward.__doc__  # type: ignore[attr-defined]
+    forward.__doc__ = mixin.forward.__doc__
     return forward
 
 

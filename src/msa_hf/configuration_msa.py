@@ -37,7 +37,7 @@ FIELDS = (
     *WEIGHTS,
 )
 
-# Class attributes by which transformers treats a config of the base specially; an instance of ours answers with the base's.
+# Class attributes by which transformers treats a base's config specially; an instance of ours answers the same.
 BASE_CLASS_ATTRIBUTES = (
     "attribute_map",
     "base_model_tp_plan",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -58,7 +58,7 @@ def encode_documents(
     device = torch.device(bank_device) if bank_device is not None else model.device
 
     reader = _Reader(tokenizer, limit, too_long, config.chunk_size, add_special_tokens, text_column, key_column)
-    total = len(documents) if hasattr(documents, "__len__") else None
+    total = len(documents) if isinstance(documents, Sized) else None
     progress = tqdm(total=total, desc="Encoding documents", unit="doc", disable=not show_progress)
     pieces: dict[int, list[LayerMemory]] = {layer: [] for layer in config.memory_layers}
     table: list[Document] = []

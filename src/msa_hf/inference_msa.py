@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable
 from typing import Any, ClassVar, cast
@@ -75,7 +76,7 @@ class MemoryMixin:
             Layer -> `LayerMemory` of their chunks, documents in order.
         """
         encoding = EncodingPass(self.config, lengths, self.config.similarity, stop=True)
-        try:
+        with contextlib.suppress(EncodingDone):
             # Padding stands behind the documents, where causal attention does not look.
             self.run_base(
                 backbone_only=True,
@@ -85,8 +86,6 @@ class MemoryMixin:
                 use_cache=False,
                 memory_pass=encoding,
             )
-        except EncodingDone:
-            pass
         return encoding.layers
 
     def encode_documents(self, documents: Iterable[Any], tokenizer: Any = None, **kwargs: Any) -> MemoryBank:
@@ -152,15 +151,14 @@ class MemoryMixin:
         **kwargs: Any,
     ) -> Any:
         """Forward with a memory, or with the contexts that a cache kept from one."""
-        inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        inputs: Any = kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        if inputs is None:
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         batch, length = inputs.shape[:2]
         attention_mask = kwargs.get("attention_mask")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError("With a memory, `attention_mask` must be [batch, tokens].")
-        if attention_mask is not None and not bool(attention_mask.bool().any(1).all()):
-            raise ValueError(
-                f"Question {int((~attention_mask.bool().any(1)).nonzero()[0])} of the batch is only padding; leave it out."
-            )
         use_cache = kwargs.get("use_cache")
         use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
         cache = kwargs.get("past_key_values")
@@ -183,8 +181,10 @@ class MemoryMixin:
             )
         if memory is not None:
             self._check_bank(memory)
-        if force_documents is not None and memory is not None:
-            force_documents = self.checked_documents(force_documents, batch, len(memory))
+        if routing_mask is not None and memory is not None:  # not while decoding: these look at the device's data
+            refuse_padding_only(attention_mask)
+            if force_documents is not None:
+                force_documents = self.checked_documents(force_documents, batch, len(memory))
         if kwargs.get("position_ids") is None:
             positions = torch.arange(past, seen, device=inputs.device).expand(batch, length)
             if attention_mask is not None:
@@ -236,7 +236,7 @@ class MemoryMixin:
             )
         if documents.numel() and (int(documents.max()) >= count or int(documents.min()) < -1):
             raise ValueError(
-                f"`force_documents` names document {int(documents.max())}, but the bank holds {count}; -1 stands for none."
+                f"`force_documents` names document {int(documents.max())}, but there are {count}; -1 stands for none."
             )
         ordered = documents.sort(1).values
         if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
@@ -262,7 +262,7 @@ class MemoryMixin:
         if memory is None:
             return super().generate(inputs, **kwargs)  # type: ignore[misc]
         self._check_bank(memory)
-        prompt = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        prompt: Any = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         if prompt is None:
             raise ValueError("generate() with a memory needs a prompt.")
         generation_config = kwargs.get("generation_config") or cast(Any, self).generation_config
@@ -295,8 +295,8 @@ class MemoryMixin:
         piece = option("prefill_chunk_size")
         if piece is not None and bool(routing_mask[:, past + piece :].any()):
             raise ValueError(
-                f"`prefill_chunk_size={piece}` cuts the prompt before its last routing token, but documents must be chosen "
-                "before the first token that attends to them. Put the routing tokens into the first piece with "
+                f"`prefill_chunk_size={piece}` cuts the prompt before its last routing token, but documents must be "
+                "chosen before the first token that attends to them. Put the routing tokens into the first piece with "
                 "`routing_mask`, or make the pieces longer."
             )
         kwargs["routing_mask"] = routing_mask
@@ -317,6 +317,13 @@ class MemoryMixin:
                 part = routing_mask[:, past : past + length]
                 model_inputs["routing_mask"] = torch.nn.functional.pad(part, (0, length - part.shape[1]))
         return model_inputs
+
+
+def refuse_padding_only(attention_mask: Tensor | None) -> None:
+    """Raise ValueError where a row of `attention_mask` [B, T] has no token."""
+    if attention_mask is not None and not bool(attention_mask.bool().any(1).all()):
+        question = int((~attention_mask.bool().any(1)).nonzero()[0])
+        raise ValueError(f"Question {question} of the batch is only padding; leave it out.")
 
 
 def attends(kwargs: dict[str, Any]) -> bool:

@@ -78,8 +78,8 @@ def query_key_weights(module: nn.Module, config: PreTrainedConfig) -> tuple[Tens
     weight = getattr(module, name).weight
     if weight.is_meta or not weight.is_floating_point():
         raise ValueError(
-            f"Layer {module.layer_idx}: `{name}` is {'offloaded' if weight.is_meta else 'quantised'}, so routers cannot "
-            "be copied from it. Retrofit the plain model first, or pass router_init='random'."
+            f"Layer {module.layer_idx}: `{name}` is {'offloaded' if weight.is_meta else 'quantised'}, so routers "
+            "cannot be copied from it. Retrofit the plain model first, or pass router_init='random'."
         )
     if name == "q_proj":
         query, key = weight, module.k_proj.weight
@@ -90,8 +90,8 @@ def query_key_weights(module: nn.Module, config: PreTrainedConfig) -> tuple[Tens
         query, key = per_head[:, 0].flatten(0, 1), per_head[:, 1].flatten(0, 1)
     if query.shape[0] != heads * dim or key.shape[0] != groups * dim:
         raise ValueError(
-            f"Layer {module.layer_idx}: `{name}` has {tuple(weight.shape)}, which does not hold {heads} query and {groups} "
-            f"key heads of {dim}. Pass router_init='random'."
+            f"Layer {module.layer_idx}: `{name}` has {tuple(weight.shape)}, which does not hold {heads} query and "
+            f"{groups} key heads of {dim}. Pass router_init='random'."
         )
     return query, key
 

@@ -90,7 +90,7 @@ def score_documents(
 
 
 def pack_routing_tokens(queries: Tensor, routing_mask: Tensor, last_only: bool = False) -> tuple[Tensor, Tensor]:
-    """Drop the tokens that do not route: [B, T, H, D] -> [B, t, H, D] and [B, t] bool, t the most of any sample (>= 1)."""
+    """Drop the tokens that do not route: [B, T, H, D] -> [B, t, H, D] and [B, t] bool, t the most of any sample."""
     positions = routing_mask.long().cumsum(1) - 1
     counts = routing_mask.sum(1)
     if last_only:
@@ -116,7 +116,7 @@ def _tiles(routing_keys: Tensor, queries: Tensor) -> Iterator[tuple[Tensor, Call
 
 
 def _score_chunks(queries: Tensor, valid: Tensor, keys: Tensor, query_reduction: str) -> Tensor:
-    """[b, t, G or H, D] queries against [c, G * D] keys -> [b, c]: the heads and the tokens reduced, tokens in tiles."""
+    """[b, t, G or H, D] queries against [c, G * D] keys -> [b, c]: heads and tokens reduced, tokens in tiles."""
     step = max(TILE_ELEMENTS // (keys.shape[0] * queries.shape[0]), 1)
     total: Tensor | None = None
     for part, real in zip(queries.split(step, dim=1), valid.split(step, dim=1), strict=True):

@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -281,8 +282,7 @@ def test_training_losses_and_gradients(model, case) -> None:
     output.loss.backward()
     for name in ("lm_loss", "aux_loss", "answer_loss", "loss"):
         torch.testing.assert_close(getattr(output, name).detach(), case[f"train/{name}"], atol=1e-5, rtol=2e-6)
-    parameters = {name.replace("router_q_proj.", "router_q_proj.0.").replace("router_k_proj.", "router_k_proj.0."): value
-                  for name, value in model.named_parameters()}  # fmt: skip
+    parameters = {re.sub(r"(router_[qk]_proj)\.", r"\1.0.", name): value for name, value in model.named_parameters()}
     norms = {name.removeprefix("train/grad_norm/") for name in case.tensors if name.startswith("train/grad_norm/")}
     assert norms == {name for name, value in parameters.items() if value.grad is not None}
     largest = max(case[f"train/grad_norm/{name}"].item() for name in norms)
