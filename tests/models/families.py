@@ -47,15 +47,19 @@ def base_config(family: str, **overrides: Any) -> Any:
     return AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **overrides})
 
 
-def base_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A tiny model of `family` in float32 with random weights large enough that attention is not uniform."""
+def base_model(family: str, seed: int = 0, scale: float = 0.15, **overrides: Any) -> PreTrainedModel:
+    """A tiny model of `family` in float32 with random weights large enough that attention is not uniform.
+
+    Args:
+        scale: standard deviation of the weight matrices.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(base_config(family, **overrides)).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.15, generator=generator)
+                parameter.normal_(0.0, scale, generator=generator)
             elif "sinks" in name or "bias" in name:
                 parameter.normal_(0.0, 0.5, generator=generator)
     return model

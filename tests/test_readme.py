@@ -1,0 +1,56 @@
+"""The README's examples run as they stand, one after the other, on a small model in place of the named one."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+README = Path(__file__).parents[1] / "README.md"
+NAMED = "Qwen/Qwen3-0.6B"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A model of 28 layers like the named one, but narrow, with a tokenizer of the README's words."""
+    words = sorted(set(re.findall(r"\w+|[^\w\s]", README.read_text())))
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+    config = AutoConfig.for_model(
+        "qwen3",
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_examples_run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(examples) >= 5
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for example in examples:
+        assert NAMED in example or names, "the first example names the model"
+        exec(compile(example.replace(NAMED, str(checkpoint)), "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "built" in printed and "Assam" in printed
+
+
+def test_first_example_has_nine_lines() -> None:
+    first = re.search(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert first is not None
+    assert len([line for line in first[1].splitlines() if line.strip()]) == 9
