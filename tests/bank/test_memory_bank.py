@@ -226,9 +226,9 @@ def test_origin_round_trip_and_validation() -> None:
     }.items():
         with pytest.raises(ValueError, match=f"`{name}` must be"):
             BankOrigin.from_dict({**record, name: wrong})
-    for wrong in ("23", [True], [2.0], [], [2, 2]):
+    for layers in ("23", [True], [2.0], [], [2, 2]):
         with pytest.raises(ValueError, match="`memory_layers` must be"):
-            BankOrigin.from_dict({**record, "memory_layers": wrong})
+            BankOrigin.from_dict({**record, "memory_layers": layers})
 
 
 # --- fingerprints -----------------------------------------------------------------------------------------------------
@@ -286,16 +286,31 @@ def test_fingerprint_leaves_out_only_an_untied_head() -> None:
     assert model_fingerprint(untied) == before[0] and model_fingerprint(tied) != before[1]
 
 
-def test_fingerprint_counts_names_shapes_and_order() -> None:
-    model = tiny_model()
-    before = model_fingerprint(model)
-    attention = model.model.layers[0].self_attn
-    attention.k_proj, attention.v_proj = attention.v_proj, attention.k_proj
-    assert model_fingerprint(model) != before
-    attention.k_proj, attention.v_proj = attention.v_proj, attention.k_proj
-    assert model_fingerprint(model) == before
-    attention.k_proj.weight = torch.nn.Parameter(attention.k_proj.weight.detach().view(8, 64))
-    assert model_fingerprint(model) != before
+def test_fingerprint_counts_names_and_shapes_but_not_the_order_of_registration() -> None:
+    class Plain(torch.nn.Module):
+        base_model_prefix = "model"
+
+        def __init__(self, **weights: torch.Tensor) -> None:
+            super().__init__()
+            for name, weight in weights.items():
+                self.register_parameter(name, torch.nn.Parameter(weight))
+
+        def get_input_embeddings(self) -> torch.nn.Module:
+            return torch.nn.Identity()
+
+        def get_output_embeddings(self) -> None:
+            return None
+
+    ones, range_ = torch.ones(6), torch.arange(200.0)
+    before = model_fingerprint(Plain(a=ones, b=range_))
+    assert model_fingerprint(Plain(b=range_, a=ones)) == before
+    assert model_fingerprint(Plain(a=range_, b=ones)) != before
+    assert model_fingerprint(Plain(a=ones, c=range_)) != before
+    assert model_fingerprint(Plain(a=ones.view(2, 3), b=range_)) != before
+    # The sample spans the whole parameter: the value at 63 / 64 of it counts.
+    late = range_.clone()
+    late[63 * (200 // 64)] = -1
+    assert model_fingerprint(Plain(a=ones, b=late)) != before
 
 
 def test_fingerprint_of_offloaded_weights_warns_once() -> None:

@@ -7,6 +7,8 @@ import random
 import shutil
 import stat
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,9 @@ def make_bank(lengths: list[int], dtype: torch.dtype = torch.float32, seed: int 
         for row, pair in enumerate(zip(lengths, chunks, strict=True))
     ]
     layers = {i: LayerMemory(rand(total, GROUPS * DIM), rand(total, 2, GROUPS, DIM)) for i in (1, 3)}
-    # Keys and values of the prefix share storage, as a model may well hand them over.
-    prefix = {layer: tuple(rand(2, GROUPS, 2, DIM).unbind()) for layer in range(4)}
+    # Keys and values of the prefix are interleaved views of one tensor, as a model may well hand them over.
+    pairs = {layer: rand(GROUPS, 2, 2, DIM) for layer in range(4)}
+    prefix = {layer: (pair[:, 0], pair[:, 1]) for layer, pair in pairs.items()}
     return MemoryBank(layers, torch.tensor([0, *chunks]).cumsum(0), prefix, DocumentTable(rows), ORIGIN)
 
 
@@ -71,7 +74,7 @@ def sign(directory: Path, manifest: Any) -> None:
 
 
 def replace_file(
-    directory: Path, pick: Callable[[dict[str, Any]], dict[str, Any]], write: Callable[[Path], None]
+    directory: Path, pick: Callable[[dict[str, Any]], dict[str, Any]], write: Callable[[Path], Any]
 ) -> None:
     """Replace a data file by another, with its size and SHA-256 in the manifest put right."""
     manifest = manifest_of(directory)
@@ -137,7 +140,15 @@ def test_shards_respect_the_limit_and_never_split_a_document(tmp_path: Path) -> 
 
 
 def test_max_shard_size_units() -> None:
-    sizes = {"4GB": 4 * 10**9, "1 MiB": 2**20, "10kb": 10_000, "3TB": 3 * 10**12, "12": 12, "7B": 7, 5: 5}
+    sizes: dict[int | str, int] = {
+        "4GB": 4 * 10**9,
+        "1 MiB": 2**20,
+        "10kb": 10_000,
+        "3TB": 3 * 10**12,
+        "12": 12,
+        "7B": 7,
+        5: 5,
+    }
     assert {size: parse_size(size) for size in sizes} == sizes
     for wrong in ("", "GB", "-1", 0, "4 bytes", "1.5GB", None):
         with pytest.raises(ValueError, match="`max_shard_size` must be"):
@@ -206,35 +217,35 @@ def test_only_files_of_a_bank_are_ever_removed(saved: Path) -> None:
     assert (saved / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("function", ["replace", "fsync"])
-def test_a_failed_save_changes_nothing(saved: Path, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("function", "after"), [("replace", False), ("replace", True), ("fsync", False)])
+def test_an_interrupted_save_leaves_the_old_bank_or_the_new(
+    saved: Path, function: str, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     original = getattr(os, function)
-    succeeded = False
+    old_kept = 0
     for fails_at in range(1, 20):
         calls = 0
 
-        def failing(*arguments: Any, fails_at: int = fails_at, **options: Any) -> Any:
+        def failing(*arguments: Any, fails_at: int = fails_at) -> None:
             nonlocal calls
             calls += 1
+            if calls != fails_at or after:
+                original(*arguments)
             if calls == fails_at:
-                raise OSError("disk full")
-            return original(*arguments, **options)
+                raise KeyboardInterrupt
 
         monkeypatch.setattr(os, function, failing)
-        try:
+        with suppress(KeyboardInterrupt):
             make_bank([8, 3], seed=9).save_pretrained(saved)
-        except OSError:
-            monkeypatch.setattr(os, function, original)
-            if manifest_of(saved)["counts"]["documents"] == 2:  # only the last flush, of the directory, failed
-                assert_equal(MemoryBank.from_pretrained(saved), make_bank([8, 3], seed=9))
-                succeeded = True
-                break
-            assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
-        else:
-            succeeded = True
+        monkeypatch.setattr(os, function, original)
+        if manifest_of(saved)["counts"]["documents"] == 2:  # past the commit
             break
-    assert succeeded and fails_at > 5
+        assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+        old_kept += 1
+    assert_equal(MemoryBank.from_pretrained(saved), make_bank([8, 3], seed=9))
+    # Four data files and the manifest are renamed; these and the directory are flushed before the commit.
+    assert old_kept == {"replace": 4 if after else 5, "fsync": 6}[function]
 
 
 def test_data_are_flushed_before_the_manifest_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -536,11 +547,11 @@ def test_wrong_tensors(saved: Path) -> None:
         ({keys: good[keys]}, "holds the tensors ['layers.1.routing_keys'] instead of"),
         ({**good, "more": torch.zeros(1)}, "holds the tensors"),
     ):
-        replace_file(saved, shard, lambda path, tensors=tensors: save_file(tensors, path))
+        replace_file(saved, shard, partial(save_file, tensors))
         refused(saved, "layer-001", message)
     header = b'{"layers.1.content":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'
     for data in (len(header).to_bytes(8, "little") + header, (2**62).to_bytes(8, "little"), b"\x80\x04N."):
-        replace_file(saved, shard, lambda path, data=data: path.write_bytes(data))
+        replace_file(saved, shard, partial(Path.write_bytes, data=data))
         refused(saved, "layer-001", "not a valid safetensors file")
 
 
@@ -603,7 +614,7 @@ def test_wrong_tables(saved: Path) -> None:
     ):
         assert data.count(old) == 1
         damaged = data.replace(old, new)
-        replace_file(saved, table, lambda path, damaged=damaged: path.write_bytes(damaged))
+        replace_file(saved, table, partial(Path.write_bytes, data=damaged))
         refused(saved, "not the table of a bank")
 
     for text in ("{", "[1]", "NaN", "[" * 100_000):
