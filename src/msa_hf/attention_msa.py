@@ -3,6 +3,10 @@
 `model.forward` hands every attention layer a *pass* object by the keyword `memory_pass`; it says what this run of the
 backbone is for. `PrefixPass` records keys and values of the prefix, `EncodingPass` pools those of documents,
 `AttendingPass` routes and attends. Without a pass the base's own attention function runs, untouched.
+
+`finish()` hands out what a pass recorded, and ends the recording. Under gradient checkpointing the graph holds the
+pass, to run a layer again before its backward: that run must compute the same once more, and keep nothing, because a
+pass that held on to tensors of the graph would keep both alive for ever.
 """
 
 import sys
@@ -110,6 +114,12 @@ class PrefixPass:
     """Records keys and values [B, G, p, D] (after norm and RoPE) of the prefix in every layer."""
 
     states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    recording: bool = True
+
+    def finish(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Layer -> keys and values; the pass lets go of them."""
+        states, self.states, self.recording = self.states, {}, False
+        return states
 
     def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
         pass
@@ -124,7 +134,8 @@ class PrefixPass:
         *args: Any,
         **kwargs: Any,
     ) -> AttentionOutput:
-        self.states.setdefault(module.layer_idx, (key, value))
+        if self.recording:
+            self.states[module.layer_idx] = (key, value)
         return base(module, query, key, value, *args, **kwargs)
 
 
@@ -150,6 +161,12 @@ class EncodingPass:
     stop: bool
     layers: dict[int, LayerMemory] = field(default_factory=dict)
     router_keys: dict[int, Tensor] = field(default_factory=dict)
+    recording: bool = True
+
+    def finish(self) -> dict[int, LayerMemory]:
+        """Layer -> `LayerMemory`; the pass lets go of them."""
+        layers, self.layers, self.recording = self.layers, {}, False
+        return layers
 
     def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
         if not self.config.shared_router:
@@ -166,9 +183,10 @@ class EncodingPass:
         **kwargs: Any,
     ) -> AttentionOutput:
         layer = module.layer_idx
-        # A layer runs twice under gradient checkpointing; the first result is the one that others have used.
-        if layer in self.config.memory_layers and layer not in self.layers:
-            self.layers[layer] = self._pool(layer, key, value)
+        if layer in self.config.memory_layers:
+            pooled = self._pool(layer, key, value)
+            if self.recording:
+                self.layers[layer] = pooled
             if self.stop and len(self.layers) == len(self.config.memory_layers):
                 raise EncodingDone
         return base(module, query, key, value, *args, **kwargs)
@@ -203,7 +221,7 @@ class AttendingPass:
         visible: [B, N] bool, documents that a sample may choose; None for all.
         force_documents: [B, n] int64 documents to attend to instead of the routed ones, -1 for none.
         keep_document_scores: report the scores of all documents.
-        contexts: layer -> `Context` of the turns before; written where `keep_contexts`.
+        contexts: layer -> `Context` of the turns before; those of this turn are written there where `keep_contexts`.
         routing: layer -> `LayerRouting`, the result.
     """
 
@@ -220,6 +238,15 @@ class AttendingPass:
     keep_contexts: bool = False
     routing: dict[int, LayerRouting] = field(default_factory=dict)
     router_queries: dict[int, Tensor] = field(default_factory=dict)
+    recording: bool = True
+
+    def __post_init__(self) -> None:
+        self.previous = dict(self.contexts)
+
+    def finish(self) -> dict[int, LayerRouting]:
+        """Layer -> `LayerRouting`; the pass lets go of them and of the contexts."""
+        routing, self.routing, self.contexts, self.recording = self.routing, {}, {}, False
+        return routing
 
     def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
         if self.routing_mask is not None and not self.config.shared_router:
@@ -236,14 +263,14 @@ class AttendingPass:
         **kwargs: Any,
     ) -> AttentionOutput:
         layer = module.layer_idx
-        context = self.contexts.get(layer)
+        context = self.previous.get(layer)
         if layer in self.config.memory_layers and self.routing_mask is not None:
             context = self._route(module, query, context)
         elif context is None:
             context = self._prefix_context(layer, query)
         if context is None:
             return base(module, query, key, value, attention_mask, **kwargs)
-        if self.keep_contexts:
+        if self.keep_contexts and self.recording:
             self.contexts[layer] = context
         output = context_attention(
             query,
@@ -295,7 +322,9 @@ class AttendingPass:
         else:
             documents = self.force_documents.to(device)
             best = scores.detach().gather(1, documents.clamp(min=0)).masked_fill(documents < 0, float("-inf"))
-        self.routing.setdefault(layer, self._report(documents, best, scores, query.device))
+        report = self._report(documents, best, scores, query.device)
+        if self.recording:
+            self.routing[layer] = report
         context = self._gather(module, memory, documents, offsets, scores, query)
         if previous is not None:
             # A sample without a routing token in this turn keeps what it had.

@@ -61,9 +61,8 @@ class MemoryMixin:
             use_cache=False,
             memory_pass=prefix_pass,
         )
-        if default:
-            return {layer: (key[0], value[0]) for layer, (key, value) in prefix_pass.states.items()}
-        return prefix_pass.states
+        states = prefix_pass.finish()
+        return {layer: (key[0], value[0]) for layer, (key, value) in states.items()} if default else states
 
     def encode_batch(self, ids: Tensor, lengths: Tensor) -> dict[int, LayerMemory]:
         """Encode right-padded documents; nothing behind the last memory layer's keys and values is computed.
@@ -86,7 +85,7 @@ class MemoryMixin:
                 use_cache=False,
                 memory_pass=encoding,
             )
-        return encoding.layers
+        return encoding.finish()
 
     def encode_documents(self, documents: Iterable[Any], tokenizer: Any = None, **kwargs: Any) -> MemoryBank:
         """Encode documents into a bank (paper, 3.1). The result does not depend on batch size or order.
@@ -205,7 +204,7 @@ class MemoryMixin:
         )
         return_dict = kwargs.pop("return_dict", None)
         output = self.run_base(**kwargs, memory_pass=attending, return_dict=True)
-        result = type(self).output_class(**output, routing=attending.routing)
+        result = type(self).output_class(**output, routing=attending.finish())
         return result if return_dict is not False else result.to_tuple()
 
     @staticmethod

@@ -9,18 +9,42 @@ import torch
 from torch import Tensor
 
 
-def positive_mask(positive_docs: Tensor, count: int) -> Tensor:
-    """[B, P] int64 document numbers, padded with -1 -> [B, count] bool.
+def positive_mask(positive_docs: Tensor, present: Tensor) -> Tensor:
+    """The positives of every sample.
+
+    Args:
+        positive_docs: [B, P] int64 document numbers, padded with -1.
+        present: [B, N] bool, documents that a sample has.
+
+    Returns:
+        [B, N] bool.
 
     Raises:
-        ValueError: for a number outside the documents.
+        ValueError: for a document that a sample does not have, naming both.
     """
-    if positive_docs.dim() != 2 or positive_docs.is_floating_point():
-        raise ValueError("`positive_docs` must be [batch, n] document numbers from 0, padded with -1.")
-    if positive_docs.numel() and (int(positive_docs.max()) >= count or int(positive_docs.min()) < -1):
-        raise ValueError(f"`positive_docs` names document {int(positive_docs.max())}, but there are {count} documents.")
-    mask = torch.zeros(positive_docs.shape[0], count + 1, dtype=torch.bool, device=positive_docs.device)
+    batch, count = present.shape
+    if positive_docs.dim() != 2 or positive_docs.shape[0] != batch or positive_docs.is_floating_point():
+        raise ValueError(
+            f"`positive_docs` must be [{batch}, n] document numbers from 0, padded with -1, got "
+            f"{list(positive_docs.shape)} of {positive_docs.dtype}."
+        )
+    inside = (positive_docs >= 0) & (positive_docs < count)
+    inside &= present.gather(1, positive_docs.clamp(0, count - 1))
+    if not bool((inside | (positive_docs == -1)).all()):
+        sample, place = (~inside & (positive_docs != -1)).nonzero()[0].tolist()
+        raise ValueError(
+            f"`positive_docs` of sample {sample} names document {int(positive_docs[sample, place])}, but its documents "
+            f"are {_ranges(present[sample])}; numbers count from 0, -1 stands for none."
+        )
+    mask = torch.zeros(batch, count + 1, dtype=torch.bool, device=positive_docs.device)
     return mask.scatter(1, torch.where(positive_docs < 0, count, positive_docs), True)[:, :count]
+
+
+def _ranges(present: Tensor) -> str:
+    numbers = present.nonzero().flatten().tolist()
+    if not numbers:
+        return "none"
+    return f"{numbers[0]} to {numbers[-1]}" if len(numbers) == numbers[-1] - numbers[0] + 1 else str(numbers)
 
 
 def router_loss(
@@ -39,7 +63,7 @@ def router_loss(
     Returns:
         [B] float32, 0 for samples without positives.
     """
-    seen = scores > float("-inf")
+    seen = ~torch.isneginf(scores)
     logits = torch.where(seen, scores.float(), 0.0) / temperature
     rivals = seen & ~positives if form.startswith("infonce_decoupled") else seen
     # A finite stand-in for -inf keeps gradients finite where a sample has no rival at all.
@@ -65,7 +89,7 @@ def auxiliary_loss(
 
     Under gradient accumulation (`num_items_in_batch`, the labelled tokens of all micro-batches together) each sample
     counts by its share of those tokens instead, so that the micro-batches' losses add up to the same whatever their
-    size.
+    size. Tokens are counted as the language-model loss counts them: the first of a row has no prediction.
 
     Args:
         document_scores: layer -> [B, N] float32.
@@ -86,7 +110,7 @@ def auxiliary_loss(
         ]
     ).mean(0)
     if num_items_in_batch is not None and labels is not None:
-        share = (labels != -100).sum(1) / torch.as_tensor(num_items_in_batch, device=labels.device)
+        share = (labels[:, 1:] != -100).sum(1) / torch.as_tensor(num_items_in_batch, device=labels.device).clamp(min=1)
         return (losses * share.to(losses.device)).sum()
     samples = positives.any(1).to(losses.device)
     return losses.masked_fill(~samples, 0.0).sum() / samples.sum().clamp(min=1)

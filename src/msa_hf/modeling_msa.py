@@ -52,7 +52,8 @@ class MSAForCausalLM(TrainingMixin, CheckpointMixin):
                 `attention_mask`. `input_ids` then hold question, tail and answer; tokens before the first label route
                 unless `routing_mask` says which.
             positive_docs: [B, P] int64 document numbers (of the row or the pool, from 0), -1 for none.
-            labels: [B, T]; answer_labels: [B, T] labels counted a second time with `answer_loss_weight`.
+            labels: [B, T], -100 for none.
+            answer_mask: [B, T] bool, labels that count a second time, with `answer_loss_weight`.
             num_items_in_batch: labelled tokens of all micro-batches together.
 
         Returns:
@@ -60,12 +61,10 @@ class MSAForCausalLM(TrainingMixin, CheckpointMixin):
         """
         if kwargs.get("doc_ids") is not None or kwargs.get("documents") is not None:
             return self.training_forward(**kwargs)
+        if given := [name for name in TRAINING_ARGUMENTS if kwargs.pop(name, None) is not None]:
+            raise ValueError(f"`{given[0]}` belongs to a training step: pass `documents` or `doc_ids` with it.")
         if attends(kwargs):
-            if kwargs.pop("positive_docs", None) is not None or kwargs.pop("answer_labels", None) is not None:
-                raise ValueError(
-                    "`positive_docs` and `answer_labels` belong to training: pass `documents` or `doc_ids`."
-                )
-            output = self.memory_forward(**{k: v for k, v in kwargs.items() if k not in TRAINING_ARGUMENTS})
+            output = self.memory_forward(**kwargs)
             if isinstance(output, MSACausalLMOutput):
                 output.lm_loss = output.loss
             return output

@@ -16,7 +16,7 @@ class MSACausalLMOutput(CausalLMOutputWithPast):
         loss: weighted sum of the losses below, where labels or positive documents were given.
         lm_loss: language-model loss.
         aux_loss: auxiliary loss of the routers.
-        answer_loss: language-model loss over `answer_labels`.
+        answer_loss: language-model loss over the labels that `answer_mask` marks.
         routing: memory layer -> `LayerRouting`; empty in a turn that does not route.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,6 +49,27 @@ class PackedRows:
     document_row: Tensor
     document_number: Tensor
 
+    @cached_property
+    def places(self) -> Tensor:
+        """[B, n] int64, where row b's document i lies among the documents of all rows; -1 for none."""
+        count = int(self.document_number.max()) + 1
+        places = self.document_row.new_full((self.active.mask.shape[0], count), -1)
+        places[self.document_row, self.document_number] = torch.arange(len(self.document_row), device=places.device)
+        return places
+
+
+@dataclass(frozen=True)
+class PooledDocuments:
+    """Documents shared by all questions of a batch.
+
+    Attributes:
+        ids: [N, L] int64, right-padded with 0.
+        lengths: [N] int64, tokens of each document.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+
 
 def _blocks(sequence: Tensor, index: Tensor, count: int) -> TokenBlocks:
     """Tokens at `index` [n], the j-th in sequence `sequence[j]` [n] (0 .. count - 1), as right-padded blocks."""
@@ -62,16 +84,18 @@ def _blocks(sequence: Tensor, index: Tensor, count: int) -> TokenBlocks:
     return TokenBlocks(blocks, torch.arange(width, device=index.device) < lengths[:, None])
 
 
-def unpack_rows(doc_ids: Tensor, attention_mask: Tensor) -> PackedRows:
+def unpack_rows(doc_ids: Tensor, attention_mask: Tensor, limit: int | None = None) -> PackedRows:
     """Take packed rows apart.
 
     Args:
         doc_ids: [B, T] int64: 1, 2, ... documents, 0 routing tokens, -1 other active tokens, -2 template tokens: those
             that open the row are the prefix, later ones are active.
         attention_mask: [B, T] bool.
+        limit: tokens that the longest document may have.
 
     Raises:
-        ValueError: for prefixes of different lengths, which one cache of positions cannot hold.
+        ValueError: for no documents, one above the limit, or prefixes of different lengths, which one cache of
+            positions cannot hold.
     """
     batch, width = doc_ids.shape
     if int(doc_ids.min()) < TEMPLATE:
@@ -84,52 +108,84 @@ def unpack_rows(doc_ids: Tensor, attention_mask: Tensor) -> PackedRows:
     prefix = _blocks(row[before], flat[before], batch)
     if not bool(prefix.mask.all()):
         raise ValueError("The rows of a packed batch must open with equally many template tokens (doc_ids -2).")
-    names, number = torch.unique(row[is_document] * (width + 1) + doc_ids[is_document], return_inverse=True)
+    numbers = int(doc_ids.max()) + 1
+    names, number = torch.unique(row[is_document] * numbers + doc_ids[is_document], return_inverse=True)
+    if not len(names):
+        raise ValueError("A packed batch needs at least one document (`doc_ids` of 1 and more).")
+    documents = _blocks(number, flat[is_document], len(names))
+    document_row, document_number = names // numbers, names % numbers - 1
+    if (place := _too_long(documents.mask.sum(1), limit)) is not None:
+        raise ValueError(
+            f"Document {int(document_number[place])} of row {int(document_row[place])} has "
+            f"{int(documents.mask[place].sum())} tokens, but the model has {limit} positions; split it."
+        )
     return PackedRows(
         prefix=prefix,
-        documents=_blocks(number, flat[is_document], len(names)),
+        documents=documents,
         active=_blocks(row[is_active], flat[is_active], batch),
-        document_row=names // (width + 1),
-        document_number=names % (width + 1) - 1,
+        document_row=document_row,
+        document_number=document_number,
     )
 
 
-def pooled_documents(documents: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The `documents` argument of a training step as ids [N, L] int64, right-padded with 0, and lengths [N] int64.
+def pool_documents(documents: Any, device: torch.device, limit: int | None = None) -> PooledDocuments:
+    """Read the `documents` argument of a training step.
 
     Args:
-        documents: token id lists (or 1-d tensors), or what a tokenizer returns with `padding=True,
-            return_tensors="pt"`: a mapping with `input_ids` and `attention_mask` [N, L].
+        documents: token id lists, or 1-d tensors, or one tensor [N, L]; or what a tokenizer returns: a mapping with
+            such `input_ids` and, where they are padded, an `attention_mask` like them.
+        device: where the result is.
+        limit: tokens that the longest document may have.
 
     Raises:
-        ValueError: for no documents or an empty one, naming it.
+        ValueError: for anything else, no documents, and an empty or too long one, naming it.
     """
+    mask = None
     if isinstance(documents, Mapping):
-        ids, mask = documents["input_ids"], documents["attention_mask"].bool()
-        rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)] if not _right_padded(mask) else None
-        if rows is None:
-            lengths = mask.sum(1)
-            ids, lengths = ids.masked_fill(~mask, 0).to(device), lengths.to(device)
-            return _checked(ids, lengths)
-        documents = rows
-    if not isinstance(documents, Sequence) or isinstance(documents, str):
+        if "input_ids" not in documents:
+            raise ValueError(f"`documents` has no `input_ids`, only {sorted(documents)}.")
+        documents, mask = documents["input_ids"], documents.get("attention_mask")
+    if isinstance(documents, str) or not isinstance(documents, Sequence | Tensor):
         raise ValueError(
-            f"`documents` must be token id lists or a mapping with `input_ids` and `attention_mask`, got {type(documents)}."
+            "`documents` must be token id lists or a mapping with `input_ids` and `attention_mask`, "
+            f"got {type(documents).__name__}."
         )
-    tensors = [torch.as_tensor(document, dtype=torch.long, device=device).flatten() for document in documents]
-    lengths = torch.tensor([len(tensor) for tensor in tensors], device=device, dtype=torch.long)
-    if not tensors:
+    if not len(documents):
         raise ValueError("`documents` is empty: a training step needs at least one document.")
-    return _checked(torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True), lengths)
+    if isinstance(mask, Tensor) and isinstance(documents, Tensor) and _right_padded(mask.bool()):
+        real = mask.bool()
+        pool = PooledDocuments(documents.long().masked_fill(~real, 0).to(device), real.sum(1).to(device))
+    else:
+        rows = [_document(number, document, device) for number, document in enumerate(documents)]
+        if mask is not None:
+            rows = [row[torch.as_tensor(keep, device=device).bool()] for row, keep in zip(rows, mask, strict=True)]
+        pool = PooledDocuments(
+            torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+            torch.tensor([len(row) for row in rows], device=device, dtype=torch.long),
+        )
+    if int(pool.lengths.min()) < 1:
+        raise ValueError(f"Document {int(pool.lengths.argmin())} of `documents` has no tokens; leave it out.")
+    if (place := _too_long(pool.lengths, limit)) is not None:
+        raise ValueError(
+            f"Document {place} of `documents` has {int(pool.lengths[place])} tokens, but the model has {limit} "
+            "positions; split it."
+        )
+    return pool
+
+
+def _document(number: int, document: Any, device: torch.device) -> Tensor:
+    if isinstance(document, str) or not (hasattr(document, "__len__") and getattr(document, "ndim", 1) == 1):
+        raise ValueError(
+            f"Document {number} of `documents` must be a list of token ids, got {type(document).__name__}."
+        )
+    return torch.as_tensor(document, dtype=torch.long, device=device)
 
 
 def _right_padded(mask: Tensor) -> bool:
     return bool((mask.long().diff(dim=1) <= 0).all())
 
 
-def _checked(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    if not len(lengths):
-        raise ValueError("`documents` is empty: a training step needs at least one document.")
-    if int(lengths.min()) < 1:
-        raise ValueError(f"Document {int(lengths.argmin())} of `documents` has no tokens; leave it out.")
-    return ids, lengths
+def _too_long(lengths: Tensor, limit: int | None) -> int | None:
+    """The first document above the limit."""
+    longest = int(lengths.argmax())
+    return longest if limit is not None and int(lengths[longest]) > limit else None

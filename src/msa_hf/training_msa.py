@@ -1,4 +1,7 @@
-"""The training forward (paper, 3.4): packed rows, or a pool of documents shared by the questions of a batch."""
+"""The training forward (paper, 3.4): packed rows, or a pool of documents shared by the questions of a batch.
+
+One step's losses, and nothing that a checkpoint cannot carry; what people train with is the package `training`.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,25 @@ from torch import Tensor, nn
 from .attention_msa import AttendingPass, EncodingPass, PrefixPass, chunks_of
 from .inference_msa import MemoryMixin
 from .losses_msa import auxiliary_loss, positive_mask
+from .memory_msa import LayerMemory
 from .outputs_msa import MSACausalLMOutput
-from .packing_msa import PackedRows, pooled_documents, unpack_rows
-from .retrofit_msa import attention_layers
+from .packing_msa import PackedRows, PooledDocuments, TokenBlocks, pool_documents, unpack_rows
 from .routing_msa import LayerRouting
 
-TRAINING_ARGUMENTS = ("doc_ids", "documents", "positive_docs", "answer_labels")
+# None but `labels` may have "label" in its name: Trainer evaluates a loss only where all arguments named so are given.
+TRAINING_ARGUMENTS = ("doc_ids", "documents", "positive_docs", "answer_mask")
+
+
+class DifferentiableEncodingPass(EncodingPass):
+    """Encodes documents for a loss, and refuses to where what it keeps would carry no gradient."""
+
+    def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
+        if self.recording and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "The documents of this training step would get no gradient: gradient checkpointing runs with "
+                "use_reentrant=True. Enable it with use_reentrant=False (the default of transformers)."
+            )
+        super().enter(module, hidden_states)
 
 
 class TrainingMixin(MemoryMixin):
@@ -23,14 +39,14 @@ class TrainingMixin(MemoryMixin):
 
     def training_forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         doc_ids: Tensor | None = None,
         documents: Any = None,
         positive_docs: Tensor | None = None,
-        answer_labels: Tensor | None = None,
+        answer_mask: Tensor | None = None,
         routing_mask: Tensor | None = None,
         force_documents: Tensor | None = None,
         num_items_in_batch: Any = None,
@@ -41,119 +57,130 @@ class TrainingMixin(MemoryMixin):
             raise ValueError("Pass packed rows (`doc_ids`) or a pool (`documents`), not both.")
         if kwargs.pop("memory", None) is not None:
             raise ValueError("A training step brings its own documents; leave `memory` out.")
-        if kwargs.pop("past_key_values", None) is not None or kwargs.pop("inputs_embeds", None) is not None:
+        others = [kwargs.pop(name, None) for name in ("past_key_values", "inputs_embeds")]
+        if input_ids is None or any(other is not None for other in others):
             raise ValueError("A training step takes `input_ids` and no cache.")
+        if doc_ids is not None and routing_mask is not None:
+            raise ValueError("Packed rows say in `doc_ids` which tokens route (0); leave `routing_mask` out.")
+        if answer_mask is not None and labels is None:
+            raise ValueError("`answer_mask` says which of the `labels` count again, but there are none.")
+        _refuse_other_shapes(
+            input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            doc_ids=doc_ids,
+            answer_mask=answer_mask,
+            routing_mask=routing_mask,
+        )
         kwargs.pop("use_cache", None)
         kwargs.pop("output_document_scores", None)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        mask = mask.bool()
+        mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
+        if not bool(mask.any(1).all()):
+            raise ValueError(f"Question {int((~mask.any(1)).nonzero()[0])} of the batch is only padding; leave it out.")
+
+        batch, limit = input_ids.shape[0], getattr(self.config, "max_position_embeddings", None)
         if doc_ids is not None:
-            rows = unpack_rows(doc_ids, mask)
-            output, scores = self._packed_forward(rows, input_ids, doc_ids, position_ids, force_documents, kwargs)
+            rows = unpack_rows(doc_ids, mask, limit)
+            present = rows.places >= 0
         else:
-            output, scores = self._pool_forward(
-                input_ids, mask, position_ids, labels, documents, routing_mask, force_documents, kwargs
-            )
-        if torch.is_grad_enabled() and not self.config.shared_router and self._router_gradient_lost(scores):
-            raise RuntimeError(
-                "The routers' scores carry no gradient: gradient checkpointing runs with use_reentrant=True. "
-                "Enable it with use_reentrant=False (the default of transformers)."
-            )
-        loss_kwargs = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-        vocabulary = {"vocab_size": self.config.vocab_size, **loss_kwargs}
+            pool = pool_documents(documents, input_ids.device, limit)
+            present = torch.ones(batch, len(pool.lengths), dtype=torch.bool, device=input_ids.device)
+        positives = None if positive_docs is None else positive_mask(positive_docs.to(present.device), present)
+        if force_documents is not None:
+            force_documents = self.checked_documents(force_documents, batch, present.shape[1]).to(present.device)
+        if doc_ids is not None:
+            output = self._packed_forward(rows, input_ids, doc_ids, position_ids, force_documents, kwargs)
+        else:
+            if routing_mask is None:
+                routing_mask = _tokens_before_labels(mask, labels)
+            output = self._pool_forward(pool, input_ids, mask, position_ids, routing_mask, force_documents, kwargs)
+
         terms: list[Tensor] = []
         if labels is not None:
-            output.lm_loss = cast(Any, self).loss_function(output.logits, labels, **vocabulary)
+            output.lm_loss = self._language_loss(output.logits, labels, num_items_in_batch)
             terms.append(self.config.lm_loss_weight * output.lm_loss)
-        if answer_labels is not None:
-            output.answer_loss = cast(Any, self).loss_function(output.logits, answer_labels, **vocabulary)
+        if labels is not None and answer_mask is not None:
+            answers = labels.masked_fill(~answer_mask.bool(), -100)
+            output.answer_loss = self._language_loss(output.logits, answers, num_items_in_batch)
             terms.append(self.config.answer_loss_weight * output.answer_loss)
-        if positive_docs is not None:
-            some = next(iter(scores.values()))
-            positives = positive_mask(positive_docs.to(some.device), some.shape[1])
+        if positives is not None:
+            scores = _scores_of(output.routing)
             output.aux_loss = auxiliary_loss(scores, positives, self.config, labels, num_items_in_batch)
             terms.append(self.config.aux_loss_weight * output.aux_loss)
         if terms:
             output.loss = torch.stack([term.to(output.logits.device) for term in terms]).sum()
         return output if return_dict is not False else output.to_tuple()
 
-    def _router_gradient_lost(self, scores: dict[int, Tensor]) -> bool:
-        routers = [
-            parameter.requires_grad
-            for module in attention_layers(cast(nn.Module, self)).values()
-            if hasattr(module, "router_q_proj")
-            for parameter in module.router_q_proj.parameters()
-        ]
-        return any(routers) and not any(item.requires_grad for item in scores.values())
-
-    def _encode_for_training(self, ids: Tensor, lengths: Tensor, **kwargs: Any) -> tuple[EncodingPass, Any]:
-        """Encode right-padded documents [N, L], with gradients and through all layers."""
-        similarity = self.config.training_similarity or self.config.similarity
-        encoding = EncodingPass(self.config, lengths, similarity, stop=False)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        kwargs.setdefault("position_ids", positions)
-        output = self.run_base(
-            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, memory_pass=encoding, **kwargs
+    def _language_loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+        """The base's loss; 0 where nothing is labelled."""
+        count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        return cast(Any, self).loss_function(
+            logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=count.clamp(min=1)
         )
-        return encoding, output
 
-    def _attend_in_training(
-        self, encoding: EncodingPass, lengths: Tensor, prefix: dict[int, tuple[Tensor, Tensor]], **fields: Any
-    ) -> AttendingPass:
+    def _run_pass(self, memory_pass: Any, input_ids: Tensor, positions: Tensor, **kwargs: Any) -> tuple[Any, Any]:
+        """One run of the base: its output, and what the pass recorded."""
+        kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
+        try:
+            output = self.run_base(
+                input_ids=input_ids,
+                position_ids=positions,
+                use_cache=False,
+                memory_pass=memory_pass,
+                return_dict=True,
+                **kwargs,
+            )
+        finally:
+            recorded = memory_pass.finish()
+        return output, recorded
+
+    def _encoding_pass(self, lengths: Tensor) -> EncodingPass:
+        made = DifferentiableEncodingPass if torch.is_grad_enabled() else EncodingPass
+        return made(self.config, lengths, self._training_similarity, stop=False)
+
+    def _attending_pass(self, layers: dict[int, LayerMemory], lengths: Tensor, **fields: Any) -> AttendingPass:
         return AttendingPass(
             config=self.config,
-            similarity=encoding.similarity,
-            layers=dict(encoding.layers),
+            similarity=self._training_similarity,
+            layers=layers,
             offsets=chunks_of(lengths, self.config.chunk_size),
-            prefix=prefix,
             keep_document_scores=True,
             **fields,
         )
 
+    @property
+    def _training_similarity(self) -> str:
+        return self.config.training_similarity or self.config.similarity
+
     def _pool_forward(
         self,
+        pool: PooledDocuments,
         input_ids: Tensor,
         mask: Tensor,
         position_ids: Tensor | None,
-        labels: Tensor | None,
-        documents: Any,
-        routing_mask: Tensor | None,
+        routing_mask: Tensor,
         force_documents: Tensor | None,
         kwargs: dict[str, Any],
-    ) -> tuple[MSACausalLMOutput, dict[int, Tensor]]:
-        if not bool(mask.any(1).all()):
-            raise ValueError(f"Question {int((~mask.any(1)).nonzero()[0])} of the batch is only padding; leave it out.")
-        ids, lengths = pooled_documents(documents, input_ids.device)
-        if force_documents is not None:
-            force_documents = self.checked_documents(force_documents, input_ids.shape[0], len(lengths))
-        if routing_mask is None:
-            routing_mask = mask if labels is None else mask & ((labels != -100).long().cumsum(1) == 0)
-        encoding, _ = self._encode_for_training(ids, lengths, backbone_only=True)
-        attending = self._attend_in_training(
-            encoding,
-            lengths,
-            self.encode_prefix(),
+    ) -> MSACausalLMOutput:
+        positions = torch.arange(pool.ids.shape[1], device=pool.ids.device).expand(pool.ids.shape)
+        # Padding stands behind the documents, where causal attention does not look.
+        _, layers = self._run_pass(self._encoding_pass(pool.lengths), pool.ids, positions, backbone_only=True)
+        attending = self._attending_pass(
+            layers,
+            pool.lengths,
+            prefix=self.encode_prefix(),
             routing_mask=routing_mask.bool() & mask,
             force_documents=force_documents,
         )
         if position_ids is None:
             position_ids = (mask.long().cumsum(1) - 1).clamp(min=0) + self.config.first_position
-        output = self.run_base(
-            input_ids=input_ids,
-            attention_mask=mask.long(),
-            position_ids=position_ids,
-            use_cache=False,
-            memory_pass=attending,
-            return_dict=True,
-            **kwargs,
-        )
-        result = MSACausalLMOutput(
+        output, routing = self._run_pass(attending, input_ids, position_ids, attention_mask=mask.long(), **kwargs)
+        return MSACausalLMOutput(
             logits=output.logits,
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
-            routing=attending.routing,
+            routing=routing,
         )
-        return result, _scores_of(attending.routing)
 
     def _packed_forward(
         self,
@@ -163,63 +190,42 @@ class TrainingMixin(MemoryMixin):
         position_ids: Tensor | None,
         force_documents: Tensor | None,
         kwargs: dict[str, Any],
-    ) -> tuple[MSACausalLMOutput, dict[int, Tensor]]:
+    ) -> MSACausalLMOutput:
         """The pool's computation on sequences cut out of rows, put together again."""
         batch, width = input_ids.shape
-        first = rows.prefix.mask.shape[1] + self.config.top_k
-        pieces: list[tuple[Any, Any]] = []
+        pieces: list[tuple[TokenBlocks, Any]] = []
 
-        def run(blocks: Any, start: int, memory_pass: Any) -> None:
+        def run(blocks: TokenBlocks, start: int, memory_pass: Any) -> Any:
             length = blocks.mask.shape[1]
             positions = torch.arange(start, start + length, device=input_ids.device).expand(blocks.mask.shape)
             if position_ids is not None:
-                positions = torch.where(blocks.mask, blocks.take(position_ids), positions)
-            output = self.run_base(
-                input_ids=blocks.take(input_ids),
-                attention_mask=torch.ones_like(positions),
-                position_ids=positions,
-                use_cache=False,
-                memory_pass=memory_pass,
-                return_dict=True,
-                **kwargs,
-            )
+                positions = torch.where(blocks.mask, blocks.take(position_ids.expand(input_ids.shape)), positions)
+            output, recorded = self._run_pass(memory_pass, blocks.take(input_ids), positions, **kwargs)
             pieces.append((blocks, output))
+            return recorded
 
-        prefix_pass = PrefixPass()
-        if rows.prefix.mask.shape[1]:
-            run(rows.prefix, 0, prefix_pass)
-        if not len(rows.document_row):
-            raise ValueError("A packed batch needs at least one document (`doc_ids` of 1 and more).")
+        prefix = run(rows.prefix, 0, PrefixPass()) if rows.prefix.mask.shape[1] else {}
         lengths = rows.documents.mask.sum(1)
-        similarity = self.config.training_similarity or self.config.similarity
-        encoding = EncodingPass(self.config, lengths, similarity, stop=False)
-        run(rows.documents, 0, encoding)
-
-        # Where row b's document i lies among the documents of all rows: [B, n], -1 for none.
-        count = int(rows.document_number.max()) + 1
-        place = torch.full((batch, count), -1, device=input_ids.device)
-        place[rows.document_row, rows.document_number] = torch.arange(len(lengths), device=input_ids.device)
-        visible = rows.document_row == torch.arange(batch, device=input_ids.device)[:, None]
+        layers = run(rows.documents, 0, self._encoding_pass(lengths))
         routing: dict[int, LayerRouting] = {}
         if rows.active.mask.any():
+            places = rows.places
             if force_documents is not None:
-                force_documents = self.checked_documents(force_documents, batch, count)
-                forced = place.gather(1, force_documents.clamp(min=0))
-                force_documents = forced.masked_fill(force_documents < 0, -1)
-            attending = self._attend_in_training(
-                encoding,
+                force_documents = places.gather(1, force_documents.clamp(min=0)).masked_fill(force_documents < 0, -1)
+            attending = self._attending_pass(
+                layers,
                 lengths,
-                prefix_pass.states,
+                prefix=prefix,
                 routing_mask=rows.active.take(doc_ids, fill=-1) == 0,
-                visible=visible,
+                visible=rows.document_row == torch.arange(batch, device=input_ids.device)[:, None],
                 force_documents=force_documents,
             )
-            run(rows.active, first, attending)
+            found = run(rows.active, rows.prefix.mask.shape[1] + self.config.top_k, attending)
+            # From documents of all rows to those of each row.
             number = torch.cat([rows.document_number, rows.document_number.new_full((1,), -1)])
-            for layer, found in attending.routing.items():
-                assert found.document_scores is not None
-                scores = found.document_scores.gather(1, place.clamp(min=0)).masked_fill(place < 0, float("-inf"))
-                routing[layer] = LayerRouting(number[found.documents], found.scores, scores)
+            for layer, item in found.items():
+                scores = item.document_scores.gather(1, places.clamp(min=0)).masked_fill(places < 0, float("-inf"))
+                routing[layer] = LayerRouting(number[item.documents], item.scores, scores)
 
         def assemble(part_of: Any) -> Tensor:
             states = part_of(pieces[0][1])
@@ -230,13 +236,53 @@ class TrainingMixin(MemoryMixin):
 
         hidden_states = None
         if pieces[0][1].get("hidden_states") is not None:
-            layers = range(len(pieces[0][1].hidden_states))
-            hidden_states = tuple(assemble(lambda output, layer=layer: output.hidden_states[layer]) for layer in layers)
-        result = MSACausalLMOutput(
+            layer_count = range(len(pieces[0][1].hidden_states))
+            hidden_states = tuple(
+                assemble(lambda output, layer=layer: output.hidden_states[layer]) for layer in layer_count
+            )
+        return MSACausalLMOutput(
             logits=assemble(lambda output: output.logits), hidden_states=hidden_states, routing=routing
         )
-        return result, _scores_of(routing)
 
 
-def _scores_of(routing: dict[int, LayerRouting]) -> dict[int, Tensor]:
-    return {layer: found.document_scores for layer, found in routing.items() if found.document_scores is not None}
+def _refuse_other_shapes(input_ids: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None and other.shape != input_ids.shape:
+            raise ValueError(f"`{name}` must be {list(input_ids.shape)} like `input_ids`, got {list(other.shape)}.")
+
+
+def _tokens_before_labels(mask: Tensor, labels: Tensor | None) -> Tensor:
+    """[B, T] bool tokens that route by default.
+
+    Raises:
+        ValueError: where the labels leave a question without any.
+    """
+    if labels is None:
+        return mask
+    routing_mask = mask & ((labels != -100).long().cumsum(1) == 0)
+    if not bool(routing_mask.any(1).all()):
+        raise ValueError(
+            f"Question {int((~routing_mask.any(1)).nonzero()[0])} of the batch has no token before its first label, so "
+            "nothing of it routes. Set the labels of the question to -100, or say with `routing_mask` what routes."
+        )
+    return routing_mask
+
+
+def _scores_of(routing: dict[int, LayerRouting] | None) -> dict[int, Tensor]:
+    """Layer -> document scores [B, N].
+
+    Raises:
+        ValueError: where there are none, or they are not numbers.
+    """
+    scores = {
+        layer: item.document_scores for layer, item in (routing or {}).items() if item.document_scores is not None
+    }
+    if not scores:
+        raise ValueError("`positive_docs` need tokens that route, but no row has any outside its documents.")
+    for layer, item in scores.items():
+        if not bool((item < float("inf")).all()):
+            raise ValueError(
+                f"The router scores of layer {layer} are NaN or infinite: the model's weights hold NaN, or its dtype "
+                "overflows."
+            )
+    return scores

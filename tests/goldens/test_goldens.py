@@ -276,9 +276,11 @@ def test_training_logits_and_scores(model, case) -> None:
 
 
 def test_training_losses_and_gradients(model, case) -> None:
-    answers = case["train/answer_labels"].masked_fill(~case["train/train_qa_samples"][:, None], -100)
+    labels, answers = case["train/labels"], case["train/answer_labels"] != -100
+    assert torch.equal(case["train/answer_labels"][answers], labels[answers])
+    answers &= case["train/train_qa_samples"][:, None]
     model.zero_grad()
-    output = train(model, case, labels=case["train/labels"], answer_labels=answers, positive_docs=positive_docs(case))
+    output = train(model, case, labels=labels, answer_mask=answers, positive_docs=positive_docs(case))
     output.loss.backward()
     for name in ("lm_loss", "aux_loss", "answer_loss", "loss"):
         torch.testing.assert_close(getattr(output, name).detach(), case[f"train/{name}"], atol=1e-5, rtol=2e-6)
