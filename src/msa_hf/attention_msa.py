@@ -215,7 +215,7 @@ class AttendingPass:
         config: MSAConfig.
         similarity: of router queries and keys.
         layers: layer -> `LayerMemory`; empty when contexts are only kept up.
-        offsets: [N + 1] int64 chunk offsets of the documents, on the devices of the keys' (moved where needed).
+        offsets: [N + 1] int64 chunk offsets of the documents; follows the keys from device to device.
         prefix: layer -> keys and values of the prefix, [G, p, D] or [B, G, p, D].
         routing_mask: [B, T] bool tokens that route, or None to keep every sample's context.
         visible: [B, N] bool, documents that a sample may choose; None for all.
@@ -272,7 +272,8 @@ class AttendingPass:
             return base(module, query, key, value, attention_mask, **kwargs)
         if self.keep_contexts and self.recording:
             self.contexts[layer] = context
-        output = context_attention(
+        attention = fused_context_attention if base is ALL_ATTENTION_FUNCTIONS["sdpa"] else context_attention
+        output = attention(
             query,
             key,
             value,
@@ -304,7 +305,8 @@ class AttendingPass:
             router_query = query.transpose(1, 2)
         else:
             router_query = self.router_queries.pop(layer).unflatten(-1, (-1, query.shape[-1]))
-        offsets = self.offsets.to(device)
+        # Moved once for all layers that lie on one device.
+        self.offsets = offsets = self.offsets.to(device)
         scores = score_documents(
             router_query.to(device),
             mask.to(device),
@@ -315,13 +317,19 @@ class AttendingPass:
             query_reduction=self.config.query_reduction,
             chunk_reduction=self.config.chunk_reduction,
         )
+        if bool(scores.isnan().any()):
+            raise ValueError(
+                f"The router scores of layer {layer} are NaN: weights of its router or of the layers below hold NaN, or "
+                "their dtype overflows. No documents can be chosen."
+            )
         if self.visible is not None:
             scores = scores.masked_fill(~self.visible.to(device), NO_SCORE)
         if self.force_documents is None:
             documents, best = select_documents(scores, self.config.top_k)
         else:
             documents = self.force_documents.to(device)
-            best = scores.detach().gather(1, documents.clamp(min=0)).masked_fill(documents < 0, float("-inf"))
+            best = scores.detach().gather(1, documents.clamp(min=0))
+            best = best.masked_fill((documents < 0) | (best <= NO_SCORE), float("-inf"))
         report = self._report(documents, best, scores, query.device)
         if self.recording:
             self.routing[layer] = report
@@ -366,6 +374,56 @@ class AttendingPass:
 def chunks_of(lengths: Tensor, chunk_size: int) -> Tensor:
     """Chunk offsets [N + 1] int64 of documents with `lengths` [N] tokens."""
     return torch.nn.functional.pad(chunk_counts(lengths, chunk_size).cumsum(0), (1, 0))
+
+
+def fused_context_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    context: Context,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`context_attention` through PyTorch's fused kernels, which never hold the attention weights of a prompt.
+
+    They want rows and own tokens joined. That copies the rows once for a prompt; single tokens, for which it would be
+    once per token, and logits that the kernels do not know (softcap, sinks) go through `context_attention`.
+    """
+    length, seen = query.shape[2], key.shape[2]
+    if length == 1 or softcap is not None or sinks is not None:
+        return context_attention(
+            query, key, value, attention_mask, context, scaling=scaling, softcap=softcap, sinks=sinks, dropout=dropout
+        )
+    if attention_mask is None:
+        attention_mask = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(seen - length)[None, None]
+    mask = attention_mask[..., :seen]
+    rows = context.valid[:, None, None, :].expand(-1, 1, length, -1)
+    if context.bias is None and mask.dtype == torch.bool:
+        joined = torch.cat([rows, mask.expand(rows.shape[0], 1, -1, -1)], dim=-1)
+        # A padding token without a context sees nothing; its output is of no interest but must not be NaN.
+        joined = joined | ~joined.any(-1, keepdim=True)
+    else:
+        low = torch.finfo(query.dtype).min
+        bias = torch.zeros_like(rows, dtype=query.dtype)
+        if context.bias is not None:
+            bias = context.bias.to(query.dtype)[:, None, None, :].expand_as(rows)
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, low)
+        own = mask.to(query.dtype).expand(rows.shape[0], 1, -1, -1)
+        joined = torch.cat([bias.masked_fill(~rows, low), own], dim=-1)
+    shared_by = query.shape[1] // key.shape[1]
+    keys, values = (
+        torch.cat([memory.to(value.dtype), states.to(value.dtype)], dim=2).repeat_interleave(shared_by, dim=1)
+        for memory, states in ((context.keys, key), (context.values, value))
+    )
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query.to(value.dtype), keys, values, attn_mask=joined, dropout_p=dropout, scale=scaling
+    )
+    return output.transpose(1, 2).contiguous()
 
 
 def context_attention(
