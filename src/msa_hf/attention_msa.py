@@ -319,8 +319,8 @@ class AttendingPass:
         )
         if bool(scores.isnan().any()):
             raise ValueError(
-                f"The router scores of layer {layer} are NaN: weights of its router or of the layers below hold NaN, or "
-                "their dtype overflows. No documents can be chosen."
+                f"The router scores of layer {layer} are NaN: weights of its router or of the layers below hold NaN, "
+                "or their dtype overflows. No documents can be chosen."
             )
         if self.visible is not None:
             scores = scores.masked_fill(~self.visible.to(device), NO_SCORE)

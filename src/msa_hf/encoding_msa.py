@@ -147,8 +147,8 @@ def _refuse_nan(layers: dict[int, LayerMemory], batch: list[_Item], lengths: Ten
             chunk = int((~finite).nonzero()[0])
             place = int(torch.searchsorted(chunks_of(lengths, chunk_size), chunk, right=True)) - 1
             raise ValueError(
-                f"Document {batch[place].key!r} has NaN or infinite states in layer {layer}: the model's weights hold NaN, "
-                "or its dtype overflows. Nothing was written."
+                f"Document {batch[place].key!r} has NaN or infinite states in layer {layer}: the model's weights hold "
+                "NaN, or its dtype overflows. Nothing was written."
             )
 
 

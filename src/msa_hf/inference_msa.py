@@ -233,9 +233,10 @@ class MemoryMixin:
             raise ValueError(
                 f"`force_documents` must be [{batch}, n] positions in the bank, got {tuple(documents.shape)}."
             )
-        if documents.numel() and (int(documents.max()) >= count or int(documents.min()) < -1):
+        wrong = documents[(documents < -1) | (documents >= count)]
+        if wrong.numel():
             raise ValueError(
-                f"`force_documents` names document {int(documents.max())}, but there are {count}; -1 stands for none."
+                f"`force_documents` names document {int(wrong[0])}, but there are {count}; -1 stands for none."
             )
         ordered = documents.sort(1).values
         if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):

@@ -1,0 +1,125 @@
+"""Tiny models with a memory, each with the plain base it was made of, and batches of questions for them."""
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, base_model
+from reference import Reference
+from torch import Tensor
+
+from msa_hf import MemoryBank, MSAForCausalLM
+
+# Families whose attention scaled_dot_product_attention cannot compute (softcap, sinks).
+EAGER_ONLY = ("gemma2", "gpt_oss")
+BACKENDS = [
+    pytest.param(family, attention, id=f"{family}-{attention}")
+    for family in FAMILIES
+    for attention in ("eager", "sdpa")
+    if attention == "eager" or family not in EAGER_ONLY
+]
+# One of each mechanism: plain, hybrid with softcap, hybrid with sinks.
+FEW = [
+    pytest.param(family, attention, id=f"{family}-{attention}")
+    for family, attention in (("qwen3", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager"))
+]
+# A softcap of 1 changes these models' logits; the default of 50 does not.
+OVERRIDES: dict[str, dict[str, Any]] = {"gemma2": {"attn_logit_softcapping": 1.0}}
+LENGTHS = (1, 3, 4, 7, 12)
+CHUNK = 3
+PREFIX = (5, 6, 7)
+VOCABULARY = 128
+
+
+def tokens(*lengths: int, seed: int = 0) -> list[list[int]]:
+    """Random sequences of token ids, without the special ones."""
+    pick = random.Random(seed)
+    return [[pick.randrange(3, VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+@dataclass
+class Setup:
+    """A model with a memory.
+
+    Attributes:
+        base: the plain model, never touched.
+        model: the same with a memory.
+        documents: token ids.
+        bank: `documents`, encoded by `model`.
+    """
+
+    base: Any
+    model: Any
+    documents: list[list[int]]
+    bank: MemoryBank
+
+    @cached_property
+    def reference(self) -> Reference:
+        return Reference(self.base, self.model, self.documents)
+
+
+def setup(
+    family: str = "qwen3",
+    attention: str = "eager",
+    documents: Sequence[Sequence[int]] | None = None,
+    base: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Setup:
+    """A tiny model of `family` with random routers and documents of 1 to 12 tokens in chunks of 3, of which it takes 2.
+
+    Args:
+        documents: token ids; default random ones of `LENGTHS`.
+        base: overrides of the base's configuration.
+        fields: of the memory.
+    """
+    fields = {"chunk_size": CHUNK, "top_k": 2, "router_init": "random", "prefix_token_ids": list(PREFIX), **fields}
+    plain: Any = base_model(family, **{**OVERRIDES.get(family, {}), **(base or {})})
+    plain.set_attn_implementation(attention)
+    model = MSAForCausalLM.from_base(copy.deepcopy(plain), **fields)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "router_" in name and weight.dim() > 1:
+                weight.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(len(name)))
+            elif "router_score_bias" in name:
+                weight.fill_(0.7)
+    documents = [list(document) for document in documents or tokens(*LENGTHS, seed=1)]
+    return Setup(plain, model, documents, model.encode_documents(documents, show_progress=False))
+
+
+def batch_of(
+    questions: Sequence[Sequence[int]], routes: Sequence[Sequence[bool]] | None = None, side: str = "left"
+) -> dict[str, Tensor]:
+    """Questions as a padded batch: `input_ids`, `attention_mask`, and `routing_mask` where `routes` are given."""
+    width = max(map(len, questions))
+
+    def pad(rows: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
+        padding = [[0] * (width - len(row)) for row in rows]
+        pairs = zip(padding, rows, strict=True) if side == "left" else zip(rows, padding, strict=True)
+        return torch.tensor([[*first, *second] for first, second in pairs], dtype=dtype)
+
+    batch = {"input_ids": pad(questions, torch.long)}
+    batch["attention_mask"] = pad([[1] * len(question) for question in questions], torch.long)
+    if routes is not None:
+        batch["routing_mask"] = pad(routes, torch.bool)
+    return batch
+
+
+def samples_of(states: Tensor, batch: dict[str, Tensor]) -> list[Tensor]:
+    """[B, T, ...] -> the states of each sample's real tokens."""
+    return [row[mask.bool()] for row, mask in zip(states, batch["attention_mask"], strict=True)]
+
+
+def assert_same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal up to `tolerance` of the largest number, float32's error over a few layers."""
+    largest = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
+    torch.testing.assert_close(ours.double(), theirs.double(), atol=tolerance * largest, rtol=0.0)
+
+
+def differ(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
