@@ -9,7 +9,7 @@ from reference import NEVER, naive_attention
 from torch import Tensor
 
 from msa_hf import attention_msa
-from msa_hf.attention_msa import ScoreBias, context_attention
+from msa_hf.attention_msa import ScoreBias, context_attention, fused_context_attention
 from msa_hf.cache_msa import Context
 
 HEADS = 4
@@ -75,9 +75,11 @@ def expected(inputs: dict[str, Any], **options: Any) -> Tensor:
 
 
 def check(inputs: dict[str, Any], **options: Any) -> None:
-    found = context_attention(**inputs, **options)
-    assert found.is_contiguous() and found.dtype == inputs["value"].dtype
-    torch.testing.assert_close(found.double(), expected(inputs, **options), atol=1e-5, rtol=1e-5)
+    wanted = expected(inputs, **options)
+    for attention in (context_attention, fused_context_attention):
+        found = attention(**inputs, **options)
+        assert found.is_contiguous() and found.dtype == inputs["value"].dtype
+        torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(params=["one tile", "row by row", "two rows"])
@@ -128,7 +130,8 @@ def test_any_number_of_rows(rows, batch, tiles) -> None:
     check(states(2, 1, 5, rows, batch))
 
 
-def test_gradients(tiles) -> None:
+@pytest.mark.parametrize("attention", [context_attention, fused_context_attention])
+def test_gradients(attention, tiles) -> None:
     """Gradients of queries, keys, values, rows and bias are those of the attention written out."""
     inputs = states(2, 3, 4, rows=4, seed=3)
     context = inputs["context"]
@@ -137,7 +140,7 @@ def test_gradients(tiles) -> None:
     leaves = [inputs["query"], inputs["key"], inputs["value"], context.keys, context.values, bias]
     for leaf in leaves:
         leaf.requires_grad_()
-    found = context_attention(**inputs)
+    found = attention(**inputs)
     weights = torch.randn_like(found)
     ours = torch.autograd.grad((found * weights).sum(), leaves)
 
