@@ -1,6 +1,6 @@
 """A memory of 100 million tokens for any Hugging Face causal LM (Memory Sparse Attention, arXiv 2603.23516)."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from .cache_msa import MSACache
 from .configuration_msa import MSAConfig
@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 AutoConfig.register(MSAConfig.model_type, MSAConfig)
 AutoModel.register(MSAConfig, MSAModel)
 AutoModelForCausalLM.register(MSAConfig, MSAForCausalLM)
+# A tokenizer keeps its own class in tokenizer_config.json; this one reads those that name none.
+AutoTokenizer.register(MSAConfig, PreTrainedTokenizerFast)
 
 __all__ = [
     "Document",

@@ -1,6 +1,8 @@
 """`MSAConfig`: the configuration of a base decoder plus what its memory needs. Data only."""
 
 import difflib
+import inspect
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -135,14 +137,10 @@ class MSAConfig(PreTrainedConfig):
     ) -> None:
         own = {name: value for name, value in locals().items() if name in FIELDS}
         if msa_config is not None:
-            given = {name for name, value in own.items() if value != _DEFAULTS.get(name)}
-            translated = published_fields(msa_config)
-            if clash := sorted(name for name in given & translated.keys() if own[name] != translated[name]):
-                raise ValueError(f"`msa_config` and {clash} both set the same thing; give one of them.")
-            own.update(translated)
+            own = _with_published(own, msa_config)
         if own["base_model_type"] is None:
             # Transformers makes a config without arguments to learn the defaults; no model can be made of it.
-            if kwargs.keys() - {"attn_implementation"}:
+            if kwargs.keys() - {"attn_implementation"} or own != _DEFAULTS:
                 raise ValueError(
                     "`base_model_type` is missing: it names the base decoder, for example 'qwen3'. "
                     "`MSAForCausalLM.from_base(model)` sets it for you."
@@ -151,11 +149,13 @@ class MSAConfig(PreTrainedConfig):
             for name, value in own.items():
                 setattr(self, name, value)
             return
-        if own["base_model_type"] not in CONFIG_MAPPING or own["base_model_type"] == self.model_type:
+        known = isinstance(own["base_model_type"], str) and own["base_model_type"] in CONFIG_MAPPING
+        if not known or own["base_model_type"] == self.model_type:
             raise ValueError(f"`base_model_type` is {own['base_model_type']!r}, which this transformers does not know.")
         kwargs.pop("model_type", None)
         base = CONFIG_MAPPING[own["base_model_type"]](**kwargs)
-        self._refuse_misspelt_fields(kwargs, base)
+        has_defaults = not getattr(base, "has_no_defaults_at_init", False)
+        _refuse_misspelt_fields(kwargs, set(type(base)().to_dict()) if has_defaults else set())
         # The base configuration has validated and standardised its fields; ours lie beside them.
         self.__dict__.update(base.__dict__)
         for name in BASE_CLASS_ATTRIBUTES:
@@ -165,15 +165,25 @@ class MSAConfig(PreTrainedConfig):
             setattr(self, name, value)
         self.validate_memory_fields()
 
-    @staticmethod
-    def _refuse_misspelt_fields(kwargs: dict[str, Any], base: PreTrainedConfig) -> None:
-        known = set(type(base)().to_dict()) if not getattr(base, "has_no_defaults_at_init", False) else set()
-        for name in kwargs:
-            if name in known or name.startswith("_"):
-                continue
-            close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85)
-            if close:
-                raise ValueError(f"`{name}` is not a field of MSAConfig; did you mean `{close[0]}`?")
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """`PreTrainedConfig.from_dict`; overrides of the memory's fields are checked like arguments."""
+        fields = dict(config_dict)
+        if fields.get("model_type", cls.model_type) != cls.model_type:
+            # A plain model's configuration, which PEFT reads where an adapter's base was retrofitted from a checkpoint.
+            fields.setdefault("base_model_type", fields["model_type"])
+        if (msa_config := fields.pop("msa_config", None)) is not None:
+            fields = _with_published(fields, msa_config)
+        overrides = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
+        _refuse_misspelt_fields(kwargs, fields)
+        return super().from_dict({**fields, **overrides}, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        # Dataclasses would leave out the base's fields.
+        if type(self) is not type(other):
+            return NotImplemented
+        mine, theirs = self.to_dict(), other.to_dict()  # type: ignore[attr-defined]
+        return {**mine, "_name_or_path": None} == {**theirs, "_name_or_path": None}
 
     def validate_memory_fields(self) -> None:
         """Check and complete the memory's fields.
@@ -214,17 +224,19 @@ class MSAConfig(PreTrainedConfig):
             self.aux_layers = upper or list(self.memory_layers)
         self.aux_layers = self._layer_list("aux_layers", self.aux_layers, self.memory_layers)
 
-        prefix = [] if self.prefix_token_ids is None else list(self.prefix_token_ids)
-        vocabulary = self.vocab_size
-        if any(not isinstance(token, int) or not 0 <= token < vocabulary for token in prefix):
-            raise ValueError(f"`prefix_token_ids` must be token ids from 0 to {vocabulary - 1}, got {prefix}.")
-        self.prefix_token_ids = prefix
+        prefix = [] if self.prefix_token_ids is None else self.prefix_token_ids
+        vocabulary = range(self.vocab_size)
+        if not isinstance(prefix, list | tuple) or any(
+            type(item) is not int or item not in vocabulary for item in prefix
+        ):
+            raise ValueError(f"`prefix_token_ids` must be a list of token ids below {len(vocabulary)}, got {prefix!r}.")
+        self.prefix_token_ids = list(prefix)
 
     @staticmethod
     def _layer_list(name: str, layers: Any, allowed: Any) -> list[int]:
         if not isinstance(layers, list | tuple) or not layers:
             raise ValueError(f"`{name}` must be a non-empty list of layer indices, got {layers!r}.")
-        bad = [layer for layer in layers if not isinstance(layer, int) or layer not in allowed]
+        bad = [layer for layer in layers if type(layer) is not int or layer not in allowed]
         if bad or len(set(layers)) != len(layers):
             raise ValueError(f"`{name}` must be distinct layers among {list(allowed)}, got {list(layers)}.")
         return sorted(layers)
@@ -241,10 +253,10 @@ class MSAConfig(PreTrainedConfig):
 
     def base_config(self) -> PreTrainedConfig:
         """The configuration of the base model alone, as its own class."""
-        fields = {
-            name: value for name, value in self.to_dict().items() if name not in (*FIELDS, "auto_map", "architectures")
-        }
+        fields = {name: value for name, value in self.to_dict().items() if name not in (*FIELDS, "auto_map")}
         fields.pop("model_type")
+        if fields.get("architectures"):
+            fields["architectures"] = [name.removeprefix("MSA") for name in fields["architectures"]]
         return CONFIG_MAPPING[self.base_model_type](**fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -254,7 +266,29 @@ class MSAConfig(PreTrainedConfig):
         return output
 
 
-_DEFAULTS = dict(zip(MSAConfig.__init__.__code__.co_varnames[1:], MSAConfig.__init__.__defaults__ or (), strict=False))
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(MSAConfig.__init__).parameters.items()
+    if name in FIELDS
+}
+
+
+def _with_published(fields: dict[str, Any], msa_config: Any) -> dict[str, Any]:
+    """`fields` completed by those that `msa_config` sets; a field that both set differently is refused."""
+    if not isinstance(msa_config, dict):
+        raise ValueError(f"`msa_config` must be a dictionary, got {msa_config!r}.")
+    translated = published_fields(msa_config)
+    given = [name for name in translated if name in fields and fields[name] != _DEFAULTS[name]]
+    if clash := sorted(name for name in given if fields[name] != translated[name]):
+        raise ValueError(f"`msa_config` and {clash} both set the same thing; give one of them.")
+    return {**fields, **translated}
+
+
+def _refuse_misspelt_fields(names: Iterable[str], known: Collection[str]) -> None:
+    for name in names:
+        close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85)
+        if close and name not in known and not name.startswith("_"):
+            raise ValueError(f"`{name}` is not a field of MSAConfig; did you mean `{close[0]}`?")
 
 
 def full_attention_layers(config: PreTrainedConfig) -> list[int]:

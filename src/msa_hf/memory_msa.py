@@ -260,7 +260,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
     Covers names, shapes and 64 evenly strided values of every parameter, rounded to bf16, so that the float32 and the
     bf16 load of a checkpoint agree; a change that misses all of those values goes unseen. The output head is left out
-    unless it is the input embedding: the memory does not depend on it.
+    unless it is the input embedding: the memory does not depend on it, and the headless model makes the same one.
 
     Args:
         model: a transformers model. Parameters on the meta device (offloaded) count by name and shape, with a warning.
@@ -268,7 +268,10 @@ def model_fingerprint(model: nn.Module) -> str:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     ignored = {id(weight) for weight in head.parameters()} if head is not None else set()
     ignored -= {id(weight) for weight in embedding.parameters()}
-    named = sorted((name, weight) for name, weight in model.named_parameters() if id(weight) not in ignored)
+    backbone = f"{model.base_model_prefix}."
+    named = sorted(
+        (name.removeprefix(backbone), weight) for name, weight in model.named_parameters() if id(weight) not in ignored
+    )
     samples: dict[torch.device, list[Tensor]] = {}
     meta = 0
     digest = hashlib.sha256()
