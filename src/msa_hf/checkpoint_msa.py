@@ -112,7 +112,7 @@ class CheckpointMixin:
         assert base_class is not None
         name = f"MSA{base_class.__name__}"
         home = vars(sys.modules[cls.__module__])
-        if name in home:
+        if name in home and home[name].base_class is base_class:
             return home[name]
         namespace = {
             "__module__": cls.__module__,
@@ -132,7 +132,7 @@ class CheckpointMixin:
             conversions = get_checkpoint_conversion_mapping(base_model_type)
         if conversions is not None:
             register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
-        home[name] = made  # so that instances can be pickled
+        home.setdefault(name, made)  # so that instances can be pickled
         return made
 
     @classmethod
@@ -154,6 +154,12 @@ class CheckpointMixin:
             if config is None:
                 hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
                 own = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
+                kind = MSAConfig.get_config_dict(pretrained_model_name_or_path, **hub)[0].get("model_type")
+                if kind != MSAConfig.model_type:
+                    raise ValueError(
+                        f"{str(pretrained_model_name_or_path)!r} is a plain {kind!r} checkpoint; "
+                        "load it with from_base()."
+                    )
                 config = MSAConfig.from_pretrained(pretrained_model_name_or_path, **hub, **own)
             made = cls.class_for(config.base_model_type)
             return made.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)  # type: ignore[attr-defined]
@@ -167,17 +173,12 @@ class CheckpointMixin:
         if getattr(getattr(model, "generation_config", None), "_from_model_config", False):
             # Transformers read the options from config.json, for want of a generation_config.json.
             model.generation_config = BaseGenerationConfig.from_model_config(model.config)
-        missing = [name for name in info["missing_keys"] if any(f".{router}." in name for router in ROUTER_MODULES)]
-        if missing:
-            layers = [
-                layer
-                for layer, module in attention_layers(model).items()
-                if any(name.startswith(f"{_name_of(model, module)}.router_") for name in missing)
-            ]
-            initialize_routers(model, router_init, sorted(layers))
-            logger.warning(
-                f"The routers of layers {sorted(layers)} are untrained ({router_init} of the base's weights)."
-            )
+        missing = {name.rpartition(".")[0] for name in info["missing_keys"]}
+        new = {item for name, item in model.named_modules() if name in missing and name.endswith(ROUTER_MODULES)}
+        if new:
+            initialize_routers(model, router_init, new)
+            layers = [layer for layer, module in attention_layers(model).items() if new & set(module.children())]
+            logger.warning(f"Routers of layers {sorted(layers)} are untrained (`router_init={router_init!r}`).")
         return (model, info) if wants_info else model
 
     @classmethod
@@ -233,26 +234,33 @@ class CheckpointMixin:
 
     @classmethod
     def _retrofit(cls, model: Any, own: dict[str, Any], router_init: str) -> Any:
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(f"{type(model).__name__} is not a model of transformers; pass a decoder-only causal LM.")
         if hasattr(model, "_hf_hook"):
             raise ValueError(
                 "The model was dispatched over devices by accelerate, which wraps its forward; "
                 "pass its name or path to from_base() together with `device_map` instead."
             )
         config = cls._config_on(model.config, own)
+        if not isinstance(model, expected := cls.base_mapping[type(model.config)]):
+            wanted = getattr(expected, "__name__", expected)
+            raise ValueError(f"{cls.__name__} cannot stand on {type(model).__name__}; it needs {wanted}.")
         attention_layers(model)
         implementation = memory_implementation(model.config._attn_implementation)
-        made = cls._class_on(type(model), model.config.model_type)
-        old = model.config
-        _replace_config(model, old, config)
+        old, base_class = model.config, type(model)
         config._attn_implementation = old._attn_implementation
         config._experts_implementation = old._experts_implementation
-        attach_routers(model, config)
-        model.__class__ = made
+        made = cls._class_on(base_class, old.model_type)
         try:
+            attach_routers(model, config)
+            _replace_config(model, old, config)
+            model.__class__ = made
             initialize_routers(model, router_init)
             model.set_attn_implementation(implementation)
         except Exception:
-            model.to_base()
+            detach_routers(model)
+            _replace_config(model, config, old)
+            model.__class__ = base_class
             raise
         logger.warning_once("The routers are untrained: what they choose means little until they have been trained.")
         return model
@@ -322,10 +330,6 @@ def _named_forward(mixin: Any, base_class: Any) -> Any:
     forward.__signature__ = base.replace(parameters=[*parameters[:split], *added, *parameters[split:]])  # type: ignore[attr-defined]
     forward.__doc__ = mixin.forward.__doc__
     return forward
-
-
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, item in model.named_modules() if item is module)
 
 
 def _replace_config(model: nn.Module, old: Any, new: Any) -> None:

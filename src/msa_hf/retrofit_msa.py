@@ -1,5 +1,6 @@
 """Retrofit: finding the attention layers of a base model and giving the memory layers their routers."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
     for module in model.modules():
         layer = getattr(module, "layer_idx", None)
         if isinstance(layer, int) and any(hasattr(module, name) for name in ("q_proj", *FUSED_PROJECTIONS)):
+            if layer in found:
+                raise ValueError(
+                    f"{name} cannot hold a memory: its layer {layer} has two attention modules, as encoder-decoders "
+                    "have; a memory needs a decoder-only causal LM."
+                )
             found[layer] = module
     if not found:
         raise ValueError(
@@ -137,35 +143,33 @@ def detach_routers(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def initialize_routers(model: Any, how: str, layers: list[int] | None = None) -> None:
+def initialize_routers(model: Any, how: str, routers: Collection[nn.Module] | None = None) -> None:
     """Set the routers' first weights.
 
     Args:
         model: an MSA model.
         how: `"copy"` starts from the layer's own query and key projections, `"random"` from a normal distribution with
             the configuration's `initializer_range`.
-        layers: which memory layers; default all.
+        routers: which of `ROUTER_MODULES`, of any layers; default all.
 
     Raises:
         ValueError: for another `how`.
     """
     if how not in ("copy", "random"):
         raise ValueError(f"`router_init` must be 'copy' or 'random', got {how!r}.")
-    modules = attention_layers(model)
-    for layer in model.config.memory_layers if layers is None else layers:
-        module = modules[layer]
-        if model.config.score_bias:
-            module.router_score_bias.weight.fill_(1.0)
-        if model.config.shared_router:
-            continue
-        if how == "copy":
+    for module in attention_layers(model).values():
+        here = {name: getattr(module, name) for name in ROUTER_MODULES if hasattr(module, name)}
+        if routers is not None:
+            here = {name: router for name, router in here.items() if router in routers}
+        if (bias := here.pop("router_score_bias", None)) is not None:
+            bias.weight.fill_(1.0)
+        if how == "random":
+            for router in here.values():
+                router.weight.normal_(0.0, getattr(model.config, "initializer_range", 0.02))
+        elif here:
             query, key = query_key_weights(module, model.config)
-            module.router_q_proj.weight.copy_(query)
-            module.router_k_proj.weight.copy_(key)
-        else:
-            std = getattr(model.config, "initializer_range", 0.02)
-            module.router_q_proj.weight.normal_(0.0, std)
-            module.router_k_proj.weight.normal_(0.0, std)
+            for name, router in here.items():
+                router.weight.copy_(query if name == "router_q_proj" else key)
 
 
 def memory_implementation(name: str | None) -> str:

@@ -332,6 +332,17 @@ def test_memory_layers_can_be_added_on_loading(saved: Any) -> None:
         assert torch.equal(new[layer].router_q_proj.weight, old[layer].router_q_proj.weight)
 
 
+def test_a_score_bias_added_on_loading_keeps_the_routers(saved: Any) -> None:
+    """What the checkpoint lacks is initialised, and nothing beside it."""
+    loaded, info = MSAForCausalLM.from_pretrained(saved("qwen3"), score_bias=True, output_loading_info=True)
+    assert all("router_score_bias" in name for name in info["missing_keys"])
+    trained = routers(shared_model("qwen3"))
+    for layer, module in routers(loaded).items():
+        assert torch.equal(module.router_q_proj.weight, trained[layer].router_q_proj.weight)
+        assert torch.equal(module.router_k_proj.weight, trained[layer].router_k_proj.weight)
+        assert torch.equal(module.router_score_bias.weight, torch.ones(1))
+
+
 # What lies in the directory -------------------------------------------------------------------------------------------
 
 
