@@ -137,7 +137,7 @@ class MSAConfig(PreTrainedConfig):
     ) -> None:
         own = {name: value for name, value in locals().items() if name in FIELDS}
         if msa_config is not None:
-            own = _with_published(own, msa_config)
+            own = _with_published(own, msa_config, kwargs)
         if own["base_model_type"] is None:
             # Transformers makes a config without arguments to learn the defaults; no model can be made of it.
             if kwargs.keys() - {"attn_implementation"} or own != _DEFAULTS:
@@ -173,7 +173,7 @@ class MSAConfig(PreTrainedConfig):
             # A plain model's configuration, which PEFT reads where an adapter's base was retrofitted from a checkpoint.
             fields.setdefault("base_model_type", fields["model_type"])
         if (msa_config := fields.pop("msa_config", None)) is not None:
-            fields = _with_published(fields, msa_config)
+            fields = _with_published(fields, msa_config, fields)
         overrides = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
         _refuse_misspelt_fields(kwargs, fields)
         return super().from_dict({**fields, **overrides}, **kwargs)
@@ -273,11 +273,11 @@ _DEFAULTS = {
 }
 
 
-def _with_published(fields: dict[str, Any], msa_config: Any) -> dict[str, Any]:
+def _with_published(fields: dict[str, Any], msa_config: Any, base: dict[str, Any]) -> dict[str, Any]:
     """`fields` completed by those that `msa_config` sets; a field that both set differently is refused."""
     if not isinstance(msa_config, dict):
         raise ValueError(f"`msa_config` must be a dictionary, got {msa_config!r}.")
-    translated = published_fields(msa_config)
+    translated = published_fields(msa_config, base.get("num_hidden_layers", 0))
     given = [name for name in translated if name in fields and fields[name] != _DEFAULTS[name]]
     if clash := sorted(name for name in given if fields[name] != translated[name]):
         raise ValueError(f"`msa_config` and {clash} both set the same thing; give one of them.")
@@ -317,7 +317,7 @@ def default_memory_layers(config: PreTrainedConfig) -> list[int]:
     return [layer for layer in full if layer >= config.num_hidden_layers // 2] or full[-1:]
 
 
-def published_fields(msa_config: dict[str, Any]) -> dict[str, Any]:
+def published_fields(msa_config: dict[str, Any], num_hidden_layers: int) -> dict[str, Any]:
     """Translate the `msa_config` dictionary of published MSA checkpoints.
 
     Their inference routes by cosine only where `aux_loss_method` is exactly `"INFONCE"`, and by the scaled inner
@@ -332,12 +332,16 @@ def published_fields(msa_config: dict[str, Any]) -> dict[str, Any]:
         return known.pop(name, default)
 
     layers = take("router_layer_idx", None)
-    if isinstance(layers, str) and layers != "all":
+    if layers == "all":
+        layers = list(range(num_hidden_layers))
+    elif isinstance(layers, str):
+        if not all(layer.strip().isdecimal() for layer in layers.split(",")):
+            raise ValueError(f"`msa_config.router_layer_idx` must be layers separated by commas, got {layers!r}.")
         layers = [int(layer) for layer in layers.split(",")]
-    method = str(take("aux_loss_method", "INFONCE")).upper()
+    method = str(take("aux_loss_method", "INFONCE"))
     fields: dict[str, Any] = {
         "base_model_type": "qwen3",
-        "memory_layers": None if layers == "all" else layers,
+        "memory_layers": layers,
         "chunk_size": take("pooling_kernel_size", 64),
         "top_k": take("top_k_docs", 16),
         "similarity": "cosine" if method == "INFONCE" else "dot",
