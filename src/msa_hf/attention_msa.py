@@ -135,7 +135,8 @@ class PrefixPass:
         **kwargs: Any,
     ) -> AttentionOutput:
         if self.recording:
-            self.states[module.layer_idx] = (key, value)
+            # Under autocast RoPE leaves keys in float32, though they are used in the dtype of the values.
+            self.states[module.layer_idx] = (key.to(value.dtype), value)
         return base(module, query, key, value, *args, **kwargs)
 
 

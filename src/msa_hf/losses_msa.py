@@ -23,6 +23,8 @@ def positive_mask(positive_docs: Tensor, present: Tensor) -> Tensor:
         ValueError: for a document that a sample does not have, naming both.
     """
     batch, count = present.shape
+    if positive_docs.numel() == 0:
+        positive_docs = positive_docs.long()  # of no numbers, which torch takes for floats
     if positive_docs.dim() != 2 or positive_docs.shape[0] != batch or positive_docs.is_floating_point():
         raise ValueError(
             f"`positive_docs` must be [{batch}, n] document numbers from 0, padded with -1, got "
@@ -112,5 +114,6 @@ def auxiliary_loss(
     if num_items_in_batch is not None and labels is not None:
         share = (labels[:, 1:] != -100).sum(1) / torch.as_tensor(num_items_in_batch, device=labels.device).clamp(min=1)
         return (losses * share.to(losses.device)).sum()
-    samples = positives.any(1).to(losses.device)
+    seen = ~torch.isneginf(document_scores[config.aux_layers[0]])
+    samples = (positives.to(seen.device) & seen).any(1).to(losses.device)
     return losses.masked_fill(~samples, 0.0).sum() / samples.sum().clamp(min=1)

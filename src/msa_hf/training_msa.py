@@ -88,6 +88,7 @@ class TrainingMixin(MemoryMixin):
         positives = None if positive_docs is None else positive_mask(positive_docs.to(present.device), present)
         if force_documents is not None:
             force_documents = self.checked_documents(force_documents, batch, present.shape[1]).to(present.device)
+            _refuse_absent(force_documents, present)
         if doc_ids is not None:
             output = self._packed_forward(rows, input_ids, doc_ids, position_ids, force_documents, kwargs)
         else:
@@ -95,21 +96,21 @@ class TrainingMixin(MemoryMixin):
                 routing_mask = _tokens_before_labels(mask, labels)
             output = self._pool_forward(pool, input_ids, mask, position_ids, routing_mask, force_documents, kwargs)
 
-        terms: list[Tensor] = []
+        losses: dict[str, Any] = {}
         if labels is not None:
-            output.lm_loss = self._language_loss(output.logits, labels, num_items_in_batch)
-            terms.append(self.config.lm_loss_weight * output.lm_loss)
-        if labels is not None and answer_mask is not None:
-            answers = labels.masked_fill(~answer_mask.bool(), -100)
-            output.answer_loss = self._language_loss(output.logits, answers, num_items_in_batch)
-            terms.append(self.config.answer_loss_weight * output.answer_loss)
+            losses["lm_loss"] = self._language_loss(output.logits, labels, num_items_in_batch)
         if positives is not None:
             scores = _scores_of(output.routing)
-            output.aux_loss = auxiliary_loss(scores, positives, self.config, labels, num_items_in_batch)
-            terms.append(self.config.aux_loss_weight * output.aux_loss)
-        if terms:
-            output.loss = torch.stack([term.to(output.logits.device) for term in terms]).sum()
-        return output if return_dict is not False else output.to_tuple()
+            losses["aux_loss"] = auxiliary_loss(scores, positives, self.config, labels, num_items_in_batch)
+        if labels is not None and answer_mask is not None:
+            answers = labels.masked_fill(~answer_mask.bool(), -100)
+            losses["answer_loss"] = self._language_loss(output.logits, answers, num_items_in_batch)
+        terms = [
+            getattr(self.config, f"{name}_weight") * loss.to(output.logits.device) for name, loss in losses.items()
+        ]
+        loss = torch.stack(terms).sum() if terms else None
+        result = MSACausalLMOutput(loss=loss, **output, **losses)
+        return result if return_dict is not False else result.to_tuple()
 
     def _language_loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Any) -> Tensor:
         """The base's loss; 0 where nothing is labelled."""
@@ -251,6 +252,16 @@ def _refuse_other_shapes(input_ids: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"`{name}` must be {list(input_ids.shape)} like `input_ids`, got {list(other.shape)}.")
 
 
+def _refuse_absent(documents: Tensor, present: Tensor) -> None:
+    absent = (documents >= 0) & ~present.gather(1, documents.clamp(min=0))
+    if bool(absent.any()):
+        sample, place = absent.nonzero()[0].tolist()
+        raise ValueError(
+            f"`force_documents` of sample {sample} names document {int(documents[sample, place])}, "
+            "which its row does not hold; -1 stands for none."
+        )
+
+
 def _tokens_before_labels(mask: Tensor, labels: Tensor | None) -> Tensor:
     """[B, T] bool tokens that route by default.
 
@@ -272,17 +283,8 @@ def _scores_of(routing: dict[int, LayerRouting] | None) -> dict[int, Tensor]:
     """Layer -> document scores [B, N].
 
     Raises:
-        ValueError: where there are none, or they are not numbers.
+        ValueError: where nothing was routed.
     """
-    scores = {
-        layer: item.document_scores for layer, item in (routing or {}).items() if item.document_scores is not None
-    }
-    if not scores:
+    if not routing:
         raise ValueError("`positive_docs` need tokens that route, but no row has any outside its documents.")
-    for layer, item in scores.items():
-        if not bool((item < float("inf")).all()):
-            raise ValueError(
-                f"The router scores of layer {layer} are NaN or infinite: the model's weights hold NaN, or its dtype "
-                "overflows."
-            )
-    return scores
+    return {layer: item.document_scores for layer, item in routing.items() if item.document_scores is not None}

@@ -1,0 +1,10 @@
+"""What people train a memory with.
+
+The model's own training forward is not here but in `training_msa`, `packing_msa` and `losses_msa`: those files travel
+with every checkpoint, so that it trains where this package is not installed. Nothing in this package is needed to load
+or run a model, and it may use the libraries of the extra `train`.
+"""
+
+from .peft import peft_config
+
+__all__ = ["peft_config"]
