@@ -266,9 +266,9 @@ class AttendingPass:
         layer = module.layer_idx
         context = self.previous.get(layer)
         if layer in self.config.memory_layers and self.routing_mask is not None:
-            context = self._route(module, query, context)
+            context = self._route(module, query, value.dtype, context)
         elif context is None:
-            context = self._prefix_context(layer, query)
+            context = self._prefix_context(layer, query, value.dtype)
         if context is None:
             return base(module, query, key, value, attention_mask, **kwargs)
         if self.keep_contexts and self.recording:
@@ -287,17 +287,17 @@ class AttendingPass:
         )
         return output, None
 
-    def _prefix_context(self, layer: int, query: Tensor) -> Context | None:
+    def _prefix_context(self, layer: int, query: Tensor, dtype: torch.dtype) -> Context | None:
         """The prefix alone: the context of layers without memory."""
         if layer not in self.prefix:
             return None
         keys, values = (
-            states.to(query.device).expand(query.shape[0], *states.shape[-3:]) for states in self.prefix[layer]
+            states.to(query.device, dtype).expand(query.shape[0], *states.shape[-3:]) for states in self.prefix[layer]
         )
         valid = torch.ones(query.shape[0], keys.shape[2], dtype=torch.bool, device=query.device)
         return Context(keys, values, valid, prefix_length=keys.shape[2])
 
-    def _route(self, module: nn.Module, query: Tensor, previous: Context | None) -> Context:
+    def _route(self, module: nn.Module, query: Tensor, dtype: torch.dtype, previous: Context | None) -> Context:
         layer, mask = module.layer_idx, self.routing_mask
         assert mask is not None and self.offsets is not None
         memory = self.layers[layer]
@@ -334,7 +334,7 @@ class AttendingPass:
         report = self._report(documents, best, scores, query.device)
         if self.recording:
             self.routing[layer] = report
-        context = self._gather(module, memory, documents, offsets, scores, query)
+        context = self._gather(module, memory, documents, offsets, scores, query, dtype)
         if previous is not None:
             # A sample without a routing token in this turn keeps what it had.
             context = context.where(mask.any(1).to(query.device), previous)
@@ -347,12 +347,20 @@ class AttendingPass:
         return LayerRouting(documents.to(device), best.to(device), document_scores)
 
     def _gather(
-        self, module: nn.Module, memory: LayerMemory, documents: Tensor, offsets: Tensor, scores: Tensor, query: Tensor
+        self,
+        module: nn.Module,
+        memory: LayerMemory,
+        documents: Tensor,
+        offsets: Tensor,
+        scores: Tensor,
+        query: Tensor,
+        dtype: torch.dtype,
     ) -> Context:
         rows, slots, valid = chunk_rows(documents, offsets)
-        content = memory.content.index_select(0, rows.flatten().to(memory.content.device)).to(query.device)
-        keys, values = content.unflatten(0, rows.shape).unbind(2)
-        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        content = memory.content.index_select(0, rows.flatten().to(memory.content.device))
+        keys, values = content.to(query.device, dtype).unflatten(0, rows.shape).unbind(2)
+        # Laid out as the matrix products of every decoding step want them, so that none of them copies the rows.
+        keys, values = keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
         valid, slots, bias = valid.to(query.device), slots.to(query.device), None
         if self.config.score_bias:
             chosen = documents >= 0
@@ -360,7 +368,7 @@ class AttendingPass:
                 scores.gather(1, documents.clamp(min=0)).to(query.device), chosen.to(query.device)
             )
             bias = per_document.gather(1, slots) if rows.shape[1] else per_document[:, :0]
-        prefix = self._prefix_context(module.layer_idx, query)
+        prefix = self._prefix_context(module.layer_idx, query, dtype)
         prefix_length = 0
         if prefix is not None:
             prefix_length = prefix.prefix_length

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import weakref
 from collections.abc import Iterable
 from typing import Any, ClassVar, cast
@@ -16,6 +18,10 @@ from .encoding_msa import encode_documents
 from .memory_msa import BankOrigin, LayerMemory, MemoryBank, model_fingerprint, tokenizer_fingerprint
 
 MEMORY_ARGUMENTS = ("memory", "routing_mask", "force_documents", "output_document_scores")
+FORCED_WITHOUT_ROUTING = (
+    "`force_documents` in a turn without routing tokens: such a turn keeps the documents of the turn before. "
+    "Name the tokens that route with `routing_mask`."
+)
 
 # Banks whose origin was compared with a model's; comparing reads a sample of every weight, so it is done once.
 _accepted_banks: weakref.WeakKeyDictionary[MemoryBank, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
@@ -178,6 +184,8 @@ class MemoryMixin:
             raise ValueError(
                 "This turn has routing tokens but no `memory`; pass the bank, or an all-false routing_mask."
             )
+        if force_documents is not None and routing_mask is None:
+            raise ValueError(FORCED_WITHOUT_ROUTING)
         if memory is not None:
             self._check_bank(memory)
         if routing_mask is not None and memory is not None:  # not while decoding: these look at the device's data
@@ -250,7 +258,7 @@ class MemoryMixin:
 
         Args:
             inputs: [B, T] prompt without the prefix; also as `input_ids`.
-            memory: the bank to draw on.
+            memory: the bank to draw on; in a later turn None keeps the documents of the turns before.
             routing_mask: [B, T] bool, the tokens of the prompt that route (default: all but padding; in a later turn
                 all new ones). Cover the whole `input_ids`, or the attention mask where that is longer.
             force_documents: [B, n] documents to attend to instead of the routed ones.
@@ -259,13 +267,20 @@ class MemoryMixin:
         Raises:
             ValueError: also where `prefill_chunk_size` would cut the prompt before its last routing token.
         """
-        if memory is None:
+        if memory is None and not getattr(kwargs.get("past_key_values"), "contexts", None):
             return super().generate(inputs, **kwargs)  # type: ignore[misc]
-        self._check_bank(memory)
+        if memory is not None:
+            self._check_bank(memory)
         prompt: Any = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         if prompt is None:
             raise ValueError("generate() with a memory needs a prompt.")
         generation_config = kwargs.get("generation_config") or cast(Any, self).generation_config
+        if callable(custom := kwargs.get("custom_generate")):
+            # Transformers keeps these two from a decoding method that is a function, whatever its signature says.
+            wanted = inspect.signature(custom).parameters.keys() & {"tokenizer", "streamer"}
+            kwargs["custom_generate"] = functools.partial(
+                custom, **{name: kwargs[name] for name in wanted if kwargs.get(name) is not None}
+            )
 
         def option(name: str) -> Any:
             return kwargs[name] if name in kwargs else getattr(generation_config, name, None)
@@ -282,10 +297,15 @@ class MemoryMixin:
             kwargs["past_key_values"] = MSACache(config=self.config)
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
+        if mask.shape[1] <= past:
+            raise ValueError(
+                f"The cache holds {past} tokens, `attention_mask` covers {mask.shape[1]}: pass the whole history, or "
+                "the new tokens with the attention mask of the whole history."
+            )
 
         routing_mask = kwargs.get("routing_mask")
         if routing_mask is None:
-            routing_mask = torch.ones_like(mask, dtype=torch.bool)
+            routing_mask = torch.full_like(mask, memory is not None, dtype=torch.bool)
         if routing_mask.shape[1] < mask.shape[1]:
             routing_mask = torch.nn.functional.pad(routing_mask.bool(), (mask.shape[1] - routing_mask.shape[1], 0))
         if routing_mask.shape != mask.shape:
@@ -299,14 +319,22 @@ class MemoryMixin:
                 "chosen before the first token that attends to them. Put the routing tokens into the first piece with "
                 "`routing_mask`, or make the pieces longer."
             )
+        if kwargs.get("force_documents") is not None and past and not bool(routing_mask.any()):
+            raise ValueError(FORCED_WITHOUT_ROUTING)
         kwargs["routing_mask"] = routing_mask
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0) + self.config.first_position
         return super().generate(inputs, memory=memory, **kwargs)  # type: ignore[misc]
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        # generate() takes `inputs_embeds` only where this signature names it.
         routing_mask = kwargs.pop("routing_mask", None)
-        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        force_documents = None if routing_mask is None else kwargs.pop("force_documents", None)
+        model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
         if routing_mask is not None:
             ids = model_inputs.get("input_ids")
             length = (ids if ids is not None else model_inputs["inputs_embeds"]).shape[1]
@@ -316,6 +344,8 @@ class MemoryMixin:
             if past < routing_mask.shape[1]:
                 part = routing_mask[:, past : past + length]
                 model_inputs["routing_mask"] = torch.nn.functional.pad(part, (0, length - part.shape[1]))
+                if force_documents is not None and (not past or bool(part.any())):
+                    model_inputs["force_documents"] = force_documents
         return model_inputs
 
 

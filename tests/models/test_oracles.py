@@ -41,6 +41,13 @@ def ask(made: Setup, batch: dict[str, Tensor], **kwargs: Any) -> Any:
     return made.model(**{"memory": made.bank, "output_document_scores": True, **batch, **kwargs})
 
 
+def assert_same_scores(ours: Tensor, theirs: Tensor) -> None:
+    """Equal up to float32's error in the largest score."""
+    finite = theirs[theirs.isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    torch.testing.assert_close(ours.double(), theirs.double(), atol=1e-5 * max(largest, 1.0), rtol=0.0)
+
+
 def assert_same_routing(ours: Any, theirs: Any, rows: list[int] | None = None) -> None:
     """The same documents with the same scores; sample i of `ours` is sample rows[i] of `theirs`."""
     assert ours.routing.keys() == theirs.routing.keys()
@@ -49,7 +56,7 @@ def assert_same_routing(ours: Any, theirs: Any, rows: list[int] | None = None) -
         pick = slice(None) if rows is None else rows
         assert torch.equal(found.documents, other.documents[pick])
         for name in ("scores", "document_scores"):
-            torch.testing.assert_close(getattr(found, name), getattr(other, name)[pick], atol=1e-5, rtol=1e-5)
+            assert_same_scores(getattr(found, name), getattr(other, name)[pick])
 
 
 # Without a memory -----------------------------------------------------------------------------------------------------
@@ -184,9 +191,9 @@ def assert_reference(made: Setup, batch: dict[str, Tensor], questions: Any = QUE
         for layer, documents in turn.documents.items():
             found, scores = output.routing[layer], torch.tensor(turn.scores[layer])
             assert found.documents[sample].tolist() == documents
-            torch.testing.assert_close(found.document_scores[sample], scores, atol=1e-5, rtol=1e-5)
+            assert_same_scores(found.document_scores[sample], scores)
             best = [turn.scores[layer][document] if document >= 0 else NEVER for document in documents]
-            torch.testing.assert_close(found.scores[sample], torch.tensor(best), atol=1e-5, rtol=1e-5)
+            assert_same_scores(found.scores[sample], torch.tensor(best))
 
 
 @backends
@@ -415,9 +422,7 @@ def test_the_order_of_documents_is_irrelevant(family, attention) -> None:
     output, other = ask(made, batch), ask(made, batch, memory=shuffled)
     for layer, found in output.routing.items():
         assert torch.equal(torch.tensor(order)[other.routing[layer].documents], found.documents)
-        torch.testing.assert_close(
-            other.routing[layer].document_scores, found.document_scores[:, order], atol=1e-5, rtol=1e-5
-        )
+        assert_same_scores(other.routing[layer].document_scores, found.document_scores[:, order])
     assert_same(other.logits, output.logits)
 
 
