@@ -85,7 +85,7 @@ class TrainingMixin(MemoryMixin):
         else:
             pool = pool_documents(documents, input_ids.device, limit)
             present = torch.ones(batch, len(pool.lengths), dtype=torch.bool, device=input_ids.device)
-        positives = None if positive_docs is None else positive_mask(positive_docs.to(present.device), present)
+        positives = None if positive_docs is None else positive_mask(torch.as_tensor(positive_docs, device=present.device), present)
         if force_documents is not None:
             force_documents = self.checked_documents(force_documents, batch, present.shape[1]).to(present.device)
             _refuse_absent(force_documents, present)
