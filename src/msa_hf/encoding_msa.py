@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +19,12 @@ from .memory_msa import Document, DocumentTable, LayerMemory, MemoryBank
 # Documents read ahead and sorted by length, in batches' worth of tokens: little padding, bounded memory.
 WINDOW_BATCHES = 16
 # Where a text may be cut, best first; looked for in the last quarter of what fits.
-BOUNDARIES = (re.compile(r"\n\s*\n"), re.compile(r"\n"), re.compile(r"[.!?][\"')\]]*\s"), re.compile(r"\s"))
+BOUNDARIES = (
+    re.compile(r"\n\s*\n"),
+    re.compile(r"\n"),
+    re.compile(r"[.!?][\"')\]]*\s|[。！？]"),
+    re.compile(r"\s"),
+)
 
 
 @dataclass
@@ -28,7 +34,7 @@ class _Item:
     key: str
     text: str | None
     metadata: dict[str, Any] | None
-    ids: list[int]
+    ids: Tensor  # [tokens] int64
 
 
 def encode_documents(
@@ -52,18 +58,23 @@ def encode_documents(
         raise TypeError(
             f"`documents` must be an iterable of documents, got one {type(documents).__name__}; put it in a list."
         )
+    for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
     config = model.config
     positions = getattr(config, "max_position_embeddings", None)
     limit = min(item for item in (max_length, positions, torch.iinfo(torch.int64).max) if item is not None)
     device = torch.device(bank_device) if bank_device is not None else model.device
 
-    reader = _Reader(tokenizer, limit, too_long, config.chunk_size, add_special_tokens, text_column, key_column)
+    reader = _Reader(
+        tokenizer, limit, too_long, config.chunk_size, add_special_tokens, text_column, key_column, config.vocab_size
+    )
     total = len(documents) if isinstance(documents, Sized) else None
     progress = tqdm(total=total, desc="Encoding documents", unit="doc", disable=not show_progress)
     pieces: dict[int, list[LayerMemory]] = {layer: [] for layer in config.memory_layers}
     table: list[Document] = []
     lengths: list[int] = []
-    was_training = model.training
+    was_training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode(False), torch.no_grad(), progress:
@@ -77,7 +88,8 @@ def encode_documents(
                     table.append(Document(item.key, item.text, item.metadata, len(item.ids), chunks))
                     lengths.append(len(item.ids))
     finally:
-        model.train(was_training)
+        for module, training in was_training:
+            module.training = training
     if not table:
         raise ValueError("`documents` is empty: a bank needs at least one document.")
     layers = {}
@@ -121,7 +133,7 @@ def _encode_window(model: Any, window: list[_Item], batch_tokens: int, device: t
         while stop < len(order) and (stop + 1 - start) * len(window[order[stop]].ids) <= batch_tokens:
             stop += 1
         batch = [window[place] for place in order[start:stop]]
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(item.ids) for item in batch], batch_first=True)
+        ids = torch.nn.utils.rnn.pad_sequence([item.ids for item in batch], batch_first=True)
         lengths = torch.tensor([len(item.ids) for item in batch])
         layers = model.encode_batch(ids.to(model.device), lengths.to(model.device))
         _refuse_nan(layers, batch, lengths, model.config.chunk_size)
@@ -163,6 +175,7 @@ class _Reader:
     add_special_tokens: bool
     text_column: str
     key_column: str
+    vocabulary: int | None = None
 
     def read(self, documents: Iterable[Any], progress: Any) -> Iterator[_Item]:
         keys: set[str] = set()
@@ -175,15 +188,17 @@ class _Reader:
             progress.update()
 
     def _items(self, number: int, document: Any) -> Iterator[_Item]:
-        key, text, metadata, ids = self._fields(number, document)
-        if ids is None:
-            if self.tokenizer is None:
-                raise ValueError(f"Document {number} is text; pass the `tokenizer` of the model to encode it.")
-            ids = self.tokenizer(text, add_special_tokens=self.add_special_tokens, truncation=False, verbose=False)[
-                "input_ids"
-            ]
-        if not ids:
+        key, text, metadata, given = self._fields(number, document)
+        if given is None and self.tokenizer is None:
+            raise ValueError(f"Document {number} is text; pass the `tokenizer` of the model to encode it.")
+        ids = torch.tensor(self._tokens(text), dtype=torch.int64) if given is None else given
+        if not len(ids):
             raise ValueError(f"Document {number} (key {key!r}) is empty; leave it out.")
+        if self.vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
+            raise ValueError(
+                f"Document {number} (key {key!r}) has token ids from {int(ids.min())} to {int(ids.max())}, but the "
+                f"model knows 0 to {self.vocabulary - 1}. Was it tokenized for another model?"
+            )
         if len(ids) <= self.limit:
             yield _Item(key, text, metadata, ids)
         elif self.too_long == "error":
@@ -192,74 +207,110 @@ class _Reader:
                 "Pass too_long='split' to store it in parts."
             )
         else:
-            for part, (piece, piece_ids) in enumerate(self._split(text, ids)):
-                yield _Item(f"{key}#{part}", piece, {**(metadata or {}), "part": part}, piece_ids)
+            try:
+                for part, (piece, piece_ids) in enumerate(self._split(text if given is None else None, ids.tolist())):
+                    yield _Item(f"{key}#{part}", piece, metadata, torch.tensor(piece_ids))
+            except _TooSmall as error:
+                raise ValueError(f"Document {number} (key {key!r}) cannot be split: {error}.") from None
 
-    def _fields(self, number: int, document: Any) -> tuple[str, str | None, dict[str, Any] | None, list[int] | None]:
+    def _fields(self, number: int, document: Any) -> tuple[str, str | None, dict[str, Any] | None, Tensor | None]:
+        """Key, text, metadata and token ids of a document."""
         if isinstance(document, str):
             return str(number), document, None, None
-        if isinstance(document, Mapping):
-            fields = dict(document)
-            key = fields.pop(self.key_column, None)
-            text, ids = fields.pop(self.text_column, None), fields.pop("input_ids", None)
-            fields.pop("attention_mask", None)
-            if text is None and ids is None:
-                raise ValueError(
-                    f"Document {number} has neither {self.text_column!r} nor 'input_ids', only {sorted(document)}; "
-                    "name its column with `text_column`."
-                )
-            metadata = fields.pop("metadata", None) if set(fields) == {"metadata"} else fields
-            return str(number if key is None else key), text, metadata or None, None if ids is None else _ids(ids)
-        if isinstance(document, Sequence | Tensor) or hasattr(document, "tolist"):
-            return str(number), None, None, _ids(document)
-        raise TypeError(
-            f"Document {number} is a {type(document).__name__}; a document is text, token ids or a mapping."
-        )
+        if not isinstance(document, Mapping):
+            return str(number), None, None, _ids(number, document)
+        fields = dict(document)
+        key = fields.pop(self.key_column, None)
+        text, ids = fields.pop(self.text_column, None), fields.pop("input_ids", None)
+        fields.pop("attention_mask", None)
+        if text is None and ids is None:
+            raise ValueError(
+                f"Document {number} has neither {self.text_column!r} nor 'input_ids', only {sorted(document)}; "
+                "name its column with `text_column`."
+            )
+        if not isinstance(text, str | None):
+            raise TypeError(f"Document {number}: {self.text_column!r} is a {type(text).__name__}, not text.")
+        if set(fields) == {"metadata"} and isinstance(fields["metadata"], Mapping | None):
+            fields = dict(fields["metadata"] or {})
+        try:
+            json.dumps(fields, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Document {number}: its metadata cannot be written as JSON: {error}.") from error
+        return str(number if key is None else key), text, fields or None, None if ids is None else _ids(number, ids)
+
+    def _tokens(self, text: str | None) -> list[int]:
+        coded = self.tokenizer(text, add_special_tokens=self.add_special_tokens, truncation=False, verbose=False)
+        return coded["input_ids"]
 
     def _split(self, text: str | None, ids: list[int]) -> Iterator[tuple[str | None, list[int]]]:
-        """Cut at a paragraph, line, sentence or word of the text, else between chunks."""
-        if text is None or not getattr(self.tokenizer, "is_fast", False):
-            size = max(self.limit // self.chunk_size * self.chunk_size, min(self.limit, self.chunk_size))
-            pieces = iter(ids)
-            while piece := list(islice(pieces, size)):
-                yield None if self.tokenizer is None else self.tokenizer.decode(piece), piece
+        """Cut at a paragraph, line, sentence or word of the text; between chunks where only ids are there."""
+        if text is not None and getattr(self.tokenizer, "is_fast", False):
+            yield from self._split_text(text)
             return
-        rest = text
-        while rest:
-            coded = self.tokenizer(
-                rest, add_special_tokens=self.add_special_tokens, return_offsets_mapping=True, verbose=False
-            )
-            if len(coded["input_ids"]) <= self.limit:
-                if coded["input_ids"]:
-                    yield rest, coded["input_ids"]
-                return
-            end = self._fitting_end(rest, coded["offset_mapping"])
-            piece_ids = self.tokenizer(rest[:end], add_special_tokens=self.add_special_tokens, verbose=False)[
-                "input_ids"
-            ]
-            yield rest[:end], piece_ids
-            rest = rest[end:]
+        size = max(self.limit // self.chunk_size * self.chunk_size, min(self.limit, self.chunk_size))
+        for start in range(0, len(ids), size):
+            piece = ids[start : start + size]
+            yield None if self.tokenizer is None else self.tokenizer.decode(piece), piece
 
-    def _fitting_end(self, text: str, spans: list[tuple[int, int]]) -> int:
-        """Characters of `text` to keep: the last boundary in the last quarter of what fits within the limit."""
-        fits = max(spans[self.limit - 1][1], 1)
-        cuts: list[int] = [fits]
+    def _split_text(self, text: str) -> Iterator[tuple[str, list[int]]]:
+        """Pieces that together are `text`, each with its token ids.
+
+        The tokens of the whole say where to cut; each piece is then tokenized by itself.
+
+        Raises:
+            _TooSmall: where one character has more tokens than the limit.
+        """
+        whole = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+        )
+        spans = whole["offset_mapping"]
+        starts = [first for first, _ in spans]
+        special = len(self._tokens(""))
+        room = self.limit - special
+        start = token = 0
+        while start < len(text):
+            if room < 1:
+                raise _TooSmall(f"a limit of {self.limit} tokens is too small")
+            end = len(text)
+            if token + room < len(spans):
+                end = self._boundary(text, start, spans[token][1], max(starts[token + room], start + 1))
+            # A text cut out may have more tokens than it had inside the whole.
+            while len(piece := self._tokens(text[start:end])) > self.limit:
+                end = start + (end - start) * 15 // 16
+            if end == start or len(piece) == special:
+                raise _TooSmall(f"a limit of {self.limit} tokens is too small")
+            token = bisect_left(starts, end)
+            if token == len(starts) and len(self._tokens(text[end:])) == special:
+                end = len(text)  # what has no tokens stays with the last piece
+            yield text[start:end], piece
+            start = end
+
+    @staticmethod
+    def _boundary(text: str, start: int, least: int, most: int) -> int:
+        """Where to end the piece of `text` from `start`: at the best boundary in the last quarter before `most`."""
+        least = max(start + (most - start) * 3 // 4, least)
         for boundary in BOUNDARIES:
-            ends = [match.end() for match in boundary.finditer(text, fits * 3 // 4, fits)]
+            # One character further: white space behind `most` makes a boundary there.
+            ends = [match.end() for match in boundary.finditer(text, start, most + 1) if match.end() >= least]
             if ends:
-                cuts.insert(0, ends[-1])
-                break
-        # A text cut elsewhere may tokenize to more tokens than the same characters did inside the whole.
-        end = cuts[0]
-        while (
-            len(self.tokenizer(text[:end], add_special_tokens=self.add_special_tokens, verbose=False)["input_ids"])
-            > self.limit
-        ):
-            end -= max((fits // 16), 1)
-            if end <= 0:
-                raise ValueError(f"A limit of {self.limit} tokens is too small to split the text.")
-        return end
+                return min(ends[-1], most)
+        return most
 
 
-def _ids(values: Any) -> list[int]:
-    return [int(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
+class _TooSmall(ValueError):
+    """The limit leaves no room for a single character."""
+
+
+def _ids(number: int, values: Any) -> Tensor:
+    """Token ids of document `number` as [tokens] int64 on the CPU."""
+    if isinstance(values, bytes | bytearray) or not (
+        isinstance(values, Sequence | Tensor) or hasattr(values, "tolist")
+    ):
+        raise TypeError(f"Document {number} is a {type(values).__name__}; a document is text, token ids or a mapping.")
+    try:
+        ids = torch.as_tensor(values if isinstance(values, Tensor | Sequence) else values.tolist(), device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        ids = None
+    if ids is None or ids.dim() != 1 or (len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool)):
+        raise TypeError(f"Document {number}: token ids must be a flat list of integers.")
+    return ids.to(torch.int64)
