@@ -88,7 +88,8 @@ class MSAConfig(PreTrainedConfig):
     """
 
     model_type = "msa"
-    keys_to_ignore_at_inference = ("past_key_values", "lm_loss", "aux_loss", "answer_loss", "routing")
+    # Trainer evaluates what is left of an output; it adds its own names, to a list.
+    keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "aux_loss", "answer_loss", "routing"]
 
     # Declared, so that transformers does not take `top_k` for an option of generate().
     base_model_type: str | None

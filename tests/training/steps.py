@@ -108,6 +108,14 @@ def step(questions: int = 3, seed: int = 0) -> Step:
     return Step(documents, made)
 
 
+def four() -> Step:
+    """Four questions with 2 to 5 labels, one of them without positives."""
+    made = step(4)
+    for question, length in zip(made.questions, (5, 2, 4, 3), strict=True):
+        question.answer = tokens(length, seed=length)[0]
+    return made
+
+
 def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     """The gradients of `loss`, by parameter; only of those that got one."""
     model.zero_grad(set_to_none=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from setups import PREFIX, Setup, assert_same, differ, setup, tokens
-from steps import DOCUMENTS, Question, Step, assert_same_gradients, assert_same_scores, gradients, pad, step
+from steps import DOCUMENTS, Question, Step, assert_same_gradients, assert_same_scores, four, gradients, pad, step
 from torch import Tensor
 from transformers import BatchEncoding
 
@@ -530,14 +530,6 @@ def test_gradients_are_the_slope_of_the_loss(shared) -> None:
 
 
 # Gradient accumulation ------------------------------------------------------------------------------------------------
-
-
-def four() -> Step:
-    """Four questions with 2 to 5 labels, one of them without positives."""
-    made = step(4)
-    for question, length in zip(made.questions, (5, 2, 4, 3), strict=True):
-        question.answer = tokens(length, seed=length)[0]
-    return made
 
 
 @pytest.mark.parametrize("parts", [[[0], [1], [2], [3]], [[0, 1, 2], [3]], [[1], [0, 2, 3]]], ids=str)

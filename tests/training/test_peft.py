@@ -1,0 +1,318 @@
+"""The PEFT preset: what it adapts, what it refuses, and adapters through training, saving and merging."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, base_model
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from setups import assert_same, differ, setup
+from steps import Step, assert_same_gradients, gradients, step
+from torch import Tensor, nn
+
+from msa_hf import MemoryBank, MSAForCausalLM
+from msa_hf.retrofit_msa import ROUTER_MODULES, attention_layers
+from msa_hf.training import peft_config
+
+# PEFT asks a model for a property by the name that the newer transformers has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+FEW = [("qwen3", "sdpa"), ("phi3", "eager"), ("gpt_neox", "sdpa"), ("gpt_oss", "eager")]
+
+
+def adapted(
+    family: str = "qwen3", attention: str = "sdpa", options: dict[str, Any] | None = None, **kwargs: Any
+) -> Any:
+    """A tiny model with adapters that change something from the start, in training mode."""
+    model = setup(family, attention, **{"score_bias": True, **(options or {})}).model
+    torch.manual_seed(0)
+    return get_peft_model(model, peft_config(model, **{"r": 4, "init_lora_weights": False, **kwargs})).train()
+
+
+def names_of(model: nn.Module, kind: type) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def train_a_little(model: Any, made: Step) -> None:
+    """Two steps of plain gradient descent."""
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**made.pool()).loss.backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def logits_with_memory(model: Any, made: Step, bank: MemoryBank | None = None) -> Tensor:
+    """Logits of the questions with the step's documents as a memory."""
+    model.eval()
+    bank = bank or model.encode_documents(made.documents, show_progress=False)
+    batch = {name: made.pool()[name] for name in ("input_ids", "attention_mask", "routing_mask")}
+    return model(**batch, memory=bank).logits[batch["attention_mask"].bool()]
+
+
+# What is adapted ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_lie_on_the_attention_projections_and_routers_are_trained_whole(family) -> None:
+    """Of every family all projections of all attention layers, fused ones too, and nothing else; trainable are the
+    adapters, the routers and the score biases."""
+    model = MSAForCausalLM.from_base(base_model(family), score_bias=True)
+    projections = {
+        f"base_model.model.{name}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and any(name.startswith(f"{prefix}.") for prefix in attention_names(model))
+        and not any(router in name for router in ROUTER_MODULES)
+    }
+    memory_layers = model.config.memory_layers
+    wrapped = get_peft_model(model, peft_config(model))
+    assert projections and names_of(wrapped, LoraLayer) & {*projections} == projections
+    assert {name for name in names_of(wrapped, LoraLayer) if "lora_" not in name} == projections
+    saved = names_of(wrapped, ModulesToSaveWrapper)
+    assert len(saved) == 3 * len(memory_layers)
+    assert {name.rpartition(".")[2] for name in saved} == set(ROUTER_MODULES)
+    for name, weight in wrapped.named_parameters():
+        whole = "modules_to_save.default" in name and any(router in name for router in ROUTER_MODULES)
+        assert weight.requires_grad == (".lora_" in name or whole), name
+
+
+def attention_names(model: nn.Module) -> list[str]:
+    layers = set(attention_layers(model).values())
+    return [name for name, module in model.named_modules() if module in layers]
+
+
+def test_names_that_would_match_elsewhere_are_made_longer() -> None:
+    """A projection of the same name outside attention is left alone."""
+    model = MSAForCausalLM.from_base(base_model("qwen3"))
+    model.model.layers[0].mlp.q_proj = nn.Linear(4, 4)
+    config = peft_config(model)
+    assert config.target_modules == {f"self_attn.{name}_proj" for name in "qkvo"}
+    wrapped = get_peft_model(model, config)
+    assert not any("mlp" in name for name in names_of(wrapped, LoraLayer))
+    assert len(names_of(wrapped, LoraLayer)) == 16
+
+
+def test_fields_are_passed_on() -> None:
+    """Rank, scale and any other field; more modules to save come on top of the routers."""
+    model = setup().model
+    config = peft_config(model, r=3, lora_alpha=5, lora_dropout=0.5, modules_to_save=["lm_head"], use_rslora=True)
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (3, 5, 0.5, True)
+    assert config.task_type == "CAUSAL_LM"
+    assert config.modules_to_save == ["lm_head", "router_k_proj", "router_q_proj"]
+    assert (peft_config(model).r, peft_config(model).lora_alpha) == (16, 32)
+
+
+def test_routers_may_stay_as_they_are() -> None:
+    """`train_routers=False` trains adapters alone; a shared router has no projections to train."""
+    frozen = adapted(train_routers=False)
+    assert all("lora_" in name for name, weight in frozen.named_parameters() if weight.requires_grad)
+    assert not names_of(frozen, ModulesToSaveWrapper)
+    shared = setup(shared_router=True).model
+    assert peft_config(shared).modules_to_save is None
+    biased = setup(shared_router=True, score_bias=True).model
+    assert peft_config(biased).modules_to_save == ["router_score_bias"]
+
+
+@pytest.mark.parametrize(
+    "targets, adapted_names",
+    [
+        (["q_proj"], {"q_proj"}),
+        (("v_proj", "up_proj"), {"v_proj", "up_proj"}),
+        (r".*\.layers\.3\.self_attn\.[qk]_proj", {"q_proj", "k_proj"}),
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (["embed_tokens"], {"embed_tokens"}),
+    ],
+    ids=str,
+)
+def test_targets_match_what_they_name(targets, adapted_names) -> None:
+    """`q_proj` is not `router_q_proj`, and `all-linear` takes neither routers nor the head."""
+    wrapped = adapted(target_modules=targets)
+    found = {name for name in names_of(wrapped, LoraLayer) if "lora_" not in name}
+    assert {name.rpartition(".")[2] for name in found} == adapted_names
+    assert not any("router" in name for name in found)
+    if isinstance(targets, str) and "3" in targets:
+        assert all(".layers.3." in name for name in found)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"target_modules": ["q_proj", "c_attn", "query"]}, r"\['c_attn', 'query'\], which match nothing.*'q_proj'"),
+        ({"target_modules": ["proj"]}, r"\['proj'\], which match nothing"),
+        ({"target_modules": ["self_attn"]}, r"\['self_attn'\], which match nothing"),
+        ({"target_modules": ["router_q_proj", "q_proj"]}, r"\['router_q_proj'\]: routers are trained whole"),
+        ({"target_modules": r".*\.c_attn"}, r"matches nothing; there are \[.*'q_proj'"),
+        ({"target_modules": r".*_proj"}, "also matches the routers"),
+        ({"modules_to_save": ["lm_head", "score"]}, r"`modules_to_save` names \['score'\].*'lm_head'"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_names_that_match_nothing_are_refused(kwargs, message) -> None:
+    """Every one of them, with the names that there are."""
+    with pytest.raises(ValueError, match=message):
+        peft_config(setup(score_bias=True).model, **kwargs)
+
+
+def test_models_that_cannot_be_adapted_are_refused() -> None:
+    """One without a memory, and one that has adapters."""
+    with pytest.raises(ValueError, match=r"has no memory.*from_base"):
+        peft_config(base_model("qwen3"))
+    with pytest.raises(ValueError, match="adapters already"):
+        peft_config(adapted())
+
+
+def test_a_missing_peft_is_named(monkeypatch) -> None:
+    """Only where it is needed, with the command that installs it."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"pip install msa-hf\[train\]"):
+        peft_config(setup().model)
+
+
+def test_importing_the_preset_imports_no_peft() -> None:
+    """Neither the package nor its training side needs the extra before it is used."""
+    code = "import sys; sys.modules['peft'] = None; import msa_hf, msa_hf.training"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["pool", "packed"])
+@pytest.mark.parametrize("family, attention", FEW)
+def test_adapters_and_routers_learn_and_the_rest_stays(family, attention, form) -> None:
+    """Every adapter and every router gets a gradient, no frozen weight does, and after two steps only they moved."""
+    model, made = adapted(family, attention), step()
+    found = gradients(model, model(**made.form(form)).loss)
+    trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert found.keys() == trainable
+    assert all(float(gradient.abs().max()) > 0 for gradient in found.values())
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    train_a_little(model, made)
+    moved = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert moved == trainable
+
+
+def test_the_language_loss_reaches_adapters_but_no_router() -> None:
+    """Without score bias a router inside modules_to_save learns from the auxiliary loss alone."""
+    model, made = adapted(options={"score_bias": False}), step()
+    language, auxiliary = (gradients(model, getattr(model(**made.pool()), name)) for name in ("lm_loss", "aux_loss"))
+    routers = {name for name, weight in model.named_parameters() if "router_" in name and weight.requires_grad}
+    assert routers and not any(name in language and bool(language[name].any()) for name in routers)
+    assert all(bool(auxiliary[name].any()) for name in routers)
+    assert all(bool(gradient.any()) for name, gradient in language.items() if "lora_" in name)
+
+
+@pytest.mark.parametrize("form", ["pool", "packed"])
+@pytest.mark.parametrize("family, attention", FEW)
+def test_gradient_checkpointing_changes_no_gradient(family, attention, form) -> None:
+    """Of adapters and routers, though all inputs of the layers are frozen."""
+    model, batch = adapted(family, attention), step().form(form)
+    plain = gradients(model, model(**batch).loss)
+    base = model.get_base_model()
+    (getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable)()
+    assert_same_gradients(gradients(model, model(**batch).loss), plain, tolerance=1e-6)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    """As without adapters."""
+    model, batch = adapted(), step().pool()
+    base = model.get_base_model()
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="use_reentrant=True"):
+        model(**batch)
+
+
+# Inference, saving, merging -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family, attention", FEW)
+def test_an_adapter_saves_and_loads_onto_a_fresh_base(family, attention, tmp_path) -> None:
+    """The same logits with a memory, routers included, and the loaded model reads the bank that the first one saved."""
+    made = step()
+    trained = adapted(family, attention)
+    train_a_little(trained, made)
+    expected = logits_with_memory(trained, made)
+    trained.save_pretrained(tmp_path / "adapter")
+    trained.encode_documents(made.documents, show_progress=False).save_pretrained(tmp_path / "bank")
+
+    fresh = setup(family, attention, score_bias=True).model
+    assert differ(logits_with_memory(fresh, made), expected) > 1e-2
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    assert torch.equal(logits_with_memory(loaded, made), expected)
+    bank = loaded.load_memory(tmp_path / "bank")
+    assert torch.equal(logits_with_memory(loaded, made, bank), expected)
+
+
+def test_an_adapter_saves_where_the_base_was_a_plain_checkpoint(tmp_path) -> None:
+    """PEFT reads the configuration at the base's path, which is that of a model without a memory."""
+    base_model("qwen3").save_pretrained(tmp_path / "base")
+    model = MSAForCausalLM.from_base(tmp_path / "base", top_k=2, chunk_size=3)
+    made = step()
+    wrapped = get_peft_model(model, peft_config(model, r=4, init_lora_weights=False))
+    expected = logits_with_memory(wrapped, made)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    saved = {path.name for path in Path(tmp_path / "adapter").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= saved
+    fresh = MSAForCausalLM.from_base(tmp_path / "base", top_k=2, chunk_size=3)
+    assert torch.equal(logits_with_memory(PeftModel.from_pretrained(fresh, tmp_path / "adapter"), made), expected)
+
+
+@pytest.mark.parametrize("family, attention", FEW)
+def test_merging_keeps_the_logits(family, attention, tmp_path) -> None:
+    """Merged and unloaded it is a model with a memory again, of the trained routers, that saves and loads as one."""
+    made = step()
+    model = adapted(family, attention)
+    train_a_little(model, made)
+    expected = logits_with_memory(model, made)
+    routers = {
+        name.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): weight.detach().clone()
+        for name, weight in model.named_parameters()
+        if "router_" in name and weight.requires_grad
+    }
+    merged = model.merge_and_unload()
+    assert isinstance(merged, MSAForCausalLM)
+    assert not names_of(merged, LoraLayer) and not names_of(merged, ModulesToSaveWrapper)
+    parameters = dict(merged.named_parameters())
+    assert routers and all(torch.equal(parameters[name], weight) for name, weight in routers.items())
+    # A merged weight rounds otherwise than its two parts, and the score bias magnifies that by 1 / tau.
+    assert_same(logits_with_memory(merged, made), expected, tolerance=5e-5)
+    merged.save_pretrained(tmp_path)
+    loaded = MSAForCausalLM.from_pretrained(tmp_path, attn_implementation=attention)
+    assert torch.equal(logits_with_memory(loaded, made), logits_with_memory(merged, made))
+
+
+def test_encoding_and_generating_through_the_adapter() -> None:
+    """`PeftModel` hands both on, with the adapter at work; disabled, it is the base with its own routers."""
+    made = step()
+    model = adapted()
+    train_a_little(model, made)
+    model.eval()
+    base = setup(documents=made.documents, score_bias=True)
+    bank = model.encode_documents(made.documents, show_progress=False)
+    assert differ(bank.layer(3).content, base.bank.layer(3).content) > 1e-2
+    batch = {name: made.pool("left")[name] for name in ("input_ids", "attention_mask", "routing_mask")}
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    generated = model.generate(**batch, memory=bank, **options)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert torch.equal(merged.generate(**batch, memory=bank, **options), generated)
+    assert not torch.equal(base.model.generate(**batch, memory=base.bank, **options), generated)
+
+
+def test_a_disabled_adapter_is_the_base() -> None:
+    """Within `disable_adapter()` adapters and trained routers alike stand aside."""
+    made = step()
+    model = adapted()
+    train_a_little(model, made)
+    base = setup(documents=made.documents, score_bias=True)
+    with model.disable_adapter():
+        ours = logits_with_memory(model, made)
+    assert_same(ours, logits_with_memory(base.model, made, base.bank))
+    assert differ(logits_with_memory(model, made), ours) > 1e-2
