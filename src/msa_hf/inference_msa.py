@@ -111,7 +111,9 @@ class MemoryMixin:
             show_progress: a progress bar (default yes).
 
         Raises:
-            ValueError: for no documents, an empty or too long one, a key used twice, or states that are not finite.
+            ValueError: for no documents, an empty or too long one, a key used twice, token ids that the model does not
+                know, metadata that JSON cannot express, or states that are not finite; naming the document.
+            TypeError: for what is no document.
         """
         return encode_documents(self, documents, tokenizer, **kwargs)
 

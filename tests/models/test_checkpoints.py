@@ -318,6 +318,7 @@ def test_generation_options_stay_the_base_s(tmp_path: Path) -> None:
     assert base_again.generation_config.top_k == 11
     (tmp_path / "generation_config.json").unlink()
     assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.top_k != 2
+    assert MSAForCausalLM(loaded.config).generation_config.top_k != 2
 
 
 def test_memory_layers_can_be_added_on_loading(saved: Any) -> None:
