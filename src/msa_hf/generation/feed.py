@@ -1,0 +1,121 @@
+"""Feeding transcripts to a model: padded batches, and the cache behind them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..configuration_msa import full_attention_layers
+from . import protocol
+
+
+class Transcript(Protocol):
+    """What is fed.
+
+    Attributes:
+        segments: all of it so far.
+        fed: how many of them the last prefill covered.
+    """
+
+    segments: list[protocol.Segment]
+    fed: int
+
+
+class Feed:
+    """The transcripts of a batch on their way through the model.
+
+    A prefill starts anew, with rows for the transcripts asked for, unless what the cache holds is still right: where no
+    block was added to any of them, the routing tokens are the same and so are all states.
+
+    Args:
+        model, bank: as given.
+        pad_id: token of padding.
+        transcripts: all of a batch.
+        keep: never start anew: every prefill is a further turn of one cache, in which every transcript has its row;
+            those that are not asked for get padding. Earlier tokens then keep what they saw.
+    """
+
+    def __init__(self, model: Any, bank: Any, pad_id: int, transcripts: list[Any], keep: bool) -> None:
+        self.model, self.bank, self.pad_id, self.keep = model, bank, pad_id, keep
+        self.rows = transcripts
+        self.ids = self.mask = self._empty()
+        self.cache: Any = None
+        self.steps = 0
+        self.windowed = len(full_attention_layers(model.config)) < model.config.num_hidden_layers
+
+    def _empty(self) -> Tensor:
+        return torch.empty(len(self.rows), 0, dtype=torch.long, device=self.model.device)
+
+    def row(self, transcript: Any) -> int:
+        """Where a transcript stands in the batch."""
+        return next(row for row, item in enumerate(self.rows) if item is transcript)
+
+    def _goes_on(self, transcripts: list[Any]) -> bool:
+        if self.cache is None or self.keep:
+            return self.cache is not None
+        same = len(transcripts) == len(self.rows) and all(map(lambda a, b: a is b, transcripts, self.rows))
+        return same and all(part.kind != "block" for item in transcripts for part in item.segments[item.fed :])
+
+    def turn(self, transcripts: list[Any]) -> tuple[dict[str, Any], list[int]]:
+        """What the next forward of `transcripts` takes, and the number of new tokens of each.
+
+        `input_ids` and `attention_mask` cover all that is cached as well, `routing_mask` the new tokens.
+        """
+        if not self._goes_on(transcripts):
+            self.cache = None
+            self.rows = self.rows if self.keep else transcripts
+            self.ids = self.mask = self._empty()
+            for item in transcripts:
+                item.fed = 0
+        wanted = {id(item) for item in transcripts}
+        new = [protocol.Protocol.join(item.segments[item.fed :] if id(item) in wanted else []) for item in self.rows]
+        for item in transcripts:
+            item.fed = len(item.segments)
+        width = max(len(ids) for ids, _ in new)
+
+        def padded(rows: list[list[Any]], padding: Any, dtype: torch.dtype) -> Tensor:
+            lines = [[padding] * (width - len(row)) + row for row in rows]
+            return torch.tensor(lines, dtype=dtype, device=self.model.device)
+
+        self.ids = torch.cat([self.ids, padded([ids for ids, _ in new], self.pad_id, torch.long)], 1)
+        self.mask = torch.cat([self.mask, padded([[1] * len(ids) for ids, _ in new], 0, torch.long)], 1)
+        routes = padded([routes for _, routes in new], False, torch.bool)
+        inputs = {"input_ids": self.ids, "attention_mask": self.mask, "routing_mask": routes}
+        if self.cache is not None:
+            inputs["past_key_values"] = self.cache
+        return inputs, [len(new[self.row(item)][0]) for item in transcripts]
+
+    def prefill(self, transcripts: list[Any]) -> tuple[Tensor, Any, list[int]]:
+        """Feed what is new, and route.
+
+        Returns:
+            Logits [n, vocabulary] float32 behind each of `transcripts`; routing, by `row`; new tokens of each.
+        """
+        inputs, counts = self.turn(transcripts)
+        inputs["input_ids"] = inputs["input_ids"][:, -inputs["routing_mask"].shape[1] :]
+        output = self.model(**inputs, memory=self.bank, use_cache=True, logits_to_keep=1)
+        self.cache = output.past_key_values
+        return self._pick(output.logits, transcripts), output.routing, counts
+
+    def step(self, tokens: list[int], transcripts: list[Any]) -> Tensor:
+        """Feed one token behind each of `transcripts`; logits as from `prefill`."""
+        fed = torch.full((len(self.rows), 1), self.pad_id, dtype=torch.long, device=self.model.device)
+        for token, item in zip(tokens, transcripts, strict=True):
+            fed[self.row(item)] = token
+        self.steps += 1
+        mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), self.steps)], 1)
+        output = self.model(input_ids=fed, attention_mask=mask, past_key_values=self.cache, use_cache=True)
+        return self._pick(output.logits, transcripts)
+
+    def rewind(self) -> None:
+        """Forget the tokens of `step`: the transcript goes on in the protocol's spelling."""
+        if self.steps and self.windowed:
+            self.cache = None  # what has left the window cannot be brought back
+        elif self.steps:
+            self.cache.crop(-self.steps)
+        self.steps = 0
+
+    def _pick(self, logits: Tensor, transcripts: list[Any]) -> Tensor:
+        return logits[[self.row(item) for item in transcripts], -1].float()

@@ -1,0 +1,488 @@
+"""`Protocol`: the words between a model and its memory, as data.
+
+How a document is wrapped for encoding, how a question is put, how documents are named, how their texts are handed back
+and how the answer begins and ends. Training and inference build their token sequences here, so that they cannot differ.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from ..encoding_msa import _Reader
+
+PROTOCOL_FILE = "memory_protocol.json"
+FORMAT_VERSION = 1
+ID_FIELD = "id"  # of a document's metadata
+DIGITS = 18  # a longer number is no id: it would not fit an int64
+
+# Template -> the fields it must have; it may have no others.
+TEMPLATES = {
+    "document": {"id", "text"},
+    "id_format": {"id"},
+    "block_item": {"id", "text"},
+    "restated": {"question"},
+}
+MARKERS = ("ids_end", "retrieval_end", "answer_end")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a transcript.
+
+    Attributes:
+        kind: `"prompt"`, `"ids"`, `"block"`, `"end"` (of retrieval), `"restated"` or `"answer"`.
+        input_ids: tokens.
+        routes: whether these tokens can route.
+    """
+
+    kind: str
+    input_ids: tuple[int, ...]
+    routes: bool = False
+
+    @property
+    def generated(self) -> bool:
+        """Whether it is the model that writes these tokens, so that training puts labels on them."""
+        return self.kind in ("ids", "end", "answer")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Prompts, markers and the wrapping of documents.
+
+    Templates are `str.format` strings; a literal brace is doubled. Only the templates' own words can become special
+    tokens: a document or a question that contains the text of one stays text.
+
+    A transcript is: the prompt; for every round the ids named, `ids_end`, the block of their texts; then
+    `retrieval_end`, the question restated, the answer and `answer_end`. Tokens that route: the prompt's routing pieces
+    and the last block.
+
+    Attributes:
+        document: how a document is encoded, of `{id}` and `{text}`.
+        prompt: pieces of the prompt, of `{question}`, each with whether its tokens route.
+        id_format: how the model names a document, of `{id}`; ends with a character that is no digit.
+        ids_end: ends the ids of a round.
+        block_item: one document of the appended block, of `{id}` and `{text}`.
+        block_end: ends the block.
+        retrieval_end: what the model says instead of ids when it has read enough.
+        restated: opens the answer, of `{question}`.
+        answer_opening: words that the model itself begins its answer with; taken off the answer's text.
+        answer_end: ends the answer.
+        prefix: the template prefix, `prefix_token_ids` of the model; not part of the prompt.
+        special_tokens: the markers that are one token each; a tokenizer without them is refused.
+
+    Raises:
+        ValueError: for a template without a field it needs, or markers that cannot be told apart.
+    """
+
+    document: str
+    prompt: tuple[tuple[str, bool], ...]
+    id_format: str
+    ids_end: str
+    block_item: str
+    block_end: str
+    retrieval_end: str
+    restated: str
+    answer_opening: str
+    answer_end: str
+    prefix: str = ""
+    special_tokens: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", tuple((str(text), bool(routes)) for text, routes in self.prompt))
+        object.__setattr__(self, "special_tokens", tuple(self.special_tokens))
+        for name, wanted in TEMPLATES.items():
+            if (found := _fields_of(getattr(self, name))) != wanted:
+                raise ValueError(f"`{name}` must have the fields {sorted(wanted)}, got {sorted(found)}.")
+        if set().union(*(_fields_of(text) for text, _ in self.prompt)) != {"question"}:
+            raise ValueError("`prompt` must have the field ['question'] in one of its pieces, and no other.")
+        if not any(routes for _, routes in self.prompt):
+            raise ValueError("`prompt` has no piece that routes; without routing tokens no document can be chosen.")
+        if not self._around_id[1] or self._around_id[1][0] in string.digits:
+            raise ValueError(f"`id_format` must go on after {{id}} with what is no digit, got {self.id_format!r}.")
+        for name in MARKERS:
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` is empty; without it nothing says where that part ends.")
+        if self.ids_end.startswith(self.retrieval_end) or self.retrieval_end.startswith(self.ids_end):
+            raise ValueError("`ids_end` and `retrieval_end` begin alike, so they cannot be told apart.")
+
+    @property
+    def _around_id(self) -> tuple[str, str]:
+        pieces = list(string.Formatter().parse(self.id_format))
+        place = next(i for i, piece in enumerate(pieces) if piece[1] is not None)
+        return "".join(piece[0] for piece in pieces[: place + 1]), "".join(piece[0] for piece in pieces[place + 1 :])
+
+    # Tokens -----------------------------------------------------------------------------------------------------------
+
+    def encode(self, tokenizer: Any, template: str, **values: Any) -> list[int]:
+        """Token ids of a filled-in template.
+
+        Text between special tokens is tokenized as one piece, as if the whole were.
+
+        Raises:
+            ValueError: where the tokenizer lacks a special token of this protocol.
+        """
+        return self._encode(tokenizer, [(template, values)])
+
+    def _encode(self, tokenizer: Any, pieces: Iterable[tuple[str, Mapping[str, Any]]]) -> list[int]:
+        """Token ids of filled-in templates that follow one another without a seam."""
+        special = re.compile("|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True))) or "(?!)")
+        ids: list[int] = []
+        text = ""
+        for template, values in pieces:
+            for literal, name, specification, _ in string.Formatter().parse(template):
+                start = 0
+                for found in special.finditer(literal):
+                    ids += _tokenize(tokenizer, text + literal[start : found.start()])
+                    ids.append(self._special_id(tokenizer, found.group()))
+                    text, start = "", found.end()
+                text += literal[start:]
+                if name is not None:
+                    text += format(values[name], specification or "")
+        return ids + _tokenize(tokenizer, text)
+
+    @staticmethod
+    def _special_id(tokenizer: Any, token: str) -> int:
+        number = tokenizer.convert_tokens_to_ids(token)
+        if number is None or number == tokenizer.unk_token_id:
+            raise ValueError(
+                f"The tokenizer has no token {token!r}, which this protocol needs. Add `protocol.special_tokens` to "
+                "the tokenizer and train the model with them, or use the protocol that the model was trained with."
+            )
+        return number
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Make sure that a tokenizer has every special token.
+
+        Raises:
+            ValueError: naming one that it lacks.
+        """
+        for token in self.special_tokens:
+            self._special_id(tokenizer, token)
+
+    def prefix_token_ids(self, tokenizer: Any) -> list[int]:
+        """`prefix` in tokens: what `from_base(prefix_token_ids=...)` wants."""
+        return self.encode(tokenizer, _literal(self.prefix))
+
+    def prompt_segments(self, tokenizer: Any, question: str) -> list[Segment]:
+        """What opens every transcript, behind the prefix."""
+        return [
+            Segment("prompt", tuple(self.encode(tokenizer, text, question=question)), routes)
+            for text, routes in self.prompt
+        ]
+
+    def ids_segment(self, tokenizer: Any, ids: Sequence[int]) -> Segment:
+        """The ids of a round and their end."""
+        pieces: list[tuple[str, dict[str, Any]]] = [(self.id_format, {"id": number}) for number in ids]
+        return Segment("ids", tuple(self._encode(tokenizer, [*pieces, (_literal(self.ids_end), {})])))
+
+    def block_text(self, documents: Iterable[tuple[int, str]]) -> str:
+        """What is appended for (id, text) pairs."""
+        return "".join(self.block_item.format(id=number, text=text) for number, text in documents) + self.block_end
+
+    def block_segment(self, tokenizer: Any, documents: Sequence[tuple[int, str]]) -> Segment:
+        """The appended texts of (id, text) pairs and their end; they route while they are the last block."""
+        pieces: list[tuple[str, dict[str, Any]]] = [
+            (self.block_item, {"id": number, "text": text}) for number, text in documents
+        ]
+        return Segment("block", tuple(self._encode(tokenizer, [*pieces, (_literal(self.block_end), {})])), True)
+
+    def closing_segments(self, tokenizer: Any, question: str) -> list[Segment]:
+        """The end of retrieval and the question restated: the answer follows."""
+        return [
+            Segment("end", tuple(self.encode(tokenizer, _literal(self.retrieval_end)))),
+            Segment("restated", tuple(self.encode(tokenizer, self.restated, question=question))),
+        ]
+
+    def answer_segment(self, tokenizer: Any, answer: str) -> Segment:
+        """An answer as the model is to write it."""
+        template = f"{_literal(self.answer_opening)}{{answer}}{_literal(self.answer_end)}"
+        return Segment("answer", tuple(self.encode(tokenizer, template, answer=answer)))
+
+    def transcript(
+        self,
+        tokenizer: Any,
+        question: str,
+        rounds: Sequence[Sequence[tuple[int, str]]] = (),
+        closed: bool = False,
+        answer: str | None = None,
+    ) -> list[Segment]:
+        """A whole transcript, for training and for recomputation.
+
+        Args:
+            rounds: per round the (id, text) pairs that were named and read.
+            closed: with the end of retrieval and the question restated.
+            answer: with this answer, and closed.
+        """
+        segments = self.prompt_segments(tokenizer, question)
+        for documents in rounds:
+            segments.append(self.ids_segment(tokenizer, [number for number, _ in documents]))
+            segments.append(self.block_segment(tokenizer, documents))
+        if closed or answer is not None:
+            segments += self.closing_segments(tokenizer, question)
+        if answer is not None:
+            segments.append(self.answer_segment(tokenizer, answer))
+        return segments
+
+    @staticmethod
+    def join(segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
+        """Tokens of a transcript, and which of them route: the prompt's routing pieces and the last block."""
+        last = max((place for place, segment in enumerate(segments) if segment.kind == "block"), default=-1)
+        ids: list[int] = []
+        routes: list[bool] = []
+        for place, segment in enumerate(segments):
+            ids += segment.input_ids
+            routes += [segment.routes and (segment.kind != "block" or place == last)] * len(segment.input_ids)
+        return ids, routes
+
+    # What the model writes --------------------------------------------------------------------------------------------
+
+    def named_ids(self, text: str) -> tuple[list[int], str | None]:
+        """What a model said in a round: the ids before the first marker, in order, and that marker (None: none came).
+
+        What is neither an id nor a marker is passed over, and so is an id cut short.
+        """
+        ends = [(text.index(marker), marker) for marker in (self.ids_end, self.retrieval_end) if marker in text]
+        stop, marker = min(ends) if ends else (len(text), None)
+        before, after = map(re.escape, self._around_id)
+        found = re.finditer(rf"{before}\s*([0-9]{{1,{DIGITS}}})\s*{after}", text[:stop])
+        return [int(match.group(1)) for match in found], marker
+
+    def answer_text(self, text: str) -> str:
+        """An answer without its opening and what follows its end."""
+        text = text.partition(self.answer_end)[0].strip()
+        return text.removeprefix(self.answer_opening.strip()).strip()
+
+    # Documents --------------------------------------------------------------------------------------------------------
+
+    def document_row(
+        self, id: int, text: str, tokenizer: Any, key: str | None = None, metadata: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """A document for `model.encode_documents`: wrapped tokens, plain text, and the id among its metadata.
+
+        Args:
+            id: stable number, by which the model will name the document.
+            key: default the id.
+
+        Raises:
+            ValueError: where `metadata` has another `id`, which would be lost.
+        """
+        extra = dict(metadata or {})
+        if extra.get(ID_FIELD, id) != id:
+            raise ValueError(
+                f"Document {key or id!r} has the metadata {ID_FIELD}={extra[ID_FIELD]!r}, a name that the memory needs "
+                "for its own number; rename it, or make it the document's key."
+            )
+        return {
+            "key": str(id) if key is None else str(key),
+            "text": text,
+            "input_ids": self.encode(tokenizer, self.document, id=id, text=text),
+            "metadata": {**extra, ID_FIELD: id},
+        }
+
+    def encode_corpus(
+        self,
+        documents: Iterable[str | Mapping[str, Any]],
+        tokenizer: Any,
+        first_id: int = 0,
+        max_tokens: int | None = None,
+        text_column: str = "text",
+        key_column: str = "key",
+    ) -> Iterator[dict[str, Any]]:
+        """Rows for `model.encode_documents`, numbered from `first_id`.
+
+        Args:
+            documents: texts, or mappings with a text, a key and metadata.
+            first_id: 0 for a new bank; `DocumentIds(bank).next_id()` for documents that will be added to one.
+            max_tokens: cut longer documents into parts `key#0`, `key#1`, ... with ids of their own, at a paragraph,
+                line, sentence or word. None: never; whatever is too long for the model then raises when it is encoded.
+            text_column, key_column: names of the fields of mappings.
+
+        Raises:
+            ValueError: for a document without text.
+        """
+        number = first_id
+        for place, document in enumerate(documents):
+            values: dict[str, Any] = dict(document) if isinstance(document, Mapping) else {text_column: document}
+            text, key = values.pop(text_column, None), values.pop(key_column, None)
+            key = str(place + first_id if key is None else key)
+            if set(values) == {"metadata"}:
+                values = values["metadata"] or {}
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"Document {place} (key {key!r}) has no text; leave it out.")
+            row = self.document_row(number, text, tokenizer, key, values)
+            if max_tokens is None or len(row["input_ids"]) <= max_tokens:
+                yield row
+                number += 1
+                continue
+            room = max_tokens - len(self.encode(tokenizer, self.document, id=10 ** len(str(number)), text=""))
+            if room < 1:
+                raise ValueError(f"`max_tokens={max_tokens}` leaves no room for text beside a document's wrapping.")
+            reader = _Reader(tokenizer, room, "split", room, False, text_column, key_column)
+            ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+            parts = reader._split(text, ids) if len(ids) > room else [(text, ids)]
+            for part, (piece, _) in enumerate(parts):
+                yield self.document_row(number, piece or "", tokenizer, f"{key}#{part}", {**values, "part": part})
+                number += 1
+
+    # Storage ----------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Protocol:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: for an unknown or missing field, naming it.
+        """
+        names = {field.name for field in fields(cls)}
+        for problem, wrong in (("unknown", record.keys() - names), ("missing", names - record.keys())):
+            if wrong:
+                raise ValueError(f"{problem} field of the protocol: {', '.join(sorted(wrong))}")
+        return cls(**record)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `memory_protocol.json` beside a checkpoint."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        record = {"version": FORMAT_VERSION, **self.to_dict()}
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        Path(directory, PROTOCOL_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **hub: Any) -> Protocol:
+        """Read the protocol of a checkpoint, from a directory or the Hub.
+
+        Raises:
+            OSError: where the checkpoint has none.
+            ValueError: for a file that is damaged or of a newer version.
+        """
+        path = cached_file(str(name_or_path), PROTOCOL_FILE, **hub)
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            version = record.pop("version", None)
+            if version != FORMAT_VERSION:
+                raise ValueError(f"its version is {version!r}, this release reads {FORMAT_VERSION}")
+            return cls.from_dict(record)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of `text`, none of them special whatever it says."""
+    if not text:
+        return []
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, truncation=False, verbose=False)[
+        "input_ids"
+    ]
+
+
+def _literal(text: str) -> str:
+    """A template that says `text`."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _fields_of(template: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+
+
+class DocumentIds:
+    """Ids of a bank's documents: stable numbers that adding or deleting documents does not change.
+
+    A document's id is the one among its metadata, else its position. Where a stored id equals the position of a
+    document without one, the stored one has it.
+
+    Args:
+        bank: `MemoryBank`; only its `documents` are read.
+    """
+
+    def __init__(self, bank: Any) -> None:
+        self._documents = bank.documents
+        self._index: dict[int, int] | None = None
+
+    @staticmethod
+    def of(position: int, document: Any) -> int:
+        """Id of a document that stands at `position`."""
+        stored = _stored_id(document)
+        return position if stored is None else stored
+
+    def id_of(self, position: int) -> int:
+        """Id of the document at a position."""
+        return self.of(position, self._documents[position])
+
+    def position_of(self, id: int) -> int | None:
+        """Position of the document with an id; None where there is none."""
+        in_range = 0 <= id < len(self._documents)
+        if in_range and _stored_id(self._documents[id]) == id:
+            return id  # nothing was ever moved: no need to look at the others
+        if self._index is None:
+            self._index = {}
+            for position, document in enumerate(self._documents):
+                if (stored := _stored_id(document)) is not None and self._index.setdefault(
+                    stored, position
+                ) != position:
+                    raise ValueError(
+                        f"Documents {self._documents[self._index[stored]].key!r} and {document.key!r} have the same "
+                        f"id {stored}, so the model cannot name them."
+                    )
+        if id in self._index:
+            return self._index[id]
+        return id if in_range and _stored_id(self._documents[id]) is None else None
+
+    def next_id(self) -> int:
+        """The first id above all that are taken."""
+        return max((self.of(position, document) for position, document in enumerate(self._documents)), default=-1) + 1
+
+
+def _stored_id(document: Any) -> int | None:
+    stored = (document.metadata or {}).get(ID_FIELD)
+    return stored if type(stored) is int and stored >= 0 else None
+
+
+# The protocol of the published checkpoints (arXiv 2603.23516).
+PUBLISHED = Protocol(
+    prefix="<|im_start|>user\n",
+    document="<|im_start|>[{id}]. {text}[{id}]<|im_end|>",
+    prompt=(
+        (
+            "\nPlease answer the question based on the above historical document information\n\n{question}"
+            "\nPlease return all documents related to the question\n",
+            True,
+        ),
+        ("<|im_end|>\n", False),
+        ("<|im_start|>", False),
+    ),
+    id_format="[{id}]",
+    ids_end="<|object_ref_end|>",
+    block_item="[{id}]. {text}\n",
+    block_end="<|object_ref_end|>",
+    retrieval_end="<End-of-Retrieve>",
+    restated="<|im_start|>The user's question is: {question}\n<|object_ref_end|>",
+    answer_opening="The answer to the question is: ",
+    answer_end="<|im_end|>",
+    special_tokens=("<|im_start|>", "<|im_end|>", "<|object_ref_end|>"),
+)
+
+# For models trained from scratch: four special tokens, no instructions, every id on a line or between brackets.
+COMPACT = Protocol(
+    document="[{id}] {text}\n[{id}]",
+    prompt=(("{question}", True), ("<|ids|>", False)),
+    id_format="[{id}]",
+    ids_end="<|docs|>",
+    block_item="[{id}] {text}\n",
+    block_end="<|ids|>",
+    retrieval_end="<|answer|>",
+    restated="{question}\n",
+    answer_opening="",
+    answer_end="<|end|>",
+    special_tokens=("<|ids|>", "<|docs|>", "<|answer|>", "<|end|>"),
+)

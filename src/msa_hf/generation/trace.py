@@ -1,0 +1,131 @@
+"""What an answer leaves behind: which documents were chosen, named, dropped and read, and what each stage cost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+SHOWN_TEXT = 300  # characters of an appended text that `explain` shows
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tokens that one stage processed for this question, and the wall time of the stage for its whole batch."""
+
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A document, with the router's score where a router chose it."""
+
+    position: int
+    id: int
+    key: str
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A document that was named and not read.
+
+    Attributes:
+        id: as it was named.
+        reason: `"unknown"`, `"duplicate"`, `"above documents_per_round"`, `"without text"` or `"no room"`.
+    """
+
+    id: int
+    reason: str
+
+
+@dataclass
+class Round:
+    """One round of retrieval.
+
+    Attributes:
+        chosen: memory layer -> the documents it chose, best first.
+        combined: the layers' documents together, best first; what `"router"` and `"constrained"` choose from.
+        generated: what the model wrote to name documents; empty where the router chose.
+        named: ids that were named, in order.
+        dropped: those of them that were not read, and why.
+        read: those that were.
+        text: what was appended.
+        ended: why retrieval ended with this round; empty where it went on.
+        stages: `"prefill"` and `"select"`.
+    """
+
+    chosen: dict[int, list[Choice]]
+    combined: list[Choice]
+    generated: str = ""
+    named: list[int] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    read: list[Choice] = field(default_factory=list)
+    text: str = ""
+    ended: str = ""
+    stages: dict[str, Stage] = field(default_factory=dict)
+
+
+@dataclass
+class Trace:
+    """How an answer came about.
+
+    Attributes:
+        question, answer: texts.
+        select: how documents were selected.
+        rounds: in order.
+        stages: `"answer"`: tokens of its prompt and its own together.
+    """
+
+    question: str
+    select: str
+    rounds: list[Round] = field(default_factory=list)
+    answer: str = ""
+    stages: dict[str, Stage] = field(default_factory=dict)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """All of it as JSON text; layers become strings, as keys of JSON objects are."""
+        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False, indent=indent)
+
+    def explain(self, show: bool = True) -> str:
+        """All of it in words, to read.
+
+        Args:
+            show: print it as well.
+        """
+        lines = [f"Question: {self.question}"]
+        for number, item in enumerate(self.rounds, start=1):
+            lines.append(f"Round {number}")
+            for layer, documents in item.chosen.items():
+                lines.append(f"  layer {layer} chose {_listed(documents)}")
+            if item.generated:
+                lines.append(f"  the model wrote {item.generated!r}")
+            lines.append(f"  {'router chose' if self.select == 'router' else 'named'} {item.named or 'nothing'}")
+            for dropped in item.dropped:
+                lines.append(f"  dropped {dropped.id}: {dropped.reason}")
+            lines.append(f"  read {_listed(item.read)}")
+            if item.text:
+                rest = len(item.text) - SHOWN_TEXT
+                lines += [f"    | {line}" for line in item.text[:SHOWN_TEXT].splitlines()]
+                lines += [f"    | ... {rest} more characters"] if rest > 0 else []
+            lines += [_cost(name, stage) for name, stage in item.stages.items()]
+            if item.ended:
+                lines.append(f"  retrieval ended: {item.ended}")
+        lines.append(f"Answer: {self.answer}")
+        lines += [_cost(name, stage) for name, stage in self.stages.items()]
+        text = "\n".join(lines)
+        if show:
+            print(text)
+        return text
+
+
+def _listed(documents: list[Choice]) -> str:
+    def name(item: Choice) -> str:
+        key = "" if item.key == str(item.id) else f" {item.key}"
+        return f"[{item.id}]{key}" + ("" if item.score is None else f" ({item.score:.3f})")
+
+    return ", ".join(map(name, documents)) or "nothing"
+
+
+def _cost(name: str, stage: Stage) -> str:
+    return f"  {name}: {stage.tokens} tokens, {stage.seconds * 1000:.1f} ms"
