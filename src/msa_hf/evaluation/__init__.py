@@ -1,0 +1,16 @@
+"""Judging a model with a memory: corpora to ask about, and whether an answer is right."""
+
+from .corpora import UNANSWERABLE, Corpus, Fact, Question, make_corpus
+from .metrics import exact_match, normalise_answer
+from .prose import prose_documents
+
+__all__ = [
+    "UNANSWERABLE",
+    "Corpus",
+    "Fact",
+    "Question",
+    "exact_match",
+    "make_corpus",
+    "normalise_answer",
+    "prose_documents",
+]
