@@ -279,11 +279,8 @@ class _Reader:
                 end = start + (end - start) * 15 // 16
             if end == start or len(piece) == special:
                 raise _TooSmall(f"a limit of {self.limit} tokens is too small")
-            token = bisect_left(starts, end)
-            if token == len(starts) and len(self._tokens(text[end:])) == special:
-                end = len(text)  # what has no tokens stays with the last piece
             yield text[start:end], piece
-            start = end
+            start, token = end, bisect_left(starts, end)
 
     @staticmethod
     def _boundary(text: str, start: int, least: int, most: int) -> int:
