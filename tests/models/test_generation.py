@@ -389,9 +389,12 @@ def test_bad_later_turns_of_generate() -> None:
         "attention_mask": extend(inputs["attention_mask"], STEPS + 4),
     }
     silent = torch.zeros_like(later["attention_mask"], dtype=torch.bool)
+    earlier = silent.clone()
+    earlier[:, :3] = True  # tokens that have been seen route no more
     forced = torch.zeros(3, 1, dtype=torch.long)
-    with pytest.raises(ValueError, match="`force_documents` in a turn without routing tokens"):
-        generate(made, later, past_key_values=cache, routing_mask=silent, force_documents=forced)
+    for routes in (silent, earlier):
+        with pytest.raises(ValueError, match="`force_documents` in a turn without routing tokens"):
+            generate(made, later, past_key_values=cache, routing_mask=routes, force_documents=forced)
     with pytest.raises(ValueError, match="routing tokens but no `memory`"):
         generate(made, later, past_key_values=cache, routing_mask=~silent, memory=None)
 

@@ -266,6 +266,27 @@ def test_the_headless_model_follows_the_definition(family, attention) -> None:
     assert torch.equal(output.last_hidden_state, ours.hidden_states[-1])
 
 
+@few
+def test_a_loss_with_a_memory(family, attention) -> None:
+    """`labels` beside a memory: the mean cross-entropy of the logits over the labelled tokens, also as `lm_loss`."""
+    made, batch = setup(family, attention), batch_of(QUESTIONS, ROUTES)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    output = ask(made, batch, labels=labels)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    assert torch.equal(output.lm_loss, output.loss)
+    assert torch.equal(output.logits, ask(made, batch).logits)
+    values = ask(made, batch, labels=labels, return_dict=False)
+    assert isinstance(values, tuple) and torch.equal(values[0], output.loss) and torch.equal(values[1], output.logits)
+
+
+@few
+def test_only_the_last_logits(family, attention) -> None:
+    """`logits_to_keep` gives the last of the same logits."""
+    made, batch = setup(family, attention), batch_of(QUESTIONS, ROUTES)
+    assert_same(ask(made, batch, logits_to_keep=1).logits, ask(made, batch).logits[:, -1:])
+
+
 # What must differ -----------------------------------------------------------------------------------------------------
 
 

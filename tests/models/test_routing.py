@@ -21,8 +21,8 @@ def case(seed: int) -> dict[str, Tensor]:
     """Random router queries, masks, keys and documents, with sizes around edges; one sample does not route."""
     pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     groups, share = pick.choice([1, 2, 3]), pick.choice([1, 2, 4])
-    batch, length, dim = pick.choice([1, 2, 5]), pick.choice([1, 2, 7]), pick.choice([1, 4, 8])
-    chunks = torch.tensor([pick.choice([1, 1, 2, 5]) for _ in range(pick.choice([1, 2, 9]))])
+    batch, length, dim = [1, 3, 5][seed % 3], [7, 2, 1][seed // 2 % 3], [4, 8, 1, 6][seed % 4]
+    chunks = torch.tensor([pick.choice([1, 1, 2, 5]) for _ in range([9, 7, 2, 1][seed % 4])])
     mask = torch.rand(batch, length, generator=generator) < 0.6
     mask[0, pick.randrange(length)] = True
     if batch > 1:
@@ -80,6 +80,18 @@ def test_tokens_that_do_not_route_have_no_effect(form) -> None:
     inputs = case(4)
     junk = inputs["queries"].masked_fill(~inputs["routing_mask"][..., None, None], float("nan"))
     assert torch.equal(ours(inputs, *form), ours(inputs, *form, queries=junk))
+
+
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+def test_negative_scores_beside_longer_questions(form) -> None:
+    """Where every score is negative, the tokens that a shorter question lacks do not raise it to zero."""
+    inputs = case(1)
+    inputs["queries"] = inputs["queries"].abs()
+    inputs["keys"] = -inputs["keys"].abs()
+    inputs["routing_mask"] = torch.ones(inputs["routing_mask"].shape, dtype=torch.bool).tril()
+    expected = naive(inputs, *form)
+    assert inputs["routing_mask"].sum(1).unique().numel() > 1 and (expected < 0).all()
+    torch.testing.assert_close(ours(inputs, *form).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
