@@ -214,7 +214,9 @@ class MemoryMixin:
         )
         return_dict = kwargs.pop("return_dict", None)
         output = self.run_base(**kwargs, memory_pass=attending, return_dict=True)
-        result = type(self).output_class(**output, routing=attending.finish())
+        # What a mixture calls `aux_loss` is the balance of its experts, which its `loss` holds.
+        fields = {name: value for name, value in output.items() if name != "aux_loss"}
+        result = type(self).output_class(**fields, routing=attending.finish())
         return result if return_dict is not False else result.to_tuple()
 
     @staticmethod

@@ -18,16 +18,19 @@ class MSACausalLMOutput(CausalLMOutputWithPast):
         aux_loss: auxiliary loss of the routers.
         answer_loss: language-model loss over the labels that `answer_mask` marks.
         routing: memory layer -> `LayerRouting`; empty in a turn that does not route.
+        router_logits: of the experts, where the base is a mixture and was asked for them.
     """
 
     lm_loss: Tensor | None = None
     aux_loss: Tensor | None = None
     answer_loss: Tensor | None = None
     routing: dict[int, LayerRouting] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 @dataclass
 class MSAModelOutput(BaseModelOutputWithPast):
-    """Output of a headless model that attended to a memory; `routing` as in `MSACausalLMOutput`."""
+    """Output of a headless model that attended to a memory; the rest as in `MSACausalLMOutput`."""
 
     routing: dict[int, LayerRouting] | None = None
+    router_logits: tuple[Tensor, ...] | None = None

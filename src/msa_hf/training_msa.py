@@ -62,6 +62,10 @@ class TrainingMixin(MemoryMixin):
             raise ValueError("A training step takes `input_ids` and no cache.")
         if doc_ids is not None and routing_mask is not None:
             raise ValueError("Packed rows say in `doc_ids` which tokens route (0); leave `routing_mask` out.")
+        if kwargs.get("output_router_logits") or getattr(self.config, "output_router_logits", False):
+            raise ValueError(
+                "`output_router_logits` asks for a loss that balances experts; a training step with documents has none."
+            )
         if answer_mask is not None and labels is None:
             raise ValueError("`answer_mask` says which of the `labels` count again, but there are none.")
         _refuse_other_shapes(
@@ -85,7 +89,11 @@ class TrainingMixin(MemoryMixin):
         else:
             pool = pool_documents(documents, input_ids.device, limit)
             present = torch.ones(batch, len(pool.lengths), dtype=torch.bool, device=input_ids.device)
-        positives = None if positive_docs is None else positive_mask(torch.as_tensor(positive_docs, device=present.device), present)
+        positives = (
+            None
+            if positive_docs is None
+            else positive_mask(torch.as_tensor(positive_docs, device=present.device), present)
+        )
         if force_documents is not None:
             force_documents = self.checked_documents(force_documents, batch, present.shape[1]).to(present.device)
             _refuse_absent(force_documents, present)

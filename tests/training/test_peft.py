@@ -129,7 +129,7 @@ def test_routers_may_stay_as_they_are() -> None:
         ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
         (["embed_tokens"], {"embed_tokens"}),
     ],
-    ids=str,
+    ids=["one", "two", "expression", "all-linear", "embedding"],
 )
 def test_targets_match_what_they_name(targets, adapted_names) -> None:
     """`q_proj` is not `router_q_proj`, and `all-linear` takes neither routers nor the head."""

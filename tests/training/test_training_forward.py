@@ -100,7 +100,8 @@ def test_packed_rows_equal_a_pool_for_every_option(fields) -> None:
     assert_forms_agree(model, made)
 
 
-def test_rows_may_hold_documents_of_their_own() -> None:
+@pytest.mark.parametrize("force", [False, True], ids=["routed", "forced"])
+def test_rows_may_hold_documents_of_their_own(force) -> None:
     """Rows with different documents, gaps in their numbers and padding between the parts compute what each one's pool
     computes; documents that a row lacks score -inf and lend nothing."""
     model = trainable(score_bias=True)
@@ -108,29 +109,27 @@ def test_rows_may_hold_documents_of_their_own() -> None:
     parts = [documents[:3], documents[3:], documents[4:5]]
     numbers = [[1, 2, 3], [1, 3, 4, 6, 7], [2]]
     questions = [Question(text, [7, 8], [11, 12], []) for text in tokens(5, 3, 4, seed=6)]
-    rows, owners, labels, positives = [], [], [], []
+    rows, masks, owners, labels = [], [], [], []
     for question, part, names in zip(questions, parts, numbers, strict=True):
-        row, owner = list(PREFIX), [-2] * len(PREFIX)
+        row, mask, owner = list(PREFIX), [1] * len(PREFIX), [-2] * len(PREFIX)
         for document, name in zip(part, names, strict=True):
             row += [0, *document]
-            owner += [-3 + 2, *[name] * len(document)]
-        mask = [0 if token == 0 and name == -1 else 1 for token, name in zip(row, owner, strict=True)]
-        rows.append((row + question.ids, mask + [1] * len(question.ids)))
+            mask += [0] + [1] * len(document)
+            owner += [-1] + [name] * len(document)
+        rows.append(row + question.ids)
+        masks.append(mask + [1] * len(question.ids))
         owners.append(owner + [0] * len(question.text) + [-1] * 4)
         labels.append([-100] * len(row) + question.labels)
-        positives.append([names[-1] - 1])
-    packed = model(
-        input_ids=pad([row for row, _ in rows], 0),
-        attention_mask=pad([mask for _, mask in rows], 0),
-        doc_ids=pad(owners, -1),
-        labels=pad(labels, -100),
-        positive_docs=torch.tensor(positives),
-    )
+    batch = {"input_ids": pad(rows, 0), "attention_mask": pad(masks, 0), "doc_ids": pad(owners, -1)}
+    positives = torch.tensor([[names[-1] - 1] for names in numbers])
+    forced = {"force_documents": positives} if force else {}
+    packed = model(**batch, labels=pad(labels, -100), positive_docs=positives, **forced)
+    logits = active_logits(packed, batch)
     losses = []
     for sample, (question, part, names) in enumerate(zip(questions, parts, numbers, strict=True)):
         question.positives = [len(part) - 1]
-        batch = Step(part, [question]).pool()
-        pool = model(**batch)
+        forced = {"force_documents": torch.tensor([question.positives])} if force else {}
+        pool = model(**Step(part, [question]).pool(), **forced)
         losses.append(torch.stack([pool.lm_loss, pool.aux_loss]))
         for layer, found in pool.routing.items():
             scores = packed.routing[layer].document_scores[sample]
@@ -141,9 +140,6 @@ def test_rows_may_hold_documents_of_their_own() -> None:
             chosen = found.documents[0]
             expected = torch.where(chosen >= 0, there[chosen.clamp(min=0)], -1)
             assert torch.equal(packed.routing[layer].documents[sample], expected)
-        logits = active_logits(
-            packed, {"attention_mask": pad([mask for _, mask in rows], 0), "doc_ids": pad(owners, -1)}
-        )
         assert_same(logits[sample], pool.logits[0])
     means = torch.stack(losses).mean(0)  # every row has as many labels
     assert_same(torch.stack([packed.lm_loss, packed.aux_loss]), means)
@@ -160,12 +156,11 @@ def test_given_positions_are_used_and_the_defaults_are_their_rule(form) -> None:
     else:
         positions = torch.zeros_like(batch["input_ids"])
         for row, owner in enumerate(batch["doc_ids"].tolist()):
-            seen: dict[int, int] = {}
+            following = {-1: first, -2: 0}
             for column, name in enumerate(owner):
-                name = min(name, 0) if name in (0, -1) else name
-                key = 0 if name in (0, -1) else name
-                positions[row, column] = seen.get(key, first if key == 0 else 0)
-                seen[key] = int(positions[row, column]) + 1
+                name = -1 if name == 0 else name
+                positions[row, column] = following.get(name, 0)
+                following[name] = following.get(name, 0) + 1
     default = model(**batch)
     given = model(**batch, position_ids=positions)
     assert torch.equal(given.loss, default.loss)
@@ -240,6 +235,24 @@ def test_forced_documents_are_attended_to(form) -> None:
         loss = model(**batch, force_documents=torch.full((3, 1), document)).lm_loss
         rows = gradients(model, loss)["model.embed_tokens.weight"][own].abs().amax(1)
         assert bool((rows > 0).all()) if reached else bool((rows == 0).all())
+
+
+def test_the_balance_of_experts() -> None:
+    """A mixture that reports its router logits does so with a memory, its balancing loss a part of the loss; a training
+    step, which would leave that loss out, refuses."""
+    made = step()
+    found = setup("qwen3_moe", documents=made.documents)
+    batch = {name: made.pool()[name] for name in ("input_ids", "attention_mask", "routing_mask", "labels")}
+    with torch.no_grad():
+        plain = found.model(**batch, memory=found.bank)
+        output = found.model(**batch, memory=found.bank, output_router_logits=True)
+    assert len(output.router_logits) == 4 and output.aux_loss is None
+    assert torch.equal(output.logits, plain.logits) and float(output.loss) > float(plain.loss)
+    with pytest.raises(ValueError, match="output_router_logits"):
+        found.model(**made.pool(), output_router_logits=True)
+    found.model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits"):
+        found.model(**made.packed())
 
 
 # A pool's arguments ---------------------------------------------------------------------------------------------------
@@ -346,7 +359,7 @@ def test_a_document_is_scored_alone() -> None:
 def naive_router_loss(scores: list[float], positives: list[int], form: str, tau: float, gamma: float) -> float:
     """The contrastive loss of one sample, term by term from its definition (paper, Eq. 5)."""
     terms = []
-    for positive in positives:
+    for positive in (number for number in positives if scores[number] > float("-inf")):
         rivals = [
             number
             for number in range(len(scores))
@@ -362,18 +375,24 @@ def naive_router_loss(scores: list[float], positives: list[int], form: str, tau:
 @pytest.mark.parametrize("tau, gamma", [(0.1, 2.0), (0.5, 1.0)])
 @pytest.mark.parametrize("form", AUX_LOSSES)
 def test_router_loss_is_its_definition(form, tau, gamma) -> None:
-    """For samples with one, some, all and no positives, and with documents that they do not see."""
+    """Value and slope, for samples with one, some, all and no positives, and with documents, even positive ones, that
+    they do not see."""
     generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(5, 6, generator=generator) - 0.5
-    scores[4, [1, 3]] = float("-inf")
-    positives = [[2], [0, 1, 5], list(range(6)), [], [0, 2]]
+    scores = torch.rand(6, 6, generator=generator) - 0.5
+    scores[4, [1, 3]], scores[5] = float("-inf"), float("-inf")
+    positives = [[2], [0, 1, 5], list(range(6)), [], [0, 2, 3], [1]]
     mask = torch.tensor([[number in row for number in range(6)] for row in positives])
+    scores.requires_grad_()
     ours = router_loss(scores, mask, tau, form, gamma)
-    expected = [
-        naive_router_loss(row, chosen, form, tau, gamma)
-        for row, chosen in zip(scores.double().tolist(), positives, strict=True)
-    ]
-    torch.testing.assert_close(ours.double(), torch.tensor(expected, dtype=torch.float64), atol=1e-5, rtol=1e-5)
+    (slopes,) = torch.autograd.grad(ours.sum(), scores)
+    for sample, chosen in enumerate(positives):
+        row = scores[sample].detach().double().tolist()
+        loss = naive_router_loss(row, chosen, form, tau, gamma)
+        assert float(ours[sample].detach()) == pytest.approx(loss, rel=1e-5, abs=1e-6)
+        for place in range(6):
+            sides = [[*row[:place], row[place] + size, *row[place + 1 :]] for size in (1e-5, -1e-5)]
+            more, less = (naive_router_loss(side, chosen, form, tau, gamma) for side in sides)
+            assert float(slopes[sample, place]) == pytest.approx((more - less) / 2e-5, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("form", AUX_LOSSES)
