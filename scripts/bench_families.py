@@ -3,8 +3,8 @@
     python scripts/bench_families.py --json docs/families.json
 
 Per family a small random model encodes documents, routes, attends and generates on both sides. The error of the
-logits stands beside the error that the plain base makes between the same two sides: the memory may cost a small multiple
-of it.
+logits stands beside the error that the plain base makes between the same two sides: the memory may cost a small
+multiple of it.
 Exits with 1 where a family misses that.
 """
 

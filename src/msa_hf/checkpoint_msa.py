@@ -45,6 +45,7 @@ REMOTE_FILES = tuple(
         "packing",
         "retrofit",
         "routing",
+        "splitting",
         "storage",
         "training",
     )

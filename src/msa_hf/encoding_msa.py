@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -15,16 +13,10 @@ from tqdm.auto import tqdm
 
 from .attention_msa import chunks_of
 from .memory_msa import Document, DocumentTable, LayerMemory, MemoryBank
+from .splitting_msa import LimitTooSmall, split_text
 
 # Documents read ahead and sorted by length, in batches' worth of tokens: little padding, bounded memory.
 WINDOW_BATCHES = 16
-# Where a text may be cut, best first; looked for in the last quarter of what fits.
-BOUNDARIES = (
-    re.compile(r"\n\s*\n"),
-    re.compile(r"\n"),
-    re.compile(r"[.!?][\"')\]]*\s|[。！？]"),
-    re.compile(r"\s"),
-)
 
 
 @dataclass
@@ -210,7 +202,7 @@ class _Reader:
             try:
                 for part, (piece, piece_ids) in enumerate(self._split(text if given is None else None, ids.tolist())):
                     yield _Item(f"{key}#{part}", piece, metadata, torch.tensor(piece_ids))
-            except _TooSmall as error:
+            except LimitTooSmall as error:
                 raise ValueError(f"Document {number} (key {key!r}) cannot be split: {error}.") from None
 
     def _fields(self, number: int, document: Any) -> tuple[str, str | None, dict[str, Any] | None, Tensor | None]:
@@ -245,57 +237,12 @@ class _Reader:
     def _split(self, text: str | None, ids: list[int]) -> Iterator[tuple[str | None, list[int]]]:
         """Cut at a paragraph, line, sentence or word of the text; between chunks where only ids are there."""
         if text is not None and getattr(self.tokenizer, "is_fast", False):
-            yield from self._split_text(text)
+            yield from split_text(self.tokenizer, text, self.limit, self.add_special_tokens)
             return
         size = max(self.limit // self.chunk_size * self.chunk_size, min(self.limit, self.chunk_size))
         for start in range(0, len(ids), size):
             piece = ids[start : start + size]
             yield None if self.tokenizer is None else self.tokenizer.decode(piece), piece
-
-    def _split_text(self, text: str) -> Iterator[tuple[str, list[int]]]:
-        """Pieces that together are `text`, each with its token ids.
-
-        The tokens of the whole say where to cut; each piece is then tokenized by itself.
-
-        Raises:
-            _TooSmall: where one character has more tokens than the limit.
-        """
-        whole = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
-        )
-        spans = whole["offset_mapping"]
-        starts = [first for first, _ in spans]
-        special = len(self._tokens(""))
-        room = self.limit - special
-        start = token = 0
-        while start < len(text):
-            if room < 1:
-                raise _TooSmall(f"a limit of {self.limit} tokens is too small")
-            end = len(text)
-            if token + room < len(spans):
-                end = self._boundary(text, start, spans[token][1], max(starts[token + room], start + 1))
-            # A text cut out may have more tokens than it had inside the whole.
-            while len(piece := self._tokens(text[start:end])) > self.limit:
-                end = start + (end - start) * 15 // 16
-            if end == start or len(piece) == special:
-                raise _TooSmall(f"a limit of {self.limit} tokens is too small")
-            yield text[start:end], piece
-            start, token = end, bisect_left(starts, end)
-
-    @staticmethod
-    def _boundary(text: str, start: int, least: int, most: int) -> int:
-        """Where to end the piece of `text` from `start`: at the best boundary in the last quarter before `most`."""
-        least = max(start + (most - start) * 3 // 4, least)
-        for boundary in BOUNDARIES:
-            # One character further: white space behind `most` makes a boundary there.
-            ends = [match.end() for match in boundary.finditer(text, start, most + 1) if match.end() >= least]
-            if ends:
-                return min(ends[-1], most)
-        return most
-
-
-class _TooSmall(ValueError):
-    """The limit leaves no room for a single character."""
 
 
 def _ids(number: int, values: Any) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from ..encoding_msa import _Reader
+from ..splitting_msa import split_text
 
 PROTOCOL_FILE = "memory_protocol.json"
 FORMAT_VERSION = 1
@@ -325,11 +325,8 @@ class Protocol:
             room = max_tokens - len(self.encode(tokenizer, self.document, id=10 ** len(str(number)), text=""))
             if room < 1:
                 raise ValueError(f"`max_tokens={max_tokens}` leaves no room for text beside a document's wrapping.")
-            reader = _Reader(tokenizer, room, "split", room, False, text_column, key_column)
-            ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-            parts = reader._split(text, ids) if len(ids) > room else [(text, ids)]
-            for part, (piece, _) in enumerate(parts):
-                yield self.document_row(number, piece or "", tokenizer, f"{key}#{part}", {**values, "part": part})
+            for part, (piece, _) in enumerate(split_text(tokenizer, text, room)):
+                yield self.document_row(number, piece, tokenizer, f"{key}#{part}", {**values, "part": part})
                 number += 1
 
     # Storage ----------------------------------------------------------------------------------------------------------
