@@ -156,12 +156,14 @@ def pool_documents(documents: Any, device: torch.device, limit: int | None = Non
         real = mask.bool()
         pool = PooledDocuments(documents.long().masked_fill(~real, 0).to(device), real.sum(1).to(device))
     else:
-        rows = [_document(number, document, device) for number, document in enumerate(documents)]
+        # Put together on the host and moved once, not document by document.
+        host = torch.device("cpu")
+        rows = [_document(number, document, host) for number, document in enumerate(documents)]
         if mask is not None:
-            rows = [row[torch.as_tensor(keep, device=device).bool()] for row, keep in zip(rows, mask, strict=True)]
+            rows = [row[torch.as_tensor(keep, device=host).bool()] for row, keep in zip(rows, mask, strict=True)]
         pool = PooledDocuments(
-            torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
-            torch.tensor([len(row) for row in rows], device=device, dtype=torch.long),
+            torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device),
+            torch.tensor([len(row) for row in rows], dtype=torch.long).to(device),
         )
     if int(pool.lengths.min()) < 1:
         raise ValueError(f"Document {int(pool.lengths.argmin())} of `documents` has no tokens; leave it out.")
