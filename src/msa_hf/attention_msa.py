@@ -385,6 +385,11 @@ def chunks_of(lengths: Tensor, chunk_size: int) -> Tensor:
     return torch.nn.functional.pad(chunk_counts(lengths, chunk_size).cumsum(0), (1, 0))
 
 
+def _causal_mask(length: int, seen: int, device: torch.device) -> Tensor:
+    """[1, 1, T, S] bool for the last T of S tokens."""
+    return torch.ones(length, seen, dtype=torch.bool, device=device).tril(seen - length)[None, None]
+
+
 def fused_context_attention(
     query: Tensor,
     key: Tensor,
@@ -408,7 +413,7 @@ def fused_context_attention(
             query, key, value, attention_mask, context, scaling=scaling, softcap=softcap, sinks=sinks, dropout=dropout
         )
     if attention_mask is None:
-        attention_mask = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(seen - length)[None, None]
+        attention_mask = _causal_mask(length, seen, query.device)
     mask = attention_mask[..., :seen]
     rows = context.valid[:, None, None, :].expand(-1, 1, length, -1)
     if context.bias is None and mask.dtype == torch.bool:
@@ -468,7 +473,7 @@ def context_attention(
     groups, seen, rows = key.shape[1], key.shape[2], context.keys.shape[2]
     scaling = dim**-0.5 if scaling is None else scaling
     if attention_mask is None and length > 1:
-        attention_mask = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(seen - length)[None, None]
+        attention_mask = _causal_mask(length, seen, query.device)
     row_bias = torch.zeros(batch, rows, device=query.device) if context.bias is None else context.bias
     row_bias = row_bias.masked_fill(~context.valid, torch.finfo(torch.float32).min)[:, None, None, None, :]
 
