@@ -1,0 +1,581 @@
+"""The command line: `msa-hf retrofit | encode | ask | inspect`.
+
+A mistake of the user ends with one line on stderr and exit code 2; any other error keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+
+from .generation import COMPACT, PUBLISHED, Answer, MemoryInterleave, Protocol
+from .generation.interleave import SELECTIONS
+from .memory_msa import MemoryBank
+from .modeling_msa import MSAForCausalLM
+from .storage_msa import MANIFEST, read_manifest
+
+PROTOCOLS: dict[str, Protocol | None] = {"compact": COMPACT, "published": PUBLISHED, "none": None}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SUFFIXES = (".txt", ".md")
+SHOWN_TEXT = 80  # characters of a document's text that `inspect` shows
+
+
+class UserError(Exception):
+    """A mistake of the user; the message is all that is shown."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports wrong arguments like any other mistake of the user."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+@contextlib.contextmanager
+def reported(foreign: bool = False, subject: str = "") -> Iterator[None]:
+    """Turn the errors that tell a user what is wrong into `UserError`.
+
+    Args:
+        subject: what the message begins with, for errors that do not say what they are about.
+        foreign: also a `ValueError` that another library raised, as for a checkpoint that transformers cannot read.
+            Without it only those of this package count: elsewhere they are faults, which keep their traceback.
+    """
+    opening = f"{subject}: " if subject else ""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{opening}{error}") from error
+    except ValueError as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        home = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+        if not foreign and home not in (__name__, "msa_hf") and not home.startswith("msa_hf."):
+            raise
+        raise UserError(f"{opening}{error}") from error
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+def at_least(lowest: int) -> Any:
+    """An argument type: an integer from `lowest`."""
+
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = lowest - 1
+        if value < lowest:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {lowest}, got {text!r}")
+        return value
+
+    return integer
+
+
+def layer_list(text: str) -> list[int]:
+    """An argument type: layers separated by commas."""
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be layers separated by commas, got {text!r}") from None
+
+
+def device_of(text: str) -> torch.device:
+    """An argument type: a device that this machine has."""
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise argparse.ArgumentTypeError(f"this machine has no device {text!r}") from None
+    return device
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    main = Parser(prog="msa-hf", description="A memory of documents for any Hugging Face causal LM.")
+    commands = main.add_subparsers(required=True, metavar="COMMAND")
+    positive = at_least(1)
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(run=run)
+        return made
+
+    def add_model_options(made: argparse.ArgumentParser) -> None:
+        made.add_argument(
+            "--protocol",
+            choices=("auto", *PROTOCOLS),
+            default="auto",
+            help="how documents and questions are wrapped; auto: as the checkpoint's memory_protocol.json says, plain "
+            "text where it has none",
+        )
+        made.add_argument("--device", type=device_of, default="cpu", help="such as cuda (default: cpu)")
+        made.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
+
+    made = command("retrofit", retrofit, "Give a plain model a memory and save it.")
+    made.add_argument("base", metavar="BASE", help="a checkpoint: directory or Hub id")
+    made.add_argument("out", metavar="OUT", help="directory for the new checkpoint")
+    made.add_argument("--memory-layers", type=layer_list, help="such as 20,24,27 (default: the upper half)")
+    made.add_argument("--chunk-size", type=positive, default=64, help="tokens per chunk (default: 64)")
+    made.add_argument("--top-k", type=positive, default=16, help="documents per memory layer (default: 16)")
+    made.add_argument("--similarity", choices=("cosine", "dot"), default="cosine")
+    made.add_argument("--router-init", choices=("copy", "random"), default="copy")
+    made.add_argument("--score-bias", action="store_true", help="let scores weigh the documents in the attention")
+
+    made = command("encode", encode, "Encode documents into a memory bank.")
+    made.add_argument("model", metavar="MODEL", help="a checkpoint with a memory: directory or Hub id")
+    made.add_argument(
+        "source", metavar="SOURCE", help="a folder of .txt and .md, a .jsonl, or what datasets.save_to_disk saved"
+    )
+    made.add_argument("bank", metavar="BANK", help="directory for the bank; one that lies there is replaced")
+    add_model_options(made)
+    made.add_argument("--batch-tokens", type=positive, default=16384, help="tokens per batch (default: 16384)")
+    made.add_argument(
+        "--too-long", choices=("error", "split"), default="error", help="what to do with a document above the limit"
+    )
+    made.add_argument("--text-column", help="field of the text (default: text)")
+    made.add_argument("--key-column", help="field of the key (default: key, or the document's number)")
+
+    made = command("ask", ask, "Ask questions of a bank; without a question, one per line of the input.")
+    made.add_argument("model", metavar="MODEL", help="the checkpoint that made the bank")
+    made.add_argument("bank", metavar="BANK")
+    made.add_argument("questions", metavar="QUESTION", nargs="*")
+    add_model_options(made)
+    made.add_argument("--select", choices=SELECTIONS, default="router", help="how documents are chosen for reading")
+    made.add_argument("--max-rounds", type=at_least(0), default=3, help="of retrieval (default: 3)")
+    made.add_argument("--max-new-tokens", type=positive, default=128, help="of the answer (default: 128)")
+    made.add_argument("--json", action="store_true", help="one JSON object per question")
+
+    made = command("inspect", inspect, "Show what a bank holds and was made with.")
+    made.add_argument("bank", metavar="BANK")
+    made.add_argument("--documents", type=at_least(0), default=5, help="documents to show (default: 5)")
+    made.add_argument("--verify", action="store_true", help="compare the checksum of every file, which reads them all")
+    made.add_argument("--json", action="store_true", help="one JSON object")
+    return main
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint(name: str) -> str:
+    """A directory or a Hub id; a path that does not exist is neither."""
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"{name}: not a directory")
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
+        raise UserError(f"{name}: no such directory")
+    return name
+
+
+def load(name: str, device: Any, dtype: str) -> tuple[Any, Any]:
+    """A model with a memory, and its tokenizer."""
+    checkpoint(name)
+    with reported(foreign=True, subject=name):
+        model = MSAForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+        return model, AutoTokenizer.from_pretrained(name)
+
+
+def protocol_of(choice: str, name: str, tokenizer: Any) -> Protocol | None:
+    """The protocol that was asked for, or the checkpoint's own; None for plain text."""
+    if choice == "auto":
+        try:
+            with reported():
+                protocol: Protocol | None = Protocol.from_pretrained(name)
+        except UserError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            protocol = None
+    else:
+        protocol = PROTOCOLS[choice]
+    if protocol is not None:
+        with reported():
+            protocol.check_tokenizer(tokenizer)
+    return protocol
+
+
+def new_directory(name: str) -> Path:
+    """A directory to save to."""
+    path = Path(name)
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(f"{name}: not a directory")
+    return path
+
+
+def retrofit(args: argparse.Namespace) -> int:
+    """`msa-hf retrofit`."""
+    out = new_directory(args.out)
+    if out.exists() and Path(checkpoint(args.base)).exists() and out.samefile(args.base):
+        raise UserError(f"{args.out}: is BASE itself, which would be overwritten; give another OUT")
+    with reported(foreign=True, subject=args.base):
+        model = MSAForCausalLM.from_base(
+            checkpoint(args.base),
+            memory_layers=args.memory_layers,
+            chunk_size=args.chunk_size,
+            top_k=args.top_k,
+            similarity=args.similarity,
+            router_init=args.router_init,
+            score_bias=args.score_bias,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(args.base)
+    with reported():
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    print(f"{out}: memory in layers {', '.join(map(str, model.config.memory_layers))}; the routers are untrained")
+    return 0
+
+
+# Documents ------------------------------------------------------------------------------------------------------------
+
+
+class Corpus:
+    """Documents to encode: mappings, read again by every iteration.
+
+    Args:
+        source: a folder of texts, a `.jsonl`, or a directory that `datasets.save_to_disk` saved.
+        text_column, key_column: names of the fields; None for `"text"` and `"key"`.
+
+    Raises:
+        UserError: for what cannot be read, naming file and line; everything is looked at before anything is encoded.
+    """
+
+    def __init__(self, source: str, text_column: str | None = None, key_column: str | None = None) -> None:
+        self.path = Path(source)
+        self.text_column, self.key_column = text_column or "text", key_column or "key"
+        self._key_required = key_column is not None
+        if not self.path.exists():
+            raise UserError(f"{source}: no such file or directory")
+        if self.path.is_dir() and any((self.path / name).exists() for name in ("state.json", "dataset_dict.json")):
+            self._rows: Any = self._dataset_rows
+            self._dataset = self._load_dataset()
+        elif self.path.is_dir():
+            self._rows = self._folder_rows
+            self.text_column, self.key_column = "text", "key"
+        elif self.path.suffix == ".jsonl":
+            self._rows = self._json_rows
+        else:
+            raise UserError(f"{source}: not a folder of {' and '.join(SUFFIXES)}, a .jsonl or a saved dataset")
+        self.skipped: set[str] = set()  # files without text
+        keys: dict[str, str] = {}
+        self._count = 0
+        for place, row in self._rows():
+            self._check(place, row)
+            key = row.get(self.key_column)
+            key = str(self._count if key is None else key)
+            if key in keys:
+                raise UserError(f"{place}: the key {key!r} is that of {keys[key]} already")
+            keys[key] = place
+            self._count += 1
+        if not self._count:
+            what = f"no {' or '.join(SUFFIXES)} file with text" if self._rows == self._folder_rows else "no documents"
+            raise UserError(f"{source}: {what}")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (row for _, row in self._rows())
+
+    def _check(self, place: str, row: dict[str, Any]) -> None:
+        names = ", ".join(row) or "none"
+        if self.text_column not in row:
+            raise UserError(f"{place}: no field {self.text_column!r} (--text-column); there are: {names}")
+        if self._key_required and self.key_column not in row:
+            raise UserError(f"{place}: no field {self.key_column!r} (--key-column); there are: {names}")
+        text = row[self.text_column]
+        if not isinstance(text, str):
+            raise UserError(f"{place}: {self.text_column!r} is not a text but {type(text).__name__}")
+        if not text.strip():
+            raise UserError(f"{place}: {self.text_column!r} is empty; leave it out")
+
+    def _folder_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for path in sorted(self.path.rglob("*")):
+            if path.suffix.lower() in SUFFIXES and path.is_file():
+                text = _decoded(path.read_bytes(), str(path))
+                key = path.relative_to(self.path).as_posix()
+                if text.strip():
+                    yield str(path), {"key": key, "text": text}
+                else:
+                    self.skipped.add(key)
+
+    def _json_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        def refuse(constant: str) -> NoReturn:
+            raise ValueError(f"{constant} is not JSON")
+
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                place = f"{self.path}, line {number}"
+                text = _decoded(line, place)
+                if not text.strip():
+                    continue
+                try:
+                    row = json.loads(text, parse_constant=refuse)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{place}: not valid JSON ({error})") from error
+                if not isinstance(row, dict):
+                    raise UserError(f"{place}: not a JSON object but {type(row).__name__}")
+                yield place, row
+
+    def _load_dataset(self) -> Any:
+        try:
+            import datasets
+        except ImportError:
+            raise UserError(f"{self.path}: reading a saved dataset needs `pip install datasets`") from None
+        with reported(foreign=True):
+            dataset = datasets.load_from_disk(str(self.path))
+        if isinstance(dataset, datasets.DatasetDict):
+            raise UserError(f"{self.path}: holds the splits {', '.join(dataset)}; give the directory of one")
+        return dataset
+
+    def _dataset_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, row in enumerate(self._dataset):
+            yield f"{self.path}, row {number}", dict(row)
+
+
+def _decoded(data: bytes, place: str) -> str:
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not UTF-8 text (byte {data[error.start]:#04x} at {error.start})") from error
+
+
+def encode(args: argparse.Namespace) -> int:
+    """`msa-hf encode`."""
+    out = new_directory(args.bank)
+    with reported():
+        if (out / MANIFEST).exists():
+            read_manifest(out)  # else saving would refuse, after all the work
+        corpus = Corpus(args.source, args.text_column, args.key_column)
+    if corpus.skipped:
+        print(f"msa-hf: skipping {len(corpus.skipped)} empty files, such as {min(corpus.skipped)}", file=sys.stderr)
+    model, tokenizer = load(args.model, args.device, args.dtype)
+    protocol = protocol_of(args.protocol, args.model, tokenizer)
+    columns: dict[str, Any] = {"text_column": corpus.text_column, "key_column": corpus.key_column}
+    options: dict[str, Any] = {"batch_tokens": args.batch_tokens, "bank_device": "cpu"}
+    start = time.perf_counter()
+    with reported():
+        if protocol is None:
+            bank = model.encode_documents(corpus, tokenizer, too_long=args.too_long, **columns, **options)
+        else:
+            limit = getattr(model.config, "max_position_embeddings", None) if args.too_long == "split" else None
+            rows = protocol.encode_corpus(corpus, tokenizer, max_tokens=limit, **columns)
+            bank = model.encode_documents(rows, tokenizer, **options)
+        seconds = time.perf_counter() - start
+        bank.save_pretrained(out)
+    print(f"{out}: {len(bank)} documents, {bank.num_tokens} tokens, {bank.num_chunks} chunks, {seconds:.1f} s")
+    return 0
+
+
+# Questions ------------------------------------------------------------------------------------------------------------
+
+
+def ask(args: argparse.Namespace) -> int:
+    """`msa-hf ask`."""
+    model, tokenizer = load(args.model, args.device, args.dtype)
+    protocol = protocol_of(args.protocol, args.model, tokenizer)
+    with reported():
+        bank = model.load_memory(args.bank, tokenizer, device=args.device)
+        if protocol is not None:
+            asker = MemoryInterleave(
+                model,
+                tokenizer,
+                bank,
+                protocol,
+                max_rounds=args.max_rounds,
+                select=args.select,
+                max_new_tokens=args.max_new_tokens,
+            )
+    failed = False
+    for number, question in enumerate(args.questions or lines_of_input()):
+        try:
+            with reported():
+                if protocol is not None:
+                    record = answered(asker.ask(question))
+                else:
+                    record = generated(model, tokenizer, bank, question, args.max_new_tokens)
+        except UserError as error:
+            if args.questions:
+                raise
+            complain(error)  # the next line may be better
+            failed = True
+            continue
+        if args.json:
+            print(json.dumps(record, ensure_ascii=False, allow_nan=False), flush=True)
+        else:
+            print(("\n" if number else "") + "\n".join(described(record, len(args.questions) > 1)), flush=True)
+    return 2 if failed else 0
+
+
+def lines_of_input() -> Iterator[str]:
+    """Questions from the standard input, without blank lines; a prompt only where somebody types."""
+    while True:
+        if sys.stdin.isatty():
+            print("? ", end="", file=sys.stderr, flush=True)
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: not text ({error})") from error
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def answered(answer: Answer) -> dict[str, Any]:
+    """An answer of Memory Interleave as JSON values."""
+    trace = json.loads(answer.trace.to_json())
+    stages = [
+        {"stage": name, "round": number, **stage}
+        for number, item in enumerate(trace["rounds"])
+        for name, stage in item["stages"].items()
+    ]
+    stages += [{"stage": name, "round": None, **stage} for name, stage in trace["stages"].items()]
+    sources = [
+        {"key": item.key, "id": item.id, "position": item.position, "score": item.score, "round": item.round}
+        for item in answer.documents
+    ]
+    return {
+        "question": answer.trace.question,
+        "answer": answer.text,
+        "sources": sources,
+        "stages": stages,
+        "trace": trace,
+    }
+
+
+def generated(model: Any, tokenizer: Any, bank: MemoryBank, question: str, max_new_tokens: int) -> dict[str, Any]:
+    """What the model writes behind a plain question, and the documents that each layer routed, as JSON values."""
+    inputs = tokenizer(question, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    length = inputs["input_ids"].shape[1]
+    if not length:
+        raise UserError("the question is empty")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and model.config.first_position + length + max_new_tokens > positions:
+        raise UserError(
+            f"the question has {length} tokens; with {max_new_tokens} of an answer (--max-new-tokens) that is more "
+            f"than the model's {positions} positions hold"
+        )
+    routing: dict[str, list[dict[str, Any]]] = {}
+    routed = start = time.perf_counter()
+
+    def keep_routing(module: Any, arguments: Any, output: Any) -> None:
+        nonlocal routed
+        if routing or not output.routing:
+            return
+        for layer, found in output.routing.items():
+            pairs = zip(found.documents[0].tolist(), found.scores[0].tolist(), strict=True)
+            routing[str(layer)] = [
+                {"key": bank.documents[position].key, "position": position, "score": score}
+                for position, score in pairs
+                if position >= 0
+            ]
+        routed = time.perf_counter()
+
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    hook = model.register_forward_hook(keep_routing)
+    try:
+        output = model.generate(**inputs, memory=bank, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+    finally:
+        hook.remove()
+    written = output[0, length:]
+    return {
+        "question": question,
+        "answer": tokenizer.decode(written, skip_special_tokens=True).strip(),
+        "routing": routing,
+        "stages": [
+            {"stage": "prefill", "round": None, "tokens": length, "seconds": routed - start},
+            {"stage": "answer", "round": None, "tokens": len(written), "seconds": time.perf_counter() - routed},
+        ],
+    }
+
+
+def described(record: dict[str, Any], with_question: bool) -> Iterable[str]:
+    """An answer in words."""
+    if with_question:
+        yield f"Question: {record['question']}"
+    yield record["answer"] or "(no answer)"
+    if "sources" in record:
+        yield "Sources:" if record["sources"] else "Sources: none"
+        for item in record["sources"]:
+            score = "not routed" if item["score"] is None else f"score {item['score']:.3f}"
+            yield f"  [{item['id']}] {item['key']} ({score}, round {item['round'] + 1})"
+    for layer, documents in record.get("routing", {}).items():
+        yield f"Layer {layer}: " + ", ".join(f"{item['key']} ({item['score']:.3f})" for item in documents)
+    yield "Time:"
+    for stage in record["stages"]:
+        name = stage["stage"] if stage["round"] is None else f"round {stage['round'] + 1} {stage['stage']}"
+        yield f"  {name}: {stage['seconds'] * 1000:.1f} ms, {stage['tokens']} tokens"
+
+
+# Banks ----------------------------------------------------------------------------------------------------------------
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """`msa-hf inspect`."""
+    with reported():
+        bank = MemoryBank.from_pretrained(args.bank, verify=args.verify)
+        size = sum(path.stat().st_size for path in Path(args.bank).iterdir() if path.is_file())
+        shown = bank.documents[: args.documents]
+    record: dict[str, Any] = {
+        "documents": len(bank),
+        "tokens": bank.num_tokens,
+        "chunks": bank.num_chunks,
+        "dtype": str(bank.dtype).removeprefix("torch."),
+        "bytes": size,
+        "origin": bank.origin.to_dict(),
+    }
+    documents: list[dict[str, Any]] = [
+        {"key": item.key, "tokens": item.tokens, "chunks": item.chunks, "metadata": item.metadata, "text": item.text}
+        for item in shown
+    ]
+    if args.json:
+        print(json.dumps({**record, "first_documents": documents}, ensure_ascii=False))
+        return 0
+    origin = record.pop("origin")
+    for name, value in {**record, **origin}.items():
+        print(f"{name.replace('_', ' ')}: {value}")
+    for item in documents:
+        text = " ".join((item["text"] or "").split())
+        print(f"  {item['key']} ({item['tokens']} tokens): {text[:SHOWN_TEXT]}{'...' if text[SHOWN_TEXT:] else ''}")
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def complain(error: Exception) -> None:
+    """One line on stderr."""
+    print(f"msa-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line (default: that of the process) and return its exit code."""
+    try:
+        args = parser().parse_args(arguments)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UserError, OSError) as error:
+        complain(error)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
