@@ -5,6 +5,7 @@ with every checkpoint, so that it trains where this package is not installed. No
 or run a model, and it may use the libraries of the extra `train`.
 """
 
+from .data import QuestionCollator, router_recall
 from .peft import peft_config
 
-__all__ = ["peft_config"]
+__all__ = ["QuestionCollator", "peft_config", "router_recall"]

@@ -1,0 +1,273 @@
+"""A user's documents and questions: reading them, batches for the training forward, and how well routers find them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..memory_msa import MemoryBank
+
+IGNORED = -100
+SEPARATOR = "\n"
+
+
+class DataError(ValueError):
+    """A file of the user's that cannot be trained on; the message names file and line."""
+
+
+def read_documents(path: str | Path) -> dict[str, str]:
+    """Key -> text of a JSON Lines file of objects with `key` and `text`.
+
+    Raises:
+        DataError: for a file that is missing, undecodable or empty, a field that is missing or no text, and a key that
+            is used twice.
+    """
+    documents: dict[str, str] = {}
+    for place, row in _rows(Path(path)):
+        key, text = _text(place, row, "key"), _text(place, row, "text")
+        if key in documents:
+            raise DataError(f"{place}: an earlier line has the key {key!r} too")
+        documents[key] = text
+    if not documents:
+        raise DataError(f"{path}: holds no documents")
+    return documents
+
+
+def read_questions(path: str | Path, documents: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file with `question`, `answer` and `positives`, a list of keys of `documents`.
+
+    A question that no document answers has an empty list.
+
+    Raises:
+        DataError: for a file that is missing, undecodable or empty, a field that is missing or of another type, and a
+            positive that no document has as its key.
+    """
+    questions = []
+    for place, row in _rows(Path(path)):
+        question, answer = _text(place, row, "question"), _text(place, row, "answer")
+        if "positives" not in row:
+            raise DataError(f"{place}: the field 'positives' is missing")
+        positives = row["positives"]
+        if not isinstance(positives, list) or not all(isinstance(key, str) for key in positives):
+            raise DataError(f"{place}: 'positives' must be a list of document keys, got {json.dumps(positives)}")
+        if unknown := [key for key in positives if key not in documents]:
+            raise DataError(f"{place}: 'positives' names {unknown[0]!r}, which is the key of no document")
+        questions.append({"question": question, "answer": answer, "positives": list(dict.fromkeys(positives))})
+    if not questions:
+        raise DataError(f"{path}: holds no questions")
+    return questions
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON Lines file, each with `file:line`; empty lines are passed over."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                place = f"{path}:{number}"
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    if not text.strip():
+                        continue
+                    row = json.loads(text)
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from None
+                except (json.JSONDecodeError, RecursionError) as error:
+                    raise DataError(f"{place}: not JSON ({error})") from None
+                if not isinstance(row, dict):
+                    raise DataError(f"{place}: a line must be a JSON object, got {type(row).__name__}")
+                yield place, row
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+
+
+def _text(place: str, row: Mapping[str, Any], name: str) -> str:
+    if name not in row:
+        raise DataError(f"{place}: the field {name!r} is missing")
+    if not isinstance(row[name], str) or not row[name].strip():
+        raise DataError(f"{place}: {name!r} must be text that is not empty, got {json.dumps(row[name])}")
+    return row[name]
+
+
+def question_ids(tokenizer: Any, question: str) -> list[int]:
+    """The prompt that the collator trains: the question and a line break, no special tokens."""
+    return _tokenize(tokenizer, question + SEPARATOR)
+
+
+def _tokenize(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+
+
+class QuestionCollator:
+    """Batches of questions as a training step on a pool of documents that all of them share.
+
+    A pool holds the positives of the batch's questions and, drawn at random, other documents; in random order. The
+    draws depend on the seed and on the batches before, so the same batches in the same order give the same pools.
+
+    Args:
+        tokenizer: of the model; questions are padded on its `padding_side`.
+        documents: key -> text, encoded as `encode_documents` does by default.
+        pool: documents per step; fewer where there are no more, more where the positives alone are.
+        seed: of the draws.
+        max_length: longest document, and longest question with its answer, in tokens.
+
+    Raises:
+        ValueError: for no documents, an empty pool, and a document that is empty or too long, naming it; when called,
+            for a positive that is no document and for a question that is too long.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        documents: Mapping[str, str],
+        pool: int = 64,
+        seed: int = 0,
+        max_length: int | None = None,
+    ) -> None:
+        if pool < 1:
+            raise ValueError(f"`pool` must be at least 1, got {pool}.")
+        if not documents:
+            raise ValueError("`documents` is empty: a training step needs at least one document.")
+        self.tokenizer, self.pool, self.max_length = tokenizer, pool, max_length
+        self.random = random.Random(seed)
+        self.keys = list(documents)
+        self.tokens = {key: _tokenize(tokenizer, text) for key, text in documents.items()}
+        for key, ids in self.tokens.items():
+            if not ids:
+                raise ValueError(f"Document {key!r} has no tokens; leave it out.")
+            if max_length is not None and len(ids) > max_length:
+                raise ValueError(f"Document {key!r} has {len(ids)} tokens, above the limit of {max_length}; split it.")
+
+    def row(self, question: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """Token ids of a question with its answer, closed by the end-of-sequence token, and their labels."""
+        asked = question_ids(self.tokenizer, question["question"])
+        answer = _tokenize(self.tokenizer, question["answer"])
+        if self.tokenizer.eos_token_id is not None:
+            answer.append(self.tokenizer.eos_token_id)
+        if self.max_length is not None and len(asked) + len(answer) > self.max_length:
+            raise ValueError(
+                f"Question {question['question'][:60]!r} has {len(asked) + len(answer)} tokens with its answer, above "
+                f"the limit of {self.max_length}."
+            )
+        return asked + answer, [IGNORED] * len(asked) + answer
+
+    def draw(self, questions: Sequence[Mapping[str, Any]]) -> list[str]:
+        """The keys of the documents of a step, in their order."""
+        wanted = list(dict.fromkeys(key for question in questions for key in question["positives"]))
+        if unknown := [key for key in wanted if key not in self.tokens]:
+            raise ValueError(f"`positives` names {unknown[0]!r}, which is the key of no document.")
+        taken = set(wanted)
+        missing = min(self.pool, len(self.keys)) - len(wanted)
+        # As many too many as the positives can take away, so that nothing of the size of the corpus is built.
+        for key in self.random.sample(self.keys, min(self.pool + len(wanted), len(self.keys))):
+            if missing > 0 and key not in taken:
+                wanted.append(key)
+                missing -= 1
+        self.random.shuffle(wanted)
+        return wanted
+
+    def __call__(self, questions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The arguments of the training forward."""
+        rows = [self.row(question) for question in questions]
+        keys = self.draw(questions)
+        place = {key: number for number, key in enumerate(keys)}
+        left = getattr(self.tokenizer, "padding_side", "right") == "left"
+        documents = [self.tokens[key] for key in keys]
+        positives = [[place[key] for key in dict.fromkeys(question["positives"])] for question in questions]
+        return {
+            "input_ids": _pad([ids for ids, _ in rows], 0, left),
+            "attention_mask": _pad([[1] * len(ids) for ids, _ in rows], 0, left),
+            "labels": _pad([labels for _, labels in rows], IGNORED, left),
+            "positive_docs": _pad(positives, -1),
+            "documents": {
+                "input_ids": _pad(documents, 0),
+                "attention_mask": _pad([[1] * len(ids) for ids in documents], 0),
+            },
+        }
+
+
+def _pad(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
+    width = max(1, *map(len, rows))
+    padding = [[value] * (width - len(row)) for row in rows]
+    return torch.tensor([more + row if left else row + more for row, more in zip(rows, padding, strict=True)])
+
+
+@torch.no_grad()
+def router_recall(
+    model: Any,
+    tokenizer: Any,
+    bank: MemoryBank,
+    questions: Sequence[Mapping[str, Any]],
+    k: int | None = None,
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """How many of the documents that answer them routers find for questions, as `QuestionCollator` puts them.
+
+    Args:
+        model: a causal LM with a memory, with or without adapters.
+        tokenizer: of the model.
+        bank: documents encoded by this model as it is now.
+        questions: with `question` and `positives`, keys of the bank; those without positives are left out.
+        k: documents per layer (default: those that the model attends to).
+        batch_size: questions at a time.
+
+    Returns:
+        `k`; `questions`, their number; `recall`, the mean share of a question's positives that any layer has among its
+        k best; `layers`, the same by layer; `distinct`, by layer, how many different documents the k best of all
+        questions are: few of them for many questions is a collapsed router.
+
+    Raises:
+        ValueError: for k < 1, no question with positives, and a positive that the bank does not hold.
+    """
+    k = model.config.top_k if k is None else k
+    if k < 1:
+        raise ValueError(f"`k` must be at least 1, got {k}.")
+    asked = [question for question in questions if question["positives"]]
+    if not asked:
+        raise ValueError("`questions` holds none with positives, so nothing can be found.")
+    gold = []
+    for question in asked:
+        try:
+            gold.append({bank.documents.position(key) for key in question["positives"]})
+        except KeyError as error:
+            raise ValueError(f"`positives` names {error.args[0]!r}, which the bank does not hold.") from None
+    layers = list(model.config.memory_layers)
+    found: dict[int, list[set[int]]] = {layer: [] for layer in layers}
+    all_scores = k > model.config.top_k
+    was_training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for start in range(0, len(asked), batch_size):
+            rows = [question_ids(tokenizer, item["question"]) for item in asked[start : start + batch_size]]
+            routing = model(
+                input_ids=_pad(rows, 0, left=True).to(model.device),
+                attention_mask=_pad([[1] * len(row) for row in rows], 0, left=True).to(model.device),
+                memory=bank,
+                output_document_scores=all_scores,
+                use_cache=False,
+                logits_to_keep=1,
+            ).routing
+            for layer in layers:
+                chosen = routing[layer].documents[:, :k]
+                if all_scores:
+                    chosen = routing[layer].document_scores.topk(min(k, len(bank)), dim=1).indices
+                found[layer] += [{place for place in row if place >= 0} for row in chosen.tolist()]
+    finally:
+        for module, training in was_training:
+            module.training = training
+
+    def recall(chosen: Sequence[set[int]]) -> float:
+        return sum(len(a & b) / len(b) for a, b in zip(chosen, gold, strict=True)) / len(gold)
+
+    return {
+        "k": k,
+        "questions": len(asked),
+        "recall": recall([set().union(*sets) for sets in zip(*found.values(), strict=True)]),
+        "layers": {layer: recall(chosen) for layer, chosen in found.items()},
+        "distinct": {layer: len(set().union(*chosen)) for layer, chosen in found.items()},
+    }
