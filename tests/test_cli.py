@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import json
 import os
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -305,12 +306,12 @@ def test_a_full_disk_is_one_line(
 
 @pytest.mark.parametrize("select", ["router", "generate", "constrained"])
 def test_ask_with_a_protocol_interleaves(place: Path, capsys: pytest.CaptureFixture[str], select: str) -> None:
-    options = ("--select", select, "--max-rounds", 2, "--max-new-tokens", 6)
+    options = ("--select", select, "--max-rounds", 1, "--max-new-tokens", 6)
     asked = (QUESTION, "tea")
     found = records(capsys, "ask", place / "compact", place / "compact-bank", *asked, *options)
     model, tokenizer = loaded(place / "compact")
     bank = model.load_memory(place / "compact-bank", tokenizer)
-    asker = MemoryInterleave(model, tokenizer, bank, COMPACT, max_rounds=2, select=select, max_new_tokens=6)
+    asker = MemoryInterleave(model, tokenizer, bank, COMPACT, max_rounds=1, select=select, max_new_tokens=6)
     assert [record["question"] for record in found] == list(asked)
     for record, wanted in zip(found, asker.ask(asked, batch_size=1), strict=True):
         assert record["answer"] == wanted.text
@@ -359,6 +360,18 @@ def test_ask_without_a_protocol_generates_and_lists_the_routing(
     assert main([*map(str, command)]) == 0
     first = record["routing"]["2"][0]
     assert f"Layer 2: {first['key']} ({first['score']:.3f})" in capsys.readouterr().out
+
+
+def test_ask_is_greedy_whatever_the_checkpoint_says(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "plain", tmp_path / "model")
+    sampling = {"do_sample": True, "temperature": 100.0, "eos_token_id": 2, "pad_token_id": 0}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(sampling))
+    rest = (place / "plain-bank", QUESTION, "--max-new-tokens", 20)
+    (wanted,) = records(capsys, "ask", place / "plain", *rest)
+    (found,) = records(capsys, "ask", tmp_path / "model", *rest)
+    assert found["answer"] == wanted["answer"]
 
 
 class Terminal(io.StringIO):
@@ -444,6 +457,7 @@ def test_inspect_compares_checksums_where_asked(
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
+    assert main(["inspect", str(tmp_path / "bank")]) == 0
     assert "is corrupted: its SHA-256" in refusal(capsys, "inspect", tmp_path / "bank", "--verify")
     path.write_bytes(content[:-1])
     assert "truncated or overwritten" in refusal(capsys, "inspect", tmp_path / "bank")

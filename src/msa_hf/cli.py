@@ -187,7 +187,7 @@ def load(name: str, device: Any, dtype: str) -> tuple[Any, Any]:
         return model, AutoTokenizer.from_pretrained(name)
 
 
-def protocol_of(choice: str, name: str, tokenizer: Any) -> Protocol | None:
+def protocol_of(choice: str, name: str) -> Protocol | None:
     """The protocol that was asked for, or the checkpoint's own; None for plain text."""
     if choice == "auto":
         try:
@@ -199,9 +199,6 @@ def protocol_of(choice: str, name: str, tokenizer: Any) -> Protocol | None:
             protocol = None
     else:
         protocol = PROTOCOLS[choice]
-    if protocol is not None:
-        with reported():
-            protocol.check_tokenizer(tokenizer)
     return protocol
 
 
@@ -360,7 +357,7 @@ def encode(args: argparse.Namespace) -> int:
     if corpus.skipped:
         print(f"msa-hf: skipping {len(corpus.skipped)} empty files, such as {min(corpus.skipped)}", file=sys.stderr)
     model, tokenizer = load(args.model, args.device, args.dtype)
-    protocol = protocol_of(args.protocol, args.model, tokenizer)
+    protocol = protocol_of(args.protocol, args.model)
     columns: dict[str, Any] = {"text_column": corpus.text_column, "key_column": corpus.key_column}
     options: dict[str, Any] = {"batch_tokens": args.batch_tokens, "bank_device": "cpu"}
     start = time.perf_counter()
@@ -383,7 +380,7 @@ def encode(args: argparse.Namespace) -> int:
 def ask(args: argparse.Namespace) -> int:
     """`msa-hf ask`."""
     model, tokenizer = load(args.model, args.device, args.dtype)
-    protocol = protocol_of(args.protocol, args.model, tokenizer)
+    protocol = protocol_of(args.protocol, args.model)
     with reported():
         bank = model.load_memory(args.bank, tokenizer, device=args.device)
         if protocol is not None:
@@ -471,7 +468,7 @@ def generated(model: Any, tokenizer: Any, bank: MemoryBank, question: str, max_n
 
     def keep_routing(module: Any, arguments: Any, output: Any) -> None:
         nonlocal routed
-        if routing or not output.routing:
+        if not output.routing:  # decoded tokens do not route
             return
         for layer, found in output.routing.items():
             pairs = zip(found.documents[0].tolist(), found.scores[0].tolist(), strict=True)
