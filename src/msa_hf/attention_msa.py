@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -30,6 +31,10 @@ from .routing_msa import NO_SCORE, LayerRouting, normalize_heads, score_document
 IMPLEMENTATIONS = {"eager": "memory_eager", "sdpa": "memory_fused"}
 # Attention logits held at once while attending to a memory: 64 M float32 numbers, 256 MB.
 LOGIT_ELEMENTS = 1 << 26
+# Dimensions that carry the bias of a context's rows: kernels want a multiple of 8.
+BIAS_DIMENSIONS = 8
+# Before scaling, what hides a row: finite in every format, and far below any logit.
+HIDDEN = -3e4
 
 AttentionOutput = tuple[Tensor, Tensor | None]
 AttentionFunction = Callable[..., AttentionOutput]
@@ -406,38 +411,71 @@ def fused_context_attention(
 
     They want rows and own tokens joined. That copies the rows once for a prompt; single tokens, for which it would be
     once per token, and logits that the kernels do not know (softcap, sinks) go through `context_attention`.
+
+    Without a mask attention is causal, aligned to the end: kernels know that without reading a mask, and what rows add
+    to the logits travels in further dimensions of queries and keys.
     """
-    length, seen = query.shape[2], key.shape[2]
+    length, seen, dim = query.shape[2], key.shape[2], query.shape[3]
     if length == 1 or softcap is not None or sinks is not None:
         return context_attention(
             query, key, value, attention_mask, context, scaling=scaling, softcap=softcap, sinks=sinks, dropout=dropout
         )
-    if attention_mask is None:
-        attention_mask = _causal_mask(length, seen, query.device)
-    mask = attention_mask[..., :seen]
-    rows = context.valid[:, None, None, :].expand(-1, 1, length, -1)
-    if context.bias is None and mask.dtype == torch.bool:
-        joined = torch.cat([rows, mask.expand(rows.shape[0], 1, -1, -1)], dim=-1)
-        # A padding token without a context sees nothing; its output is of no interest but must not be NaN.
-        joined = joined | ~joined.any(-1, keepdim=True)
-    else:
-        low = torch.finfo(query.dtype).min
-        bias = torch.zeros_like(rows, dtype=query.dtype)
-        if context.bias is not None:
-            bias = context.bias.to(query.dtype)[:, None, None, :].expand_as(rows)
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, low)
-        own = mask.to(query.dtype).expand(rows.shape[0], 1, -1, -1)
-        joined = torch.cat([bias.masked_fill(~rows, low), own], dim=-1)
+    query = query.to(value.dtype)
     shared_by = query.shape[1] // key.shape[1]
     keys, values = (
         torch.cat([memory.to(value.dtype), states.to(value.dtype)], dim=2).repeat_interleave(shared_by, dim=1)
         for memory, states in ((context.keys, key), (context.values, value))
     )
+    if attention_mask is not None:
+        mask: Any = _joined_mask(attention_mask[..., :seen], context, query)
+    else:
+        scaling = dim**-0.5 if scaling is None else scaling
+        query, keys, values = _with_row_bias(query, keys, values, context, scaling)
+        width = keys.shape[2]
+        mask = causal_lower_right(length, width) if query.is_cuda else _causal_mask(length, width, query.device)
     output = torch.nn.functional.scaled_dot_product_attention(
-        query.to(value.dtype), keys, values, attn_mask=joined, dropout_p=dropout, scale=scaling
+        query, keys, values, attn_mask=mask, dropout_p=dropout, scale=scaling
     )
-    return output.transpose(1, 2).contiguous()
+    return output[..., :dim].transpose(1, 2).contiguous()
+
+
+def _with_row_bias(
+    query: Tensor, keys: Tensor, values: Tensor, context: Context, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, H, T, D], keys and values [B, H, R + S, D] with further dimensions, in which every query's products
+    with the R rows of the context get their bias, or one that hides rows without content."""
+    bias = torch.zeros(context.valid.shape, device=query.device) if context.bias is None else context.bias
+    bias = (bias.float() / scaling).masked_fill(~context.valid, HIDDEN).clamp(min=HIDDEN)
+    high = bias.to(keys.dtype)  # two numbers, so that 16-bit formats keep twice their digits
+    parts = torch.stack([high, (bias - high.float()).to(keys.dtype)], dim=-1)
+    own = keys.shape[2] - parts.shape[1]
+    parts = torch.nn.functional.pad(parts, (0, BIAS_DIMENSIONS - 2, 0, own))
+    ones = query.new_ones(2)
+    return (
+        torch.cat(
+            [query, torch.nn.functional.pad(ones, (0, BIAS_DIMENSIONS - 2)).expand(*query.shape[:3], -1)], dim=-1
+        ),
+        torch.cat([keys, parts[:, None].expand(-1, keys.shape[1], -1, -1)], dim=-1),
+        torch.nn.functional.pad(values, (0, BIAS_DIMENSIONS)),
+    )
+
+
+def _joined_mask(mask: Tensor, context: Context, query: Tensor) -> Tensor:
+    """[B, 1, T, R + S] for rows and own tokens, from that of the own tokens: boolean where nothing is added."""
+    length = query.shape[2]
+    rows = context.valid[:, None, None, :].expand(-1, 1, length, -1)
+    if context.bias is None and mask.dtype == torch.bool:
+        joined = torch.cat([rows, mask.expand(rows.shape[0], 1, -1, -1)], dim=-1)
+        # A padding token without a context sees nothing; its output is of no interest but must not be NaN.
+        return joined | ~joined.any(-1, keepdim=True)
+    low = torch.finfo(query.dtype).min
+    bias = torch.zeros_like(rows, dtype=query.dtype)
+    if context.bias is not None:
+        bias = context.bias.to(query.dtype)[:, None, None, :].expand_as(rows)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, low)
+    own = mask.to(query.dtype).expand(rows.shape[0], 1, -1, -1)
+    return torch.cat([bias.masked_fill(~rows, low), own], dim=-1)
 
 
 def context_attention(

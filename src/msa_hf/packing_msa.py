@@ -152,7 +152,7 @@ def pool_documents(documents: Any, device: torch.device, limit: int | None = Non
         )
     if not len(documents):
         raise ValueError("`documents` is empty: a training step needs at least one document.")
-    if isinstance(mask, Tensor) and isinstance(documents, Tensor) and _right_padded(mask.bool()):
+    if isinstance(mask, Tensor) and isinstance(documents, Tensor) and right_padded(mask.bool()):
         real = mask.bool()
         pool = PooledDocuments(documents.long().masked_fill(~real, 0).to(device), real.sum(1).to(device))
     else:
@@ -183,7 +183,8 @@ def _document(number: int, document: Any, device: torch.device) -> Tensor:
     return torch.as_tensor(document, dtype=torch.long, device=device)
 
 
-def _right_padded(mask: Tensor) -> bool:
+def right_padded(mask: Tensor) -> bool:
+    """Whether padding stands behind the tokens in every row of a mask [N, L]."""
     return bool((mask.long().diff(dim=1) <= 0).all())
 
 

@@ -15,7 +15,7 @@ from .inference_msa import MemoryMixin
 from .losses_msa import auxiliary_loss, positive_mask
 from .memory_msa import LayerMemory
 from .outputs_msa import MSACausalLMOutput
-from .packing_msa import PackedRows, PooledDocuments, TokenBlocks, pool_documents, unpack_rows
+from .packing_msa import PackedRows, PooledDocuments, TokenBlocks, pool_documents, right_padded, unpack_rows
 from .routing_msa import LayerRouting
 
 # None but `labels` may have "label" in its name: Trainer evaluates a loss only where all arguments named so are given.
@@ -183,7 +183,9 @@ class TrainingMixin(MemoryMixin):
         )
         if position_ids is None:
             position_ids = (mask.long().cumsum(1) - 1).clamp(min=0) + self.config.first_position
-        output, routing = self._run_pass(attending, input_ids, position_ids, attention_mask=mask.long(), **kwargs)
+        if not right_padded(mask):  # else as with the documents, and kernels need no mask
+            kwargs["attention_mask"] = mask.long()
+        output, routing = self._run_pass(attending, input_ids, position_ids, **kwargs)
         return MSACausalLMOutput(
             logits=output.logits,
             hidden_states=output.get("hidden_states"),
