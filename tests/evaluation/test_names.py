@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from msa_hf.evaluation import names as module
+from msa_hf.evaluation import words as module
 from msa_hf.evaluation.hashing import Permutation, derive_key, random_below
-from msa_hf.evaluation.names import FORMS, KINDS, PERSON, WORDS, Names, Split
+from msa_hf.evaluation.names import FORMS, KINDS, PERSON, Names
+from msa_hf.evaluation.words import WORDS, Split
 
 
 def every_name(size: int, seed: int = 0, split: Split = "train", alike: float = 0.15) -> list[list[str]]:

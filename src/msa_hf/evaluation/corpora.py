@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from .hashing import Integers, Permutation, derive_key, random_below, random_true
-from .names import Split
 from .templates import ATTRIBUTES, LEADS, PRONOUNS, after_lead, with_pronouns
+from .words import Split
 from .world import ATTRIBUTE_COUNTS, MOST, Entities, World, pick_columns
 
 UNANSWERABLE = "The memory does not hold the answer."
@@ -23,6 +23,7 @@ QuestionKind = Literal["one_hop", "two_hop", "unanswerable"]
 _BLOCK = 4096  # documents made at a time
 _ALSO_NAMED = 0.25  # of the sentences that need not name the entity
 _TRIES = 1 << 16  # candidates for two-hop questions at a time
+_COMPARABLE = 1 << 16  # documents of which each name may be compared with all others
 _MANY = 1 << 20  # a draw below it, modulo a small number, is as good as uniform
 
 # [kind][pronoun][does the sentence name the entity][attribute] -> (sentence, the same after a lead) of each template
@@ -130,6 +131,31 @@ class Corpus:
             return self._two_hop(count, key)
         turns = self._about_unknown(np.arange((count + 1) // 2), key), self._about_unstated(np.arange(count // 2), key)
         return [turns[i % 2][i // 2] for i in range(count)]
+
+    def nearest(self, positions: Sequence[int] | Integers, count: int) -> Integers:
+        """The documents that are most easily taken for others.
+
+        Args:
+            positions: [n] documents.
+            count: how many to find for each.
+
+        Returns:
+            [n, count] positions of documents about entities of the same kind, those whose names agree in the most places
+            (syllables, noun) first; -1 where there are no more, and for prose.
+        """
+        if len(self) > _COMPARABLE:
+            raise ValueError(f"nearest() compares every name: at most {_COMPARABLE:,} documents, here {len(self):,}")
+        if count < 0:
+            raise ValueError(f"no nearest {count} documents")
+        asked = np.asarray(positions, np.int64)
+        if asked.size and not (asked.min() >= 0 and asked.max() < len(self)):
+            raise IndexError(f"documents {asked.min()} .. {asked.max()} of {len(self)}")
+        found = np.full((len(asked), count), -1)
+        serials = self._order.inverse(asked) - self._prose_count
+        rows = np.flatnonzero(serials >= 0)
+        near = self._world.nearest(Entities.at(serials[rows]), count)
+        found[rows] = np.where(near >= 0, self._positions(np.maximum(near, 0)), -1)
+        return found
 
     # Documents
 
@@ -299,6 +325,7 @@ def make_corpus(
     *,
     linked_share: float = 0.6,
     alike_share: float = 0.15,
+    crowding: int = 1,
 ) -> Corpus:
     """A corpus of invented entities, the same for the same arguments on every machine.
 
@@ -310,6 +337,8 @@ def make_corpus(
         prose_share: the share of documents that are prose.
         linked_share: the share of links between entities that lead to one with a document of its own.
         alike_share: the share of entities whose name shares a part with that of another one with a document.
+        crowding: names are drawn as densely as in a corpus so many times as large, as far as they stay unique: the
+            near-misses of a large corpus in a small one. Made for small corpora, whose words are drawn at once and kept.
 
     Returns:
         The corpus; it makes texts when asked for them.
@@ -318,8 +347,10 @@ def make_corpus(
         raise ValueError(f"no corpus of {documents} documents for {split!r}")
     if not all(0 <= share <= 1 for share in (prose_share, linked_share, alike_share)):
         raise ValueError("shares lie between 0 and 1")
+    if not isinstance(crowding, int) or crowding < 1:
+        raise ValueError(f"crowding is a number from 1, not {crowding!r}")
     prose_count = round(documents * prose_share)
     if prose_count and not prose:
         raise ValueError("a share of prose needs prose")
-    world = World(documents - prose_count, seed, split, linked_share, alike_share)
+    world = World(documents - prose_count, seed, split, linked_share, alike_share, crowding)
     return Corpus(world, prose, prose_count, derive_key("corpus", seed, split))

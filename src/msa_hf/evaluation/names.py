@@ -1,47 +1,22 @@
 """Names of invented entities: unique within a world, new in every split, and some of them alike on purpose.
 
 A name has two parts. People have a given and a family name; everything else has one invented word and one common noun
-("Port Velmara", "Tarnis Foundry"). Invented words are the digits of a number, three syllables, so that one number only
-spells a word; which number an entity gets is a keyed permutation of its own. Parts are shared only where a lookalike
+("Port Velmara", "Tarnis Foundry"). Every entity has invented words of its own. They are shared only where a lookalike
 is wanted, and then the other part differs: no two entities have the same name, by construction.
 """
-
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from .hashing import Integers, Permutation, derive_key, random_below, random_true
+from .words import Split, Words
 
 KINDS = ("person", "place", "organisation", "object", "work", "event")
 PERSON = KINDS.index("person")
 ARTICLES = {"object": "the ", "work": "the ", "event": "the "}  # never a part of the name
-Split = Literal["train", "test"]
-
-
-def _split(text: str) -> list[str]:
-    return text.split(", ")
-
-
-# Consonant groups and vowels alternate, so a word can be taken apart in one way only.
-_VOWELS = _split("a, e, i, o, u")
-_ONSETS = [
-    "",
-    *_split("b, d, f, g, h, j, k, l, m, n, p, r, s, t, v, w, z, br, dr, fr, gr, kr, tr, st, sk, th, sh, kl, gl"),
-]
-_MIDDLES = _split(
-    "b, d, f, g, k, l, m, n, p, r, s, t, v, z, ld, lm, lt, lv, mb, mp, nd, nk, nt, nz, rd, rk, rl, rm, rn, rs, rt, rv, "
-    "sk, sp, st, th, sh, dr, ss, ll"
-)
-_ENDS = ["", *_split("n, r, s, l, m, t, k, th, nd, st, x")]
-_FIRST = [(onset + vowel).capitalize() for onset in _ONSETS for vowel in _VOWELS]
-_SECOND = [middle + vowel for middle in _MIDDLES for vowel in _VOWELS]
-_THIRD = [middle + vowel + end for middle in _MIDDLES for vowel in _VOWELS for end in _ENDS]
-WORDS = len(_FIRST) * len(_SECOND) * len(_THIRD)  # 72 million; each split uses one half of them
-
 # {} is the invented word. 32 of each kind: an odd step through them visits 32 different ones.
 FORMS: dict[str, list[str]] = {
-    kind: _split(forms)
+    kind: forms.split(", ")
     for kind, forms in {
         "place": "Port {}, Lake {}, Mount {}, Fort {}, New {}, Old {}, Upper {}, Lower {}, Saint {}, East {}, West {}, "
         "Great {}, Little {}, {} Harbour, {} Valley, {} Falls, {} Heights, {} Bridge, {} Cross, {} Point, {} Springs, "
@@ -65,6 +40,7 @@ FORMS: dict[str, list[str]] = {
     }.items()
 }
 _FORMS = 32
+_COMPARED = 1 << 20  # pairs of names at a time
 
 
 class Names:
@@ -76,24 +52,31 @@ class Names:
         seed: another seed gives other names.
         split: the invented words of "train" and "test" are disjoint, whatever the seeds.
         alike: the share of entities whose name shares a part with a documented entity's.
+        crowding: names are as near to each other as with so many times the entities (`Words`). Words of fewer syllables
+            have fewer neighbours at one syllable's distance, so nouns are as many fewer, four of a kind at least:
+            neighbours that share the noun are then as frequent as with so many times the entities.
     """
 
-    def __init__(self, known: list[int], unknown: list[int], seed: int, split: Split, alike: float) -> None:
+    def __init__(
+        self, known: list[int], unknown: list[int], seed: int, split: Split, alike: float, crowding: int = 1
+    ) -> None:
         self.known, self.alike = known, alike
-        words_needed = 2 * len(KINDS) * (max(known) + max(unknown))
-        if words_needed > WORDS // 2:
-            raise ValueError(f"too many entities: {words_needed:,} invented words, and there are {WORDS // 2:,}")
         self._key = derive_key("names", seed, split)
-        self._own = Permutation(WORDS // 2, derive_key(self._key, "words"))
-        self._spread = Permutation(WORDS, derive_key("the halves of the word space"))
-        self._half = {"train": 0, "test": WORDS // 2}[split]
+        words_needed = 2 * len(KINDS) * (max(known) + max(unknown))
+        self._words = Words(words_needed, derive_key(self._key, "words"), split, crowding)
+        share, whole = self._words.share
+        self._form_count = next(count for count in (4, 8, 16, _FORMS) if count * whole >= share * _FORMS)
+        self._forms = [
+            np.sort(Permutation(_FORMS, derive_key(self._key, "forms", kind)).forward(np.arange(self._form_count)))
+            for kind in range(len(KINDS))
+        ]
 
     def names(self, kind: int, numbers: Integers) -> list[str]:
         """The names of entities of one kind, without article."""
         first, second = self.parts(kind, numbers)
-        words = self._words(2 * (first * len(KINDS) + kind))
+        words = self._words.spell(_given(kind, first))
         if kind == PERSON:
-            families = self._words(2 * (second * len(KINDS) + kind) + 1)
+            families = self._words.spell(_family(kind, second))
             return [f"{given} {family}" for given, family in zip(words, families, strict=True)]
         forms = FORMS[KINDS[kind]]
         return [forms[form].replace("{}", word) for word, form in zip(words, second.tolist(), strict=True)]
@@ -114,9 +97,9 @@ class Names:
         # The two of a pair and their twins take four different forms, whether they share the word or not.
         pair = twin // 2 * len(KINDS) + kind
         member = twin % 2 + 2 * (~documented)
-        start = random_below(derive_key(self._key, "form"), pair, _FORMS)
-        step = 2 * random_below(derive_key(self._key, "step"), pair, _FORMS // 2) + 1
-        return first, (start + member * step) % _FORMS
+        start = random_below(derive_key(self._key, "form"), pair, self._form_count)
+        step = 2 * random_below(derive_key(self._key, "step"), pair, self._form_count // 2) + 1
+        return first, self._forms[kind][(start + member * step) % self._form_count]
 
     def lookalikes(self, kind: int, numbers: Integers) -> Integers:
         """[n, 2] the documented entities whose names share a part with each of these, -1 for none."""
@@ -131,6 +114,24 @@ class Names:
         if kind == PERSON:
             shared |= other_second.reshape(others.shape) == second[:, None]
         return np.where(shared & (others < known) & (others != numbers[:, None]), others, -1)
+
+    def nearest(self, kind: int, numbers: Integers, count: int) -> Integers:
+        """[n, count] for documented entities, the others whose names agree with theirs in the most places (syllables,
+        noun), best first; -1 where there are no more. Of equals, those whose numbers follow next. Every name is compared
+        with all documented ones of the kind."""
+        known = self.known[kind]
+        theirs = self._features(kind, np.arange(known))
+        found = np.full((len(numbers), count), -1)
+        some = min(count, known - 1)
+        step = max(1, _COMPARED // max(known, 1))
+        for start in range(0, len(numbers), step):
+            rows = numbers[start : start + step, None]
+            distance = (np.arange(known) - rows) % known
+            for feature in range(theirs.shape[1]):
+                distance -= known * (theirs[rows, feature] == theirs[:, feature])
+            best = np.sort(np.partition(distance, some, axis=1)[:, : some + 1], axis=1)
+            found[start : start + step, :some] = (best[:, 1:] + rows) % known  # the best is the entity itself
+        return found
 
     def _documented_parts(self, kind: int, numbers: Integers) -> tuple[Integers, Integers]:
         """Owners of given and family name; the second of a pair may borrow one of the first's."""
@@ -148,9 +149,18 @@ class Names:
             return np.ones(numbers.shape, bool)
         return random_true(derive_key(self._key, "which part"), numbers, 0.5)
 
-    def _words(self, numbers: Integers) -> list[str]:
-        spelling = self._spread.forward(self._own.forward(numbers) + self._half)
-        spelling, third = np.divmod(spelling, len(_THIRD))
-        first, second = np.divmod(spelling, len(_SECOND))
-        digits = zip(first.tolist(), second.tolist(), third.tolist(), strict=True)
-        return [_FIRST[a] + _SECOND[b] + _THIRD[c] for a, b, c in digits]
+    def _features(self, kind: int, numbers: Integers) -> Integers:
+        """[n, some] the syllables of each name's invented words, and its noun."""
+        first, second = self.parts(kind, numbers)
+        word = self._words.syllables(_given(kind, first))
+        rest = self._words.syllables(_family(kind, second)) if kind == PERSON else second[:, None]
+        return np.concatenate([word, rest], axis=1)
+
+
+def _given(kind: int, owners: Integers) -> Integers:
+    """The number of an entity's invented word; of people, that of the given name."""
+    return 2 * (owners * len(KINDS) + kind)
+
+
+def _family(kind: int, owners: Integers) -> Integers:
+    return _given(kind, owners) + 1

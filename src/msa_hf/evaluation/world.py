@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .hashing import Integers, Permutation, derive_key, random_below, random_bits, random_true
-from .names import KINDS, Names, Split
+from .names import KINDS, Names
 from .templates import ATTRIBUTES, with_article
+from .words import Split
 
 FEWEST, MOST = 5, 7  # facts on record
 _UNRECORDED = 16  # entities of each kind without record, at least; else as many as there are with one
@@ -64,14 +65,17 @@ class World:
         split: "train" and "test" worlds have no name in common, nor a word of a name.
         linked_share: the share of links that lead to an entity with a record.
         alike_share: the share of entities whose name shares a part with that of another one with a record.
+        crowding: names are as near to each other as in a world so many times as large.
     """
 
-    def __init__(self, recorded: int, seed: int, split: Split, linked_share: float, alike_share: float) -> None:
+    def __init__(
+        self, recorded: int, seed: int, split: Split, linked_share: float, alike_share: float, crowding: int = 1
+    ) -> None:
         self.recorded, self.linked_share = recorded, linked_share
         known = [(recorded - kind + len(KINDS) - 1) // len(KINDS) for kind in range(len(KINDS))]
         unknown = [max(count, _UNRECORDED) for count in known]
         self._known, self._unknown = np.array(known), np.array(unknown)
-        self._names = Names(known, unknown, seed, split, alike_share)
+        self._names = Names(known, unknown, seed, split, alike_share, crowding)
         self._key = derive_key("world", seed, split)
 
     def unrecorded(self, turns: Integers, key: int) -> Entities:
@@ -100,6 +104,15 @@ class World:
         for kind, rows in entities.by_kind():
             alike = self._names.lookalikes(kind, entities.numbers[rows])
             found[rows] = np.where(alike >= 0, alike * len(KINDS) + kind, -1)
+        return found
+
+    def nearest(self, entities: Entities, count: int) -> Integers:
+        """[n, count] serials of the entities of the same kind and with a record whose names are nearest to those of
+        these, which have one too; -1 where there are no more."""
+        found = np.full((len(entities.kinds), count), -1)
+        for kind, rows in entities.by_kind():
+            near = self._names.nearest(kind, entities.numbers[rows], count)
+            found[rows] = np.where(near >= 0, near * len(KINDS) + kind, -1)
         return found
 
     def record(self, entities: Entities) -> tuple[Integers, Integers]:
