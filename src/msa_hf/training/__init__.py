@@ -5,7 +5,9 @@ with every checkpoint, so that it trains where this package is not installed. No
 or run a model, and it may use the libraries of the extra `train`.
 """
 
-from .data import QuestionCollator, router_recall
+from .data import QuestionCollator
+from .diagnosis import router_recall
+from .monitor import CollapsedError, CollapseGuard, RouterMonitor
 from .peft import peft_config
 
-__all__ = ["QuestionCollator", "peft_config", "router_recall"]
+__all__ = ["CollapseGuard", "CollapsedError", "QuestionCollator", "RouterMonitor", "peft_config", "router_recall"]

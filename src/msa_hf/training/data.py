@@ -1,4 +1,4 @@
-"""A user's documents and questions: reading them, batches for the training forward, and how well routers find them."""
+"""A user's documents and questions: reading them, and batches for the training forward."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from ..memory_msa import MemoryBank
 
 IGNORED = -100
 SEPARATOR = "\n"
@@ -107,7 +105,8 @@ class QuestionCollator:
     """Batches of questions as a training step on a pool of documents that all of them share.
 
     A pool holds the positives of the batch's questions and, drawn at random, other documents; in random order. The
-    draws depend on the seed and on the batches before, so the same batches in the same order give the same pools.
+    draws depend on the seed and on how many batches there were before, `drawn`, so a run that goes on after an
+    interruption sees the pools that it would have seen.
 
     Args:
         tokenizer: of the model; questions are padded on its `padding_side`.
@@ -134,7 +133,7 @@ class QuestionCollator:
         if not documents:
             raise ValueError("`documents` is empty: a training step needs at least one document.")
         self.tokenizer, self.pool, self.max_length = tokenizer, pool, max_length
-        self.random = random.Random(seed)
+        self.seed, self.drawn = seed, 0
         self.keys = list(documents)
         self.tokens = {key: _tokenize(tokenizer, text) for key, text in documents.items()}
         for key, ids in self.tokens.items():
@@ -161,14 +160,16 @@ class QuestionCollator:
         wanted = list(dict.fromkeys(key for question in questions for key in question["positives"]))
         if unknown := [key for key in wanted if key not in self.tokens]:
             raise ValueError(f"`positives` names {unknown[0]!r}, which is the key of no document.")
+        pick = random.Random(f"{self.seed}, batch {self.drawn}")
+        self.drawn += 1
         taken = set(wanted)
         missing = min(self.pool, len(self.keys)) - len(wanted)
         # As many too many as the positives can take away, so that nothing of the size of the corpus is built.
-        for key in self.random.sample(self.keys, min(self.pool + len(wanted), len(self.keys))):
+        for key in pick.sample(self.keys, min(self.pool + len(wanted), len(self.keys))):
             if missing > 0 and key not in taken:
                 wanted.append(key)
                 missing -= 1
-        self.random.shuffle(wanted)
+        pick.shuffle(wanted)
         return wanted
 
     def __call__(self, questions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -195,79 +196,3 @@ def _pad(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
     width = max(1, *map(len, rows))
     padding = [[value] * (width - len(row)) for row in rows]
     return torch.tensor([more + row if left else row + more for row, more in zip(rows, padding, strict=True)])
-
-
-@torch.no_grad()
-def router_recall(
-    model: Any,
-    tokenizer: Any,
-    bank: MemoryBank,
-    questions: Sequence[Mapping[str, Any]],
-    k: int | None = None,
-    batch_size: int = 16,
-) -> dict[str, Any]:
-    """How many of the documents that answer them routers find for questions, as `QuestionCollator` puts them.
-
-    Args:
-        model: a causal LM with a memory, with or without adapters.
-        tokenizer: of the model.
-        bank: documents encoded by this model as it is now.
-        questions: with `question` and `positives`, keys of the bank; those without positives are left out.
-        k: documents per layer (default: those that the model attends to).
-        batch_size: questions at a time.
-
-    Returns:
-        `k`; `questions`, their number; `recall`, the mean share of a question's positives that any layer has among its
-        k best; `layers`, the same by layer; `distinct`, by layer, how many different documents the k best of all
-        questions are: few of them for many questions is a collapsed router.
-
-    Raises:
-        ValueError: for k < 1, no question with positives, and a positive that the bank does not hold.
-    """
-    k = model.config.top_k if k is None else k
-    if k < 1:
-        raise ValueError(f"`k` must be at least 1, got {k}.")
-    asked = [question for question in questions if question["positives"]]
-    if not asked:
-        raise ValueError("`questions` holds none with positives, so nothing can be found.")
-    gold = []
-    for question in asked:
-        try:
-            gold.append({bank.documents.position(key) for key in question["positives"]})
-        except KeyError as error:
-            raise ValueError(f"`positives` names {error.args[0]!r}, which the bank does not hold.") from None
-    layers = list(model.config.memory_layers)
-    found: dict[int, list[set[int]]] = {layer: [] for layer in layers}
-    all_scores = k > model.config.top_k
-    was_training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        for start in range(0, len(asked), batch_size):
-            rows = [question_ids(tokenizer, item["question"]) for item in asked[start : start + batch_size]]
-            routing = model(
-                input_ids=_pad(rows, 0, left=True).to(model.device),
-                attention_mask=_pad([[1] * len(row) for row in rows], 0, left=True).to(model.device),
-                memory=bank,
-                output_document_scores=all_scores,
-                use_cache=False,
-                logits_to_keep=1,
-            ).routing
-            for layer in layers:
-                chosen = routing[layer].documents[:, :k]
-                if all_scores:
-                    chosen = routing[layer].document_scores.topk(min(k, len(bank)), dim=1).indices
-                found[layer] += [{place for place in row if place >= 0} for row in chosen.tolist()]
-    finally:
-        for module, training in was_training:
-            module.training = training
-
-    def recall(chosen: Sequence[set[int]]) -> float:
-        return sum(len(a & b) / len(b) for a, b in zip(chosen, gold, strict=True)) / len(gold)
-
-    return {
-        "k": k,
-        "questions": len(asked),
-        "recall": recall([set().union(*sets) for sets in zip(*found.values(), strict=True)]),
-        "layers": {layer: recall(chosen) for layer, chosen in found.items()},
-        "distinct": {layer: len(set().union(*chosen)) for layer, chosen in found.items()},
-    }
