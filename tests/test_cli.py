@@ -325,6 +325,14 @@ def test_ask_with_a_protocol_interleaves(place: Path, capsys: pytest.CaptureFixt
         assert len(record["trace"]["rounds"]) == len(wanted.trace.rounds)
 
 
+def test_ask_reads_no_more_documents_than_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("ask", place / "compact", place / "compact-bank", QUESTION, "--max-rounds", 1, "--max-new-tokens", 2)
+    for most in (1, 3):
+        (record,) = records(capsys, *command, "--documents-per-round", most)
+        assert len(record["sources"]) == most
+    assert "at least 1" in refusal(capsys, *command, "--documents-per-round", 0)
+
+
 def test_ask_prints_answer_sources_and_times(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["ask", str(place / "compact"), str(place / "compact-bank"), QUESTION, "--max-new-tokens", "4"]
     (record,) = records(capsys, *command)

@@ -155,6 +155,11 @@ def parser() -> argparse.ArgumentParser:
     add_model_options(made)
     made.add_argument("--select", choices=SELECTIONS, default="router", help="how documents are chosen for reading")
     made.add_argument("--max-rounds", type=at_least(0), default=3, help="of retrieval (default: 3)")
+    made.add_argument(
+        "--documents-per-round",
+        type=positive,
+        help="to read at most (default: 4 for router, else what the model names)",
+    )
     made.add_argument("--max-new-tokens", type=positive, default=128, help="of the answer (default: 128)")
     made.add_argument("--json", action="store_true", help="one JSON object per question")
 
@@ -391,6 +396,7 @@ def ask(args: argparse.Namespace) -> int:
                 protocol,
                 max_rounds=args.max_rounds,
                 select=args.select,
+                documents_per_round=args.documents_per_round,
                 max_new_tokens=args.max_new_tokens,
             )
     failed = False

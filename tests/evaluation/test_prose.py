@@ -1,6 +1,7 @@
 """Real prose from installed documentation: plain, of the length asked for, never the same sentence twice."""
 
 import re
+import sysconfig
 
 import pytest
 
@@ -63,6 +64,16 @@ def test_no_sentence_occurs_twice(texts: list[str]):
 def test_the_seed_decides(texts: list[str]):
     assert prose_documents(20, seed=1) == texts[:20]
     assert not set(prose_documents(20, seed=2)) & set(texts)
+
+
+def test_the_standard_library_alone_can_be_had(monkeypatch: pytest.MonkeyPatch):
+    """What is installed besides makes no difference."""
+    texts, place = prose_documents(20, seed=1, packages=False), sysconfig.get_path("stdlib")
+    monkeypatch.setattr(prose, "_descriptions", lambda: ["A sentence of six words here. " * 3])
+    monkeypatch.setattr(
+        prose.sysconfig, "get_paths", lambda: {"stdlib": place, "purelib": "/nowhere", "platlib": "/nowhere"}
+    )
+    assert prose_documents(20, seed=1, packages=False) == texts
 
 
 def test_wanting_more_than_there_is_says_how_much_there_is(monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,7 @@ import random
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _LONGEST_FILE = 200_000  # bytes; longer sources are mostly tables
@@ -39,7 +39,7 @@ _SENTENCE_WORDS = range(5, 41)
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def prose_documents(count: int, seed: int = 0, words: int = 80) -> list[str]:
+def prose_documents(count: int, seed: int = 0, words: int = 80, packages: bool = True) -> list[str]:
     """Texts of real prose; no sentence occurs twice in them.
 
     They come from what is installed, so that another environment gives other texts; in the same one they depend on the
@@ -49,8 +49,10 @@ def prose_documents(count: int, seed: int = 0, words: int = 80) -> list[str]:
         count: how many texts.
         seed: another seed reads the sources in another order.
         words: about how long each is; texts end where a sentence ends.
+        packages: also from installed packages. Without, the texts depend on the version of Python and nothing else that
+            is installed.
     """
-    sources: list[Path | str] = [*_descriptions(), *_source_files()]
+    sources: list[Path | str] = [*_descriptions(), *_source_files()] if packages else [*_source_files(("stdlib",))]
     random.Random(seed).shuffle(sources)
     documents: list[str] = []
     seen: set[str] = set()
@@ -103,10 +105,10 @@ def _descriptions() -> list[str]:
     return [str(named[name].metadata.json.get("description", "")) for name in sorted(named)]
 
 
-def _source_files() -> Iterator[Path]:
+def _source_files(places: Sequence[str] = ("stdlib", "purelib", "platlib")) -> Iterator[Path]:
     """Of the standard library and of the installed packages, in the order of their paths; tests are left out."""
     paths = sysconfig.get_paths()
-    for root in dict.fromkeys((paths["stdlib"], paths["purelib"], paths["platlib"])):
+    for root in dict.fromkeys(paths[place] for place in places):
         for directory, inner, files in os.walk(root):
             inner[:] = sorted(name for name in inner if name not in _EXCLUDED)
             yield from (Path(directory, name) for name in sorted(files) if name.endswith(".py"))
