@@ -140,8 +140,8 @@ class Corpus:
             count: how many to find for each.
 
         Returns:
-            [n, count] positions of documents about entities of the same kind, those whose names agree in the most places
-            (syllables, noun) first; -1 where there are no more, and for prose.
+            [n, count] positions of documents about entities of the same kind, first those whose names agree in the most
+            places (syllables, noun); -1 where there are no more, and for prose.
         """
         if len(self) > _COMPARABLE:
             raise ValueError(f"nearest() compares every name: at most {_COMPARABLE:,} documents, here {len(self):,}")
@@ -154,7 +154,7 @@ class Corpus:
         serials = self._order.inverse(asked) - self._prose_count
         rows = np.flatnonzero(serials >= 0)
         near = self._world.nearest(Entities.at(serials[rows]), count)
-        found[rows] = np.where(near >= 0, self._positions(np.maximum(near, 0)), -1)
+        found[rows] = np.where(near >= 0, self._positions(np.maximum(near, 0).ravel()).reshape(near.shape), -1)
         return found
 
     # Documents
@@ -338,7 +338,7 @@ def make_corpus(
         linked_share: the share of links between entities that lead to one with a document of its own.
         alike_share: the share of entities whose name shares a part with that of another one with a document.
         crowding: names are drawn as densely as in a corpus so many times as large, as far as they stay unique: the
-            near-misses of a large corpus in a small one. Made for small corpora, whose words are drawn at once and kept.
+            near-misses of a large corpus in a small one. Meant for small corpora: the words are drawn at once and kept.
 
     Returns:
         The corpus; it makes texts when asked for them.
