@@ -176,7 +176,9 @@ class RouterMonitor(TrainerCallback):
         return found
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._report(state, kwargs["model"])
+        # A run that goes on after an interruption keeps its baseline, where `measurements` has been given back.
+        if state.global_step == 0 or not self.measurements:
+            self._report(state, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:

@@ -1,0 +1,354 @@
+"""Training a model with a memory on a user's documents and questions, from a checkpoint to one.
+
+`prepare` reads and checks everything, `make_trainer` makes a `transformers.Trainer` of it, `train` runs and saves; both
+command lines, `msa-hf train` and `scripts/finetune_peft.py`, are these three.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
+
+from ..configuration_msa import MSAConfig
+from ..modeling_msa import MSAForCausalLM
+from .curve import Curve, summary
+from .data import QuestionCollator
+from .monitor import CollapseGuard, RouterMonitor
+from .peft import peft_config
+from .schedule import MemoryTrainer, RouterWarmup
+from .settings import LORA, SettingError, Settings, TrainingError
+
+SETTINGS_FILE = "training_settings.json"
+CURVE_FILE = "training_curve.jsonl"
+STATE_FILE = "trainer_state.json"  # the last that Trainer writes of a checkpoint
+MOST_HELD_OUT = 100
+
+
+@dataclass
+class Prepared:
+    """A run that can begin.
+
+    Attributes:
+        settings: what was asked for.
+        model: with a memory, and with adapters where they are to be trained.
+        tokenizer: of the model.
+        documents: key -> text.
+        training: questions to train on.
+        held_out: questions to measure the routers with.
+        collator: makes batches of questions.
+        record: what must be the same for a run to go on after an interruption.
+        checkpoint: where an interrupted run goes on.
+        notes: what the user should know beforehand.
+    """
+
+    settings: Settings
+    model: Any
+    tokenizer: Any
+    documents: Mapping[str, str]
+    training: list[Mapping[str, Any]]
+    held_out: list[Mapping[str, Any]]
+    collator: Any
+    record: dict[str, Any]
+    checkpoint: Path | None
+    notes: list[str]
+
+
+@dataclass
+class Result:
+    """What a run came to.
+
+    Attributes:
+        measurements: of the routers, as `RouterMonitor` keeps them: the first before the first step, the last after
+            the last one; empty where no questions were held out.
+        summary: a table, in words.
+        loading: the expression that brings the result back.
+        output: directory of the result.
+        speaks: whether this process is the one that prints.
+    """
+
+    measurements: list[dict[str, Any]]
+    summary: str
+    loading: str
+    output: Path
+    speaks: bool
+
+    def __str__(self) -> str:
+        return f"{self.summary}\nsaved to {self.output}; load it with\n  {self.loading}"
+
+
+# Before the run -------------------------------------------------------------------------------------------------------
+
+
+def prepare(settings: Settings, documents: Mapping[str, str], questions: Sequence[Mapping[str, Any]]) -> Prepared:
+    """Load the model and check the data, before anything is computed or written.
+
+    Args:
+        settings: of the run.
+        documents: key -> text; all of them, they are also the bank on which the routers are measured.
+        questions: with `question`, `answer` and `positives`, as `read_questions` gives them.
+
+    Raises:
+        TrainingError: for a mistake of the user's, `SettingError` where a setting is at fault.
+    """
+    _require_libraries(settings)
+    for what, given in (("documents", documents), ("questions", questions)):
+        if not given:
+            raise TrainingError(f"there are no {what} to train on")
+    training, held_out = split(questions, settings.held_out, settings.seed)
+    set_seed(settings.seed)
+    _check_output(settings)
+    model, tokenizer = load(settings)
+    record = _record(settings, documents, questions)
+    checkpoint = _checkpoint_to_resume(settings, record)
+    try:
+        collator = QuestionCollator(tokenizer, documents, settings.pool, settings.seed, _limit(settings, model))
+        for question in questions:
+            collator.row(question)
+    except ValueError as error:
+        raise SettingError("max_length", "{1} ({0} {2})", error, settings.max_length) from None
+    try:
+        Path(settings.output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError("output", "{} {}: {}", settings.output, error.strerror) from None
+    notes = []
+    available = min(settings.pool, len(documents))
+    if available <= model.config.top_k:
+        notes.append(
+            f"{available} documents a step, of which each layer reads {model.config.top_k}: routers learn little that "
+            "way; raise --pool or lower --top-k"
+        )
+    if settings.method == LORA:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config(model, r=settings.rank))
+    return Prepared(settings, model, tokenizer, documents, training, held_out, collator, record, checkpoint, notes)
+
+
+def _require_libraries(settings: Settings) -> None:
+    try:
+        import accelerate  # noqa: F401
+
+        if settings.method == LORA:
+            import peft  # noqa: F401
+    except ImportError as error:
+        raise TrainingError(f"training needs {error.name}: pip install msa-hf[train]") from error
+
+
+def split(questions: Sequence[Any], count: int | None, seed: int) -> tuple[list[Any], list[Any]]:
+    """Questions to train on, and those held out; only questions with positives say something about routers."""
+    places = [place for place, question in enumerate(questions) if question["positives"]]
+    if count is None:
+        count = min(MOST_HELD_OUT, len(places) // 5)
+    if count > len(places) // 2:
+        raise SettingError(
+            "held_out",
+            "{} {}: of {} questions with positives at most {} can be held out",
+            count,
+            len(places),
+            len(places) // 2,
+        )
+    held_out = set(random.Random(seed).sample(places, count))
+    kept = [question for place, question in enumerate(questions) if place not in held_out]
+    return kept, [questions[place] for place in sorted(held_out)]
+
+
+def load(settings: Settings) -> tuple[Any, Any]:
+    """The model, given a memory where it has none, and its tokenizer."""
+    chosen = {name: getattr(settings, name) for name in ("top_k", "chunk_size") if getattr(settings, name) is not None}
+    try:
+        make = MSAForCausalLM.from_pretrained if _is_retrofit(settings.base) else MSAForCausalLM.from_base
+        model = make(settings.base, dtype=torch.float32, **chosen)
+        tokenizer = AutoTokenizer.from_pretrained(settings.base)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SettingError("base", "{} {}: {}", settings.base, error) from None
+    return model, tokenizer
+
+
+def _is_retrofit(base: str) -> bool:
+    return isinstance(AutoConfig.from_pretrained(base), MSAConfig)
+
+
+def _limit(settings: Settings, model: Any) -> int:
+    """Tokens that a document or a row may have; rows start at the model's `first_position`."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return settings.max_length
+    return min(settings.max_length, positions - model.config.first_position)
+
+
+def _check_output(settings: Settings) -> None:
+    """Nothing of another kind may lie where the result goes: loading a mixture of both would do the wrong thing."""
+    output, base = Path(settings.output), Path(settings.base)
+    if output.is_dir() and base.is_dir() and output.samefile(base):
+        raise SettingError("output", "{} {}: is the base itself; give another directory", output)
+    whole = settings.method != LORA or settings.merge
+    other, kind = ("adapter_config.json", "an adapter") if whole else ("config.json", "a checkpoint")
+    if (output / other).exists():
+        raise SettingError("output", "{} {}: holds {}; give another directory", output, kind)
+
+
+# Interrupted runs -----------------------------------------------------------------------------------------------------
+
+
+def _checkpoint_to_resume(settings: Settings, record: Mapping[str, Any]) -> Path | None:
+    """The last whole checkpoint of an interrupted run, if that is what goes on here."""
+    output = Path(settings.output)
+    there = [path for path in _checkpoints(output) if (path / STATE_FILE).exists()]
+    if not settings.resume:
+        if there:
+            message = "{} {}: holds {} of an interrupted run; go on with --resume, or give another directory"
+            raise SettingError("output", message, output, there[-1].name)
+        return None
+    if not there:
+        raise SettingError("resume", "{}: {} holds no checkpoint of an interrupted run", output)
+    try:
+        before = json.loads((output / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingError("resume", "{}: {} cannot be read ({})", output / SETTINGS_FILE, error) from None
+    for name, value in record.items():
+        if before.get(name) != value:
+            if name == "data":
+                raise SettingError("resume", "{}: the interrupted run had other documents or questions")
+            raise SettingError(name, "{} is {}, but was {} in the interrupted run", value, before.get(name))
+    return there[-1]
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    """Checkpoints of a Trainer in a directory, the latest last."""
+    numbered = [path for path in output.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _record(settings: Settings, documents: Mapping[str, str], questions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    data = json.dumps([list(documents.items()), list(questions)], sort_keys=True)
+    return {**settings.decisive(), "data": hashlib.sha256(data.encode("utf-8", "surrogatepass")).hexdigest()}
+
+
+class _GoOnDrawing(TrainerCallback):
+    """Tells the collator how many batches there were before the run began, or went on."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.collator.drawn = state.global_step * args.gradient_accumulation_steps
+
+
+# The run --------------------------------------------------------------------------------------------------------------
+
+
+def make_trainer(prepared: Prepared) -> MemoryTrainer:
+    """A Trainer for a prepared run.
+
+    Raises:
+        TrainingError: for several GPUs in one process, which Trainer would split batches over.
+    """
+    settings = prepared.settings
+    names = {field.name for field in fields(TrainingArguments)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    arguments = TrainingArguments(
+        output_dir=settings.output,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.steps // 20,
+        logging_steps=max(1, settings.steps // 20),
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or settings.steps,
+        save_total_limit=1,
+        report_to="none",
+        seed=settings.seed,
+        bf16=settings.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # said aloud, or bf16 and several processes do not work there
+        remove_unused_columns=False,  # the collator reads what the model's forward does not take
+        label_names=["labels"],
+        **{checkpointing: settings.gradient_checkpointing},
+    )
+    if arguments.n_gpu > 1:
+        raise TrainingError("several GPUs: start this with `accelerate launch`, or name one in CUDA_VISIBLE_DEVICES")
+    return MemoryTrainer(
+        prepared.model,
+        arguments,
+        data_collator=prepared.collator,
+        train_dataset=prepared.training,
+        router_learning_rate=settings.router_learning_rate,
+        warmup=RouterWarmup(settings.warmup_steps),
+        callbacks=[_GoOnDrawing(prepared.collator)],
+    )
+
+
+def train(prepared: Prepared, trainer: MemoryTrainer, guard: CollapseGuard | None = None) -> Result:
+    """Run, measure and save.
+
+    Args:
+        prepared: the run.
+        trainer: what `make_trainer` made of it.
+        guard: judges the measurements; default one with its own defaults.
+
+    Raises:
+        CollapsedError: where the guard ends the run; nothing is saved then but the curve and the last checkpoint.
+    """
+    settings, output = prepared.settings, Path(prepared.settings.output)
+    monitor = None
+    if prepared.held_out:
+        monitor = RouterMonitor(
+            prepared.tokenizer,
+            prepared.documents,
+            prepared.held_out,
+            every=settings.eval_every or settings.steps + 1,
+            guard=CollapseGuard() if guard is None else guard,
+        )
+        monitor.log = trainer.log
+    curve = Curve(output / CURVE_FILE, monitor)
+    if prepared.checkpoint is not None:
+        curve.go_on(int(prepared.checkpoint.name.rpartition("-")[2]))
+    if monitor is not None:
+        trainer.add_callback(monitor)
+    trainer.add_callback(curve)
+    speaks = trainer.is_world_process_zero()
+    if speaks and prepared.checkpoint is None:
+        (output / SETTINGS_FILE).write_text(json.dumps(prepared.record, indent=2) + "\n", encoding="utf-8")
+    try:
+        trainer.train(resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint))
+    finally:
+        trainer.warmup.restore()
+    if monitor is not None and monitor.measurements[-1]["step"] < trainer.state.global_step:
+        monitor.measure(trainer.model, trainer.state.global_step)
+    loading = _save(prepared, trainer)
+    if speaks:
+        curve.write(trainer.state)
+        for path in _checkpoints(output):  # of no more use
+            shutil.rmtree(path)
+    measurements = [] if monitor is None else monitor.measurements
+    return Result(measurements, summary(curve.rows, measurements, len(prepared.documents)), loading, output, speaks)
+
+
+def _save(prepared: Prepared, trainer: MemoryTrainer) -> str:
+    """Save the result; the expression that loads it."""
+    settings, model = prepared.settings, prepared.model
+    whole = settings.method != LORA
+    if settings.merge:
+        whole = True
+        if trainer.is_world_process_zero():
+            model.merge_and_unload().save_pretrained(settings.output)
+    else:
+        trainer.save_model(settings.output)
+    if trainer.is_world_process_zero():
+        Path(settings.output, "training_args.bin").unlink(missing_ok=True)  # a pickle, of interest to this run alone
+        prepared.tokenizer.save_pretrained(settings.output)
+    if whole:
+        return f"MSAForCausalLM.from_pretrained({settings.output!r})"
+    make = "from_pretrained" if _is_retrofit(settings.base) else "from_base"
+    memory = f"top_k={model.config.top_k}, chunk_size={model.config.chunk_size}"
+    return f"PeftModel.from_pretrained(MSAForCausalLM.{make}({settings.base!r}, {memory}), {settings.output!r})"

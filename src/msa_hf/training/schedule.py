@@ -1,0 +1,117 @@
+"""What changes over a training run: the weights of the losses, and a learning rate of the routers' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from ..retrofit_msa import ROUTER_MODULES
+
+WARMUP, MAIN = "warm-up", "main"
+PARTS = ("lm_loss", "aux_loss")
+
+
+class RouterWarmup(TrainerCallback):
+    """The two phases of the paper: first the routers, by a large weight of the auxiliary loss, then everything.
+
+    In the main phase the weights are the configuration's own. Those of the warm-up stand there only while one of its
+    steps is computed, so that whatever is saved, a checkpoint in between included, carries the configuration's own.
+
+    Args:
+        steps: of the warm-up; 0 for none.
+        lm_loss_weight, aux_loss_weight: of the warm-up; the paper's by default.
+    """
+
+    def __init__(self, steps: int, lm_loss_weight: float = 0.1, aux_loss_weight: float = 1.0) -> None:
+        self.steps = steps
+        self.weights = {"lm_loss_weight": lm_loss_weight, "aux_loss_weight": aux_loss_weight}
+        self._own: tuple[Any, dict[str, float]] | None = None
+
+    def phase(self, step: int) -> str:
+        """The phase of a step, counted from 0."""
+        return WARMUP if step < self.steps else MAIN
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.phase(state.global_step) == WARMUP:
+            config = kwargs["model"].config
+            self._own = config, {name: getattr(config, name) for name in self.weights}
+            _set(config, self.weights)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the configuration its weights back; needed only after an error in the middle of a step."""
+        if self._own is not None:
+            _set(*self._own)
+            self._own = None
+
+
+def _set(config: Any, values: dict[str, float]) -> None:
+    for name, value in values.items():
+        setattr(config, name, value)
+
+
+class MemoryTrainer(Trainer):
+    """A Trainer whose routers have a learning rate of their own, and which logs the parts of the loss and the phase.
+
+    Args:
+        router_learning_rate: follows the same schedule as `args.learning_rate`.
+        warmup: its phases are named in the log.
+        args, kwargs: as `transformers.Trainer` takes them.
+    """
+
+    optimizer: Any
+
+    def __init__(self, *args: Any, router_learning_rate: float, warmup: RouterWarmup, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.router_learning_rate, self.warmup = router_learning_rate, warmup
+        self.add_callback(warmup)
+        self._parts: dict[str, torch.Tensor] = {}  # sums since the last log
+        self._batches = 0
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The groups: everything but the routers, and the routers, marked `routers`; those that there are."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups: dict[bool, list[Any]] = {False: [], True: []}
+            for name, weight in model.named_parameters():
+                if weight.requires_grad:
+                    groups[not set(ROUTER_MODULES).isdisjoint(name.split("."))].append(weight)
+            rates = {False: self.args.learning_rate, True: self.router_learning_rate}
+            make, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            options = {**options, "weight_decay": self.args.weight_decay}
+            self.optimizer = make(
+                [
+                    {"params": weights, "lr": rates[routers], "routers": routers}
+                    for routers, weights in groups.items()
+                    if weights
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        # Losses over the labels of all processes are their sum, and logged as their mean.
+        scale = 1 if kwargs.get("num_items_in_batch") is None else self.accelerator.num_processes
+        self._batches += model.training
+        for name in PARTS:
+            if model.training and outputs.get(name) is not None:
+                part = outputs[name].detach().float().to(loss.device) * scale
+                self._parts[name] = self._parts.get(name, torch.zeros_like(part)) + part
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            steps = self._batches / self.args.gradient_accumulation_steps
+            for name in sorted(self._parts, key=PARTS.index):
+                logs[name] = self.accelerator.reduce(self._parts[name], "mean").item() / steps
+            self._parts, self._batches = {}, 0
+            routers = [group["lr"] for group in self.optimizer.param_groups if group.get("routers")]
+            if routers:
+                logs["router_learning_rate"] = routers[0]
+            logs["phase"] = self.warmup.phase(self.state.global_step - 1)
+        super().log(logs, *args, **kwargs)
