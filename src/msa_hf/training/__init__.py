@@ -6,8 +6,17 @@ or run a model, and it may use the libraries of the extra `train`.
 """
 
 from .data import QuestionCollator
-from .diagnosis import router_recall
+from .diagnosis import Diagnosis, diagnose, router_recall
 from .monitor import CollapsedError, CollapseGuard, RouterMonitor
 from .peft import peft_config
 
-__all__ = ["CollapseGuard", "CollapsedError", "QuestionCollator", "RouterMonitor", "peft_config", "router_recall"]
+__all__ = [
+    "CollapseGuard",
+    "CollapsedError",
+    "Diagnosis",
+    "QuestionCollator",
+    "RouterMonitor",
+    "diagnose",
+    "peft_config",
+    "router_recall",
+]

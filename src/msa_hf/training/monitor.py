@@ -178,11 +178,11 @@ class RouterMonitor(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A run that goes on after an interruption keeps its baseline, where `measurements` has been given back.
         if state.global_step == 0 or not self.measurements:
-            self._report(state, kwargs["model"])
+            self._report(state, control, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
-            self._report(state, kwargs["model"])
+            self._report(state, control, kwargs["model"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.guard is not None and logs:
@@ -195,7 +195,7 @@ class RouterMonitor(TrainerCallback):
             logs.update(self._unshown)
             self._unshown = {}
 
-    def _report(self, state: Any, model: Any) -> None:
+    def _report(self, state: Any, control: Any, model: Any) -> None:
         found = self.measure(model, state.global_step)
         figures = {
             f"router_recall@{found['k']}": found["recall"],
@@ -204,7 +204,9 @@ class RouterMonitor(TrainerCallback):
             **{f"router_recall@{found['k']}/layer_{layer}": share for layer, share in found["layers"].items()},
         }
         if self.log is not None:
+            wanted = control.should_log
             self.log(dict(figures))
+            control.should_log = wanted  # Trainer takes its own line, due at this step too, for written
         else:
             state.log_history.append({**figures, "epoch": state.epoch, "step": state.global_step})
             self._unshown = figures
