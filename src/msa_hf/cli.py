@@ -1,4 +1,4 @@
-"""The command line: `msa-hf retrofit | encode | ask | inspect`.
+"""The command line: `msa-hf retrofit | encode | ask | train | inspect`.
 
 A mistake of the user ends with one line on stderr and exit code 2; any other error keeps its traceback.
 """
@@ -24,6 +24,9 @@ from .generation.interleave import SELECTIONS
 from .memory_msa import MemoryBank
 from .modeling_msa import MSAForCausalLM
 from .storage_msa import MANIFEST, read_manifest
+from .training import CollapsedError
+from .training.data import read_questions
+from .training.settings import SettingError, add_options, settings_of
 
 PROTOCOLS: dict[str, Protocol | None] = {"compact": COMPACT, "published": PUBLISHED, "none": None}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -162,6 +165,13 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--max-new-tokens", type=positive, default=128, help="of the answer (default: 128)")
     made.add_argument("--json", action="store_true", help="one JSON object per question")
+
+    made = command("train", train, "Train a model with a memory on your own documents and questions.")
+    made.add_argument("model", metavar="MODEL", help="a checkpoint, plain or with a memory: directory or Hub id")
+    made.add_argument("documents", metavar="DOCUMENTS", help="all of them, as `encode` takes its SOURCE")
+    made.add_argument("questions", metavar="QUESTIONS", help="a .jsonl: question, answer, positives (document keys)")
+    made.add_argument("out", metavar="OUT", help="directory for the result")
+    add_options(made)
 
     made = command("inspect", inspect, "Show what a bank holds and was made with.")
     made.add_argument("bank", metavar="BANK")
@@ -519,6 +529,40 @@ def described(record: dict[str, Any], with_question: bool) -> Iterable[str]:
     for stage in record["stages"]:
         name = stage["stage"] if stage["round"] is None else f"round {stage['round'] + 1} {stage['stage']}"
         yield f"  {name}: {stage['seconds'] * 1000:.1f} ms, {stage['tokens']} tokens"
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> int:
+    """`msa-hf train`."""
+    from .training import finetune  # transformers.Trainer, which no other command needs
+
+    names = {"base": "MODEL", "output": "OUT"}
+    new_directory(args.out)
+    with reported():
+        corpus = Corpus(args.documents)
+        documents = {
+            str(number if row.get(corpus.key_column) is None else row[corpus.key_column]): row[corpus.text_column]
+            for number, row in enumerate(corpus)
+        }
+        try:
+            settings = settings_of(args, checkpoint(args.model), args.out)
+            prepared = finetune.prepare(settings, documents, read_questions(args.questions, documents))
+            trainer = finetune.make_trainer(prepared)
+            if trainer.is_world_process_zero():
+                for note in prepared.notes:
+                    print(f"msa-hf: {note}", file=sys.stderr)
+            result = finetune.train(prepared, trainer)
+        except SettingError as error:
+            option = names.get(error.setting, f"--{error.setting.replace('_', '-')}")
+            raise UserError(error.said(option)) from error
+        except CollapsedError as error:
+            complain(error)
+            return 1
+    if result.speaks:
+        print(result)
+    return 0
 
 
 # Banks ----------------------------------------------------------------------------------------------------------------

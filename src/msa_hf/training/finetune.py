@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoTokenizer, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
 from ..configuration_msa import MSAConfig
 from ..modeling_msa import MSAForCausalLM
@@ -321,6 +321,11 @@ def train(prepared: Prepared, trainer: MemoryTrainer, guard: CollapseGuard | Non
         (output / SETTINGS_FILE).write_text(json.dumps(prepared.record, indent=2) + "\n", encoding="utf-8")
     try:
         trainer.train(resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint))
+    except BaseException:
+        progress = trainer.pop_callback(ProgressCallback)
+        if progress is not None and progress.training_bar is not None:
+            progress.training_bar.close()  # or what is said next stands behind it
+        raise
     finally:
         trainer.warmup.restore()
     if monitor is not None and monitor.measurements[-1]["step"] < trainer.state.global_step:

@@ -71,6 +71,7 @@ class MemoryTrainer(Trainer):
         self.add_callback(warmup)
         self._parts: dict[str, torch.Tensor] = {}  # sums since the last log
         self._batches = 0
+        self._router_rate: list[float] = []
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The groups: everything but the routers, and the routers, marked `routers`; those that there are."""
@@ -95,14 +96,21 @@ class MemoryTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        # Losses over the labels of all processes are their sum, and logged as their mean.
-        scale = 1 if kwargs.get("num_items_in_batch") is None else self.accelerator.num_processes
-        self._batches += model.training
-        for name in PARTS:
-            if model.training and outputs.get(name) is not None:
-                part = outputs[name].detach().float().to(loss.device) * scale
-                self._parts[name] = self._parts.get(name, torch.zeros_like(part)) + part
+        if model.training:
+            self._note(outputs, kwargs.get("num_items_in_batch"))
         return (loss, outputs) if return_outputs else loss
+
+    def _note(self, outputs: Any, num_items_in_batch: Any) -> None:
+        """Keep of a batch what the next line of the log will say."""
+        self._batches += 1
+        # By the time of the log the schedule has moved on.
+        self._router_rate = [group["lr"] for group in self.optimizer.param_groups if group.get("routers")]
+        # Divided by the labels of all processes, losses are shares of a sum, and logged as means.
+        scale = 1 if num_items_in_batch is None else self.accelerator.num_processes
+        for name in PARTS:
+            if outputs.get(name) is not None:
+                part = outputs[name].detach().float().to(self.accelerator.device) * scale
+                self._parts[name] = self._parts.get(name, torch.zeros_like(part)) + part
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -110,8 +118,7 @@ class MemoryTrainer(Trainer):
             for name in sorted(self._parts, key=PARTS.index):
                 logs[name] = self.accelerator.reduce(self._parts[name], "mean").item() / steps
             self._parts, self._batches = {}, 0
-            routers = [group["lr"] for group in self.optimizer.param_groups if group.get("routers")]
-            if routers:
-                logs["router_learning_rate"] = routers[0]
+            if self._router_rate:
+                logs["router_learning_rate"] = self._router_rate[0]
             logs["phase"] = self.warmup.phase(self.state.global_step - 1)
         super().log(logs, *args, **kwargs)
