@@ -63,8 +63,7 @@ def router_recall(
         by layer; `first` and `first_layers`, the share of questions whose first positive is found, the only one that a
         first round can be asked for where questions take several hops. The same four for the best document alone:
         `recall_at_1`, `layers_at_1`, `first_at_1`, `first_layers_at_1`. `distinct`, by layer, how many different
-        documents the k best of all questions are: few of them for many questions is a collapsed router; 0 says that
-        the scores are not numbers.
+        documents the k best of all questions are: few of them for many questions is a collapsed router.
 
     Raises:
         ValueError: for k < 1, no question with positives, and a positive that the bank does not hold.

@@ -29,7 +29,7 @@ class CollapseGuard:
     * Recall, against that of the untrained router.
     * Empty answers, where they are measured.
 
-    A loss that is not a number, and scores that are none, end a run at once.
+    A loss that is no number ends a run at once.
 
     Args:
         patience: measurements in a row.
@@ -79,7 +79,7 @@ class CollapseGuard:
         """
         at = "" if step is None else f" at step {step}"
         if loss is not None and math.isnan(loss):
-            raise CollapsedError(f"The run has collapsed{at}: the loss is not a number.")
+            raise CollapsedError(f"The run has collapsed{at}: the loss is no number.")
         if router is not None:
             self._check_router(router, at)
         if empty is not None:
@@ -88,8 +88,6 @@ class CollapseGuard:
 
     def _check_router(self, router: Mapping[str, Any], at: str) -> None:
         most = max(router["distinct"].values())
-        if not most:
-            raise CollapsedError(f"The run has collapsed{at}: the routers' scores are not numbers.")
         if self.untrained is None:
             self.untrained = router
             return
@@ -128,7 +126,8 @@ class RouterMonitor(TrainerCallback):
         documents: key -> text; thousands, or the figures flatter. Documents of the training pools may be among them.
         questions: with `question` and `positives`, keys of `documents`; held out.
         every: steps between measurements.
-        guard: stops a collapsed run by raising `CollapsedError`; None: nothing does.
+        guard: stops a collapsed run by raising `CollapsedError`, also where weights are no numbers; None: nothing
+            does.
         protocol: that wraps documents and puts questions; None: plain, as `QuestionCollator` does.
 
     Attributes:
