@@ -134,9 +134,9 @@ def readings_of(text: str, phrases: list[Phrase]) -> set[tuple[Slot, str]]:
     return {(phrase.slot, found[1]) for phrase in phrases if (found := phrase.pattern.fullmatch(text))}
 
 
-@pytest.fixture(scope="module")
-def corpus() -> Corpus:
-    return make_corpus(3000, seed=4, split="test", prose=PROSE, prose_share=0.2)
+@pytest.fixture(scope="module", params=[1, 10**9], ids=["usual", "crowded"])
+def corpus(request: pytest.FixtureRequest) -> Corpus:
+    return make_corpus(3000, seed=4, split="test", prose=PROSE, prose_share=0.2, crowding=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,9 @@ def digest(corpus: Corpus) -> str:
     ("options", "expected"),
     [
         ({"documents": 100}, "5543a06160d8b889"),
+        ({"documents": 100, "crowding": 1}, "5543a06160d8b889"),
         ({"documents": 300, "seed": 7, "split": "test", "prose": PROSE, "prose_share": 0.25}, "c79ed6220be8d0b8"),
+        ({"documents": 100, "crowding": 500}, "64a0b9a3d32f0614"),
     ],
 )
 def test_a_corpus_is_the_same_on_every_machine(options: dict, expected: str):
@@ -175,10 +177,11 @@ def test_ranges_and_copies_give_the_documents_of_the_whole():
     assert copy.facts(4090, 4100) == corpus.facts()[4090:4100]
 
 
-@pytest.mark.parametrize("change", [{"seed": 5}, {"split": "train"}, {"documents": 5000}])
-def test_other_arguments_give_other_documents(corpus: Corpus, change: dict):
-    other = make_corpus(**{"documents": 3000, "seed": 4, "split": "test", "prose": PROSE, "prose_share": 0.2} | change)
-    assert sum(a == b for a, b in zip(corpus.texts(0, 500), other.texts(0, 500), strict=True)) < 100  # prose
+@pytest.mark.parametrize("change", [{"seed": 5}, {"split": "train"}, {"documents": 5000}, {"crowding": 2}])
+def test_other_arguments_give_other_documents(change: dict):
+    options = {"documents": 3000, "seed": 4, "split": "test", "prose": PROSE, "prose_share": 0.2}
+    texts, others = (make_corpus(**options | other).texts(0, 500) for other in ({}, change))
+    assert not [a for a, b in zip(texts, others, strict=True) if a == b and "Real prose" not in a]
 
 
 def test_other_seeds_give_other_questions(corpus: Corpus):
@@ -415,6 +418,9 @@ def test_a_corpus_may_be_prose_alone_or_empty():
         ({"documents": 10, "prose": PROSE, "prose_share": 1.5}, "shares"),
         ({"documents": 10, "linked_share": -0.1}, "shares"),
         ({"documents": 20_000_000}, "too many"),
+        ({"documents": 20_000_000, "crowding": 2}, "too many"),
+        ({"documents": 10, "crowding": 0}, "crowding.*0"),
+        ({"documents": 10, "crowding": 1.5}, "crowding.*1.5"),
     ],
 )
 def test_impossible_corpora_are_refused(options: dict, message: str):

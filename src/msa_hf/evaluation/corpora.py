@@ -154,7 +154,7 @@ class Corpus:
         serials = self._order.inverse(asked) - self._prose_count
         rows = np.flatnonzero(serials >= 0)
         near = self._world.nearest(Entities.at(serials[rows]), count)
-        found[rows] = np.where(near >= 0, self._positions(np.maximum(near, 0).ravel()).reshape(near.shape), -1)
+        found[rows] = np.where(near >= 0, self._positions(np.maximum(near, 0)), -1)
         return found
 
     # Documents

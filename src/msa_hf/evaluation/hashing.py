@@ -64,7 +64,7 @@ class Permutation:
 
     def _walk(self, index: Integers, once: Callable[[Integers], Integers]) -> Integers:
         result = once(index)
-        while (outside := np.flatnonzero(result >= self.size)).size:
+        while (outside := np.nonzero(result >= self.size))[0].size:
             result[outside] = once(result[outside])
         return result
 

@@ -117,8 +117,8 @@ class Names:
 
     def nearest(self, kind: int, numbers: Integers, count: int) -> Integers:
         """[n, count] for documented entities, the others whose names agree with theirs in the most places (syllables,
-        noun), best first; -1 where there are no more. Of equals, those whose numbers follow next. Every name is compared
-        with all documented ones of the kind."""
+        noun), best first; -1 where there are no more. Of equals, those whose numbers follow next come first. Every name
+        is compared with all documented ones of the kind."""
         known = self.known[kind]
         theirs = self._features(kind, np.arange(known))
         found = np.full((len(numbers), count), -1)

@@ -1,8 +1,8 @@
 """Invented words: three syllables each, so that a number spells a word and no two numbers spell the same.
 
 Each split owns one half of all words, whatever the seed. A world numbers the words of its half in an order of its own.
-In a crowded world it takes only words of a few syllables, chosen by its key: so few that as large a share of those words
-is in use as a much larger world uses of all words.
+In a crowded world it takes only words of a few syllables, chosen by its key: so few that as large a share of those
+words is in use as a much larger world uses of all words.
 """
 
 import math
