@@ -168,7 +168,7 @@ class RouterMonitor(TrainerCallback):
         self._unshown: dict[str, float] = {}
 
     def measure(self, model: Any, step: int = 0) -> dict[str, Any]:
-        """What `router_recall` says of `model` as it is; kept in `measurements` and judged by the guard."""
+        """What `router_recall` says of `model` as it is; kept in `measurements`."""
         bank = model.encode_documents(self._documents, show_progress=False)
         found = router_recall(model, self.tokenizer, bank, self.questions, protocol=self.protocol)
         self.measurements.append({"step": step, **found})
@@ -195,6 +195,10 @@ class RouterMonitor(TrainerCallback):
             self._unshown = {}
 
     def _report(self, state: Any, control: Any, model: Any) -> None:
+        if self.guard is not None and not all(
+            bool(weight.isfinite().all()) for weight in model.parameters() if weight.requires_grad
+        ):
+            raise CollapsedError(f"The run has collapsed at step {state.global_step}: weights are no numbers.")
         found = self.measure(model, state.global_step)
         figures = {
             f"router_recall@{found['k']}": found["recall"],
