@@ -1,4 +1,4 @@
-"""The command line: `msa-hf retrofit | encode | ask | train | inspect`.
+"""The command line: `msa-hf retrofit | encode | ask | train | eval | inspect`.
 
 A mistake of the user ends with one line on stderr and exit code 2; any other error keeps its traceback.
 """
@@ -26,6 +26,7 @@ from .modeling_msa import MSAForCausalLM
 from .storage_msa import MANIFEST, read_manifest
 from .training import CollapsedError
 from .training.data import read_questions
+from .training.diagnosis import CONDITIONS, checked_conditions, diagnose, read_judged
 from .training.settings import SettingError, add_options, settings_of
 
 PROTOCOLS: dict[str, Protocol | None] = {"compact": COMPACT, "published": PUBLISHED, "none": None}
@@ -116,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    def add_model_options(made: argparse.ArgumentParser) -> None:
+    def add_protocol_option(made: argparse.ArgumentParser) -> None:
         made.add_argument(
             "--protocol",
             choices=("auto", *PROTOCOLS),
@@ -124,6 +125,9 @@ def parser() -> argparse.ArgumentParser:
             help="how documents and questions are wrapped; auto: as the checkpoint's memory_protocol.json says, plain "
             "text where it has none",
         )
+
+    def add_model_options(made: argparse.ArgumentParser) -> None:
+        add_protocol_option(made)
         made.add_argument("--device", type=device_of, default="cpu", help="such as cuda (default: cpu)")
         made.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
 
@@ -171,7 +175,30 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("documents", metavar="DOCUMENTS", help="all of them, as `encode` takes its SOURCE")
     made.add_argument("questions", metavar="QUESTIONS", help="a .jsonl: question, answer, positives (document keys)")
     made.add_argument("out", metavar="OUT", help="directory for the result")
+    add_protocol_option(made)
     add_options(made)
+
+    made = command("eval", evaluate, "Measure routers and answers with questions whose documents are known.")
+    made.add_argument("model", metavar="MODEL", help="the checkpoint that made the bank")
+    made.add_argument("bank", metavar="BANK", help="a bank, or documents as `encode` takes them")
+    made.add_argument(
+        "questions", metavar="QUESTIONS", help="a .jsonl of question, answer, positives (document keys), kind"
+    )
+    add_model_options(made)
+    made.add_argument(
+        "--conditions",
+        type=lambda text: text.split(","),
+        help=f"among {', '.join(CONDITIONS)}; separated by commas (default: all but ids)",
+    )
+    made.add_argument("--k", type=positive, help="documents per layer that count as found (default: the model's top-k)")
+    made.add_argument("--refusal", help="the answer to what the memory does not hold")
+    made.add_argument("--select", choices=SELECTIONS, default="router", help="how documents are chosen for reading")
+    made.add_argument("--max-rounds", type=at_least(0), default=3, help="of retrieval (default: 3)")
+    made.add_argument("--documents-per-round", type=positive, help="to read (default: 4 that the router chooses)")
+    made.add_argument("--max-new-tokens", type=positive, default=64, help="of an answer (default: 64)")
+    made.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: 8)")
+    made.add_argument("--json", action="store_true", help="one JSON object, with every answer")
+    made.add_argument("--out", metavar="FILE", help="a file for that JSON object")
 
     made = command("inspect", inspect, "Show what a bank holds and was made with.")
     made.add_argument("bank", metavar="BANK")
@@ -373,20 +400,27 @@ def encode(args: argparse.Namespace) -> int:
         print(f"msa-hf: skipping {len(corpus.skipped)} empty files, such as {min(corpus.skipped)}", file=sys.stderr)
     model, tokenizer = load(args.model, args.device, args.dtype)
     protocol = protocol_of(args.protocol, args.model)
-    columns: dict[str, Any] = {"text_column": corpus.text_column, "key_column": corpus.key_column}
-    options: dict[str, Any] = {"batch_tokens": args.batch_tokens, "bank_device": "cpu"}
     start = time.perf_counter()
     with reported():
-        if protocol is None:
-            bank = model.encode_documents(corpus, tokenizer, too_long=args.too_long, **columns, **options)
-        else:
-            limit = getattr(model.config, "max_position_embeddings", None) if args.too_long == "split" else None
-            rows = protocol.encode_corpus(corpus, tokenizer, max_tokens=limit, **columns)
-            bank = model.encode_documents(rows, tokenizer, **options)
+        options = {"batch_tokens": args.batch_tokens, "bank_device": "cpu"}
+        bank = encoded(corpus, model, tokenizer, protocol, args.too_long, **options)
         seconds = time.perf_counter() - start
         bank.save_pretrained(out)
     print(f"{out}: {len(bank)} documents, {bank.num_tokens} tokens, {bank.num_chunks} chunks, {seconds:.1f} s")
     return 0
+
+
+def encoded(
+    corpus: Corpus, model: Any, tokenizer: Any, protocol: Protocol | None, too_long: str = "error", **options: Any
+) -> MemoryBank:
+    """Documents as a bank, wrapped as the protocol says."""
+    columns: dict[str, Any] = {"text_column": corpus.text_column, "key_column": corpus.key_column}
+    if protocol is None:
+        return model.encode_documents(corpus, tokenizer, too_long=too_long, **columns, **options)
+    limit = getattr(model.config, "max_position_embeddings", None) if too_long == "split" else None
+    return model.encode_documents(
+        protocol.encode_corpus(corpus, tokenizer, max_tokens=limit, **columns), tokenizer, **options
+    )
 
 
 # Questions ------------------------------------------------------------------------------------------------------------
@@ -548,7 +582,8 @@ def train(args: argparse.Namespace) -> int:
         }
         try:
             settings = settings_of(args, checkpoint(args.model), args.out)
-            prepared = finetune.prepare(settings, documents, read_questions(args.questions, documents))
+            protocol = protocol_of(args.protocol, args.model)
+            prepared = finetune.prepare(settings, documents, read_questions(args.questions, documents), protocol)
             trainer = finetune.make_trainer(prepared)
             if trainer.is_world_process_zero():
                 for note in prepared.notes:
@@ -562,6 +597,47 @@ def train(args: argparse.Namespace) -> int:
             return 1
     if result.speaks:
         print(result)
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """`msa-hf eval`."""
+    if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
+        raise UserError(f"{args.out}: not a file in a directory that is there")
+    protocol = protocol_of(args.protocol, args.model)
+    try:
+        with reported():
+            conditions = checked_conditions(args.conditions, protocol)
+            questions = read_judged(args.questions)
+    except ImportError as error:
+        raise UserError(f"{error}, or leave it out of --conditions") from error
+    is_bank = Path(args.bank, MANIFEST).exists()
+    with reported():
+        corpus = None if is_bank else Corpus(args.bank)
+    model, tokenizer = load(args.model, args.device, args.dtype)
+    with reported():
+        if corpus is None:
+            bank = model.load_memory(args.bank, tokenizer, device=args.device)
+        else:
+            bank = encoded(corpus, model, tokenizer, protocol)
+        found = diagnose(
+            model,
+            tokenizer,
+            bank,
+            questions,
+            protocol,
+            conditions,
+            k=args.k,
+            batch_size=args.batch_size,
+            refusal=args.refusal,
+            max_rounds=args.max_rounds,
+            documents_per_round=args.documents_per_round,
+            select=args.select,
+            max_new_tokens=args.max_new_tokens,
+        )
+    if args.out:
+        Path(args.out).write_text(found.to_json(indent=1) + "\n", encoding="utf-8")
+    print(found.to_json() if args.json else found)
     return 0
 
 

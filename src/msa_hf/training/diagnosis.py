@@ -401,14 +401,16 @@ def diagnose(
         questions={kind: sum(question.kind == kind for question in asked) for kind in kinds},
         settings={"conditions": names, "max_new_tokens": max_new_tokens, **(options if protocol is not None else {})},
     )
-    if any(question.positives for question in asked):
-        plain = [{"positives": (), **question} for question in questions]
-        result.router = router_recall(model, tokenizer, bank, plain, k, batch_size, protocol)
     settings = {**(interleave or {}), **options, "max_new_tokens": max_new_tokens}
     with evaluating(model):
-        run = _Run(model, tokenizer, bank, protocol, asked, settings, batch_size, show_progress)
-        with run.progress as progress:
-            progress.reset(sum(len(run.places(name)) * (len(NAMING) if name == "ids" else 1) for name in names))
+        run = _Run(model, tokenizer, bank, protocol, asked, settings, batch_size)
+        for question in asked:
+            run.writer.prompt(question.text, ())  # what is too long is said before any work
+        if any(question.positives for question in asked):
+            plain = [{"positives": (), **question} for question in questions]
+            result.router = router_recall(model, tokenizer, bank, plain, k, batch_size, protocol)
+        total = sum(len(run.places(name)) * (len(NAMING) if name == "ids" else 1) for name in names)
+        with tqdm(total=total, unit="question", disable=not show_progress) as run.progress:
             for name in names:
                 if name == "ids":
                     result.ids = {naming: _named(asked, run.named(naming)) for naming in NAMING}
@@ -424,7 +426,9 @@ class _Run:
     """The conditions of one diagnosis.
 
     Attributes:
-        read: condition -> question -> positions of the documents whose texts it chose.
+        read: condition -> question -> positions of the documents whose texts were read.
+        left_out: condition -> texts that did not fit.
+        progress: a bar over the questions of all conditions.
     """
 
     def __init__(
@@ -436,12 +440,11 @@ class _Run:
         questions: Sequence[_Question],
         interleave: Mapping[str, Any],
         batch_size: int,
-        show_progress: bool,
     ) -> None:
         self.model, self.tokenizer, self.bank, self.protocol = model, tokenizer, bank, protocol
         self.questions, self.interleave, self.batch_size = questions, interleave, batch_size
         self.writer = Writer(model, tokenizer, bank, protocol, interleave["max_new_tokens"])
-        self.progress = tqdm(unit="question", disable=not show_progress)
+        self.progress: Any = None
         self.read: dict[str, dict[int, list[int]]] = {}
         self.left_out: dict[str, int] = {}
 
