@@ -1,19 +1,19 @@
 """Train the small checkpoint of this repository: `msa-hf-tiny`.
 
     python scripts/train_tiny.py tokenizer --out build/tiny/tokenizer
-    python scripts/train_tiny.py dense --tokenizer build/tiny/tokenizer --minutes 9 --out build/tiny/dense
+    python scripts/train_tiny.py dense --tokenizer build/tiny/tokenizer --minutes 3 --out build/tiny/dense
     python scripts/train_tiny.py memory --base build/tiny/dense --minutes 9 --out build/tiny/memory
 
 First a plain Qwen3 learns to read: texts in the prompt, questions about them. Then it gets a memory and learns the
 whole protocol: to route, to name documents from their pooled keys and values, to read what is appended, and to answer.
-Every batch is a small corpus of its own, made by `msa_hf.evaluation.corpora`, so no name is ever seen twice.
+Every batch is a small corpus of its own, made by `msa_hf.evaluation.corpora`, so no name is ever seen twice; most are
+as crowded with near-misses as a corpus many times as large.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import time
 from collections.abc import Iterator
@@ -30,12 +30,15 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Qwe
 from transformers.models.qwen3 import modeling_qwen3
 
 from msa_hf import MSAForCausalLM
-from msa_hf.evaluation import Question, make_corpus
+from msa_hf.evaluation import UNANSWERABLE, Corpus, Question, make_corpus
+from msa_hf.evaluation.corpora import QuestionKind
 from msa_hf.evaluation.prose import prose_documents
 from msa_hf.generation import COMPACT
 
 VOCABULARY = 8192
 PAD = "<|pad|>"
+LONGEST_PROSE = 116  # tokens, as long as the longest of the other documents, so that pools need little padding
+PROSE = "prose.json"  # what is installed here, kept so that a run on another machine reads the same
 # An answer begins with a space, so that its tokens are those of the text it is copied from.
 TINY = replace(COMPACT, answer_opening=" ")
 SHAPE: dict[str, Any] = {
@@ -51,6 +54,16 @@ SHAPE: dict[str, Any] = {
 }
 IDS = 1_000_000
 UNLABELLED = -100
+# A step of the memory phase is of one kind, in turns: (documents of its pool, rows, tokens of a row). Shapes stay the
+# same from step to step, because kernels are chosen anew for every new one.
+KINDS = {"naming": (1024, 384, 40), "second": (512, 160, 512), "reading": (384, 96, 768)}
+# The width of pools is a multiple of this.
+POOL_STEP = 16
+CROWDING = (1, 100, 1000, 5000)
+# Of the questions read for, those whose (last) document is withheld, so that there is no answer.
+WITHHELD = 0.12
+# Of the second rounds, those whose first one missed, so that the same document is still to be found.
+MISSED = 0.12
 
 
 # Tokens ---------------------------------------------------------------------------------------------------------------
@@ -71,7 +84,8 @@ def train_tokenizer(out: Path, documents: int) -> PreTrainedTokenizerFast:
     texts = list(corpus.texts(0, documents))
     texts += [question.text for question in corpus.questions(documents // 4, "one_hop", seed=1)]
     texts += [question.text for question in corpus.questions(documents // 8, "two_hop", seed=2)]
-    texts += prose_documents(documents // 8, seed=3)
+    prose = prose_documents(4000, seed=7, words=55)
+    texts += prose
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=[PAD, *TINY.special_tokens],
@@ -88,6 +102,8 @@ def train_tokenizer(out: Path, documents: int) -> PreTrainedTokenizerFast:
     )
     fast.save_pretrained(out)
     TINY.save_pretrained(out)
+    short = [text for text, ids in zip(prose, encode_all(fast, prose), strict=True) if len(ids) <= LONGEST_PROSE]
+    Path(out, PROSE).write_text(json.dumps(short))
     return fast
 
 
@@ -153,156 +169,56 @@ class Batches(IterableDataset):
     """Endless batches, each about a small corpus of its own.
 
     Args:
-        tokenizer: directory.
-        kind: `"dense"` for reading rows alone, `"memory"` for pools with rows of every stage.
-        rows: rows per batch (of full transcripts; four times as many short ones).
-        documents: documents per corpus.
-        width: most tokens of a row; longer ones are left out.
+        tokenizer: directory of the tokenizer.
+        prose: real texts to mix in.
+        kinds: what batches are, in turns: "dense", or those of `KINDS`; documents, rows and tokens of each. Rows that
+            are longer are left out.
         seed: of the whole run.
     """
 
-    def __init__(self, tokenizer: str, kind: str, rows: int, documents: int, width: int, seed: int) -> None:
-        self.directory, self.kind, self.rows, self.documents = tokenizer, kind, rows, documents
-        self.width, self.seed = width, seed
+    def __init__(self, tokenizer: str, prose: list[str], kinds: dict[str, tuple[int, int, int]], seed: int) -> None:
+        self.directory, self.prose, self.kinds, self.seed = tokenizer, prose, kinds, seed
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         number, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         tokenizer = AutoTokenizer.from_pretrained(self.directory)
         symbols = symbols_of(tokenizer)
-        prose = prose_documents(4000, seed=7)
+        names = list(self.kinds)
         while True:
-            yield self.batch(tokenizer, symbols, prose, self.seed * 1_000_003 + number)
+            yield self.batch(tokenizer, symbols, names[number % len(names)], self.seed * 1_000_003 + number)
             number += step
 
-    def batch(self, tokenizer: Any, symbols: dict[str, int], prose: list[str], seed: int) -> dict[str, Any]:
+    def batch(self, tokenizer: Any, symbols: dict[str, int], kind: str, seed: int) -> dict[str, Any]:
         draw = random.Random(seed)
-        share = 0.2 if self.kind == "memory" else 0.1
-        corpus = make_corpus(self.documents, seed=seed, prose=prose, prose_share=share)
-        texts = encode_all(tokenizer, [f" {text}" for text in corpus.texts(0, self.documents)])
-        pieces = Pieces(texts, draw.sample(range(IDS), self.documents), symbols)
-        if self.kind == "dense":
-            rows = self.reading_rows(tokenizer, corpus, pieces, draw, self.rows, extra=5)
-            return self.collate(rows, symbols)
-        stage = draw.random()
-        if stage < 0.4:
-            kind, rows = "first", self.naming_rows(tokenizer, corpus, pieces, draw, 4 * self.rows)
-        elif stage < 0.7:
-            kind, rows = "second", self.second_rows(tokenizer, corpus, pieces, draw, 2 * self.rows)
-        else:
-            kind, rows = "reading", self.reading_rows(tokenizer, corpus, pieces, draw, self.rows, extra=0)
-        batch = {**self.collate(rows, symbols), "kind": kind}
-        pool = [pieces.document(place) for place in range(self.documents)]
-        width = max(map(len, pool))
-        batch["documents"] = {
-            "input_ids": torch.tensor([document + [0] * (width - len(document)) for document in pool]),
-            "attention_mask": torch.tensor([[1] * len(document) + [0] * (width - len(document)) for document in pool]),
-        }
+        documents, count, width = self.kinds[kind]
+        corpus = make_corpus(
+            documents,
+            seed=seed,
+            prose=self.prose,
+            prose_share=0.1 if kind == "dense" else 0.2,
+            alike_share=draw.choice((0.15, 0.5)),
+            crowding=draw.choice(CROWDING),
+        )
+        texts = encode_all(tokenizer, [f" {text}" for text in corpus.texts()])
+        pieces = Pieces(texts, draw.sample(range(IDS), documents), symbols)
+        maker = Rows(tokenizer, corpus, pieces, draw, memory=kind != "dense")
+        rows = [row for row in getattr(maker, kind)(count + count // 8) if len(row.ids) <= width][:count]
+        batch = {**self.collate(rows, width), "kind": kind}
+        if kind != "dense":
+            pool = [pieces.document(place) for place in range(documents)]
+            width = -(-max(map(len, pool)) // POOL_STEP) * POOL_STEP
+            batch["documents"] = {
+                "input_ids": torch.tensor([document + [0] * (width - len(document)) for document in pool]),
+                "attention_mask": torch.tensor(
+                    [[1] * len(document) + [0] * (width - len(document)) for document in pool]
+                ),
+            }
         return batch
 
-    def questions(self, corpus: Any, draw: random.Random, count: int) -> list[Question]:
-        kinds = {"one_hop": count - 2 * (count // 4), "two_hop": count // 4, "unanswerable": count // 4}
-        questions = [
-            question
-            for kind, wanted in kinds.items()
-            for question in corpus.questions(wanted, kind, seed=draw.randrange(1 << 30))
-        ]
-        draw.shuffle(questions)
-        return questions
-
-    def distractors(self, question: Question, draw: random.Random, count: int) -> list[int]:
-        """Documents that do not answer: those whose names share a part first."""
-        taken = set(question.positives)
-        near = [place for place in question.hard_negatives if place not in taken]
-        draw.shuffle(near)
-        near = near[: draw.randint(0, count)]
-        while len(near) < count:
-            place = draw.randrange(self.documents)
-            if place not in taken and place not in near:
-                near.append(place)
-        return near
-
-    def reading_rows(
-        self, tokenizer: Any, corpus: Any, pieces: Pieces, draw: random.Random, count: int, extra: int
-    ) -> list[Row]:
-        """Whole transcripts: question, texts of one or two rounds, answer; and `extra` further questions about them."""
-        questions = self.questions(corpus, draw, count)
-        coded = encode_all(tokenizer, [question.text for question in questions])
-        answers = encode_all(tokenizer, [f" {question.answer}" for question in questions])
-        facts = corpus.facts(0, self.documents) if extra else []
-        rows, further = [], []
-        for question, asked, answer in zip(questions, coded, answers, strict=True):
-            row = Row([], [], [], [])
-            row.add(asked, routes=True)
-            row.add([pieces.symbols["<|ids|>"]])
-            rounds = [list(places) for places in question.rounds] or [[]]
-            if len(rounds) == 1 and draw.random() < 0.5:
-                rounds.append([])  # a second look that finds nothing new
-            exact = draw.random() < 0.3 and all(rounds)
-            read: list[int] = []
-            for place, found in enumerate(rounds):
-                others = [] if exact else self.distractors(question, draw, draw.randint(0 if found else 1, 3))
-                chosen = [item for item in [*found, *others] if item not in read]
-                draw.shuffle(chosen)
-                read += chosen
-                # Ids of documents that nothing but chance put there cannot be learnt.
-                row.add(pieces.named(chosen), labelled=exact and self.kind == "memory")
-                last = place == len(rounds) - 1
-                row.add(pieces.block(chosen), routes=last)
-            row.add([pieces.symbols["<|answer|>"]], labelled=exact and self.kind == "memory")
-            row.add([*asked, pieces.symbols["\n"]])
-            row.add([*answer, pieces.symbols["<|end|>"]], labelled=True)
-            row.positives = [item for item in question.positives if item in read]
-            rows.append(row)
-            known = [fact for item in read for fact in facts[item]] if extra else []
-            for fact in draw.sample(known, min(extra, len(known))):
-                further.append((row, draw.choice(fact.questions), fact.answer))
-        again = encode_all(tokenizer, [text for _, text, _ in further])
-        said = encode_all(tokenizer, [f" {text}" for _, _, text in further])
-        for (row, _, _), asked, answer in zip(further, again, said, strict=True):
-            row.add([*asked, pieces.symbols["\n"]])
-            row.add([*answer, pieces.symbols["<|end|>"]], labelled=True)
-        return [row for row in rows if len(row.ids) <= self.width]
-
-    def naming_rows(self, tokenizer: Any, corpus: Any, pieces: Pieces, draw: random.Random, count: int) -> list[Row]:
-        """The first round alone: question, and the ids of its documents, or at once the end of retrieval."""
-        questions = self.questions(corpus, draw, count)
-        coded = encode_all(tokenizer, [question.text for question in questions])
-        rows = []
-        for question, asked in zip(questions, coded, strict=True):
-            row = Row([], [], [], [])
-            row.add(asked, routes=True)
-            row.add([pieces.symbols["<|ids|>"]])
-            first = list(question.rounds[0]) if question.rounds else []
-            row.add(pieces.named(first) if first else [pieces.symbols["<|answer|>"]], labelled=True)
-            row.positives = first
-            rows.append(row)
-        return rows
-
-    def second_rows(self, tokenizer: Any, corpus: Any, pieces: Pieces, draw: random.Random, count: int) -> list[Row]:
-        """Up to the second round: question and the texts of the first, then the ids that these lead to, if any."""
-        questions = corpus.questions(count // 2, "two_hop", seed=draw.randrange(1 << 30))
-        questions += self.questions(corpus, draw, count - len(questions))
-        coded = encode_all(tokenizer, [question.text for question in questions])
-        rows = []
-        for question, asked in zip(questions, coded, strict=True):
-            row = Row([], [], [], [])
-            row.add(asked, routes=True)
-            row.add([pieces.symbols["<|ids|>"]])
-            first = list(question.rounds[0]) if question.rounds else []
-            chosen = first + self.distractors(question, draw, draw.randint(0 if first else 1, 3))
-            draw.shuffle(chosen)
-            row.add(pieces.named(chosen))
-            row.add(pieces.block(chosen), routes=True)
-            second = list(question.rounds[1]) if len(question.rounds) > 1 else []
-            row.add(pieces.named(second) if second else [pieces.symbols["<|answer|>"]], labelled=True)
-            row.positives = second or first
-            rows.append(row)
-        draw.shuffle(rows)
-        return rows
-
-    def collate(self, rows: list[Row], symbols: dict[str, int]) -> dict[str, Any]:
-        width = self.width if self.kind == "dense" else max(len(row.ids) for row in rows)
+    @staticmethod
+    def collate(rows: list[Row], width: int | None) -> dict[str, Any]:
+        width = width or max(len(row.ids) for row in rows)
         most = max(max(len(row.positives) for row in rows), 1)
 
         def padded(values: list[Any], size: int, fill: Any) -> list[Any]:
@@ -317,8 +233,171 @@ class Batches(IterableDataset):
         }
 
 
-def loader(arguments: Any, kind: str, rows: int, documents: int, width: int, seed: int) -> Iterator[dict[str, Any]]:
-    data = Batches(str(arguments.tokenizer), kind, rows, documents, width, seed)
+@dataclass
+class Rows:
+    """Makes the rows of a batch.
+
+    Attributes:
+        memory: whether there is one, so that documents can be named before they were read.
+    """
+
+    tokenizer: Any
+    corpus: Corpus
+    pieces: Pieces
+    draw: random.Random
+    memory: bool
+
+    def questions(self, count: int) -> list[Question]:
+        kinds: dict[QuestionKind, int] = {
+            "one_hop": count - 2 * (count // 4),
+            "two_hop": count // 4,
+            "unanswerable": count // 4,
+        }
+        questions = [
+            question
+            for kind, wanted in kinds.items()
+            for question in self.corpus.questions(wanted, kind, seed=self.draw.randrange(1 << 30))
+        ]
+        self.draw.shuffle(questions)
+        return questions
+
+    def distractors(self, question: Question, near: list[int], most: int) -> list[int]:
+        """Up to `most` documents that do not answer: those whose names are most like, and any."""
+        count = self.draw.choices(range(most + 1), weights=(4, 3, 2, 2)[: most + 1])[0]
+        likely = [place for place in (*question.hard_negatives, *near) if place not in question.positives]
+        chosen: list[int] = []
+        while len(chosen) < count:
+            place = self.draw.randrange(len(self.corpus))
+            if likely and self.draw.random() < 0.7:
+                place = likely.pop(0)
+            if place not in question.positives and place not in chosen:
+                chosen.append(place)
+        return chosen
+
+    def near(self, questions: list[Question]) -> list[list[list[int]]]:
+        """For every question and round, documents with names like that of the document to be found."""
+        places = [question.positives for question in questions]
+        found = self.corpus.nearest([place for row in places for place in row], 4).tolist()
+        rows = iter([[place for place in near if place >= 0] for near in found])
+        return [[next(rows) for _ in row] for row in places]
+
+    def blocks(
+        self, question: Question, near: list[list[int]], missed: int | None
+    ) -> list[tuple[list[int], list[int]]]:
+        """For every round what it was to find, and what it reads; round `missed` does not find it."""
+        read: list[int] = []
+        blocks = []
+        for number, found in enumerate(question.rounds or ((),)):
+            wanted = [] if number == missed else list(found)
+            others = self.distractors(question, near[number] if near else [], 3)
+            if not wanted and not others:
+                others = [place for place in self.any_others(question, 1)]
+            chosen = [place for place in (*wanted, *others) if place not in read]
+            self.draw.shuffle(chosen)
+            read += chosen
+            blocks.append((list(found), chosen))
+        return blocks
+
+    def any_others(self, question: Question, count: int) -> list[int]:
+        places = self.draw.sample(range(len(self.corpus)), count + len(question.positives))
+        return [place for place in places if place not in question.positives][:count]
+
+    def naming(self, count: int) -> list[Row]:
+        """The first round alone: question, and the ids of its documents, or at once the end of retrieval."""
+        return self.first_rounds(self.questions(count))
+
+    def first_rounds(self, questions: list[Question]) -> list[Row]:
+        coded = encode_all(self.tokenizer, [question.text for question in questions])
+        rows = []
+        for question, asked in zip(questions, coded, strict=True):
+            row = self.opened(asked)
+            first = list(question.rounds[0]) if question.rounds else []
+            row.add(self.following(first), labelled=True)
+            row.positives = first
+            rows.append(row)
+        return rows
+
+    def second(self, count: int) -> list[Row]:
+        """Up to the second round: question and the texts of the first, then the ids that these lead to, if any."""
+        questions = self.corpus.questions(count // 2, "two_hop", seed=self.draw.randrange(1 << 30))
+        rows = self.second_rounds(questions + self.questions(count - len(questions)), MISSED)
+        self.draw.shuffle(rows)
+        return rows
+
+    def second_rounds(self, questions: list[Question], missing: float = 0.0) -> list[Row]:
+        coded = encode_all(self.tokenizer, [question.text for question in questions])
+        rows = []
+        for question, asked, near in zip(questions, coded, self.near(questions), strict=True):
+            row = self.opened(asked)
+            missed = 0 if self.draw.random() < missing else None
+            (found, chosen), *_ = self.blocks(question, near, missed)
+            row.add(self.pieces.named(chosen))
+            row.add(self.pieces.block(chosen), routes=True)
+            second = list(question.rounds[1]) if len(question.rounds) > 1 else []
+            wanted = found if missed is not None else second
+            row.add(self.following(wanted), labelled=True)
+            row.positives = wanted or found
+            rows.append(row)
+        return rows
+
+    def reading(self, count: int) -> list[Row]:
+        """Whole transcripts: question, texts of one or two rounds, answer; and further questions about the texts."""
+        questions = self.questions(count)
+        coded = encode_all(self.tokenizer, [question.text for question in questions])
+        known = self.corpus.facts()
+        rows, answers, further = [], [], []
+        for question, asked, near in zip(questions, coded, self.near(questions), strict=True):
+            row = self.opened(asked)
+            missed = len(question.rounds) - 1 if self.draw.random() < WITHHELD else None
+            blocks = self.blocks(question, near, missed)
+            if len(blocks) == 1 and self.draw.random() < 0.3:  # a second look that finds nothing new
+                others = [place for place in self.any_others(question, 2) if place not in blocks[0][1]]
+                blocks.append(([], others))
+            read: list[int] = []
+            for number, (found, chosen) in enumerate(blocks):
+                # Ids of documents that nothing but chance put there cannot be learnt.
+                exact = self.memory and found == chosen
+                row.add(self.pieces.named(chosen), labelled=exact)
+                row.add(self.pieces.block(chosen), routes=number == len(blocks) - 1)
+                read += chosen
+            row.add([self.pieces.symbols["<|answer|>"]], labelled=missed is None and self.memory)
+            row.add([*asked, self.pieces.symbols["\n"]])
+            row.positives = [place for place in question.positives if place in read]
+            rows.append(row)
+            answers.append(UNANSWERABLE if missed is not None else question.answer)
+            stated = [(place, fact) for place in read for fact in known[place]]
+            for number, (place, fact) in enumerate(self.draw.sample(stated, min(6, len(stated)))):
+                further.append((row, place if number == 0 else None, self.draw.choice(fact.questions), fact.answer))
+        for row, said in zip(rows, encode_all(self.tokenizer, [f" {answer}" for answer in answers]), strict=True):
+            row.add([*said, self.pieces.symbols["<|end|>"]], labelled=True)
+        again = encode_all(self.tokenizer, [text for _, _, text, _ in further])
+        said = encode_all(self.tokenizer, [f" {text}" for _, _, _, text in further])
+        for (row, place, _, _), asked, answer in zip(further, again, said, strict=True):
+            row.add(asked)
+            if place is not None:  # which of the texts says it
+                row.add([self.pieces.symbols["<|ids|>"]])
+                row.add(self.pieces.named([place]), labelled=True)
+            else:
+                row.add([self.pieces.symbols["\n"]])
+                row.add([*answer, self.pieces.symbols["<|end|>"]], labelled=True)
+        return rows
+
+    dense = reading
+
+    def opened(self, asked: list[int]) -> Row:
+        row = Row([], [], [], [])
+        row.add(asked, routes=True)
+        row.add([self.pieces.symbols["<|ids|>"]])
+        return row
+
+    def following(self, places: list[int]) -> list[int]:
+        """What the model is to say in a round: ids, or the end of retrieval."""
+        return self.pieces.named(places) if places else [self.pieces.symbols["<|answer|>"]]
+
+
+def loader(arguments: Any, kinds: dict[str, tuple[int, int, int]], seed: int) -> Iterator[dict[str, Any]]:
+    prose = json.loads(Path(arguments.tokenizer, PROSE).read_text())
+    data = Batches(str(arguments.tokenizer), prose, kinds, seed)
     return iter(
         DataLoader(
             data,
@@ -342,22 +421,40 @@ def to_device(batch: dict[str, Any], device: str) -> dict[str, Any]:
 
 
 class Clock:
-    """A learning rate over the time that a run may take: a short rise, then a cosine to a tenth."""
+    """The time that a run may take, from its first step on, and a learning rate over it: a rise, level, a fall to 5 %.
 
-    def __init__(self, minutes: float, warmup: float = 0.03) -> None:
-        self.start, self.seconds, self.warmup = time.time(), minutes * 60, warmup
+    Args:
+        minutes: of the run.
+        rise, fall: shares of it.
+    """
+
+    def __init__(self, minutes: float, rise: float = 0.03, fall: float = 0.5) -> None:
+        self.seconds, self.rise, self.fall = minutes * 60, rise, fall
+        self.start: float | None = None
+
+    def tick(self) -> None:
+        """A step is done. The first ones compile, which does not count."""
+        self.start = self.start or time.time()
+
+    @property
+    def elapsed(self) -> float:
+        return time.time() - self.start if self.start else 0.0
 
     @property
     def progress(self) -> float:
-        return (time.time() - self.start) / self.seconds
+        return self.elapsed / self.seconds
 
     def rate(self, peak: float) -> float:
-        if self.progress < self.warmup:
-            return peak * max(self.progress / self.warmup, 0.01)
-        return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(self.progress, 1.0))))
+        up = max(self.progress / self.rise, 0.01) if self.rise else 1.0
+        down = (1 - self.progress) / self.fall if self.fall else 1.0
+        return peak * max(min(up, down, 1.0), 0.05 if down < 1 else 0.01)
 
 
 # Dense ----------------------------------------------------------------------------------------------------------------
+
+
+def write_curve(curve: list[dict[str, float]], out: str, name: str) -> None:
+    Path(out, name).write_text("\n".join(map(json.dumps, curve)) + "\n")
 
 
 def train_dense(arguments: Any) -> None:
@@ -375,16 +472,12 @@ def train_dense(arguments: Any) -> None:
     )
     backbone, head = model.model, model.lm_head
     backbone_run = torch.compile(backbone) if arguments.compile else backbone
-    data = loader(arguments, "dense", arguments.rows, arguments.documents, arguments.width, arguments.seed)
-    curve, clock, step, tokens = [], Clock(arguments.minutes), 0, 0
-    waited = 0.0
+    data = loader(arguments, {"dense": (arguments.documents, arguments.rows, arguments.width)}, arguments.seed)
+    curve: list[dict[str, float]] = []
+    clock, step, tokens = Clock(arguments.minutes, fall=0.4), 0, 0
     while clock.progress < 1:
-        before = time.time()
         batch = to_device(next(data), arguments.device)
-        waited += time.time() - before
-        rows = min(len(batch["input_ids"]), arguments.keep)
-        ids, labels = batch["input_ids"][:rows], batch["labels"][:rows]
-        real = batch["attention_mask"][:rows, 1:].bool()
+        ids, labels, real = batch["input_ids"], batch["labels"], batch["attention_mask"][:, 1:].bool()
         for group in optimizer.param_groups:
             group["lr"] = clock.rate(arguments.rate)
         with torch.autocast(arguments.device, torch.bfloat16):
@@ -398,41 +491,103 @@ def train_dense(arguments: Any) -> None:
         (answer + 0.3 * text).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        clock.tick()
         step, tokens = step + 1, tokens + ids.numel()
         if step % arguments.every == 0:
-            seconds = time.time() - clock.start
-            row = {"step": step, "seconds": seconds, "answer": answer.item(), "text": text.item(), "norm": norm.item()}
-            row |= {"tokens_per_s": tokens / seconds, "waited": waited / seconds}
+            row = {"step": step, "seconds": clock.elapsed, "answer": answer.item(), "text": text.item()}
+            row |= {"norm": norm.item(), "tokens_per_s": tokens / clock.elapsed}
             curve.append(row)
             print(" ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
     model.to(torch.bfloat16).save_pretrained(arguments.out, max_shard_size="14MB")
     tokenizer.save_pretrained(arguments.out)
     TINY.save_pretrained(arguments.out)
-    Path(arguments.out, "dense_curve.json").write_text(json.dumps(curve))
+    write_curve(curve, arguments.out, "curve_dense.jsonl")
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
 def compile_parts(model: Any) -> None:
-    """Compile what is elementwise: at this width norms, rotations and activations cost more than the products."""
-    for module in model.modules():
-        if isinstance(module, modeling_qwen3.Qwen3RMSNorm | modeling_qwen3.Qwen3MLP):
-            module.compile(dynamic=True)
+    """Compile layers below the memory whole, and what is elementwise in the others: at this width norms, rotations and
+    activations cost more than the products."""
+    for number, layer in enumerate(model.model.layers):
+        if number < min(model.config.memory_layers):
+            layer.forward = without_pass(torch.compile(layer.forward, dynamic=True))
+        else:
+            for module in layer.modules():
+                if isinstance(module, modeling_qwen3.Qwen3RMSNorm | modeling_qwen3.Qwen3MLP):
+                    module.compile(dynamic=True)
     modeling_qwen3.apply_rotary_pos_emb = torch.compile(modeling_qwen3.apply_rotary_pos_emb, dynamic=True)
+
+
+def without_pass(forward: Any) -> Any:
+    """A layer below the memory computes the same in every pass, as long as there is no template prefix."""
+
+    def run(*args: Any, memory_pass: Any = None, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return run
+
+
+class Gate:
+    """Routing over a bank of thousands of documents with names never trained on, as often as asked for.
+
+    Stops a run whose routers fall behind what they were untrained.
+    """
+
+    def __init__(self, tokenizer: Any, prose: list[str], documents: int, questions: int) -> None:
+        corpus = make_corpus(documents, seed=99, split="test", prose=prose, prose_share=0.2, crowding=100)
+        texts = encode_all(tokenizer, [f" {text}" for text in corpus.texts()])
+        pieces = Pieces(texts, random.Random(1).sample(range(IDS), documents), symbols_of(tokenizer))
+        self.rows = [{"input_ids": pieces.document(place)} for place in range(documents)]
+        self.tokenizer = tokenizer
+        maker = Rows(tokenizer, corpus, pieces, random.Random(2), memory=True)
+        asked = corpus.questions(questions, "one_hop", seed=5), corpus.questions(questions, "two_hop", seed=6)
+        self.first, self.second = maker.first_rounds([*asked[0], *asked[1]]), maker.second_rounds(asked[1])
+        self.untrained: dict[str, float] | None = None
+
+    @torch.no_grad()
+    def measure(self, model: Any) -> dict[str, float]:
+        model.eval()
+        bank = model.encode_documents(self.rows, batch_tokens=65536, show_progress=False)
+        row: dict[str, float] = {}
+        for name, rows in (("first", self.first), ("second", self.second)):
+            found: dict[int, list[Tensor]] = {}
+            for start in range(0, len(rows), 64):
+                batch = to_device(Batches.collate(rows[start : start + 64], None), str(model.device))
+                gold = batch.pop("positive_docs")
+                batch.pop("labels")
+                routing = model(**batch, memory=bank, use_cache=False, logits_to_keep=1).routing
+                for layer, item in routing.items():
+                    found.setdefault(layer, []).append(torch.cat([gold, item.documents], 1).cpu())
+            for layer, parts in found.items():
+                gold, chosen = torch.cat(parts).split([1, model.config.top_k], 1)
+                row[f"{name}_{layer}@16"] = (chosen == gold).any(1).float().mean().item()
+                row[f"{name}_{layer}@1"] = (chosen[:, :1] == gold).float().mean().item()
+                row[f"{name}_{layer}_distinct"] = len(chosen.unique())
+        model.train()
+        recalls = [value for name, value in row.items() if name.endswith("@16")]
+        if self.untrained is None:
+            self.untrained = row
+        elif max(recalls) < max(value for name, value in self.untrained.items() if name.endswith("@16")) / 2:
+            raise SystemExit(f"the routers collapsed: {row}, untrained {self.untrained}")
+        return row
 
 
 def train_memory(arguments: Any) -> None:
     torch.manual_seed(arguments.seed)
     torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
     options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-    if AutoConfig.from_pretrained(arguments.base).model_type == "msa":  # goes on where an earlier run stopped
+    goes_on = AutoConfig.from_pretrained(arguments.base).model_type == "msa"  # where an earlier run stopped
+    if goes_on:
         model = MSAForCausalLM.from_pretrained(arguments.base, **options)
     else:
         model = MSAForCausalLM.from_base(arguments.base, score_bias=True, chunk_size=64, top_k=16, **options)
     model.to(arguments.device)
     model.train()
+    gate = Gate(tokenizer, json.loads(Path(arguments.tokenizer, PROSE).read_text()), arguments.gate, 128)
     if arguments.compile:
         compile_parts(model)
     routers = [p for name, p in model.named_parameters() if "router" in name]
@@ -443,15 +598,21 @@ def train_memory(arguments: Any) -> None:
         weight_decay=0.01,
         fused=arguments.device == "cuda",
     )
-    data = loader(arguments, "memory", arguments.rows, arguments.documents, arguments.width, arguments.seed + 1)
-    curve, clock, step = [], Clock(arguments.minutes), 0
+    data = loader(arguments, KINDS, arguments.seed + 1)
+    curve: list[dict[str, float]] = []
+    clock, step, checks = Clock(arguments.minutes, fall=arguments.fall), 0, 0
     last: dict[str, Any] = {}
     while clock.progress < 1:
+        if clock.elapsed >= checks * arguments.gate_every:
+            checks += 1
+            row = {"step": step, "seconds": clock.elapsed, **gate.measure(model)}
+            curve.append(row)
+            print("gate", " ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
         batch = to_device(next(data), arguments.device)
         for group in optimizer.param_groups:
             group["lr"] = clock.rate(group["peak"])
-        warm = clock.progress < arguments.warmup
-        model.config.lm_loss_weight, model.config.aux_loss_weight = (0.1, 1.0) if warm else (1.0, 0.1)
+        warm = not goes_on and clock.progress < arguments.warmup
+        model.config.lm_loss_weight, model.config.aux_loss_weight = (0.1, 1.0) if warm else (1.0, arguments.aux)
         kind = batch.pop("kind")
         with torch.autocast(arguments.device, torch.bfloat16):
             output = model(**batch)
@@ -459,25 +620,21 @@ def train_memory(arguments: Any) -> None:
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        clock.tick()
         step += 1
         last[kind], last[f"aux_{kind}"] = output.lm_loss, output.aux_loss
         if step % arguments.every == 0:
-            first = batch["positive_docs"][:, :1]
-            there = first[:, 0] >= 0
-            hits = {
-                f"hit{layer}": (found.documents == first).any(1)[there].float().mean().item()
-                for layer, found in output.routing.items()
-            }
-            row = {"step": step, "seconds": time.time() - clock.start}
-            row |= {name: value.item() for name, value in last.items()} | hits
+            row = {"step": step, "seconds": clock.elapsed} | {name: value.item() for name, value in last.items()}
             curve.append(row)
             print(" ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+    curve.append({"step": step, "seconds": clock.elapsed, **gate.measure(model)})
+    print("gate", " ".join(f"{k} {v:.4g}" for k, v in curve[-1].items()), flush=True)
     model.eval().to(torch.bfloat16)
     model.config.lm_loss_weight, model.config.aux_loss_weight = 1.0, 0.1
     model.save_pretrained(arguments.out, max_shard_size="14MB")
     tokenizer.save_pretrained(arguments.out)
     TINY.save_pretrained(arguments.out)
-    Path(arguments.out, "memory_curve.json").write_text(json.dumps(curve))
+    write_curve(curve, arguments.out, "curve_memory.jsonl")
 
 
 def main() -> None:
@@ -486,28 +643,29 @@ def main() -> None:
     make = commands.add_parser("tokenizer", help="train the tokenizer")
     make.add_argument("--out", type=Path, required=True)
     make.add_argument("--documents", type=int, default=20_000)
-    for name, minutes in (("dense", 9.0), ("memory", 9.0)):
+    for name, minutes in (("dense", 3.0), ("memory", 9.0)):
         command = commands.add_parser(name)
         command.add_argument("--out", required=True)
-        command.add_argument("--minutes", type=float, default=minutes)
+        command.add_argument("--tokenizer", required=True, help="what the first command made")
+        command.add_argument("--minutes", type=float, default=minutes, help="behind the first step, which compiles")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--workers", type=int, default=14)
-        command.add_argument("--width", type=int, default=768)
         command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--every", type=int, default=20)
+        command.add_argument("--every", type=int, default=30)
         command.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     dense, memory = (commands.choices[name] for name in ("dense", "memory"))
-    dense.add_argument("--tokenizer", required=True)
-    dense.add_argument("--rows", type=int, default=144)
-    dense.add_argument("--keep", type=int, default=128, help="rows that a step takes, so that shapes stay the same")
+    dense.add_argument("--rows", type=int, default=128)
+    dense.add_argument("--width", type=int, default=768, help="tokens of a row")
     dense.add_argument("--documents", type=int, default=512)
     dense.add_argument("--rate", type=float, default=1.5e-3)
-    memory.add_argument("--base", required=True)
-    memory.add_argument("--rows", type=int, default=96)
-    memory.add_argument("--documents", type=int, default=1024)
-    memory.add_argument("--rate", type=float, default=5e-4)
+    memory.add_argument("--base", required=True, help="of the dense phase, or of a memory phase to go on with")
+    memory.add_argument("--rate", type=float, default=1e-3)
     memory.add_argument("--router-rate", type=float, default=1e-3)
-    memory.add_argument("--warmup", type=float, default=0.15, help="share of the time with the routers first")
+    memory.add_argument("--warmup", type=float, default=0.08, help="share of the time with the routers first")
+    memory.add_argument("--aux", type=float, default=0.3, help="weight of the auxiliary loss after that")
+    memory.add_argument("--fall", type=float, default=0.5, help="share of the time in which rates fall")
+    memory.add_argument("--gate", type=int, default=4096, help="documents of the bank that routing is measured on")
+    memory.add_argument("--gate-every", type=float, default=100, help="seconds")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     if arguments.command == "tokenizer":
@@ -515,7 +673,6 @@ def main() -> None:
     elif arguments.command == "dense":
         train_dense(arguments)
     else:
-        arguments.tokenizer = arguments.base
         train_memory(arguments)
 
 
