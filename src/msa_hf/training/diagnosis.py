@@ -303,7 +303,9 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of columns: the first to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
         for row in (header, *rows)
     ]
 
