@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from msa_hf.training import CollapsedError
 from msa_hf.training.data import DataError, read_documents, read_questions
-from msa_hf.training.finetune import make_trainer, prepare, train
+from msa_hf.training.finetune import make_trainer, prepare, protocol_of, train
 from msa_hf.training.settings import SettingError, TrainingError, add_options, settings_of
 
 HELD_OUT = "--eval-questions"
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = settings_of(options, options.base, options.output)
         documents = read_documents(options.documents)
-        prepared = prepare(settings, documents, read_questions(options.questions, documents))
+        questions = read_questions(options.questions, documents)
+        prepared = prepare(settings, documents, questions, protocol_of(options.base))
         trainer = make_trainer(prepared)
         if trainer.is_world_process_zero():
             for note in prepared.notes:

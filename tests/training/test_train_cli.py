@@ -155,7 +155,7 @@ def test_documents_can_be_a_folder(base, data, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "share, warm", [(0, 0), (0.5, 3), (0.4, 2), (1, 6)], ids=["none", "half", "rounded", "nothing-else"]
+    "share, warm", [(0, 0), (0.5, 3), (0.6, 4), (1, 6)], ids=["none", "half", "rounded", "nothing-else"]
 )
 def test_warm_up_weighs_the_router_first(share, warm, base, data, tmp_path, trainers) -> None:
     """Its weights stand in the configuration while its steps are computed and at no other time; what follows has the

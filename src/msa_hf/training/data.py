@@ -40,11 +40,13 @@ def read_documents(path: str | Path) -> dict[str, str]:
 def read_questions(path: str | Path, documents: Mapping[str, str]) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file with `question`, `answer` and `positives`, a list of keys of `documents`.
 
-    A question that no document answers has an empty list.
+    A question that no document answers has an empty list. A question whose documents lead to one another can have
+    `rounds` beside it, the positives as a list of lists: those that the question leads to, those that these lead to,
+    and so on.
 
     Raises:
-        DataError: for a file that is missing, undecodable or empty, a field that is missing or of another type, and a
-            positive that no document has as its key.
+        DataError: for a file that is missing, undecodable or empty, a field that is missing or of another type, a
+            positive that no document has as its key, and rounds that do not hold the positives, each once.
     """
     questions = []
     for place, row in _rows(Path(path)):
@@ -56,7 +58,15 @@ def read_questions(path: str | Path, documents: Mapping[str, str]) -> list[dict[
             raise DataError(f"{place}: 'positives' must be a list of document keys, got {json.dumps(positives)}")
         if unknown := [key for key in positives if key not in documents]:
             raise DataError(f"{place}: 'positives' names {unknown[0]!r}, which is the key of no document")
-        questions.append({"question": question, "answer": answer, "positives": list(dict.fromkeys(positives))})
+        made = {"question": question, "answer": answer, "positives": list(dict.fromkeys(positives))}
+        if (rounds := row.get("rounds")) is not None:
+            if not isinstance(rounds, list) or not all(isinstance(found, list) and found for found in rounds):
+                raise DataError(f"{place}: 'rounds' must be a list of lists of document keys, got {json.dumps(rounds)}")
+            read = [key for found in rounds for key in found]
+            if not all(isinstance(key, str) for key in read) or sorted(read) != sorted(made["positives"]):
+                raise DataError(f"{place}: 'rounds' must hold the 'positives', each once, got {json.dumps(rounds)}")
+            made["rounds"] = rounds
+        questions.append(made)
     if not questions:
         raise DataError(f"{path}: holds no questions")
     return questions
@@ -157,20 +167,9 @@ class QuestionCollator:
 
     def draw(self, questions: Sequence[Mapping[str, Any]]) -> list[str]:
         """The keys of the documents of a step, in their order."""
-        wanted = list(dict.fromkeys(key for question in questions for key in question["positives"]))
-        if unknown := [key for key in wanted if key not in self.tokens]:
-            raise ValueError(f"`positives` names {unknown[0]!r}, which is the key of no document.")
         pick = random.Random(f"{self.seed}, batch {self.drawn}")
         self.drawn += 1
-        taken = set(wanted)
-        missing = min(self.pool, len(self.keys)) - len(wanted)
-        # As many too many as the positives can take away, so that nothing of the size of the corpus is built.
-        for key in pick.sample(self.keys, min(self.pool + len(wanted), len(self.keys))):
-            if missing > 0 and key not in taken:
-                wanted.append(key)
-                missing -= 1
-        pick.shuffle(wanted)
-        return wanted
+        return draw_pool(self.tokens, self.keys, questions, self.pool, pick)
 
     def __call__(self, questions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The arguments of the training forward."""
@@ -190,6 +189,38 @@ class QuestionCollator:
                 "attention_mask": _pad([[1] * len(ids) for ids in documents], 0),
             },
         }
+
+
+def draw_pool(
+    known: Mapping[str, Any],
+    keys: Sequence[str],
+    questions: Sequence[Mapping[str, Any]],
+    size: int,
+    pick: random.Random,
+) -> list[str]:
+    """The keys of a pool: the positives of `questions`, and others up to `size`, in random order.
+
+    Raises:
+        ValueError: for a positive that is not among the `known`, which are `keys`.
+    """
+    wanted = list(dict.fromkeys(key for question in questions for key in question["positives"]))
+    if unknown := [key for key in wanted if key not in known]:
+        raise ValueError(f"`positives` names {unknown[0]!r}, which is the key of no document.")
+    taken = set(wanted)
+    missing = min(size, len(keys)) - len(wanted)
+    # As many too many as the positives can take away, so that nothing of the size of the corpus is built.
+    for key in pick.sample(keys, min(size + len(wanted), len(keys))):
+        if missing > 0 and key not in taken:
+            wanted.append(key)
+            missing -= 1
+    pick.shuffle(wanted)
+    return wanted
+
+
+def rounds_of(question: Mapping[str, Any]) -> list[list[str]]:
+    """A question's positives by the round in which they can be found; in one round where it does not say."""
+    rounds = question.get("rounds") or [question["positives"]]
+    return [list(dict.fromkeys(found)) for found in rounds if found]
 
 
 def _pad(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
 from ..configuration_msa import MSAConfig
+from ..generation import Protocol
 from ..modeling_msa import MSAForCausalLM
 from .curve import Curve, summary
 from .data import QuestionCollator
@@ -27,11 +28,13 @@ from .monitor import CollapseGuard, RouterMonitor
 from .peft import peft_config
 from .schedule import MemoryTrainer, RouterWarmup
 from .settings import LORA, SettingError, Settings, TrainingError
+from .transcripts import TranscriptCollator
 
 SETTINGS_FILE = "training_settings.json"
 CURVE_FILE = "training_curve.jsonl"
 STATE_FILE = "trainer_state.json"  # the last that Trainer writes of a checkpoint
 MOST_HELD_OUT = 100
+OTHERS = {"data": "other documents or questions", "protocol": "another protocol"}
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Prepared:
         training: questions to train on.
         held_out: questions to measure the routers with.
         collator: makes batches of questions.
+        protocol: whose transcripts they are; None: question and answer.
         record: what must be the same for a run to go on after an interruption.
         checkpoint: where an interrupted run goes on.
         notes: what the user should know beforehand.
@@ -58,6 +62,7 @@ class Prepared:
     training: list[Mapping[str, Any]]
     held_out: list[Mapping[str, Any]]
     collator: Any
+    protocol: Protocol | None
     record: dict[str, Any]
     checkpoint: Path | None
     notes: list[str]
@@ -89,13 +94,19 @@ class Result:
 # Before the run -------------------------------------------------------------------------------------------------------
 
 
-def prepare(settings: Settings, documents: Mapping[str, str], questions: Sequence[Mapping[str, Any]]) -> Prepared:
+def prepare(
+    settings: Settings,
+    documents: Mapping[str, str],
+    questions: Sequence[Mapping[str, Any]],
+    protocol: Protocol | None = None,
+) -> Prepared:
     """Load the model and check the data, before anything is computed or written.
 
     Args:
         settings: of the run.
         documents: key -> text; all of them, they are also the bank on which the routers are measured.
         questions: with `question`, `answer` and `positives`, as `read_questions` gives them.
+        protocol: whose transcripts are trained, and which is saved with the result; None: question and answer.
 
     Raises:
         TrainingError: for a mistake of the user's, `SettingError` where a setting is at fault.
@@ -108,10 +119,24 @@ def prepare(settings: Settings, documents: Mapping[str, str], questions: Sequenc
     set_seed(settings.seed)
     _check_output(settings)
     model, tokenizer = load(settings)
-    record = _record(settings, documents, questions)
+    if protocol is not None:
+        try:
+            protocol.check_tokenizer(tokenizer)
+        except ValueError as error:
+            raise SettingError("base", "{} {}: {}", settings.base, error) from None
+    record = {
+        **settings.decisive(),
+        "protocol": None if protocol is None else protocol.to_dict(),
+        "data": _digest(documents, questions),
+    }
     checkpoint = _checkpoint_to_resume(settings, record)
     try:
-        collator = QuestionCollator(tokenizer, documents, settings.pool, settings.seed, _limit(settings, model))
+        options: dict[str, Any] = {"pool": settings.pool, "seed": settings.seed, "max_length": _limit(settings, model)}
+        collator: Any
+        if protocol is None:
+            collator = QuestionCollator(tokenizer, documents, **options)
+        else:
+            collator = TranscriptCollator(tokenizer, documents, protocol, **options)
         for question in questions:
             collator.row(question)
     except ValueError as error:
@@ -131,7 +156,9 @@ def prepare(settings: Settings, documents: Mapping[str, str], questions: Sequenc
         from peft import get_peft_model
 
         model = get_peft_model(model, peft_config(model, r=settings.rank))
-    return Prepared(settings, model, tokenizer, documents, training, held_out, collator, record, checkpoint, notes)
+    return Prepared(
+        settings, model, tokenizer, documents, training, held_out, collator, protocol, record, checkpoint, notes
+    )
 
 
 def _require_libraries(settings: Settings) -> None:
@@ -197,6 +224,20 @@ def _check_output(settings: Settings) -> None:
         raise SettingError("output", "{} {}: holds {}; give another directory", output, kind)
 
 
+def protocol_of(base: str) -> Protocol | None:
+    """The protocol that lies beside a checkpoint; None where there is none.
+
+    Raises:
+        SettingError: for one that is damaged.
+    """
+    try:
+        return Protocol.from_pretrained(base)
+    except OSError:
+        return None
+    except ValueError as error:
+        raise SettingError("base", "{} {}", error) from None
+
+
 # Interrupted runs -----------------------------------------------------------------------------------------------------
 
 
@@ -217,8 +258,8 @@ def _checkpoint_to_resume(settings: Settings, record: Mapping[str, Any]) -> Path
         raise SettingError("resume", "{}: {} cannot be read ({})", output / SETTINGS_FILE, error) from None
     for name, value in record.items():
         if before.get(name) != value:
-            if name == "data":
-                raise SettingError("resume", "{}: the interrupted run had other documents or questions")
+            if name in OTHERS:
+                raise SettingError("resume", "{}: the interrupted run had " + OTHERS[name])
             raise SettingError(name, "{} is {}, but was {} in the interrupted run", value, before.get(name))
     return there[-1]
 
@@ -229,9 +270,9 @@ def _checkpoints(output: Path) -> list[Path]:
     return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def _record(settings: Settings, documents: Mapping[str, str], questions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _digest(documents: Mapping[str, str], questions: Sequence[Mapping[str, Any]]) -> str:
     data = json.dumps([list(documents.items()), list(questions)], sort_keys=True)
-    return {**settings.decisive(), "data": hashlib.sha256(data.encode("utf-8", "surrogatepass")).hexdigest()}
+    return hashlib.sha256(data.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class _GoOnDrawing(TrainerCallback):
@@ -308,6 +349,7 @@ def train(prepared: Prepared, trainer: MemoryTrainer, guard: CollapseGuard | Non
             prepared.held_out,
             every=settings.eval_every or settings.steps + 1,
             guard=CollapseGuard() if guard is None else guard,
+            protocol=prepared.protocol,
         )
         monitor.log = trainer.log
     curve = Curve(output / CURVE_FILE, monitor)
@@ -352,6 +394,8 @@ def _save(prepared: Prepared, trainer: MemoryTrainer) -> str:
     if trainer.is_world_process_zero():
         Path(settings.output, "training_args.bin").unlink(missing_ok=True)  # a pickle, of interest to this run alone
         prepared.tokenizer.save_pretrained(settings.output)
+        if prepared.protocol is not None:
+            prepared.protocol.save_pretrained(settings.output)
     if whole:
         return f"MSAForCausalLM.from_pretrained({settings.output!r})"
     make = "from_pretrained" if _is_retrofit(settings.base) else "from_base"

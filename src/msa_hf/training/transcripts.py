@@ -1,0 +1,159 @@
+"""Training on a protocol's own transcripts: naming documents, reading them, answering."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..generation import Protocol
+from ..generation.protocol import Segment
+from .data import IGNORED, _pad, draw_pool, rounds_of
+
+DISTRACTORS = 3  # at most so many documents that a round names in vain
+LEAST_IDS = 10_000  # numbers to draw ids from, so that those of small corpora are as varied as those of large ones
+
+
+class TranscriptCollator:
+    """Batches of a protocol's transcripts as training steps on a pool of documents that all of them share.
+
+    Half of the rows end with the answer: all rounds of the question have been read, among documents that do not answer.
+    The others end where a round names its documents, any round of the question. A question without positives is
+    answered at once, or after documents that do not answer. Labelled is what the model writes last; what routes is what
+    routes at that point: the prompt, and the last block of texts.
+
+    Documents get new ids in every step, so that ids must be read from the memory; those of a bank are stable.
+
+    Args:
+        tokenizer: of the model, with the protocol's special tokens; rows are padded on its `padding_side`.
+        documents: key -> text.
+        protocol: wraps documents and puts questions.
+        pool, seed: as `QuestionCollator` takes them.
+        max_length: longest wrapped document, and longest row, in tokens.
+
+    Raises:
+        ValueError: for what `QuestionCollator` refuses, and a tokenizer without the protocol's tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        documents: Mapping[str, str],
+        protocol: Protocol,
+        pool: int = 64,
+        seed: int = 0,
+        max_length: int | None = None,
+    ) -> None:
+        if pool < 1:
+            raise ValueError(f"`pool` must be at least 1, got {pool}.")
+        if not documents:
+            raise ValueError("`documents` is empty: a training step needs at least one document.")
+        protocol.check_tokenizer(tokenizer)
+        self.tokenizer, self.protocol, self.max_length = tokenizer, protocol, max_length
+        self.pool, self.seed, self.drawn = pool, seed, 0
+        self.documents, self.keys = documents, list(documents)
+        self.ids = max(LEAST_IDS, 10 * len(documents))
+        for key in self.keys:
+            length = len(self._wrapped(self.ids - 1, key))
+            if max_length is not None and length > max_length:
+                raise ValueError(f"Document {key!r} has {length} tokens, above the limit of {max_length}; split it.")
+
+    def _wrapped(self, number: int, key: str) -> list[int]:
+        return self.protocol.encode(self.tokenizer, self.protocol.document, id=number, text=self.documents[key])
+
+    def row(self, question: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """Token ids and labels of the longest row that a question needs: all of its rounds, and the answer.
+
+        Raises:
+            ValueError: where it is too long.
+        """
+        rounds = rounds_of(question)
+        numbers = {key: self.ids - 1 - place for place, key in enumerate(question["positives"])}
+        segments = self._segments(question, rounds, None, numbers)
+        ids, labels, _ = self._tokens(segments, 0)
+        if not self._fits(segments):
+            raise ValueError(
+                f"Question {question['question'][:60]!r} has {len(ids)} tokens with its answer and the documents that "
+                f"it reads, above the limit of {self.max_length}."
+            )
+        return ids, labels
+
+    def __call__(self, questions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The arguments of the training forward."""
+        pick = random.Random(f"{self.seed}, batch {self.drawn}")
+        self.drawn += 1
+        keys = draw_pool(self.documents, self.keys, questions, self.pool, pick)
+        numbers = dict(zip(keys, pick.sample(range(self.ids), len(keys)), strict=True))
+        place = {key: number for number, key in enumerate(keys)}
+        rows, positives = [], []
+        for question in questions:
+            tokens, wanted = self._draw(question, keys, numbers, pick)
+            rows.append(tokens)
+            positives.append([place[key] for key in wanted])
+        left = getattr(self.tokenizer, "padding_side", "right") == "left"
+        documents = [self._wrapped(numbers[key], key) for key in keys]
+        return {
+            "input_ids": _pad([ids for ids, _, _ in rows], 0, left),
+            "attention_mask": _pad([[1] * len(ids) for ids, _, _ in rows], 0, left),
+            "labels": _pad([labels for _, labels, _ in rows], IGNORED, left),
+            "routing_mask": _pad([[int(item) for item in routes] for _, _, routes in rows], 0, left).bool(),
+            "positive_docs": _pad(positives, -1),
+            "documents": {
+                "input_ids": _pad(documents, 0),
+                "attention_mask": _pad([[1] * len(ids) for ids in documents], 0),
+            },
+        }
+
+    def _draw(
+        self, question: Mapping[str, Any], keys: Sequence[str], numbers: Mapping[str, int], pick: random.Random
+    ) -> tuple[tuple[list[int], list[int], list[bool]], list[str]]:
+        """A row of a question, and the documents that its routing tokens should find."""
+        rounds = rounds_of(question)
+        stage = len(rounds) if not rounds or pick.random() < 0.5 else pick.randrange(len(rounds))
+        named = None if stage == len(rounds) else rounds[stage]
+        read = [list(found) for found in rounds[:stage]]
+        if not rounds and pick.random() < 0.5:
+            read = [[]]  # a round that finds nothing
+        others = [key for key in pick.sample(keys, len(keys)) if key not in question["positives"]]
+        mixed: list[list[str]] = []
+        for found in read:
+            count = pick.randint(0 if found else 1, DISTRACTORS)
+            chosen, others = [*found, *others[:count]], others[count:]
+            pick.shuffle(chosen)
+            if chosen:
+                mixed.append(chosen)
+        segments = self._segments(question, mixed, named, numbers)
+        if not self._fits(segments):  # without the documents that only distract
+            mixed = [found for found in read if found]
+            segments = self._segments(question, mixed, named, numbers)
+        wanted = question["positives"] if named is None else named
+        return self._tokens(segments, len(mixed)), wanted
+
+    def _segments(
+        self,
+        question: Mapping[str, Any],
+        read: Sequence[Sequence[str]],
+        named: Sequence[str] | None,
+        numbers: Mapping[str, int],
+    ) -> list[Segment]:
+        """The transcript after some rounds: with further ids named, or with the answer."""
+        rounds = [[(numbers[key], self.documents[key]) for key in found] for found in read]
+        answer = question["answer"] if named is None else None
+        segments = self.protocol.transcript(self.tokenizer, question["question"], rounds, answer=answer)
+        if named is not None:
+            segments.append(self.protocol.ids_segment(self.tokenizer, [numbers[key] for key in named]))
+        return segments
+
+    def _fits(self, segments: Sequence[Segment]) -> bool:
+        return self.max_length is None or sum(len(item.input_ids) for item in segments) <= self.max_length
+
+    @staticmethod
+    def _tokens(segments: Sequence[Segment], rounds: int) -> tuple[list[int], list[int], list[bool]]:
+        """Token ids, labels and routing of a transcript; the ids of its first `rounds` rounds are given, not learnt."""
+        ids, routes = Protocol.join(segments)
+        labels: list[int] = []
+        for segment in segments:
+            given = segment.kind == "ids" and rounds > 0
+            rounds -= given
+            labels += segment.input_ids if segment.generated and not given else [IGNORED] * len(segment.input_ids)
+        return ids, labels, routes
