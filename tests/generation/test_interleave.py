@@ -704,6 +704,25 @@ def test_answers_are_greedy_unless_asked_otherwise() -> None:
         config.update(**before)
 
 
+@each_selection
+@each_way
+def test_a_model_that_was_saved_without_a_cache_answers_all_the_same(reuse, select) -> None:
+    """As Trainer saves them: the rounds keep a cache whatever the configuration says."""
+    interleave = asker(reuse_cache=reuse, select=select, max_rounds=3)
+    says = {ONE: ["[3]<|docs|>", "<|answer|>"]}
+    with script(interleave, says):
+        expected = interleave.ask(ONE)
+        configs = interleave.model.config, interleave.model.generation_config
+        before = [config.use_cache for config in configs]
+        try:
+            for config in configs:
+                config.use_cache = False
+            assert_same_answers(interleave.ask(ONE), expected)
+        finally:
+            for config, value in zip(configs, before, strict=True):
+                config.use_cache = value
+
+
 def test_a_generation_config_applies_and_stays_as_it_was() -> None:
     interleave = asker(max_rounds=1)
     config = interleave.model.generation_config

@@ -132,7 +132,8 @@ def test_the_printed_expression_loads_what_was_trained(method, base, data, tmp_p
     loaded = eval(expression, {"PeftModel": PeftModel, "MSAForCausalLM": MSAForCausalLM})
     assert_same(logits_of(loaded), at_end.logits, tolerance=1e-5 if method == "merge" else 1e-6)
     assert float((logits_of(MSAForCausalLM.from_pretrained(base)) - at_end.logits).abs().max()) > 1e-2
-    assert weights_of(loaded.config) == OWN
+    start = MSAForCausalLM.from_pretrained(base).config
+    assert weights_of(loaded.config) == OWN and loaded.config.use_cache is start.use_cache is True
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert ("config.json" in names) == (method != "lora") and ("adapter_config.json" in names) == (method == "lora")
     assert {"tokenizer.json", finetune.CURVE_FILE} <= names

@@ -466,6 +466,7 @@ class MemoryInterleave:
             config.max_new_tokens = None  # the model's own knows nothing of answers
         config.max_length = None
         options = config.update(**given)
+        config.use_cache = True  # the rounds hand theirs on; Trainer saves models that say False
         config.max_new_tokens = config.max_new_tokens or self.max_new_tokens
         if (config.num_return_sequences or 1) > 1:
             raise ValueError("`num_return_sequences` must be 1: a question has one answer; ask it several times.")

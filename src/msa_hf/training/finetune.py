@@ -312,6 +312,7 @@ def make_trainer(prepared: Prepared) -> MemoryTrainer:
         seed=settings.seed,
         bf16=settings.bf16,
         use_cpu=not torch.accelerator.is_available(),  # said aloud, or bf16 and several processes do not work there
+        use_cache=getattr(prepared.model.config, "use_cache", True),  # or the saved configuration would say False
         remove_unused_columns=False,  # the collator reads what the model's forward does not take
         label_names=["labels"],
         **{checkpointing: settings.gradient_checkpointing},
