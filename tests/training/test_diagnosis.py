@@ -43,15 +43,19 @@ class Reader(Named):
 
     Attributes:
         forced: the documents forced on each row of a prefill with a memory, in the order of the prefills.
+        routes: which tokens of those rows route.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__(model, tokenizer, COMPACT, SAYS)
         self.forced: list[list[int]] = []
+        self.routes: list[list[bool]] = []
 
     def _override(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if kwargs["input_ids"].shape[1] > 1 and kwargs.get("force_documents") is not None:
             self.forced += kwargs["force_documents"].tolist()
+            rows = zip(kwargs["routing_mask"], kwargs["attention_mask"].bool(), strict=True)
+            self.routes += [routes[real].tolist() for routes, real in rows]
         super()._override(model, args, kwargs, output)
 
     def _emission(self, transcript: str) -> list[int] | None:
@@ -143,6 +147,9 @@ def test_questions_are_counted_where_they_are_asked(read: SimpleNamespace) -> No
 def test_gold_documents_are_attended_to_and_read_round_by_round(read: SimpleNamespace) -> None:
     """What a memory layer sees is the documents, padded by -1; what is read is one document a round, in their order."""
     assert [sorted(row) for row in read.reader.forced] == [[-1, 0], [-1, 1], [2, 7], [4]]
+    rounds = [[(place, TEXTS[place])] for place in (2, 7)]
+    segments = COMPACT.transcript(read.reader.tokenizer, QUESTIONS[2]["question"], rounds, closed=True)
+    assert read.reader.routes[2] == Protocol.join(segments)[1]
     wanted = f"[2]<|docs|>[2] {TEXTS[2]}\n<|ids|>[7]<|docs|>[7] {TEXTS[7]}\n<|ids|><|answer|>Is the cedar"
     shown = [row for rows in read.reader.transcripts for row in rows]
     assert sum(wanted in row for row in shown) == 3  # routed by itself, forced, and as text alone
@@ -452,7 +459,7 @@ def bank_of_keys(count: int) -> Any:
 
 
 def test_recall_is_counted_for_first_and_all_documents_and_ranks() -> None:
-    """Four questions, two layers, worked out by hand; the fourth has no positives and does not count."""
+    """Five questions, two layers, worked out by hand; the fourth has no positives and does not count."""
     chosen = {
         2: [[0, 1, 2], [0, 3, 1], [5, 4, -1], [9, 9, 9]],
         5: [[1, 0, 2], [0, 1, 2], [4, 6, 0], [9, 9, 9]],
@@ -462,19 +469,20 @@ def test_recall_is_counted_for_first_and_all_documents_and_ranks() -> None:
         {"question": "7 1", "positives": ["3", "8"]},  # the first of two found by one layer, never in the first place
         {"question": "2", "positives": ["4", "5"]},  # both found by the one; first of all in the other
         {"question": "3", "positives": []},
+        {"question": "0", "positives": ["0"]},  # as the first
     ]
     found = router_recall(Rigged(chosen), number_tokenizer, bank_of_keys(10), questions, batch_size=3)
-    assert (found["k"], found["questions"], found["wanted"]) == (3, 3, 3)
+    assert (found["k"], found["questions"], found["wanted"]) == (3, 4, 3)
     assert found["distinct"] == {2: 6, 5: 5}
     expected = {
-        "recall": (1 + 1 / 2 + 1) / 3,
-        "layers": {2: (1 + 1 / 2 + 1) / 3, 5: (1 + 0 + 1 / 2) / 3},
+        "recall": (1 + 1 / 2 + 1 + 1) / 4,
+        "layers": {2: (1 + 1 / 2 + 1 + 1) / 4, 5: (1 + 0 + 1 / 2 + 1) / 4},
         "first": 1.0,
-        "first_layers": {2: 1.0, 5: 2 / 3},
-        "recall_at_1": (1 + 0 + 1) / 3,
-        "layers_at_1": {2: (1 + 0 + 1 / 2) / 3, 5: (0 + 0 + 1 / 2) / 3},
-        "first_at_1": 2 / 3,
-        "first_layers_at_1": {2: 1 / 3, 5: 1 / 3},
+        "first_layers": {2: 1.0, 5: 3 / 4},
+        "recall_at_1": (1 + 0 + 1 + 1) / 4,
+        "layers_at_1": {2: (1 + 0 + 1 / 2 + 1) / 4, 5: (0 + 0 + 1 / 2 + 0) / 4},
+        "first_at_1": 3 / 4,
+        "first_layers_at_1": {2: 2 / 4, 5: 1 / 4},
     }
     for name, value in expected.items():
         assert found[name] == pytest.approx(value), name

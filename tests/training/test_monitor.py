@@ -56,6 +56,7 @@ def test_few_questions_cannot_show_a_collapse() -> None:
     guard = CollapseGuard(patience=1)
     for _ in range(3):
         guard.check(router(16, questions=16, wanted=16))
+        guard.check(router((10, 10), questions=10, wanted=10))  # of a bank of 10
     with pytest.raises(CollapsedError):
         guard.check(router(16, questions=30, wanted=30))
 
@@ -200,7 +201,13 @@ def test_documents_and_questions_are_put_as_the_protocol_says() -> None:
     watching = monitor(protocol=COMPACT)
     rows = COMPACT.encode_corpus(({"key": key, "text": text} for key, text in DOCUMENTS.items()), tokenizer)
     bank = model.encode_documents(rows, tokenizer, show_progress=False)
+    seen: list[str] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, arguments, kwargs: seen.extend(tokenizer.batch_decode(kwargs["input_ids"])), with_kwargs=True
+    )
     found = watching.measure(model, 5)
+    hook.remove()
+    assert [text.replace("<pad>", "") for text in seen] == [f"{item['question']}<|ids|>" for item in QUESTIONS]
     assert found == router_recall(model, tokenizer, bank, QUESTIONS, protocol=COMPACT)
     assert found != monitor().measure(model)
     assert watching.measurements == [{"step": 5, **found}]
