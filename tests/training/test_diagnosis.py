@@ -54,7 +54,9 @@ class Reader(Named):
     def _override(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if kwargs["input_ids"].shape[1] > 1 and kwargs.get("force_documents") is not None:
             self.forced += kwargs["force_documents"].tolist()
-            rows = zip(kwargs["routing_mask"], kwargs["attention_mask"].bool(), strict=True)
+            mask = kwargs.get("attention_mask")
+            mask = torch.ones_like(kwargs["input_ids"]) if mask is None else mask
+            rows = zip(kwargs["routing_mask"], mask.bool(), strict=True)
             self.routes += [routes[real].tolist() for routes, real in rows]
         super()._override(model, args, kwargs, output)
 
