@@ -5,7 +5,7 @@
 
     accuracy.png   exact match of each kind of question, recall and named ids, for every size of the bank
     routing.png    recall of each memory layer, and its scores of gold documents against the best other
-    training.png   losses and shares seen while training
+    training.png   losses and recall seen while training, from the results or else from curve_*.jsonl beside them
 
 What the results do not hold is left out, with a line on stderr; results that hold nothing to draw are an error.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -40,10 +41,16 @@ CONDITIONS = {
     "bm25": ("BM25", "#CC79A7", "-"),
     "no_memory": ("no memory", "#666666", "-"),
 }
-RECALLS = {"@16": "Recall@16", "@1": "Recall@1", "second@16": "Recall@16, second document"}
+RECALLS = {
+    "@16": "Recall@16",
+    "@1": "Recall@1",
+    "second@16": "Recall@16, second document",
+    "second@1": "Recall@1, second document",
+}
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#666666")
-SHARES = ("hit", "recall", "exact", "empty", "share", "accuracy")  # how columns that are no losses begin
-OTHERS = ("step", "seconds", "rate", "lr", "tokens")  # columns that are not drawn against time
+# Columns of a training curve: "second_7@16", recall of second documents in layer 7, and those that are not drawn.
+RECALL_COLUMN = re.compile(r"(?P<which>\w+)_(?P<layer>\d+)@(?P<k>\d+)")
+NOT_DRAWN = re.compile(r"step|seconds|norm|rate|lr|tokens.*|.*distinct")
 PANEL = (4.6, 3.1)  # inches
 
 
@@ -90,6 +97,11 @@ def at(values: Any, *names: str) -> Any:
     return values
 
 
+def overall(values: Any) -> Any:
+    """A figure that stands alone, or that of all kinds together."""
+    return values.get("all") if isinstance(values, dict) else values
+
+
 # Drawing --------------------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +144,7 @@ def label_ends(axes: Axes, lines: Sequence[Line]) -> None:
 def draw(panels: Sequence[Panel], heading: str) -> Figure:
     """A figure of the panels that have something to show."""
     panels = [panel for panel in panels if panel.drawn]
-    columns = min(len(panels), 3)
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     figure, grid = pyplot.subplots(
         rows, columns, figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.4), squeeze=False, layout="constrained"
@@ -220,7 +232,7 @@ def accuracy(results: dict[str, Any]) -> Figure:
     ]
     panels.append(Panel("Routing", recalls, "documents in the bank", "recall of the gold document", over_documents))
     ids = [
-        over_banks(label, [at(bank, "ids", name) for bank in banks], colour)
+        over_banks(label, [overall(at(bank, "ids", name)) for bank in banks], colour)
         for name, label, colour in (
             ("constrained", "over the routed ids", COLOURS[0]),
             ("generate", "freely", COLOURS[1]),
@@ -278,40 +290,59 @@ def routing(results: dict[str, Any]) -> Figure:
 
 
 def training(results: dict[str, Any]) -> Figure:
-    """Losses and shares against the time of training."""
-    curve = [row for row in results.get("curve") or [] if isinstance(row, dict)]
-    if not curve:
-        raise NothingToDraw("the results hold no `curve`")
-    by_time = all("seconds" in row for row in curve)
-    time = (lambda row: row["seconds"] / 60) if by_time else (lambda row: row.get("step", 0))
-    names = [name for name in dict.fromkeys(name for row in curve for name in row) if name not in OTHERS]
-    lines = {
-        name: line(name, [(time(row), row.get(name)) for row in curve], COLOURS[place % len(COLOURS)])
-        for place, name in enumerate(names)
-    }
-    groups: dict[str, list[Line]] = {"Language-model loss": [], "Auxiliary loss of the routers": [], "Shares": []}
-    for name, item in lines.items():
-        place = 2 if name.startswith(SHARES) else 1 if name.startswith("aux") else 0
-        group = list(groups.values())[place]
-        item.colour = COLOURS[len(group) % len(COLOURS)]
-        group.append(item)
+    """Losses and recall against the time of training, one row of panels after the other for every curve."""
+    curves = results.get("curve") or []
+    panels: list[Panel] = []
+    for phase, curve in (curves if isinstance(curves, dict) else {"": curves}).items():
+        panels += curve_panels(f"{phase}: " if phase else "", [row for row in curve if isinstance(row, dict)])
+    if not any(panel.drawn for panel in panels):
+        raise NothingToDraw("the results hold no `curve` with losses or recall")
+    return draw(panels, str(results.get("hardware") or ""))
+
+
+def curve_panels(phase: str, rows: list[dict[str, Any]]) -> list[Panel]:
+    """Language-model losses, auxiliary losses, and recall by layer, of the fewest documents that it is known for."""
+    by_time = all("seconds" in row for row in rows)
+    times = [row["seconds"] / 60 if by_time else row.get("step", 0) for row in rows]
+    groups: dict[str, list[Line]] = {"language-model loss": [], "auxiliary loss": []}
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    recalls = [found for found in map(RECALL_COLUMN.fullmatch, names) if found is not None]
+    strictest = min((int(found["k"]) for found in recalls), default=0)
+    for name in names:
+        recall = RECALL_COLUMN.fullmatch(name)
+        if recall is not None:
+            if int(recall["k"]) > strictest:
+                continue
+            title, label = f"recall@{recall['k']}, {recall['which']} documents", f"layer {recall['layer']}"
+        elif NOT_DRAWN.fullmatch(name):
+            continue
+        elif name.startswith("aux_"):
+            title, label = "auxiliary loss", name.removeprefix("aux_")
+        else:
+            title, label = "language-model loss", name
+        group = groups.setdefault(title, [])
+        points = zip(times, (row.get(name) for row in rows), strict=True)
+        group.append(line(label, points, COLOURS[len(group) % len(COLOURS)]))
 
     def over_losses(axes: Axes) -> None:
         axes.set_ylim(bottom=0)
 
-    panels = [
-        Panel(
-            title,
-            group,
-            "minutes" if by_time else "steps",
-            "share" if title == "Shares" else "nats",
-            over_shares if title == "Shares" else over_losses,
-        )
-        for title, group in groups.items()
-    ]
-    if not any(panel.drawn for panel in panels):
-        raise NothingToDraw("`curve` holds no numbers but steps and seconds")
-    return draw(panels, str(results.get("hardware") or ""))
+    panels = []
+    for title, group in groups.items():
+        shares = title.startswith("recall")
+        titled = f"{phase}{title}" if phase else title[0].upper() + title[1:]
+        unit, prepare = ("share of questions", over_shares) if shares else ("nats per token", over_losses)
+        panels.append(Panel(titled, group, "minutes" if by_time else "steps", unit, prepare))
+    return panels
+
+
+def curves_beside(results: Path) -> dict[str, list[Any]]:
+    """The curve_*.jsonl files in the directory of the results, the plain model's first."""
+    paths = sorted(results.parent.glob("curve_*.jsonl"), key=lambda path: (path.stem != "curve_dense", path.stem))
+    return {
+        path.stem.removeprefix("curve_"): [json.loads(row) for row in path.read_text(encoding="utf-8").splitlines()]
+        for path in paths
+    }
 
 
 FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
@@ -331,6 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
         results = json.loads(args.results.read_text(encoding="utf-8"))
         if not isinstance(results, dict):
             raise ValueError("not a JSON object")
+        results["curve"] = results.get("curve") or curves_beside(args.results)
     except (OSError, ValueError) as error:
         print(f"error: {args.results}: {error}", file=sys.stderr)
         return 2

@@ -36,6 +36,7 @@ def bank(place: int) -> dict[str, Any]:
             "@16": 1 - 0.01 * layer - 0.1 * place,
             "@1": 0.9 - 0.01 * layer - 0.1 * place,
             "second@16": 0.8 - 0.01 * layer - 0.1 * place,
+            "second@1": 0.7 - 0.01 * layer - 0.1 * place,
             "gold_score": 0.9,
             "other_score": 0.5,
         }
@@ -47,14 +48,23 @@ def bank(place: int) -> dict[str, Any]:
         "questions": 300,
         "recall": {"layers": layers},
         "conditions": {name: condition(place, number) for number, name in enumerate(names)},
-        "ids": {"generate": 0.5, "constrained": 0.75},
+        "ids": {"generate": {"one_hop": 0.7, "all": 0.5 - 0.25 * place}, "constrained": 0.75},
     }
 
 
 @pytest.fixture
 def results() -> dict[str, Any]:
     curve = [
-        {"step": 50 * step, "seconds": 30.0 * step, "reading": 3.0 - step, "aux_first": 2.0 - step, "hit9": 0.5 * step}
+        {
+            "step": 50 * step,
+            "seconds": 30.0 * step,
+            "norm": 7.0,
+            "reading": 3.0 - step,
+            "aux_first": 2.0 - step,
+            "second_9@16": 0.5 * step,
+            "second_9@20": 1.0,
+            "second_9_distinct": 40,
+        }
         for step in range(3)
     ]
     return {"hardware": "one big machine", "banks": [bank(place) for place in (2, 0, 1)], "curve": curve}
@@ -89,7 +99,8 @@ def test_accuracy_shows_every_condition_and_kind_by_size(plots: Any, results: di
             assert panels[title][label] == list(zip(SIZES, values, strict=True))
     assert panels["Routing"]["@16, best layer"] == [(size, 0.91 - 0.1 * place) for place, size in enumerate(SIZES)]
     assert panels["Routing"]["@16, worst layer"] == [(size, 0.9 - 0.1 * place) for place, size in enumerate(SIZES)]
-    assert panels["Naming documents"]["freely"] == [(size, 0.5) for size in SIZES]
+    assert panels["Naming documents"]["freely"] == list(zip(SIZES, (0.5, 0.25, 0.0), strict=True))
+    assert panels["Naming documents"]["over the routed ids"] == [(size, 0.75) for size in SIZES]
     assert all(axes.get_xscale() == "log" for axes in figure.axes if axes.get_visible())
     assert figure.get_suptitle() == "one big machine, 97k to 97M tokens, 300 questions of each kind"
 
@@ -103,13 +114,30 @@ def test_routing_shows_every_layer_by_size(plots: Any, results: dict[str, Any]) 
             assert panels[title][label] == [(9, layers["9"][name]), (10, layers["10"][name])]
 
 
-def test_training_shows_losses_and_shares_apart(plots: Any, results: dict[str, Any]) -> None:
+def test_training_shows_losses_and_recall_apart(plots: Any, results: dict[str, Any]) -> None:
     panels = shown(plots.training(results))
     assert panels == {
         "Language-model loss": {"reading": [(0, 3.0), (0.5, 2.0), (1, 1.0)]},
-        "Auxiliary loss of the routers": {"aux_first": [(0, 2.0), (0.5, 1.0), (1, 0.0)]},
-        "Shares": {"hit9": [(0, 0.0), (0.5, 0.5), (1, 1.0)]},
+        "Auxiliary loss": {"first": [(0, 2.0), (0.5, 1.0), (1, 0.0)]},
+        "Recall@16, second documents": {"layer 9": [(0, 0.0), (0.5, 0.5), (1, 1.0)]},
     }
+
+
+def test_curves_beside_the_results_are_drawn_where_these_have_none(
+    plots: Any, results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "curve_dense.jsonl").write_text('{"step": 1, "answer": 2.5}\n{"step": 2, "answer": 2.0}\n')
+    (tmp_path / "curve_after.jsonl").write_text('{"step": 1, "naming": 1.0}\n')
+    figures = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, path, **_: figures.append(shown(figure)))
+    for curve in (None, results["curve"]):
+        (tmp_path / "results.json").write_text(json.dumps({"curve": curve}))
+        assert plots.main([str(tmp_path / "results.json")]) == 0
+    assert figures[0] == {
+        "dense: language-model loss": {"answer": [(1, 2.5), (2, 2.0)]},
+        "after: language-model loss": {"naming": [(1, 1.0)]},
+    }
+    assert "Language-model loss" in figures[1]
 
 
 def test_values_that_are_missing_leave_gaps(plots: Any, results: dict[str, Any]) -> None:
