@@ -43,27 +43,24 @@ BROKEN_QUESTIONS = 10
 # A bank of so many documents is made with broken pooling: the fewer there are, the easier the right one is found.
 BROKEN_DOCUMENTS = 75
 
-# What has to be reached, at least. The shares are the targets of 300 questions and 1,000 documents; here two standard
-# errors of so few questions are taken off. Score and margin are what this checkpoint has, less a twentieth and a
-# tenth: badly pooled chunks often still lead to the gold document, but it does not stand out as much.
+# What has to be reached, at least. The targets are those of 300 questions and 1,000 documents; from shares two standard
+# errors of so few questions are taken off.
 THRESHOLDS = {
     "recall@16": 0.97,  # of the first gold document, in the worst memory layer
-    "score": 0.92,  # of that document, mean of the memory layers
-    "margin": 0.33,  # of its score over that of the best other document, mean of the memory layers
+    "ids": 0.90,  # the first gold document is the first that is named, from its pooled keys and values
     "one_hop": 0.85,
     "two_hop": 0.60,
     "two rounds against one": 1.5,  # two-hop, and at least 0.2 more
     "unanswerable": 0.80,
 }
-SHARES = ("recall@16", "one_hop", "two_hop", "unanswerable")
 ROUTED_BELOW_FORCED = 0.05  # at most, one-hop
 WITHOUT_MEMORY = 0.05  # at most
 
 
 def floor(name: str, questions: int) -> float:
     """A threshold, and for a share two standard errors less."""
-    share = THRESHOLDS[name]
-    return share - 2 * math.sqrt(share * (1 - share) / questions) if name in SHARES else share
+    target = THRESHOLDS[name]
+    return target - 2 * math.sqrt(target * (1 - target) / questions) if target < 1 else target
 
 
 @dataclass
@@ -76,13 +73,14 @@ class Setup:
     bank: Any
     questions: dict[str, list[Question]]
 
-    def ask(self, kind: str, max_rounds: int = 3) -> list[Answer]:
+    def ask(self, kind: str, max_rounds: int = 3, select: str = "router") -> list[Answer]:
         asker = MemoryInterleave(
             self.model,
             self.tokenizer,
             self.bank,
             self.protocol,
             max_rounds=max_rounds,
+            select=select,
             documents_per_round=DOCUMENTS_PER_ROUND,
             max_new_tokens=24,
         )
@@ -131,36 +129,32 @@ def generated(
     return output[:, width:].tolist()
 
 
-Verdicts = dict[str, list[float]]  # by question; of the routing, by layer and question
+Verdicts = dict[str, list[bool]]  # by question
 
 
 def measured(setup: Setup, kinds: Sequence[str] = ("one_hop", "two_hop")) -> Verdicts:
-    """What `THRESHOLDS` are about."""
+    """What `THRESHOLDS` are about; "found 7" is whether layer 7 chose the document."""
     answers = {kind: setup.ask(kind) for kind in kinds}
     found = {kind: setup.right(kind, [answer.text for answer in items]) for kind, items in answers.items()}
     found["one round"] = setup.right("two_hop", [answer.text for answer in setup.ask("two_hop", max_rounds=1)])
-    for answer, question in zip(answers["one_hop"], setup.questions["one_hop"], strict=True):
+    named = setup.ask("one_hop", max_rounds=1, select="constrained")
+    found["ids"] = []
+    for answer, spelled, question in zip(answers["one_hop"], named, setup.questions["one_hop"], strict=True):
+        gold = question.positives[0]
+        found["ids"].append(spelled.trace.rounds[0].named[:1] == [gold])
         for layer, chosen in answer.trace.rounds[0].chosen.items():
-            scores = {choice.id: choice.score for choice in chosen}
-            gold = scores.pop(question.positives[0], None)
-            found.setdefault(f"found {layer}", []).append(gold is not None)
-            score = min(scores.values()) if gold is None else gold  # what was not chosen scores less
-            found.setdefault(f"score {layer}", []).append(score)
-            found.setdefault(f"margin {layer}", []).append(score - max(scores.values()))
+            found.setdefault(f"found {layer}", []).append(gold in [choice.id for choice in chosen])
     return found
 
 
 def missed(verdicts: Verdicts, questions: int) -> dict[str, float]:
     """The thresholds that the first questions miss, with what they reach."""
     means = {name: sum(values[:questions]) / questions for name, values in verdicts.items()}
-    figures = {name: means[name] for name in ("one_hop", "two_hop", "unanswerable") if name in means}
+    figures = {name: value for name, value in means.items() if name in THRESHOLDS}
+    figures["recall@16"] = min(value for name, value in means.items() if name.startswith("found "))
     figures["two rounds against one"] = 0.0
     if means["two_hop"] >= means["one round"] + 0.2:
         figures["two rounds against one"] = means["two_hop"] / max(means["one round"], 1e-9)
-    figures["recall@16"] = min(value for name, value in means.items() if name.startswith("found "))
-    for name in ("score", "margin"):
-        values = [value for key, value in means.items() if key.startswith(f"{name} ")]
-        figures[name] = sum(values) / len(values)
     return {name: value for name, value in figures.items() if value < floor(name, questions)}
 
 
@@ -248,7 +242,7 @@ def test_a_broken_router_misses(broken: str, fewer: Setup, monkeypatch: pytest.M
         return -scores if broken == "negated" else scores[:, order]
 
     monkeypatch.setattr(attention_msa, "score_documents", score)
-    assert missed(measured(fewer), BROKEN_QUESTIONS).keys() >= {"recall@16", "score", "margin", "one_hop", "two_hop"}
+    assert missed(measured(fewer), BROKEN_QUESTIONS).keys() >= {"recall@16", "ids", "one_hop", "two_hop"}
 
 
 def test_a_loop_whose_later_rounds_read_nothing_misses(fewer: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,18 +267,10 @@ def test_a_loop_that_appends_the_text_of_another_document_misses(fewer: Setup, m
     assert missed(measured(fewer), BROKEN_QUESTIONS).keys() == {"one_hop", "two_hop", "two rounds against one"}
 
 
-INTACT_POOLING = attention_msa.pool_chunks
-
-
 def first_tokens(states: torch.Tensor, lengths: torch.Tensor, chunk_size: int) -> torch.Tensor:
     """Not the mean of a chunk but its first token."""
     starts = torch.arange(0, states.shape[1], chunk_size)
     return states[:, starts][starts < lengths[:, None]].float()
-
-
-def shifted(states: torch.Tensor, lengths: torch.Tensor, chunk_size: int) -> torch.Tensor:
-    """Every chunk in the place of the next."""
-    return INTACT_POOLING(states, lengths, chunk_size).roll(1, 0)
 
 
 def straddling(states: torch.Tensor, lengths: torch.Tensor, chunk_size: int) -> torch.Tensor:
@@ -295,29 +281,18 @@ def straddling(states: torch.Tensor, lengths: torch.Tensor, chunk_size: int) -> 
     return torch.stack([*means, *[means[-1]] * (wanted - len(means))])
 
 
-@pytest.mark.parametrize(
-    ("pooling", "misses"),
-    [
-        (first_tokens, {"score"}),
-        (shifted, {"margin"}),
-        (straddling, {"recall@16", "score", "margin", "one_hop", "two_hop"}),
-    ],
-)
+@pytest.mark.parametrize("pooling", [first_tokens, straddling])
 def test_broken_pooling_misses(
-    pooling: Callable[..., torch.Tensor],
-    misses: set[str],
-    fewer: Setup,
-    rows: list[dict[str, str]],
-    monkeypatch: pytest.MonkeyPatch,
+    pooling: Callable[..., torch.Tensor], fewer: Setup, rows: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a bank of fewer documents. Most chunks name their entity, so that mild breaks still lead to it."""
+    """In a bank of fewer documents, which makes it easier."""
     kept = {id for asked in fewer.questions.values() for question in asked for id in question.positives}
     kept |= set(range(BROKEN_DOCUMENTS - len(kept)))
     documents = list(fewer.protocol.encode_corpus(rows, fewer.tokenizer))
     monkeypatch.setattr(attention_msa, "pool_chunks", pooling)
     few = [documents[id] for id in sorted(kept)]
     fewer.bank = fewer.model.encode_documents(few, fewer.tokenizer, show_progress=False)
-    assert missed(measured(fewer), BROKEN_QUESTIONS).keys() >= misses
+    assert missed(measured(fewer), BROKEN_QUESTIONS).keys() >= {"recall@16", "ids", "one_hop", "two_hop"}
 
 
 # The directory --------------------------------------------------------------------------------------------------------
@@ -336,7 +311,7 @@ def test_the_directory_is_a_complete_repository() -> None:
     assert wanted | {"memory_protocol.json", "results.json"} <= files().keys()
     assert weights() and sum(path.stat().st_size for path in files().values()) <= MOST_BYTES
     kinds = {path.suffix for path in files().values()}
-    assert kinds <= {".md", ".json", ".py", ".png", ".safetensors", ".txt"}, "neither pickles nor leftovers"
+    assert kinds <= {".md", ".json", ".jsonl", ".py", ".png", ".safetensors"}, "neither pickles nor leftovers"
     index = files().get("model.safetensors.index.json")
     if index is not None:
         assert set(json.loads(index.read_text())["weight_map"].values()) == {path.name for path in weights()}
