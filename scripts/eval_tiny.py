@@ -1,75 +1,241 @@
-"""Exact match and recall of a small checkpoint on held-out names, by Memory Interleave with `select="router"`.
+"""Measure the small checkpoint on invented documents with names it was never trained on, in banks of any size.
 
-python scripts/eval_tiny.py build/tiny/memory --documents 1000 --questions 300
+    python scripts/eval_tiny.py model_cards/msa-hf-tiny --documents 1000 10000 100000 1000000 --out results.json
+
+For every bank: recall of the routers in the first and the second round; answers with what the model finds by itself,
+with one round, with forced gold documents, with gold texts in the prompt, with BM25's texts, without a memory; ids
+named freely and constrained; and the ways to select documents beside each other. What was measured before is kept when
+the file is there already, so that banks can be measured one by one.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from msa_hf import MSAForCausalLM
-from msa_hf.evaluation import exact_match, make_corpus
-from msa_hf.evaluation.prose import prose_documents
-from msa_hf.generation import COMPACT, MemoryInterleave
+from msa_hf.evaluation import UNANSWERABLE, Question, make_corpus
+from msa_hf.generation import MemoryInterleave, Protocol
+from msa_hf.training.diagnosis import Diagnosis, diagnose
+
+KINDS = ("one_hop", "two_hop", "unanswerable")
+SEED = 99
+PART = 2000  # documents that a process makes at a time
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "router, 1 document a round": {"select": "router", "documents_per_round": 1},
+    "router, 2 documents a round": {"select": "router", "documents_per_round": 2},
+    "router, 4 documents a round": {"select": "router", "documents_per_round": 4},
+    "constrained": {"select": "constrained"},
+    "generate": {"select": "generate"},
+}
+
+_made: dict[str, Any] = {}  # of this process: the corpus and the tokenizer
+
+
+def prepare(checkpoint: str, prose: list[str], documents: int) -> None:
+    _made["corpus"] = make_corpus(documents, seed=SEED, split="test", prose=prose, prose_share=0.2)
+    _made["tokenizer"] = AutoTokenizer.from_pretrained(checkpoint).backend_tokenizer
+    _made["protocol"] = Protocol.from_pretrained(checkpoint)
+
+
+def part(start: int) -> list[dict[str, Any]]:
+    """Documents start .. start + PART - 1 as `Protocol.document_row` makes them, tokenized many at a time."""
+    corpus, protocol = _made["corpus"], _made["protocol"]
+    texts = corpus.texts(start, min(start + PART, len(corpus)))
+    wrapped = [protocol.document.format(id=start + place, text=text) for place, text in enumerate(texts)]
+    coded = _made["tokenizer"].encode_batch(wrapped, add_special_tokens=False)
+    return [
+        {"key": str(start + place), "text": text, "input_ids": row.ids, "metadata": {"id": start + place}}
+        for place, (text, row) in enumerate(zip(texts, coded, strict=True))
+    ]
+
+
+def documents_of(checkpoint: str, prose: list[str], documents: int, workers: int) -> Iterator[dict[str, Any]]:
+    starts = range(0, documents, PART)
+    if workers and len(starts) > 2 * workers:  # below that it takes longer to start them
+        context = multiprocessing.get_context("spawn")  # the parent may hold a CUDA context
+        with context.Pool(min(workers, len(starts)), prepare, (checkpoint, prose, documents)) as pool:
+            for rows in pool.imap(part, starts):
+                yield from rows
+    else:
+        prepare(checkpoint, prose, documents)
+        for start in starts:
+            yield from part(start)
+
+
+def asked(questions: list[Question]) -> list[dict[str, Any]]:
+    return [
+        {
+            "question": question.text,
+            "answer": question.answer,
+            "kind": question.kind,
+            "positives": [str(place) for place in question.positives],
+            "rounds": [[str(place) for place in found] for found in question.rounds],
+        }
+        for question in questions
+    ]
 
 
 @torch.no_grad()
-def first_round_recall(model: Any, tokenizer: Any, bank: Any, questions: list[Any]) -> dict[int, tuple[float, float]]:
-    """Layer -> shares of questions whose first document is among the chosen, and is the first of them."""
-    found: dict[int, list[torch.Tensor]] = {}
+def second_round(model: Any, tokenizer: Any, bank: Any, protocol: Protocol, questions: list[Question]) -> Any:
+    """Layer -> recall of second documents, once the first ones were read."""
+    found: dict[int, list[Tensor]] = {}
     for start in range(0, len(questions), 50):
-        part = questions[start : start + 50]
-        batch = tokenizer([question.text + "<|ids|>" for question in part], return_tensors="pt", padding=True)
-        batch = batch.to(model.device)
-        routing_mask = batch["attention_mask"].bool()
-        routing_mask[:, -1] = False  # the marker does not route
-        output = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
+        rows = []
+        for question in questions[start : start + 50]:
+            first = [(place, bank.documents[place].text) for place in question.rounds[0]]
+            rows.append(Protocol.join(protocol.transcript(tokenizer, question.text, [first])))
+        width = max(len(ids) for ids, _ in rows)
+
+        def padded(lists: Any, width: int = width) -> Tensor:
+            return torch.tensor([[0] * (width - len(row)) + list(map(int, row)) for row in lists], device=model.device)
+
+        routing = model(
+            input_ids=padded(ids for ids, _ in rows),
+            attention_mask=padded([1] * len(ids) for ids, _ in rows),
+            routing_mask=padded(routes for _, routes in rows).bool(),
             memory=bank,
-            routing_mask=routing_mask,
-        )
-        gold = torch.tensor([question.positives[0] for question in part], device=model.device)[:, None]
-        for layer, routing in output.routing.items():
-            found.setdefault(layer, []).append((routing.documents == gold).cpu())
+            use_cache=False,
+            logits_to_keep=1,
+        ).routing
+        gold = torch.tensor([question.rounds[1][0] for question in questions[start : start + 50]])[:, None]
+        for layer, item in routing.items():
+            found.setdefault(layer, []).append(item.documents.cpu() == gold)
     hits = {layer: torch.cat(parts).float() for layer, parts in found.items()}
     return {layer: (float(hit.amax(1).mean()), float(hit[:, 0].mean())) for layer, hit in hits.items()}
+
+
+def figures(diagnosis: Diagnosis) -> dict[str, Any]:
+    """Condition -> kind -> figures."""
+    return {
+        condition: {
+            kind: {
+                "exact_match": item.exact,
+                "empty": item.empty,
+                "refused": item.refused,
+                "gold_read": item.gold_read,
+                "questions": item.questions,
+            }
+            for kind, item in kinds.items()
+        }
+        for condition, kinds in diagnosis.answers.items()
+    }
+
+
+def measure(model: Any, tokenizer: Any, protocol: Protocol, prose: list[str], size: int, arguments: Any) -> Any:
+    """All figures of a bank of `size` documents."""
+    seconds: dict[str, float] = {}
+    started = time.time()
+
+    def lap(name: str) -> None:
+        nonlocal started
+        seconds[name] = round(time.time() - started, 2)
+        print(f"{size} documents: {name} {seconds[name]} s", flush=True)
+        started = time.time()
+
+    corpus = make_corpus(size, seed=SEED, split="test", prose=prose, prose_share=0.2)
+    rows = documents_of(arguments.checkpoint, prose, size, arguments.workers)
+    bank = model.encode_documents(rows, tokenizer, show_progress=False, batch_tokens=arguments.batch_tokens)
+    lap("make, tokenize and encode the documents")
+    ours, theirs = bank.documents[0], protocol.document_row(0, corpus.texts(0, 1)[0], tokenizer)
+    assert (ours.text, ours.tokens) == (theirs["text"], len(theirs["input_ids"]))
+
+    questions = [question for kind in KINDS for question in corpus.questions(arguments.questions, kind, seed=4)]
+    rest = {"protocol": protocol, "batch_size": arguments.batch_size, "refusal": UNANSWERABLE, "max_new_tokens": 24}
+    rest["show_progress"] = False
+    limits = {"max_id_tokens": 40}
+    result: dict[str, Any] = {}
+    for name, options in SELECTIONS.items():
+        first = not result
+        conditions = list(arguments.conditions) if first else ["routed"]
+        if size > arguments.bm25 and "bm25" in conditions:
+            conditions.remove("bm25")
+        diagnosis = diagnose(
+            model, tokenizer, bank, asked(questions), conditions=conditions, interleave=limits, **options, **rest
+        )
+        if first:
+            print(diagnosis, flush=True)
+            router = diagnosis.router
+            assert router is not None
+            layers = {
+                str(layer): {"@16": router["first_layers"][layer], "@1": router["first_layers_at_1"][layer]}
+                for layer in router["layers"]
+            }
+            recall = {"layers": layers, "any": {"@16": router["first"], "@1": router["first_at_1"]}}
+            recall |= {"distinct": router["distinct"], "wanted": router["wanted"]}
+            result = {"documents": size, "tokens": bank.num_tokens, "questions": arguments.questions, "recall": recall}
+            result |= {"conditions": figures(diagnosis), "ids": diagnosis.ids, "select": {}, "seconds": seconds}
+        found = figures(diagnosis)["routed"]
+        result["select"][name] = {kind: found[kind]["exact_match"] for kind in KINDS}
+        print(size, name, result["select"][name], flush=True)
+        lap(name)
+    two_hop = [question for question in questions if question.kind == "two_hop"]
+    for layer, (among, best) in second_round(model, tokenizer, bank, protocol, two_hop).items():
+        result["recall"]["layers"][str(layer)] |= {"second@16": among, "second@1": best}
+    asker = MemoryInterleave(model, tokenizer, bank, protocol, documents_per_round=1, max_new_tokens=24)
+    times = []
+    for question in questions[:: max(len(questions) // 12, 1)]:
+        start = time.perf_counter()
+        asker.ask(question.text)
+        times.append(time.perf_counter() - start)
+    result["seconds"]["one question, median"] = round(statistics.median(times), 4)
+    result["bank_bytes"] = sum(
+        part.numel() * part.element_size()
+        for memory in bank.layers.values()
+        for part in (memory.routing_keys, memory.content)
+    )
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("--documents", type=int, default=1000)
+    parser.add_argument("--documents", type=int, nargs="+", default=[1000])
     parser.add_argument("--questions", type=int, default=300, help="of each kind")
+    parser.add_argument("--prose", type=Path, required=True, help="the prose.json that train_tiny.py tokenizer wrote")
+    parser.add_argument("--out", type=Path, help="JSON file; the figures of other banks in it are kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-size", type=int, default=150)
+    parser.add_argument("--batch-tokens", type=int, default=131_072)
+    parser.add_argument("--workers", type=int, default=0, help="processes that make documents")
+    parser.add_argument("--bm25", type=int, default=100_000, help="largest bank that BM25 is asked about")
+    parser.add_argument(
+        "--conditions",
+        nargs="+",
+        default=["routed", "single_round", "forced_gold", "gold_text", "bm25", "no_memory", "ids"],
+    )
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
-
+    device = torch.device(arguments.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint, padding_side="left")
-    model = MSAForCausalLM.from_pretrained(arguments.checkpoint, dtype=dtype).eval().to(arguments.device)
-    protocol = replace(COMPACT, answer_opening=" ")
-    prose = prose_documents(300, seed=9, words=55)
-    corpus = make_corpus(arguments.documents, seed=99, split="test", prose=prose, prose_share=0.2)
-    rows = protocol.encode_corpus(corpus.texts(), tokenizer)
-    bank = model.encode_documents(rows, tokenizer, show_progress=False, batch_tokens=131_072)
-    print(bank, flush=True)
-
-    one_hop = corpus.questions(arguments.questions, "one_hop", seed=4)
-    for layer, (among, first) in first_round_recall(model, tokenizer, bank, one_hop).items():
-        print(f"layer {layer}: recall@{model.config.top_k} {among:.3f}, @1 {first:.3f}", flush=True)
-    for rounds, kind in ((2, "one_hop"), (2, "two_hop"), (1, "two_hop"), (2, "unanswerable")):
-        interleave = MemoryInterleave(model, tokenizer, bank, protocol=protocol, max_rounds=rounds, select="router")
-        questions = corpus.questions(arguments.questions, kind, seed=4)
-        answers = interleave.ask([question.text for question in questions], max_new_tokens=20, batch_size=150)
-        right = sum(exact_match(a.text, q.answer) for a, q in zip(answers, questions, strict=True))
-        print(f"{kind}, {rounds} rounds: exact match {right / len(questions):.3f}", flush=True)
+    model = MSAForCausalLM.from_pretrained(arguments.checkpoint, dtype=dtype).eval().to(device)
+    protocol = Protocol.from_pretrained(arguments.checkpoint)
+    prose = json.loads(arguments.prose.read_text())[:1000]
+    report: dict[str, Any] = {"banks": []}
+    if arguments.out is not None and arguments.out.exists():
+        report = json.loads(arguments.out.read_text())
+    report["hardware"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    report["dtype"] = str(dtype).removeprefix("torch.")
+    report["versions"] = {name: metadata.version(name) for name in ("torch", "transformers")}
+    for size in sorted(arguments.documents):
+        bank = measure(model, tokenizer, protocol, prose, size, arguments)
+        others = [item for item in report["banks"] if item["documents"] != size]
+        report["banks"] = sorted([*others, bank], key=lambda item: item["documents"])
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

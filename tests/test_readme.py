@@ -1,4 +1,5 @@
-"""The README's examples run as they stand, one after the other, on a small model in place of the named one."""
+"""The README's examples run as they stand, one after the other: the first on the shipped checkpoint, the others on a
+small model in place of the named one."""
 
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 README = Path(__file__).parents[1] / "README.md"
 NAMED = "Qwen/Qwen3-0.6B"
+SHIPPED = "model_cards/msa-hf-tiny"
 
 
 @pytest.fixture
@@ -41,13 +43,20 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_examples_run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     examples = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert len(examples) >= 5
+    assert SHIPPED in examples[0] and NAMED in examples[1], "the first two name the models"
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for example in examples:
-        assert NAMED in example or names, "the first example names the model"
-        exec(compile(example.replace(NAMED, str(checkpoint)), "README.md", "exec"), names)
-    printed = capsys.readouterr().out
-    assert "built" in printed and "Assam" in printed
+
+    def run(example: str) -> str:
+        for name, path in ((SHIPPED, README.parent / SHIPPED), (NAMED, checkpoint)):
+            example = example.replace(name, str(path))
+        exec(compile(example, "README.md", "exec"), names)
+        return capsys.readouterr().out
+
+    printed = run(examples[0])
+    assert [printed.count(f"  read [{id}]") for id in (0, 1)] == [1, 1] and "Answer: roses\n" in printed
+    for example in examples[1:]:
+        run(example)
 
 
 def test_first_example_has_nine_lines() -> None:

@@ -232,8 +232,8 @@ def test_a_batch_equals_each_alone(name, reuse, select) -> None:
         together = interleave.ask(questions)
         pairs = interleave.ask(questions, batch_size=2)
         alone = [interleave.ask(question) for question in questions]
-    # Scripted logits end the router's retrieval too, but its first round always reads.
-    assert [len(answer.trace.rounds) for answer in alone][:3] == ([3, 2, 2] if select == "router" else [3, 1, 2])
+    # Scripted logits end retrieval, but where ids are not free the first round always reads.
+    assert [len(answer.trace.rounds) for answer in alone][:3] == ([3, 2, 2] if select != "generate" else [3, 1, 2])
     assert len({tuple(answer.token_ids) for answer in alone}) == 4  # or the answers would show nothing
     for batch in (together, pairs):
         for ours, theirs in zip(batch, alone, strict=True):
@@ -429,7 +429,7 @@ def naive_combination(chosen: dict[int, list[Any]], how: str) -> list[tuple[int,
 @pytest.mark.parametrize("how", ["mean", "max"])
 def test_the_router_takes_the_best_over_layers(how) -> None:
     """The union of what the layers chose, by mean or maximum of their scores; nothing is generated."""
-    interleave = asker(select="router", layer_scores=how, max_rounds=1)
+    interleave = asker(select="router", layer_scores=how, max_rounds=1, documents_per_round=4)
     for question in QUESTIONS:
         item = interleave.ask(question).trace.rounds[0]
         expected = naive_combination(item.chosen, how)
@@ -446,9 +446,8 @@ def test_exclude_read() -> None:
     every = len(bank)
     small = bank_of(model, TOKENIZER, protocol, TEXTS[:4])  # all of them are chosen in every round
     for exclude, named, dropped in ((True, 0, 0), (False, 4, 4)):
-        interleave = MemoryInterleave(
-            model, TOKENIZER, small, protocol, exclude_read=exclude, router_may_end=False, max_new_tokens=4
-        )
+        options: dict[str, Any] = {"documents_per_round": 4, "router_may_end": False, "max_new_tokens": 4}
+        interleave = MemoryInterleave(model, TOKENIZER, small, protocol, exclude_read=exclude, **options)
         first, second = interleave.ask(ONE).trace.rounds
         assert len(first.read) == 4 and second.ended == "no new document"
         assert (len(second.named), len(second.dropped)) == (named, dropped)
@@ -458,6 +457,32 @@ def test_exclude_read() -> None:
         constrained.exclude_read = False
         assert constrained.ask(ONE).trace.rounds[1].dropped[0].reason == "duplicate"
     assert every > 4
+
+
+def test_the_router_reads_one_document_a_round() -> None:
+    """Where the caller does not say how many."""
+    interleave = asker(select="router", max_rounds=2, router_may_end=False)
+    assert [len(item.read) for item in interleave.ask(ONE).trace.rounds] == [1, 1]
+
+
+def test_a_constrained_first_round_names_a_document() -> None:
+    """Whatever the model would rather say; from the second round on it may name none."""
+    interleave = asker(select="constrained", max_rounds=2)
+    with script(interleave, {ONE: ["<|answer|>", "<|answer|>"]}):
+        first, second = interleave.ask(ONE).trace.rounds
+    assert len(first.read) >= 1 and not first.ended
+    assert not second.named and second.ended == "the model said so"
+
+
+@pytest.mark.parametrize("may_end", [True, False])
+def test_an_automaton_without_the_end(may_end) -> None:
+    """The end marker alone may only stand where it may; without candidates there is nothing else to say."""
+    protocol, texts = COMPACT, TokenTexts(COMPACT, TOKENIZER)
+    end = TOKENIZER.convert_tokens_to_ids("<|answer|>")
+    automaton = IdAutomaton(protocol, [3, 31], 2, may_end)
+    assert (end in automaton.allowed(automaton.start(), texts)) == may_end
+    empty = IdAutomaton(protocol, [], 2, may_end)
+    assert end in empty.allowed(empty.start(), texts)
 
 
 @pytest.mark.parametrize("may_end", [True, False])

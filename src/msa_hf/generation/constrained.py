@@ -48,17 +48,20 @@ class TokenTexts:
 
 @dataclass
 class IdAutomaton:
-    """The texts a model may write in a round: distinct candidates and then `ids_end`, or `retrieval_end` alone.
+    """The texts a model may write in a round: distinct candidates and then `ids_end`, or `retrieval_end` alone where it
+    may end.
 
     Args:
         protocol: of the ids and markers.
         candidates: ids that may be named.
         limit: at most so many of them.
+        may_end: whether it may name none; without candidates it may in any case.
     """
 
     protocol: Protocol
     candidates: Sequence[int]
     limit: int
+    may_end: bool = True
     _tries: dict[frozenset[int], dict[str, Any]] = field(default_factory=dict)
 
     def start(self) -> State:
@@ -72,7 +75,8 @@ class IdAutomaton:
             words: list[tuple[str, int | None]] = []
             if len(named) < self.limit:
                 words = [(self.protocol.id_format.format(id=id), id) for id in self.candidates if id not in named]
-            words.append((self.protocol.ids_end if named else self.protocol.retrieval_end, None))
+            if named or self.may_end or not words:
+                words.append((self.protocol.ids_end if named else self.protocol.retrieval_end, None))
             for word, leaf in words:
                 node = root
                 for character in word:

@@ -22,8 +22,8 @@ from .trace import Choice, Dropped, Round, Stage, Trace
 
 SELECTIONS = ("generate", "constrained", "router")
 LAYER_SCORES = ("mean", "max")
-# What the router appends in a round where the caller does not say how many.
-ROUTER_DOCUMENTS = 4
+# What the router appends in a round where the caller does not say how many: what measured best (docs/experiments.md).
+ROUTER_DOCUMENTS = 1
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ class MemoryInterleave:
         protocol: what the model was trained with.
         max_rounds: at most so many; 0 answers from the pooled memory alone.
         select: `"generate"`: the model names documents freely, decoded greedily. `"constrained"`: it can only spell ids
-            of documents that some layer chose in this round. `"router"`: the best documents by router score, without
-            generating.
-        documents_per_round: at most so many are read in a round. Default: 4 for `"router"`, else the model's choice.
+            of documents that some layer chose in this round, and names one at least in the first. `"router"`: the best
+            documents by router score, without generating.
+        documents_per_round: at most so many are read in a round. Default: 1 for `"router"`, else the model's choice.
         max_id_tokens: at most so many tokens to name documents with, per round.
         max_new_tokens: of the answer, unless `ask` is told otherwise.
         exclude_read: documents that were read are no candidates any more of `"constrained"` and `"router"`. No document
@@ -396,7 +396,9 @@ class MemoryInterleave:
             self._texts = self._texts or TokenTexts(self.protocol, self.tokenizer)
             for sample, item in zip(samples, rounds, strict=True):
                 ids = [choice.id for choice in self._candidates(sample, item)]
-                automata.append(IdAutomaton(self.protocol, ids, self.documents_per_round or len(ids)))
+                # How alike documents are grows with the bank: that none fits is to be said of texts that were read.
+                first = len(sample.trace.rounds) == 1
+                automata.append(IdAutomaton(self.protocol, ids, self.documents_per_round or len(ids), not first))
         states = [automaton.start() for automaton in automata]
         written: list[list[int]] = [[] for _ in samples]
         writing = set(range(len(samples)))

@@ -1,0 +1,546 @@
+"""What a layer computes when a memory is attached: the attention functions registered with transformers.
+
+`model.forward` hands every attention layer a *pass* object by the keyword `memory_pass`; it says what this run of the
+backbone is for. `PrefixPass` records keys and values of the prefix, `EncodingPass` pools those of documents,
+`AttendingPass` routes and attends. Without a pass the base's own attention function runs, untouched.
+
+`finish()` hands out what a pass recorded, and ends the recording. Under gradient checkpointing the graph holds the
+pass, to run a layer again before its backward: that run must compute the same once more, and keep nothing, because a
+pass that held on to tensors of the graph would keep both alive for ever.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache_msa import Context
+from .chunks_msa import chunk_counts, chunk_rows, pool_chunks
+from .memory_msa import LayerMemory
+from .routing_msa import NO_SCORE, LayerRouting, normalize_heads, score_documents, select_documents
+
+# Name of a base implementation -> the name under which ours, standing on it, is registered. Transformers gives special
+# meaning to names that contain "sdpa" or "flash", so ours do not.
+IMPLEMENTATIONS = {"eager": "memory_eager", "sdpa": "memory_fused"}
+# Attention logits held at once while attending to a memory: 64 M float32 numbers, 256 MB.
+LOGIT_ELEMENTS = 1 << 26
+# Dimensions that carry the bias of a context's rows: kernels want a multiple of 8.
+BIAS_DIMENSIONS = 8
+# Before scaling, what hides a row: finite in every format, and far below any logit.
+HIDDEN = -3e4
+
+AttentionOutput = tuple[Tensor, Tensor | None]
+AttentionFunction = Callable[..., AttentionOutput]
+
+
+class MemoryPass(Protocol):
+    """One run of the backbone. Methods are called by every attention layer, in this order."""
+
+    def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
+        """See the input [B, T, hidden] of a memory layer's attention."""
+
+    def attend(self, base: AttentionFunction, module: nn.Module, *states: Any, **kwargs: Any) -> AttentionOutput:
+        """Compute the attention of a layer; `states` are query, key, value, attention_mask."""
+
+
+def enter_memory_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of memory layers: the attention function itself does not see the hidden states."""
+    memory_pass = kwargs.get("memory_pass")
+    if memory_pass is not None:
+        memory_pass.enter(module, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+
+def _eager_of(module: nn.Module) -> AttentionFunction:
+    """The eager attention function of the file that defines the module: softcap, sinks and the like differ."""
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise AttributeError(f"{type(module).__name__} does not follow transformers' attention interface.")
+
+
+def memory_eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> AttentionOutput:
+    """Attention with a memory over the base's eager attention."""
+    memory_pass: MemoryPass | None = kwargs.pop("memory_pass", None)
+    base = _eager_of(module)
+    if memory_pass is None:
+        return base(module, query, key, value, attention_mask, **kwargs)
+    return memory_pass.attend(base, module, query, key, value, attention_mask, **kwargs)
+
+
+def memory_fused(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> AttentionOutput:
+    """Attention with a memory over PyTorch's scaled_dot_product_attention."""
+    memory_pass: MemoryPass | None = kwargs.pop("memory_pass", None)
+    base = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if memory_pass is None:
+        return base(module, query, key, value, attention_mask, **kwargs)
+    return memory_pass.attend(base, module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(IMPLEMENTATIONS["eager"], memory_eager)
+AttentionInterface.register(IMPLEMENTATIONS["sdpa"], memory_fused)
+# Without a mask function of the same name transformers would pass no mask at all.
+AttentionMaskInterface.register(IMPLEMENTATIONS["eager"], eager_mask)
+AttentionMaskInterface.register(IMPLEMENTATIONS["sdpa"], sdpa_mask)
+
+
+class ScoreBias(nn.Module):
+    """`beta * (s_i - max_j s_j) / tau`: the attention logit that a chosen document's router score adds to its rows.
+
+    Args:
+        temperature: tau.
+    """
+
+    def __init__(self, temperature: float, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.weight = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
+
+    def forward(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        """scores [B, n] float32 and chosen [B, n] bool -> bias [B, n] float32, 0 for the best document."""
+        best = scores.masked_fill(~chosen, NO_SCORE).amax(1, keepdim=True)
+        difference = torch.where(chosen, scores - best, 0.0)
+        return self.weight.float() * difference / self.temperature
+
+
+@dataclass
+class PrefixPass:
+    """Records keys and values [B, G, p, D] (after norm and RoPE) of the prefix in every layer."""
+
+    states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    recording: bool = True
+
+    def finish(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Layer -> keys and values; the pass lets go of them."""
+        states, self.states, self.recording = self.states, {}, False
+        return states
+
+    def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
+        pass
+
+    def attend(
+        self,
+        base: AttentionFunction,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> AttentionOutput:
+        if self.recording:
+            # Under autocast RoPE leaves keys in float32, though they are used in the dtype of the values.
+            self.states[module.layer_idx] = (key.to(value.dtype), value)
+        return base(module, query, key, value, *args, **kwargs)
+
+
+class EncodingDone(Exception):
+    """Ends a run of the backbone after the last memory layer's keys, values and router keys are known."""
+
+
+@dataclass
+class EncodingPass:
+    """Pools the keys, values and router keys of right-padded documents in every memory layer (paper, 3.1).
+
+    Attributes:
+        config: MSAConfig.
+        lengths: [N] int64, tokens of each document.
+        similarity: the one the router keys are for.
+        stop: end the run with `EncodingDone` once the last memory layer's states are pooled.
+        layers: layer -> `LayerMemory`, the result.
+    """
+
+    config: Any
+    lengths: Tensor
+    similarity: str
+    stop: bool
+    layers: dict[int, LayerMemory] = field(default_factory=dict)
+    router_keys: dict[int, Tensor] = field(default_factory=dict)
+    recording: bool = True
+
+    def finish(self) -> dict[int, LayerMemory]:
+        """Layer -> `LayerMemory`; the pass lets go of them."""
+        layers, self.layers, self.recording = self.layers, {}, False
+        return layers
+
+    def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
+        if not self.config.shared_router:
+            self.router_keys[module.layer_idx] = module.router_k_proj(hidden_states)
+
+    def attend(
+        self,
+        base: AttentionFunction,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> AttentionOutput:
+        layer = module.layer_idx
+        if layer in self.config.memory_layers:
+            pooled = self._pool(layer, key, value)
+            if self.recording:
+                self.layers[layer] = pooled
+            if self.stop and len(self.layers) == len(self.config.memory_layers):
+                raise EncodingDone
+        return base(module, query, key, value, *args, **kwargs)
+
+    def _pool(self, layer: int, key: Tensor, value: Tensor) -> LayerMemory:
+        lengths = self.lengths.to(key.device)
+        pooled_key, pooled_value = (
+            pool_chunks(states.transpose(1, 2), lengths, self.config.chunk_size) for states in (key, value)
+        )
+        if self.config.shared_router:
+            router_key = pooled_key
+        else:
+            projected = self.router_keys.pop(layer).unflatten(-1, (-1, key.shape[-1]))
+            router_key = pool_chunks(projected, lengths, self.config.chunk_size)
+        if self.similarity == "cosine":
+            router_key = normalize_heads(router_key)
+        content = torch.stack([pooled_key, pooled_value], dim=1).to(value.dtype)
+        return LayerMemory(routing_keys=router_key.flatten(1).to(value.dtype), content=content)
+
+
+@dataclass
+class AttendingPass:
+    """Routes the active tokens, gathers the documents chosen and attends to them (paper, 3.2).
+
+    Attributes:
+        config: MSAConfig.
+        similarity: of router queries and keys.
+        layers: layer -> `LayerMemory`; empty when contexts are only kept up.
+        offsets: [N + 1] int64 chunk offsets of the documents; follows the keys from device to device.
+        prefix: layer -> keys and values of the prefix, [G, p, D] or [B, G, p, D].
+        routing_mask: [B, T] bool tokens that route, or None to keep every sample's context.
+        visible: [B, N] bool, documents that a sample may choose; None for all.
+        force_documents: [B, n] int64 documents to attend to instead of the routed ones, -1 for none.
+        keep_document_scores: report the scores of all documents.
+        contexts: layer -> `Context` of the turns before; those of this turn are written there where `keep_contexts`.
+        routing: layer -> `LayerRouting`, the result.
+    """
+
+    config: Any
+    similarity: str
+    layers: dict[int, LayerMemory]
+    offsets: Tensor | None
+    prefix: dict[int, tuple[Tensor, Tensor]]
+    routing_mask: Tensor | None
+    visible: Tensor | None = None
+    force_documents: Tensor | None = None
+    keep_document_scores: bool = False
+    contexts: dict[int, Context] = field(default_factory=dict)
+    keep_contexts: bool = False
+    routing: dict[int, LayerRouting] = field(default_factory=dict)
+    router_queries: dict[int, Tensor] = field(default_factory=dict)
+    recording: bool = True
+
+    def __post_init__(self) -> None:
+        self.previous = dict(self.contexts)
+
+    def finish(self) -> dict[int, LayerRouting]:
+        """Layer -> `LayerRouting`; the pass lets go of them and of the contexts."""
+        routing, self.routing, self.contexts, self.recording = self.routing, {}, {}, False
+        return routing
+
+    def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
+        if self.routing_mask is not None and not self.config.shared_router:
+            self.router_queries[module.layer_idx] = module.router_q_proj(hidden_states)
+
+    def attend(
+        self,
+        base: AttentionFunction,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> AttentionOutput:
+        layer = module.layer_idx
+        context = self.previous.get(layer)
+        if layer in self.config.memory_layers and self.routing_mask is not None:
+            context = self._route(module, query, value.dtype, context)
+        elif context is None:
+            context = self._prefix_context(layer, query, value.dtype)
+        if context is None:
+            return base(module, query, key, value, attention_mask, **kwargs)
+        if self.keep_contexts and self.recording:
+            self.contexts[layer] = context
+        attention = fused_context_attention if base is ALL_ATTENTION_FUNCTIONS["sdpa"] else context_attention
+        output = attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            context,
+            scaling=kwargs.get("scaling"),
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+            dropout=kwargs.get("dropout") or 0.0,
+        )
+        return output, None
+
+    def _prefix_context(self, layer: int, query: Tensor, dtype: torch.dtype) -> Context | None:
+        """The prefix alone: the context of layers without memory."""
+        if layer not in self.prefix:
+            return None
+        keys, values = (
+            states.to(query.device, dtype).expand(query.shape[0], *states.shape[-3:]) for states in self.prefix[layer]
+        )
+        valid = torch.ones(query.shape[0], keys.shape[2], dtype=torch.bool, device=query.device)
+        return Context(keys, values, valid, prefix_length=keys.shape[2])
+
+    def _route(self, module: nn.Module, query: Tensor, dtype: torch.dtype, previous: Context | None) -> Context:
+        layer, mask = module.layer_idx, self.routing_mask
+        assert mask is not None and self.offsets is not None
+        memory = self.layers[layer]
+        device = memory.routing_keys.device  # routing happens where the keys lie
+        if self.config.shared_router:
+            router_query = query.transpose(1, 2)
+        else:
+            router_query = self.router_queries.pop(layer).unflatten(-1, (-1, query.shape[-1]))
+        # Moved once for all layers that lie on one device.
+        self.offsets = offsets = self.offsets.to(device)
+        scores = score_documents(
+            router_query.to(device),
+            mask.to(device),
+            memory.routing_keys,
+            offsets,
+            similarity=self.similarity,
+            head_reduction=self.config.head_reduction,
+            query_reduction=self.config.query_reduction,
+            chunk_reduction=self.config.chunk_reduction,
+        )
+        if bool(scores.isnan().any()):
+            raise ValueError(
+                f"The router scores of layer {layer} are NaN: weights of its router or of the layers below hold NaN, "
+                "or their dtype overflows. No documents can be chosen."
+            )
+        if self.visible is not None:
+            scores = scores.masked_fill(~self.visible.to(device), NO_SCORE)
+        if self.force_documents is None:
+            documents, best = select_documents(scores, self.config.top_k)
+        else:
+            documents = self.force_documents.to(device)
+            best = scores.detach().gather(1, documents.clamp(min=0))
+            best = best.masked_fill((documents < 0) | (best <= NO_SCORE), float("-inf"))
+        report = self._report(documents, best, scores, query.device)
+        if self.recording:
+            self.routing[layer] = report
+        context = self._gather(module, memory, documents, offsets, scores, query, dtype)
+        if previous is not None:
+            # A sample without a routing token in this turn keeps what it had.
+            context = context.where(mask.any(1).to(query.device), previous)
+        return context
+
+    def _report(self, documents: Tensor, best: Tensor, scores: Tensor, device: torch.device) -> LayerRouting:
+        document_scores = None
+        if self.keep_document_scores:
+            document_scores = scores.masked_fill(scores <= NO_SCORE, float("-inf")).to(device)
+        return LayerRouting(documents.to(device), best.to(device), document_scores)
+
+    def _gather(
+        self,
+        module: nn.Module,
+        memory: LayerMemory,
+        documents: Tensor,
+        offsets: Tensor,
+        scores: Tensor,
+        query: Tensor,
+        dtype: torch.dtype,
+    ) -> Context:
+        rows, slots, valid = chunk_rows(documents, offsets)
+        content = memory.content.index_select(0, rows.flatten().to(memory.content.device))
+        keys, values = content.to(query.device, dtype).unflatten(0, rows.shape).unbind(2)
+        # Laid out as the matrix products of every decoding step want them, so that none of them copies the rows.
+        keys, values = keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
+        valid, slots, bias = valid.to(query.device), slots.to(query.device), None
+        if self.config.score_bias:
+            chosen = documents >= 0
+            per_document = module.router_score_bias(
+                scores.gather(1, documents.clamp(min=0)).to(query.device), chosen.to(query.device)
+            )
+            bias = per_document.gather(1, slots) if rows.shape[1] else per_document[:, :0]
+        prefix = self._prefix_context(module.layer_idx, query, dtype)
+        prefix_length = 0
+        if prefix is not None:
+            prefix_length = prefix.prefix_length
+            keys = torch.cat([prefix.keys, keys], dim=2)
+            values = torch.cat([prefix.values, values], dim=2)
+            valid = torch.cat([prefix.valid, valid], dim=1)
+            if bias is not None:
+                bias = torch.nn.functional.pad(bias, (prefix_length, 0))
+        return Context(keys, values, valid, prefix_length, bias, documents.to(query.device))
+
+
+def chunks_of(lengths: Tensor, chunk_size: int) -> Tensor:
+    """Chunk offsets [N + 1] int64 of documents with `lengths` [N] tokens."""
+    return torch.nn.functional.pad(chunk_counts(lengths, chunk_size).cumsum(0), (1, 0))
+
+
+def _causal_mask(length: int, seen: int, device: torch.device) -> Tensor:
+    """[1, 1, T, S] bool for the last T of S tokens."""
+    return torch.ones(length, seen, dtype=torch.bool, device=device).tril(seen - length)[None, None]
+
+
+def fused_context_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    context: Context,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`context_attention` through PyTorch's fused kernels, which never hold the attention weights of a prompt.
+
+    They want rows and own tokens joined. That copies the rows once for a prompt; single tokens, for which it would be
+    once per token, and logits that the kernels do not know (softcap, sinks) go through `context_attention`.
+
+    Without a mask attention is causal, aligned to the end: kernels know that without reading a mask, and what rows add
+    to the logits travels in further dimensions of queries and keys.
+    """
+    length, seen, dim = query.shape[2], key.shape[2], query.shape[3]
+    if length == 1 or softcap is not None or sinks is not None:
+        return context_attention(
+            query, key, value, attention_mask, context, scaling=scaling, softcap=softcap, sinks=sinks, dropout=dropout
+        )
+    query = query.to(value.dtype)
+    shared_by = query.shape[1] // key.shape[1]
+    keys, values = (
+        torch.cat([memory.to(value.dtype), states.to(value.dtype)], dim=2).repeat_interleave(shared_by, dim=1)
+        for memory, states in ((context.keys, key), (context.values, value))
+    )
+    if attention_mask is not None:
+        mask: Any = _joined_mask(attention_mask[..., :seen], context, query)
+    else:
+        scaling = dim**-0.5 if scaling is None else scaling
+        query, keys, values = _with_row_bias(query, keys, values, context, scaling)
+        width = keys.shape[2]
+        mask = causal_lower_right(length, width) if query.is_cuda else _causal_mask(length, width, query.device)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, dropout_p=dropout, scale=scaling
+    )
+    return output[..., :dim].transpose(1, 2).contiguous()
+
+
+def _with_row_bias(
+    query: Tensor, keys: Tensor, values: Tensor, context: Context, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, H, T, D], keys and values [B, H, R + S, D] with further dimensions, in which every query's products
+    with the R rows of the context get their bias, or one that hides rows without content."""
+    bias = torch.zeros(context.valid.shape, device=query.device) if context.bias is None else context.bias
+    bias = (bias.float() / scaling).masked_fill(~context.valid, HIDDEN).clamp(min=HIDDEN)
+    high = bias.to(keys.dtype)  # two numbers, so that 16-bit formats keep twice their digits
+    parts = torch.stack([high, (bias - high.float()).to(keys.dtype)], dim=-1)
+    own = keys.shape[2] - parts.shape[1]
+    parts = torch.nn.functional.pad(parts, (0, BIAS_DIMENSIONS - 2, 0, own))
+    ones = query.new_ones(2)
+    return (
+        torch.cat(
+            [query, torch.nn.functional.pad(ones, (0, BIAS_DIMENSIONS - 2)).expand(*query.shape[:3], -1)], dim=-1
+        ),
+        torch.cat([keys, parts[:, None].expand(-1, keys.shape[1], -1, -1)], dim=-1),
+        torch.nn.functional.pad(values, (0, BIAS_DIMENSIONS)),
+    )
+
+
+def _joined_mask(mask: Tensor, context: Context, query: Tensor) -> Tensor:
+    """[B, 1, T, R + S] for rows and own tokens, from that of the own tokens: boolean where nothing is added."""
+    length = query.shape[2]
+    rows = context.valid[:, None, None, :].expand(-1, 1, length, -1)
+    if context.bias is None and mask.dtype == torch.bool:
+        joined = torch.cat([rows, mask.expand(rows.shape[0], 1, -1, -1)], dim=-1)
+        # A padding token without a context sees nothing; its output is of no interest but must not be NaN.
+        return joined | ~joined.any(-1, keepdim=True)
+    low = torch.finfo(query.dtype).min
+    bias = torch.zeros_like(rows, dtype=query.dtype)
+    if context.bias is not None:
+        bias = context.bias.to(query.dtype)[:, None, None, :].expand_as(rows)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, low)
+    own = mask.to(query.dtype).expand(rows.shape[0], 1, -1, -1)
+    return torch.cat([bias.masked_fill(~rows, low), own], dim=-1)
+
+
+def context_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    context: Context,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention over `[context rows; own tokens]` with one softmax, without copying either of them.
+
+    Every query sees all rows of its sample's context, and own tokens as `attention_mask` says.
+
+    Args:
+        query: [B, H, T, D].
+        key, value: [B, G, S, D], S >= T tokens seen, the last T of them the queries'.
+        attention_mask: [B or 1, 1, T, S] bool (True: visible) or additive; None for causal, aligned to the end.
+        context: rows [B, G, R, D].
+        scaling: of the logits, default `D ** -0.5`.
+        softcap: `c * tanh(logit / c)` where given.
+        sinks: [H] extra logits that take part in the softmax and have no value.
+        dropout: probability, on the attention weights.
+
+    Returns:
+        [B, T, H, D] in the dtype of `value`.
+    """
+    batch, heads, length, dim = query.shape
+    groups, seen, rows = key.shape[1], key.shape[2], context.keys.shape[2]
+    scaling = dim**-0.5 if scaling is None else scaling
+    if attention_mask is None and length > 1:
+        attention_mask = _causal_mask(length, seen, query.device)
+    row_bias = torch.zeros(batch, rows, device=query.device) if context.bias is None else context.bias
+    row_bias = row_bias.masked_fill(~context.valid, torch.finfo(torch.float32).min)[:, None, None, None, :]
+
+    step = max(LOGIT_ELEMENTS // max(batch * heads * (rows + seen), 1), 1)
+    outputs = []
+    for start in range(0, length, step):
+        part = query[:, :, start : start + step]
+        width = part.shape[2]
+        grouped = part.reshape(batch, groups, -1, dim)  # the queries of a group share its keys
+
+        def logits_of(keys: Tensor, grouped: Tensor = grouped, width: int = width) -> Tensor:
+            logits = (grouped @ keys.transpose(-1, -2)).float() * scaling
+            if softcap is not None:
+                logits = torch.tanh(logits / softcap) * softcap
+            return logits.unflatten(2, (-1, width))  # [B, G, H / G, t, .]
+
+        own = logits_of(key)
+        if attention_mask is not None:
+            mask = attention_mask[:, :, None, start : start + step, :seen]
+            if mask.dtype == torch.bool:
+                own = own.masked_fill(~mask, torch.finfo(torch.float32).min)
+            else:
+                own = own + mask
+        logits = [logits_of(context.keys) + row_bias, own]
+        if sinks is not None:
+            extra = sinks.float().view(1, groups, -1, 1, 1).expand(batch, groups, heads // groups, width, 1)
+            logits.append(extra)
+        weights = torch.cat(logits, dim=-1).softmax(-1).to(value.dtype)
+        weights = torch.nn.functional.dropout(weights, dropout, training=dropout > 0).flatten(2, 3)
+        output = weights[..., :rows] @ context.values.to(value.dtype) + weights[..., rows : rows + seen] @ value
+        outputs.append(output.unflatten(2, (-1, width)).flatten(1, 2))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()

@@ -1,0 +1,260 @@
+"""Encoding: documents in, a `MemoryBank` out (paper, 3.1: stage 1)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .attention_msa import chunks_of
+from .memory_msa import Document, DocumentTable, LayerMemory, MemoryBank
+from .splitting_msa import LimitTooSmall, split_text
+
+# Documents read ahead and sorted by length, in batches' worth of tokens: little padding, bounded memory.
+WINDOW_BATCHES = 16
+
+
+@dataclass
+class _Item:
+    """A document on its way in."""
+
+    key: str
+    text: str | None
+    metadata: dict[str, Any] | None
+    ids: Tensor  # [tokens] int64
+
+
+def encode_documents(
+    model: Any,
+    documents: Iterable[Any],
+    tokenizer: Any = None,
+    *,
+    batch_tokens: int = 16384,
+    max_length: int | None = None,
+    too_long: str = "error",
+    add_special_tokens: bool = False,
+    text_column: str = "text",
+    key_column: str = "key",
+    bank_device: Any = None,
+    show_progress: bool = True,
+) -> MemoryBank:
+    """Encode documents into a bank; see `MSAForCausalLM.encode_documents`."""
+    if too_long not in ("error", "split"):
+        raise ValueError(f"`too_long` must be 'error' or 'split', got {too_long!r}.")
+    if isinstance(documents, str | bytes | Mapping):
+        raise TypeError(
+            f"`documents` must be an iterable of documents, got one {type(documents).__name__}; put it in a list."
+        )
+    for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    config = model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    limit = min(item for item in (max_length, positions, torch.iinfo(torch.int64).max) if item is not None)
+    device = torch.device(bank_device) if bank_device is not None else model.device
+
+    reader = _Reader(
+        tokenizer, limit, too_long, config.chunk_size, add_special_tokens, text_column, key_column, config.vocab_size
+    )
+    total = len(documents) if isinstance(documents, Sized) else None
+    progress = tqdm(total=total, desc="Encoding documents", unit="doc", disable=not show_progress)
+    pieces: dict[int, list[LayerMemory]] = {layer: [] for layer in config.memory_layers}
+    table: list[Document] = []
+    lengths: list[int] = []
+    was_training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode(False), torch.no_grad(), progress:
+            prefix = model.encode_prefix()
+            items = reader.read(documents, progress)
+            while window := _window(items, batch_tokens * WINDOW_BATCHES):
+                for layer, memory in _encode_window(model, window, batch_tokens, device).items():
+                    pieces[layer].append(memory)
+                for item in window:
+                    chunks = -(-len(item.ids) // config.chunk_size)
+                    table.append(Document(item.key, item.text, item.metadata, len(item.ids), chunks))
+                    lengths.append(len(item.ids))
+    finally:
+        for module, training in was_training:
+            module.training = training
+    if not table:
+        raise ValueError("`documents` is empty: a bank needs at least one document.")
+    layers = {}
+    for layer in config.memory_layers:  # one layer at a time, so that joining the pieces needs little besides the bank
+        parts = pieces.pop(layer)
+        layers[layer] = LayerMemory(
+            routing_keys=torch.cat([part.routing_keys for part in parts]),
+            content=torch.cat([part.content for part in parts]),
+        )
+        del parts
+    bank = MemoryBank(
+        layers=layers,
+        offsets=chunks_of(torch.tensor(lengths), config.chunk_size),
+        prefix={layer: (key.to(device), value.to(device)) for layer, (key, value) in prefix.items()},
+        documents=DocumentTable(table),
+        origin=model.memory_origin(tokenizer),
+    )
+    model.accept_bank(bank)
+    return bank
+
+
+def _window(items: Iterator[_Item], tokens: int) -> list[_Item]:
+    """The next documents of together about `tokens` tokens; empty at the end."""
+    window: list[_Item] = []
+    held = 0
+    for item in items:
+        window.append(item)
+        held += len(item.ids)
+        if held >= tokens:
+            break
+    return window
+
+
+def _encode_window(model: Any, window: list[_Item], batch_tokens: int, device: torch.device) -> dict[int, LayerMemory]:
+    """Encode a window in batches of similar length; the result is in the window's order."""
+    order = sorted(range(len(window)), key=lambda place: len(window[place].ids))
+    encoded: dict[int, list[LayerMemory]] = {}
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (stop + 1 - start) * len(window[order[stop]].ids) <= batch_tokens:
+            stop += 1
+        batch = [window[place] for place in order[start:stop]]
+        ids = torch.nn.utils.rnn.pad_sequence([item.ids for item in batch], batch_first=True)
+        lengths = torch.tensor([len(item.ids) for item in batch])
+        layers = model.encode_batch(ids.to(model.device), lengths.to(model.device))
+        _refuse_nan(layers, batch, lengths, model.config.chunk_size)
+        for layer, memory in layers.items():
+            encoded.setdefault(layer, []).append(memory.to(device))
+        start = stop
+    offsets = chunks_of(torch.tensor([len(window[place].ids) for place in order]), model.config.chunk_size)
+    slot = torch.tensor(order).argsort()  # where each document of the window lies among the encoded ones
+    rows = torch.cat([torch.arange(int(offsets[place]), int(offsets[place + 1])) for place in slot.tolist()]).to(device)
+    return {
+        layer: LayerMemory(
+            routing_keys=torch.cat([part.routing_keys for part in parts])[rows],
+            content=torch.cat([part.content for part in parts])[rows],
+        )
+        for layer, parts in encoded.items()
+    }
+
+
+def _refuse_nan(layers: dict[int, LayerMemory], batch: list[_Item], lengths: Tensor, chunk_size: int) -> None:
+    for layer, memory in layers.items():
+        finite = memory.content.flatten(1).isfinite().all(1) & memory.routing_keys.isfinite().all(1)
+        if not bool(finite.all()):
+            chunk = int((~finite).nonzero()[0])
+            place = int(torch.searchsorted(chunks_of(lengths, chunk_size), chunk, right=True)) - 1
+            raise ValueError(
+                f"Document {batch[place].key!r} has NaN or infinite states in layer {layer}: the model's weights hold "
+                "NaN, or its dtype overflows. Nothing was written."
+            )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Turns what a user calls documents into items with token ids."""
+
+    tokenizer: Any
+    limit: int
+    too_long: str
+    chunk_size: int
+    add_special_tokens: bool
+    text_column: str
+    key_column: str
+    vocabulary: int | None = None
+
+    def read(self, documents: Iterable[Any], progress: Any) -> Iterator[_Item]:
+        keys: set[str] = set()
+        for number, document in enumerate(documents):
+            for item in self._items(number, document):
+                if item.key in keys:
+                    raise ValueError(f"Document {number} has the key {item.key!r}, which an earlier document has.")
+                keys.add(item.key)
+                yield item
+            progress.update()
+
+    def _items(self, number: int, document: Any) -> Iterator[_Item]:
+        key, text, metadata, given = self._fields(number, document)
+        if given is None and self.tokenizer is None:
+            raise ValueError(f"Document {number} is text; pass the `tokenizer` of the model to encode it.")
+        ids = torch.tensor(self._tokens(text), dtype=torch.int64) if given is None else given
+        if not len(ids):
+            raise ValueError(f"Document {number} (key {key!r}) is empty; leave it out.")
+        if self.vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
+            raise ValueError(
+                f"Document {number} (key {key!r}) has token ids from {int(ids.min())} to {int(ids.max())}, but the "
+                f"model knows 0 to {self.vocabulary - 1}. Was it tokenized for another model?"
+            )
+        if len(ids) <= self.limit:
+            yield _Item(key, text, metadata, ids)
+        elif self.too_long == "error":
+            raise ValueError(
+                f"Document {number} (key {key!r}) has {len(ids)} tokens, above the limit of {self.limit}. "
+                "Pass too_long='split' to store it in parts."
+            )
+        else:
+            try:
+                for part, (piece, piece_ids) in enumerate(self._split(text if given is None else None, ids.tolist())):
+                    yield _Item(f"{key}#{part}", piece, metadata, torch.tensor(piece_ids))
+            except LimitTooSmall as error:
+                raise ValueError(f"Document {number} (key {key!r}) cannot be split: {error}.") from None
+
+    def _fields(self, number: int, document: Any) -> tuple[str, str | None, dict[str, Any] | None, Tensor | None]:
+        """Key, text, metadata and token ids of a document."""
+        if isinstance(document, str):
+            return str(number), document, None, None
+        if not isinstance(document, Mapping):
+            return str(number), None, None, _ids(number, document)
+        fields = dict(document)
+        key = fields.pop(self.key_column, None)
+        text, ids = fields.pop(self.text_column, None), fields.pop("input_ids", None)
+        fields.pop("attention_mask", None)
+        if text is None and ids is None:
+            raise ValueError(
+                f"Document {number} has neither {self.text_column!r} nor 'input_ids', only {sorted(document)}; "
+                "name its column with `text_column`."
+            )
+        if not isinstance(text, str | None):
+            raise TypeError(f"Document {number}: {self.text_column!r} is a {type(text).__name__}, not text.")
+        if set(fields) == {"metadata"} and isinstance(fields["metadata"], Mapping | None):
+            fields = dict(fields["metadata"] or {})
+        try:
+            json.dumps(fields, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Document {number}: its metadata cannot be written as JSON: {error}.") from error
+        return str(number if key is None else key), text, fields or None, None if ids is None else _ids(number, ids)
+
+    def _tokens(self, text: str | None) -> list[int]:
+        coded = self.tokenizer(text, add_special_tokens=self.add_special_tokens, truncation=False, verbose=False)
+        return coded["input_ids"]
+
+    def _split(self, text: str | None, ids: list[int]) -> Iterator[tuple[str | None, list[int]]]:
+        """Cut at a paragraph, line, sentence or word of the text; between chunks where only ids are there."""
+        if text is not None and getattr(self.tokenizer, "is_fast", False):
+            yield from split_text(self.tokenizer, text, self.limit, self.add_special_tokens)
+            return
+        size = max(self.limit // self.chunk_size * self.chunk_size, min(self.limit, self.chunk_size))
+        for start in range(0, len(ids), size):
+            piece = ids[start : start + size]
+            yield None if self.tokenizer is None else self.tokenizer.decode(piece), piece
+
+
+def _ids(number: int, values: Any) -> Tensor:
+    """Token ids of document `number` as [tokens] int64 on the CPU."""
+    if isinstance(values, bytes | bytearray) or not (
+        isinstance(values, Sequence | Tensor) or hasattr(values, "tolist")
+    ):
+        raise TypeError(f"Document {number} is a {type(values).__name__}; a document is text, token ids or a mapping.")
+    try:
+        ids = torch.as_tensor(values if isinstance(values, Tensor | Sequence) else values.tolist(), device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        ids = None
+    if ids is None or ids.dim() != 1 or (len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool)):
+        raise TypeError(f"Document {number}: token ids must be a flat list of integers.")
+    return ids.to(torch.int64)

@@ -1,0 +1,375 @@
+"""A model at work on a memory: encoding documents, attending to a bank, generating."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import weakref
+from collections.abc import Iterable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from .attention_msa import AttendingPass, EncodingDone, EncodingPass, PrefixPass
+from .cache_msa import MSACache
+from .encoding_msa import encode_documents
+from .memory_msa import BankOrigin, LayerMemory, MemoryBank, model_fingerprint, tokenizer_fingerprint
+
+MEMORY_ARGUMENTS = ("memory", "routing_mask", "force_documents", "output_document_scores")
+FORCED_WITHOUT_ROUTING = (
+    "`force_documents` in a turn without routing tokens: such a turn keeps the documents of the turn before. "
+    "Name the tokens that route with `routing_mask`."
+)
+
+# Banks whose origin was compared with a model's; comparing reads a sample of every weight, so it is done once.
+_accepted_banks: weakref.WeakKeyDictionary[MemoryBank, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+class MemoryMixin:
+    """What the headless model and the causal LM do with a memory."""
+
+    output_class: ClassVar[type]
+    config: Any
+
+    # Encoding ---------------------------------------------------------------------------------------------------------
+
+    def run_base(self, backbone_only: bool = False, **kwargs: Any) -> Any:
+        """One run of the base: its own forward, or only its backbone where logits are not needed."""
+        backbone = cast(Any, self).base_model
+        if backbone_only and backbone is not self:
+            kwargs.pop("logits_to_keep", None)
+            return backbone(**kwargs)
+        return super().forward(**kwargs)  # type: ignore[misc]
+
+    def encode_prefix(self, ids: Tensor | None = None) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values of the prefix in every layer.
+
+        Args:
+            ids: [B, p]; default the configuration's, and then the batch dimension is dropped.
+
+        Returns:
+            Layer -> two tensors [G, p, D] (or [B, G, p, D]); empty where there is no prefix.
+        """
+        device = cast(Any, self).device
+        default = ids is None
+        ids = torch.tensor([self.config.prefix_token_ids], device=device, dtype=torch.long) if ids is None else ids
+        if ids.shape[1] == 0:
+            return {}
+        prefix_pass = PrefixPass()
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        self.run_base(
+            backbone_only=True,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=positions,
+            use_cache=False,
+            memory_pass=prefix_pass,
+        )
+        states = prefix_pass.finish()
+        return {layer: (key[0], value[0]) for layer, (key, value) in states.items()} if default else states
+
+    def encode_batch(self, ids: Tensor, lengths: Tensor) -> dict[int, LayerMemory]:
+        """Encode right-padded documents; nothing behind the last memory layer's keys and values is computed.
+
+        Args:
+            ids: [N, L] int64.
+            lengths: [N] int64, tokens of each document.
+
+        Returns:
+            Layer -> `LayerMemory` of their chunks, documents in order.
+        """
+        encoding = EncodingPass(self.config, lengths, self.config.similarity, stop=True)
+        with contextlib.suppress(EncodingDone):
+            # Padding stands behind the documents, where causal attention does not look.
+            self.run_base(
+                backbone_only=True,
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                position_ids=torch.arange(ids.shape[1], device=ids.device).expand(ids.shape),
+                use_cache=False,
+                memory_pass=encoding,
+            )
+        return encoding.finish()
+
+    def encode_documents(self, documents: Iterable[Any], tokenizer: Any = None, **kwargs: Any) -> MemoryBank:
+        """Encode documents into a bank (paper, 3.1). The result does not depend on batch size or order.
+
+        Args:
+            documents: an iterable, of any length, of texts, of token id lists, or of mappings such as the rows of a
+                `datasets.Dataset`: `text` or `input_ids`, a `key` (default: the document's number) and anything else,
+                which becomes its metadata. Where both are given, `input_ids` are encoded and `text` is kept.
+            tokenizer: needed for texts.
+            batch_tokens: tokens per batch, padding included (default 16384).
+            max_length: longest document in tokens (default: the model's positions).
+            too_long: `"error"`, or `"split"` to store longer documents in parts `key#0`, `key#1`, ..., cut at a
+                paragraph, line, sentence or word where one ends in the last quarter.
+            add_special_tokens: whether the tokenizer adds its own (default no).
+            text_column, key_column: names of the fields of mappings.
+            bank_device: where the bank is built (default: the model's device).
+            show_progress: a progress bar (default yes).
+
+        Raises:
+            ValueError: for no documents, an empty or too long one, a key used twice, token ids that the model does not
+                know, metadata that JSON cannot express, or states that are not finite; naming the document.
+            TypeError: for what is no document.
+        """
+        return encode_documents(self, documents, tokenizer, **kwargs)
+
+    def memory_origin(self, tokenizer: Any = None) -> BankOrigin:
+        """What a bank made by this model is marked with."""
+        return BankOrigin(
+            model_fingerprint=model_fingerprint(cast(Any, self)),
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            base_model_type=self.config.base_model_type,
+            chunk_size=self.config.chunk_size,
+            memory_layers=tuple(self.config.memory_layers),
+            similarity=self.config.similarity,
+            shared_router=self.config.shared_router,
+            prefix_token_ids=tuple(self.config.prefix_token_ids),
+        )
+
+    def load_memory(self, directory: Any, tokenizer: Any = None, **kwargs: Any) -> MemoryBank:
+        """Load a bank that this model made; `MemoryBank.from_pretrained` with the model filled in."""
+        bank = MemoryBank.from_pretrained(directory, model=self, tokenizer=tokenizer, **kwargs)
+        self.accept_bank(bank)
+        return bank
+
+    def accept_bank(self, bank: MemoryBank) -> None:
+        """Note that `bank` was made by this model."""
+        _accepted_banks.setdefault(bank, weakref.WeakSet()).add(cast(nn.Module, self))
+
+    def _check_bank(self, bank: Any) -> None:
+        if not hasattr(bank, "origin") or not hasattr(bank, "offsets"):
+            raise TypeError(f"`memory` must be a MemoryBank, as encode_documents() returns, got {type(bank).__name__}.")
+        if self not in _accepted_banks.get(bank, ()):
+            bank.check(self.memory_origin())
+            self.accept_bank(bank)
+
+    # Attending --------------------------------------------------------------------------------------------------------
+
+    def memory_forward(
+        self,
+        memory: MemoryBank | None = None,
+        routing_mask: Tensor | None = None,
+        force_documents: Tensor | None = None,
+        output_document_scores: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Forward with a memory, or with the contexts that a cache kept from one."""
+        inputs: Any = kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        if inputs is None:
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        batch, length = inputs.shape[:2]
+        attention_mask = kwargs.get("attention_mask")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError("With a memory, `attention_mask` must be [batch, tokens].")
+        use_cache = kwargs.get("use_cache")
+        use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
+        cache = kwargs.get("past_key_values")
+        if cache is None and use_cache:
+            kwargs["past_key_values"] = cache = MSACache(config=self.config)
+        if cache is not None and not hasattr(cache, "contexts"):
+            raise TypeError(
+                f"A memory needs an MSACache, which keeps the chosen documents, got {type(cache).__name__}; "
+                "leave `past_key_values` out or pass MSACache(config=model.config)."
+            )
+        past = 0 if cache is None else cache.get_seq_length()
+        seen = past + length
+        if attention_mask is not None and attention_mask.shape[1] != seen:
+            raise ValueError(f"`attention_mask` covers {attention_mask.shape[1]} tokens, but {seen} have been seen.")
+
+        routing_mask = self._routing_tokens(routing_mask, attention_mask, batch, length, past, inputs.device)
+        if routing_mask is not None and memory is None:
+            raise ValueError(
+                "This turn has routing tokens but no `memory`; pass the bank, or an all-false routing_mask."
+            )
+        if force_documents is not None and routing_mask is None:
+            raise ValueError(FORCED_WITHOUT_ROUTING)
+        if memory is not None:
+            self._check_bank(memory)
+        if routing_mask is not None and memory is not None:  # not while decoding: these look at the device's data
+            refuse_padding_only(attention_mask)
+            if force_documents is not None:
+                force_documents = self.checked_documents(force_documents, batch, len(memory))
+        if kwargs.get("position_ids") is None:
+            positions = torch.arange(past, seen, device=inputs.device).expand(batch, length)
+            if attention_mask is not None:
+                positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:].to(inputs.device)
+            kwargs["position_ids"] = positions + self.config.first_position
+
+        attending = AttendingPass(
+            config=self.config,
+            similarity=self.config.similarity,
+            layers={} if memory is None else memory.layers,
+            offsets=None if memory is None else memory.offsets,
+            prefix={} if memory is None else memory.prefix,
+            routing_mask=routing_mask,
+            force_documents=force_documents,
+            keep_document_scores=output_document_scores,
+            contexts={} if cache is None else cache.contexts,
+            keep_contexts=cache is not None,
+        )
+        return_dict = kwargs.pop("return_dict", None)
+        output = self.run_base(**kwargs, memory_pass=attending, return_dict=True)
+        # What a mixture calls `aux_loss` is the balance of its experts, which its `loss` holds.
+        fields = {name: value for name, value in output.items() if name != "aux_loss"}
+        result = type(self).output_class(**fields, routing=attending.finish())
+        return result if return_dict is not False else result.to_tuple()
+
+    @staticmethod
+    def _routing_tokens(
+        routing_mask: Tensor | None, attention_mask: Tensor | None, batch: int, length: int, past: int, device: Any
+    ) -> Tensor | None:
+        """[B, T] bool tokens that route, or None where this turn keeps the contexts of the last."""
+        real = None if attention_mask is None else attention_mask[:, past:].bool().to(device)
+        if routing_mask is None:
+            if past:
+                return None
+            return torch.ones(batch, length, dtype=torch.bool, device=device) if real is None else real
+        if routing_mask.shape != (batch, length):
+            raise ValueError(
+                f"`routing_mask` must be [{batch}, {length}] like the input, got {tuple(routing_mask.shape)}."
+            )
+        routing_mask = routing_mask.bool().to(device)
+        if real is not None:
+            routing_mask = routing_mask & real
+        return routing_mask if not past or bool(routing_mask.any()) else None
+
+    @staticmethod
+    def checked_documents(documents: Tensor, batch: int, count: int) -> Tensor:
+        documents = torch.as_tensor(documents)
+        if documents.dim() != 2 or documents.shape[0] != batch or documents.is_floating_point():
+            raise ValueError(
+                f"`force_documents` must be [{batch}, n] positions in the bank, got {tuple(documents.shape)}."
+            )
+        wrong = documents[(documents < -1) | (documents >= count)]
+        if wrong.numel():
+            raise ValueError(
+                f"`force_documents` names document {int(wrong[0])}, but there are {count}; -1 stands for none."
+            )
+        ordered = documents.sort(1).values
+        if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+            raise ValueError("`force_documents` names a document twice for one sample.")
+        return documents.long()
+
+    # Generation -------------------------------------------------------------------------------------------------------
+
+    def generate(self, inputs: Tensor | None = None, memory: MemoryBank | None = None, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate` with a memory.
+
+        Args:
+            inputs: [B, T] prompt without the prefix; also as `input_ids`.
+            memory: the bank to draw on; in a later turn None keeps the documents of the turns before.
+            routing_mask: [B, T] bool, the tokens of the prompt that route (default: all but padding; in a later turn
+                all new ones). Cover the whole `input_ids`, or the attention mask where that is longer.
+            force_documents: [B, n] documents to attend to instead of the routed ones.
+            kwargs: what `generate` takes. Positions and prefix are handled inside.
+
+        Raises:
+            ValueError: also where `prefill_chunk_size` would cut the prompt before its last routing token.
+        """
+        if memory is None and not getattr(kwargs.get("past_key_values"), "contexts", None):
+            return super().generate(inputs, **kwargs)  # type: ignore[misc]
+        if memory is not None:
+            self._check_bank(memory)
+        prompt: Any = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        if prompt is None:
+            raise ValueError("generate() with a memory needs a prompt.")
+        generation_config = kwargs.get("generation_config") or cast(Any, self).generation_config
+        if callable(custom := kwargs.get("custom_generate")):
+            # Transformers keeps these two from a decoding method that is a function, whatever its signature says.
+            wanted = inspect.signature(custom).parameters.keys() & {"tokenizer", "streamer"}
+            kwargs["custom_generate"] = functools.partial(
+                custom, **{name: kwargs[name] for name in wanted if kwargs.get(name) is not None}
+            )
+
+        def option(name: str) -> Any:
+            return kwargs[name] if name in kwargs else getattr(generation_config, name, None)
+
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+            pad, eos = option("pad_token_id"), option("eos_token_id")
+            stops = eos if isinstance(eos, list | tuple) else [eos]
+            if prompt.dim() == 2 and pad is not None and pad not in stops:
+                mask = (prompt != pad).long()
+            kwargs["attention_mask"] = mask
+        if kwargs.get("past_key_values") is None and option("use_cache") is not False:
+            kwargs["past_key_values"] = MSACache(config=self.config)
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        if mask.shape[1] <= past:
+            raise ValueError(
+                f"The cache holds {past} tokens, `attention_mask` covers {mask.shape[1]}: pass the whole history, or "
+                "the new tokens with the attention mask of the whole history."
+            )
+
+        routing_mask = kwargs.get("routing_mask")
+        if routing_mask is None:
+            routing_mask = torch.full_like(mask, memory is not None, dtype=torch.bool)
+        if routing_mask.shape[1] < mask.shape[1]:
+            routing_mask = torch.nn.functional.pad(routing_mask.bool(), (mask.shape[1] - routing_mask.shape[1], 0))
+        if routing_mask.shape != mask.shape:
+            raise ValueError(f"`routing_mask` must be [batch, {mask.shape[1]}], got {tuple(routing_mask.shape)}.")
+        routing_mask = routing_mask.bool() & mask.bool()
+        routing_mask[:, :past] = False
+        piece = option("prefill_chunk_size")
+        if piece is not None and bool(routing_mask[:, past + piece :].any()):
+            raise ValueError(
+                f"`prefill_chunk_size={piece}` cuts the prompt before its last routing token, but documents must be "
+                "chosen before the first token that attends to them. Put the routing tokens into the first piece with "
+                "`routing_mask`, or make the pieces longer."
+            )
+        if kwargs.get("force_documents") is not None and past and not bool(routing_mask.any()):
+            raise ValueError(FORCED_WITHOUT_ROUTING)
+        kwargs["routing_mask"] = routing_mask
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0) + self.config.first_position
+        return super().generate(inputs, memory=memory, **kwargs)  # type: ignore[misc]
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        # generate() takes `inputs_embeds` only where this signature names it.
+        routing_mask = kwargs.pop("routing_mask", None)
+        force_documents = None if routing_mask is None else kwargs.pop("force_documents", None)
+        model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if routing_mask is not None:
+            ids = model_inputs.get("input_ids")
+            length = (ids if ids is not None else model_inputs["inputs_embeds"]).shape[1]
+            cache = model_inputs.get("past_key_values")
+            past = 0 if cache is None else cache.get_seq_length()
+            # Generated tokens do not route.
+            if past < routing_mask.shape[1]:
+                part = routing_mask[:, past : past + length]
+                model_inputs["routing_mask"] = torch.nn.functional.pad(part, (0, length - part.shape[1]))
+                if force_documents is not None and (not past or bool(part.any())):
+                    model_inputs["force_documents"] = force_documents
+        return model_inputs
+
+
+def refuse_padding_only(attention_mask: Tensor | None) -> None:
+    """Raise ValueError where a row of `attention_mask` [B, T] has no token."""
+    if attention_mask is not None and not bool(attention_mask.bool().any(1).all()):
+        question = int((~attention_mask.bool().any(1)).nonzero()[0])
+        raise ValueError(f"Question {question} of the batch is only padding; leave it out.")
+
+
+def attends(kwargs: dict[str, Any]) -> bool:
+    """Whether a forward call has a memory, given now or kept in its cache."""
+    if kwargs.get("memory") is not None:
+        return True
+    if any(kwargs.get(name) is not None for name in ("routing_mask", "force_documents")) and not getattr(
+        kwargs.get("past_key_values"), "contexts", None
+    ):
+        raise ValueError("`routing_mask` and `force_documents` need a `memory`.")
+    return bool(getattr(kwargs.get("past_key_values"), "contexts", None))
+
+
+def without_memory(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in MEMORY_ARGUMENTS}

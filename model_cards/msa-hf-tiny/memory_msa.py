@@ -1,0 +1,519 @@
+"""The memory bank: what stage 1 leaves of a corpus and stage 2 routes over and attends to.
+
+Per memory layer and chunk of `chunk_size` tokens it holds one routing key and one pooled key and value; per document,
+its key, text and metadata; and with what model all of it was made, because no other model can read it.
+"""
+
+import hashlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .storage_msa import (
+    MANIFEST,
+    RESTORE,
+    BankFormatError,
+    pyarrow,
+    read_manifest,
+    read_table,
+    read_tensors,
+    table_schema,
+    write_bank,
+)
+
+SAMPLES = 64  # values per parameter that a fingerprint looks at
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """What one memory layer keeps of the corpus; the chunks of a document are neighbours.
+
+    Attributes:
+        routing_keys: [C, G * D], one routing key per chunk; the groups lie one after the other.
+        content: [C, 2, G, D], pooled keys after RoPE (`[:, 0]`) and pooled values (`[:, 1]`).
+    """
+
+    routing_keys: Tensor
+    content: Tensor
+
+    @property
+    def keys(self) -> Tensor:
+        """Pooled keys [C, G, D], a view."""
+        return self.content[:, 0]
+
+    @property
+    def values(self) -> Tensor:
+        """Pooled values [C, G, D], a view."""
+        return self.content[:, 1]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LayerMemory":
+        """The same on another device or in another dtype; itself where nothing changes."""
+        keys, content = self.routing_keys.to(device, dtype), self.content.to(device, dtype)
+        return self if keys is self.routing_keys and content is self.content else LayerMemory(keys, content)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A document of a bank.
+
+    Attributes:
+        key: name, unique within the bank.
+        text: original text, None where it was not kept.
+        metadata: JSON values by name (saving turns tuples into lists), or None.
+        tokens: tokens that were encoded, at least 1.
+        chunks: `ceil(tokens / chunk_size)`.
+    """
+
+    key: str
+    text: str | None
+    metadata: dict[str, Any] | None
+    tokens: int
+    chunks: int
+
+
+class DocumentTable(Sequence[Document]):
+    """The documents of a bank in order, as a sequence.
+
+    Args:
+        rows: documents, or a `pyarrow.Table` with the columns of the bank format. The rows of a table are decoded when
+            they are asked for, so that one that is memory mapped stays on disk.
+
+    Raises:
+        ValueError: where two documents have the same key, naming it.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self._table = None if isinstance(rows, Sequence) else rows
+        self._documents: list[Document] = list(rows) if isinstance(rows, Sequence) else []
+        self._positions: dict[str, int] | None = None
+        distinct = len(set(self._keys())) if self._table is None else len(self._table["key"].unique())
+        if distinct < len(self):
+            key, times = Counter(self._keys()).most_common(1)[0]
+            raise ValueError(f"{times} documents have the key {key!r}; keys must be unique.")
+
+    def _keys(self) -> list[str]:
+        return [row.key for row in self._documents] if self._table is None else self._table["key"].to_pylist()
+
+    def __len__(self) -> int:
+        return len(self._documents if self._table is None else self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> Document: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Document]: ...
+    def __getitem__(self, index: int | slice) -> Document | list[Document]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        row = range(len(self))[index]
+        return self._documents[row] if self._table is None else self._decode(self._table.slice(row, 1))[0]
+
+    def __iter__(self) -> Iterator[Document]:
+        if self._table is None:
+            yield from self._documents
+        else:
+            for batch in self._table.to_batches(max_chunksize=1024):
+                yield from self._decode(batch)
+
+    @staticmethod
+    def _decode(rows: Any) -> list[Document]:
+        documents = []
+        for row in rows.to_pylist():
+            try:
+                metadata = None if row["metadata"] is None else json.loads(row.pop("metadata"))
+                if not isinstance(metadata, dict | None):
+                    raise ValueError("not an object")
+            except (ValueError, RecursionError) as error:
+                raise BankFormatError(
+                    f"Document {row['key']!r}: its metadata is not JSON ({error}). {RESTORE}."
+                ) from error
+            documents.append(Document(**{**row, "metadata": metadata}))
+        return documents
+
+    def position(self, key: str) -> int:
+        """Index of the document named `key`.
+
+        Raises:
+            KeyError: naming a key that no document has.
+        """
+        if self._positions is None:
+            self._positions = {name: row for row, name in enumerate(self._keys())}
+        return self._positions[key]
+
+    def counts(self, column: str) -> np.ndarray:
+        """`"tokens"` or `"chunks"` of every document: [N] int64."""
+        if self._table is not None:
+            return self._table[column].to_numpy().astype(np.int64)
+        return np.fromiter((getattr(row, column) for row in self._documents), np.int64, len(self))
+
+    def to_arrow(self) -> Any:
+        """The documents as a `pyarrow.Table` with the columns of the bank format.
+
+        Raises:
+            ValueError: for metadata that JSON cannot express, naming the document.
+            ImportError: where pyarrow is missing.
+        """
+        if self._table is not None:
+            return self._table
+        rows = []
+        for document in self._documents:
+            metadata = document.metadata
+            try:
+                encoded = None if metadata is None else json.dumps(metadata, ensure_ascii=False, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"Document {document.key!r}: its metadata cannot be written as JSON: {error}."
+                ) from error
+            rows.append((document.key, document.text, encoded, document.tokens, document.chunks))
+        schema = table_schema()
+        columns = zip(*rows, strict=True) if rows else [()] * len(schema)
+        arrays = [pyarrow().array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+        return pyarrow().Table.from_arrays(arrays, schema=schema)
+
+
+@dataclass(frozen=True)
+class BankOrigin:
+    """What a bank was made with, or what a model would make one with.
+
+    Attributes:
+        model_fingerprint: `model_fingerprint(model)`.
+        tokenizer_fingerprint: `tokenizer_fingerprint(tokenizer)`, None where no tokenizer was at hand.
+        base_model_type: `model_type` of the base decoder.
+        chunk_size: tokens per chunk.
+        memory_layers: ascending.
+        similarity: `"cosine"` (routing keys are normalised) or `"dot"`.
+        shared_router: routing keys are the pooled attention keys.
+        prefix_token_ids: the template prefix.
+
+    Raises:
+        ValueError: for a field of the wrong type, naming it. Lists become tuples.
+    """
+
+    model_fingerprint: str
+    tokenizer_fingerprint: str | None
+    base_model_type: str
+    chunk_size: int
+    memory_layers: tuple[int, ...]
+    similarity: str
+    shared_router: bool
+    prefix_token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        def require(name: str, valid: bool, what: str) -> None:
+            if not valid:
+                raise ValueError(f"`{name}` must be {what}, got {getattr(self, name)!r:.80}")
+
+        for name in ("model_fingerprint", "base_model_type", "similarity"):
+            require(name, isinstance(getattr(self, name), str), "a string")
+        require("tokenizer_fingerprint", isinstance(self.tokenizer_fingerprint, str | None), "a string or null")
+        require("chunk_size", type(self.chunk_size) is int and self.chunk_size >= 1, "an integer of at least 1")
+        require("shared_router", isinstance(self.shared_router, bool), "true or false")
+        for name in ("memory_layers", "prefix_token_ids"):
+            value = getattr(self, name)
+            natural = isinstance(value, list | tuple) and all(type(item) is int and item >= 0 for item in value)
+            require(name, natural, "a list of integers from 0")
+            object.__setattr__(self, name, tuple(value))
+        ascending = self.memory_layers and self.memory_layers == tuple(sorted(set(self.memory_layers)))
+        require("memory_layers", bool(ascending), "a non-empty list of layers, ascending")
+
+    def differences(self, other: "BankOrigin") -> list[str]:
+        """Where the origin of a bank (this) and of a model (`other`) differ: one line per field, empty where nowhere.
+
+        The fingerprint of a tokenizer is compared only where both are known.
+        """
+        lines = []
+        for field in fields(self):
+            ours, theirs = getattr(self, field.name), getattr(other, field.name)
+            unknown = field.name == "tokenizer_fingerprint" and None in (ours, theirs)
+            if ours != theirs and not unknown:
+                ours, theirs = (list(value) if isinstance(value, tuple) else value for value in (ours, theirs))
+                lines.append(f"{field.name}: the bank has {ours}, the model {theirs}")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "BankOrigin":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: for an unknown, missing or mistyped field, naming it.
+        """
+        names = {field.name for field in fields(cls)}
+        for problem, wrong in (("unknown", record.keys() - names), ("missing", names - record.keys())):
+            if wrong:
+                raise ValueError(f"{problem} field of the origin: {', '.join(sorted(wrong))}")
+        return cls(**record)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Tell models with different weights apart: 64 hexadecimal digits.
+
+    Covers names, shapes and 64 evenly strided values of every parameter, rounded to bf16, so that the float32 and the
+    bf16 load of a checkpoint agree; a change that misses all of those values goes unseen. The output head is left out
+    unless it is the input embedding: the memory does not depend on it, and the headless model makes the same one.
+
+    Args:
+        model: a transformers model. Parameters on the meta device (offloaded) count by name and shape, with a warning.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    ignored = {id(weight) for weight in head.parameters()} if head is not None else set()
+    ignored -= {id(weight) for weight in embedding.parameters()}
+    backbone = f"{model.base_model_prefix}."
+    named = sorted(
+        (name.removeprefix(backbone), weight) for name, weight in model.named_parameters() if id(weight) not in ignored
+    )
+    samples: dict[torch.device, list[Tensor]] = {}
+    meta = 0
+    digest = hashlib.sha256()
+    for name, weight in named:
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+        if weight.is_meta:
+            meta += 1
+            continue
+        values = weight.detach().flatten()
+        step = max(values.numel() // SAMPLES, 1)
+        samples.setdefault(weight.device, []).append(values[::step][:SAMPLES].to(torch.bfloat16))
+    if meta:
+        warnings.warn(
+            f"{meta} parameters lie on the meta device (offloaded?): the fingerprint covers only their names and "
+            "shapes, and does not match one that was taken with all weights present.",
+            stacklevel=2,
+        )
+    # One transfer per device; then back into the order of names, so that placement does not matter.
+    pieces = {
+        device: iter(torch.cat(parts).cpu().view(torch.int16).split([len(part) for part in parts]))
+        for device, parts in samples.items()
+    }
+    for _, weight in named:
+        if not weight.is_meta:
+            digest.update(next(pieces[weight.device]).numpy().astype("<i2").tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str | None:
+    """Tell tokenizers that give different ids apart: 64 hexadecimal digits, None for None.
+
+    The state of padding and truncation, which calls change, does not count. A tokenizer without a fast backend counts
+    by its vocabulary.
+    """
+    if tokenizer is None:
+        return None
+    if getattr(tokenizer, "is_fast", False):
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        content = {name: value for name, value in state.items() if name not in ("padding", "truncation")}
+    else:
+        content = tokenizer.get_vocab()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class MemoryBank:
+    """Documents, encoded once by one model, ready to be routed over and attended to.
+
+    Args:
+        layers: memory of each memory layer; C chunks in all of them, one dtype, one device.
+        offsets: [N + 1] int64 on the CPU; chunks `offsets[i]` up to `offsets[i + 1]` belong to document i.
+        prefix: per layer of the model, keys (after RoPE) and values [G, p, D] of the template prefix; may be empty
+            where p is 0.
+        documents: N documents.
+        origin: what the bank was made with.
+
+    Raises:
+        ValueError: where these contradict each other, naming what does.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, LayerMemory],
+        offsets: Tensor,
+        prefix: Mapping[int, tuple[Tensor, Tensor]],
+        documents: DocumentTable,
+        origin: BankOrigin,
+    ) -> None:
+        self.layers = dict(sorted(layers.items()))
+        self.offsets = offsets
+        self.prefix = dict(sorted(prefix.items()))
+        self.documents = documents
+        self.origin = origin
+        self._validate()
+        self.num_chunks = int(offsets[-1])
+        self.num_tokens = int(documents.counts("tokens").sum())
+
+    def _validate(self) -> None:
+        def require(valid: Any, problem: str) -> None:
+            if not valid:
+                raise ValueError(problem)
+
+        offsets, count = self.offsets, len(self.documents)
+        on_cpu = offsets.dtype == torch.int64 and offsets.device.type == "cpu"
+        require(on_cpu and offsets.shape == (count + 1,), f"`offsets` must be {count + 1} int64 numbers on the CPU.")
+        chunks = self.documents.counts("chunks")
+        require(offsets[0] == 0 and (offsets.diff() >= 1).all(), "`offsets` must ascend from 0, by 1 or more.")
+        require((offsets.diff().numpy() == chunks).all(), "`offsets` and the documents' `chunks` differ.")
+        size = self.origin.chunk_size
+        for row in np.flatnonzero(chunks != -(-self.documents.counts("tokens") // size))[:1]:
+            document = self.documents[int(row)]
+            raise ValueError(
+                f"Document {document.key!r} has {document.tokens} tokens and {document.chunks} chunks, which does not "
+                f"fit chunks of {size} tokens."
+            )
+
+        wanted = list(self.origin.memory_layers)
+        require(list(self.layers) == wanted, f"`layers` are {list(self.layers)}, the origin's are {wanted}.")
+        total = int(offsets[-1])
+        for layer, memory in self.layers.items():
+            keys, content = memory.routing_keys, memory.content
+            fits = content.ndim == 4 and content.shape[:2] == (total, 2)
+            fits = fits and keys.shape == (total, content.shape[2:].numel())
+            require(
+                fits,
+                f"Layer {layer}: for {total} chunks `content` must be [{total}, 2, G, D] and `routing_keys` "
+                f"[{total}, G * D], got {list(content.shape)} and {list(keys.shape)}.",
+            )
+        length = len(self.origin.prefix_token_ids)
+        missing = sorted(self.layers.keys() - self.prefix.keys())
+        require(not length or not missing, f"`prefix` lacks the memory layers {missing}.")
+        for layer, (keys, values) in self.prefix.items():
+            fits = keys.ndim == 3 and keys.shape == values.shape and keys.shape[1] == length
+            require(
+                fits,
+                f"`prefix` of layer {layer}: keys and values must be [G, {length}, D], "
+                f"got {list(keys.shape)} and {list(values.shape)}.",
+            )
+        kinds = {(tensor.dtype, tensor.device) for tensor in self._tensors()}
+        require(len(kinds) == 1, f"All tensors must share one dtype and one device, got {sorted(map(str, kinds))}.")
+        require(self.dtype.is_floating_point, f"A bank holds floating-point numbers, got {self.dtype}.")
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for memory in self.layers.values():
+            yield from (memory.routing_keys, memory.content)
+        for pair in self.prefix.values():
+            yield from pair
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def layer(self, index: int) -> LayerMemory:
+        """The memory of layer `index`.
+
+        Raises:
+            KeyError: where that is no memory layer.
+        """
+        if index not in self.layers:
+            raise KeyError(f"layer {index} is not a memory layer; those are {list(self.layers)}")
+        return self.layers[index]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of all tensors."""
+        return next(self._tensors()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of all tensors but the offsets."""
+        return next(self._tensors()).device
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "MemoryBank":
+        """The bank on another device or in another dtype; itself where nothing changes."""
+        layers = {layer: memory.to(device, dtype) for layer, memory in self.layers.items()}
+        prefix = {
+            layer: (keys.to(device, dtype), values.to(device, dtype)) for layer, (keys, values) in self.prefix.items()
+        }
+        if all(layers[layer] is memory for layer, memory in self.layers.items()):
+            return self
+        return MemoryBank(layers, self.offsets, prefix, self.documents, self.origin)
+
+    def check(self, model_origin: BankOrigin) -> None:
+        """Make sure that a model can read this bank.
+
+        Raises:
+            ValueError: listing every difference, and the remedy.
+        """
+        _check_origin(self.origin, model_origin)
+
+    def save_pretrained(self, directory: str | Path, max_shard_size: int | str = "4GB") -> None:
+        """Save to a directory, all or nothing. A bank that lies there is replaced; whoever has it loaded keeps it.
+
+        Args:
+            directory: made where missing.
+            max_shard_size: most bytes of tensors per file; a document is never split.
+
+        Raises:
+            ValueError: for a dtype or metadata that the format cannot hold, or a directory whose manifest is not
+                readable.
+            ImportError: where pyarrow is missing.
+        """
+        layers = {layer: (memory.routing_keys, memory.content) for layer, memory in self.layers.items()}
+        table, origin = self.documents.to_arrow(), self.origin.to_dict()
+        write_bank(Path(directory), origin, layers, self.prefix, table, self.offsets, max_shard_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        model: Any = None,
+        tokenizer: Any = None,
+        device: torch.device | str | None = None,
+        verify: bool = True,
+    ) -> "MemoryBank":
+        """Load a bank; texts, and on the CPU most tensors, stay memory mapped.
+
+        Args:
+            directory: where `save_pretrained` put it.
+            model: the model that is to read the bank; its `memory_origin(tokenizer)` is compared with the bank's origin
+                before anything is loaded. None: not compared.
+            tokenizer: compared as well where given.
+            device: where the tensors go. Default: the CPU.
+            verify: compare the SHA-256 of every file, which reads all of them. Sizes, shapes and counts are always
+                checked; turn this off only for files that you wrote yourself.
+
+        Raises:
+            BankFormatError: where the directory is no bank or a damaged one, naming file, cause and remedy.
+            ValueError: where another model made it, listing every difference.
+            ImportError: where pyarrow is missing.
+        """
+        directory = Path(directory)
+        manifest = read_manifest(directory)
+        try:
+            origin = BankOrigin.from_dict(manifest["origin"])
+        except ValueError as error:
+            raise BankFormatError(f"{directory / MANIFEST}: {error}. {RESTORE}.") from error
+        if model is not None:
+            _check_origin(origin, model.memory_origin(tokenizer))
+        table = read_table(directory, manifest, verify)
+        # With its index: safetensors takes a bare "cuda" for the first device, torch for the current one.
+        target = torch.empty(0, device=device or "cpu").device
+        layers, prefix = read_tensors(directory, manifest, target, verify)
+        try:
+            documents = DocumentTable(table)
+            offsets = torch.from_numpy(np.concatenate([[0], documents.counts("chunks").cumsum()]))
+            memories = {layer: LayerMemory(*pair) for layer, pair in layers.items()}
+            return cls(memories, offsets, prefix, documents, origin)
+        except ValueError as error:
+            raise BankFormatError(f"{directory / MANIFEST}: the bank contradicts itself: {error} {RESTORE}.") from error
+
+    def __repr__(self) -> str:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+        return (
+            f"MemoryBank(documents={len(self)}, tokens={self.num_tokens}, chunks={self.num_chunks}, "
+            f"layers={list(self.layers)}, dtype={str(self.dtype).removeprefix('torch.')}, device={self.device}, "
+            f"bytes={size})"
+        )
+
+
+def _check_origin(bank: BankOrigin, model: BankOrigin) -> None:
+    if differences := bank.differences(model):
+        lines = "".join(f"\n  - {line}" for line in differences)
+        raise ValueError(
+            f"This bank was not made with this model:{lines}\nLoad the model and tokenizer that made the bank, or "
+            "encode the documents again with this model."
+        )

@@ -1,0 +1,71 @@
+"""`MSAForCausalLM` and `MSAModel`: any decoder of transformers with a Memory Sparse Attention memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+from .checkpoint_msa import CheckpointMixin
+from .inference_msa import MEMORY_ARGUMENTS, MemoryMixin, attends, without_memory
+from .outputs_msa import MSACausalLMOutput, MSAModelOutput
+from .training_msa import TRAINING_ARGUMENTS, TrainingMixin
+
+
+class MSAModel(MemoryMixin, CheckpointMixin):
+    """A decoder without head, with a memory. `AutoModel` loads it; see `MSAForCausalLM`."""
+
+    base_mapping = MODEL_MAPPING
+    output_class = MSAModelOutput
+    forward_arguments = MEMORY_ARGUMENTS
+
+    def forward(self, **kwargs: Any) -> Any:
+        """The base's forward; with `memory`, `routing_mask`, `force_documents`, `output_document_scores` it attends."""
+        return self.memory_forward(**kwargs) if attends(kwargs) else super().forward(**without_memory(kwargs))  # type: ignore[misc]
+
+
+class MSAForCausalLM(TrainingMixin, CheckpointMixin):
+    """A causal LM with a Memory Sparse Attention memory (arXiv 2603.23516).
+
+    `from_base` retrofits a plain model, `from_pretrained` loads a checkpoint. Without a memory it computes what the
+    base computes, to the bit.
+    """
+
+    base_mapping = MODEL_FOR_CAUSAL_LM_MAPPING
+    output_class = MSACausalLMOutput
+    forward_arguments = (*MEMORY_ARGUMENTS, *TRAINING_ARGUMENTS)
+
+    def forward(self, **kwargs: Any) -> Any:
+        """The base's forward, and with a memory or documents the following.
+
+        Inference:
+            memory: `MemoryBank` to draw on. `input_ids` then hold the active tokens, without the prefix.
+            routing_mask: [B, T] bool, the tokens that route. Default: all non-padding tokens where nothing is cached;
+                with a cache a turn routes anew where it has routing tokens, else it keeps its documents.
+            force_documents: [B, n] int64 positions in the bank to attend to instead, -1 for none.
+            output_document_scores: also report the scores of all documents, [B, N] per layer.
+
+        Training (paper, 3.4), on either form:
+            doc_ids: [B, T] int64 for packed rows: 1, 2, ... documents; 0 routing tokens; -1 other active tokens; -2
+                template tokens, those that open the row being the prefix. `position_ids` default to their rule.
+            documents: a pool shared by all questions: token id lists, or a mapping with padded `input_ids` and
+                `attention_mask`. `input_ids` then hold question, tail and answer; tokens before the first label route
+                unless `routing_mask` says which.
+            positive_docs: [B, P] int64 document numbers (of the row or the pool, from 0), -1 for none.
+            labels: [B, T], -100 for none.
+            answer_mask: [B, T] bool, labels that count a second time, with `answer_loss_weight`.
+            num_items_in_batch: labelled tokens of all micro-batches together.
+
+        Returns:
+            The base's output without a memory, else `MSACausalLMOutput`.
+        """
+        if kwargs.get("doc_ids") is not None or kwargs.get("documents") is not None:
+            return self.training_forward(**kwargs)
+        if given := [name for name in TRAINING_ARGUMENTS if kwargs.pop(name, None) is not None]:
+            raise ValueError(f"`{given[0]}` belongs to a training step: pass `documents` or `doc_ids` with it.")
+        if attends(kwargs):
+            output = self.memory_forward(**kwargs)
+            if isinstance(output, MSACausalLMOutput):
+                output.lm_loss = output.loss
+            return output
+        return super().forward(**without_memory(kwargs))  # type: ignore[misc]

@@ -1,0 +1,36 @@
+"""What a forward with a memory returns."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .routing_msa import LayerRouting
+
+
+@dataclass
+class MSACausalLMOutput(CausalLMOutputWithPast):
+    """Output of a causal LM that attended to a memory.
+
+    Attributes:
+        loss: weighted sum of the losses below, where labels or positive documents were given.
+        lm_loss: language-model loss.
+        aux_loss: auxiliary loss of the routers.
+        answer_loss: language-model loss over the labels that `answer_mask` marks.
+        routing: memory layer -> `LayerRouting`; empty in a turn that does not route.
+        router_logits: of the experts, where the base is a mixture and was asked for them.
+    """
+
+    lm_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    answer_loss: Tensor | None = None
+    routing: dict[int, LayerRouting] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MSAModelOutput(BaseModelOutputWithPast):
+    """Output of a headless model that attended to a memory; the rest as in `MSACausalLMOutput`."""
+
+    routing: dict[int, LayerRouting] | None = None
+    router_logits: tuple[Tensor, ...] | None = None

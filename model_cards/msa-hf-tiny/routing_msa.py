@@ -1,0 +1,182 @@
+"""Routing: from router queries and router keys to the documents that a memory layer attends to.
+
+Plain PyTorch. Scores are accumulated and compared in float32, in tiles: never tokens x chunks at once.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Scores held at once while routing: 4 M float32 numbers, 16 MB.
+TILE_ELEMENTS = 1 << 22
+# Chunks per tile: wide enough for an efficient matrix product, small enough that keys in 16 bit are widened piecemeal.
+TILE_CHUNKS = 8192
+# Stands for "no score": finite, so that it survives a division by the temperature without turning into NaN.
+NO_SCORE = -1e30
+
+
+@dataclass
+class LayerRouting:
+    """What one memory layer chose.
+
+    Attributes:
+        documents: [B, k] int64, positions in the bank, best first; -1 where fewer documents were there.
+        scores: [B, k] float32, scores of `documents`; -inf beside -1.
+        document_scores: [B, N] float32, scores of all documents (differentiable in training), -inf for documents that
+            a sample cannot see; None unless training or asked for with `output_document_scores=True`.
+    """
+
+    documents: Tensor
+    scores: Tensor
+    document_scores: Tensor | None = None
+
+
+def normalize_heads(vectors: Tensor) -> Tensor:
+    """L2-normalise the last dimension in float32; zero vectors stay zero.
+
+    The epsilon lies inside the square root, so the gradient at zero is finite.
+    """
+    vectors = vectors.float()
+    return vectors * torch.rsqrt(vectors.square().sum(-1, keepdim=True) + 1e-12)
+
+
+def score_documents(
+    queries: Tensor,
+    routing_mask: Tensor,
+    routing_keys: Tensor,
+    offsets: Tensor,
+    *,
+    similarity: str = "cosine",
+    head_reduction: str = "mean",
+    query_reduction: str = "max",
+    chunk_reduction: str = "max",
+) -> Tensor:
+    """Score every document for every sample (paper, 3.2; reductions in the order heads, tokens, chunks).
+
+    `s_doc = max_c max_t mean_h sim(q_t,h , r_c,g(h))`. With the mean over heads the score is linear in the query heads,
+    so the heads of one group are averaged first and each (token, chunk) costs one inner product of G * D numbers.
+
+    Args:
+        queries: [B, T, H, D] router queries, any floating dtype.
+        routing_mask: [B, T] bool, the tokens that route.
+        routing_keys: [C, G * D] router keys of the chunks, already L2-normalised per head for `"cosine"`.
+        offsets: [N + 1] int64, chunks of document i are `offsets[i]:offsets[i + 1]`.
+        similarity: `"cosine"` or `"dot"` (times `D ** -0.5`).
+        head_reduction: `"mean"` or `"max"`.
+        query_reduction: `"max"`, `"mean"` or `"last"`.
+        chunk_reduction: `"max"` or `"mean"`.
+
+    Returns:
+        [B, N] float32. Samples without a routing token score `NO_SCORE` everywhere.
+    """
+    heads, dim = queries.shape[2:]
+    groups = routing_keys.shape[1] // dim
+    with torch.autocast(queries.device.type, enabled=False):
+        queries, valid = pack_routing_tokens(queries, routing_mask, last_only=query_reduction == "last")
+        queries = normalize_heads(queries) if similarity == "cosine" else queries.float() * dim**-0.5
+        if head_reduction == "mean":
+            queries = queries.unflatten(2, (groups, heads // groups)).sum(3) / heads
+        chunk_scores = torch.cat(
+            [
+                torch.cat([_score_chunks(queries[rows], valid[rows], keys, query_reduction) for rows in rows_of(keys)])
+                for keys, rows_of in _tiles(routing_keys, queries)
+            ],
+            dim=1,
+        )
+        scores = reduce_chunks(chunk_scores, offsets.to(chunk_scores.device), chunk_reduction)
+        return scores.masked_fill(~valid.any(1, keepdim=True), NO_SCORE)
+
+
+def pack_routing_tokens(queries: Tensor, routing_mask: Tensor, last_only: bool = False) -> tuple[Tensor, Tensor]:
+    """Drop the tokens that do not route: [B, T, H, D] -> [B, t, H, D] and [B, t] bool, t the most of any sample."""
+    positions = routing_mask.long().cumsum(1) - 1
+    counts = routing_mask.sum(1)
+    if last_only:
+        routing_mask = routing_mask & (positions == (counts - 1)[:, None])
+        positions, counts = torch.zeros_like(positions), counts.clamp(max=1)
+    width = max(int(counts.max()), 1)
+    sample, token = routing_mask.nonzero(as_tuple=True)
+    packed = queries.new_zeros(queries.shape[0], width, *queries.shape[2:])
+    packed = packed.index_put((sample, positions[sample, token]), queries[sample, token])
+    return packed, torch.arange(width, device=queries.device) < counts[:, None]
+
+
+def _tiles(routing_keys: Tensor, queries: Tensor) -> Iterator[tuple[Tensor, Callable[[Tensor], list[slice]]]]:
+    """Tiles of chunks, and for each the tiles of samples whose scores fit in TILE_ELEMENTS."""
+    batch, width = queries.shape[:2]
+
+    def rows_of(keys: Tensor) -> list[slice]:
+        step = max(TILE_ELEMENTS // (keys.shape[0] * width), 1)
+        return [slice(start, start + step) for start in range(0, batch, step)]
+
+    for keys in routing_keys.split(TILE_CHUNKS):
+        yield keys.float(), rows_of
+
+
+def _score_chunks(queries: Tensor, valid: Tensor, keys: Tensor, query_reduction: str) -> Tensor:
+    """[b, t, G or H, D] queries against [c, G * D] keys -> [b, c]: heads and tokens reduced, tokens in tiles."""
+    step = max(TILE_ELEMENTS // (keys.shape[0] * queries.shape[0]), 1)
+    total: Tensor | None = None
+    for part, real in zip(queries.split(step, dim=1), valid.split(step, dim=1), strict=True):
+        scores = _token_scores(part, keys)
+        if query_reduction == "mean":
+            scores = scores.masked_fill(~real[..., None], 0.0).sum(1)
+            total = scores if total is None else total + scores
+        else:
+            scores = scores.masked_fill(~real[..., None], NO_SCORE).amax(1)
+            total = scores if total is None else torch.maximum(total, scores)
+    assert total is not None
+    return total / valid.sum(1, keepdim=True).clamp(min=1) if query_reduction == "mean" else total
+
+
+def _token_scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """[b, t, G, D] (heads averaged) or [b, t, H, D] queries against [c, G * D] keys -> [b, t, c]."""
+    if queries.shape[2] * queries.shape[3] == keys.shape[1]:
+        return queries.flatten(2) @ keys.T
+    grouped = keys.unflatten(1, (-1, queries.shape[3]))
+    heads_per_group = queries.shape[2] // grouped.shape[1]
+    best: Tensor | None = None
+    for head in range(queries.shape[2]):
+        scores = queries[:, :, head] @ grouped[:, head // heads_per_group].T
+        best = scores if best is None else torch.maximum(best, scores)
+    assert best is not None
+    return best
+
+
+def reduce_chunks(chunk_scores: Tensor, offsets: Tensor, chunk_reduction: str) -> Tensor:
+    """[B, C] scores of chunks -> [B, N] of documents; `offsets` [N + 1] int64 on the same device."""
+    if offsets.numel() - 1 == chunk_scores.shape[1]:
+        return chunk_scores  # every document is one chunk
+    reduced = torch.segment_reduce(chunk_scores.T.contiguous(), chunk_reduction, offsets=offsets, axis=0)
+    return reduced.T
+
+
+def select_documents(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` best documents of each sample; equal scores go to the lower index, so the choice is deterministic.
+
+    Args:
+        scores: [B, N] float32; documents at or below `NO_SCORE` are not chosen.
+        k: how many.
+
+    Returns:
+        documents [B, k] int64, best first, -1 where fewer were there; their scores [B, k] float32, -inf beside -1.
+    """
+    with torch.no_grad():
+        scores = scores.detach().float()
+        batch, count = scores.shape
+        # float32 as an order-preserving int32, above the reversed index: one top-k over unique int64 keys. Adding zero
+        # makes -0.0 equal to 0.0.
+        bits = (scores + 0.0).view(torch.int32).long()
+        rank = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+        keys = (rank << 32) | (0xFFFFFFFF - torch.arange(count, device=scores.device))
+        documents = keys.topk(min(k, count), dim=1).indices
+        chosen = scores.gather(1, documents)
+        absent = ~(chosen > NO_SCORE)
+        documents = documents.masked_fill(absent, -1)
+        chosen = chosen.masked_fill(absent, float("-inf"))
+        if count < k:
+            documents = torch.nn.functional.pad(documents, (0, k - count), value=-1)
+            chosen = torch.nn.functional.pad(chosen, (0, k - count), value=float("-inf"))
+        return documents, chosen

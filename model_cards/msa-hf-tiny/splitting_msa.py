@@ -1,0 +1,71 @@
+"""Splitting: cutting a long text where a paragraph, line, sentence or word ends."""
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterator
+from typing import Any
+
+# Where a text may be cut, best first; looked for in the last quarter of what fits.
+BOUNDARIES = (
+    re.compile(r"\n\s*\n"),
+    re.compile(r"\n"),
+    re.compile(r"[.!?][\"')\]]*\s|[。！？]"),
+    re.compile(r"\s"),
+)
+
+
+class LimitTooSmall(ValueError):
+    """The limit leaves no room for a single character."""
+
+
+def split_text(
+    tokenizer: Any, text: str, limit: int, add_special_tokens: bool = False
+) -> Iterator[tuple[str, list[int]]]:
+    """Pieces that together are `text`, each with its token ids.
+
+    The tokens of the whole say where to cut; each piece is then tokenized by itself.
+
+    Args:
+        tokenizer: a fast tokenizer, which knows where its tokens lie in the text.
+        text: what to split.
+        limit: most tokens of a piece, special ones included.
+        add_special_tokens: whether the tokenizer adds its own to every piece.
+
+    Raises:
+        LimitTooSmall: where one character has more tokens than the limit.
+    """
+
+    def tokens(piece: str) -> list[int]:
+        coded = tokenizer(piece, add_special_tokens=add_special_tokens, truncation=False, verbose=False)
+        return coded["input_ids"]
+
+    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
+    spans = whole["offset_mapping"]
+    starts = [first for first, _ in spans]
+    special = len(tokens(""))
+    room = limit - special
+    start = token = 0
+    while start < len(text):
+        if room < 1:
+            raise LimitTooSmall(f"a limit of {limit} tokens is too small")
+        end = len(text)
+        if token + room < len(spans):
+            end = _boundary(text, start, spans[token][1], max(starts[token + room], start + 1))
+        # A text cut out may have more tokens than it had inside the whole.
+        while len(piece := tokens(text[start:end])) > limit:
+            end = start + (end - start) * 15 // 16
+        if end == start or len(piece) == special:
+            raise LimitTooSmall(f"a limit of {limit} tokens is too small")
+        yield text[start:end], piece
+        start, token = end, bisect_left(starts, end)
+
+
+def _boundary(text: str, start: int, least: int, most: int) -> int:
+    """Where to end the piece of `text` from `start`: at the best boundary in the last quarter before `most`."""
+    least = max(start + (most - start) * 3 // 4, least)
+    for boundary in BOUNDARIES:
+        # One character further: white space behind `most` makes a boundary there.
+        ends = [match.end() for match in boundary.finditer(text, start, most + 1) if match.end() >= least]
+        if ends:
+            return min(ends[-1], most)
+    return most

@@ -1,0 +1,300 @@
+"""The training forward (paper, 3.4): packed rows, or a pool of documents shared by the questions of a batch.
+
+One step's losses, and nothing that a checkpoint cannot carry; what people train with is the package `training`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .attention_msa import AttendingPass, EncodingPass, PrefixPass, chunks_of
+from .inference_msa import MemoryMixin
+from .losses_msa import auxiliary_loss, positive_mask
+from .memory_msa import LayerMemory
+from .outputs_msa import MSACausalLMOutput
+from .packing_msa import PackedRows, PooledDocuments, TokenBlocks, pool_documents, right_padded, unpack_rows
+from .routing_msa import LayerRouting
+
+# None but `labels` may have "label" in its name: Trainer evaluates a loss only where all arguments named so are given.
+TRAINING_ARGUMENTS = ("doc_ids", "documents", "positive_docs", "answer_mask")
+
+
+class DifferentiableEncodingPass(EncodingPass):
+    """Encodes documents for a loss, and refuses to where what it keeps would carry no gradient."""
+
+    def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
+        if self.recording and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "The documents of this training step would get no gradient: gradient checkpointing runs with "
+                "use_reentrant=True. Enable it with use_reentrant=False (the default of transformers)."
+            )
+        super().enter(module, hidden_states)
+
+
+class TrainingMixin(MemoryMixin):
+    """The training forward of a causal LM; both forms share one mathematics, stages 1 and 2 with gradients."""
+
+    def training_forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        documents: Any = None,
+        positive_docs: Tensor | None = None,
+        answer_mask: Tensor | None = None,
+        routing_mask: Tensor | None = None,
+        force_documents: Tensor | None = None,
+        num_items_in_batch: Any = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if doc_ids is not None and documents is not None:
+            raise ValueError("Pass packed rows (`doc_ids`) or a pool (`documents`), not both.")
+        if kwargs.pop("memory", None) is not None:
+            raise ValueError("A training step brings its own documents; leave `memory` out.")
+        others = [kwargs.pop(name, None) for name in ("past_key_values", "inputs_embeds")]
+        if input_ids is None or any(other is not None for other in others):
+            raise ValueError("A training step takes `input_ids` and no cache.")
+        if doc_ids is not None and routing_mask is not None:
+            raise ValueError("Packed rows say in `doc_ids` which tokens route (0); leave `routing_mask` out.")
+        if kwargs.get("output_router_logits") or getattr(self.config, "output_router_logits", False):
+            raise ValueError(
+                "`output_router_logits` asks for a loss that balances experts; a training step with documents has none."
+            )
+        if answer_mask is not None and labels is None:
+            raise ValueError("`answer_mask` says which of the `labels` count again, but there are none.")
+        _refuse_other_shapes(
+            input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            doc_ids=doc_ids,
+            answer_mask=answer_mask,
+            routing_mask=routing_mask,
+        )
+        kwargs.pop("use_cache", None)
+        kwargs.pop("output_document_scores", None)
+        mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
+        if not bool(mask.any(1).all()):
+            raise ValueError(f"Question {int((~mask.any(1)).nonzero()[0])} of the batch is only padding; leave it out.")
+
+        batch, limit = input_ids.shape[0], getattr(self.config, "max_position_embeddings", None)
+        if doc_ids is not None:
+            rows = unpack_rows(doc_ids, mask, limit)
+            present = rows.places >= 0
+        else:
+            pool = pool_documents(documents, input_ids.device, limit)
+            present = torch.ones(batch, len(pool.lengths), dtype=torch.bool, device=input_ids.device)
+        positives = (
+            None
+            if positive_docs is None
+            else positive_mask(torch.as_tensor(positive_docs, device=present.device), present)
+        )
+        if force_documents is not None:
+            force_documents = self.checked_documents(force_documents, batch, present.shape[1]).to(present.device)
+            _refuse_absent(force_documents, present)
+        if doc_ids is not None:
+            output = self._packed_forward(rows, input_ids, doc_ids, position_ids, force_documents, kwargs)
+        else:
+            if routing_mask is None:
+                routing_mask = _tokens_before_labels(mask, labels)
+            output = self._pool_forward(pool, input_ids, mask, position_ids, routing_mask, force_documents, kwargs)
+
+        losses: dict[str, Any] = {}
+        if labels is not None:
+            losses["lm_loss"] = self._language_loss(output.logits, labels, num_items_in_batch)
+        if positives is not None:
+            scores = _scores_of(output.routing)
+            losses["aux_loss"] = auxiliary_loss(scores, positives, self.config, labels, num_items_in_batch)
+        if labels is not None and answer_mask is not None:
+            answers = labels.masked_fill(~answer_mask.bool(), -100)
+            losses["answer_loss"] = self._language_loss(output.logits, answers, num_items_in_batch)
+        terms = [
+            getattr(self.config, f"{name}_weight") * loss.to(output.logits.device) for name, loss in losses.items()
+        ]
+        loss = torch.stack(terms).sum() if terms else None
+        result = MSACausalLMOutput(loss=loss, **output, **losses)
+        return result if return_dict is not False else result.to_tuple()
+
+    def _language_loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+        """The base's loss; 0 where nothing is labelled."""
+        count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        return cast(Any, self).loss_function(
+            logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=count.clamp(min=1)
+        )
+
+    def _run_pass(self, memory_pass: Any, input_ids: Tensor, positions: Tensor, **kwargs: Any) -> tuple[Any, Any]:
+        """One run of the base: its output, and what the pass recorded."""
+        kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
+        try:
+            output = self.run_base(
+                input_ids=input_ids,
+                position_ids=positions,
+                use_cache=False,
+                memory_pass=memory_pass,
+                return_dict=True,
+                **kwargs,
+            )
+        finally:
+            recorded = memory_pass.finish()
+        return output, recorded
+
+    def _encoding_pass(self, lengths: Tensor) -> EncodingPass:
+        made = DifferentiableEncodingPass if torch.is_grad_enabled() else EncodingPass
+        return made(self.config, lengths, self._training_similarity, stop=False)
+
+    def _attending_pass(self, layers: dict[int, LayerMemory], lengths: Tensor, **fields: Any) -> AttendingPass:
+        return AttendingPass(
+            config=self.config,
+            similarity=self._training_similarity,
+            layers=layers,
+            offsets=chunks_of(lengths, self.config.chunk_size),
+            keep_document_scores=True,
+            **fields,
+        )
+
+    @property
+    def _training_similarity(self) -> str:
+        return self.config.training_similarity or self.config.similarity
+
+    def _pool_forward(
+        self,
+        pool: PooledDocuments,
+        input_ids: Tensor,
+        mask: Tensor,
+        position_ids: Tensor | None,
+        routing_mask: Tensor,
+        force_documents: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> MSACausalLMOutput:
+        positions = torch.arange(pool.ids.shape[1], device=pool.ids.device).expand(pool.ids.shape)
+        # Padding stands behind the documents, where causal attention does not look.
+        _, layers = self._run_pass(self._encoding_pass(pool.lengths), pool.ids, positions, backbone_only=True)
+        attending = self._attending_pass(
+            layers,
+            pool.lengths,
+            prefix=self.encode_prefix(),
+            routing_mask=routing_mask.bool() & mask,
+            force_documents=force_documents,
+        )
+        if position_ids is None:
+            position_ids = (mask.long().cumsum(1) - 1).clamp(min=0) + self.config.first_position
+        if not right_padded(mask):  # else as with the documents, and kernels need no mask
+            kwargs["attention_mask"] = mask.long()
+        output, routing = self._run_pass(attending, input_ids, position_ids, **kwargs)
+        return MSACausalLMOutput(
+            logits=output.logits,
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+            routing=routing,
+        )
+
+    def _packed_forward(
+        self,
+        rows: PackedRows,
+        input_ids: Tensor,
+        doc_ids: Tensor,
+        position_ids: Tensor | None,
+        force_documents: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> MSACausalLMOutput:
+        """The pool's computation on sequences cut out of rows, put together again."""
+        batch, width = input_ids.shape
+        pieces: list[tuple[TokenBlocks, Any]] = []
+
+        def run(blocks: TokenBlocks, start: int, memory_pass: Any) -> Any:
+            length = blocks.mask.shape[1]
+            positions = torch.arange(start, start + length, device=input_ids.device).expand(blocks.mask.shape)
+            if position_ids is not None:
+                positions = torch.where(blocks.mask, blocks.take(position_ids.expand(input_ids.shape)), positions)
+            output, recorded = self._run_pass(memory_pass, blocks.take(input_ids), positions, **kwargs)
+            pieces.append((blocks, output))
+            return recorded
+
+        prefix = run(rows.prefix, 0, PrefixPass()) if rows.prefix.mask.shape[1] else {}
+        lengths = rows.documents.mask.sum(1)
+        layers = run(rows.documents, 0, self._encoding_pass(lengths))
+        routing: dict[int, LayerRouting] = {}
+        if rows.active.mask.any():
+            places = rows.places
+            if force_documents is not None:
+                force_documents = places.gather(1, force_documents.clamp(min=0)).masked_fill(force_documents < 0, -1)
+            attending = self._attending_pass(
+                layers,
+                lengths,
+                prefix=prefix,
+                routing_mask=rows.active.take(doc_ids, fill=-1) == 0,
+                visible=rows.document_row == torch.arange(batch, device=input_ids.device)[:, None],
+                force_documents=force_documents,
+            )
+            found = run(rows.active, rows.prefix.mask.shape[1] + self.config.top_k, attending)
+            # From documents of all rows to those of each row.
+            number = torch.cat([rows.document_number, rows.document_number.new_full((1,), -1)])
+            for layer, item in found.items():
+                scores = item.document_scores.gather(1, places.clamp(min=0)).masked_fill(places < 0, float("-inf"))
+                routing[layer] = LayerRouting(number[item.documents], item.scores, scores)
+
+        def assemble(part_of: Any) -> Tensor:
+            states = part_of(pieces[0][1])
+            whole = states.new_zeros(batch * width, states.shape[-1])
+            for blocks, output in pieces:
+                whole = blocks.put(whole, part_of(output))
+            return whole.view(batch, width, -1)
+
+        hidden_states = None
+        if pieces[0][1].get("hidden_states") is not None:
+            layer_count = range(len(pieces[0][1].hidden_states))
+            hidden_states = tuple(
+                assemble(lambda output, layer=layer: output.hidden_states[layer]) for layer in layer_count
+            )
+        return MSACausalLMOutput(
+            logits=assemble(lambda output: output.logits), hidden_states=hidden_states, routing=routing
+        )
+
+
+def _refuse_other_shapes(input_ids: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None and other.shape != input_ids.shape:
+            raise ValueError(f"`{name}` must be {list(input_ids.shape)} like `input_ids`, got {list(other.shape)}.")
+
+
+def _refuse_absent(documents: Tensor, present: Tensor) -> None:
+    absent = (documents >= 0) & ~present.gather(1, documents.clamp(min=0))
+    if bool(absent.any()):
+        sample, place = absent.nonzero()[0].tolist()
+        raise ValueError(
+            f"`force_documents` of sample {sample} names document {int(documents[sample, place])}, "
+            "which its row does not hold; -1 stands for none."
+        )
+
+
+def _tokens_before_labels(mask: Tensor, labels: Tensor | None) -> Tensor:
+    """[B, T] bool tokens that route by default.
+
+    Raises:
+        ValueError: where the labels leave a question without any.
+    """
+    if labels is None:
+        return mask
+    routing_mask = mask & ((labels != -100).long().cumsum(1) == 0)
+    if not bool(routing_mask.any(1).all()):
+        raise ValueError(
+            f"Question {int((~routing_mask.any(1)).nonzero()[0])} of the batch has no token before its first label, so "
+            "nothing of it routes. Set the labels of the question to -100, or say with `routing_mask` what routes."
+        )
+    return routing_mask
+
+
+def _scores_of(routing: dict[int, LayerRouting] | None) -> dict[int, Tensor]:
+    """Layer -> document scores [B, N].
+
+    Raises:
+        ValueError: where nothing was routed.
+    """
+    if not routing:
+        raise ValueError("`positive_docs` need tokens that route, but no row has any outside its documents.")
+    return {layer: item.document_scores for layer, item in routing.items() if item.document_scores is not None}
