@@ -4,8 +4,8 @@
 
 For every bank: recall of the routers in the first and the second round; answers with what the model finds by itself,
 with one round, with forced gold documents, with gold texts in the prompt, with BM25's texts, without a memory; ids
-named freely and constrained; and the ways to select documents beside each other. What was measured before is kept when
-the file is there already, so that banks can be measured one by one.
+named freely and constrained; and the ways to select documents beside each other, the first of them under all
+conditions. What was measured before is kept when the file is there already, so that banks can be measured one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Iterator
+from functools import cache, partial
 from importlib import metadata
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from msa_hf import MSAForCausalLM
-from msa_hf.evaluation import UNANSWERABLE, Question, make_corpus
+from msa_hf.evaluation import UNANSWERABLE, Corpus, Question, make_corpus
 from msa_hf.generation import MemoryInterleave, Protocol
 from msa_hf.training.diagnosis import Diagnosis, diagnose
 
@@ -41,38 +43,31 @@ SELECTIONS: dict[str, dict[str, Any]] = {
     "generate": {"select": "generate"},
 }
 
-_made: dict[str, Any] = {}  # of this process: the corpus and the tokenizer
+
+@cache
+def writer(checkpoint: str, prose: Path, documents: int) -> tuple[Corpus, Any, Protocol]:
+    texts = json.loads(prose.read_text())[:1000]
+    corpus = make_corpus(documents, seed=SEED, split="test", prose=texts, prose_share=0.2)
+    return corpus, AutoTokenizer.from_pretrained(checkpoint).backend_tokenizer, Protocol.from_pretrained(checkpoint)
 
 
-def prepare(checkpoint: str, prose: list[str], documents: int) -> None:
-    _made["corpus"] = make_corpus(documents, seed=SEED, split="test", prose=prose, prose_share=0.2)
-    _made["tokenizer"] = AutoTokenizer.from_pretrained(checkpoint).backend_tokenizer
-    _made["protocol"] = Protocol.from_pretrained(checkpoint)
-
-
-def part(start: int) -> list[dict[str, Any]]:
+def part(checkpoint: str, prose: Path, documents: int, start: int) -> list[dict[str, Any]]:
     """Documents start .. start + PART - 1 as `Protocol.document_row` makes them, tokenized many at a time."""
-    corpus, protocol = _made["corpus"], _made["protocol"]
-    texts = corpus.texts(start, min(start + PART, len(corpus)))
+    corpus, tokenizer, protocol = writer(checkpoint, prose, documents)
+    texts = corpus.texts(start, min(start + PART, documents))
     wrapped = [protocol.document.format(id=start + place, text=text) for place, text in enumerate(texts)]
-    coded = _made["tokenizer"].encode_batch(wrapped, add_special_tokens=False)
+    coded = tokenizer.encode_batch(wrapped, add_special_tokens=False)
     return [
         {"key": str(start + place), "text": text, "input_ids": row.ids, "metadata": {"id": start + place}}
         for place, (text, row) in enumerate(zip(texts, coded, strict=True))
     ]
 
 
-def documents_of(checkpoint: str, prose: list[str], documents: int, workers: int) -> Iterator[dict[str, Any]]:
+def documents_of(checkpoint: str, prose: Path, documents: int, pool: Pool | None) -> Iterator[dict[str, Any]]:
+    make = partial(part, checkpoint, prose, documents)
     starts = range(0, documents, PART)
-    if workers and len(starts) > 2 * workers:  # below that it takes longer to start them
-        context = multiprocessing.get_context("spawn")  # the parent may hold a CUDA context
-        with context.Pool(min(workers, len(starts)), prepare, (checkpoint, prose, documents)) as pool:
-            for rows in pool.imap(part, starts):
-                yield from rows
-    else:
-        prepare(checkpoint, prose, documents)
-        for start in starts:
-            yield from part(start)
+    for rows in map(make, starts) if pool is None else pool.imap(make, starts):
+        yield from rows
 
 
 def asked(questions: list[Question]) -> list[dict[str, Any]]:
@@ -134,7 +129,7 @@ def figures(diagnosis: Diagnosis) -> dict[str, Any]:
     }
 
 
-def measure(model: Any, tokenizer: Any, protocol: Protocol, prose: list[str], size: int, arguments: Any) -> Any:
+def measure(model: Any, tokenizer: Any, protocol: Protocol, size: int, pool: Pool | None, arguments: Any) -> Any:
     """All figures of a bank of `size` documents."""
     seconds: dict[str, float] = {}
     started = time.time()
@@ -145,8 +140,8 @@ def measure(model: Any, tokenizer: Any, protocol: Protocol, prose: list[str], si
         print(f"{size} documents: {name} {seconds[name]} s", flush=True)
         started = time.time()
 
-    corpus = make_corpus(size, seed=SEED, split="test", prose=prose, prose_share=0.2)
-    rows = documents_of(arguments.checkpoint, prose, size, arguments.workers)
+    corpus, _, _ = writer(arguments.checkpoint, arguments.prose, size)
+    rows = documents_of(arguments.checkpoint, arguments.prose, size, pool)
     bank = model.encode_documents(rows, tokenizer, show_progress=False, batch_tokens=arguments.batch_tokens)
     lap("make, tokenize and encode the documents")
     ours, theirs = bank.documents[0], protocol.document_row(0, corpus.texts(0, 1)[0], tokenizer)
@@ -157,8 +152,8 @@ def measure(model: Any, tokenizer: Any, protocol: Protocol, prose: list[str], si
     rest["show_progress"] = False
     limits = {"max_id_tokens": 40}
     result: dict[str, Any] = {}
-    for name, options in SELECTIONS.items():
-        first = not result
+    for name in arguments.selections:
+        options, first = SELECTIONS[name], not result
         conditions = list(arguments.conditions) if first else ["routed"]
         if size > arguments.bm25 and "bm25" in conditions:
             conditions.remove("bm25")
@@ -216,14 +211,16 @@ def main() -> None:
         nargs="+",
         default=["routed", "single_round", "forced_gold", "gold_text", "bm25", "no_memory", "ids"],
     )
+    parser.add_argument("--selections", nargs="+", default=list(SELECTIONS), choices=list(SELECTIONS))
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     device = torch.device(arguments.device)
+    # Before there is a CUDA context, which forked processes could not share; they start at once.
+    pool = multiprocessing.get_context("fork").Pool(arguments.workers) if arguments.workers else None
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint, padding_side="left")
     model = MSAForCausalLM.from_pretrained(arguments.checkpoint, dtype=dtype).eval().to(device)
     protocol = Protocol.from_pretrained(arguments.checkpoint)
-    prose = json.loads(arguments.prose.read_text())[:1000]
     report: dict[str, Any] = {"banks": []}
     if arguments.out is not None and arguments.out.exists():
         report = json.loads(arguments.out.read_text())
@@ -231,7 +228,7 @@ def main() -> None:
     report["dtype"] = str(dtype).removeprefix("torch.")
     report["versions"] = {name: metadata.version(name) for name in ("torch", "transformers")}
     for size in sorted(arguments.documents):
-        bank = measure(model, tokenizer, protocol, prose, size, arguments)
+        bank = measure(model, tokenizer, protocol, size, pool, arguments)
         others = [item for item in report["banks"] if item["documents"] != size]
         report["banks"] = sorted([*others, bank], key=lambda item: item["documents"])
         if arguments.out is not None:

@@ -303,17 +303,20 @@ class Rows:
         return [place for place in places if place not in question.positives][:count]
 
     def naming(self, count: int) -> list[Row]:
-        """The first round alone: question, and the ids of its documents, or at once the end of retrieval."""
-        return self.first_rounds(self.questions(count))
+        """The first round alone: question, and the ids of its documents.
+
+        Questions about unknown entities are left out: how far the best document stands above the others depends on the
+        bank's size, so that there is none is to be said of texts that were read.
+        """
+        return self.first_rounds([question for question in self.questions(count + count // 6) if question.rounds])
 
     def first_rounds(self, questions: list[Question]) -> list[Row]:
         coded = encode_all(self.tokenizer, [question.text for question in questions])
         rows = []
         for question, asked in zip(questions, coded, strict=True):
             row = self.opened(asked)
-            first = list(question.rounds[0]) if question.rounds else []
-            row.add(self.following(first), labelled=True)
-            row.positives = first
+            row.add(self.pieces.named(list(question.rounds[0])), labelled=True)
+            row.positives = list(question.rounds[0])
             rows.append(row)
         return rows
 
