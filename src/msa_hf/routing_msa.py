@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Scores held at once while routing: 4 M float32 numbers, 16 MB.
 TILE_ELEMENTS = 1 << 22
+# On an accelerator so many times more: there, launching the kernels of a small tile takes longer than its work.
+ACCELERATOR_TILES = 16
 # Chunks per tile: wide enough for an efficient matrix product, small enough that keys in 16 bit are widened piecemeal.
 TILE_CHUNKS = 8192
 # Stands for "no score": finite, so that it survives a division by the temperature without turning into NaN.
@@ -103,12 +105,17 @@ def pack_routing_tokens(queries: Tensor, routing_mask: Tensor, last_only: bool =
     return packed, torch.arange(width, device=queries.device) < counts[:, None]
 
 
+def tile_elements(device: torch.device) -> int:
+    """Scores that may be held at once on a device."""
+    return TILE_ELEMENTS if device.type == "cpu" else TILE_ELEMENTS * ACCELERATOR_TILES
+
+
 def _tiles(routing_keys: Tensor, queries: Tensor) -> Iterator[tuple[Tensor, Callable[[Tensor], list[slice]]]]:
-    """Tiles of chunks, and for each the tiles of samples whose scores fit in TILE_ELEMENTS."""
+    """Tiles of chunks, and for each the tiles of samples whose scores fit in `tile_elements`."""
     batch, width = queries.shape[:2]
 
     def rows_of(keys: Tensor) -> list[slice]:
-        step = max(TILE_ELEMENTS // (keys.shape[0] * width), 1)
+        step = max(tile_elements(queries.device) // (keys.shape[0] * width), 1)
         return [slice(start, start + step) for start in range(0, batch, step)]
 
     for keys in routing_keys.split(TILE_CHUNKS):
@@ -117,7 +124,7 @@ def _tiles(routing_keys: Tensor, queries: Tensor) -> Iterator[tuple[Tensor, Call
 
 def _score_chunks(queries: Tensor, valid: Tensor, keys: Tensor, query_reduction: str) -> Tensor:
     """[b, t, G or H, D] queries against [c, G * D] keys -> [b, c]: heads and tokens reduced, tokens in tiles."""
-    step = max(TILE_ELEMENTS // (keys.shape[0] * queries.shape[0]), 1)
+    step = max(tile_elements(queries.device) // (keys.shape[0] * queries.shape[0]), 1)
     total: Tensor | None = None
     for part, real in zip(queries.split(step, dim=1), valid.split(step, dim=1), strict=True):
         scores = _token_scores(part, keys)
