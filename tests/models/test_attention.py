@@ -14,6 +14,7 @@ from msa_hf.cache_msa import Context
 
 HEADS = 4
 DIM = 6
+NO_GPU = not torch.cuda.is_available()
 VALID = [[True, True, False, True], [False, False, False, False], [True, True, True, True]]
 
 
@@ -187,6 +188,41 @@ def test_bfloat16_is_as_good_as_pytorch() -> None:
     assert found.dtype == torch.bfloat16
     allowed = 3 * (torchs.transpose(1, 2).double() - exact).abs().max()
     assert (found.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(NO_GPU, reason="no CUDA device")])],
+)
+@pytest.mark.parametrize("dim", [6, 64, 128])
+def test_fused_kernels_keep_the_digits_of_a_bias(dim, device) -> None:
+    """Without a mask the bias travels in bfloat16 beside the queries; outputs and gradients are as good as with a bias
+    in float32, for sizes of heads that kernels like and that they do not. Keys are small, so that the bias decides."""
+    generator = torch.Generator().manual_seed(6)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    valid = torch.rand(2, 40, generator=generator) < 0.7
+    bias = -30 * torch.rand(2, 40, generator=generator)
+    exact = [rand(2, 4, 9, dim), rand(2, 2, 9, dim), rand(2, 2, 9, dim), rand(2, 2, 40, dim), rand(2, 2, 40, dim), bias]
+    exact[1:4:2] = [0.01 * exact[1], 0.01 * exact[3]]
+    weights = rand(2, 9, 4, dim)
+
+    def run(attention: Any, dtype: torch.dtype, where: str) -> list[Tensor]:
+        leaves = [leaf.bfloat16().to(where, dtype) for leaf in exact[:5]] + [bias.to(where)]
+        query, key, value, keys, values, added = [leaf.requires_grad_() for leaf in leaves]
+        context = Context(keys, values, valid.to(where), 0, added)
+        found = attention(query, key, value, None, context)
+        return [found.detach(), *torch.autograd.grad((found * weights.to(where, dtype)).sum(), leaves)]
+
+    wanted = run(context_attention, torch.float32, "cpu")
+    plain, fused = (
+        run(attention, torch.bfloat16, device) for attention in (context_attention, fused_context_attention)
+    )
+    for right, theirs, ours in zip(wanted, plain, fused, strict=True):
+        allowed = 3 * (theirs.cpu().float() - right).abs().max()
+        assert (ours.cpu().float() - right).abs().max() <= allowed
 
 
 def test_score_bias() -> None:
