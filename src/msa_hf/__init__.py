@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from . import ops as ops  # the model uses them from here on
 from .cache_msa import MSACache
 from .configuration_msa import MSAConfig
 from .memory_msa import Document, MemoryBank

@@ -29,7 +29,7 @@ def test_chunk_counts() -> None:
 @pytest.mark.parametrize("shape", [(), (3,), (2, 4)], ids=str)
 @pytest.mark.parametrize("size", SIZES)
 def test_pool_chunks(size, shape, dtype) -> None:
-    """Means over real tokens only, accumulated in float32; NaN behind a document's end has no effect."""
+    """Means over real tokens only, accumulated in float32 or wider; NaN behind a document's end has no effect."""
     for seed in range(4):
         torch.manual_seed(seed)
         lengths = lengths_around(size, seed)
@@ -38,8 +38,9 @@ def test_pool_chunks(size, shape, dtype) -> None:
         for state, length in zip(states, lengths, strict=True):
             state[length:] = float("nan")
         pooled = pool_chunks(states, torch.tensor(lengths), size)
-        assert pooled.dtype == torch.float32
-        torch.testing.assert_close(pooled.double(), torch.cat(expected), atol=1e-6, rtol=1e-6)
+        assert pooled.dtype == torch.promote_types(dtype, torch.float32)
+        close = 1e-12 if dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(pooled.double(), torch.cat(expected), atol=close, rtol=close)
 
 
 @pytest.mark.parametrize("size", SIZES)

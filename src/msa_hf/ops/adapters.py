@@ -1,0 +1,63 @@
+"""The operations as the model calls them; see `OPERATIONS` in attention_msa.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import attention_msa, chunks_msa
+from .gather_documents import gather_documents, most_rows
+from .pool_chunks import pool_chunks
+from .route_documents import route_documents
+
+
+def pool_documents(
+    keys: Tensor, values: Tensor, router_keys: Tensor, lengths: Tensor, chunk_size: int, normalise: bool
+) -> tuple[Tensor, Tensor]:
+    """`chunks_msa.pool_documents` of packed documents."""
+    padded = keys.transpose(1, 2), values.transpose(1, 2), router_keys
+    # Under autocast RoPE leaves keys in float32.
+    dtype = torch.promote_types(keys.dtype, values.dtype)
+    width, counts = padded[0].shape[1], lengths.tolist()
+    if min(counts) == width:
+        packed = [states.flatten(0, 1) for states in padded]
+    else:
+        real = torch.arange(width, device=keys.device) < lengths[:, None]
+        rows = real.flatten().nonzero().squeeze(1)
+        packed = [states[rows // width, rows % width] for states in padded]
+    packed_keys, packed_values, packed_router_keys = (states.to(dtype) for states in packed)
+    content, routing_keys, _ = pool_chunks(
+        packed_keys,
+        packed_values,
+        packed_router_keys,
+        torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+        chunk_size,
+        normalise=normalise,
+        chunks=sum(-(-count // chunk_size) for count in counts),
+    )
+    return content.to(values.dtype), routing_keys.to(values.dtype)
+
+
+def gather(
+    documents: Tensor, offsets: Tensor, content: Tensor, width: int | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`chunks_msa.gather_documents`."""
+    if width is None:
+        width = most_rows(documents, offsets)
+    return gather_documents(documents, offsets, content, width, dtype=dtype)
+
+
+def register() -> None:
+    """Make the model use these."""
+    attention_msa.OPERATIONS.update(
+        route_documents=route_documents, pool_documents=pool_documents, gather_documents=gather
+    )
+
+
+def unregister() -> None:
+    """Make the model compute everything in plain PyTorch again."""
+    attention_msa.OPERATIONS.update(
+        route_documents=attention_msa.route_documents,
+        pool_documents=chunks_msa.pool_documents,
+        gather_documents=chunks_msa.gather_documents,
+    )

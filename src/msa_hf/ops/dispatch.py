@@ -1,0 +1,271 @@
+"""Which implementation of an operation runs, and why not another one.
+
+Four backends share the schemas below; each is a namespace of torch operations:
+
+| backend | namespace | device | what it is |
+|---|---|---|---|
+| `cuda` | `msa_hf` | cuda | the compiled extension (csrc/cuda) |
+| `triton` | `msa_hf_triton` | cuda | `triton_<operation>.py` in this directory |
+| `cpp` | `msa_hf` | cpu | the compiled extension (csrc/cpu) |
+| `pytorch` | `msa_hf_pytorch` | any | the reference, in the module of the operation |
+
+The first in this order that is there and takes the call runs it. What a backend does not take it says in `refuses_<op>`
+of `limits.py`. Fakes and autograd are registered here for all of them, so that each works under torch.compile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import limits
+
+logger = logging.getLogger(__name__)
+
+# csrc/ops.cpp declares the same for the extension, and says what the arguments are; a test compares them.
+SCHEMAS = {
+    "route_documents": "(Tensor queries, Tensor routing_mask, Tensor keys, Tensor? scales, Tensor offsets, "
+    "Tensor? alive, int k) -> (Tensor documents, Tensor scores)",
+    "pool_chunks": "(Tensor keys, Tensor values, Tensor router_keys, Tensor token_offsets, int chunk_size, "
+    "SymInt chunks, bool normalise, ScalarType? routing_dtype=None) -> "
+    "(Tensor content, Tensor routing_keys, Tensor scales)",
+    "pool_chunks_backward": "(Tensor grad_content, Tensor grad_routing_keys, Tensor router_keys, Tensor token_offsets, "
+    "int chunk_size, bool normalise) -> (Tensor grad_keys, Tensor grad_values, Tensor grad_router_keys)",
+    "gather_documents": "(Tensor documents, Tensor offsets, Tensor content, Tensor? scales, SymInt width, "
+    "ScalarType? dtype=None) -> (Tensor keys, Tensor values, Tensor valid, Tensor slots)",
+}
+OPERATIONS = tuple(SCHEMAS)
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name, and is not there or does not take the call."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the operations.
+
+    Attributes:
+        name: what `backend=` takes.
+        namespace: of its torch operations.
+        devices: kinds of devices that it runs on; empty for any.
+        probe: operation -> None where it is there, else why not.
+    """
+
+    name: str
+    namespace: str
+    devices: tuple[str, ...]
+    probe: Callable[[str], str | None]
+
+    def refuses(self, operation: str, device: str, features: dict[str, Any]) -> str | None:
+        """Why this backend does not take a call, or None."""
+        if self.devices and device not in self.devices:
+            return f"it runs on {' and '.join(self.devices)}, not on {device}"
+        reason = self.probe(operation)
+        if reason is None:
+            limit = getattr(limits, f"{self.name}_{operation}", None)
+            reason = None if limit is None else limit(device=device, **features)
+        return reason
+
+
+# Extension ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def load_extension() -> str | None:
+    """Load the compiled operations; None where that worked, else why not."""
+    files = sorted(
+        path for path in Path(__file__).parent.parent.glob("_C*") if path.suffix in (".so", ".pyd", ".dylib", ".dll")
+    )
+    if not files:
+        return "the extension was not built (no compiler, or no torch, when the package was installed)"
+    try:
+        torch.ops.load_library(files[0])
+    except OSError as error:
+        return f"the extension {files[0].name} does not load: {error}"
+    for operation in OPERATIONS:
+        if _has_kernel(operation, "CPU") or _has_kernel(operation, "CUDA"):
+            _register_derived("msa_hf", operation)
+    return None
+
+
+def _has_kernel(operation: str, key: str) -> bool:
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"msa_hf::{operation}", key)
+    except RuntimeError:  # no such operation
+        return False
+
+
+def _probe_cuda(operation: str) -> str | None:
+    if not torch.cuda.is_available():
+        return "this machine has no CUDA device, or torch was built without CUDA"
+    reason = load_extension()
+    if reason is None and not _has_kernel(operation, "CUDA"):
+        reason = "the extension was built without CUDA kernels for it"
+    return reason
+
+
+def _probe_cpp(operation: str) -> str | None:
+    reason = load_extension()
+    if reason is None and not _has_kernel(operation, "CPU"):
+        reason = "the extension was built without a CPU kernel for it"
+    return reason
+
+
+@cache
+def _probe_triton(operation: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available():
+        return "this machine has no CUDA device, or torch was built without CUDA"
+    name = f"{__package__}.triton_{operation}"
+    if importlib.util.find_spec(name) is None:
+        return "there is no Triton version of it"
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        return f"its Triton version does not import: {error}"
+    _register("msa_hf_triton", operation, getattr(module, operation), "CUDA")
+    return None
+
+
+@cache
+def _probe_pytorch(operation: str) -> str | None:
+    module = importlib.import_module(f"{__package__}.{operation.removesuffix('_backward')}")
+    _register("msa_hf_pytorch", operation, getattr(module, f"reference_{operation}"), "CompositeExplicitAutograd")
+    return None
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cuda", "msa_hf", ("cuda",), _probe_cuda),
+        Backend("triton", "msa_hf_triton", ("cuda",), _probe_triton),
+        Backend("cpp", "msa_hf", ("cpu",), _probe_cpp),
+        Backend("pytorch", "msa_hf_pytorch", (), _probe_pytorch),
+    )
+}
+
+# Registration ---------------------------------------------------------------------------------------------------------
+
+_libraries: dict[str, torch.library.Library] = {}
+
+
+def _register(namespace: str, operation: str, function: Callable[..., Any], key: str) -> None:
+    """Make `function` the torch operation `namespace::operation`."""
+    library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+    library.define(operation + SCHEMAS[operation])
+    library.impl(operation, function, key)
+    _register_derived(namespace, operation)
+
+
+def _register_derived(namespace: str, operation: str) -> None:
+    """Fake and autograd of `namespace::operation`, which are the same for every backend."""
+    module = importlib.import_module(f"{__package__}.{operation.removesuffix('_backward')}")
+    library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+    name = f"{namespace}::{operation}"
+    torch.library.register_fake(name, getattr(module, f"fake_{operation}"), lib=library)
+    derivative = getattr(module, f"derivative_{operation}", None)
+    if derivative is None:
+        backward, setup_context = _inference_only(name), None
+    else:
+        backward, setup_context = derivative(namespace)
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
+
+
+def _inference_only(name: str) -> Callable[..., Any]:
+    def backward(*_: Any) -> Any:
+        raise RuntimeError(f"{name} is inference only: it has no derivative.")
+
+    return backward
+
+
+# Choice ---------------------------------------------------------------------------------------------------------------
+
+_wanted: str | None = None
+_said: set[tuple[str, ...]] = set()
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within, calls that name no backend run on this one, or raise; None: the best again. For the whole process."""
+    global _wanted
+    before, _wanted = _wanted, None if name is None else _checked(name).name
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
+def _checked(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}.")
+    return BACKENDS[name]
+
+
+def _say(level: int, *words: str) -> None:
+    if words not in _said:
+        _said.add(words)
+        logger.log(level, *words)
+
+
+@torch.compiler.assume_constant_result
+def choose(operation: str, device: str, backend: str | None = None, prefer: str | None = None, **features: Any) -> str:
+    """The namespace of the backend that runs a call.
+
+    Args:
+        operation: one of `OPERATIONS`.
+        device: kind of the device, such as `"cuda"`.
+        backend: a name, to get that one or an error.
+        prefer: a namespace to take where its backend takes the call.
+        features: what the limits of backends depend on; constants, or torch.compile cannot trace the call.
+
+    Raises:
+        BackendError: where the backend asked for is not there, or does not take such a call; naming what is missing.
+    """
+    wanted = _wanted if backend is None else backend
+    if wanted is not None:
+        chosen = _checked(wanted)
+        reason = chosen.refuses(operation, device, features)
+        if reason is not None:
+            raise BackendError(f"{operation} cannot run on the backend {wanted!r}: {reason}.")
+        _say(logging.INFO, "%s on %s runs on the backend %s, as asked for.", operation, device, wanted)
+        return chosen.namespace
+    for chosen in sorted(BACKENDS.values(), key=lambda item: item.namespace != prefer):
+        if chosen.devices and device not in chosen.devices:
+            continue
+        reason = chosen.refuses(operation, device, features)
+        if reason is None:
+            _say(logging.INFO, "%s on %s runs on the backend %s.", operation, device, chosen.name)
+            return chosen.namespace
+        # One that is there and refuses this call is a surprise; one that is not there is seen with `msa-hf doctor`.
+        level = logging.INFO if chosen.probe(operation) is not None else logging.WARNING
+        _say(level, "%s on %s does not run on the backend %s: %s.", operation, device, chosen.name, reason)
+    raise AssertionError("the reference takes every call")
+
+
+def operator(operation: str, namespace: str) -> Any:
+    """The torch operation."""
+    return getattr(getattr(torch.ops, namespace), operation)
+
+
+def size_class(size: int) -> int:
+    """The least power of two that is not below `size`: a constant for torch.compile where sizes are not."""
+    bound = 1
+    while bound < size:
+        bound *= 2
+    return bound
+
+
+def alignment(size: int) -> int:
+    """The largest power of two up to 64 that divides `size`; a constant for torch.compile."""
+    return next(power for power in (64, 32, 16, 8, 4, 2, 1) if size % power == 0)

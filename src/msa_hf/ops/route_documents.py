@@ -1,0 +1,165 @@
+"""From router queries and the routing keys of a bank to the best documents, in one call (paper, 3.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..routing_msa import NO_SCORE, pack_routing_tokens, reduce_chunks, reduce_queries, score_chunks, select_documents
+from .dispatch import alignment, choose, operator, size_class
+
+QUANTISED = (torch.int8, torch.float8_e4m3fn)
+
+
+def route_documents(
+    queries: Tensor,
+    routing_mask: Tensor,
+    keys: Tensor,
+    offsets: Tensor,
+    k: int,
+    *,
+    scales: Tensor | None = None,
+    alive: Tensor | None = None,
+    similarity: str = "cosine",
+    exact_keys: Tensor | None = None,
+    candidates: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The `k` best documents of every sample; inference only.
+
+    The score of a document is the largest `<q_t, key_c>` over its chunks and the sample's routing tokens, accumulated
+    in float32. Equal scores go to the lower index; the same inputs give the same documents.
+
+    Args:
+        queries: [B, T, H, D] router queries, or [B, T, E] already reduced (`reduce_queries`), E = G * D.
+        routing_mask: [B, T] bool, tokens that route. What stands at the others, NaN too, has no effect.
+        keys: [C, E] routing keys, floating; or int8 or float8_e4m3fn with `scales`.
+        offsets: [N + 1] int64, chunks of document i are `offsets[i]:offsets[i + 1]`; each has at least one.
+        k: how many.
+        scales: [C] float32, a key is `scale * number`; for quantised keys.
+        alive: [N] bool, documents that may be chosen; None for all.
+        similarity: `"cosine"` or `"dot"`, which says how [B, T, H, D] queries are reduced.
+        exact_keys: [C, E] floating, on any device; with quantised keys, the scores of the candidates are taken again
+            from these. Without them the scores are those of the quantised keys.
+        candidates: documents whose scores are taken again, at least `k` (default `4 * k`).
+        backend: `"cuda"`, `"triton"`, `"cpp"` or `"pytorch"`; default the best that takes the call.
+
+    Returns:
+        documents [B, k] int64, best first, -1 where fewer can be chosen; scores [B, k] float32, -inf beside -1. A
+        sample without a routing token chooses nothing.
+
+    Raises:
+        ValueError: for tensors that contradict each other.
+        BackendError: where the backend asked for does not take the call.
+    """
+    if queries.dim() == 4:
+        queries = reduce_queries(queries, keys.shape[1] // queries.shape[3], similarity).flatten(2)
+        if queries.is_cuda and keys.dtype != torch.float32:  # tensor cores want both in 16 bit
+            queries = queries.to(torch.bfloat16 if keys.dtype in QUANTISED else keys.dtype)
+    _check(queries, routing_mask, keys, scales, offsets, alive, k)
+    if exact_keys is None and candidates is not None:
+        raise ValueError("`candidates` are scored again from `exact_keys`, but there are none.")
+    wanted = k
+    if exact_keys is not None:
+        if exact_keys.shape != keys.shape:
+            raise ValueError(f"`exact_keys` must be {list(keys.shape)} like `keys`, got {list(exact_keys.shape)}.")
+        wanted = 4 * k if candidates is None else candidates
+        if wanted < k:
+            raise ValueError(f"`candidates` must be at least k = {k}, got {candidates}.")
+    namespace = choose(
+        "route_documents",
+        queries.device.type,
+        backend,
+        queries=queries.dtype,
+        keys=keys.dtype,
+        multiple=alignment(keys.shape[1]),
+        width=size_class(keys.shape[1]),
+        k=size_class(wanted),
+    )
+    documents, scores = operator("route_documents", namespace)(
+        queries, routing_mask, keys, scales, offsets, alive, wanted
+    )
+    if exact_keys is None:
+        return documents, scores
+    from .quantise import rescore_documents
+
+    return rescore_documents(queries, routing_mask, exact_keys, offsets, documents, k)
+
+
+def _check(
+    queries: Tensor,
+    routing_mask: Tensor,
+    keys: Tensor,
+    scales: Tensor | None,
+    offsets: Tensor,
+    alive: Tensor | None,
+    k: int,
+) -> None:
+    def require(valid: bool, problem: str) -> None:
+        if not valid:
+            raise ValueError(problem)
+
+    require(queries.dim() == 3 and queries.is_floating_point(), "`queries` must be [B, T, H, D] or [B, T, E] floating.")
+    require(
+        routing_mask.dtype == torch.bool and routing_mask.shape == queries.shape[:2],
+        f"`routing_mask` must be {list(queries.shape[:2])} bool like `queries`, got {list(routing_mask.shape)} "
+        f"{routing_mask.dtype}.",
+    )
+    require(
+        keys.dim() == 2 and keys.shape[1] == queries.shape[2],
+        f"`keys` must be [C, {queries.shape[2]}] like `queries`, got {list(keys.shape)}.",
+    )
+    require(
+        (keys.dtype in QUANTISED) == (scales is not None),
+        f"`scales` belong to int8 and float8_e4m3fn keys, and only to them; the keys are {keys.dtype}.",
+    )
+    if scales is not None:
+        require(
+            scales.shape == keys.shape[:1] and scales.dtype == torch.float32,
+            f"`scales` must be [{keys.shape[0]}] float32, got {list(scales.shape)} {scales.dtype}.",
+        )
+    require(offsets.dim() == 1 and offsets.dtype == torch.int64, "`offsets` must be [N + 1] int64.")
+    require(offsets.shape[0] >= 1, "`offsets` must begin with 0.")
+    if alive is not None:
+        require(
+            alive.dtype == torch.bool and alive.dim() == 1 and alive.shape[0] == offsets.shape[0] - 1,
+            f"`alive` must be [{offsets.shape[0] - 1}] bool, got {list(alive.shape)} {alive.dtype}.",
+        )
+    require(k >= 1, f"`k` must be at least 1, got {k}.")
+    tensors = [routing_mask, keys, offsets, *(item for item in (scales, alive) if item is not None)]
+    require(
+        all(item.device == queries.device for item in tensors),
+        f"All tensors but `exact_keys` must lie on the device of `queries`, {queries.device}.",
+    )
+
+
+def reference_route_documents(
+    queries: Tensor,
+    routing_mask: Tensor,
+    keys: Tensor,
+    scales: Tensor | None,
+    offsets: Tensor,
+    alive: Tensor | None,
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+        batch, count = queries.shape[0], offsets.shape[0] - 1
+        if not count or not batch:
+            return select_documents(queries.new_empty(batch, count, dtype=torch.float32), k)
+        packed, valid = pack_routing_tokens(queries[:, :, None].float(), routing_mask)
+        chunk_scores = score_chunks(packed, valid, keys)
+        if scales is not None:
+            chunk_scores = chunk_scores * scales  # positive, so that maxima over tokens may be taken before
+        scores = reduce_chunks(chunk_scores, offsets, "max").masked_fill(~valid.any(1, keepdim=True), NO_SCORE)
+        if alive is not None:
+            scores = scores.masked_fill(~alive, NO_SCORE)
+        return select_documents(scores, k)
+
+
+def fake_route_documents(
+    queries: Tensor, routing_mask: Tensor, keys: Tensor, scales: Any, offsets: Tensor, alive: Any, k: int
+) -> tuple[Tensor, Tensor]:
+    shape = queries.shape[0], k
+    return queries.new_empty(shape, dtype=torch.int64), queries.new_empty(shape, dtype=torch.float32)
