@@ -24,13 +24,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from msa_hf import MSAForCausalLM
 from msa_hf.evaluation import UNANSWERABLE, Corpus, Question, make_corpus
 from msa_hf.generation import MemoryInterleave, Protocol
-from msa_hf.training.diagnosis import Diagnosis, diagnose
+from msa_hf.training import Diagnosis, diagnose, router_recall
 
 KINDS = ("one_hop", "two_hop", "unanswerable")
 SEED = 99
@@ -81,35 +80,6 @@ def asked(questions: list[Question]) -> list[dict[str, Any]]:
         }
         for question in questions
     ]
-
-
-@torch.no_grad()
-def second_round(model: Any, tokenizer: Any, bank: Any, protocol: Protocol, questions: list[Question]) -> Any:
-    """Layer -> recall of second documents, once the first ones were read."""
-    found: dict[int, list[Tensor]] = {}
-    for start in range(0, len(questions), 50):
-        rows = []
-        for question in questions[start : start + 50]:
-            first = [(place, bank.documents[place].text) for place in question.rounds[0]]
-            rows.append(Protocol.join(protocol.transcript(tokenizer, question.text, [first])))
-        width = max(len(ids) for ids, _ in rows)
-
-        def padded(lists: Any, width: int = width) -> Tensor:
-            return torch.tensor([[0] * (width - len(row)) + list(map(int, row)) for row in lists], device=model.device)
-
-        routing = model(
-            input_ids=padded(ids for ids, _ in rows),
-            attention_mask=padded([1] * len(ids) for ids, _ in rows),
-            routing_mask=padded(routes for _, routes in rows).bool(),
-            memory=bank,
-            use_cache=False,
-            logits_to_keep=1,
-        ).routing
-        gold = torch.tensor([question.rounds[1][0] for question in questions[start : start + 50]])[:, None]
-        for layer, item in routing.items():
-            found.setdefault(layer, []).append(item.documents.cpu() == gold)
-    hits = {layer: torch.cat(parts).float() for layer, parts in found.items()}
-    return {layer: (float(hit.amax(1).mean()), float(hit[:, 0].mean())) for layer, hit in hits.items()}
 
 
 def figures(diagnosis: Diagnosis) -> dict[str, Any]:
@@ -176,9 +146,9 @@ def measure(model: Any, tokenizer: Any, protocol: Protocol, size: int, pool: Poo
         result["select"][name] = {kind: found[kind]["exact_match"] for kind in KINDS}
         print(size, name, result["select"][name], flush=True)
         lap(name)
-    two_hop = [question for question in questions if question.kind == "two_hop"]
-    for layer, (among, best) in second_round(model, tokenizer, bank, protocol, two_hop).items():
-        result["recall"]["layers"][str(layer)] |= {"second@16": among, "second@1": best}
+    second = router_recall(model, tokenizer, bank, asked(questions), None, 50, protocol, rounds_read=1)
+    for layer, layers in result["recall"]["layers"].items():
+        layers |= {"second@16": second["first_layers"][int(layer)], "second@1": second["first_layers_at_1"][int(layer)]}
     asker = MemoryInterleave(model, tokenizer, bank, protocol, documents_per_round=1, max_new_tokens=24)
     times = []
     for question in questions[:: max(len(questions) // 12, 1)]:

@@ -13,6 +13,8 @@ as crowded with near-misses as a corpus many times as large.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import random
 import time
@@ -34,6 +36,7 @@ from msa_hf.evaluation import UNANSWERABLE, Corpus, Question, make_corpus
 from msa_hf.evaluation.corpora import QuestionKind
 from msa_hf.evaluation.prose import prose_documents
 from msa_hf.generation import COMPACT
+from msa_hf.training import CollapseGuard, diagnose, router_recall
 
 VOCABULARY = 8192
 PAD = "<|pad|>"
@@ -435,6 +438,14 @@ class Clock:
         self.seconds, self.rise, self.fall = minutes * 60, rise, fall
         self.start: float | None = None
 
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Time that does not count."""
+        began = time.time()
+        yield
+        if self.start is not None:
+            self.start += time.time() - began
+
     def tick(self) -> None:
         """A step is done. The first ones compile, which does not count."""
         self.start = self.start or time.time()
@@ -533,47 +544,63 @@ def without_pass(forward: Any) -> Any:
 
 
 class Gate:
-    """Routing over a bank of thousands of documents with names never trained on, as often as asked for.
+    """A diagnosis on a bank of thousands of documents with names never trained on, as often as asked for.
 
-    Stops a run whose routers fall behind what they were untrained.
+    Stops a run that has collapsed.
     """
 
     def __init__(self, tokenizer: Any, prose: list[str], documents: int, questions: int) -> None:
         corpus = make_corpus(documents, seed=99, split="test", prose=prose, prose_share=0.2, crowding=100)
-        texts = encode_all(tokenizer, [f" {text}" for text in corpus.texts()])
-        pieces = Pieces(texts, random.Random(1).sample(range(IDS), documents), symbols_of(tokenizer))
-        self.rows = [{"input_ids": pieces.document(place)} for place in range(documents)]
-        self.tokenizer = tokenizer
-        maker = Rows(tokenizer, corpus, pieces, random.Random(2), memory=True)
-        asked = corpus.questions(questions, "one_hop", seed=5), corpus.questions(questions, "two_hop", seed=6)
-        self.first, self.second = maker.first_rounds([*asked[0], *asked[1]]), maker.second_rounds(asked[1])
-        self.untrained: dict[str, float] | None = None
+        ids = random.Random(1).sample(range(IDS), documents)
+        self.rows = [TINY.document_row(id, text, tokenizer) for id, text in zip(ids, corpus.texts(), strict=True)]
+        self.tokenizer, self.guard = tokenizer, CollapseGuard()
+        kinds: tuple[QuestionKind, ...] = ("one_hop", "two_hop", "unanswerable")
+        self.questions = [
+            {
+                "question": question.text,
+                "answer": question.answer,
+                "kind": kind,
+                "positives": [str(ids[place]) for place in question.positives],
+            }
+            for kind in kinds
+            for question in corpus.questions(questions, kind, seed=5)
+        ]
+        self.conditions = ["routed", "forced_gold", "gold_text", "no_memory", "ids"]
+        if importlib.util.find_spec("bm25s"):
+            self.conditions.append("bm25")
+        else:
+            print("bm25s is not installed: the gate does without it", flush=True)
 
-    @torch.no_grad()
     def measure(self, model: Any) -> dict[str, float]:
-        model.eval()
-        bank = model.encode_documents(self.rows, batch_tokens=65536, show_progress=False)
+        options: dict[str, Any] = {"protocol": TINY, "show_progress": False}
+        with torch.compiler.set_stance("force_eager"):  # what was compiled for training is no help here
+            bank = model.encode_documents(self.rows, batch_tokens=65536, show_progress=False)
+            found = diagnose(
+                model,
+                self.tokenizer,
+                bank,
+                self.questions,
+                conditions=self.conditions,
+                refusal=UNANSWERABLE,
+                batch_size=64,
+                max_new_tokens=24,
+                interleave={"max_id_tokens": 24},
+                **options,
+            )
+            second = router_recall(model, self.tokenizer, bank, self.questions, protocol=TINY, rounds_read=1)
+        assert found.router is not None
         row: dict[str, float] = {}
-        for name, rows in (("first", self.first), ("second", self.second)):
-            found: dict[int, list[Tensor]] = {}
-            for start in range(0, len(rows), 64):
-                batch = to_device(Batches.collate(rows[start : start + 64], None), str(model.device))
-                gold = batch.pop("positive_docs")
-                batch.pop("labels")
-                routing = model(**batch, memory=bank, use_cache=False, logits_to_keep=1).routing
-                for layer, item in routing.items():
-                    found.setdefault(layer, []).append(torch.cat([gold, item.documents], 1).cpu())
-            for layer, parts in found.items():
-                gold, chosen = torch.cat(parts).split([1, model.config.top_k], 1)
-                row[f"{name}_{layer}@16"] = (chosen == gold).any(1).float().mean().item()
-                row[f"{name}_{layer}@1"] = (chosen[:, :1] == gold).float().mean().item()
-                row[f"{name}_{layer}_distinct"] = len(chosen.unique())
-        model.train()
-        recalls = [value for name, value in row.items() if name.endswith("@16")]
-        if self.untrained is None:
-            self.untrained = row
-        elif max(recalls) < max(value for name, value in self.untrained.items() if name.endswith("@16")) / 2:
-            raise SystemExit(f"the routers collapsed: {row}, untrained {self.untrained}")
+        for layer in found.router["layers"]:
+            row[f"first_{layer}@16"] = found.router["first_layers"][layer]
+            row[f"first_{layer}@1"] = found.router["first_layers_at_1"][layer]
+            row[f"first_{layer}_distinct"] = found.router["distinct"][layer]
+            row[f"second_{layer}@16"] = second["first_layers"][layer]
+            row[f"second_{layer}@1"] = second["first_layers_at_1"][layer]
+        for condition, by_kind in found.answers.items():
+            row |= {f"{condition}_{kind}": item.exact for kind, item in by_kind.items() if kind != "all"}
+        row |= {f"ids_{way}": shares["all"] for way, shares in found.ids.items()}
+        row["empty"] = found.answers["routed"]["all"].empty
+        self.guard.check(found.router, empty=row["empty"])
         return row
 
 
@@ -590,7 +617,7 @@ def train_memory(arguments: Any) -> None:
         model = MSAForCausalLM.from_base(arguments.base, score_bias=True, chunk_size=64, top_k=16, **options)
     model.to(arguments.device)
     model.train()
-    gate = Gate(tokenizer, json.loads(Path(arguments.tokenizer, PROSE).read_text()), arguments.gate, 128)
+    gate = Gate(tokenizer, json.loads(Path(arguments.tokenizer, PROSE).read_text()), arguments.gate, 64)
     if arguments.compile:
         compile_parts(model)
     routers = [p for name, p in model.named_parameters() if "router" in name]
@@ -608,7 +635,8 @@ def train_memory(arguments: Any) -> None:
     while clock.progress < 1:
         if clock.elapsed >= checks * arguments.gate_every:
             checks += 1
-            row = {"step": step, "seconds": clock.elapsed, **gate.measure(model)}
+            with clock.stopped():
+                row = {"step": step, "seconds": clock.elapsed, **gate.measure(model)}
             curve.append(row)
             print("gate", " ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
         batch = to_device(next(data), arguments.device)

@@ -164,6 +164,36 @@ def test_rounds_of_several_documents_are_read_together(compact: SimpleNamespace)
     assert f"[7][2]<|docs|>[7] {TEXTS[7]}\n[2] {TEXTS[2]}\n<|ids|><|answer|>" in reader.transcripts[0][0]
 
 
+def test_recall_after_rounds_that_were_read(compact: SimpleNamespace) -> None:
+    """What the routers choose behind the texts of the first round, and whether the second document is among it."""
+    model, tokenizer, bank = compact.model, compact.tokenizer, compact.bank
+    rounds = [[(2, TEXTS[2])]]
+    ids, routes = Protocol.join(COMPACT.transcript(tokenizer, QUESTIONS[2]["question"], rounds))
+    with torch.no_grad():
+        output = model(torch.tensor([ids]), memory=bank, routing_mask=torch.tensor([routes]))
+    ranks = {layer: item.documents[0].tolist() for layer, item in output.routing.items()}
+    for k in (1, 2, 4):
+        found = router_recall(model, tokenizer, bank, QUESTIONS, k=k, protocol=COMPACT, rounds_read=1)
+        assert found["first_layers"] == {layer: float(7 in chosen[:k]) for layer, chosen in ranks.items()}
+        assert found["questions"] == 1
+    ids, routes = Protocol.join(COMPACT.transcript(tokenizer, QUESTIONS[2]["question"]))
+    with torch.no_grad():
+        before = model(torch.tensor([ids]), memory=bank, routing_mask=torch.tensor([routes])).routing
+    assert any(before[layer].documents[0].tolist() != chosen for layer, chosen in ranks.items())  # or nothing is shown
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rounds_read": 1}, "needs a protocol"),
+        ({"rounds_read": 2, "protocol": COMPACT}, "after 2 rounds"),
+    ],
+)
+def test_rounds_that_cannot_have_been_read(compact: SimpleNamespace, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        router_recall(compact.model, compact.tokenizer, compact.bank, QUESTIONS, **options)
+
+
 def test_the_figures_do_not_depend_on_the_batch(compact: SimpleNamespace) -> None:
     """A model that nobody scripts, by the router: one question at a time and all at once."""
     first, second = (

@@ -27,10 +27,28 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = training
 
 
-def prompt_of(tokenizer: Any, question: str, protocol: Protocol | None) -> tuple[list[int], list[bool]]:
-    """A question as it is first put, and which of its tokens route: as the protocol says, or as `QuestionCollator`."""
+def text_of(bank: MemoryBank, position: int) -> str:
+    """The text of a document.
+
+    Raises:
+        ValueError: where it was not stored, naming the document.
+    """
+    document = bank.documents[position]
+    if document.text is None:
+        raise ValueError(f"Document {document.key!r} was stored without its text, which is to be read.")
+    return document.text
+
+
+def prompt_of(
+    tokenizer: Any,
+    question: str,
+    protocol: Protocol | None,
+    rounds: Sequence[Sequence[tuple[int, str]]] = (),
+) -> tuple[list[int], list[bool]]:
+    """A question as it is put, behind rounds of (id, text) pairs that were read, and which of its tokens route: as the
+    protocol says, or as `QuestionCollator`."""
     if protocol is not None:
-        return Protocol.join(protocol.prompt_segments(tokenizer, question))
+        return Protocol.join(protocol.transcript(tokenizer, question, rounds))
     ids = question_ids(tokenizer, question)
     return ids, [True] * len(ids)
 
@@ -106,16 +124,10 @@ class Writer:
 
     def _prompt(self, question: str, rounds: Sequence[Sequence[int]]) -> tuple[list[int], list[bool]]:
         if self.protocol is None:
-            texts = [self.text(position) for group in rounds for position in group]
+            texts = [text_of(self.bank, position) for group in rounds for position in group]
             return prompt_of(self.tokenizer, SEPARATOR.join([*texts, question]), None)
-        pairs = [[(self.ids.id_of(position), self.text(position)) for position in group] for group in rounds]
+        pairs = [[(self.ids.id_of(position), text_of(self.bank, position)) for position in group] for group in rounds]
         return Protocol.join(self.protocol.transcript(self.tokenizer, question, pairs, closed=True))
-
-    def text(self, position: int) -> str:
-        document = self.bank.documents[position]
-        if document.text is None:
-            raise ValueError(f"Document {document.key!r} was stored without its text, which this condition reads.")
-        return document.text
 
     def write(
         self,

@@ -11,11 +11,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..evaluation import exact_match
-from ..generation import MemoryInterleave, Protocol
+from ..generation import DocumentIds, MemoryInterleave, Protocol
 from ..generation.interleave import ROUTER_DOCUMENTS
 from ..memory_msa import MemoryBank
 from ..routing_msa import select_documents
-from .asking import BM25, Writer, evaluating, prompt_of, require_bm25s
+from .asking import BM25, Writer, evaluating, prompt_of, require_bm25s, text_of
 from .data import DataError, _pad, _rows, _text
 
 # In the order in which they are measured: what BM25 reads depends on what was routed.
@@ -45,8 +45,9 @@ def router_recall(
     k: int | None = None,
     batch_size: int = 16,
     protocol: Protocol | None = None,
+    rounds_read: int = 0,
 ) -> dict[str, Any]:
-    """How many of the documents that answer them routers find for questions as they are first put.
+    """How many of the documents that answer them routers find for questions as they are first put, or later.
 
     Args:
         model: a causal LM with a memory, with or without adapters.
@@ -56,6 +57,9 @@ def router_recall(
         k: documents per layer (default: those that the model attends to).
         batch_size: questions at a time.
         protocol: whose prompt puts the question; None: the question and a line break, as `QuestionCollator` does.
+        rounds_read: with a protocol, how many rounds' documents have been read already (`rounds`, or one positive
+            each): the positives are then those of the rounds to come, and questions without any are left out. The bank
+            must hold the texts.
 
     Returns:
         `k`; `questions`, their number; `wanted`, the number of different documents that are the first positive of one.
@@ -66,21 +70,34 @@ def router_recall(
         documents the k best of all questions are: few of them for many questions is a collapsed router.
 
     Raises:
-        ValueError: for k < 1, no question with positives, and a positive that the bank does not hold.
+        ValueError: for k < 1, no question with positives, a positive that the bank does not hold, and rounds read
+            without a protocol or without texts.
     """
     k = model.config.top_k if k is None else k
     if k < 1:
         raise ValueError(f"`k` must be at least 1, got {k}.")
-    asked = [question for question in questions if question["positives"]]
+    if rounds_read and protocol is None:
+        raise ValueError("`rounds_read` needs a protocol: without one there are no rounds.")
+    asked = [question for question in questions if len(_rounds_of(question)) > rounds_read]
     if not asked:
-        raise ValueError("`questions` holds none with positives, so nothing can be found.")
-    gold = [positions_of(bank, question["positives"]) for question in asked]
+        raise ValueError(
+            "`questions` holds none with positives, so nothing can be found."
+            if not rounds_read
+            else f"`questions` holds none with documents to be found after {rounds_read} rounds."
+        )
+    rounds = [[positions_of(bank, group) for group in _rounds_of(question)] for question in asked]
+    gold = [[position for group in groups[rounds_read:] for position in group] for groups in rounds]
     layers = list(model.config.memory_layers)
     found: dict[int, list[list[int]]] = {layer: [] for layer in layers}
     all_scores = k > model.config.top_k
     with evaluating(model):
         for start in range(0, len(asked), batch_size):
-            rows = [prompt_of(tokenizer, item["question"], protocol) for item in asked[start : start + batch_size]]
+            rows = [
+                prompt_of(tokenizer, item["question"], protocol, _texts(bank, groups[:rounds_read]))
+                for item, groups in zip(
+                    asked[start : start + batch_size], rounds[start : start + batch_size], strict=True
+                )
+            ]
             routing = model(
                 input_ids=_pad([ids for ids, _ in rows], 0, left=True).to(model.device),
                 attention_mask=_pad([[1] * len(ids) for ids, _ in rows], 0, left=True).to(model.device),
@@ -118,6 +135,19 @@ def router_recall(
         result["recall" + ending], result["layers" + ending] = shares(best, gold)
         result["first" + ending], result["first_layers" + ending] = shares(best, [row[:1] for row in gold])
     return result
+
+
+def _rounds_of(question: Mapping[str, Any]) -> list[Sequence[str]]:
+    """Keys of the documents that each round should find."""
+    return question.get("rounds") or [[key] for key in question["positives"]]
+
+
+def _texts(bank: MemoryBank, rounds: Sequence[Sequence[int]]) -> list[list[tuple[int, str]]]:
+    """Ids and texts of documents at these positions."""
+    ids, found = DocumentIds(bank), []
+    for group in rounds:
+        found.append([(ids.id_of(position), text_of(bank, position)) for position in group])
+    return found
 
 
 # Questions ------------------------------------------------------------------------------------------------------------
@@ -534,7 +564,7 @@ class _Run:
 
     def _ranked(self) -> Callable[[int], list[list[int]]]:
         """What BM25 would read for a question, by round."""
-        ranking = BM25([self.writer.text(position) for position in range(len(self.bank))])
+        ranking = BM25([text_of(self.bank, position) for position in range(len(self.bank))])
         per_round = self.interleave["documents_per_round"]
         if per_round is None and self.interleave["select"] == "router":
             per_round = ROUTER_DOCUMENTS
