@@ -22,9 +22,9 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_msa import Context
-from .chunks_msa import chunk_counts, chunk_rows, pool_chunks
+from .chunks_msa import chunk_counts, gather_documents, pool_documents
 from .memory_msa import LayerMemory
-from .routing_msa import NO_SCORE, LayerRouting, normalize_heads, score_documents, select_documents
+from .routing_msa import NO_SCORE, LayerRouting, route_documents, score_documents, select_documents
 
 # Name of a base implementation -> the name under which ours, standing on it, is registered. Transformers gives special
 # meaning to names that contain "sdpa" or "flash", so ours do not.
@@ -35,6 +35,18 @@ LOGIT_ELEMENTS = 1 << 26
 BIAS_DIMENSIONS = 8
 # Before scaling, what hides a row: finite in every format, and far below any logit.
 HIDDEN = -3e4
+SCORES_ARE_NAN = (
+    "The router scores of layer {layer} are NaN: weights of its router or of the layers below hold NaN, or their dtype "
+    "overflows. No documents can be chosen."
+)
+
+# The operations of a memory layer, in plain PyTorch; where the package is installed, msa_hf.ops puts its own in their
+# place, which take the same arguments.
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "route_documents": route_documents,  # has no gradient
+    "pool_documents": pool_documents,
+    "gather_documents": gather_documents,  # where `content` needs no gradient
+}
 
 AttentionOutput = tuple[Tensor, Tensor | None]
 AttentionFunction = Callable[..., AttentionOutput]
@@ -198,19 +210,19 @@ class EncodingPass:
         return base(module, query, key, value, *args, **kwargs)
 
     def _pool(self, layer: int, key: Tensor, value: Tensor) -> LayerMemory:
-        lengths = self.lengths.to(key.device)
-        pooled_key, pooled_value = (
-            pool_chunks(states.transpose(1, 2), lengths, self.config.chunk_size) for states in (key, value)
-        )
         if self.config.shared_router:
-            router_key = pooled_key
+            router_keys = key.transpose(1, 2)
         else:
-            projected = self.router_keys.pop(layer).unflatten(-1, (-1, key.shape[-1]))
-            router_key = pool_chunks(projected, lengths, self.config.chunk_size)
-        if self.similarity == "cosine":
-            router_key = normalize_heads(router_key)
-        content = torch.stack([pooled_key, pooled_value], dim=1).to(value.dtype)
-        return LayerMemory(routing_keys=router_key.flatten(1).to(value.dtype), content=content)
+            router_keys = self.router_keys.pop(layer).unflatten(-1, (-1, key.shape[-1]))
+        content, routing_keys = OPERATIONS["pool_documents"](
+            key,
+            value,
+            router_keys,
+            self.lengths.to(key.device),
+            self.config.chunk_size,
+            self.similarity == "cosine",
+        )
+        return LayerMemory(routing_keys, content)
 
 
 @dataclass
@@ -221,7 +233,7 @@ class AttendingPass:
         config: MSAConfig.
         similarity: of router queries and keys.
         layers: layer -> `LayerMemory`; empty when contexts are only kept up.
-        offsets: [N + 1] int64 chunk offsets of the documents; follows the keys from device to device.
+        offsets: [N + 1] int64 chunk offsets of the documents.
         prefix: layer -> keys and values of the prefix, [G, p, D] or [B, G, p, D].
         routing_mask: [B, T] bool tokens that route, or None to keep every sample's context.
         visible: [B, N] bool, documents that a sample may choose; None for all.
@@ -244,13 +256,23 @@ class AttendingPass:
     keep_contexts: bool = False
     routing: dict[int, LayerRouting] = field(default_factory=dict)
     router_queries: dict[int, Tensor] = field(default_factory=dict)
+    not_finite: dict[int, Tensor] = field(default_factory=dict)
+    moved_offsets: dict[torch.device, Tensor] = field(default_factory=dict)
     recording: bool = True
 
     def __post_init__(self) -> None:
         self.previous = dict(self.contexts)
 
     def finish(self) -> dict[int, LayerRouting]:
-        """Layer -> `LayerRouting`; the pass lets go of them and of the contexts."""
+        """Layer -> `LayerRouting`; the pass lets go of them and of the contexts.
+
+        Raises:
+            ValueError: where router queries were not finite.
+        """
+        not_finite, self.not_finite = self.not_finite, {}
+        for layer, found in not_finite.items():
+            if bool(found):
+                raise ValueError(SCORES_ARE_NAN.format(layer=layer))
         routing, self.routing, self.contexts, self.recording = self.routing, {}, {}, False
         return routing
 
@@ -311,26 +333,31 @@ class AttendingPass:
             router_query = query.transpose(1, 2)
         else:
             router_query = self.router_queries.pop(layer).unflatten(-1, (-1, query.shape[-1]))
-        # Moved once for all layers that lie on one device.
-        self.offsets = offsets = self.offsets.to(device)
-        scores = score_documents(
-            router_query.to(device),
-            mask.to(device),
-            memory.routing_keys,
-            offsets,
-            similarity=self.similarity,
-            head_reduction=self.config.head_reduction,
-            query_reduction=self.config.query_reduction,
-            chunk_reduction=self.config.chunk_reduction,
-        )
-        if bool(scores.isnan().any()):
-            raise ValueError(
-                f"The router scores of layer {layer} are NaN: weights of its router or of the layers below hold NaN, "
-                "or their dtype overflows. No documents can be chosen."
+        router_query, mask = router_query.to(device), mask.to(device)
+        offsets = self._offsets_on(device)
+        scores: Tensor | None = None
+        if self._needs_all_scores(router_query):
+            scores = score_documents(
+                router_query,
+                mask,
+                memory.routing_keys,
+                offsets,
+                similarity=self.similarity,
+                head_reduction=self.config.head_reduction,
+                query_reduction=self.config.query_reduction,
+                chunk_reduction=self.config.chunk_reduction,
             )
-        if self.visible is not None:
-            scores = scores.masked_fill(~self.visible.to(device), NO_SCORE)
-        if self.force_documents is None:
+            if bool(scores.isnan().any()):
+                raise ValueError(SCORES_ARE_NAN.format(layer=layer))
+            if self.visible is not None:
+                scores = scores.masked_fill(~self.visible.to(device), NO_SCORE)
+        if scores is None:
+            documents, best = OPERATIONS["route_documents"](
+                router_query, mask, memory.routing_keys, offsets, self.config.top_k, similarity=self.similarity
+            )
+            if self.recording:  # looked at in the end, so that no layer waits for the device
+                self.not_finite[layer] = (mask & ~router_query.isfinite().flatten(2).all(2)).any()
+        elif self.force_documents is None:
             documents, best = select_documents(scores, self.config.top_k)
         else:
             documents = self.force_documents.to(device)
@@ -339,15 +366,34 @@ class AttendingPass:
         report = self._report(documents, best, scores, query.device)
         if self.recording:
             self.routing[layer] = report
-        context = self._gather(module, memory, documents, offsets, scores, query, dtype)
+        # What the score bias sees carries the gradient that `best` does not.
+        chosen_scores = best if scores is None else scores.gather(1, documents.clamp(min=0))
+        context = self._gather(module, memory, documents, offsets, chosen_scores, query, dtype)
         if previous is not None:
             # A sample without a routing token in this turn keeps what it had.
             context = context.where(mask.any(1).to(query.device), previous)
         return context
 
-    def _report(self, documents: Tensor, best: Tensor, scores: Tensor, device: torch.device) -> LayerRouting:
+    def _needs_all_scores(self, router_query: Tensor) -> bool:
+        """Whether the scores of all documents are asked for, or another choice than the `top_k` best by default."""
+        if self.keep_document_scores or self.force_documents is not None or self.visible is not None:
+            return True
+        if self.config.score_bias and torch.is_grad_enabled() and router_query.requires_grad:
+            return True  # the chosen ones' scores carry a gradient
+        reductions = (self.config.head_reduction, self.config.query_reduction, self.config.chunk_reduction)
+        return reductions != ("mean", "max", "max")
+
+    def _offsets_on(self, device: torch.device) -> Tensor:
+        """`offsets`, moved once for all layers that lie on one device."""
+        assert self.offsets is not None
+        if device not in self.moved_offsets:
+            self.moved_offsets[device] = self.offsets.to(device)
+        return self.moved_offsets[device]
+
+    def _report(self, documents: Tensor, best: Tensor, scores: Tensor | None, device: torch.device) -> LayerRouting:
         document_scores = None
         if self.keep_document_scores:
+            assert scores is not None
             document_scores = scores.masked_fill(scores <= NO_SCORE, float("-inf")).to(device)
         return LayerRouting(documents.to(device), best.to(device), document_scores)
 
@@ -361,18 +407,13 @@ class AttendingPass:
         query: Tensor,
         dtype: torch.dtype,
     ) -> Context:
-        rows, slots, valid = chunk_rows(documents, offsets)
-        content = memory.content.index_select(0, rows.flatten().to(memory.content.device))
-        keys, values = content.to(query.device, dtype).unflatten(0, rows.shape).unbind(2)
-        # Laid out as the matrix products of every decoding step want them, so that none of them copies the rows.
-        keys, values = keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
+        gather = gather_documents if memory.content.requires_grad else OPERATIONS["gather_documents"]
+        keys, values, valid, slots = gather(documents, offsets, memory.content)
+        keys, values = keys.to(query.device, dtype), values.to(query.device, dtype)
         valid, slots, bias = valid.to(query.device), slots.to(query.device), None
         if self.config.score_bias:
-            chosen = documents >= 0
-            per_document = module.router_score_bias(
-                scores.gather(1, documents.clamp(min=0)).to(query.device), chosen.to(query.device)
-            )
-            bias = per_document.gather(1, slots) if rows.shape[1] else per_document[:, :0]
+            per_document = module.router_score_bias(scores.to(query.device), (documents >= 0).to(query.device))
+            bias = per_document.gather(1, slots) if slots.shape[1] else per_document[:, :0]
         prefix = self._prefix_context(module.layer_idx, query, dtype)
         prefix_length = 0
         if prefix is not None:

@@ -17,6 +17,8 @@ ACCELERATOR_TILES = 16
 TILE_CHUNKS = 8192
 # Stands for "no score": finite, so that it survives a division by the temperature without turning into NaN.
 NO_SCORE = -1e30
+# Beside a squared norm, inside the root: the gradient at zero is finite.
+NORM_EPSILON = 1e-12
 
 
 @dataclass
@@ -36,12 +38,20 @@ class LayerRouting:
 
 
 def normalize_heads(vectors: Tensor) -> Tensor:
-    """L2-normalise the last dimension in float32; zero vectors stay zero.
+    """L2-normalise the last dimension in float32 (float64 stays); zero vectors stay zero."""
+    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    return vectors * torch.rsqrt(vectors.square().sum(-1, keepdim=True) + NORM_EPSILON)
 
-    The epsilon lies inside the square root, so the gradient at zero is finite.
-    """
-    vectors = vectors.float()
-    return vectors * torch.rsqrt(vectors.square().sum(-1, keepdim=True) + 1e-12)
+
+def scale_heads(queries: Tensor, similarity: str) -> Tensor:
+    """Router queries [..., D] as float32 vectors whose inner products with routing keys are the similarity."""
+    return normalize_heads(queries.float()) if similarity == "cosine" else queries.float() * queries.shape[-1] ** -0.5
+
+
+def reduce_queries(queries: Tensor, groups: int, similarity: str) -> Tensor:
+    """[B, T, H, D] -> [B, T, G, D] float32, whose inner product with a routing key is the mean over heads."""
+    heads = queries.shape[2]
+    return scale_heads(queries, similarity).unflatten(2, (groups, heads // groups)).sum(3) / heads
 
 
 def score_documents(
@@ -73,22 +83,29 @@ def score_documents(
     Returns:
         [B, N] float32. Samples without a routing token score `NO_SCORE` everywhere.
     """
-    heads, dim = queries.shape[2:]
-    groups = routing_keys.shape[1] // dim
     with torch.autocast(queries.device.type, enabled=False):
         queries, valid = pack_routing_tokens(queries, routing_mask, last_only=query_reduction == "last")
-        queries = normalize_heads(queries) if similarity == "cosine" else queries.float() * dim**-0.5
         if head_reduction == "mean":
-            queries = queries.unflatten(2, (groups, heads // groups)).sum(3) / heads
-        chunk_scores = torch.cat(
-            [
-                torch.cat([_score_chunks(queries[rows], valid[rows], keys, query_reduction) for rows in rows_of(keys)])
-                for keys, rows_of in _tiles(routing_keys, queries)
-            ],
-            dim=1,
-        )
+            queries = reduce_queries(queries, routing_keys.shape[1] // queries.shape[3], similarity)
+        else:
+            queries = scale_heads(queries, similarity)
+        chunk_scores = score_chunks(queries, valid, routing_keys, query_reduction)
         scores = reduce_chunks(chunk_scores, offsets.to(chunk_scores.device), chunk_reduction)
         return scores.masked_fill(~valid.any(1, keepdim=True), NO_SCORE)
+
+
+def route_documents(
+    queries: Tensor,
+    routing_mask: Tensor,
+    routing_keys: Tensor,
+    offsets: Tensor,
+    k: int,
+    *,
+    similarity: str = "cosine",
+) -> tuple[Tensor, Tensor]:
+    """`select_documents` of `score_documents` with the default reductions; no gradient."""
+    with torch.no_grad():
+        return select_documents(score_documents(queries, routing_mask, routing_keys, offsets, similarity=similarity), k)
 
 
 def pack_routing_tokens(queries: Tensor, routing_mask: Tensor, last_only: bool = False) -> tuple[Tensor, Tensor]:
@@ -108,6 +125,27 @@ def pack_routing_tokens(queries: Tensor, routing_mask: Tensor, last_only: bool =
 def tile_elements(device: torch.device) -> int:
     """Scores that may be held at once on a device."""
     return TILE_ELEMENTS if device.type == "cpu" else TILE_ELEMENTS * ACCELERATOR_TILES
+
+
+def score_chunks(queries: Tensor, valid: Tensor, routing_keys: Tensor, query_reduction: str = "max") -> Tensor:
+    """Scores of chunks, tokens reduced, in tiles.
+
+    Args:
+        queries: [B, t, G, D] float32 with the heads reduced, or [B, t, H, D].
+        valid: [B, t] bool, tokens that are there.
+        routing_keys: [C, G * D].
+        query_reduction: `"max"` or `"mean"`.
+
+    Returns:
+        [B, C] float32; of no meaning for samples without a token.
+    """
+    return torch.cat(
+        [
+            torch.cat([_score_chunks(queries[rows], valid[rows], keys, query_reduction) for rows in rows_of(keys)])
+            for keys, rows_of in _tiles(routing_keys, queries)
+        ],
+        dim=1,
+    )
 
 
 def _tiles(routing_keys: Tensor, queries: Tensor) -> Iterator[tuple[Tensor, Callable[[Tensor], list[slice]]]]:
@@ -164,7 +202,7 @@ def select_documents(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` best documents of each sample; equal scores go to the lower index, so the choice is deterministic.
 
     Args:
-        scores: [B, N] float32; documents at or below `NO_SCORE` are not chosen.
+        scores: [B, N] float32; documents at or below `NO_SCORE` are not chosen, nor those that are NaN.
         k: how many.
 
     Returns:
@@ -172,6 +210,7 @@ def select_documents(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     with torch.no_grad():
         scores = scores.detach().float()
+        scores = scores.masked_fill(scores.isnan(), NO_SCORE)
         batch, count = scores.shape
         # float32 as an order-preserving int32, above the reversed index: one top-k over unique int64 keys. Adding zero
         # makes -0.0 equal to 0.0.
