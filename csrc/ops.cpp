@@ -6,6 +6,16 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
+// Both are set by setup.py.
+#if !defined(MSA_HF_SOURCES)
+#define MSA_HF_SOURCES "unknown"
+#endif
+#if !defined(MSA_HF_CUDA_ARCHITECTURES)
+#define MSA_HF_CUDA_ARCHITECTURES "none"
+#endif
+
 STABLE_TORCH_LIBRARY(msa_hf, m) {
   // Score every document for every sample and choose the k best.
   //   queries       [B, T, E] floating: heads reduced, normalised where the similarity is cosine
@@ -45,7 +55,8 @@ STABLE_TORCH_LIBRARY(msa_hf, m) {
   //   offsets    [N + 1] int64
   //   content    [C, 2, G, D]: floating, or float8_e4m3fn with
   //   scales     [C, 2] float32: one for the key and one for the value of a chunk
-  //   width      R, at least the most rows of any sample
+  //   width      R, at least the most rows of any sample: an error on the CPU where it is not, while a device, which cannot
+  //              say so without being waited for, leaves out what does not fit
   //   dtype      of the result; None for that of content (float32 for float8_e4m3fn)
   // Returns keys and values [B, G, R, D], valid [B, R] bool, and slots [B, R] int64: the column of `documents` that a
   // row came from. Rows that are not valid are zero, their slots 0.
@@ -53,6 +64,21 @@ STABLE_TORCH_LIBRARY(msa_hf, m) {
       "gather_documents(Tensor documents, Tensor offsets, Tensor content, Tensor? scales, SymInt width, "
       "ScalarType? dtype=None) -> (Tensor keys, Tensor values, Tensor valid, Tensor slots)");
 
-  // What was compiled in, and what of it this machine runs: one line per device, "device: text".
+  // What was compiled, one "name: text" per line: the sources' digest, the instruction sets that this processor has of
+  // those that were compiled in, and the CUDA architectures ("none" without CUDA).
   m.def("build_info() -> str");
+}
+
+namespace msa_hf {
+
+std::string cpu_info();  // cpu/bindings.cpp
+
+static std::string build_info() {
+  return "sources: " MSA_HF_SOURCES "\ncpu: " + cpu_info() + "\ncuda: " MSA_HF_CUDA_ARCHITECTURES;
+}
+
+}  // namespace msa_hf
+
+STABLE_TORCH_LIBRARY_IMPL(msa_hf, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&msa_hf::build_info));
 }

@@ -1,0 +1,50 @@
+// Scoring with AVX-512.
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#endif
+
+#include "numbers.h"
+
+namespace msa_hf::cpu {
+
+#define MSA_LANES 16
+#define MSA_PANELS 2
+#define MSA_KEYS 12
+#define MSA_TOKENS 4
+#define MSA_LONE_KEYS 6
+#include "float_kernels.inc"
+
+}  // namespace msa_hf::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif
+
+namespace msa_hf::cpu {
+
+const FloatKernels* avx512_kernels() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    return &kernels;
+  }
+#endif
+  return nullptr;
+}
+
+}  // namespace msa_hf::cpu

@@ -1,0 +1,206 @@
+// Scoring with the matrix unit of recent x86-64 servers (AMX, bfloat16), where the system lets a process use it.
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define MSA_AMX 1
+#endif
+
+#if defined(MSA_AMX)
+
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#endif
+
+#include "numbers.h"
+
+namespace msa_hf::cpu {
+
+namespace {
+
+constexpr int64_t kRows = 16, kNumbers = 32, kTile = kRows * kNumbers;
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+static_assert(sizeof(TileConfig) == 64, "the processor reads 64 bytes");
+
+void begin(void* saved) {
+  _tile_storeconfig(saved);
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.row_bytes[tile] = 64;
+    config.rows[tile] = 16;
+  }
+  // The intrinsics name eight bytes as what they read; this keeps the compiler from dropping the others.
+  __asm__ volatile("" : : "r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
+
+void end(const void* saved) {
+  if (*static_cast<const uint8_t*>(saved) == 0) {
+    _tile_release();
+  } else {
+    _tile_loadconfig(saved);
+  }
+}
+
+template <class Number>
+inline __attribute__((always_inline)) void pack_rows(const Number* keys, int64_t stride, int64_t count, int64_t width,
+                                                     uint16_t* tiles, uint16_t (*number_of)(Number)) {
+  int64_t steps = (width + kNumbers - 1) / kNumbers;
+  for (int64_t row = 0; row < kRows; ++row) {
+    uint16_t* target = tiles + row * kNumbers;
+    if (row >= count) {
+      for (int64_t step = 0; step < steps; ++step) std::memset(target + step * kTile, 0, kNumbers * 2);
+      continue;
+    }
+    const Number* key = keys + row * stride;
+    int64_t whole = width / kNumbers;
+    for (int64_t step = 0; step < whole; ++step) {
+      for (int64_t i = 0; i < kNumbers; ++i) target[step * kTile + i] = number_of(key[step * kNumbers + i]);
+    }
+    if (whole < steps) {
+      for (int64_t i = 0; i < kNumbers; ++i) {
+        int64_t place = whole * kNumbers + i;
+        target[whole * kTile + i] = place < width ? number_of(key[place]) : static_cast<uint16_t>(0);
+      }
+    }
+  }
+}
+
+inline uint16_t same(uint16_t number) { return number; }
+inline uint16_t from_int8(int8_t number) { return static_cast<uint16_t>(as_bits(static_cast<float>(number)) >> 16); }
+inline uint16_t from_float8(uint8_t number) { return static_cast<uint16_t>(as_bits(from_e4m3(number)) >> 16); }
+
+void pack_keys(const void* keys, Type type, int64_t stride, int64_t count, int64_t width, uint16_t* tiles) {
+  if (type == Type::bf16) pack_rows(static_cast<const uint16_t*>(keys), stride, count, width, tiles, same);
+  if (type == Type::i8) pack_rows(static_cast<const int8_t*>(keys), stride, count, width, tiles, from_int8);
+  if (type == Type::e4m3) pack_rows(static_cast<const uint8_t*>(keys), stride, count, width, tiles, from_float8);
+}
+
+// The largest of each of 16 rows of 16, in the order of the rows.
+inline __attribute__((always_inline)) __m512 row_maxima(const float* rows) {
+  __m512 part[8];
+  for (int i = 0; i < 8; ++i) {
+    __m512 a = _mm512_load_ps(rows + 32 * i), b = _mm512_load_ps(rows + 32 * i + 16);
+    part[i] = _mm512_max_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  __m512 quad[4];
+  for (int i = 0; i < 4; ++i) {
+    __m512d a = _mm512_castps_pd(part[2 * i]), b = _mm512_castps_pd(part[2 * i + 1]);
+    quad[i] = _mm512_max_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  __m512 low = _mm512_max_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88), _mm512_shuffle_f32x4(quad[0], quad[1], 0xDD));
+  __m512 high =
+      _mm512_max_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88), _mm512_shuffle_f32x4(quad[2], quad[3], 0xDD));
+  return _mm512_max_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD));
+}
+
+inline __attribute__((always_inline)) void put(const float* tile, int64_t block, bool uniform, float* products) {
+  if (uniform) {
+    float* best = products + block * kRows;
+    _mm512_storeu_ps(best, _mm512_max_ps(_mm512_loadu_ps(best), row_maxima(tile)));
+  } else {
+    std::memcpy(products + block * kRows * 16, tile, kRows * 16 * sizeof(float));
+  }
+}
+
+// Two blocks of keys at once against one or two groups of tokens: tiles 0 to 3 are sums, 4 and 5 keys, 6 and 7 queries.
+template <bool pair>
+void multiply_blocks(const uint16_t* queries, int parts, const uint16_t* first, const uint16_t* second, int64_t steps,
+                     float (*sums)[256]) {
+  const uint16_t* other = queries + parts * steps * kTile;
+  _tile_zero(0);
+  _tile_zero(1);
+  if (pair) _tile_zero(2);
+  if (pair) _tile_zero(3);
+  for (int64_t step = 0; step < steps; ++step) {
+    _tile_loadd(4, first + step * kTile, 64);
+    _tile_loadd(5, second + step * kTile, 64);
+    for (int part = 0; part < parts; ++part) {
+      int64_t place = (part * steps + step) * kTile;
+      _tile_loadd(6, queries + place, 64);
+      if (pair) _tile_loadd(7, other + place, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 5, 6);
+      if (pair) _tile_dpbf16ps(2, 4, 7);
+      if (pair) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums[0], 64);
+  _tile_stored(1, sums[1], 64);
+  if (pair) _tile_stored(2, sums[2], 64);
+  if (pair) _tile_stored(3, sums[3], 64);
+}
+
+void multiply(const uint16_t* queries, int groups, int parts, const uint16_t* keys, int64_t blocks, int64_t steps,
+              bool uniform, float* const* products) {
+  alignas(64) float sums[4][256];
+  for (int64_t block = 0; block < blocks; block += 2) {
+    const uint16_t* first = keys + block * steps * kTile;
+    const bool both = block + 1 < blocks;
+    const uint16_t* second = both ? first + steps * kTile : first;
+    if (groups == 2) {
+      multiply_blocks<true>(queries, parts, first, second, steps, sums);
+    } else {
+      multiply_blocks<false>(queries, parts, first, second, steps, sums);
+    }
+    for (int group = 0; group < groups; ++group) {
+      put(sums[2 * group], block, uniform, products[group]);
+      if (both) put(sums[2 * group + 1], block + 1, uniform, products[group]);
+    }
+  }
+}
+
+const TileKernels kernels = {pack_keys, multiply, begin, end};
+
+}  // namespace
+
+}  // namespace msa_hf::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif
+
+namespace msa_hf::cpu {
+
+const TileKernels* amx_kernels() {
+#if defined(MSA_AMX)
+  static const bool there = [] {
+    if (avx512_kernels() == nullptr) return false;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & bf16) == 0 || (d & tile) == 0) return false;
+    // The system must save the tiles (17 and 18 of XCR0), and be asked for the second, once per process.
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & (1u << 27)) == 0) return false;
+    unsigned low = 0, high = 0;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low & 0x60000u) != 0x60000u) return false;
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  if (there) return &kernels;
+#endif
+  return nullptr;
+}
+
+}  // namespace msa_hf::cpu
