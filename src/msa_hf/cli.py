@@ -1,4 +1,4 @@
-"""The command line: `msa-hf retrofit | encode | ask | train | eval | inspect`.
+"""The command line: `msa-hf retrofit | encode | ask | train | eval | inspect | doctor`.
 
 A mistake of the user ends with one line on stderr and exit code 2; any other error keeps its traceback.
 """
@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import AutoTokenizer
 
+from . import doctor
 from .corpus_files import Corpus, UserError, reported
 from .generation import COMPACT, PUBLISHED, Answer, MemoryInterleave, Protocol
 from .generation.interleave import SELECTIONS
@@ -174,6 +175,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("bank", metavar="BANK")
     made.add_argument("--documents", type=at_least(0), default=5, help="documents to show (default: 5)")
     made.add_argument("--verify", action="store_true", help="compare the checksum of every file, which reads them all")
+    made.add_argument("--json", action="store_true", help="one JSON object")
+
+    made = command("doctor", examine, "Show which native operations this machine has, and why not others.")
     made.add_argument("--json", action="store_true", help="one JSON object")
     return main
 
@@ -530,6 +534,15 @@ def inspect(args: argparse.Namespace) -> int:
     for item in documents:
         text = " ".join((item["text"] or "").split())
         print(f"  {item['key']} ({item['tokens']} tokens): {text[:SHOWN_TEXT]}{'...' if text[SHOWN_TEXT:] else ''}")
+    return 0
+
+
+# Machine --------------------------------------------------------------------------------------------------------------
+
+
+def examine(args: argparse.Namespace) -> int:
+    """`msa-hf doctor`."""
+    doctor.report(args.json)
     return 0
 
 

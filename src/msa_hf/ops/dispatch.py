@@ -5,7 +5,7 @@ Four backends share the schemas below; each is a namespace of torch operations:
 | backend | namespace | device | what it is |
 |---|---|---|---|
 | `cuda` | `msa_hf` | cuda | the compiled extension (csrc/cuda) |
-| `triton` | `msa_hf_triton` | cuda | `triton_<operation>.py` in this directory |
+| `triton` | `msa_hf_triton` | cuda | `triton_<operation>.py` in this directory; on the CPU under Triton's interpreter |
 | `cpp` | `msa_hf` | cpu | the compiled extension (csrc/cpu) |
 | `pytorch` | `msa_hf_pytorch` | any | the reference, in the module of the operation |
 
@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -46,6 +48,9 @@ SCHEMAS = {
 OPERATIONS = tuple(SCHEMAS)
 
 
+NO_CUDA = "this machine has no CUDA device, or torch was built without CUDA"
+
+
 class BackendError(RuntimeError):
     """A backend was asked for by name, and is not there or does not take the call."""
 
@@ -57,18 +62,24 @@ class Backend:
     Attributes:
         name: what `backend=` takes.
         namespace: of its torch operations.
-        devices: kinds of devices that it runs on; empty for any.
+        devices: kinds of devices that it is for; empty for any.
         probe: operation -> None where it is there, else why not.
+        also: kinds of devices that it runs on only where it is asked for by name.
     """
 
     name: str
     namespace: str
     devices: tuple[str, ...]
     probe: Callable[[str], str | None]
+    also: Callable[[], tuple[str, ...]] = tuple
+
+    def runs_on(self, device: str) -> bool:
+        """Whether it is for this kind of device."""
+        return not self.devices or device in self.devices
 
     def refuses(self, operation: str, device: str, features: dict[str, Any]) -> str | None:
         """Why this backend does not take a call, or None."""
-        if self.devices and device not in self.devices:
+        if not self.runs_on(device) and device not in self.also():
             return f"it runs on {' and '.join(self.devices)}, not on {device}"
         reason = self.probe(operation)
         if reason is None:
@@ -83,19 +94,26 @@ class Backend:
 @cache
 def load_extension() -> str | None:
     """Load the compiled operations; None where that worked, else why not."""
-    files = sorted(
-        path for path in Path(__file__).parent.parent.glob("_C*") if path.suffix in (".so", ".pyd", ".dylib", ".dll")
-    )
+    files = [path for path in sorted(Path(__file__).parent.parent.glob("_C.*")) if path.suffix in (".so", ".dylib")]
     if not files:
         return "the extension was not built (no compiler, or no torch, when the package was installed)"
     try:
         torch.ops.load_library(files[0])
     except OSError as error:
-        return f"the extension {files[0].name} does not load: {error}"
+        return f"the extension {files[0].name} does not load: {' '.join(str(error).split())}"
     for operation in OPERATIONS:
         if _has_kernel(operation, "CPU") or _has_kernel(operation, "CUDA"):
             _register_derived("msa_hf", operation)
     return None
+
+
+def extension_info() -> str:
+    """What was compiled into the extension, or why there is none."""
+    return load_extension() or torch.ops.msa_hf.build_info()
+
+
+def triton_version() -> str | None:
+    return None if importlib.util.find_spec("triton") is None else importlib.metadata.version("triton")
 
 
 def _has_kernel(operation: str, key: str) -> bool:
@@ -107,7 +125,7 @@ def _has_kernel(operation: str, key: str) -> bool:
 
 def _probe_cuda(operation: str) -> str | None:
     if not torch.cuda.is_available():
-        return "this machine has no CUDA device, or torch was built without CUDA"
+        return NO_CUDA
     reason = load_extension()
     if reason is None and not _has_kernel(operation, "CUDA"):
         reason = "the extension was built without CUDA kernels for it"
@@ -121,12 +139,17 @@ def _probe_cpp(operation: str) -> str | None:
     return reason
 
 
+def _interpreted() -> tuple[str, ...]:
+    """The CPU where Triton interprets its kernels: slow, for tests of them."""
+    return ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
+
+
 @cache
 def _probe_triton(operation: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not torch.cuda.is_available():
-        return "this machine has no CUDA device, or torch was built without CUDA"
+    if not torch.cuda.is_available() and not _interpreted():
+        return NO_CUDA
     name = f"{__package__}.triton_{operation}"
     if importlib.util.find_spec(name) is None:
         return "there is no Triton version of it"
@@ -134,7 +157,7 @@ def _probe_triton(operation: str) -> str | None:
         module = importlib.import_module(name)
     except ImportError as error:
         return f"its Triton version does not import: {error}"
-    _register("msa_hf_triton", operation, getattr(module, operation), "CUDA")
+    _register("msa_hf_triton", operation, getattr(module, operation), "CompositeExplicitAutograd")
     return None
 
 
@@ -149,7 +172,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cuda", "msa_hf", ("cuda",), _probe_cuda),
-        Backend("triton", "msa_hf_triton", ("cuda",), _probe_triton),
+        Backend("triton", "msa_hf_triton", ("cuda",), _probe_triton, _interpreted),
         Backend("cpp", "msa_hf", ("cpu",), _probe_cpp),
         Backend("pytorch", "msa_hf_pytorch", (), _probe_pytorch),
     )
@@ -241,7 +264,7 @@ def choose(operation: str, device: str, backend: str | None = None, prefer: str 
         _say(logging.INFO, "%s on %s runs on the backend %s, as asked for.", operation, device, wanted)
         return chosen.namespace
     for chosen in sorted(BACKENDS.values(), key=lambda item: item.namespace != prefer):
-        if chosen.devices and device not in chosen.devices:
+        if not chosen.runs_on(device):
             continue
         reason = chosen.refuses(operation, device, features)
         if reason is None:
