@@ -236,7 +236,7 @@ class AttendingPass:
         offsets: [N + 1] int64 chunk offsets of the documents.
         prefix: layer -> keys and values of the prefix, [G, p, D] or [B, G, p, D].
         routing_mask: [B, T] bool tokens that route, or None to keep every sample's context.
-        visible: [B, N] bool, documents that a sample may choose; None for all.
+        visible: [B, N] bool, documents that a sample may choose, or [1, N] for every sample; None for all.
         force_documents: [B, n] int64 documents to attend to instead of the routed ones, -1 for none.
         keep_document_scores: report the scores of all documents.
         contexts: layer -> `Context` of the turns before; those of this turn are written there where `keep_contexts`.
@@ -353,7 +353,13 @@ class AttendingPass:
                 scores = scores.masked_fill(~self.visible.to(device), NO_SCORE)
         if scores is None:
             documents, best = OPERATIONS["route_documents"](
-                router_query, mask, memory.routing_keys, offsets, self.config.top_k, similarity=self.similarity
+                router_query,
+                mask,
+                memory.routing_keys,
+                offsets,
+                self.config.top_k,
+                alive=None if self.visible is None else self.visible[0].to(device),
+                similarity=self.similarity,
             )
             if self.recording:  # looked at in the end, so that no layer waits for the device
                 self.not_finite[layer] = (mask & ~router_query.isfinite().flatten(2).all(2)).any()
@@ -376,7 +382,9 @@ class AttendingPass:
 
     def _needs_all_scores(self, router_query: Tensor) -> bool:
         """Whether the scores of all documents are asked for, or another choice than the `top_k` best by default."""
-        if self.keep_document_scores or self.force_documents is not None or self.visible is not None:
+        if self.keep_document_scores or self.force_documents is not None:
+            return True
+        if self.visible is not None and self.visible.shape[0] > 1:
             return True
         if self.config.score_bias and torch.is_grad_enabled() and router_query.requires_grad:
             return True  # the chosen ones' scores carry a gradient

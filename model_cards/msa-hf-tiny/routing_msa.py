@@ -101,11 +101,14 @@ def route_documents(
     offsets: Tensor,
     k: int,
     *,
+    alive: Tensor | None = None,
     similarity: str = "cosine",
 ) -> tuple[Tensor, Tensor]:
-    """`select_documents` of `score_documents` with the default reductions; no gradient."""
+    """`select_documents` of `score_documents` with the default reductions, among the documents that are `alive` ([N]
+    bool, None for all); no gradient."""
     with torch.no_grad():
-        return select_documents(score_documents(queries, routing_mask, routing_keys, offsets, similarity=similarity), k)
+        scores = score_documents(queries, routing_mask, routing_keys, offsets, similarity=similarity)
+        return select_documents(scores if alive is None else scores.masked_fill(~alive, NO_SCORE), k)
 
 
 def pack_routing_tokens(queries: Tensor, routing_mask: Tensor, last_only: bool = False) -> tuple[Tensor, Tensor]:
