@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import weakref
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from .attention_msa import AttendingPass, EncodingDone, EncodingPass, PrefixPass
 from .cache_msa import MSACache
 from .encoding_msa import encode_documents
 from .memory_msa import BankOrigin, LayerMemory, MemoryBank, model_fingerprint, tokenizer_fingerprint
+from .routing_msa import LayerRouting
 
 MEMORY_ARGUMENTS = ("memory", "routing_mask", "force_documents", "output_document_scores")
 FORCED_WITHOUT_ROUTING = (
@@ -140,6 +142,23 @@ class MemoryMixin:
         """Note that `bank` was made by this model."""
         _accepted_banks.setdefault(bank, weakref.WeakSet()).add(cast(nn.Module, self))
 
+    def open_memory(self, directory: Any = None, tokenizer: Any = None, protocol: Any = None, **options: Any) -> Any:
+        """Open a bank that documents can be added to and deleted from; see `msa_hf.bank.OpenBank`.
+
+        Args:
+            directory: a bank of this model, or where a new one is made. None: one that lies in memory alone.
+            tokenizer: of the texts.
+            protocol: how documents are wrapped, as `msa_hf.generation.Protocol`; None: texts are encoded as they are.
+
+        Raises:
+            ImportError: where the package is not installed: a checkpoint's own code only reads banks.
+        """
+        try:
+            module = importlib.import_module("msa_hf.bank")
+        except ImportError as error:
+            raise ImportError("A bank that can be changed needs the package: `pip install msa-hf`.") from error
+        return module.OpenBank(self, directory, tokenizer, protocol, **options)
+
     def _check_bank(self, bank: Any) -> None:
         if not hasattr(bank, "origin") or not hasattr(bank, "offsets"):
             raise TypeError(f"`memory` must be a MemoryBank, as encode_documents() returns, got {type(bank).__name__}.")
@@ -158,6 +177,7 @@ class MemoryMixin:
         **kwargs: Any,
     ) -> Any:
         """Forward with a memory, or with the contexts that a cache kept from one."""
+        memory = current(memory)
         inputs: Any = kwargs.get("input_ids")
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
@@ -194,6 +214,7 @@ class MemoryMixin:
             refuse_padding_only(attention_mask)
             if force_documents is not None:
                 force_documents = self.checked_documents(force_documents, batch, len(memory))
+                force_documents = memory.documents.rows_of(force_documents)
         if kwargs.get("position_ids") is None:
             positions = torch.arange(past, seen, device=inputs.device).expand(batch, length)
             if attention_mask is not None:
@@ -207,6 +228,7 @@ class MemoryMixin:
             offsets=None if memory is None else memory.offsets,
             prefix={} if memory is None else memory.prefix,
             routing_mask=routing_mask,
+            visible=None if memory is None else memory.visible,
             force_documents=force_documents,
             keep_document_scores=output_document_scores,
             contexts={} if cache is None else cache.contexts,
@@ -216,7 +238,10 @@ class MemoryMixin:
         output = self.run_base(**kwargs, memory_pass=attending, return_dict=True)
         # What a mixture calls `aux_loss` is the balance of its experts, which its `loss` holds.
         fields = {name: value for name, value in output.items() if name != "aux_loss"}
-        result = type(self).output_class(**fields, routing=attending.finish())
+        routing = attending.finish()
+        if memory is not None and memory.visible is not None:
+            routing = {layer: _of_documents(found, memory) for layer, found in routing.items()}
+        result = type(self).output_class(**fields, routing=routing)
         return result if return_dict is not False else result.to_tuple()
 
     @staticmethod
@@ -262,7 +287,8 @@ class MemoryMixin:
 
         Args:
             inputs: [B, T] prompt without the prefix; also as `input_ids`.
-            memory: the bank to draw on; in a later turn None keeps the documents of the turns before.
+            memory: the bank to draw on, or an open one, of which the current state is taken; in a later turn None keeps
+                the documents of the turns before.
             routing_mask: [B, T] bool, the tokens of the prompt that route (default: all but padding; in a later turn
                 all new ones). Cover the whole `input_ids`, or the attention mask where that is longer.
             force_documents: [B, n] documents to attend to instead of the routed ones.
@@ -271,6 +297,7 @@ class MemoryMixin:
         Raises:
             ValueError: also where `prefill_chunk_size` would cut the prompt before its last routing token.
         """
+        memory = current(memory)  # one state of an open bank for all steps
         if memory is None and not getattr(kwargs.get("past_key_values"), "contexts", None):
             return super().generate(inputs, **kwargs)  # type: ignore[misc]
         if memory is not None:
@@ -351,6 +378,19 @@ class MemoryMixin:
                 if force_documents is not None and (not past or bool(part.any())):
                     model_inputs["force_documents"] = force_documents
         return model_inputs
+
+
+def current(memory: Any) -> Any:
+    """The state that an open bank is in now; a bank is its own, and so is None."""
+    return memory.snapshot() if hasattr(memory, "snapshot") else memory
+
+
+def _of_documents(routing: LayerRouting, bank: MemoryBank) -> LayerRouting:
+    """What was routed over the rows of a bank, of which some are deleted, in terms of its documents."""
+    scores = routing.document_scores
+    if scores is not None and bank.visible is not None:
+        scores = scores[:, bank.visible[0].to(scores.device)]
+    return LayerRouting(bank.documents.positions_of(routing.documents), routing.scores, scores)
 
 
 def refuse_padding_only(attention_mask: Tensor | None) -> None:

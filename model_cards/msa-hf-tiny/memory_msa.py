@@ -8,7 +8,7 @@ import hashlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, overload
@@ -22,6 +22,7 @@ from .storage_msa import (
     RESTORE,
     BankFormatError,
     pyarrow,
+    read_deletions,
     read_manifest,
     read_table,
     read_tensors,
@@ -70,6 +71,8 @@ class Document:
         metadata: JSON values by name (saving turns tuples into lists), or None.
         tokens: tokens that were encoded, at least 1.
         chunks: `ceil(tokens / chunk_size)`.
+        id: number that stays the document's for ever, in banks that can be changed; else None.
+        version: of the event that brought this text, None where it had none.
     """
 
     key: str
@@ -77,33 +80,75 @@ class Document:
     metadata: dict[str, Any] | None
     tokens: int
     chunks: int
+    id: int | None = None
+    version: int | None = None
 
 
 class DocumentTable(Sequence[Document]):
     """The documents of a bank in order, as a sequence.
 
+    Below it lie rows, in which the bank's chunks are counted: those of the documents, and of deleted ones that still
+    take up room. A document's position counts the documents before it, not the rows.
+
     Args:
         rows: documents, or a `pyarrow.Table` with the columns of the bank format. The rows of a table are decoded when
             they are asked for, so that one that is memory mapped stays on disk.
+        deleted: [n] int64 rows without a document, ascending; default none.
+        find: the row of a key, or None, for a table whose keys are known to be unique; default: they are compared, and
+            looked up in a dictionary.
 
     Raises:
         ValueError: where two documents have the same key, naming it.
     """
 
-    def __init__(self, rows: Any) -> None:
+    def __init__(
+        self, rows: Any, deleted: np.ndarray | None = None, find: Callable[[str], int | None] | None = None
+    ) -> None:
         self._table = None if isinstance(rows, Sequence) else rows
         self._documents: list[Document] = list(rows) if isinstance(rows, Sequence) else []
+        self.deleted = np.empty(0, np.int64) if deleted is None else deleted
+        self.num_rows = len(self._documents if self._table is None else self._table)
+        self._find = find
         self._positions: dict[str, int] | None = None
-        distinct = len(set(self._keys())) if self._table is None else len(self._table["key"].unique())
-        if distinct < len(self):
-            key, times = Counter(self._keys()).most_common(1)[0]
-            raise ValueError(f"{times} documents have the key {key!r}; keys must be unique.")
+        if find is None:
+            distinct = len(set(self._keys())) if self._table is None else len(self._living("key").unique())
+            if distinct < len(self):
+                key, times = Counter(self._keys()).most_common(1)[0]
+                raise ValueError(f"{times} documents have the key {key!r}; keys must be unique.")
+
+    def _living(self, column: str) -> Any:
+        """A column of the table, of documents alone."""
+        assert self._table is not None
+        values = self._table[column]
+        return values.filter(pyarrow().array(self.visible_rows())) if len(self.deleted) else values
+
+    def visible_rows(self) -> np.ndarray:
+        """[R] bool, the rows that are documents."""
+        visible = np.ones(self.num_rows, bool)
+        visible[self.deleted] = False
+        return visible
 
     def _keys(self) -> list[str]:
-        return [row.key for row in self._documents] if self._table is None else self._table["key"].to_pylist()
+        return [row.key for row in self] if self._table is None else self._living("key").to_pylist()
 
     def __len__(self) -> int:
-        return len(self._documents if self._table is None else self._table)
+        return self.num_rows - len(self.deleted)
+
+    def rows_of(self, positions: Tensor) -> Tensor:
+        """Rows of the documents at `positions`, any shape; what is negative stays."""
+        if not len(self.deleted):
+            return positions
+        # The i-th deleted row has `deleted[i] - i` documents before it.
+        before = torch.from_numpy(self.deleted - np.arange(len(self.deleted))).to(positions.device)
+        rows = positions + torch.searchsorted(before, positions.contiguous(), right=True)
+        return torch.where(positions < 0, positions, rows)
+
+    def positions_of(self, rows: Tensor) -> Tensor:
+        """Positions of the documents in `rows`, the inverse of `rows_of`."""
+        if not len(self.deleted):
+            return rows
+        positions = rows - torch.searchsorted(torch.from_numpy(self.deleted).to(rows.device), rows.contiguous())
+        return torch.where(rows < 0, rows, positions)
 
     @overload
     def __getitem__(self, index: int) -> Document: ...
@@ -112,20 +157,27 @@ class DocumentTable(Sequence[Document]):
     def __getitem__(self, index: int | slice) -> Document | list[Document]:
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
-        row = range(len(self))[index]
+        return self.row(int(self.rows_of(torch.tensor(range(len(self))[index]))))
+
+    def row(self, row: int) -> Document:
+        """What lies in a row, deleted or not."""
         return self._documents[row] if self._table is None else self._decode(self._table.slice(row, 1))[0]
 
     def __iter__(self) -> Iterator[Document]:
         if self._table is None:
-            yield from self._documents
-        else:
-            for batch in self._table.to_batches(max_chunksize=1024):
-                yield from self._decode(batch)
+            gone = set(self.deleted.tolist())
+            yield from (document for row, document in enumerate(self._documents) if row not in gone)
+            return
+        visible, row = self.visible_rows(), 0
+        for batch in self._table.to_batches(max_chunksize=1024):
+            alive = visible[row : row + len(batch)]
+            row += len(batch)
+            yield from self._decode(batch if alive.all() else _validated(batch).filter(pyarrow().array(alive)))
 
     @staticmethod
     def _decode(rows: Any) -> list[Document]:
         documents = []
-        for row in rows.to_pylist():
+        for row in _validated(rows).to_pylist():
             try:
                 metadata = None if row["metadata"] is None else json.loads(row.pop("metadata"))
                 if not isinstance(metadata, dict | None):
@@ -134,6 +186,7 @@ class DocumentTable(Sequence[Document]):
                 raise BankFormatError(
                     f"Document {row['key']!r}: its metadata is not JSON ({error}). {RESTORE}."
                 ) from error
+            row.pop("digest", None)
             documents.append(Document(**{**row, "metadata": metadata}))
         return documents
 
@@ -143,15 +196,25 @@ class DocumentTable(Sequence[Document]):
         Raises:
             KeyError: naming a key that no document has.
         """
+        if self._find is not None:
+            if (row := self._find(key)) is None:
+                raise KeyError(key)
+            return int(self.positions_of(torch.tensor(row)))
         if self._positions is None:
             self._positions = {name: row for row, name in enumerate(self._keys())}
         return self._positions[key]
 
+    def ids(self) -> np.ndarray | None:
+        """`id` of every document, [N] int64; None in banks without."""
+        if self._table is None or "id" not in self._table.column_names:
+            return None
+        return self._living("id").to_numpy().astype(np.int64)
+
     def counts(self, column: str) -> np.ndarray:
-        """`"tokens"` or `"chunks"` of every document: [N] int64."""
+        """`"tokens"` or `"chunks"` of every row: [R] int64; R is the number of documents where none was deleted."""
         if self._table is not None:
             return self._table[column].to_numpy().astype(np.int64)
-        return np.fromiter((getattr(row, column) for row in self._documents), np.int64, len(self))
+        return np.fromiter((getattr(row, column) for row in self._documents), np.int64, len(self._documents))
 
     def to_arrow(self) -> Any:
         """The documents as a `pyarrow.Table` with the columns of the bank format.
@@ -161,9 +224,11 @@ class DocumentTable(Sequence[Document]):
             ImportError: where pyarrow is missing.
         """
         if self._table is not None:
-            return self._table
+            visible = self.visible_rows()
+            return _validated(self._table).filter(pyarrow().array(visible)) if len(self.deleted) else self._table
+        numbered = any(document.id is not None for document in self)
         rows = []
-        for document in self._documents:
+        for document in self:
             metadata = document.metadata
             try:
                 encoded = None if metadata is None else json.dumps(metadata, ensure_ascii=False, allow_nan=False)
@@ -171,11 +236,21 @@ class DocumentTable(Sequence[Document]):
                 raise ValueError(
                     f"Document {document.key!r}: its metadata cannot be written as JSON: {error}."
                 ) from error
-            rows.append((document.key, document.text, encoded, document.tokens, document.chunks))
-        schema = table_schema()
+            row = (document.key, document.text, encoded, document.tokens, document.chunks)
+            rows.append((*row, document.id, document.version, None) if numbered else row)
+        schema = table_schema(2 if numbered else 1)
         columns = zip(*rows, strict=True) if rows else [()] * len(schema)
         arrays = [pyarrow().array(column, field.type) for column, field in zip(columns, schema, strict=True)]
         return pyarrow().Table.from_arrays(arrays, schema=schema)
+
+
+def _validated(rows: Any) -> Any:
+    """Rows of a table whose offsets and UTF-8 are safe to follow: it may have been opened without reading it."""
+    try:
+        rows.validate(full=True)
+    except ValueError as error:
+        raise BankFormatError(f"The table of documents is damaged ({error}). {RESTORE}.") from error
+    return rows
 
 
 @dataclass(frozen=True)
@@ -321,11 +396,15 @@ class MemoryBank:
 
     Args:
         layers: memory of each memory layer; C chunks in all of them, one dtype, one device.
-        offsets: [N + 1] int64 on the CPU; chunks `offsets[i]` up to `offsets[i + 1]` belong to document i.
+        offsets: [R + 1] int64 on the CPU; chunks `offsets[i]` up to `offsets[i + 1]` belong to row i of `documents`,
+            which is document i where none was deleted.
         prefix: per layer of the model, keys (after RoPE) and values [G, p, D] of the template prefix; may be empty
             where p is 0.
-        documents: N documents.
+        documents: N documents in R rows.
         origin: what the bank was made with.
+        counts: chunks and tokens of the documents, from who has made sure that all parts agree; they are then not
+            compared.
+        next_id: the first id above all that were ever given; default: above those of the documents, if these have ids.
 
     Raises:
         ValueError: where these contradict each other, naming what does.
@@ -338,22 +417,28 @@ class MemoryBank:
         prefix: Mapping[int, tuple[Tensor, Tensor]],
         documents: DocumentTable,
         origin: BankOrigin,
+        counts: tuple[int, int] | None = None,
+        next_id: int | None = None,
     ) -> None:
         self.layers = dict(sorted(layers.items()))
         self.offsets = offsets
         self.prefix = dict(sorted(prefix.items()))
         self.documents = documents
         self.origin = origin
-        self._validate()
-        self.num_chunks = int(offsets[-1])
-        self.num_tokens = int(documents.counts("tokens").sum())
+        self.next_id = next_id
+        self._visible: Tensor | None = None
+        if counts is None:
+            self._validate()
+            visible = documents.visible_rows()
+            counts = int(documents.counts("chunks")[visible].sum()), int(documents.counts("tokens")[visible].sum())
+        self.num_chunks, self.num_tokens = counts
 
     def _validate(self) -> None:
         def require(valid: Any, problem: str) -> None:
             if not valid:
                 raise ValueError(problem)
 
-        offsets, count = self.offsets, len(self.documents)
+        offsets, count = self.offsets, self.documents.num_rows
         on_cpu = offsets.dtype == torch.int64 and offsets.device.type == "cpu"
         require(on_cpu and offsets.shape == (count + 1,), f"`offsets` must be {count + 1} int64 numbers on the CPU.")
         chunks = self.documents.counts("chunks")
@@ -361,7 +446,7 @@ class MemoryBank:
         require((offsets.diff().numpy() == chunks).all(), "`offsets` and the documents' `chunks` differ.")
         size = self.origin.chunk_size
         for row in np.flatnonzero(chunks != -(-self.documents.counts("tokens") // size))[:1]:
-            document = self.documents[int(row)]
+            document = self.documents.row(int(row))
             raise ValueError(
                 f"Document {document.key!r} has {document.tokens} tokens and {document.chunks} chunks, which does not "
                 f"fit chunks of {size} tokens."
@@ -402,6 +487,13 @@ class MemoryBank:
     def __len__(self) -> int:
         return len(self.documents)
 
+    @property
+    def visible(self) -> Tensor | None:
+        """[1, R] bool on the bank's device, the rows that are documents; None where all are."""
+        if self._visible is None and len(self.documents.deleted):
+            self._visible = torch.from_numpy(self.documents.visible_rows())[None].to(self.device)
+        return self._visible
+
     def layer(self, index: int) -> LayerMemory:
         """The memory of layer `index`.
 
@@ -430,7 +522,8 @@ class MemoryBank:
         }
         if all(layers[layer] is memory for layer, memory in self.layers.items()):
             return self
-        return MemoryBank(layers, self.offsets, prefix, self.documents, self.origin)
+        counts = self.num_chunks, self.num_tokens
+        return MemoryBank(layers, self.offsets, prefix, self.documents, self.origin, counts, self.next_id)
 
     def check(self, model_origin: BankOrigin) -> None:
         """Make sure that a model can read this bank.
@@ -453,8 +546,15 @@ class MemoryBank:
             ImportError: where pyarrow is missing.
         """
         layers = {layer: (memory.routing_keys, memory.content) for layer, memory in self.layers.items()}
-        table, origin = self.documents.to_arrow(), self.origin.to_dict()
-        write_bank(Path(directory), origin, layers, self.prefix, table, self.offsets, max_shard_size)
+        offsets = self.offsets
+        if len(self.documents.deleted):  # a copy, without them
+            visible = torch.from_numpy(self.documents.visible_rows())
+            chunks = visible.repeat_interleave(offsets.diff()).nonzero()[:, 0].to(self.device)
+            layers = {layer: (keys[chunks], content[chunks]) for layer, (keys, content) in layers.items()}
+            offsets = torch.nn.functional.pad(offsets.diff()[visible].cumsum(0), (1, 0))
+        table, origin, ids = self.documents.to_arrow(), self.origin.to_dict(), self.documents.ids()
+        next_id = max(self.next_id or 0, 0 if ids is None or not len(ids) else int(ids.max()) + 1)
+        write_bank(Path(directory), origin, layers, self.prefix, table, offsets, max_shard_size, next_id)
 
     @classmethod
     def from_pretrained(
@@ -494,10 +594,15 @@ class MemoryBank:
         target = torch.empty(0, device=device or "cpu").device
         layers, prefix = read_tensors(directory, manifest, target, verify)
         try:
-            documents = DocumentTable(table)
+            documents = DocumentTable(table, read_deletions(directory, manifest)[0])
+            ids, next_id = documents.ids(), manifest.get("next_id")
+            if ids is not None and len(np.unique(ids[(ids >= 0) & (ids < next_id)])) < len(ids):
+                raise ValueError("ids of documents are not distinct numbers below `next_id`.")
             offsets = torch.from_numpy(np.concatenate([[0], documents.counts("chunks").cumsum()]))
             memories = {layer: LayerMemory(*pair) for layer, pair in layers.items()}
-            return cls(memories, offsets, prefix, documents, origin)
+            return cls(memories, offsets, prefix, documents, origin, next_id=next_id)
+        except BankFormatError:
+            raise
         except ValueError as error:
             raise BankFormatError(f"{directory / MANIFEST}: the bank contradicts itself: {error} {RESTORE}.") from error
 

@@ -155,7 +155,7 @@ class MemoryInterleave:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.bank = bank
+        self.bank = bank = bank.snapshot() if hasattr(bank, "snapshot") else bank
         self.ids = DocumentIds(bank)
         self.protocol = protocol
         self.max_rounds = max_rounds
