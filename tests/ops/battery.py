@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from msa_hf.ops import BACKENDS, dispatch
+from msa_hf.ops import BACKENDS, BackendError, dispatch
 
 NEVER = float("-inf")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,7 +55,7 @@ def surrounded(tensor: Tensor, device: str, strided: bool = False) -> Tensor:
         strided: also behind every row, which leaves the rows apart.
     """
     poison: Any = torch.iinfo(tensor.dtype).max if not tensor.is_floating_point() and tensor.dtype != torch.bool else 1
-    rows = tensor.reshape(tensor.shape[0], -1)
+    rows = tensor.reshape(tensor.shape[0], tensor.shape[1:].numel())
     behind = 16 // tensor.element_size() if strided else 0
     as_bytes = tensor.dtype == torch.float8_e4m3fn
     if as_bytes:
@@ -97,3 +97,14 @@ def around(edges: Sequence[int], pick: random.Random, least: int = 1) -> int:
 def error_of(found: Tensor, exact: Tensor) -> float:
     """The largest difference."""
     return float((found.double() - exact.double()).abs().max()) if exact.numel() else 0.0
+
+
+def takes(place: tuple[str, str], operation: str, **features: Any) -> bool:
+    """Whether a backend takes a call; where it does not, it is refused with the reason when asked for by name."""
+    backend, device = place
+    reason = BACKENDS[backend].refuses(operation, device, features)
+    if reason is not None:
+        with pytest.raises(BackendError) as refusal:
+            dispatch.choose(operation, device, backend, **features)
+        assert reason in str(refusal.value)
+    return reason is None
