@@ -1,16 +1,16 @@
-"""Build entry point: compiles the native operations of csrc/ into the library msa_hf/_C. Metadata lies in pyproject.toml.
+"""Build entry point: compiles csrc/, the native operations, into the library msa_hf/_C; metadata is in pyproject.toml.
 
 The variable MSA_HF_BUILD says what is built:
 
-    auto   (default) the operations for the CPU, where a compiler and torch are found. Nothing fails without them: one line
-           says why, and the PyTorch implementation runs
+    auto   (default) the operations for the CPU, where a compiler and torch are found. Nothing fails without them: one
+           line says why, and the PyTorch implementation runs
     none   nothing
     cpu    as auto, but what goes wrong is an error
     cuda   those for the CPU and for CUDA (sm_80, sm_90a, and PTX for others): needs nvcc and a torch built for CUDA
 
 Install with `--no-build-isolation`, so that the torch is seen that will load the library. It uses LibTorch's stable ABI
-and is not tied to the version of torch or Python. In a checkout, `python setup.py build_ext --inplace` builds again what
-has changed.
+and is tied to no version of torch or Python. In a checkout, `python setup.py build_ext --inplace` builds again what has
+changed.
 """
 
 import hashlib
@@ -91,7 +91,8 @@ def build(library: Path, objects: Path, cuda: bool) -> None:
     headers = b"".join(path.read_bytes() for path in read if path.suffix in (".h", ".inc", ".cuh"))
     target = (TORCH[0] << 56) | (TORCH[1] << 48)
     common = ["-std=c++17", "-O3", f"-DTORCH_TARGET_VERSION={target:#x}ULL", f"-I{torch / 'include'}"]
-    plain = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wno-maybe-uninitialized"]
+    plain = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+    plain += ["-ffp-contract=fast", "-Wno-maybe-uninitialized"]
     architectures = "none"
     if cuda:
         assert nvcc is not None

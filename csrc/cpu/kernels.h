@@ -32,15 +32,22 @@ const FloatKernels* generic_kernels();
 const FloatKernels* avx2_kernels();    // nullptr where the compiler or the machine has no such thing
 const FloatKernels* avx512_kernels();  // likewise
 
+// Where the numbers of blocks of 16 keys lie, in numbers: those of block b, step s and row r begin at
+// data + b * block + s * step + r * row, 32 of them side by side.
+struct TileKeys {
+  const uint16_t* data;
+  int64_t block, step, row;
+};
+
 // Kernels of the matrix unit (AMX). A tile holds 16 rows of 32 bfloat16. Keys are split into one tile per 16 keys and 32
 // numbers; queries, exactly, into at most three bfloat16 parts whose sum they are. Products of bfloat16 are exact in
 // float32, so nothing is lost against multiplying in float32.
 struct TileKernels {
   // Keys that bfloat16 holds exactly (bf16, i8, e4m3): [count <= 16][width] to [steps][16][32], zeros in what is missing.
   void (*pack_keys)(const void* keys, Type type, int64_t stride, int64_t count, int64_t width, uint16_t* tiles);
-  // Packed keys [blocks][steps][16][32] against packed queries: tiles [groups <= 2][parts][steps][16][32].
+  // Keys against packed queries: tiles [groups <= 2][parts][steps][16][32].
   // products[group] [blocks * 16] = max over the 16 tokens of the group where `uniform`, else [blocks][16][16] products.
-  void (*multiply)(const uint16_t* queries, int groups, int parts, const uint16_t* keys, int64_t blocks, int64_t steps,
+  void (*multiply)(const uint16_t* queries, int groups, int parts, const TileKeys& keys, int64_t blocks, int64_t steps,
                    bool uniform, float* const* products);
   // Sets the matrix unit up for this thread, keeping what was set up before in `saved` (64 bytes), and puts that back.
   void (*begin)(void* saved);

@@ -21,8 +21,11 @@ namespace msa_hf::cpu {
 namespace {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-// Bytes that a block of keys may take, so that it stays in the processor's second cache beside a panel of queries.
-constexpr int64_t kBlockBytes = 192 << 10;
+// Bytes that a block of keys may take, so that it stays in the processor's second cache beside a panel of queries;
+// processors with a matrix unit have caches of 2 MB.
+constexpr int64_t kBlockBytes = 192 << 10, kTileBlockBytes = 512 << 10;
+// Tasks per thread, so that none waits long for the last one.
+constexpr int64_t kTasks = 4;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -54,13 +57,19 @@ class Scorer {
   virtual void score(int64_t first, int64_t count, void* scratch, float* best, int64_t stride) const = 0;
 };
 
+// Chunks per block: what fits, no more than leaves several for every thread, a multiple of `unit`.
+int64_t block_of(int64_t fitting, int64_t unit, int64_t chunks, int64_t threads) {
+  const int64_t share = (chunks + threads * kTasks - 1) / (threads * kTasks);
+  return round_up(std::clamp<int64_t>(std::min({fitting / unit * unit, share, int64_t(1024)}), 1, 1024), unit);
+}
+
 const void* key_at(const Route& route, int64_t chunk) {
   return static_cast<const char*>(route.keys) + chunk * route.key_stride * size_of(route.key_type);
 }
 
 class FloatScorer final : public Scorer {
  public:
-  FloatScorer(const Route& route, const FloatKernels& kernels) : route_(route), kernels_(kernels) {
+  FloatScorer(const Route& route, const FloatKernels& kernels, int64_t threads) : route_(route), kernels_(kernels) {
     const int64_t lanes = kernels.lanes;
     width_ = round_up(route.width, lanes);
     for (int64_t sample = 0; sample < route.samples; ++sample) {
@@ -86,11 +95,10 @@ class FloatScorer final : public Scorer {
       std::fill(target + route.width, target + width_, 0.0f);
       target += width_;
     }
-    in_place_ = route.key_type == Type::f32 && panels_.empty() && width_ == route.width;
+    in_place_ = route.key_type == Type::f32 && (lone_.empty() || width_ == route.width);
     // Rows that lie a multiple of 4 kB apart would compete for the same places of the first cache.
     stride_ = in_place_ ? route.key_stride : width_ + 16;
-    block_ = std::clamp<int64_t>(kBlockBytes / (width_ * 4) / kernels.unit, 1, 64) * kernels.unit;
-    block_ = std::min(block_, round_up(std::max<int64_t>(route.chunks, 1), kernels.unit));
+    block_ = block_of(kBlockBytes / std::max<int64_t>(width_ * 4, 1), kernels.unit, route.chunks, threads);
   }
 
   int64_t block() const override { return block_; }
@@ -145,7 +153,7 @@ class TileScorer final : public Scorer {
     return route.key_type == Type::bf16 || route.key_type == Type::i8 || route.key_type == Type::e4m3;
   }
 
-  TileScorer(const Route& route, const TileKernels& kernels) : route_(route), kernels_(kernels) {
+  TileScorer(const Route& route, const TileKernels& kernels, int64_t threads) : route_(route), kernels_(kernels) {
     steps_ = (route.width + kNumbers - 1) / kNumbers;
     std::vector<Group> mixed;
     Group rest;
@@ -184,9 +192,9 @@ class TileScorer final : public Scorer {
         }
       }
     }
-    int64_t fitting = kBlockBytes / (steps_ * kTile * 2) / 2 * 2;
-    block_ = std::clamp<int64_t>(fitting, 2, 32) * kKeys;
-    block_ = std::min(block_, round_up(std::max<int64_t>(route.chunks, 1), kKeys));
+    // With few tokens the copy of a block costs more than it saves.
+    in_place_ = route.key_type == Type::bf16 && route.width % kNumbers == 0 && groups_.size() <= 4;
+    block_ = block_of(kTileBlockBytes / std::max<int64_t>(steps_ * kNumbers * 2, 1), 2 * kKeys, route.chunks, threads);
   }
 
   int64_t block() const override { return block_; }
@@ -195,12 +203,17 @@ class TileScorer final : public Scorer {
   void end(const void* memory) const override { kernels_.end(memory); }
 
   void score(int64_t first, int64_t count, void* scratch, float* best, int64_t stride) const override {
-    uint16_t* keys = static_cast<uint16_t*>(scratch);
-    float* products = reinterpret_cast<float*>(keys + block_ / kKeys * steps_ * kTile);
+    uint16_t* packed = static_cast<uint16_t*>(scratch);
+    float* products = reinterpret_cast<float*>(packed + block_ / kKeys * steps_ * kTile);
     const int64_t blocks = (count + kKeys - 1) / kKeys;
-    for (int64_t block = 0; block < blocks; ++block) {
-      kernels_.pack_keys(key_at(route_, first + block * kKeys), route_.key_type, route_.key_stride,
-                         std::min(kKeys, count - block * kKeys), route_.width, keys + block * steps_ * kTile);
+    TileKeys keys{packed, steps_ * kTile, kTile, kNumbers};
+    if (in_place_ && count % kKeys == 0) {
+      keys = {static_cast<const uint16_t*>(key_at(route_, first)), kKeys * route_.key_stride, kNumbers, route_.key_stride};
+    } else {
+      for (int64_t block = 0; block < blocks; ++block) {
+        kernels_.pack_keys(key_at(route_, first + block * kKeys), route_.key_type, route_.key_stride,
+                           std::min(kKeys, count - block * kKeys), route_.width, packed + block * steps_ * kTile);
+      }
     }
     const int64_t groups = static_cast<int64_t>(groups_.size());
     for (int64_t group = 0; group < groups;) {
@@ -248,6 +261,7 @@ class TileScorer final : public Scorer {
   const Route& route_;
   const TileKernels& kernels_;
   std::vector<Group> groups_;
+  bool in_place_ = false;
   int64_t uniform_ = 0, parts_ = 0, steps_ = 0, block_ = 0;
   std::unique_ptr<Buffer<uint16_t>> queries_;
 };
@@ -367,9 +381,9 @@ void route_documents(const Route& route, Level level, const Threads& threads) {
   if (route.starts[route.samples] > 0 && route.chunks > 0) {
     std::unique_ptr<Scorer> scorer;
     if (level == Level::amx && amx_kernels() != nullptr && TileScorer::takes(route)) {
-      scorer = std::make_unique<TileScorer>(route, *amx_kernels());
+      scorer = std::make_unique<TileScorer>(route, *amx_kernels(), threads.count);
     } else {
-      scorer = std::make_unique<FloatScorer>(route, *float_kernels(level));
+      scorer = std::make_unique<FloatScorer>(route, *float_kernels(level), threads.count);
     }
     const int64_t block = scorer->block();
     bool single = route.count == route.chunks;

@@ -17,14 +17,12 @@
 #include <unistd.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
                              apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #endif
-
-#include "numbers.h"
 
 namespace msa_hf::cpu {
 
@@ -59,38 +57,50 @@ void end(const void* saved) {
   }
 }
 
-template <class Number>
-inline __attribute__((always_inline)) void pack_rows(const Number* keys, int64_t stride, int64_t count, int64_t width,
-                                                     uint16_t* tiles, uint16_t (*number_of)(Number)) {
-  int64_t steps = (width + kNumbers - 1) / kNumbers;
+// 32 numbers, those that `there` names, as bfloat16; zeros elsewhere.
+inline __m512i read_bf16(const uint16_t* numbers, __mmask32 there) { return _mm512_maskz_loadu_epi16(there, numbers); }
+
+inline __m512i read_int8(const int8_t* numbers, __mmask32 there) {
+  __m256i bytes = _mm256_maskz_loadu_epi8(there, numbers);
+  __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+  __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));  // exact: seven bits and a sign
+}
+
+inline __m512i read_float8(const uint8_t* numbers, __mmask32 there) {
+  const __m512i wide = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(there, numbers));
+  const __m512i magnitude = _mm512_and_si512(wide, _mm512_set1_epi16(0x7F));
+  const __m512i sign = _mm512_slli_epi16(_mm512_sub_epi16(wide, magnitude), 8);
+  // The exponent of bfloat16 is 120 larger, its fraction four bits longer.
+  __m512i number = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+  // Below 8 stand the multiples of 2^-9, at 127 the NaN.
+  const __m512i small = _mm512_castsi128_si512(
+      _mm_setr_epi16(0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60));
+  number = _mm512_mask_permutexvar_epi16(number, _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8)), magnitude,
+                                         small);
+  number = _mm512_mask_mov_epi16(number, _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7F)),
+                                 _mm512_set1_epi16(0x7FC0));
+  return _mm512_or_si512(number, sign);
+}
+
+template <class Number, __m512i (*read)(const Number*, __mmask32)>
+void pack_rows(const void* keys, int64_t stride, int64_t count, int64_t width, uint16_t* tiles) {
+  const int64_t whole = width / kNumbers, steps = (width + kNumbers - 1) / kNumbers;
+  const __mmask32 tail = static_cast<__mmask32>((1ull << (width % kNumbers)) - 1);
   for (int64_t row = 0; row < kRows; ++row) {
     uint16_t* target = tiles + row * kNumbers;
-    if (row >= count) {
-      for (int64_t step = 0; step < steps; ++step) std::memset(target + step * kTile, 0, kNumbers * 2);
-      continue;
-    }
-    const Number* key = keys + row * stride;
-    int64_t whole = width / kNumbers;
-    for (int64_t step = 0; step < whole; ++step) {
-      for (int64_t i = 0; i < kNumbers; ++i) target[step * kTile + i] = number_of(key[step * kNumbers + i]);
-    }
-    if (whole < steps) {
-      for (int64_t i = 0; i < kNumbers; ++i) {
-        int64_t place = whole * kNumbers + i;
-        target[whole * kTile + i] = place < width ? number_of(key[place]) : static_cast<uint16_t>(0);
-      }
+    const Number* key = static_cast<const Number*>(keys) + row * stride;
+    for (int64_t step = 0; step < steps; ++step) {
+      const __mmask32 there = row >= count ? 0 : step < whole ? ~0u : tail;
+      _mm512_storeu_si512(target + step * kTile, read(row < count ? key + step * kNumbers : nullptr, there));
     }
   }
 }
 
-inline uint16_t same(uint16_t number) { return number; }
-inline uint16_t from_int8(int8_t number) { return static_cast<uint16_t>(as_bits(static_cast<float>(number)) >> 16); }
-inline uint16_t from_float8(uint8_t number) { return static_cast<uint16_t>(as_bits(from_e4m3(number)) >> 16); }
-
 void pack_keys(const void* keys, Type type, int64_t stride, int64_t count, int64_t width, uint16_t* tiles) {
-  if (type == Type::bf16) pack_rows(static_cast<const uint16_t*>(keys), stride, count, width, tiles, same);
-  if (type == Type::i8) pack_rows(static_cast<const int8_t*>(keys), stride, count, width, tiles, from_int8);
-  if (type == Type::e4m3) pack_rows(static_cast<const uint8_t*>(keys), stride, count, width, tiles, from_float8);
+  if (type == Type::bf16) pack_rows<uint16_t, read_bf16>(keys, stride, count, width, tiles);
+  if (type == Type::i8) pack_rows<int8_t, read_int8>(keys, stride, count, width, tiles);
+  if (type == Type::e4m3) pack_rows<uint8_t, read_float8>(keys, stride, count, width, tiles);
 }
 
 // The largest of each of 16 rows of 16, in the order of the rows.
@@ -122,16 +132,16 @@ inline __attribute__((always_inline)) void put(const float* tile, int64_t block,
 
 // Two blocks of keys at once against one or two groups of tokens: tiles 0 to 3 are sums, 4 and 5 keys, 6 and 7 queries.
 template <bool pair>
-void multiply_blocks(const uint16_t* queries, int parts, const uint16_t* first, const uint16_t* second, int64_t steps,
-                     float (*sums)[256]) {
+void multiply_blocks(const uint16_t* queries, int parts, const TileKeys& keys, const uint16_t* first,
+                     const uint16_t* second, int64_t steps, float (*sums)[256]) {
   const uint16_t* other = queries + parts * steps * kTile;
   _tile_zero(0);
   _tile_zero(1);
   if (pair) _tile_zero(2);
   if (pair) _tile_zero(3);
   for (int64_t step = 0; step < steps; ++step) {
-    _tile_loadd(4, first + step * kTile, 64);
-    _tile_loadd(5, second + step * kTile, 64);
+    _tile_loadd(4, first + step * keys.step, keys.row * 2);
+    _tile_loadd(5, second + step * keys.step, keys.row * 2);
     for (int part = 0; part < parts; ++part) {
       int64_t place = (part * steps + step) * kTile;
       _tile_loadd(6, queries + place, 64);
@@ -148,17 +158,17 @@ void multiply_blocks(const uint16_t* queries, int parts, const uint16_t* first, 
   if (pair) _tile_stored(3, sums[3], 64);
 }
 
-void multiply(const uint16_t* queries, int groups, int parts, const uint16_t* keys, int64_t blocks, int64_t steps,
+void multiply(const uint16_t* queries, int groups, int parts, const TileKeys& keys, int64_t blocks, int64_t steps,
               bool uniform, float* const* products) {
   alignas(64) float sums[4][256];
   for (int64_t block = 0; block < blocks; block += 2) {
-    const uint16_t* first = keys + block * steps * kTile;
+    const uint16_t* first = keys.data + block * keys.block;
     const bool both = block + 1 < blocks;
-    const uint16_t* second = both ? first + steps * kTile : first;
+    const uint16_t* second = both ? first + keys.block : first;
     if (groups == 2) {
-      multiply_blocks<true>(queries, parts, first, second, steps, sums);
+      multiply_blocks<true>(queries, parts, keys, first, second, steps, sums);
     } else {
-      multiply_blocks<false>(queries, parts, first, second, steps, sums);
+      multiply_blocks<false>(queries, parts, keys, first, second, steps, sums);
     }
     for (int group = 0; group < groups; ++group) {
       put(sums[2 * group], block, uniform, products[group]);
@@ -188,8 +198,9 @@ const TileKernels* amx_kernels() {
   static const bool there = [] {
     if (avx512_kernels() == nullptr) return false;
     unsigned a = 0, b = 0, c = 0, d = 0;
-    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;  // of the matrix unit
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & bf16) == 0 || (d & tile) == 0) return false;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & (1u << 5)) == 0) return false;  // bfloat16 of AVX-512
     // The system must save the tiles (17 and 18 of XCR0), and be asked for the second, once per process.
     if (!__get_cpuid(1, &a, &b, &c, &d) || (c & (1u << 27)) == 0) return false;
     unsigned low = 0, high = 0;
