@@ -94,16 +94,23 @@ class Backend:
 @cache
 def load_extension() -> str | None:
     """Load the compiled operations; None where that worked, else why not."""
-    files = [path for path in sorted(Path(__file__).parent.parent.glob("_C.*")) if path.suffix in (".so", ".dylib")]
+    reason = load_library(Path(__file__).parent.parent)
+    if reason is not None:
+        return reason
+    for operation in OPERATIONS:
+        if _has_kernel(operation, "CPU") or _has_kernel(operation, "CUDA"):
+            _register_derived("msa_hf", operation)
+    return None
+
+
+def load_library(directory: Path) -> str | None:
+    files = [path for path in sorted(directory.glob("_C.*")) if path.suffix in (".so", ".dylib")]
     if not files:
         return "the extension was not built (no compiler, or no torch, when the package was installed)"
     try:
         torch.ops.load_library(files[0])
     except OSError as error:
         return f"the extension {files[0].name} does not load: {' '.join(str(error).split())}"
-    for operation in OPERATIONS:
-        if _has_kernel(operation, "CPU") or _has_kernel(operation, "CUDA"):
-            _register_derived("msa_hf", operation)
     return None
 
 
