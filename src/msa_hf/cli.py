@@ -1,4 +1,4 @@
-"""The command line: `msa-hf retrofit | encode | ask | train | eval | inspect | doctor`.
+"""The command line: `msa-hf retrofit | encode | ask | train | eval | inspect | plan | doctor`.
 
 A mistake of the user ends with one line on stderr and exit code 2; any other error keeps its traceback.
 """
@@ -18,6 +18,7 @@ import torch
 from transformers import AutoTokenizer
 
 from . import doctor
+from .bank import plan_command
 from .corpus_files import Corpus, UserError, reported
 from .generation import COMPACT, PUBLISHED, Answer, MemoryInterleave, Protocol
 from .generation.interleave import SELECTIONS
@@ -136,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--documents-per-round",
         type=positive,
-        help="to read at most (default: 4 for router, else what the model names)",
+        help="to read at most (default: 1 for router, else what the model names)",
     )
     made.add_argument("--max-new-tokens", type=positive, default=128, help="of the answer (default: 128)")
     made.add_argument("--json", action="store_true", help="one JSON object per question")
@@ -165,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--refusal", help="the answer to what the memory does not hold")
     made.add_argument("--select", choices=SELECTIONS, default="router", help="how documents are chosen for reading")
     made.add_argument("--max-rounds", type=at_least(0), default=3, help="of retrieval (default: 3)")
-    made.add_argument("--documents-per-round", type=positive, help="to read (default: 4 that the router chooses)")
+    made.add_argument("--documents-per-round", type=positive, help="to read (default: 1 that the router chooses)")
     made.add_argument("--max-new-tokens", type=positive, default=64, help="of an answer (default: 64)")
     made.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: 8)")
     made.add_argument("--json", action="store_true", help="one JSON object, with every answer")
@@ -176,6 +177,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--documents", type=at_least(0), default=5, help="documents to show (default: 5)")
     made.add_argument("--verify", action="store_true", help="compare the checksum of every file, which reads them all")
     made.add_argument("--json", action="store_true", help="one JSON object")
+
+    made = command("plan", plan, "Plan where a bank lies and what it costs, from shapes alone; needs no GPU.")
+    plan_command.add_options(made)
 
     made = command("doctor", examine, "Show which native operations this machine has, and why not others.")
     made.add_argument("--json", action="store_true", help="one JSON object")
@@ -534,6 +538,14 @@ def inspect(args: argparse.Namespace) -> int:
     for item in documents:
         text = " ".join((item["text"] or "").split())
         print(f"  {item['key']} ({item['tokens']} tokens): {text[:SHOWN_TEXT]}{'...' if text[SHOWN_TEXT:] else ''}")
+    return 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    """`msa-hf plan`."""
+    with reported():
+        placement = plan_command.planned(args)
+    print(json.dumps(placement.to_dict()) if args.json else placement)
     return 0
 
 

@@ -1,0 +1,644 @@
+"""Where the parts of a bank lie: on the device, in host memory, on disk. Arithmetic on shapes and free memory alone.
+
+    shape = BankShape.for_tokens(100_000_000, layers=[(8, 128)] * 18)
+    print(plan_placement(shape, Tiers(device=141 * GB, host=137 * GB, disk=64 * GB, rates=RATES["H200"])))
+
+Bytes are exact. Times are what the stated rates allow at best: a routing layer reads its keys once or is bound by its
+products, whichever takes longer. Launches, the choice of the best documents and exchanges between GPUs are not counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+GB = 10**9
+TIERS = ("device", "host", "disk")
+SCALE_BYTES = 4  # float32
+MAX_GPUS = 2**20
+
+
+@dataclass(frozen=True)
+class Format:
+    """How numbers are kept: their bits, and whether each vector (a routing key, a key, a value) has a float32 scale."""
+
+    bits: int
+    scaled: bool = False
+
+    def vector_bytes(self, width: int) -> int:
+        """Bytes of a vector of `width` numbers."""
+        return -(-width * self.bits // 8) + SCALE_BYTES * self.scaled
+
+
+# Widest first; of equals the preferred one first.
+FORMATS = {
+    "fp32": Format(32),
+    "bf16": Format(16),
+    "fp16": Format(16),
+    "fp8": Format(8, scaled=True),
+    "int8": Format(8, scaled=True),
+    "int4": Format(4, scaled=True),
+}
+KEY_FORMATS = tuple(FORMATS)
+CONTENT_FORMATS = ("fp32", "bf16", "fp16", "fp8")
+# What `plan_placement` takes for granted: keys in 8 bits where they must be, content as it is.
+AUTO_KEY_FORMATS = ("fp32", "bf16", "fp16", "fp8", "int8")
+# Formats that `quantise_keys` makes and no operation scores as they lie.
+NOT_ROUTED = {"int4": " (packed: route_documents cannot score them as they lie yet)"}
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a device is.
+
+    Attributes:
+        name: as `torch.cuda.get_device_name()` has it.
+        copy: bytes per second of a copy within the device, read and written both counted.
+        matmul: floating point operations per second of a large bf16 matrix product.
+        host_link: bytes per second from pinned host memory to the device, in one long copy.
+        host_fetch: bytes per second of rows gathered in host memory, then copied to the device.
+        disk: bytes per second of rows read from disk.
+        source: where the figures come from. None stands for a rate that is not known.
+    """
+
+    name: str
+    copy: float | None = None
+    matmul: float | None = None
+    host_link: float | None = None
+    host_fetch: float | None = None
+    disk: float | None = None
+    source: str = "given by the caller"
+
+
+RATES = {
+    "H200": Rates(
+        "NVIDIA H200",
+        copy=4.25e12,
+        matmul=779e12,
+        host_link=55.5e9,
+        host_fetch=5.3e9,
+        source="measured on one H200 with torch 2.11: copy, 8192^3 bf16 product, pinned copy, index_select of 1 MB",
+    ),
+    "H100": Rates(
+        "NVIDIA H100 80GB HBM3",
+        copy=3.0e12,
+        matmul=798e12,
+        source="measured on one H100 80GB HBM3 with torch 2.11: copy, 8192^3 bf16 product",
+    ),
+}
+
+
+def rates_of(name: str) -> Rates | None:
+    """The rates of a device by its name, None for one that was not measured."""
+    return next((rates for rates in RATES.values() if rates.name == name), None)
+
+
+@dataclass(frozen=True)
+class BankShape:
+    """What decides a bank's size.
+
+    Attributes:
+        documents, chunks: how many.
+        layers: (groups, head_dim) of each memory layer.
+        dtype: format of its keys and content: nothing is kept wider.
+        text_bytes: of the documents' table, which stays on disk.
+    """
+
+    documents: int
+    chunks: int
+    layers: tuple[tuple[int, int], ...]
+    dtype: str = "bf16"
+    text_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple((int(groups), int(dim)) for groups, dim in self.layers))
+        if (
+            min(self.documents, self.text_bytes) < 0
+            or self.chunks < self.documents
+            or bool(self.documents) != bool(self.chunks)
+        ):
+            raise ValueError(
+                f"Every document has at least one chunk, and `text_bytes` is not negative; got {self.documents} "
+                f"documents, {self.chunks} chunks, {self.text_bytes} bytes."
+            )
+        if not self.layers or min(itertools.chain(*self.layers)) < 1:
+            raise ValueError(f"`layers` must be (groups, head_dim) of at least one layer, got {list(self.layers)}.")
+        _known("dtype", [self.dtype], CONTENT_FORMATS)
+
+    @classmethod
+    def for_tokens(
+        cls,
+        tokens: int,
+        layers: Sequence[tuple[int, int]],
+        *,
+        document_tokens: int = 1024,
+        chunk_size: int = 64,
+        dtype: str = "bf16",
+        text_bytes: int = 0,
+    ) -> BankShape:
+        """The shape of `tokens` tokens in documents of `document_tokens`, the last one shorter where it must be."""
+        if tokens < 0 or document_tokens < 1 or chunk_size < 1:
+            raise ValueError("`tokens` must be at least 0, `document_tokens` and `chunk_size` at least 1.")
+        whole, rest = divmod(tokens, document_tokens)
+        chunks = whole * -(-document_tokens // chunk_size) + -(-rest // chunk_size)
+        return cls(whole + (rest > 0), chunks, tuple(layers), dtype, text_bytes)
+
+    @classmethod
+    def of(cls, bank: Any) -> BankShape:
+        """The shape of a `MemoryBank`."""
+        layers = tuple(tuple(memory.content.shape[2:]) for memory in bank.layers.values())
+        return cls(len(bank), bank.num_chunks, layers, DTYPES[str(bank.dtype).removeprefix("torch.")])
+
+    def key_bytes(self, format: str) -> int:
+        """Bytes of the routing keys with their scales."""
+        return self.chunks * sum(FORMATS[format].vector_bytes(groups * dim) for groups, dim in self.layers)
+
+    def content_bytes(self, format: str) -> int:
+        """Bytes of the pooled keys and values with their scales."""
+        return 2 * self.key_bytes(format)
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of each document's first chunk (int64, and the end) and whether it is there (bool)."""
+        return 8 * (self.documents + 1) + self.documents
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of keys, content and texts as the bank is saved, without headers."""
+        return self.key_bytes(self.dtype) + self.content_bytes(self.dtype) + self.text_bytes
+
+    def share(self, gpus: int) -> BankShape:
+        """The largest of `gpus` even shares."""
+        chunks, documents, text = (-(-n // gpus) for n in (self.chunks, self.documents, self.text_bytes))
+        return replace(self, chunks=chunks, documents=documents, text_bytes=text)
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """Bytes that are free, for one GPU's share of the bank.
+
+    Attributes:
+        device: of the GPU; None: there is none.
+        host: of host memory, pinned where there is a device.
+        disk: for what is mapped from disk. Files of the bank that lie there already count as free.
+        rates: how fast the device is; None: not known, and no times are stated.
+    """
+
+    device: int | None
+    host: int
+    disk: int
+    rates: Rates | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.device or 0, self.host, self.disk) < 0:
+            raise ValueError(
+                f"Free bytes cannot be negative: device {self.device}, host {self.host}, disk {self.disk}."
+            )
+
+    def capacity(self, tier: str) -> int:
+        return getattr(self, tier) or 0
+
+
+@dataclass(frozen=True)
+class Reserves:
+    """Bytes that the bank must leave free. Without a device all but `disk` are reserved in host memory.
+
+    Attributes:
+        weights: 0 where they are loaded already and the free memory was measured after that.
+        activations: encoding 16,384 tokens at a time took 2.4 GB in the 4B shape.
+        kv_cache: of generation; the 4B shape takes 147 kB a token.
+        host, disk: for everything else.
+    """
+
+    weights: int = 0
+    activations: int = 3 * GB
+    kv_cache: int = 2 * GB
+    host: int = 4 * GB
+    disk: int = 1 * GB
+
+    def __post_init__(self) -> None:
+        if min(vars(self).values()) < 0:
+            raise ValueError(f"Reserves cannot be negative: {self}.")
+
+    def on(self, tier: str, has_device: bool) -> int:
+        """What is reserved on a tier."""
+        model = self.weights + self.activations + self.kv_cache
+        if tier == "device":
+            return model if has_device else 0
+        return self.disk if tier == "disk" else self.host + (0 if has_device else model)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An explicit placement; None leaves that part to the planner. Formats that are named here count as allowed."""
+
+    keys: str | None = None
+    keys_on: str | None = None
+    content: str | None = None
+    content_on: str | None = None
+
+
+class DoesNotFit(ValueError):
+    """The bank does not fit; the message holds the arithmetic and what would make it fit."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one GPU's share of a bank lies.
+
+    Attributes:
+        bank: the whole bank.
+        gpus: how many share it evenly.
+        tiers, reserves: what was planned with.
+        keys, keys_on, content, content_on: format and tier of routing keys and of content.
+    """
+
+    bank: BankShape
+    tiers: Tiers
+    reserves: Reserves
+    gpus: int
+    keys: str
+    keys_on: str
+    content_on: str
+    content: str
+
+    @property
+    def shape(self) -> BankShape:
+        """One GPU's share."""
+        return self.bank.share(self.gpus)
+
+    @property
+    def parts(self) -> list[tuple[str, str, str, int]]:
+        """(part, format, tier, bytes) of everything that is placed."""
+        shape = self.shape
+        return [
+            ("routing keys", self.keys, self.keys_on, shape.key_bytes(self.keys)),
+            ("content", self.content, self.content_on, shape.content_bytes(self.content)),
+            ("index", "", "host" if self.tiers.device is None else "device", shape.index_bytes),
+            ("texts", "", "disk", shape.text_bytes),
+        ]
+
+    def used(self, tier: str) -> int:
+        """Bytes of the bank on a tier."""
+        return sum(size for _, _, place, size in self.parts if place == tier)
+
+    def reserved(self, tier: str) -> int:
+        """Bytes reserved on a tier; no more than it has where the bank leaves it alone."""
+        reserved = self.reserves.on(tier, self.tiers.device is not None)
+        return reserved if self.used(tier) else min(reserved, self.tiers.capacity(tier))
+
+    def free(self, tier: str) -> int:
+        """Bytes left on a tier; negative where the placement does not fit."""
+        return self.tiers.capacity(tier) - self.reserved(tier) - self.used(tier)
+
+    @property
+    def fits(self) -> bool:
+        return all(self.free(tier) >= 0 for tier in TIERS)
+
+    def routing_seconds(self, tokens: int) -> float | None:
+        """Time to route `tokens` tokens in all layers, keys read once or bf16 products; None where no rate is known."""
+        rates = self.tiers.rates
+        if rates is None or self.tiers.device is None:
+            return None
+        speed = rates.copy if self.keys_on == "device" else rates.host_link
+        if speed is None or rates.matmul is None:
+            return None
+        chunks = self.shape.chunks
+        return sum(
+            max(
+                chunks * FORMATS[self.keys].vector_bytes(groups * dim) / speed,
+                2 * tokens * chunks * groups * dim / rates.matmul,
+            )
+            for groups, dim in self.shape.layers
+        )
+
+    def fetch_seconds(self, documents: int) -> float | None:
+        """Time to fetch the content of `documents` documents of mean length in all layers, at worst all from one GPU's
+        share; None where no rate is known."""
+        rates, shape = self.tiers.rates, self.shape
+        if rates is None or self.tiers.device is None:
+            return None
+        # On the device every byte is read and written, and `copy` counts both.
+        speeds = {"device": rates.copy and rates.copy / 2, "host": rates.host_fetch, "disk": rates.disk}
+        speed = speeds[self.content_on]
+        share = min(documents, shape.documents) / max(shape.documents, 1)
+        return None if speed is None else share * shape.content_bytes(self.content) / speed
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return {
+            "gpus": self.gpus,
+            "documents": self.shape.documents,
+            "chunks": self.shape.chunks,
+            "layers": [list(layer) for layer in self.shape.layers],
+            "parts": [dict(zip(("part", "format", "tier", "bytes"), part, strict=True)) for part in self.parts],
+            "tiers": {
+                tier: {
+                    "capacity": self.tiers.capacity(tier),
+                    "reserved": self.reserved(tier),
+                    "used": self.used(tier),
+                    "free": self.free(tier),
+                }
+                for tier in TIERS
+            },
+            "routing_seconds": {str(tokens): self.routing_seconds(tokens) for tokens in (32, 256)},
+            "fetch_seconds": {"16": self.fetch_seconds(16)},
+            "rates": None if self.tiers.rates is None else vars(self.tiers.rates),
+            "saved_bytes": self.bank.saved_bytes,
+        }
+
+    def __str__(self) -> str:
+        shape, reserves, rates = self.shape, self.reserves, self.tiers.rates
+        rows: list[tuple[str, ...]] = [("part", "format", "lies on", "bytes", "GB")]
+        rows += [(part, form, tier, f"{size:,}", f"{size / GB:.1f}") for part, form, tier, size in self.parts]
+        lines = [
+            f"{shape.documents:,} documents, {shape.chunks:,} chunks, {len(shape.layers)} layers"
+            + (f": one of {self.gpus} GPUs' shares" if self.gpus > 1 else ""),
+            "",
+            *_table(rows, left=3),
+            "",
+        ]
+        rows = [("tier", "capacity", "reserved", "bank", "free")]
+        for tier in TIERS:
+            if tier != "device" or self.tiers.device is not None:
+                numbers = (self.tiers.capacity(tier), self.reserved(tier), self.used(tier), self.free(tier))
+                rows.append((tier, *(f"{number:,}" for number in numbers)))
+        lines += [
+            *_table(rows, left=1),
+            "",
+            f"reserved for the model: weights {reserves.weights:,}, activations {reserves.activations:,}, KV cache "
+            f"{reserves.kv_cache:,}",
+            f"saved as {self.bank.dtype}: {self.bank.saved_bytes:,} bytes",
+        ]
+        times = [(f"routing {tokens} tokens", self.routing_seconds(tokens)) for tokens in (32, 256)]
+        times.append(("fetching 16 documents", self.fetch_seconds(16)))
+        for what, seconds in times:
+            lines.append(
+                f"{what}, all layers: " + ("not known" if seconds is None else f"{1e3 * seconds:.3g} ms, computed")
+            )
+        lines.append("rates: none known" if rates is None else f"rates of {rates.name}: {rates.source}")
+        if self.keys in NOT_ROUTED:
+            lines.append(f"note: {self.keys} routing keys{NOT_ROUTED[self.keys]}")
+        return "\n".join(lines)
+
+
+def plan_placement(
+    shape: BankShape,
+    tiers: Tiers | None = None,
+    *,
+    placement: str | Choice = "auto",
+    key_formats: Sequence[str] | None = None,
+    content_formats: Sequence[str] | None = None,
+    reserves: Reserves | None = None,
+    gpus: int = 1,
+) -> Placement:
+    """Decide where routing keys and content (keys and values) lie.
+
+    `"auto"` puts routing keys on the device in the widest format that fits, then content on the device, else in host
+    memory, else on disk, on each in the widest format that fits. Wide routing keys come before the tier of content.
+    Without a device all of it lies in host memory, content else on disk.
+
+    Args:
+        shape: of the whole bank.
+        tiers: what is free for one GPU's share (default: measured here).
+        placement: `"auto"`, or what is chosen already.
+        key_formats: that routing keys may have (default: the bank's own, and narrower ones down to 8 bits).
+        content_formats: that content may have (default: the bank's own). Allow `"fp8"` to halve them.
+        reserves: what to leave free.
+        gpus: how many share the bank; `tiers` is what each of them has.
+
+    Raises:
+        DoesNotFit: with the arithmetic, and what would make it fit.
+        ValueError: for a choice that cannot be: unknown or wider formats, keys on disk, a device that is not there.
+    """
+    if not 1 <= gpus <= MAX_GPUS:
+        raise ValueError(f"`gpus` must be from 1 to {MAX_GPUS}, got {gpus}.")
+    if isinstance(placement, str) and placement != "auto":
+        raise ValueError(f"`placement` must be 'auto' or a Choice, got {placement!r}.")
+    choice = placement if isinstance(placement, Choice) else Choice()
+    tiers = measured_tiers() if tiers is None else tiers
+    has_device = tiers.device is not None
+    keys_on = ("device" if has_device else "host",) if choice.keys_on is None else (choice.keys_on,)
+    content_on = (TIERS if has_device else TIERS[1:]) if choice.content_on is None else (choice.content_on,)
+    if "disk" in keys_on:
+        raise ValueError("Routing keys cannot lie on disk: every question reads all of them.")
+    for name, places in (("keys_on", keys_on), ("content_on", content_on)):
+        _known(name, places, TIERS)
+        if "device" in places and not has_device:
+            raise ValueError(f"`{name}` is 'device', but there is no device.")
+    request = _Request(
+        shape,
+        tiers,
+        Reserves() if reserves is None else reserves,
+        gpus,
+        _formats("key_formats", shape, choice.keys, key_formats, AUTO_KEY_FORMATS, KEY_FORMATS),
+        keys_on,
+        content_on,
+        _formats("content_formats", shape, choice.content, content_formats, (shape.dtype,), CONTENT_FORMATS),
+    )
+    found = request.first_fit()
+    if found is None:
+        raise DoesNotFit(request.arithmetic())
+    return found
+
+
+def _known(name: str, given: Sequence[str], known: Sequence[str]) -> None:
+    if unknown := [item for item in given if item not in known]:
+        raise ValueError(f"`{name}` must be among {', '.join(known)}, got {unknown[0]!r}.")
+
+
+def _formats(
+    name: str,
+    shape: BankShape,
+    chosen: str | None,
+    given: Sequence[str] | None,
+    default: Sequence[str],
+    known: Sequence[str],
+) -> tuple[str, ...]:
+    """The formats that come into question, widest first."""
+    asked = [chosen] if chosen is not None else given
+    _known(name, asked or (), known)
+    possible = [item for item in known if _is_kept_in(shape.dtype, item)]
+    if asked is None:
+        return tuple(item for item in possible if item in default)
+    if wider := [item for item in asked if item not in possible]:
+        raise ValueError(f"`{name}`: the bank is kept as {shape.dtype}; {wider[0]} would add bytes and no information.")
+    if not asked:
+        raise ValueError(f"`{name}` must name at least one format.")
+    return tuple(item for item in possible if item in asked)
+
+
+def _is_kept_in(own: str, format: str) -> bool:
+    return format == own or FORMATS[format].bits < FORMATS[own].bits
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A question to the planner: what there is, and what comes into question, preferred first."""
+
+    shape: BankShape
+    tiers: Tiers
+    reserves: Reserves
+    gpus: int
+    keys: tuple[str, ...]
+    keys_on: tuple[str, ...]
+    content_on: tuple[str, ...]
+    content: tuple[str, ...]
+
+    def placements(self) -> Iterator[Placement]:
+        for chosen in itertools.product(self.keys, self.keys_on, self.content_on, self.content):
+            yield Placement(self.shape, self.tiers, self.reserves, self.gpus, *chosen)
+
+    def first_fit(self) -> Placement | None:
+        return next((placement for placement in self.placements() if placement.fits), None)
+
+    def holds(self, **changes: Any) -> bool:
+        return replace(self, **changes).first_fit() is not None
+
+    def arithmetic(self) -> str:
+        """What is needed, what is there, and what would make it fit."""
+        share, has_device = self.shape.share(self.gpus), self.tiers.device is not None
+
+        def sizes(formats: Sequence[str], size: Callable[[str], int]) -> str:
+            return ", ".join(f"{size(item):,} bytes as {item}" for item in formats)
+
+        there = []
+        for tier in TIERS if has_device else TIERS[1:]:
+            capacity, reserved = self.tiers.capacity(tier), self.reserves.on(tier, has_device)
+            there.append(f"{tier} {capacity:,} - {reserved:,} reserved = {max(capacity - reserved, 0):,} bytes")
+        share_of = f" (one of {self.gpus} GPUs' shares)" if self.gpus > 1 else ""
+        index = f"the index {share.index_bytes:,}" + (f", texts {share.text_bytes:,}" if share.text_bytes else "")
+        return (
+            f"{share.chunks:,} chunks in {len(share.layers)} layers{share_of} do not fit. Routing keys need "
+            f"{sizes(self.keys, share.key_bytes)} ({' or '.join(self.keys_on)}); content "
+            f"{sizes(self.content, share.content_bytes)} ({' or '.join(self.content_on)}); {index}. "
+            f"There is: {'; '.join(there)}. "
+            f"It would fit with: {'; '.join(self.remedies()) or 'nothing that changes one thing alone'}."
+        )
+
+    def remedies(self) -> list[str]:
+        """Changes of one thing each, every one tried."""
+        found = []
+        keys, content = self.narrower(self.keys, KEY_FORMATS), self.narrower(self.content, CONTENT_FORMATS)
+        key = next((item for item in keys if self.holds(keys=(item,))), None)
+        value = next((item for item in content if self.holds(content=(item,))), None)
+        if key:
+            found.append(f"{key} routing keys" + NOT_ROUTED.get(key, ""))
+        if value:
+            found.append(f"{value} content")
+        both = ((a, b) for a in keys for b in content if self.holds(keys=(a,), content=(b,)))
+        if not key and not value and (pair := next(both, None)):
+            found.append(f"{pair[1]} content with {pair[0]} routing keys" + NOT_ROUTED.get(pair[0], ""))
+        places = TIERS if self.tiers.device is not None else TIERS[1:]
+        if self.content_on != places and self.holds(content_on=places):
+            found.append("content wherever it fits")
+        if self.keys_on == ("device",) and self.holds(keys_on=("host",)):
+            found.append("routing keys in host memory, to be read for every question")
+        count = len(self.shape.layers)
+        for kept in range(count - 1, 0, -1):
+            if self.holds(shape=replace(self.shape, layers=self.shape.layers[-kept:])):
+                found.append(f"the last {kept} of the {count} layers")
+                break
+        if self.tiers.device is not None and (gpus := self.least_gpus()):
+            found.append(f"{gpus} GPUs with as much device, host and disk memory each")
+        for tier in places:
+            if needed := self.least_capacity(tier):
+                found.append(f"{needed:,} bytes free on the {tier}")
+        return found
+
+    @staticmethod
+    def narrower(formats: tuple[str, ...], known: tuple[str, ...]) -> list[str]:
+        least = min(FORMATS[item].bits for item in formats)
+        return [item for item in known if FORMATS[item].bits < least]
+
+    def least_gpus(self) -> int | None:
+        """The smallest number of GPUs, each with these tiers, that holds the bank."""
+        low, high = self.gpus, self.gpus
+        while not self.holds(gpus=high):
+            if high >= MAX_GPUS:
+                return None
+            low, high = high, min(2 * high, MAX_GPUS)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.holds(gpus=middle) else (middle, high)
+        return high
+
+    def least_capacity(self, tier: str) -> int | None:
+        """The smallest capacity of one tier that holds the bank, the others as they are."""
+        free = {name: getattr(self.tiers, name) for name in TIERS}
+        huge = Tiers(**{**free, tier: 2**62})
+        needs = [item.used(tier) + item.reserved(tier) for item in replace(self, tiers=huge).placements() if item.fits]
+        return min(needs, default=None)
+
+
+def _table(rows: Sequence[tuple[str, ...]], left: int) -> list[str]:
+    """Rows as lines of aligned columns, the first `left` to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if number < left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+# What is free here ----------------------------------------------------------------------------------------------------
+
+
+def measured_tiers(device: Any = None, directory: str | Path = ".", present: int = 0) -> Tiers:
+    """What is free on this machine now.
+
+    Args:
+        device: a CUDA device; None for the current one, or none where there is none. `"cpu"` for none.
+        directory: where the bank lies or will lie on disk.
+        present: bytes of the bank's files that lie there already.
+    """
+    import torch
+
+    free, rates = None, None
+    if torch.device("cuda" if device is None else device).type == "cuda" and torch.cuda.is_available():
+        free, rates = torch.cuda.mem_get_info(device)[0], rates_of(torch.cuda.get_device_name(device))
+    return Tiers(free, free_host_memory(), shutil.disk_usage(directory).free + present, rates)
+
+
+def free_host_memory(root: str | Path = "/") -> int:
+    """Bytes of memory that programs may still take: the kernel's estimate, or less where a control group says so.
+
+    A virtual machine whose memory grows as it is used tells less than it can give; pass `Tiers` yourself there.
+
+    Raises:
+        OSError: on systems without /proc/meminfo.
+    """
+    root = Path(root)
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration) as error:
+        raise OSError("The free memory of this system cannot be read; pass it in `Tiers`.") from error
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        path = next(line.removeprefix("0::/") for line in groups if line.startswith("0::/"))
+    except (OSError, StopIteration):
+        return free  # no control groups, or version 1
+    group = root / "sys/fs/cgroup" / path
+    while group != root / "sys/fs":
+        left = _group_free(group)
+        free = free if left is None else min(free, left)
+        group = group.parent
+    return free
+
+
+def _group_free(group: Path) -> int | None:
+    """What a control group leaves, None where it has no limit; file pages that are not in use can be taken back."""
+    try:
+        limit, current = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return None if limit == "max" else max(int(limit) - current + int(stat.get("inactive_file", 0)), 0)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,180 @@
+"""`msa-hf plan`: its options, and the plan that they ask for."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .plan import (
+    CONTENT_FORMATS,
+    KEY_FORMATS,
+    RATES,
+    TIERS,
+    BankShape,
+    Choice,
+    Placement,
+    Rates,
+    Reserves,
+    Tiers,
+    measured_tiers,
+    plan_placement,
+)
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def whole(text: str, units: dict[str, int], suffix: str, examples: str) -> int:
+    """A whole number written with a unit."""
+    match = re.fullmatch(r"(\d+)(?:\.(\d+))?\s*([A-Za-z]*)", text.removesuffix(suffix))
+    if match is None or match[3] not in units:
+        raise argparse.ArgumentTypeError(f"must be a number such as {examples}, got {text!r}")
+    decimals = match[2] or ""
+    value, rest = divmod(int(match[1] + decimals) * units[match[3]], 10 ** len(decimals))
+    if rest:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    return value
+
+
+def amount(text: str) -> int:
+    """An argument type: bytes or operations, such as 141GB, 128GiB, 300T."""
+    return whole(text, UNITS, "B", "141GB, 128GiB or 300T")
+
+
+def count(text: str) -> int:
+    """An argument type: tokens, such as 100M or 1B."""
+    return whole(text, COUNTS, "", "500K, 100M or 1B")
+
+
+def device_amount(text: str) -> int | None:
+    """An argument type: an amount, or "none" for no device."""
+    return None if text == "none" else amount(text)
+
+
+def placed(text: str) -> tuple[str | None, str | None]:
+    """An argument type: FORMAT, FORMAT@TIER or @TIER."""
+    format, _, tier = text.partition("@")
+    return format or None, tier or None
+
+
+def add_options(made: argparse.ArgumentParser) -> None:
+    """The options of `msa-hf plan`."""
+
+    def add(name: str, kind: Any, text: str, default: Any = None) -> None:
+        made.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=text)
+
+    reserves = Reserves()
+    add("tokens", count, "of the corpus, such as 100M")
+    add("document-tokens", count, "of a document (default: 1024)", 1024)
+    made.add_argument("--model", metavar="DIR", help="a checkpoint or its config.json's directory: layers and weights")
+    add("layers", int, "memory layers (default: the model's)")
+    add("groups", int, "key/value heads (default: the model's)")
+    add("head-dim", int, "numbers per head (default: the model's)")
+    add("chunk-size", int, "tokens per chunk (default: the model's, or 64)")
+    made.add_argument("--dtype", choices=CONTENT_FORMATS, default="bf16", help="of the bank (default: bf16)")
+    add(
+        "device-memory",
+        device_amount,
+        "of a GPU, such as 141GB, or none (default: what is free here)",
+        argparse.SUPPRESS,
+    )
+    add("host-memory", amount, "(default: what is free here)")
+    add("disk", amount, "(default: what is free here)")
+    add("gpus", int, "that share the bank evenly; the memories are what each of them has (default: 1)", 1)
+    made.add_argument("--gpu", choices=RATES, help="whose rates give the times (default: that of this machine)")
+    add("bandwidth", amount, "bytes per second of a copy on the device, read and written, such as 2T")
+    add("matmul", amount, "bf16 operations per second, such as 300T")
+    add("weights", amount, "bytes of the model (default: its safetensors, 0 where they are loaded or none are named)")
+    add("activations", amount, "bytes to reserve", reserves.activations)
+    add("kv-cache", amount, "bytes to reserve", reserves.kv_cache)
+    add("host-reserve", amount, "bytes to leave in host memory", reserves.host)
+    add("disk-reserve", amount, "bytes to leave on disk", reserves.disk)
+    for name, formats in (("keys", KEY_FORMATS), ("content", CONTENT_FORMATS)):
+        made.add_argument(
+            f"--{name}",
+            type=placed,
+            default=(None, None),
+            metavar="FORMAT@TIER",
+            help=f"choose: {', '.join(formats)} and {', '.join(TIERS)}; either may be left out (default: planned)",
+        )
+    made.add_argument(
+        "--content-formats",
+        type=lambda text: text.split(","),
+        metavar="LIST",
+        help="allowed, separated by commas, such as bf16,fp8 (default: the bank's own)",
+    )
+    made.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def planned(args: argparse.Namespace) -> Placement:
+    """The plan that a parser with `add_options` was asked for.
+
+    Raises:
+        ValueError: for options that are missing or contradict each other, and where the bank does not fit.
+    """
+    layers, chunk_size = _model_layers(args.model) if args.model else ([], 64)
+    groups, dim = args.groups or (layers and layers[0][0]), args.head_dim or (layers and layers[0][1])
+    depth = args.layers or len(layers)
+    if args.tokens is None or not (depth and groups and dim):
+        raise ValueError("a plan needs --tokens, and either --model or --layers, --groups and --head-dim")
+    if not layers or args.layers or args.groups or args.head_dim:
+        layers = [(groups, dim)] * depth
+    shape = BankShape.for_tokens(
+        args.tokens,
+        layers,
+        document_tokens=args.document_tokens,
+        chunk_size=args.chunk_size or chunk_size,
+        dtype=args.dtype,
+    )
+    tiers = _tiers(args)
+    weights = args.weights
+    if weights is None:
+        weights = sum(file.stat().st_size for file in Path(args.model).glob("*.safetensors")) if args.model else 0
+    return plan_placement(
+        shape,
+        tiers,
+        placement=Choice(*args.keys, *args.content),
+        content_formats=args.content_formats,
+        reserves=Reserves(weights, args.activations, args.kv_cache, args.host_reserve, args.disk_reserve),
+        gpus=args.gpus,
+    )
+
+
+def _tiers(args: argparse.Namespace) -> Tiers:
+    """What is given, the rest as it is here."""
+    given = {"host": args.host_memory, "disk": args.disk}
+    if "device_memory" in args:
+        given["device"] = args.device_memory
+    if "device_memory" not in args or None in (args.host_memory, args.disk):
+        here = measured_tiers("cpu" if "device_memory" in args else None)
+    else:
+        here = Tiers(None, 0, 0)
+    named = {name: value for name, value in given.items() if value is not None or name == "device"}
+    rates: Rates | None = RATES[args.gpu] if args.gpu else here.rates
+    if args.bandwidth or args.matmul:
+        rates = replace(rates or Rates("this device"), source="given by the caller")
+        rates = replace(rates, copy=args.bandwidth or rates.copy, matmul=args.matmul or rates.matmul)
+    return replace(here, **named, rates=rates)
+
+
+def _model_layers(name: str) -> tuple[list[tuple[int, int]], int]:
+    """(groups, head_dim) of a model's memory layers, by default those that a retrofit gives it, and its chunk size."""
+    from transformers import AutoConfig
+
+    from ..configuration_msa import default_memory_layers
+
+    if not Path(name).is_dir():
+        raise ValueError(f"{name}: no such directory")
+    config = AutoConfig.from_pretrained(name).get_text_config(decoder=True)
+    chunk_size = 64
+    if (layers := getattr(config, "memory_layers", None)) is None:
+        layers = default_memory_layers(config)
+    else:
+        chunk_size = config.chunk_size
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return [(groups, dim)] * len(layers), chunk_size
