@@ -69,21 +69,16 @@ __device__ __forceinline__ void lay_out(
   const int64_t* documents = call.documents + static_cast<int64_t>(sample) * k;
   for (int i = thread; i < k; i += kThreads) {
     const int64_t document = documents[i];
-    int place = i;
     int64_t start = 0, count = 0;
     if (document >= 0 && document < call.num_documents) {
       start = call.offsets[document];
       count = call.offsets[document + 1] - start;
       if (start < 0 || count < 0 || start + count > call.chunks) count = 0;
     }
-    if (call.ascending) {
-      place = 0;
-      for (int j = 0; j < k; ++j) {
-        const int64_t other = documents[j];
-        // None goes last, whatever number stands for it.
-        const uint64_t a = static_cast<uint64_t>(other), b = static_cast<uint64_t>(document);
-        place += a < b || (a == b && j < i);
-      }
+    int place = 0;
+    for (int j = 0; j < k; ++j) {
+      const int64_t other = documents[j];
+      place += other < document || (other == document && j < i);
     }
     starts[place] = start;
     ends[place] = count;

@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kParts = 3;  // keys, values, router keys
 constexpr int kContent = 2;
+constexpr int kOutside = 16;
 constexpr float kNormEpsilon = 1e-12f;  // inside the root: the gradient at zero is finite
 constexpr int kMostShared = 48 * 1024;
 
@@ -29,13 +30,44 @@ struct ChunkPlace {
   int rows;  // tokens in it
 };
 
+__device__ __forceinline__ int64_t chunks_of(const Chunking& chunking, int64_t document) {
+  const int64_t tokens = chunking.token_offsets[document + 1] - chunking.token_offsets[document];
+  return tokens > 0 ? (tokens + chunking.chunk_size - 1) / chunking.chunk_size : 0;
+}
+
+// The whole warp searches.
 __device__ __forceinline__ ChunkPlace find_chunk(const Chunking& chunking, int64_t chunk) {
-  const int64_t passed = warp_count_at_most(chunking.chunk_offsets, chunking.documents + 1, chunk);
-  if (passed > chunking.documents || passed == 0) return {-1, 0, 0};
-  const int64_t document = passed - 1;
-  const int64_t first = (chunk - chunking.chunk_offsets[document]) * chunking.chunk_size;
-  const int64_t length = chunking.token_offsets[document + 1] - chunking.token_offsets[document];
-  const int64_t rows = length - first;
+  int64_t document = -1, within = 0;  // the chunk of its document
+  if (chunking.chunk_offsets != nullptr) {
+    const int64_t passed = warp_count_at_most(chunking.chunk_offsets, chunking.documents + 1, chunk);
+    if (passed > 0 && passed <= chunking.documents) {
+      document = passed - 1;
+      within = chunk - chunking.chunk_offsets[document];
+    }
+  } else {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    int64_t before = 0;
+    for (int64_t base = 0; base < chunking.documents; base += 32) {
+      const int64_t count = base + lane < chunking.documents ? chunks_of(chunking, base + lane) : 0;
+      int64_t sum = count;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int64_t other = __shfl_up_sync(kWholeWarp, sum, step);
+        if (lane >= step) sum += other;
+      }
+      const unsigned behind = __ballot_sync(kWholeWarp, chunk < before + sum);
+      if (behind != 0) {
+        const int first = __ffs(static_cast<int>(behind)) - 1;
+        document = base + first;
+        within = chunk - before - __shfl_sync(kWholeWarp, sum - count, first);
+        break;
+      }
+      before += __shfl_sync(kWholeWarp, sum, 31);
+    }
+  }
+  if (document < 0) return {-1, 0, 0};
+  const int64_t first = within * chunking.chunk_size;
+  const int64_t rows = chunking.token_offsets[document + 1] - chunking.token_offsets[document] - first;
   return {document, first, static_cast<int>(rows < chunking.chunk_size ? rows : chunking.chunk_size)};
 }
 
@@ -152,6 +184,24 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
   }
 }
 
+// Zeros for packed tokens before the first document and behind the last: `share` of `kOutside` blocks.
+template <typename T, int VEC, int THREADS>
+__device__ __forceinline__ void zero_outside(
+    const TokenStates& states, const Chunking& chunking, int vectors, int share) {
+  if (!states.packed) return;
+  const int64_t before = chunking.token_offsets[0], end = chunking.token_offsets[chunking.documents];
+  Numbers<T, VEC> zeros;
+  zeros.word = {};
+  for (int64_t i = share; i < before + chunking.tokens - end; i += kOutside) {
+    T* row = static_cast<T*>(const_cast<void*>(states.data)) + (i < before ? i : end + i - before) * states.token_stride;
+    for (int vector = static_cast<int>(threadIdx.x); vector < vectors; vector += THREADS) {
+      const int head = vector * VEC / chunking.dim;
+      T* column = row + head * states.head_stride + (vector * VEC - head * chunking.dim);
+      *reinterpret_cast<typename Raw<sizeof(T) * VEC>::type*>(column) = zeros.word;
+    }
+  }
+}
+
 // One block per (chunk, tensor): the gradient of the chunk's mean, written to all its tokens. Where the forward
 // normalised, the mean of the router keys is taken again.
 template <typename T, int VEC, int THREADS, int UNROLL>
@@ -165,6 +215,11 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
   float* sums = gradient + width;  // [lines][width]; line 0 becomes the mean
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) / kParts;
   const int part = static_cast<int>(blockIdx.x) % kParts;
+  const TokenStates& states = part_of(call.grad_keys, call.grad_values, call.grad_router_keys, part);
+  if (chunk >= chunking.chunks) {
+    zero_outside<T, VEC, THREADS>(states, chunking, vectors, static_cast<int>(chunk - chunking.chunks));
+    return;
+  }
   const ChunkPlace place = find_chunk(chunking, chunk);
   if (place.rows <= 0) return;  // the same for all threads of the block
 
@@ -202,7 +257,6 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
 
   const int line = vectors >= THREADS ? 0 : thread / vectors;
   if (line >= lines) return;
-  const TokenStates& states = part_of(call.grad_keys, call.grad_values, call.grad_router_keys, part);
   T* out = static_cast<T*>(const_cast<void*>(states.data)) + first_element(states, chunking, place);
   for (int vector = vectors >= THREADS ? thread : thread % vectors; vector < vectors; vector += THREADS) {
     const int head = vector * VEC / chunking.dim;
@@ -218,20 +272,16 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
 
 // Chunks of THREADS documents at a time: a scan within the block, carried on from one round to the next.
 template <int THREADS>
-__global__ void __launch_bounds__(THREADS) chunk_offsets_kernel(
-    const int64_t* token_offsets, int64_t* chunk_offsets, int64_t documents, int chunk_size) {
+__global__ void __launch_bounds__(THREADS) chunk_offsets_kernel(const Chunking chunking, int64_t* chunk_offsets) {
   MSA_HF_DYNAMIC_SHARED(shared);
+  const int64_t documents = chunking.documents;
   int64_t* totals = reinterpret_cast<int64_t*>(shared);  // [THREADS / 32]
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   int64_t before = 0;
   if (thread == 0) chunk_offsets[0] = 0;
   for (int64_t base = 0; base < documents; base += THREADS) {
     const int64_t document = base + thread;
-    int64_t sum = 0;
-    if (document < documents) {
-      const int64_t tokens = token_offsets[document + 1] - token_offsets[document];
-      sum = tokens > 0 ? (tokens + chunk_size - 1) / chunk_size : 0;
-    }
+    int64_t sum = document < documents ? chunks_of(chunking, document) : 0;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const int64_t other = __shfl_up_sync(kWholeWarp, sum, step);
@@ -272,7 +322,7 @@ Shape shape_of(const Chunking& chunking, int vec, int threads) {
 }
 
 bool is_valid(const Chunking& chunking) {
-  return chunking.documents >= 0 && chunking.chunks >= 0 && chunking.chunks < (int64_t{1} << 31) / kParts &&
+  return chunking.documents >= 0 && chunking.chunks >= 0 && chunking.chunks < (int64_t{1} << 31) / kParts - kOutside &&
          chunking.chunk_size > 0 && chunking.groups > 0 && chunking.dim > 0;
 }
 
@@ -293,7 +343,7 @@ static cudaError_t launch_pool_backward(const PoolBackward& call, cudaStream_t s
   const Shape shape = shape_of(call.chunking, VEC, THREADS);
   const size_t shared = shape.shared + sizeof(float) * call.chunking.groups * call.chunking.dim;
   if (shared > kMostShared) return cudaErrorInvalidValue;
-  const unsigned blocks = static_cast<unsigned>(call.chunking.chunks * kParts);
+  const unsigned blocks = static_cast<unsigned>((call.chunking.chunks + kOutside) * kParts);
   MSA_HF_LAUNCH((pool_backward_kernel<T, VEC, THREADS, UNROLL>), blocks, THREADS, shared, stream, call, shape.vectors,
                 shape.lines);
   return cudaGetLastError();
@@ -339,7 +389,6 @@ cudaError_t pool_chunks_forward(const PoolForward& call, cudaStream_t stream) {
 
 cudaError_t pool_chunks_backward(const PoolBackward& call, cudaStream_t stream) {
   if (!is_valid(call.chunking)) return cudaErrorInvalidValue;
-  if (call.chunking.chunks == 0) return cudaSuccess;
   switch (call.input) {
     case Format::float32:
       return backward_of<float>(call, stream);
@@ -356,8 +405,12 @@ cudaError_t find_chunk_offsets(
     const int64_t* token_offsets, int64_t* chunk_offsets, int64_t documents, int chunk_size, cudaStream_t stream) {
   if (documents < 0 || chunk_size <= 0) return cudaErrorInvalidValue;
   constexpr int kThreads = 1024;
-  MSA_HF_LAUNCH((chunk_offsets_kernel<kThreads>), 1, kThreads, sizeof(int64_t) * kThreads / 32, stream, token_offsets,
-                chunk_offsets, documents, chunk_size);
+  Chunking chunking;
+  chunking.token_offsets = token_offsets;
+  chunking.documents = documents;
+  chunking.chunk_size = chunk_size;
+  MSA_HF_LAUNCH((chunk_offsets_kernel<kThreads>), 1, kThreads, sizeof(int64_t) * kThreads / 32, stream, chunking,
+                chunk_offsets);
   return cudaGetLastError();
 }
 

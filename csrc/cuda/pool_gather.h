@@ -29,13 +29,17 @@ struct TokenStates {
 // The documents of a batch and how they fall into chunks. Offsets are read on the device.
 struct Chunking {
   const int64_t* token_offsets = nullptr;  // [N + 1]
-  const int64_t* chunk_offsets = nullptr;  // [N + 1], ceil(tokens / chunk_size) each
+  const int64_t* chunk_offsets = nullptr;  // [N + 1], of find_chunk_offsets; null: every block counts, for few documents
   int64_t documents = 0;
   int64_t chunks = 0;  // chunk_offsets[N], or more: what lies behind is written as zeros
   int chunk_size = 0;
   int groups = 0;
   int dim = 0;
+  int64_t tokens = 0;  // of packed states; matters to the backward
 };
+
+// Up to so many documents, counting in every block costs less than a launch before it.
+constexpr int64_t kFewDocuments = 64;
 
 struct PoolForward {
   Chunking chunking;
@@ -49,7 +53,7 @@ struct PoolForward {
   bool normalise = false;
 };
 
-// Gradients of all three inputs. Tokens that belong to no document are not written.
+// Gradients of all three inputs. Packed tokens that belong to no document get zero; padding is not written.
 struct PoolBackward {
   Chunking chunking;
   TokenStates router_keys;  // of the forward; read only where it normalised
@@ -69,7 +73,7 @@ cudaError_t pool_chunks_backward(const PoolBackward& call, cudaStream_t stream);
 cudaError_t find_chunk_offsets(
     const int64_t* token_offsets, int64_t* chunk_offsets, int64_t documents, int chunk_size, cudaStream_t stream);
 
-// Chosen documents' rows of content, then zeros, to [B, G, width, D].
+// Chosen documents' rows of content, in ascending order of documents, then zeros, to [B, G, width, D].
 struct GatherCall {
   const int64_t* documents = nullptr;  // [B, k]; outside 0..N-1: none
   const int64_t* offsets = nullptr;  // [N + 1]
@@ -83,7 +87,6 @@ struct GatherCall {
   const void* content = nullptr;  // [C, 2, G, D], or staged [B, width, 2, G, D]; device or pinned host memory
   const float* scales = nullptr;  // [C, 2], or staged [B, width, 2], where content is float8_e4m3
   bool staged = false;  // rows of content already lie as they are to be written
-  bool ascending = false;  // rows in ascending order of documents; else in the order of their columns
   Format content_format = Format::float32;
   Format output_format = Format::float32;  // floating
   void* keys = nullptr;  // [B, G, width, D]

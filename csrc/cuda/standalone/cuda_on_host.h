@@ -174,6 +174,7 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   cuda_on_host::wait(cuda_on_host::Wait::warp);
   return votes;
 }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 template <typename T>

@@ -204,24 +204,26 @@ void check_pool(int number) {
   for (int64_t& length : lengths) {
     length = pick<int64_t>({0, 1, chunk_size - 1, chunk_size, chunk_size + 1, 2 * chunk_size, draw(1, 3 * chunk_size)});
   }
-  std::vector<int64_t> token_offsets(1, 0), chunk_offsets(1, 0);
+  // Packed tokens before the first document and behind the last belong to none.
+  const int64_t outside = layout.packed && draw(0, 3) == 0 ? draw(1, 40) : 0;
+  std::vector<int64_t> token_offsets(1, outside), chunk_offsets(1, 0);
   for (int64_t length : lengths) {
     token_offsets.push_back(token_offsets.back() + length);
     chunk_offsets.push_back(chunk_offsets.back() + (length + chunk_size - 1) / chunk_size);
     layout.longest = std::max(layout.longest, length);
   }
-  layout.tokens = token_offsets.back();
+  layout.tokens = token_offsets.back() + outside;
   const int64_t behind = draw(0, 2) ? 0 : 3, chunks = chunk_offsets.back() + behind;
   const bool normalise = draw(0, 1), zeros = draw(0, 7) == 0;
   const int64_t width = layout.groups * layout.dim, count = layout.numbers();
   char description[400];
   std::snprintf(description, sizeof description,
                 "pool %d: input %s content %s routing %s P=%d %s %s N=%ld longest=%ld G=%ld D=%ld padding=%ld shift=%zu "
-                "behind=%ld normalise=%d zeros=%d",
+                "behind=%ld outside=%ld normalise=%d zeros=%d",
                 number, name_of(input), name_of(content_format), name_of(routing_format), chunk_size,
                 layout.packed ? "packed" : "padded", layout.head_major ? "head-major" : "token-major",
                 long(layout.documents), long(layout.longest), long(layout.groups), long(layout.dim),
-                long(layout.padding), shift, long(behind), normalise, zeros);
+                long(layout.padding), shift, long(behind), long(outside), normalise, zeros);
 
   // What is no token holds NaN (all bits set).
   std::vector<Buffer> states;
@@ -265,6 +267,8 @@ void check_pool(int number) {
   PoolForward call;
   call.chunking = {static_cast<int64_t*>(tokens_at.at()), static_cast<int64_t*>(chunks_at.at()), layout.documents,
                    chunks, chunk_size, int(layout.groups), int(layout.dim)};
+  if (draw(0, 1)) call.chunking.chunk_offsets = nullptr;
+  call.chunking.tokens = layout.tokens;
   call.keys = layout.states(states[0].at());
   call.values = layout.states(states[1].at());
   call.router_keys = layout.states(states[2].at());
@@ -406,11 +410,65 @@ void check_pool(int number) {
         }
       }
     }
+    for (int64_t i = 0; i < 2 * outside; ++i) {
+      const int64_t token = i < outside ? i : token_offsets.back() + i - outside;
+      for (int64_t head = 0; head < layout.groups; ++head) {
+        for (int64_t j = 0; j < layout.dim; ++j) {
+          const int64_t index = index_of(view, 0, 0, token, head, j);
+          touched[index] = 1;
+          if (decode(grads[part].host.data(), index, input) != 0.0f) {
+            expect(false, "the gradient of a token of no document is not zero", description);
+            return;
+          }
+        }
+      }
+    }
     const char* bytes = grads[part].host.data();
     for (int64_t i = 0; i < count * bytes_of(input); ++i) {
       if (!touched[i / bytes_of(input)] && bytes[i] != static_cast<char>(0xff)) {
         expect(false, "the backward wrote beside the tokens", description);
         return;
+      }
+    }
+  }
+}
+
+// More documents than one round of the scan, or of a warp's search, takes.
+void check_many_documents(const int64_t documents) {
+  const int chunk_size = 4;
+  std::vector<int64_t> tokens(1, 0), wanted(1, 0);
+  for (int64_t i = 0; i < documents; ++i) {
+    const int64_t length = draw(0, 9);
+    tokens.push_back(tokens.back() + length);
+    wanted.push_back(wanted.back() + (length + chunk_size - 1) / chunk_size);
+  }
+  const int64_t chunks = wanted.back();
+  Buffer tokens_at(tokens.size() * 8), chunks_at(tokens.size() * 8), states(tokens.back() * 4), content(chunks * 8),
+      routing(chunks * 4);
+  std::memcpy(tokens_at.host.data(), tokens.data(), tokens_at.host.size());
+  for (int64_t i = 0; i < tokens.back(); ++i) states.as<float>()[i] = static_cast<float>(i);
+  tokens_at.upload();
+  states.upload();
+  CHECK_CUDA(find_chunk_offsets(static_cast<int64_t*>(tokens_at.at()), static_cast<int64_t*>(chunks_at.at()), documents,
+                                chunk_size, nullptr));
+  chunks_at.download();
+  expect(std::memcmp(chunks_at.host.data(), wanted.data(), chunks_at.host.size()) == 0, "chunk offsets",
+         "many documents");
+  for (bool counted : {true, false}) {
+    if (documents > 1024) break;  // as many blocks take minutes where threads are emulated
+    PoolForward call;
+    call.chunking = {static_cast<int64_t*>(tokens_at.at()), counted ? static_cast<int64_t*>(chunks_at.at()) : nullptr,
+                     documents, chunks, chunk_size, 1, 1};
+    call.keys = call.values = call.router_keys = {states.at(), 0, 1, 1, true};
+    call.content = content.at();
+    call.routing = routing.at();
+    CHECK_CUDA(pool_chunks_forward(call, nullptr));
+    content.download();
+    for (int64_t document = 0, chunk = 0; document < documents; ++document) {
+      for (int64_t token = tokens[document]; token < tokens[document + 1]; token += chunk_size, ++chunk) {
+        const int64_t last = std::min(token + chunk_size, tokens[document + 1]) - 1;
+        expect(content.as<float>()[2 * chunk] == (token + last) / 2.0f, "mean of chunk " + std::to_string(chunk),
+               counted ? "many documents" : "many documents, counted in every block");
       }
     }
   }
@@ -431,12 +489,11 @@ void check_gather(int number, StagingRing& ring) {
   const int64_t documents = draw(0, 40), row = 2 * groups * dim;
   std::vector<int64_t> offsets(1, 0);
   for (int64_t i = 0; i < documents; ++i) offsets.push_back(offsets.back() + pick<int64_t>({1, 1, 2, 3, draw(1, 20)}));
-  const int64_t chunks = offsets.back();
+  // Now and then offsets point behind the content: such documents have no rows.
+  const int64_t chunks = offsets.back() - (draw(0, 7) == 0 ? offsets.back() / 3 : 0);
   std::vector<int64_t> chosen(batch * k);
   for (int64_t& document : chosen) document = documents == 0 || draw(0, 4) == 0 ? -1 : draw(0, documents - 1);
   if (!chosen.empty() && draw(0, 5) == 0) chosen[draw(0, chosen.size() - 1)] = documents;  // no such document
-  const bool ascending = draw(0, 1);
-
   // Rows of each sample: chunk and column.
   std::vector<std::vector<std::pair<int64_t, int64_t>>> rows(batch);
   int64_t most = 0;
@@ -444,11 +501,9 @@ void check_gather(int number, StagingRing& ring) {
     std::vector<int> order(k);
     for (int i = 0; i < k; ++i) order[i] = i;
     auto document = [&](int i) { return chosen[sample * k + i]; };
-    if (ascending) {
-      std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return document(a) < document(b); });
-    }
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return document(a) < document(b); });
     for (int column : order) {
-      if (document(column) < 0 || document(column) >= documents) continue;
+      if (document(column) < 0 || document(column) >= documents || offsets[document(column) + 1] > chunks) continue;
       for (int64_t chunk = offsets[document(column)]; chunk < offsets[document(column) + 1]; ++chunk) {
         rows[sample].push_back({chunk, column});
       }
@@ -458,10 +513,10 @@ void check_gather(int number, StagingRing& ring) {
   const int64_t width = std::max<int64_t>(0, pick<int64_t>({most, most, most + 1, most + draw(0, 40), most / 2, 0}));
   char description[300];
   std::snprintf(description, sizeof description,
-                "gather %d: %s -> %s from %s B=%d k=%d N=%ld C=%ld G=%d D=%d most=%ld width=%ld ascending=%d", number,
+                "gather %d: %s -> %s from %s B=%d k=%d N=%ld C=%ld G=%d D=%d most=%ld width=%ld", number,
                 name_of(content_format), name_of(output_format),
                 source == Source::device ? "device" : source == Source::pinned ? "pinned" : "staged", batch, k,
-                long(documents), long(chunks), groups, dim, long(most), long(width), ascending);
+                long(documents), long(chunks), groups, dim, long(most), long(width));
 
   const size_t content_bytes = std::max<size_t>(1, chunks * row * bytes_of(content_format));
   const size_t scales_bytes = std::max<size_t>(8, chunks * 8);
@@ -498,7 +553,6 @@ void check_gather(int number, StagingRing& ring) {
   call.dim = dim;
   call.content_format = content_format;
   call.output_format = output_format;
-  call.ascending = ascending;
   call.keys = keys.at();
   call.values = values.at();
   call.valid = static_cast<bool*>(valid.at());
@@ -634,7 +688,9 @@ void time_pool(double copy) {
     CHECK_CUDA(find_chunk_offsets(tokens_at, chunks_at, documents, kChunk, nullptr));
     for (int set = 0; set < sets; ++set) {
       PoolForward call;
-      call.chunking = {tokens_at, chunks_at, documents, chunks, kChunk, kGroups, kDim};
+      // As the operator does.
+      const int64_t* counted = documents > kFewDocuments ? chunks_at : nullptr;
+      call.chunking = {tokens_at, counted, documents, chunks, kChunk, kGroups, kDim, tokens};
       TokenStates* parts[3] = {&call.keys, &call.values, &call.router_keys};
       for (TokenStates* part : parts) *part = {keep(random_bfloat16(tokens * kWidth)), 0, kWidth, kDim, true};
       call.input = call.content_format = call.routing_format = Format::bfloat16;
@@ -852,6 +908,8 @@ int main(int count, char** arguments) {
   }
   const auto before = std::chrono::steady_clock::now();
   for (int i = 0; i < cases; ++i) check_pool(i);
+  check_many_documents(150);
+  check_many_documents(2500);
   StagingRing ring(3, 3);
   for (int i = 0; i < cases; ++i) check_gather(i, ring);
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - before;
