@@ -123,7 +123,10 @@ std::tuple<Tensor, Tensor> route_documents(const Tensor& queries, const Tensor& 
 std::tuple<Tensor, Tensor> route(const Tensor& queries, const Tensor& routing_mask, const Tensor& keys,
                                  std::optional<Tensor> scales, const Tensor& offsets, std::optional<Tensor> alive,
                                  int64_t k) {
-  static const cpu::Level level = cpu::best_level();
+  static const cpu::Level best = cpu::best_level();
+  // For few keys it does not pay to bring the queries into the order of the matrix unit.
+  const bool few = keys.dim() == 2 && keys.size(0) < 256;
+  const cpu::Level level = few && best == cpu::Level::amx ? cpu::Level::avx512 : best;
   return route_documents(queries, routing_mask, keys, scales, offsets, alive, k, level);
 }
 

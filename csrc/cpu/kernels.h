@@ -45,6 +45,8 @@ struct TileKeys {
 struct TileKernels {
   // Keys that bfloat16 holds exactly (bf16, i8, e4m3): [count <= 16][width] to [steps][16][32], zeros in what is missing.
   void (*pack_keys)(const void* keys, Type type, int64_t stride, int64_t count, int64_t width, uint16_t* tiles);
+  // Up to 16 queries [width], nullptr for none, as `parts` matrices: tiles [parts][steps][16][32].
+  void (*pack_queries)(const float* const* queries, int64_t width, int parts, uint16_t* tiles);
   // Keys against packed queries: tiles [groups <= 2][parts][steps][16][32].
   // products[group] [blocks * 16] = max over the 16 tokens of the group where `uniform`, else [blocks][16][16] products.
   void (*multiply)(const uint16_t* queries, int groups, int parts, const TileKeys& keys, int64_t blocks, int64_t steps,

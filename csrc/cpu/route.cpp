@@ -4,7 +4,6 @@
 // the scores of the documents [samples, documents] and the queries. Nothing is ever tokens x chunks.
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -69,7 +68,7 @@ const void* key_at(const Route& route, int64_t chunk) {
 
 class FloatScorer final : public Scorer {
  public:
-  FloatScorer(const Route& route, const FloatKernels& kernels, int64_t threads) : route_(route), kernels_(kernels) {
+  FloatScorer(const Route& route, const FloatKernels& kernels, const Threads& threads) : route_(route), kernels_(kernels) {
     const int64_t lanes = kernels.lanes;
     width_ = round_up(route.width, lanes);
     for (int64_t sample = 0; sample < route.samples; ++sample) {
@@ -81,14 +80,17 @@ class FloatScorer final : public Scorer {
     }
     queries_ = std::make_unique<Buffer<float>>(static_cast<int64_t>(panels_.size()) * route.width * lanes +
                                                static_cast<int64_t>(lone_.size()) * width_);
-    float* target = queries_->get();
-    for (const Panel& panel : panels_) {
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const float* query = route.queries + std::min(panel.token + lane, panel.last) * route.width;
-        for (int64_t e = 0; e < route.width; ++e) target[e * lanes + lane] = query[e];
+    threads.each(static_cast<int64_t>(panels_.size()), [&](int64_t panel) {
+      float* target = queries_->get() + panel * route.width * lanes;
+      for (int64_t start = 0; start < route.width; start += 16) {  // a few lines of the cache at a time
+        const int64_t stop = std::min(start + 16, route.width);
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          const float* query = route.queries + std::min(panels_[panel].token + lane, panels_[panel].last) * route.width;
+          for (int64_t e = start; e < stop; ++e) target[e * lanes + lane] = query[e];
+        }
       }
-      target += route.width * lanes;
-    }
+    });
+    float* target = queries_->get() + static_cast<int64_t>(panels_.size()) * route.width * lanes;
     lone_queries_ = target;
     for (const auto& [sample, token] : lone_) {
       std::memcpy(target, route.queries + token * route.width, route.width * sizeof(float));
@@ -98,7 +100,7 @@ class FloatScorer final : public Scorer {
     in_place_ = route.key_type == Type::f32 && (lone_.empty() || width_ == route.width);
     // Rows that lie a multiple of 4 kB apart would compete for the same places of the first cache.
     stride_ = in_place_ ? route.key_stride : width_ + 16;
-    block_ = block_of(kBlockBytes / std::max<int64_t>(width_ * 4, 1), kernels.unit, route.chunks, threads);
+    block_ = block_of(kBlockBytes / std::max<int64_t>(width_ * 4, 1), kernels.unit, route.chunks, threads.count);
   }
 
   int64_t block() const override { return block_; }
@@ -153,7 +155,7 @@ class TileScorer final : public Scorer {
     return route.key_type == Type::bf16 || route.key_type == Type::i8 || route.key_type == Type::e4m3;
   }
 
-  TileScorer(const Route& route, const TileKernels& kernels, int64_t threads) : route_(route), kernels_(kernels) {
+  TileScorer(const Route& route, const TileKernels& kernels, const Threads& threads) : route_(route), kernels_(kernels) {
     steps_ = (route.width + kNumbers - 1) / kNumbers;
     std::vector<Group> mixed;
     Group rest;
@@ -176,25 +178,17 @@ class TileScorer final : public Scorer {
     groups_.insert(groups_.end(), std::make_move_iterator(mixed.begin()), std::make_move_iterator(mixed.end()));
     parts_ = parts_needed(route.queries, route.starts[route.samples] * route.width);
     queries_ = std::make_unique<Buffer<uint16_t>>(static_cast<int64_t>(groups_.size()) * parts_ * steps_ * kTile);
-    std::memset(queries_->get(), 0, groups_.size() * parts_ * steps_ * kTile * sizeof(uint16_t));
-    for (size_t group = 0; group < groups_.size(); ++group) {
+    threads.each(static_cast<int64_t>(groups_.size()), [&](int64_t group) {
+      const float* rows[kTokens] = {};
       for (size_t column = 0; column < groups_[group].tokens.size(); ++column) {
-        const float* query = route.queries + groups_[group].tokens[column].second * route.width;
-        for (int64_t e = 0; e < route.width; ++e) {
-          float left = query[e];
-          for (int64_t part = 0; part < parts_; ++part) {
-            uint16_t number = to_bf16(left);
-            left -= from_bf16(number);
-            // Numbers 2i and 2i + 1 of a step stand beside each other in row i, as the matrix unit reads them.
-            int64_t tile = (static_cast<int64_t>(group) * parts_ + part) * steps_ + e / kNumbers;
-            queries_->get()[tile * kTile + (e % kNumbers / 2) * kNumbers + column * 2 + e % 2] = number;
-          }
-        }
+        rows[column] = route.queries + groups_[group].tokens[column].second * route.width;
       }
-    }
+      kernels.pack_queries(rows, route.width, static_cast<int>(parts_),
+                           queries_->get() + group * parts_ * steps_ * kTile);
+    });
     // With few tokens the copy of a block costs more than it saves.
     in_place_ = route.key_type == Type::bf16 && route.width % kNumbers == 0 && groups_.size() <= 4;
-    block_ = block_of(kTileBlockBytes / std::max<int64_t>(steps_ * kNumbers * 2, 1), 2 * kKeys, route.chunks, threads);
+    block_ = block_of(kTileBlockBytes / std::max<int64_t>(steps_ * kNumbers * 2, 1), 2 * kKeys, route.chunks, threads.count);
   }
 
   int64_t block() const override { return block_; }
@@ -246,16 +240,21 @@ class TileScorer final : public Scorer {
     std::vector<std::pair<int64_t, int64_t>> tokens;  // sample and token; of one sample alone in the first ones
   };
 
+  // To the nearest bfloat16, for finite numbers; without a branch, so that the loop below is vectorised.
+  static float rounded(float value) {
+    const uint32_t bits = as_bits(value);
+    return as_float((bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u);
+  }
+
   // How many bfloat16 numbers together make up each query: float32 has 24 bits, bfloat16 has 8.
   static int64_t parts_needed(const float* queries, int64_t count) {
-    uint32_t bits = 0;
-    bool two = true;
+    uint32_t second = 0, third = 0;  // bits of what the parts before leave, but for the sign of zero
     for (int64_t i = 0; i < count; ++i) {
-      bits |= as_bits(queries[i]) & 0xFFFFu;
-      float left = queries[i] - from_bf16(to_bf16(queries[i]));
-      two = two && left == from_bf16(to_bf16(left));
+      const float left = queries[i] - rounded(queries[i]);
+      second |= as_bits(left) << 1;
+      third |= as_bits(left - rounded(left)) << 1;
     }
-    return bits == 0 ? 1 : two ? 2 : 3;
+    return third != 0 ? 3 : second != 0 ? 2 : 1;
   }
 
   const Route& route_;
@@ -381,9 +380,9 @@ void route_documents(const Route& route, Level level, const Threads& threads) {
   if (route.starts[route.samples] > 0 && route.chunks > 0) {
     std::unique_ptr<Scorer> scorer;
     if (level == Level::amx && amx_kernels() != nullptr && TileScorer::takes(route)) {
-      scorer = std::make_unique<TileScorer>(route, *amx_kernels(), threads.count);
+      scorer = std::make_unique<TileScorer>(route, *amx_kernels(), threads);
     } else {
-      scorer = std::make_unique<FloatScorer>(route, *float_kernels(level), threads.count);
+      scorer = std::make_unique<FloatScorer>(route, *float_kernels(level), threads);
     }
     const int64_t block = scorer->block();
     bool single = route.count == route.chunks;
@@ -408,14 +407,11 @@ void route_documents(const Route& route, Level level, const Threads& threads) {
   threads.each(route.samples, [&](int64_t sample) {
     float* row = scores.get() + sample * route.count;
     const int64_t tokens = route.starts[sample + 1] - route.starts[sample];
-    bool finite = true;
-    for (const float *query = route.queries + route.starts[sample] * route.width, *end = query + tokens * route.width;
-         query < end; ++query) {
-      finite = finite && std::isfinite(*query);
-    }
-    for (int64_t i = 0; i < route.count; ++i) {
-      if (!finite || (route.alive != nullptr && !route.alive[i])) row[i] = kNone;
-    }
+    const float* queries = route.queries + route.starts[sample] * route.width;
+    uint32_t infinite = 0;
+    for (int64_t i = 0; i < tokens * route.width; ++i) infinite |= (as_bits(queries[i]) & 0x7F800000u) == 0x7F800000u;
+    if (infinite != 0) std::fill(row, row + route.count, kNone);
+    for (int64_t i = 0; route.alive != nullptr && i < route.count; ++i) row[i] = route.alive[i] ? row[i] : kNone;
     choose(row, route.count, route.k, route.documents + sample * route.k, route.scores + sample * route.k);
   });
 }

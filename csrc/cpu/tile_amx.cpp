@@ -103,6 +103,61 @@ void pack_keys(const void* keys, Type type, int64_t stride, int64_t count, int64
   if (type == Type::e4m3) pack_rows<uint8_t, read_float8>(keys, stride, count, width, tiles);
 }
 
+// 16 rows of 16 pairs of numbers to 16 columns: a query per row in `rows`, per column in `target`.
+inline __attribute__((always_inline)) void transpose(const __m512i* rows, uint16_t* target) {
+  __m512i pair[16], quad[16], half[16];
+  for (int i = 0; i < 8; ++i) {
+    pair[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+    pair[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+  }
+  // quad[4 j + c]: of rows 4 j to 4 j + 3, columns c, c + 4, c + 8 and c + 12.
+  for (int j = 0; j < 4; ++j) {
+    quad[4 * j] = _mm512_unpacklo_epi64(pair[4 * j], pair[4 * j + 2]);
+    quad[4 * j + 1] = _mm512_unpackhi_epi64(pair[4 * j], pair[4 * j + 2]);
+    quad[4 * j + 2] = _mm512_unpacklo_epi64(pair[4 * j + 1], pair[4 * j + 3]);
+    quad[4 * j + 3] = _mm512_unpackhi_epi64(pair[4 * j + 1], pair[4 * j + 3]);
+  }
+  // half[c] and half[c + 4]: of rows 0 to 7, columns c and c + 8, and c + 4 and c + 12; half[c + 8 ..] of rows 8 to 15.
+  for (int j = 0; j < 2; ++j) {
+    for (int c = 0; c < 4; ++c) {
+      half[8 * j + c] = _mm512_shuffle_i32x4(quad[8 * j + c], quad[8 * j + 4 + c], 0x88);
+      half[8 * j + 4 + c] = _mm512_shuffle_i32x4(quad[8 * j + c], quad[8 * j + 4 + c], 0xDD);
+    }
+  }
+  for (int c = 0; c < 8; ++c) {
+    _mm512_storeu_si512(target + c * kNumbers, _mm512_shuffle_i32x4(half[c], half[8 + c], 0x88));
+    _mm512_storeu_si512(target + (8 + c) * kNumbers, _mm512_shuffle_i32x4(half[c], half[8 + c], 0xDD));
+  }
+}
+
+// Numbers 2i and 2i + 1 of a query stand beside each other in row i of a tile, at the column of the query. What one part
+// leaves of a number goes to the next.
+void pack_queries(const float* const* queries, int64_t width, int parts, uint16_t* tiles) {
+  const int64_t steps = (width + kNumbers - 1) / kNumbers;
+  for (int64_t step = 0; step < steps; ++step) {
+    const int64_t left = width - step * kNumbers;
+    const uint32_t there = left >= kNumbers ? ~0u : (1u << left) - 1;
+    __m512i numbers[3][16];
+    for (int column = 0; column < 16; ++column) {
+      __m512 low = _mm512_setzero_ps(), high = low;
+      if (queries[column] != nullptr) {
+        const float* query = queries[column] + step * kNumbers;
+        low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), query);
+        if (left > 16) high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), query + 16);
+      }
+      for (int part = 0; part < parts; ++part) {
+        const __m512i number = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+        numbers[part][column] = number;
+        const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(number));
+        const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(number, 1));
+        low = _mm512_sub_ps(low, _mm512_castsi512_ps(_mm512_slli_epi32(first, 16)));
+        high = _mm512_sub_ps(high, _mm512_castsi512_ps(_mm512_slli_epi32(second, 16)));
+      }
+    }
+    for (int part = 0; part < parts; ++part) transpose(numbers[part], tiles + (part * steps + step) * kTile);
+  }
+}
+
 // The largest of each of 16 rows of 16, in the order of the rows.
 inline __attribute__((always_inline)) __m512 row_maxima(const float* rows) {
   __m512 part[8];
@@ -177,7 +232,7 @@ void multiply(const uint16_t* queries, int groups, int parts, const TileKeys& ke
   }
 }
 
-const TileKernels kernels = {pack_keys, multiply, begin, end};
+const TileKernels kernels = {pack_keys, pack_queries, multiply, begin, end};
 
 }  // namespace
 
