@@ -276,6 +276,14 @@ def test_every_remedy_is_enough_and_one_less_is_not() -> None:
     plan_placement(SHAPE, TOO_SMALL, placement=Choice(keys_on="host"))
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_as_many_layers_as_fit_are_kept(layers: int) -> None:
+    """All but one, for the last: the layers below that one are left out."""
+    shape = BankShape(1, 100, ((1, 1000), (1, 10), (1, 20), (1, 30)), "fp8")
+    device = BankShape(1, 100, shape.layers[-layers:], "fp8").key_bytes("fp8") + shape.index_bytes
+    assert f"the last {layers} of the 4 layers" in refused(shape, Tiers(device, GB, 0), reserves=NONE)
+
+
 def test_no_remedy_is_named_that_does_not_help() -> None:
     """Weights that fill the device: no number of such GPUs, no format and no layer helps, only a larger one."""
     message = refused(SHAPE, Tiers(24 * GB, 300 * GB, 64 * GB), reserves=Reserves(weights=24 * GB))
@@ -520,6 +528,18 @@ def test_command_reads_a_models_shapes(tmp_path: Path, capsys: pytest.CaptureFix
     assert record["chunks"] == BankShape.for_tokens(10**6, [(1, 1)], chunk_size=chunk_size).chunks
     weights = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     assert record["tiers"]["device"]["reserved"] == weights + 5 * GB
+
+
+def test_options_come_before_what_the_model_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base_model("qwen3").config.save_pretrained(tmp_path)
+    known = ("--tokens", "1M", "--model", str(tmp_path), *ROOM, "--json")
+    [(groups, dim), *others] = json.loads(run(capsys, *known))["layers"]
+    for option, value, expected in (
+        ("--groups", groups + 3, [[groups + 3, dim]] * (1 + len(others))),
+        ("--head-dim", dim + 3, [[groups, dim + 3]] * (1 + len(others))),
+        ("--layers", len(others) + 2, [[groups, dim]] * (2 + len(others))),
+    ):
+        assert json.loads(run(capsys, *known, option, str(value)))["layers"] == expected
 
 
 def test_command_takes_rates_of_an_unknown_device(capsys: pytest.CaptureFixture[str]) -> None:
