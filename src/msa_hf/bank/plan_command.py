@@ -10,6 +10,7 @@ from typing import Any
 
 from .plan import (
     CONTENT_FORMATS,
+    GB,
     KEY_FORMATS,
     RATES,
     TIERS,
@@ -81,17 +82,17 @@ def add_options(made: argparse.ArgumentParser) -> None:
         "of a GPU, such as 141GB, or none (default: what is free here)",
         argparse.SUPPRESS,
     )
-    add("host-memory", amount, "(default: what is free here)")
-    add("disk", amount, "(default: what is free here)")
+    add("host-memory", amount, "such as 128GiB (default: what is free here)")
+    add("disk", amount, "such as 1TB (default: what is free here)")
     add("gpus", int, "that share the bank evenly; the memories are what each of them has (default: 1)", 1)
     made.add_argument("--gpu", choices=RATES, help="whose rates give the times (default: that of this machine)")
     add("bandwidth", amount, "bytes per second of a copy on the device, read and written, such as 2T")
     add("matmul", amount, "bf16 operations per second, such as 300T")
     add("weights", amount, "bytes of the model (default: its safetensors, 0 where they are loaded or none are named)")
-    add("activations", amount, "bytes to reserve", reserves.activations)
-    add("kv-cache", amount, "bytes to reserve", reserves.kv_cache)
-    add("host-reserve", amount, "bytes to leave in host memory", reserves.host)
-    add("disk-reserve", amount, "bytes to leave on disk", reserves.disk)
+    add("activations", amount, f"bytes to reserve (default: {reserves.activations / GB:g}GB)", reserves.activations)
+    add("kv-cache", amount, f"bytes to reserve (default: {reserves.kv_cache / GB:g}GB)", reserves.kv_cache)
+    add("host-reserve", amount, f"bytes to leave in host memory (default: {reserves.host / GB:g}GB)", reserves.host)
+    add("disk-reserve", amount, f"bytes to leave on disk (default: {reserves.disk / GB:g}GB)", reserves.disk)
     for name, formats in (("keys", KEY_FORMATS), ("content", CONTENT_FORMATS)):
         made.add_argument(
             f"--{name}",
