@@ -239,6 +239,7 @@ class AttendingPass:
         visible: [B, N] bool, documents that a sample may choose, or [1, N] for every sample; None for all.
         force_documents: [B, n] int64 documents to attend to instead of the routed ones, -1 for none.
         keep_document_scores: report the scores of all documents.
+        operations: instead of `OPERATIONS`, for a memory whose `layers` are not all of it; with `score_documents`.
         contexts: layer -> `Context` of the turns before; those of this turn are written there where `keep_contexts`.
         routing: layer -> `LayerRouting`, the result.
     """
@@ -252,6 +253,7 @@ class AttendingPass:
     visible: Tensor | None = None
     force_documents: Tensor | None = None
     keep_document_scores: bool = False
+    operations: dict[str, Callable[..., Any]] | None = None
     contexts: dict[int, Context] = field(default_factory=dict)
     keep_contexts: bool = False
     routing: dict[int, LayerRouting] = field(default_factory=dict)
@@ -334,10 +336,10 @@ class AttendingPass:
         else:
             router_query = self.router_queries.pop(layer).unflatten(-1, (-1, query.shape[-1]))
         router_query, mask = router_query.to(device), mask.to(device)
-        offsets = self._offsets_on(device)
+        offsets, operations = self._offsets_on(device), self.operations or OPERATIONS
         scores: Tensor | None = None
         if self._needs_all_scores(router_query):
-            scores = score_documents(
+            scores = operations.get("score_documents", score_documents)(
                 router_query,
                 mask,
                 memory.routing_keys,
@@ -347,12 +349,13 @@ class AttendingPass:
                 query_reduction=self.config.query_reduction,
                 chunk_reduction=self.config.chunk_reduction,
             )
+            assert scores is not None
             if bool(scores.isnan().any()):
                 raise ValueError(SCORES_ARE_NAN.format(layer=layer))
             if self.visible is not None:
                 scores = scores.masked_fill(~self.visible.to(device), NO_SCORE)
         if scores is None:
-            documents, best = OPERATIONS["route_documents"](
+            documents, best = operations["route_documents"](
                 router_query,
                 mask,
                 memory.routing_keys,
@@ -415,7 +418,8 @@ class AttendingPass:
         query: Tensor,
         dtype: torch.dtype,
     ) -> Context:
-        gather = gather_documents if memory.content.requires_grad else OPERATIONS["gather_documents"]
+        operations = self.operations or OPERATIONS
+        gather = gather_documents if memory.content.requires_grad else operations["gather_documents"]
         keys, values, valid, slots = gather(documents, offsets, memory.content)
         keys, values = keys.to(query.device, dtype), values.to(query.device, dtype)
         valid, slots, bias = valid.to(query.device), slots.to(query.device), None

@@ -221,6 +221,9 @@ class MemoryMixin:
                 positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:].to(inputs.device)
             kwargs["position_ids"] = positions + self.config.first_position
 
+        turn: Any = contextlib.nullcontext()
+        if routing_mask is not None and hasattr(memory, "turn"):  # other processes have parts of it (msa_hf.bank)
+            turn = cast(Any, memory).turn(self.config, inputs, routing_mask, force_documents, output_document_scores)
         attending = AttendingPass(
             config=self.config,
             similarity=self.config.similarity,
@@ -231,11 +234,13 @@ class MemoryMixin:
             visible=None if memory is None else memory.visible,
             force_documents=force_documents,
             keep_document_scores=output_document_scores,
+            operations=getattr(turn, "operations", None),
             contexts={} if cache is None else cache.contexts,
             keep_contexts=cache is not None,
         )
         return_dict = kwargs.pop("return_dict", None)
-        output = self.run_base(**kwargs, memory_pass=attending, return_dict=True)
+        with turn:
+            output = self.run_base(**kwargs, memory_pass=attending, return_dict=True)
         # What a mixture calls `aux_loss` is the balance of its experts, which its `loss` holds.
         fields = {name: value for name, value in output.items() if name != "aux_loss"}
         routing = attending.finish()
