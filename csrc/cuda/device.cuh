@@ -16,6 +16,10 @@
 #include "standalone/cuda_on_host.h"
 #else
 #define MSA_HF_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+// More than 48 KB of shared memory must be asked for; says whether the device has it.
+#define MSA_HF_ALLOW_SHARED(kernel, bytes)                                                                       \
+  ((bytes) <= 48 * 1024 ? cudaSuccess                                                                            \
+                        : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)))
 #define MSA_HF_LAUNCH(kernel, blocks, threads, shared, stream, ...) \
   kernel<<<blocks, threads, shared, stream>>>(__VA_ARGS__)
 #endif

@@ -19,7 +19,7 @@ constexpr int kParts = 3;  // keys, values, router keys
 constexpr int kContent = 2;
 constexpr int kOutside = 16;
 constexpr float kNormEpsilon = 1e-12f;  // inside the root: the gradient at zero is finite
-constexpr int kMostShared = 48 * 1024;
+constexpr size_t kMostShared = 96 * 1024;  // every device from sm_80 on has it
 
 // Blocks resident per multiprocessor at least: leaves each thread registers for its loads in flight.
 constexpr int resident(int threads, int unroll) { return (unroll <= 8 ? 768 : 384) / threads; }
@@ -332,6 +332,8 @@ template <typename T, int VEC, int THREADS, int UNROLL>
 static cudaError_t launch_pool_forward(const PoolForward& call, cudaStream_t stream) {
   const Shape shape = shape_of(call.chunking, VEC, THREADS);
   if (shape.shared > kMostShared) return cudaErrorInvalidValue;
+  const cudaError_t status = MSA_HF_ALLOW_SHARED((pool_forward_kernel<T, VEC, THREADS, UNROLL>), shape.shared);
+  if (status != cudaSuccess) return status;
   const unsigned blocks = static_cast<unsigned>(call.chunking.chunks * kParts);
   MSA_HF_LAUNCH((pool_forward_kernel<T, VEC, THREADS, UNROLL>), blocks, THREADS, shape.shared, stream, call,
                 shape.vectors, shape.lines);
@@ -343,6 +345,8 @@ static cudaError_t launch_pool_backward(const PoolBackward& call, cudaStream_t s
   const Shape shape = shape_of(call.chunking, VEC, THREADS);
   const size_t shared = shape.shared + sizeof(float) * call.chunking.groups * call.chunking.dim;
   if (shared > kMostShared) return cudaErrorInvalidValue;
+  const cudaError_t status = MSA_HF_ALLOW_SHARED((pool_backward_kernel<T, VEC, THREADS, UNROLL>), shared);
+  if (status != cudaSuccess) return status;
   const unsigned blocks = static_cast<unsigned>((call.chunking.chunks + kOutside) * kParts);
   MSA_HF_LAUNCH((pool_backward_kernel<T, VEC, THREADS, UNROLL>), blocks, THREADS, shared, stream, call, shape.vectors,
                 shape.lines);

@@ -115,7 +115,7 @@ inline void run_block(unsigned threads, size_t shared) {
 }
 
 inline void launch(dim3 blocks, unsigned threads, size_t shared, const std::function<void()>& function) {
-  if (blocks.y > 65535 || blocks.z > 65535 || shared > 48 * 1024 || threads > 1024) fail("a launch beyond the limits");
+  if (blocks.y > 65535 || blocks.z > 65535 || shared > 96 * 1024 || threads > 1024) fail("a launch beyond the limits");
   body = &function;
   blockDim = dim3(threads);
   gridDim = blocks;
@@ -144,6 +144,7 @@ T exchange(T value, size_t lane_of_source, bool exists) {
 #define __launch_bounds__(...)
 #endif
 #define MSA_HF_DYNAMIC_SHARED(name) unsigned char* name = cuda_on_host::shared_memory
+#define MSA_HF_ALLOW_SHARED(kernel, bytes) cudaSuccess
 #define MSA_HF_LAUNCH(kernel, blocks, threads, shared, stream, ...) \
   cuda_on_host::launch(blocks, threads, shared, [&] { kernel(__VA_ARGS__); })
 

@@ -10,3 +10,52 @@ here it takes everything. Features of the operations:
 
 `width` and `k` are rounded up to powers of two because torch.compile may not know the number.
 """
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+# Triton runs on the CPU only where it interprets its kernels, for tests of them.
+INTERPRETER = "Triton's interpreter rounds to bfloat16 towards zero"
+
+
+def _floating(*dtypes: torch.dtype) -> str | None:
+    wrong = [str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in FLOATING]
+    return f"it takes float32, bfloat16 and float16, not {wrong[0]}" if wrong else None
+
+
+def cuda_pool_chunks(*, states: torch.dtype, width: int, **_: Any) -> str | None:
+    # The means of a chunk lie in 96 KB of shared memory; its gradient too, in the backward.
+    return _floating(states) or ("G * D is above 16384" if width > 16384 else None)
+
+
+def cuda_pool_chunks_backward(*, states: torch.dtype, width: int, **_: Any) -> str | None:
+    return _floating(states) or ("G * D is above 8192" if width > 8192 else None)
+
+
+def cuda_gather_documents(*, content: torch.dtype, dtype: torch.dtype, **_: Any) -> str | None:
+    return _floating(dtype, *([] if content == torch.float8_e4m3fn else [content]))
+
+
+def triton_pool_chunks(*, device: str, states: torch.dtype, **_: Any) -> str | None:
+    return _floating(states) or (INTERPRETER if device == "cpu" and states == torch.bfloat16 else None)
+
+
+triton_pool_chunks_backward = triton_pool_chunks
+
+
+def triton_gather_documents(
+    *, device: str, content: torch.dtype, dtype: torch.dtype, source: str, **_: Any
+) -> str | None:
+    if source == "host":
+        return "the content lies in memory that is not pinned"
+    if device == "cpu" and dtype == torch.bfloat16 != content:
+        return INTERPRETER
+    return _floating(dtype, *([] if content == torch.float8_e4m3fn else [content]))
+
+
+def triton_route_documents(*, queries: torch.dtype, keys: torch.dtype, **_: Any) -> str | None:
+    return _floating(queries, *([] if keys in (torch.int8, torch.float8_e4m3fn) else [keys]))

@@ -75,7 +75,7 @@ def pool_chunks(
     return content, routing_keys, None if routing_dtype is None else scales
 
 
-def _chunk_spans(token_offsets: Tensor, chunk_size: int, chunks: int) -> tuple[Tensor, Tensor]:
+def chunk_spans(token_offsets: Tensor, chunk_size: int, chunks: int) -> tuple[Tensor, Tensor]:
     """First token and length of every chunk: two [chunks] int64."""
     offsets = torch.nn.functional.pad(chunks_msa.chunk_counts(token_offsets.diff(), chunk_size).cumsum(0), (1, 0))
     chunk = torch.arange(chunks, device=token_offsets.device)
@@ -103,7 +103,7 @@ def reference_pool_chunks(
     normalise: bool,
     routing_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spans = _chunk_spans(token_offsets, chunk_size, chunks)
+    spans = chunk_spans(token_offsets, chunk_size, chunks)
     mean_keys, mean_values, mean_router_keys = (
         _means(states, *spans, chunk_size) for states in (keys, values, router_keys)
     )
@@ -145,7 +145,7 @@ def reference_pool_chunks_backward(
     normalise: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(router_keys.dtype, torch.float32)
-    start, lengths = _chunk_spans(token_offsets, chunk_size, grad_content.shape[0])
+    start, lengths = chunk_spans(token_offsets, chunk_size, grad_content.shape[0])
     grad_router = grad_routing_keys.to(wide).unflatten(1, router_keys.shape[1:])
     if normalise:
         # y = r * mean, r = (|mean|^2 + epsilon)^(-1/2):  d mean = r * (g - y * <y, g>).

@@ -1,0 +1,89 @@
+"""`gather_documents` in Triton: rows are found by PyTorch, copied by one program each for keys and values."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import chunks_msa
+from .gather_documents import result_dtype
+from .triton_pool_chunks import both
+
+BLOCK = 1024  # numbers that a program copies at once
+
+
+@triton.jit
+def _from_float8(bits):
+    """float8_e4m3fn, as bits, in float32: half precision has the same fields, three more digits and another bias."""
+    half = (((bits & 0x80).to(tl.uint16) << 8) | ((bits & 0x7F).to(tl.uint16) << 7)).to(tl.float16, bitcast=True)
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+
+
+@triton.jit
+def _gather(
+    content,
+    scales,
+    rows,
+    valid,
+    keys,
+    values,
+    width,
+    groups,
+    dim,
+    QUANTISED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)  # sample * width + row
+    part = tl.program_id(1)
+    element = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    size = groups * dim
+    inside = element < size
+    real = tl.load(valid + place) != 0
+    source = tl.load(rows + place) * 2 + part
+    numbers = tl.load(content + source * size + element, mask=both(inside, real), other=0)
+    if QUANTISED:
+        numbers = _from_float8(numbers) * tl.load(scales + source, mask=real, other=0.0)
+    sample, row = place // width, place % width
+    head = element // dim
+    target = ((sample * groups + head) * width + row) * dim + element % dim
+    if part == 0:
+        tl.store(keys + target, numbers.to(keys.dtype.element_ty), mask=inside)
+    else:
+        tl.store(values + target, numbers.to(values.dtype.element_ty), mask=inside)
+
+
+def gather_documents(
+    documents: Tensor,
+    offsets: Tensor,
+    content: Tensor,
+    scales: Tensor | None,
+    width: int,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, slots, valid = chunks_msa.chunk_rows(documents, offsets, width)
+    batch, (groups, dim) = documents.shape[0], content.shape[2:]
+    shape, kind = (batch, groups, width, dim), result_dtype(content, dtype)
+    make = documents.new_empty if content.shape[0] else documents.new_zeros
+    keys, values = make(shape, dtype=kind), make(shape, dtype=kind)
+    if keys.numel() and content.shape[0]:
+        content = content.contiguous()
+        factors = scales.contiguous() if scales is not None else valid
+        if scales is not None:
+            content = content.view(torch.uint8)
+        with torch.cuda.device_of(documents):
+            _gather[(batch * width, 2, triton.cdiv(groups * dim, BLOCK))](
+                content,
+                factors,
+                rows,
+                valid.view(torch.uint8),
+                keys,
+                values,
+                width,
+                groups,
+                dim,
+                QUANTISED=scales is not None,
+                BLOCK=min(BLOCK, triton.next_power_of_2(groups * dim)),
+            )
+    return keys, values, valid, slots
