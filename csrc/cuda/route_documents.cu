@@ -1,0 +1,897 @@
+// route_documents: what is done before and after the scores of chunks, and which kernel takes them.
+//
+//   scan      which tokens route: a list of columns, every sample's padded to a multiple of 8 by repeating its last token
+//             (a maximum does not change), so that eight neighbouring columns belong to one sample
+//   largest   largest absolute value of every sample's queries, where they are quantised with the keys
+//   pack      the columns' queries, in the keys' type: rounded to 8 bits for 8-bit keys (one scale per sample: a relative
+//             error of at most 2^-4 per number for e4m3, 1/254 of the largest for int8); for 16-bit keys and queries that
+//             hold more, as two terms, whose sum has a relative error of about 2^-17 (bf16) or 2^-22 (f16)
+//   score     route_documents_wgmma_kernel.cuh, route_documents_mma.cu, or the plain kernel here -> [samples, chunks]
+//   select    largest score of every document and the k best, in one launch: every block takes a run of chunks, finds the
+//             best of the documents that end in it, and the last block to finish merges what all have found
+// The workspace holds 4 bytes per (sample, chunk), the packed queries, and k * 8 bytes per 4,096 chunks and sample.
+
+#include "route_documents_score.cuh"
+
+namespace msa_hf::route {
+
+constexpr int kScanThreads = 1024;
+constexpr int kPackThreads = 256;
+constexpr int kSelectThreads = 256;
+constexpr int kSlab = 4096;          // chunks per block of select
+constexpr int64_t kMostPerRound = 1024;  // of k: more take several rounds of select
+constexpr uint32_t kNan = 0xffffffffu;
+
+// Columns -------------------------------------------------------------------------------------------------------------
+
+struct Lists {
+  int* used;      // [1] columns in use
+  int* counts;    // [samples] routing tokens
+  int* starts;    // [samples] first column
+  int* rows;      // [columns] sample * tokens + token, -1 behind the last
+  int* groups;    // [columns / kGroup] sample, -1 behind the last
+  float* largest;           // [samples], set to 0
+  unsigned* tickets;        // [samples], set to 0
+  uint64_t* bounds;         // [samples], set to the largest
+  uint32_t* straddling;     // [straddles], set to 0
+  int64_t straddles;
+};
+
+// Bits of the eight tokens from `first` on.
+__device__ __forceinline__ unsigned eight_tokens(const bool* mask, int first, int tokens) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < 8; i++) bits |= (first + i < tokens && mask[first + i] ? 1u : 0u) << i;
+  return bits;
+}
+
+__device__ __forceinline__ int warp_prefix(int value, int lane) {  // inclusive
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(kWarp, value, step);
+    if (lane >= step) value += other;
+  }
+  return value;
+}
+
+// One block.
+__global__ void __launch_bounds__(kScanThreads)
+    scan_kernel(const bool* mask, int samples, int tokens, int columns, const Lists lists) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = kScanThreads / 32;
+  for (int sample = warp; sample < samples; sample += warps) {
+    int count = 0;
+    for (int first = 0; first < tokens; first += 256)
+      count += __popc(eight_tokens(mask + int64_t{sample} * tokens, first + lane * 8, tokens));
+    count = warp_prefix(count, lane);
+    if (lane == 31) lists.counts[sample] = count;
+  }
+  __syncthreads();
+  if (warp == 0) {
+    int total = 0;
+    for (int first = 0; first < samples; first += 32) {
+      const int sample = first + lane;
+      const int padded = sample < samples ? (lists.counts[sample] + kGroup - 1) / kGroup * kGroup : 0;
+      const int end = total + warp_prefix(padded, lane);
+      if (sample < samples) lists.starts[sample] = end - padded;
+      total = __shfl_sync(kWarp, end, 31);
+    }
+    if (lane == 0) *lists.used = total;
+  }
+  __syncthreads();
+  for (int sample = warp; sample < samples; sample += warps) {
+    const int start = lists.starts[sample], count = lists.counts[sample];
+    int column = start, last = -1;
+    for (int first = 0; first < tokens; first += 256) {
+      const int token = first + lane * 8;
+      const unsigned bits = eight_tokens(mask + int64_t{sample} * tokens, token, tokens);
+      const int end = warp_prefix(__popc(bits), lane);
+      int to = column + end - __popc(bits);
+      for (unsigned rest = bits; rest != 0; rest &= rest - 1) {
+        last = sample * tokens + token + __ffs(rest) - 1;
+        lists.rows[to++] = last;
+      }
+      column += __shfl_sync(kWarp, end, 31);
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      const int other = __shfl_xor_sync(kWarp, last, step);
+      last = other > last ? other : last;
+    }
+    const int padded = (count + kGroup - 1) / kGroup * kGroup;
+    if (count + lane < padded) lists.rows[start + count + lane] = last;
+    for (int group = lane; group < padded / kGroup; group += 32) lists.groups[start / kGroup + group] = sample;
+  }
+  const int used = *lists.used;
+  for (int column = used + threadIdx.x; column < columns; column += kScanThreads) {
+    lists.rows[column] = -1;
+    if (column % kGroup == 0) lists.groups[column / kGroup] = -1;
+  }
+  for (int sample = threadIdx.x; sample < samples; sample += kScanThreads) {
+    lists.largest[sample] = 0.0f;
+    lists.tickets[sample] = 0;
+    lists.bounds[sample] = ~uint64_t{0};
+  }
+  for (int64_t i = threadIdx.x; i < lists.straddles; i += kScanThreads) lists.straddling[i] = 0;
+}
+
+// A warp per token.
+template <Type QUERY>
+__global__ void __launch_bounds__(kPackThreads) largest_kernel(
+    const void* queries, const bool* mask, int rows, int tokens, int width, float* largest) {
+  const int row = blockIdx.x * (kPackThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (row >= rows || !mask[row]) return;
+  const auto* numbers = static_cast<const typename Number<QUERY>::storage*>(queries) + int64_t{row} * width;
+  float most = 0.0f;
+  for (int i = lane; i < width; i += 32) most = fmaxf(most, fabsf(Number<QUERY>::decode(numbers[i])));
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(kWarp, most, step));
+  if (lane == 0) atomicMax(reinterpret_cast<unsigned*>(largest + row / tokens), __float_as_uint(most));
+}
+
+// A warp per column.
+template <Type QUERY, Type PACKED>
+__global__ void __launch_bounds__(kPackThreads)
+    pack_kernel(const void* queries, const Lists lists, int columns, int width, int terms, void* packed) {
+  using To = typename Number<PACKED>::storage;
+  const int column = blockIdx.x * (kPackThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (column >= columns) return;
+  const int row = lists.rows[column];
+  float factor = 1.0f;
+  if (is_quantised(PACKED) && row >= 0) {
+    const float most = lists.largest[lists.groups[column / kGroup]];
+    // As a scale below the smallest normal number would overflow, such queries count as zero.
+    factor = most > 1e-30f ? largest_of(PACKED) / most : 0.0f;
+  }
+  const auto* from = static_cast<const typename Number<QUERY>::storage*>(queries) + int64_t{row} * width;
+  To* to = static_cast<To*>(packed) + int64_t{column} * width;
+  for (int i = lane; i < width; i += 32) {
+    const float value = row >= 0 ? Number<QUERY>::decode(from[i]) * factor : 0.0f;
+    const To high = Number<PACKED>::encode(value);
+    to[i] = high;
+    if (terms == 2) to[int64_t{columns} * width + i] = Number<PACKED>::encode(value - Number<PACKED>::decode(high));
+  }
+}
+
+// Plain scores --------------------------------------------------------------------------------------------------------
+
+// A warp per chunk, a group of columns at a time.
+template <Type TYPE>
+__global__ void __launch_bounds__(kPackThreads) score_plain_kernel(const Score p) {
+  const int lane = threadIdx.x % 32, warps = kPackThreads / 32;
+  const int groups = *p.used / kGroup;
+  for (int64_t chunk = int64_t{blockIdx.x} * warps + threadIdx.x / 32; chunk < p.chunks; chunk += int64_t{gridDim.x} * warps) {
+    const auto* key = static_cast<const typename Number<TYPE>::storage*>(p.keys) + chunk * p.width;
+    const float factor = p.factors == nullptr ? 1.0f : p.factors[chunk];
+    float best = lowest<float>();
+    for (int group = 0; group < groups; group++) {
+      const float* tokens = static_cast<const float*>(p.packed) + int64_t{group} * kGroup * p.width;
+      float sums[kGroup] = {};
+      for (int i = lane; i < p.width; i += 32) {
+        const float number = Number<TYPE>::decode(key[i]);
+#pragma unroll
+        for (int j = 0; j < kGroup; j++) sums[j] += number * tokens[int64_t{j} * p.width + i];
+      }
+#pragma unroll
+      for (int j = 0; j < kGroup; j++) {
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) sums[j] += __shfl_xor_sync(kWarp, sums[j], step);
+        best = max_of(best, sums[j]);
+      }
+      const int sample = p.groups[group];
+      if (group + 1 == groups || p.groups[group + 1] != sample) {
+        if (lane == 0) p.sink.scores[sample * p.sink.pitch + chunk] = best * factor;
+        best = lowest<float>();
+      }
+    }
+  }
+}
+
+template <Type TYPE>
+cudaError_t score_plain(const Score& score, cudaStream_t stream) {
+  const int64_t warps = kPackThreads / 32, blocks = (score.chunks + warps - 1) / warps;
+  return launch(score_plain_kernel<TYPE>, dim3(static_cast<unsigned>(blocks < 65536 ? blocks : 65536)), kPackThreads, 0, 1,
+                stream, score);
+}
+
+// The k best ----------------------------------------------------------------------------------------------------------
+
+// The k largest of many different numbers, k <= CAPACITY, by a whole block: numbers above the k-th largest so far are
+// appended behind the k best, and all are sorted when there is no room for one more of every thread. 0 is no number.
+template <int CAPACITY>
+struct Largest {
+  static constexpr int kRoom = CAPACITY <= 64 ? 512 : CAPACITY <= 256 ? 1024 : 2048;
+  static_assert(CAPACITY + kSelectThreads <= kRoom);
+  uint64_t* list;  // [kRoom] shared
+  int* appended;   // shared
+  int k;
+  int filled;  // appended, the same in all threads
+  uint64_t threshold;
+
+  __device__ __forceinline__ void begin(uint64_t* shared_list, int* shared_count, int wanted, uint64_t above) {
+    list = shared_list;
+    appended = shared_count;
+    k = wanted;
+    filled = 0;
+    threshold = above;
+    for (int i = threadIdx.x; i < k; i += kSelectThreads) list[i] = 0;
+    if (threadIdx.x == 0) *appended = 0;
+    __syncthreads();
+  }
+  // All threads of the block, each with a number or 0.
+  __device__ __forceinline__ void push(uint64_t number) {
+    const bool passes = number > threshold;
+    if (passes) list[k + atomicAdd(appended, 1)] = number;
+    filled += __syncthreads_count(passes);
+    if (filled > kRoom - CAPACITY - kSelectThreads) shrink();
+  }
+  __device__ __forceinline__ void shrink() {
+    int size = 2;
+    while (size < k + filled) size *= 2;
+    for (int i = k + filled + threadIdx.x; i < size; i += kSelectThreads) list[i] = 0;
+    __syncthreads();
+    for (int run = 2; run <= size; run *= 2) {
+      for (int stride = run / 2; stride > 0; stride /= 2) {
+        for (int i = threadIdx.x; i < size / 2; i += kSelectThreads) {
+          const int low = 2 * i - (i & (stride - 1)), high = low + stride;
+          const uint64_t a = list[low], b = list[high];
+          if ((a < b) == ((low & run) == 0)) {  // descending
+            list[low] = b;
+            list[high] = a;
+          }
+        }
+        __syncthreads();
+      }
+    }
+    const uint64_t least = list[k - 1];
+    threshold = least > threshold ? least : threshold;
+    filled = 0;
+    if (threadIdx.x == 0) *appended = 0;
+    __syncthreads();
+  }
+};
+
+// Larger scores first, then lower documents.
+__device__ __forceinline__ uint64_t ranked(uint32_t score, int64_t document) {
+  return (uint64_t{score} << 32) | (0xffffffffu - static_cast<uint32_t>(document));
+}
+__device__ __forceinline__ bool can_be_chosen(uint32_t score) { return score > ordered(kNoScore) && score != kNan; }
+// of a part of a document; NaN is the largest, so that it is not lost beside other parts
+__device__ __forceinline__ uint32_t ordered_part(float x) { return x != x ? kNan : ordered(x); }
+__device__ __forceinline__ void write_chosen(uint64_t number, int64_t* document, float* score) {
+  *document = number == 0 ? -1 : static_cast<int64_t>(0xffffffffu - static_cast<uint32_t>(number));
+  *score = number == 0 ? -INFINITY : from_ordered(static_cast<uint32_t>(number >> 32));
+}
+
+// How many of `count` ascending numbers are below `value`. The whole warp searches, 32 probes a round.
+__device__ __forceinline__ int64_t count_below(const int64_t* ascending, int64_t count, int64_t value) {
+  const int lane = threadIdx.x % 32;
+  int64_t low = 0, high = count;  // all before `low` are below, none from `high` on
+  while (low < high) {
+    const int64_t step = (high - low + 31) / 32, probe = low + lane * step;
+    const int passed = __popc(__ballot_sync(kWarp, probe < high && ascending[probe] < value));
+    if (passed == 0) break;
+    const int64_t next = low + passed * step;
+    low += (passed - 1) * step + 1;
+    high = next < high ? next : high;
+  }
+  return low;
+}
+
+struct Select {
+  const float* scores;  // [samples, pitch]
+  int64_t pitch;
+  const int64_t* offsets;
+  const bool* alive;
+  const int* counts;
+  int64_t chunks, documents;
+  int k;                      // of this round
+  int64_t first, total;       // place of this round's first in the result; k of all rounds
+  uint32_t* straddling;       // [samples, blocks] best so far of the document that begins in a run and ends behind it
+  int* straddling_document;   // [samples, blocks] that document, -1 for none or a dead one
+  uint64_t* candidates;       // [samples, blocks, k]
+  unsigned* tickets;          // [samples] blocks that are done; 0 before and after
+  uint64_t* bounds;           // [samples] only what ranks below may be chosen; after: the last chosen
+  int64_t* chosen;            // [samples, total]
+  float* chosen_scores;
+};
+
+template <int CAPACITY>
+constexpr int select_shared() {
+  return Largest<CAPACITY>::kRoom * 8 + kSlab * 4 + 64;
+}
+
+template <int CAPACITY>
+__global__ void __launch_bounds__(kSelectThreads, 4) select_kernel(const Select p) {
+  MSA_HF_SHARED(shared);
+  auto* list = reinterpret_cast<uint64_t*>(shared);
+  auto* slab = reinterpret_cast<float*>(list + Largest<CAPACITY>::kRoom);
+  auto* words = reinterpret_cast<int64_t*>(slab + kSlab);  // 0, 1: documents; 2: appended; 3: last
+  auto* appended = reinterpret_cast<int*>(words + 2);
+  auto* last = reinterpret_cast<int*>(words + 3);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t sample = blockIdx.y, block = blockIdx.x, blocks = gridDim.x;
+  int64_t* chosen = p.chosen + sample * p.total + p.first;
+  float* chosen_scores = p.chosen_scores + sample * p.total + p.first;
+
+  if (p.counts[sample] == 0) {  // no token routes; nothing was scored
+    for (int i = threadIdx.x; block == 0 && i < p.k; i += kSelectThreads) write_chosen(0, chosen + i, chosen_scores + i);
+    return;
+  }
+  const uint64_t bound = p.bounds[sample];
+  const int64_t begin = block * kSlab, end = begin + kSlab < p.chunks ? begin + kSlab : p.chunks;
+
+  // Documents that begin in this run: from words[0] up to words[1].
+  if (warp < 2) {
+    const int64_t document = count_below(p.offsets, p.documents + 1, warp == 0 ? begin : end);
+    if (lane == 0) words[warp] = document < p.documents ? document : p.documents;
+  }
+  const float* scores = p.scores + sample * p.pitch + begin;
+  const int length = static_cast<int>(end - begin);
+  for (int i = threadIdx.x; i < length / 4; i += kSelectThreads)
+    reinterpret_cast<float4*>(slab)[i] = reinterpret_cast<const float4*>(scores)[i];
+  for (int i = length / 4 * 4 + threadIdx.x; i < length; i += kSelectThreads) slab[i] = scores[i];
+  __syncthreads();
+  const int64_t first_document = words[0], next_document = words[1];
+  Largest<CAPACITY> best;
+  best.begin(list, appended, p.k, 0);
+
+  // The document that began before this run.
+  const int64_t entered = p.offsets[first_document] < end ? p.offsets[first_document] : end;
+  if (first_document > 0 && entered > begin) {
+    float value = lowest<float>();
+    for (int i = threadIdx.x; i < entered - begin; i += kSelectThreads) value = max_of(value, slab[i]);
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) value = max_of(value, __shfl_xor_sync(kWarp, value, step));
+    const int64_t owner = p.offsets[first_document - 1] / kSlab;
+    if (lane == 0) atomicMax(p.straddling + sample * blocks + owner, ordered_part(value));
+  }
+  const bool leaves = next_document > first_document && p.offsets[next_document] > end;
+  if (threadIdx.x == 0 && !leaves) p.straddling_document[sample * blocks + block] = -1;
+
+  for (int64_t base = first_document; base < next_document; base += kSelectThreads) {
+    const int64_t document = base + threadIdx.x;
+    const bool real = document < next_document;
+    const int64_t ends = real ? p.offsets[document + 1] : 0;
+    const int from = real ? static_cast<int>(p.offsets[document] - begin) : 0;
+    const int to = real ? static_cast<int>((ends < end ? ends : end) - begin) : 0;
+    float value = lowest<float>();
+    const bool is_long = to - from > 32;
+    for (int i = from; !is_long && i < to; i++) value = max_of(value, slab[i]);
+    for (unsigned rest = __ballot_sync(kWarp, is_long); rest != 0; rest &= rest - 1) {  // the warp takes them in turn
+      const int owner = __ffs(rest) - 1;
+      const int its_from = __shfl_sync(kWarp, from, owner), its_to = __shfl_sync(kWarp, to, owner);
+      float part = lowest<float>();
+      for (int i = its_from + lane; i < its_to; i += 32) part = max_of(part, slab[i]);
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) part = max_of(part, __shfl_xor_sync(kWarp, part, step));
+      if (lane == owner) value = part;
+    }
+    const bool alive = real && (p.alive == nullptr || p.alive[document]);
+    uint64_t number = 0;
+    if (real && ends > end) {
+      atomicMax(p.straddling + sample * blocks + block, ordered_part(value));
+      p.straddling_document[sample * blocks + block] = alive ? static_cast<int>(document) : -1;
+    } else if (alive && value > kNoScore) {
+      number = ranked(ordered(value), document);
+    }
+    best.push(number < bound ? number : 0);
+  }
+  best.shrink();
+  uint64_t* candidates = p.candidates + sample * blocks * p.k;
+  for (int i = threadIdx.x; i < p.k; i += kSelectThreads) candidates[block * p.k + i] = list[i];
+
+  // The last block of a sample merges.
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) *last = atomicAdd(p.tickets + sample, 1u) == static_cast<unsigned>(blocks - 1);
+  __syncthreads();
+  if (*last == 0) return;
+  __threadfence();
+
+  // At least k numbers are not below any block's k-th.
+  uint64_t above = 0;
+  for (int64_t i = threadIdx.x; i < blocks; i += kSelectThreads) {
+    const uint64_t least = __ldcg(candidates + i * p.k + p.k - 1);
+    above = least > above ? least : above;
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    const uint64_t other = __shfl_xor_sync(kWarp, above, step);
+    above = other > above ? other : above;
+  }
+  auto* parts = reinterpret_cast<uint64_t*>(slab);
+  if (lane == 0) parts[warp] = above;
+  __syncthreads();
+  for (int i = 0; i < kSelectThreads / 32; i++) above = parts[i] > above ? parts[i] : above;
+  best.begin(list, appended, p.k, above == 0 ? 0 : above - 1);
+
+  constexpr int AT_ONCE = 4;
+  for (int64_t base = 0; base < blocks * p.k; base += AT_ONCE * kSelectThreads) {
+    uint64_t numbers[AT_ONCE];
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) {
+      const int64_t i = base + j * kSelectThreads + threadIdx.x;
+      numbers[j] = i < blocks * p.k ? __ldcg(candidates + i) : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) best.push(numbers[j]);
+  }
+  for (int64_t base = 0; base < blocks; base += kSelectThreads) {
+    const int64_t i = base + threadIdx.x;
+    uint64_t number = 0;
+    if (i < blocks) {
+      const int document = __ldcg(p.straddling_document + sample * blocks + i);
+      const uint32_t score = __ldcg(p.straddling + sample * blocks + i);
+      if (document >= 0 && can_be_chosen(score)) number = ranked(score, document);
+    }
+    best.push(number < bound ? number : 0);
+  }
+  best.shrink();
+  for (int i = threadIdx.x; i < p.k; i += kSelectThreads) write_chosen(list[i], chosen + i, chosen_scores + i);
+  if (threadIdx.x == 0) {
+    p.bounds[sample] = list[p.k - 1];
+    p.tickets[sample] = 0;
+  }
+}
+
+cudaError_t launch_select(const Select& select, int64_t blocks, int64_t samples, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(samples));
+  if (select.k <= 64) return launch(select_kernel<64>, grid, kSelectThreads, select_shared<64>(), 1, stream, select);
+  if (select.k <= 256) return launch(select_kernel<256>, grid, kSelectThreads, select_shared<256>(), 1, stream, select);
+  return launch(select_kernel<1024>, grid, kSelectThreads, select_shared<1024>(), 1, stream, select);
+}
+
+// Exact scores of candidates ------------------------------------------------------------------------------------------
+
+constexpr int kRescoreChunks = 4, kRescoreTokens = 4;
+
+struct RescoreCall {
+  Rescore call;
+  int token_slices;
+  uint32_t* scores;  // [samples, count], 0 before
+};
+
+// A block per (candidate, sample, slice of tokens and chunks); products and sums in float32.
+template <Type QUERY, Type KEY>
+__global__ void __launch_bounds__(kSelectThreads) rescore_kernel(const RescoreCall p) {
+  MSA_HF_SHARED(shared);
+  auto* keys = reinterpret_cast<float*>(shared);  // [kRescoreChunks][width]
+  const Rescore& call = p.call;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = kSelectThreads / 32;
+  const int width = static_cast<int>(call.width), tokens = static_cast<int>(call.tokens);
+  const int64_t sample = blockIdx.y, place = sample * call.count + blockIdx.x;
+  const int64_t document = call.candidates[place];
+  if (document < 0 || document >= call.documents) return;
+  const int token_slice = blockIdx.z % p.token_slices, chunk_slice = blockIdx.z / p.token_slices;
+  const int chunk_slices = gridDim.z / p.token_slices;
+  const int per_slice = (tokens + p.token_slices - 1) / p.token_slices, first_token = token_slice * per_slice;
+  const int end_token = first_token + per_slice < tokens ? first_token + per_slice : tokens;
+  const int64_t end = call.offsets[document + 1];
+  const auto* all_keys = static_cast<const typename Number<KEY>::storage*>(call.keys);
+  const auto* queries = static_cast<const typename Number<QUERY>::storage*>(call.queries) + sample * tokens * width;
+  const bool* mask = call.mask + sample * tokens;
+
+  float best = lowest<float>();
+  bool any = false;
+  for (int64_t chunk = call.offsets[document] + chunk_slice * kRescoreChunks; chunk < end;
+       chunk += int64_t{chunk_slices} * kRescoreChunks) {
+    __syncthreads();
+    for (int r = 0; r < kRescoreChunks; r++) {  // behind the last chunk: the last again
+      const int64_t row = chunk + r < end ? chunk + r : end - 1;
+      for (int i = threadIdx.x; i < width; i += kSelectThreads) keys[r * width + i] = Number<KEY>::decode(all_keys[row * width + i]);
+    }
+    __syncthreads();
+    for (int token = first_token + warp * kRescoreTokens; token < end_token; token += warps * kRescoreTokens) {
+      bool routes[kRescoreTokens];
+      bool some = false;
+      const typename Number<QUERY>::storage* rows[kRescoreTokens];
+#pragma unroll
+      for (int j = 0; j < kRescoreTokens; j++) {
+        routes[j] = token + j < end_token && mask[token + j];
+        some = some || routes[j];
+        rows[j] = queries + int64_t{routes[j] ? token + j : token} * width;
+      }
+      if (!some) continue;
+      float sums[kRescoreTokens][kRescoreChunks] = {};
+      for (int i = lane; i < width; i += 32) {
+        float numbers[kRescoreTokens];
+#pragma unroll
+        for (int j = 0; j < kRescoreTokens; j++) numbers[j] = Number<QUERY>::decode(rows[j][i]);
+#pragma unroll
+        for (int r = 0; r < kRescoreChunks; r++) {
+          const float number = keys[r * width + i];
+#pragma unroll
+          for (int j = 0; j < kRescoreTokens; j++) sums[j][r] += numbers[j] * number;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kRescoreTokens; j++) {
+#pragma unroll
+        for (int r = 0; r < kRescoreChunks; r++) {
+#pragma unroll
+          for (int step = 16; step > 0; step /= 2) sums[j][r] += __shfl_xor_sync(kWarp, sums[j][r], step);
+          if (routes[j]) best = max_of(best, sums[j][r]);
+        }
+      }
+      any = true;
+    }
+  }
+  if (any && lane == 0) atomicMax(p.scores + place, ordered_part(best));
+}
+
+template <int CAPACITY>
+__global__ void __launch_bounds__(kSelectThreads) pick_kernel(const RescoreCall p) {
+  MSA_HF_SHARED(shared);
+  auto* list = reinterpret_cast<uint64_t*>(shared);
+  auto* appended = reinterpret_cast<int*>(list + Largest<CAPACITY>::kRoom);
+  const Rescore& call = p.call;
+  const int64_t sample = blockIdx.x;
+  const int k = static_cast<int>(call.k);
+  Largest<CAPACITY> best;
+  best.begin(list, appended, k, 0);
+  for (int64_t base = 0; base < call.count; base += kSelectThreads) {
+    const int64_t i = base + threadIdx.x;
+    uint64_t number = 0;
+    if (i < call.count) {
+      const int64_t document = call.candidates[sample * call.count + i];
+      const uint32_t score = p.scores[sample * call.count + i];
+      if (document >= 0 && can_be_chosen(score)) number = ranked(score, document);
+    }
+    best.push(number);
+  }
+  best.shrink();
+  for (int i = threadIdx.x; i < k; i += kSelectThreads)
+    write_chosen(list[i], call.chosen + sample * k + i, call.chosen_scores + sample * k + i);
+}
+
+size_t rescore_workspace(const Rescore& call) { return (call.samples * call.count * 4 + 255) / 256 * 256; }
+
+template <Type QUERY, Type KEY>
+cudaError_t launch_rescore(const RescoreCall& call, dim3 grid, cudaStream_t stream) {
+  const int shared = static_cast<int>(kRescoreChunks * call.call.width * 4);
+#ifndef MSA_HF_EMULATE
+  const cudaError_t error =
+      cudaFuncSetAttribute(rescore_kernel<QUERY, KEY>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+#endif
+  return launch(rescore_kernel<QUERY, KEY>, grid, kSelectThreads, shared, 1, stream, call);
+}
+
+template <Type QUERY>
+cudaError_t launch_rescore(const RescoreCall& call, dim3 grid, cudaStream_t stream) {
+  switch (call.call.key_type) {
+    case Type::f32:
+      return launch_rescore<QUERY, Type::f32>(call, grid, stream);
+    case Type::bf16:
+      return launch_rescore<QUERY, Type::bf16>(call, grid, stream);
+    case Type::f16:
+      return launch_rescore<QUERY, Type::f16>(call, grid, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+cudaError_t rescore_documents(const Rescore& call, void* workspace, cudaStream_t stream) {
+  if (call.samples == 0 || call.k == 0) return cudaSuccess;
+  if (call.width > kMostWidthRescored || call.k > kMostRescored || call.samples > 65535) return cudaErrorInvalidValue;
+  RescoreCall inner{call, 1, static_cast<uint32_t*>(workspace)};
+  cudaError_t error = cudaMemsetAsync(workspace, 0, call.samples * call.count * 4, stream);
+  if (error != cudaSuccess) return error;
+  if (call.count > 0 && call.tokens > 0 && call.documents > 0) {
+    // About a thousand blocks: slices of at least 32 tokens, then slices of chunks.
+    const int64_t slices = 1024 / (call.count * call.samples) < 1 ? 1 : 1024 / (call.count * call.samples);
+    const int64_t token_slices = (call.tokens + 31) / 32 < slices ? (call.tokens + 31) / 32 : slices;
+    inner.token_slices = static_cast<int>(token_slices);
+    const dim3 grid(static_cast<unsigned>(call.count), static_cast<unsigned>(call.samples),
+                    static_cast<unsigned>(slices / token_slices * token_slices));
+    error = call.query_type == Type::f32    ? launch_rescore<Type::f32>(inner, grid, stream)
+            : call.query_type == Type::bf16 ? launch_rescore<Type::bf16>(inner, grid, stream)
+            : call.query_type == Type::f16  ? launch_rescore<Type::f16>(inner, grid, stream)
+                                            : cudaErrorInvalidValue;
+    if (error != cudaSuccess) return error;
+  }
+  const dim3 grid(static_cast<unsigned>(call.samples));
+  if (call.k <= 64) return launch(pick_kernel<64>, grid, kSelectThreads, Largest<64>::kRoom * 8 + 64, 1, stream, inner);
+  if (call.k <= 256) return launch(pick_kernel<256>, grid, kSelectThreads, Largest<256>::kRoom * 8 + 64, 1, stream, inner);
+  return launch(pick_kernel<1024>, grid, kSelectThreads, Largest<1024>::kRoom * 8 + 64, 1, stream, inner);
+}
+
+// The whole call ------------------------------------------------------------------------------------------------------
+
+int shape_count() { return kShapeCount; }
+Shape shape_at(int index) { return kShapes[index]; }
+
+struct Machine {
+  int capability = 0;  // 90 for 9.0
+  int64_t shared = 0;  // bytes that a block may have
+};
+
+static Machine machine() {
+#ifdef MSA_HF_EMULATE
+  return {90, emulated::shared_limit};
+#else
+  int device = 0, major = 0, minor = 0, shared = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return {};
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return {major * 10 + minor, shared};
+#endif
+}
+
+// What was compiled for this machine: {wgmma, mma}. Asked once per type.
+struct Compiled {
+  bool wgmma, mma;
+};
+template <Type TYPE>
+static const Compiled& compiled() {
+  static const Compiled answer{wgmma_compiled<TYPE>(), mma_compiled<TYPE>()};
+  return answer;
+}
+static Compiled compiled(Type type) {
+  switch (type) {
+    case Type::bf16:
+      return compiled<Type::bf16>();
+    case Type::f16:
+      return compiled<Type::f16>();
+    case Type::e4m3:
+      return compiled<Type::e4m3>();
+    case Type::s8:
+      return compiled<Type::s8>();
+    default:
+      return {false, false};
+  }
+}
+
+static int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// The shape for so many columns: resident where they fit beside enough stages, else the tiles that waste least. -1: none.
+static int best_shape(int64_t columns, int64_t width_bytes, int terms, int64_t shared) {
+  for (int i = 0; i < kShapesBuilt; i++) {
+    if (kShapes[i].resident && columns <= kShapes[i].columns && stages_of(kShapes[i], width_bytes, terms, shared) >= 4)
+      return i;
+  }
+  int best = -1;
+  double least = 0;
+  for (int i = 0; i < kShapesBuilt; i++) {
+    if (kShapes[i].resident || stages_of(kShapes[i], width_bytes, terms, shared) < 2) continue;
+    // Narrow tiles read more of the keys and tokens for each product.
+    const double cost = static_cast<double>(round_up(columns, kShapes[i].columns)) * (1.0 + 16.0 / kShapes[i].columns);
+    if (best < 0 || cost < least) {
+      best = i;
+      least = cost;
+    }
+  }
+  return best;
+}
+
+struct Places {
+  size_t used, counts, starts, rows, groups, largest, tickets, bounds, straddling, straddling_document, candidates, packed,
+      scores, end;
+  int64_t pitch, blocks, per_round;
+};
+
+static Places places_of(const Call& call, const Plan& plan) {
+  Places at = {};
+  size_t next = 0;
+  const auto take = [&next](int64_t bytes) {
+    const size_t place = next;
+    next += round_up(bytes, 256);
+    return place;
+  };
+  at.pitch = round_up(call.chunks, 32);
+  at.blocks = call.chunks > kSlab ? (call.chunks + kSlab - 1) / kSlab : 1;
+  at.per_round = call.k < kMostPerRound ? call.k : kMostPerRound;
+  const int64_t number = plan.path == Path::plain ? 4 : bytes_of(call.key_type);
+  at.used = take(4);
+  at.counts = take(call.samples * 4);
+  at.starts = take(call.samples * 4);
+  at.rows = take(plan.columns * 4);
+  at.groups = take(plan.columns / kGroup * 4);
+  at.largest = take(call.samples * 4);
+  at.tickets = take(call.samples * 4);
+  at.bounds = take(call.samples * 8);
+  at.straddling = take(call.samples * at.blocks * 4);
+  at.straddling_document = take(call.samples * at.blocks * 4);
+  at.candidates = take(call.samples * at.blocks * at.per_round * 8);
+  at.packed = take(plan.terms * plan.columns * call.width * number);
+  at.scores = take(call.samples * at.pitch * 4);
+  at.end = next;
+  return at;
+}
+
+Plan plan(const Call& call, Choice choice) {
+  Plan result;
+  const auto refuse = [&result](const char* why) {
+    result.error = why;
+    return result;
+  };
+  constexpr int64_t LIMIT = int64_t{1} << 31;
+  if (call.samples > 65535) return refuse("more than 65535 samples");
+  if (call.samples * round_up(call.tokens, kGroup) >= LIMIT / 2) return refuse("more than 2^30 query tokens");
+  if (call.chunks >= LIMIT - 4096 || call.documents >= LIMIT) return refuse("more than 2^31 chunks or documents");
+  if (call.width < 1 || call.width >= LIMIT / 4) return refuse("the width of the keys");
+  if (is_quantised(call.key_type) != (call.scales != nullptr)) return refuse("scales belong to 8-bit keys");
+  if (is_quantised(call.query_type)) return refuse("queries must be float32, bfloat16 or float16");
+
+  const Machine here = machine();
+  const int64_t columns = call.samples * round_up(call.tokens, kGroup) + (call.tokens == 0 ? kGroup : 0);
+  const int64_t width_bytes = call.width * bytes_of(call.key_type);
+  // 16-bit keys take queries that hold more than they do in two terms.
+  const bool finer = call.query_type == Type::f32 || (call.query_type == Type::f16 && call.key_type == Type::bf16);
+  const int terms = finer && (call.key_type == Type::bf16 || call.key_type == Type::f16) ? 2 : 1;
+
+  const char* no_tensor_cores = nullptr;
+  if (call.key_type == Type::f32)
+    no_tensor_cores = "float32 keys are scored without tensor cores";
+  else if (width_bytes % 16 != 0)
+    no_tensor_cores = "rows of keys are not a multiple of 16 bytes";
+  else if (reinterpret_cast<uintptr_t>(call.keys) % 16 != 0)
+    no_tensor_cores = "keys do not begin at a multiple of 16 bytes";
+  const char* no_wgmma = no_tensor_cores;
+  int shape = -1;
+  if (no_wgmma == nullptr && (here.capability != 90 || !compiled(call.key_type).wgmma))
+    no_wgmma = "needs a device of compute capability 9.0 and code compiled for sm_90a";
+  if (no_wgmma == nullptr) {
+    shape = choice.shape >= 0 ? choice.shape : best_shape(columns, width_bytes, terms, here.shared);
+    if (shape < 0 || shape >= kShapeCount)
+      no_wgmma = "no such shape";
+    else if (kShapes[shape].resident && columns > kShapes[shape].columns)
+      no_wgmma = "more routing tokens than stay in shared memory";
+    else if (stages_of(kShapes[shape], width_bytes, terms, here.shared) < 2)
+      no_wgmma = "the width of the keys: tokens do not fit in shared memory";
+  }
+  const char* no_mma = no_tensor_cores;
+  if (no_mma == nullptr && (here.capability < (call.key_type == Type::e4m3 ? 89 : 80) || !compiled(call.key_type).mma))
+    no_mma = "needs a device of compute capability 8.0 and code compiled for it; for float8 keys 8.9";
+
+  result.path = choice.path != Path::automatic ? choice.path
+                : no_wgmma == nullptr          ? Path::wgmma
+                : no_mma == nullptr            ? Path::mma
+                                               : Path::plain;
+  if (result.path == Path::wgmma && no_wgmma != nullptr) return refuse(no_wgmma);
+  if (result.path == Path::mma && no_mma != nullptr) return refuse(no_mma);
+  result.shape = result.path == Path::wgmma ? shape : -1;
+  result.terms = result.path == Path::plain ? 1 : terms;
+  const int tile = result.path == Path::wgmma ? kShapes[shape].columns
+                   : result.path == Path::mma ? kMmaColumns[columns > kMmaColumns[0]]
+                                              : kGroup;
+  result.columns = round_up(columns, tile);
+  result.workspace = places_of(call, result).end;
+  return result;
+}
+
+template <Type QUERY, Type PACKED>
+static cudaError_t launch_pack(const Call& call, const Plan& plan, const Lists& lists, void* packed, cudaStream_t stream) {
+  const int warps = kPackThreads / 32;
+  if (is_quantised(PACKED)) {
+    const int64_t rows = call.samples * call.tokens;
+    const cudaError_t error =
+        launch(largest_kernel<QUERY>, dim3(static_cast<unsigned>((rows + warps - 1) / warps)), kPackThreads, 0, 1, stream,
+               call.queries, call.mask, static_cast<int>(rows), static_cast<int>(call.tokens), static_cast<int>(call.width),
+               lists.largest);
+    if (error != cudaSuccess) return error;
+  }
+  return launch(pack_kernel<QUERY, PACKED>, dim3(static_cast<unsigned>((plan.columns + warps - 1) / warps)), kPackThreads, 0,
+                1, stream, call.queries, lists, static_cast<int>(plan.columns), static_cast<int>(call.width), plan.terms,
+                packed);
+}
+
+template <Type QUERY>
+static cudaError_t launch_pack(const Call& call, const Plan& plan, const Lists& lists, void* packed, cudaStream_t stream) {
+  switch (plan.path == Path::plain ? Type::f32 : call.key_type) {
+    case Type::f32:
+      return launch_pack<QUERY, Type::f32>(call, plan, lists, packed, stream);
+    case Type::bf16:
+      return launch_pack<QUERY, Type::bf16>(call, plan, lists, packed, stream);
+    case Type::f16:
+      return launch_pack<QUERY, Type::f16>(call, plan, lists, packed, stream);
+    case Type::e4m3:
+      return launch_pack<QUERY, Type::e4m3>(call, plan, lists, packed, stream);
+    default:
+      return launch_pack<QUERY, Type::s8>(call, plan, lists, packed, stream);
+  }
+}
+
+template <Type KEY>
+static cudaError_t launch_score(const Score& score, const Plan& plan, cudaStream_t stream) {
+  if constexpr (KEY != Type::f32) {
+    if (plan.path == Path::wgmma) return score_wgmma<KEY>(score, plan.shape, stream);
+    if (plan.path == Path::mma) return score_mma<KEY>(score, plan.columns <= kMmaColumns[0] ? kMmaColumns[0] : kMmaColumns[1], stream);
+  }
+  return score_plain<KEY>(score, stream);
+}
+
+cudaError_t route_documents(
+    const Call& call, const Plan& plan, void* workspace, cudaStream_t stream, const cudaEvent_t* marks) {
+  if (plan.error != nullptr) return cudaErrorInvalidValue;
+  if (call.samples == 0 || call.k == 0) return cudaSuccess;
+  const Places at = places_of(call, plan);
+  const auto place = [workspace](size_t offset) { return static_cast<void*>(static_cast<char*>(workspace) + offset); };
+
+  Lists lists;
+  lists.used = static_cast<int*>(place(at.used));
+  lists.counts = static_cast<int*>(place(at.counts));
+  lists.starts = static_cast<int*>(place(at.starts));
+  lists.rows = static_cast<int*>(place(at.rows));
+  lists.groups = static_cast<int*>(place(at.groups));
+  lists.largest = static_cast<float*>(place(at.largest));
+  lists.tickets = static_cast<unsigned*>(place(at.tickets));
+  lists.bounds = static_cast<uint64_t*>(place(at.bounds));
+  lists.straddling = static_cast<uint32_t*>(place(at.straddling));
+  lists.straddles = call.samples * at.blocks;
+  cudaError_t error =
+      launch(scan_kernel, dim3(1), kScanThreads, 0, 1, stream, call.mask, static_cast<int>(call.samples),
+             static_cast<int>(call.tokens), static_cast<int>(plan.columns), lists);
+  if (error != cudaSuccess) return error;
+
+  if (call.chunks > 0 && call.tokens > 0) {
+    void* packed = place(at.packed);
+    error = call.query_type == Type::f32    ? launch_pack<Type::f32>(call, plan, lists, packed, stream)
+            : call.query_type == Type::bf16 ? launch_pack<Type::bf16>(call, plan, lists, packed, stream)
+                                            : launch_pack<Type::f16>(call, plan, lists, packed, stream);
+    if (error == cudaSuccess && marks != nullptr) error = cudaEventRecord(marks[0], stream);
+    if (error != cudaSuccess) return error;
+    Score score = {};
+    score.keys = call.keys;
+    score.packed = packed;
+    score.used = lists.used;
+    score.groups = lists.groups;
+    score.factors = call.scales;
+    score.sink.scores = static_cast<float*>(place(at.scores));
+    score.sink.pitch = at.pitch;
+    const bool quantised = is_quantised(call.key_type) && plan.path != Path::plain;
+    score.sink.largest = quantised ? lists.largest : nullptr;
+    score.sink.inverse_largest = 1.0f / largest_of(call.key_type);
+    score.chunks = call.chunks;
+    score.width = static_cast<int>(call.width);
+    score.columns = static_cast<int>(plan.columns);
+    score.terms = plan.terms;
+    if (plan.path == Path::wgmma)
+      score.stages = stages_of(kShapes[plan.shape], call.width * bytes_of(call.key_type), plan.terms, machine().shared);
+    switch (call.key_type) {
+      case Type::f32:
+        error = launch_score<Type::f32>(score, plan, stream);
+        break;
+      case Type::bf16:
+        error = launch_score<Type::bf16>(score, plan, stream);
+        break;
+      case Type::f16:
+        error = launch_score<Type::f16>(score, plan, stream);
+        break;
+      case Type::e4m3:
+        error = launch_score<Type::e4m3>(score, plan, stream);
+        break;
+      default:
+        error = launch_score<Type::s8>(score, plan, stream);
+    }
+    if (error == cudaSuccess && marks != nullptr) error = cudaEventRecord(marks[1], stream);
+    if (error != cudaSuccess) return error;
+  }
+
+  Select select = {};
+  select.scores = static_cast<const float*>(place(at.scores));
+  select.pitch = at.pitch;
+  select.offsets = call.offsets;
+  select.alive = call.alive;
+  select.counts = lists.counts;
+  select.chunks = call.chunks;
+  select.documents = call.documents;
+  select.total = call.k;
+  select.straddling = lists.straddling;
+  select.straddling_document = static_cast<int*>(place(at.straddling_document));
+  select.candidates = static_cast<uint64_t*>(place(at.candidates));
+  select.tickets = lists.tickets;
+  select.bounds = lists.bounds;
+  select.chosen = call.chosen;
+  select.chosen_scores = call.chosen_scores;
+  for (int64_t first = 0; first < call.k; first += kMostPerRound) {
+    select.first = first;
+    select.k = static_cast<int>(call.k - first < kMostPerRound ? call.k - first : kMostPerRound);
+    error = launch_select(select, at.blocks, call.samples, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace msa_hf::route

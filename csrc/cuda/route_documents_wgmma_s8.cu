@@ -1,0 +1,6 @@
+#include "route_documents_wgmma_kernel.cuh"
+
+namespace msa_hf::route {
+template bool wgmma_compiled<Type::s8>();
+template cudaError_t score_wgmma<Type::s8>(const Score& score, int shape, cudaStream_t stream);
+}  // namespace msa_hf::route
