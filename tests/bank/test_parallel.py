@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
+from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -16,9 +17,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from scripted import COMPACT, bank_of, byte_tokenizer, memory_model
 from setups import Setup, assert_same, batch_of, setup, tokens
 
+from msa_hf import MemoryBank, MSACache
+from msa_hf.bank import parallel
 from msa_hf.bank.parallel import RankFailed, ShardedBank, merge, pack, shard_bank, shares
+from msa_hf.generation import MemoryInterleave
 from msa_hf.routing_msa import select_documents
 
 LIMIT = 40.0  # seconds until a test's processes count as hung
@@ -136,3 +141,419 @@ def test_uneven_batches_of_different_questions(size: int) -> None:
         assert len(results) == rank
         for result, batch in zip(results, batches[rank], strict=True):
             assert_equal(result, answers(made_.model, made_.bank, **batch))
+
+
+@pytest.mark.parametrize("inputs", ["same", "different"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"score_bias": True},
+        {"shared_router": True},
+        {"similarity": "dot"},
+        {"head_reduction": "max"},
+        {"query_reduction": "last", "chunk_reduction": "mean"},
+        {"query_reduction": "mean"},
+        {"prefix_token_ids": ()},
+    ],
+    ids=lambda fields: "-".join(map(str, fields)),
+)
+def test_every_kind_of_routing(fields: dict[str, Any], inputs: str) -> None:
+    made_ = made(**fields)
+    expected = answers(made_.model, made_.bank, **questions())
+
+    def work(rank: int) -> Any:
+        with shard_bank(made_.bank, inputs=inputs) as memory:
+            return answers(made_.model, memory, **questions())
+
+    for result in together(2, work):
+        assert_equal(result, expected)
+
+
+@pytest.mark.parametrize("inputs", ["same", "different"])
+def test_forced_documents_and_all_scores(inputs: str) -> None:
+    """With different inputs one process asks for what the others do not."""
+    made_ = made()
+    forced = torch.tensor([[10, 0, -1, 4], [2, -1, -1, -1], [-1, -1, -1, -1]])
+    wishes = [{"force_documents": forced}, {"output_document_scores": True}, {}]
+
+    def wish(rank: int) -> dict[str, Any]:
+        return wishes[rank] if inputs == "different" else {"force_documents": forced, "output_document_scores": True}
+
+    def work(rank: int) -> Any:
+        with shard_bank(made_.bank, inputs=inputs) as memory:
+            return answers(made_.model, memory, **questions(), **wish(rank))
+
+    for rank, result in enumerate(together(3, work)):
+        assert_equal(result, answers(made_.model, made_.bank, **questions(), **wish(rank)))
+
+
+@pytest.mark.parametrize("inputs", ["same", "different"])
+def test_generate_with_left_padding_and_beams(inputs: str) -> None:
+    """Tokens of processes that generate for different times; decoding needs nobody else."""
+    made_ = made()
+
+    def generate(memory: Any, rank: int) -> list[list[int]]:
+        seed, length = (rank, 4 + 5 * rank) if inputs == "different" else (0, 6)
+        batch, options = questions(seed), {"do_sample": False, "max_new_tokens": length, "eos_token_id": None}
+        greedy, beams = (made_.model.generate(**batch, memory=memory, num_beams=n, **options) for n in (1, 3))
+        return [*greedy.tolist(), *beams.tolist()]
+
+    def work(rank: int) -> Any:
+        with shard_bank(made_.bank, inputs=inputs) as memory:
+            return generate(memory, rank)
+
+    for rank, result in enumerate(together(3, work)):
+        assert result == generate(made_.bank, rank)
+
+
+@pytest.mark.parametrize("inputs", ["same", "different"])
+def test_several_turns(inputs: str) -> None:
+    """A second turn in which some samples route anew, and a third in which none does."""
+    made_ = made()
+
+    @torch.no_grad()
+    def converse(memory: Any, rank: int) -> list[torch.Tensor]:
+        cache = MSACache(config=made_.model.config)
+        model, seed, logits = made_.model, rank if inputs == "different" else 0, []
+        for turn, routes in enumerate([[1, 1, 1], [0, 1, 1], [0, 0, 0]]):
+            batch = torch.tensor(tokens(4, 4, 4, seed=10 * seed + turn))
+            mask = torch.tensor(routes, dtype=torch.bool)[:, None].expand(3, 4)
+            output = model(input_ids=batch, memory=memory, routing_mask=mask, past_key_values=cache)
+            logits.append(output.logits)
+        return logits
+
+    def work(rank: int) -> Any:
+        with shard_bank(made_.bank, inputs=inputs) as memory:
+            return converse(memory, rank)
+
+    for rank, result in enumerate(together(2, work)):
+        for ours, theirs in zip(result, converse(made_.bank, rank), strict=True):
+            assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("inputs", ["same", "different"])
+def test_memory_interleave(inputs: str) -> None:
+    """Rounds, sources and answers; with different inputs, processes ask different numbers of questions."""
+    tokenizer = byte_tokenizer()
+    model = memory_model(tokenizer, COMPACT, "qwen3")
+    bank = bank_of(model, tokenizer, COMPACT)
+    asked = ["Where is the amber?", "How far off is the reef, in miles?", "Which one is it?"]
+
+    def ask(memory: Any, rank: int) -> list[Any]:
+        interleave = MemoryInterleave(model, tokenizer, memory, COMPACT, max_new_tokens=6, select="router")
+        mine = asked[rank:] if inputs == "different" else asked
+        return [(answer.text, [source.key for source in answer.documents]) for answer in interleave.ask(mine)]
+
+    def work(rank: int) -> Any:
+        with shard_bank(bank, inputs=inputs) as memory:
+            return ask(memory, rank)
+
+    for rank, result in enumerate(together(2, work)):
+        assert result == ask(bank, rank)
+        assert any(documents for _, documents in result)
+
+
+def changed(made_: Setup, *deleted: str) -> MemoryBank:
+    """A bank of which documents were deleted, whose rows still take up room."""
+    bank = made_.model.open_memory()
+    bank.add([{"key": str(key), "input_ids": document} for key, document in enumerate(made_.documents)])
+    for key in deleted:
+        bank.delete(key)
+    return bank.snapshot()
+
+
+@pytest.mark.parametrize("inputs", ["same", "different"])
+@pytest.mark.parametrize("deleted", [(0, 1, 2, 10), range(11)], ids=["some", "all"])
+def test_deleted_documents(deleted: Any, inputs: str) -> None:
+    """Also where a process has none left, and where no process has."""
+    made_ = made()
+    bank = changed(made_, *map(str, deleted))
+    expected = answers(made_.model, bank, **questions(), output_document_scores=True)
+
+    def work(rank: int) -> Any:
+        with shard_bank(bank, inputs=inputs) as memory:
+            routed = answers(made_.model, memory, **questions())
+            return routed, answers(made_.model, memory, **questions(), output_document_scores=True), len(memory)
+
+    for routed, scored, count in together(3, work):
+        assert_equal(routed, (expected[0], {k: (*v[:2], None) for k, v in expected[1].items()}))
+        assert_equal(scored, expected)
+        assert count == 11 - len(deleted)
+
+
+@pytest.mark.parametrize("inputs", ["same", "different"])
+def test_a_bank_without_a_row(inputs: str) -> None:
+    made_ = made()
+    bank = made_.model.open_memory().snapshot()
+    assert not len(bank)
+
+    def work(rank: int) -> Any:
+        with shard_bank(bank, inputs=inputs) as memory:
+            return answers(made_.model, memory, **questions())
+
+    for result in together(2, work):
+        assert_equal(result, answers(made_.model, bank, **questions()))
+
+
+@pytest.mark.parametrize("mutable", [False, True], ids=["saved", "segments"])
+def test_from_a_directory_every_process_reads_its_part(
+    mutable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers are those of the whole bank, and a process opens no shard that holds nothing of its part."""
+    made_ = made()
+    if mutable:
+        bank = made_.model.open_memory(tmp_path / "bank")
+        for key, document in enumerate(made_.documents):
+            bank.add([{"key": str(key), "input_ids": document}])
+        bank.delete("3")
+        bank.close()
+    else:
+        made_.bank.save_pretrained(tmp_path / "bank", max_shard_size=2000)
+    whole = made_.model.load_memory(tmp_path / "bank")
+    expected = answers(made_.model, whole, **questions())
+    opened: list[str] = []
+    check = parallel.check_shard
+    monkeypatch.setattr(parallel, "check_shard", lambda *args: (opened.append(args[1]["file"]), check(*args))[1])
+
+    def work(rank: int) -> Any:
+        with shard_bank(tmp_path / "bank", model=made_.model) as memory:
+            first, end = memory.own_chunks
+            for layer, part in memory.layers.items():
+                assert torch.equal(part.routing_keys, whole.layers[layer].routing_keys[first:end])
+                assert torch.equal(part.content, whole.layers[layer].content[first:end])
+            return answers(made_.model, memory, **questions()), opened
+
+    results = together(3, work)
+    for result, _ in results:
+        assert_equal(result, expected)
+    everything = {file for _, files in results for file in files}
+    assert all(files and len(set(files)) < len(everything) for _, files in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_content_arrives_to_the_bit(dtype: torch.dtype) -> None:
+    """In 16 bits too: of what is added, all but one part are zero."""
+    made_ = made()
+    bank = made_.bank.to(dtype=dtype)
+    documents = torch.tensor([[10, 0, 4], [2, -1, 7]])
+    offsets = bank.offsets
+
+    def work(rank: int) -> Any:
+        with shard_bank(bank) as memory, torch.no_grad():
+            turn = memory.turn(made_.model.config, documents, documents > 0, documents, False)
+            return [turn.gather_documents(documents, offsets, part.content) for part in memory.layers.values()]
+
+    for result in together(3, work):
+        for (keys, values, valid, slots), whole in zip(result, bank.layers.values(), strict=True):
+            for sample, row in enumerate(documents.tolist()):
+                chosen = sorted(document for document in row if document >= 0)
+                chunks = torch.cat([torch.arange(offsets[document], offsets[document + 1]) for document in chosen])
+                real = valid[sample]
+                assert torch.equal(keys[sample, :, real], whole.keys[chunks].transpose(0, 1))
+                assert torch.equal(values[sample, :, real], whole.values[chunks].transpose(0, 1))
+                found = [row[slot] for slot in slots[sample, real].tolist()]
+                assert found == [item for item in chosen for _ in range(int(offsets[item + 1] - offsets[item]))]
+
+
+def test_rows_are_bounded_or_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With documents too long for a bound on rows, the same answers come from counted rows."""
+    made_ = made()
+    monkeypatch.setattr(parallel, "MOST_UNKNOWN_ROWS", 1)
+
+    def work(rank: int) -> Any:
+        with shard_bank(made_.bank) as memory:
+            return answers(made_.model, memory, **questions())
+
+    for result in together(2, work):
+        assert_equal(result, answers(made_.model, made_.bank, **questions()))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ties_between_processes_go_to_the_lower_document(seed: int) -> None:
+    """The k best of every process' k best are the k best of all, whoever has them; scores take few values."""
+    pick = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 6, (4,), generator=pick).tolist()
+    scores = torch.randint(-2, 3, (3, sum(counts)), generator=pick) * 0.5
+    scores[:, ::4] = float("-inf")
+    expected = select_documents(scores, 4)
+    parts, first = [], 0
+    for count in counts:
+        documents, best = select_documents(scores[:, first : first + count], 4)
+        parts.append(pack(torch.where(documents < 0, documents, documents + first), best))
+        first += count
+    documents, best = merge(torch.stack(parts), 4)
+    assert torch.equal(documents, expected[0])
+    assert torch.equal(best, expected[1])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_shares_are_runs_of_about_as_many_chunks(parts: int) -> None:
+    counts = torch.randint(1, 9, (40,), generator=torch.Generator().manual_seed(parts))
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    rows = shares(offsets, parts)
+    assert rows[0] == 0 and rows[-1] == 40 and rows == sorted(rows)
+    sizes = [int(offsets[end] - offsets[first]) for first, end in pairwise(rows)]
+    assert all(abs(size - sum(sizes) / parts) <= 8 for size in sizes)
+
+
+# What goes wrong ------------------------------------------------------------------------------------------------------
+
+
+class Boom(ArithmeticError):
+    """What a model may raise."""
+
+
+def raises(expected: type[BaseException], work: Callable[[], Any]) -> tuple[str, float]:
+    """The message of what `work` raises, and how long it took."""
+    start = time.monotonic()
+    with pytest.raises(expected) as caught:
+        work()
+    return str(caught.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize("inputs", ["same", "different"])
+@pytest.mark.parametrize("failing", [0, 2])
+def test_an_error_within_a_forward_reaches_all(failing: int, inputs: str) -> None:
+    """In the middle of the layers, where the others wait for content; long before the timeout."""
+    made_ = made()
+
+    def fail(*_: Any) -> None:
+        raise Boom("out of luck")
+
+    def work(rank: int) -> Any:
+        with shard_bank(made_.bank, inputs=inputs) as memory:
+            answers(made_.model, memory, **questions())
+            if rank == failing:
+                last = max(memory.layers)
+                made_.model.base_model.layers[last].mlp.register_forward_pre_hook(fail)
+                made_.model.base_model.layers[last - 1].mlp.register_forward_pre_hook(fail)
+            answer = raises(
+                Boom if rank == failing else RankFailed, lambda: answers(made_.model, memory, **questions())
+            )
+            again = raises(RankFailed, lambda: answers(made_.model, memory, **questions()))[0]
+            return *answer, again
+
+    for rank, (message, seconds, again) in enumerate(together(3, work)):
+        assert "out of luck" in message and seconds < 10
+        assert rank == failing or (f"Process {failing} " in message and "in fail" in message)  # with its traceback
+        assert "was closed" in again
+
+
+@pytest.mark.parametrize("inputs", ["same", "different"])
+def test_an_error_between_forwards_reaches_all(inputs: str) -> None:
+    """Of a process' own program, in the `with` block, while the others route or are through already."""
+    made_ = made()
+
+    def use(rank: int) -> None:
+        with shard_bank(made_.bank, inputs=inputs) as memory:
+            if rank == 1:
+                raise Boom("a file is missing")
+            if rank == 0:
+                answers(made_.model, memory, **questions())
+
+    def work(rank: int) -> Any:
+        return raises(Boom if rank == 1 else RankFailed, lambda: use(rank))
+
+    for message, seconds in together(3, work):
+        assert "a file is missing" in message and seconds < 10
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_others(killed: int) -> None:
+    made_ = made()
+
+    def work(rank: int) -> Any:
+        with shard_bank(made_.bank) as memory:
+            answers(made_.model, memory, **questions())
+            if rank == killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return raises(RankFailed, lambda: answers(made_.model, memory, **questions()))
+
+    results = together(3, work, dead=(killed,))
+    for rank in {0, 1, 2} - {killed}:
+        message, seconds = results[rank]
+        assert "died, or did not answer within 600 seconds" in message and seconds < 10
+
+
+def test_a_process_that_hangs_is_given_up_after_the_timeout() -> None:
+    made_ = made()
+
+    def work(rank: int) -> Any:
+        with shard_bank(made_.bank, timeout=timedelta(seconds=1)) as memory:
+            if rank == 1:
+                time.sleep(3)
+                return raises(RankFailed, lambda: answers(made_.model, memory, **questions()))
+            return raises(RankFailed, lambda: answers(made_.model, memory, **questions()))
+
+    for rank, (message, seconds) in enumerate(together(2, work)):
+        assert "died, or did not answer within 1 seconds" in message
+        assert rank == 1 or 0.5 < seconds < 5
+
+
+def test_different_inputs_are_refused_in_all_where_the_same_were_promised() -> None:
+    """Sizes may agree. What comes after works."""
+    made_ = made()
+
+    def work(rank: int) -> Any:
+        with shard_bank(made_.bank) as memory:
+            message, _ = raises(ValueError, lambda: answers(made_.model, memory, **questions(rank)))
+            return message, answers(made_.model, memory, **questions())
+
+    for message, result in together(2, work):
+        assert 'inputs="different"' in message
+        assert_equal(result, answers(made_.model, made_.bank, **questions()))
+
+
+def test_processes_with_different_banks_are_refused() -> None:
+    banks = [made(11), made(5)]
+
+    def work(rank: int) -> Any:
+        return raises(ValueError, lambda: shard_bank(banks[rank].bank))
+
+    assert all("different banks" in message for message, _ in together(2, work))
+
+
+def test_what_one_process_cannot_read_is_told_to_all(tmp_path: Path) -> None:
+    """A shard that only the second process needs is damaged."""
+    made_ = made()
+    made_.bank.save_pretrained(tmp_path / "bank", max_shard_size=2000)
+    last = max((tmp_path / "bank").glob("layer-*"))
+    content = bytearray(last.read_bytes())
+    content[-1] ^= 1
+    last.write_bytes(content)
+
+    def work(rank: int) -> Any:
+        return raises((ValueError, RankFailed), lambda: shard_bank(tmp_path / "bank", model=made_.model))
+
+    assert all(last.name in message and "corrupted" in message for message, _ in together(2, work))
+
+
+def test_a_bank_of_another_model_is_refused(tmp_path: Path) -> None:
+    made().bank.save_pretrained(tmp_path / "bank")
+    with pytest.raises(ValueError, match="chunk_size"):
+        shard_bank(tmp_path / "bank", model=made(chunk_size=4).model)
+
+
+def test_scores_that_would_need_a_gradient_are_refused() -> None:
+    """Where the language-model loss would reach routers through scores of other processes."""
+    made_ = made(score_bias=True)
+    with shard_bank(made_.bank) as memory, pytest.raises(ValueError, match="no_grad"):
+        made_.model(**questions(), memory=memory)
+
+
+def test_unconnected_processes_are_told_to_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="Accelerator"):
+        shard_bank(made().bank)
+
+
+def test_one_process_alone_needs_no_group() -> None:
+    made_ = made()
+    with shard_bank(made_.bank) as memory:
+        assert_equal(answers(made_.model, memory, **questions()), answers(made_.model, made_.bank, **questions()))
+    assert isinstance(memory, ShardedBank) and (memory.rank, memory.size) == (0, 1)
+
+
+def test_a_part_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="part of the bank"):
+        shard_bank(made().bank).save_pretrained(tmp_path)

@@ -60,9 +60,6 @@ FAILED = "failed"
 SEEN = "seen/{}"
 PATIENCE = timedelta(seconds=5)  # of a process that fails, for the others to read its error
 
-_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_scatter_sum = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 
 class RankFailed(RuntimeError):
     """Another process of a shared memory failed. The message holds its error where it could still tell it."""
@@ -179,11 +176,13 @@ class Ranks:
         if self.size > 1:
             with suppress(RuntimeError):
                 text = "".join(traceback.format_exception(error))
+                text = f"Process {self.rank} of this shared memory failed:\n{text}"
                 store = self._store()
-                store.set(FAILED, f"Process {self.rank} of this shared memory failed:\n{text}")
-                others = [SEEN.format(rank) for rank in range(self.size) if rank != self.rank]
+                first = store.compare_set(FAILED, "", text).decode(errors="replace") == text
+                store.set(SEEN.format(self.rank), "")
                 self.close()
-                store.wait(others, PATIENCE)
+                if first:  # the store may lie in this process
+                    store.wait([SEEN.format(rank) for rank in range(self.size)], PATIENCE)
         self.close()
 
     def _store(self) -> Any:
@@ -200,6 +199,15 @@ class Ranks:
                     group.abort()  # what the device still waits for
                 if group is not None:
                     dist.destroy_process_group(group)
+
+
+# Newer versions of PyTorch name these otherwise.
+def _gather_into(result: Tensor, part: Tensor, group: Any) -> None:
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(result, part, group=group)
+
+
+def _scatter_sum(result: Tensor, parts: Tensor, group: Any) -> None:
+    (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(result, parts, group=group)
 
 
 def _sum_into(result: Tensor, part: Tensor, group: Any) -> None:
