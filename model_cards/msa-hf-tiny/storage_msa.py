@@ -5,6 +5,7 @@ tensors, an Arrow table and a manifest; what they mean is the business of `memor
 directory: every name, size, shape and count is checked before memory is allocated for it.
 """
 
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -509,7 +510,9 @@ def parse_size(size: int | str) -> int:
     return value
 
 
+@functools.cache
 def library_version() -> str:
+    """Version of the package, for manifests."""
     try:
         return importlib.metadata.version("msa-hf")
     except importlib.metadata.PackageNotFoundError:

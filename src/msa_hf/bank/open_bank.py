@@ -48,7 +48,7 @@ from ..storage_msa import (
     table_schema,
 )
 from .lock import WriterLock
-from .segments import Buffers, Damage, Growing, Segment, State, with_ids
+from .segments import Buffers, Damage, Growing, Loss, Segment, State, with_ids
 
 logger = logging.getLogger(__name__)
 MAX_VERSION = 2**62
@@ -225,19 +225,19 @@ class OpenBank:
         state = getattr(self, "state", None)
         old = {} if state is None else {item.record["table"]["file"]: item for item in state.segments}
         segments: list[Segment] = []
-        damage: list[Damage] = []
+        losses: list[tuple[Segment, Loss]] = []
         for record in manifest["segments"]:
             known = old.get(record["table"]["file"])
             if known is not None and known.record == record:
                 segments.append(known)
             else:
-                segment, found = Segment.open(self.directory, record, manifest, record["documents"][0])
+                segment, found = Segment.open(self.directory, record, manifest)
                 segments.append(segment)
-                damage += found
-        damage = [item for item in damage if item.file not in self._damage]
-        if damage and read_manifest(self.directory)["checksum"] != manifest["checksum"]:
+                losses += [(segment, loss) for loss in found]
+        if losses and read_manifest(self.directory)["checksum"] != manifest["checksum"]:
             raise BankFormatError("The bank was changed while it was opened.")
         deleted, keys = read_deletions(self.directory, manifest)
+        damage = [_damage(segment, loss, deleted) for segment, loss in losses]
         versions: dict[tuple[int, int], int] = {}
         for first, second, version in keys.tolist():
             versions[first, second] = max(version, versions.get((first, second), -1))
@@ -565,10 +565,10 @@ class OpenBank:
             return False
         if not isinstance(text, str | None):
             raise TypeError(f"Document {key!r}: its text is a {type(text).__name__}.")
-        if (text is None and tokens is None) or (self.protocol is not None and not text):
-            raise ValueError(f"Document {key!r} has no text; leave it out.")
         if self.protocol is not None and tokens is not None:
             raise ValueError(f"Document {key!r} has `input_ids`, but it is this bank's protocol that wraps the texts.")
+        if (text is None and tokens is None) or (self.protocol is not None and not text):
+            raise ValueError(f"Document {key!r} has no text; leave it out.")
         try:
             encoded = json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False) if metadata else None
         except (TypeError, ValueError) as error:
@@ -727,8 +727,8 @@ class OpenBank:
             self._write(write, manifest)
             if segment is not None:
                 # From the files, so that the rows do not stay in memory twice.
-                segments[-1], damage = Segment.open(self.directory, segment.record, manifest, 0)
-                self._note(damage)
+                segments[-1], losses = Segment.open(self.directory, segment.record, manifest)
+                self._note([_damage(segments[-1], loss, deleted) for loss in losses])
         for number, version in versions.items():
             assert version is not None
             self._versions[number] = version
@@ -766,6 +766,7 @@ class OpenBank:
                 old = self.state
                 self._load()
                 self._keep_buffers(old)
+                remove_files(self.directory, _names(old.manifest) - _names(self.state.manifest))
         except BaseException:
             self._closed = True  # what lies there is not known: it must be opened again
             logger.exception("%s: cannot be read after a failed commit; open it again.", self.directory)
@@ -970,32 +971,30 @@ class OpenBank:
                     return str(error)
                 return None
 
+            def note(segment: Segment, file: str, rows: list[int]) -> None:
+                cause = causes.pop(file)
+                found.append(self._damage.get(file) or _damage(segment, (file, cause, rows), state.deleted))
+
             on_disk = data_files(state.manifest)
             causes = {entry["file"]: cause for entry in on_disk if (cause := check(entry)) is not None}
             for segment in state.segments:
                 record = segment.record
                 if (file := record["table"]["file"]) in causes:
-                    keys = segment.lose_rows(0, len(segment)) or self._before(file)
-                    found.append(Damage(file, causes.pop(file), keys))
+                    note(segment, file, segment.lose_rows(0, len(segment)))
                 for shard, entry in zip(segment.shards, record["tensors"], strict=True):
                     if (file := entry["file"]) in causes:
-                        keys = segment.lose(*entry["chunks"]) or self._before(file)
                         shard.file = None
-                        found.append(Damage(file, causes.pop(file), keys))
+                        note(segment, file, segment.lose_chunks(*entry["chunks"]))
                 if "index" in record and (file := record["index"]["file"]) in causes:
                     if not segment.lost.all():
                         segment.rebuild_index()
-                    found.append(Damage(file, causes.pop(file)))
+                    note(segment, file, [])
             found += [Damage(file, cause) for file, cause in causes.items()]  # prefix and deletions can be done without
             if found:
                 self._note(found)
                 self._buffers = None
                 self._adopt(state.manifest, state.segments, state.deleted)
             return found
-
-    def _before(self, file: str) -> tuple[str | None, ...]:
-        """The keys that were found to be lost with a file earlier."""
-        return self._damage[file].keys if file in self._damage else ()
 
     def discard_damaged(self) -> int:
         """Give up the documents in damaged files, as if they were deleted; returns how many. Ids stay taken."""
@@ -1022,6 +1021,14 @@ class OpenBank:
 
 def _names(manifest: Mapping[str, Any]) -> set[str]:
     return {entry["file"] for entry in data_files(manifest)}
+
+
+def _damage(segment: Segment, loss: Loss, deleted: np.ndarray) -> Damage:
+    """A loss in terms of documents: of what was deleted nothing is lost."""
+    file, cause, rows = loss
+    gone = set(deleted.tolist())
+    start = segment.record["documents"][0]
+    return Damage(file, cause, tuple(segment.key(row) for row in rows if start + row not in gone))
 
 
 def _part(memories: Memories, layer: int, first: int, end: int) -> LayerMemory:

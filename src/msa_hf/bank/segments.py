@@ -63,6 +63,9 @@ class Shard:
     file: Any  # None: damaged
 
 
+Loss = tuple[str, str, list[int]]  # a file, what is wrong with it, the rows of its segment that are lost for it
+
+
 class Segment:
     """The rows that one commit added.
 
@@ -91,27 +94,23 @@ class Segment:
         return len(self.table)
 
     @classmethod
-    def open(
-        cls, directory: Path, record: dict[str, Any], manifest: Mapping[str, Any], first_id: int
-    ) -> tuple[Segment, list[Damage]]:
+    def open(cls, directory: Path, record: dict[str, Any], manifest: Mapping[str, Any]) -> tuple[Segment, list[Loss]]:
         """Map the files of a segment; what cannot be read is left out and told.
 
-        Args:
-            first_id: of the rows of a table of format version 1, which has none: `ids_of`.
+        The documents of format version 1, which have no ids, get the numbers of their rows.
         """
-        damage: list[Damage] = []
+        losses: list[Loss] = []
         version = manifest["format_version"]
         first, end = record["documents"]
         stale = version == 1
         try:
             table = open_table(directory, record, version, verify=stale)
             if stale:
-                table = with_ids(table, first_id)
+                table = with_ids(table, np.arange(first, end))
             segment = cls(record, table, np.empty((3, 0), np.uint64), stale)
         except BankFormatError as error:
             segment = cls.unreadable(record)
-            damage.append(Damage(record["table"]["file"], str(error), (None,) * (end - first)))
-            segment.lost[:] = True
+            losses.append((record["table"]["file"], str(error), segment.lose_rows(0, end - first)))
         else:
             try:
                 if stale:
@@ -122,17 +121,17 @@ class Segment:
             except (BankFormatError, OSError, ValueError) as error:
                 segment.rebuild_index()
                 if not stale:
-                    damage.append(Damage(record["index"]["file"], str(error)))
+                    losses.append((record["index"]["file"], str(error), []))
         for shard in record["tensors"]:
             file = None
             try:
                 path = check_shard(directory, shard, manifest, verify=False)
                 file = safe_open(path, framework="pt")
             except (BankFormatError, OSError) as error:
-                damage.append(Damage(shard["file"], str(error), segment.lose(*shard["chunks"])))
+                losses.append((shard["file"], str(error), segment.lose_chunks(*shard["chunks"])))
             (start, stop), layers = shard["chunks"], shard_layers(shard, layer_shapes(manifest))
             segment.shards.append(Shard(start, stop, layers, file))
-        return segment, damage
+        return segment, losses
 
     @classmethod
     def unreadable(cls, record: dict[str, Any]) -> Segment:
@@ -162,21 +161,23 @@ class Segment:
         payload = index_payload(self.whole_table()["key"].to_pylist())
         self.index, self.stale = np.frombuffer(payload, "<u8").reshape(3, -1), True
 
-    def lose(self, first: int, end: int) -> tuple[str | None, ...]:
-        """Mark the documents that have chunks in [first, end) as lost; returns their keys."""
+    def lose_chunks(self, first: int, end: int) -> list[int]:
+        """Mark the documents that have chunks in [first, end) as lost; returns the rows that were not."""
         # Shards hold whole documents; where one does not, the documents at its edges are lost as well.
         start = int(np.searchsorted(self.offsets, first, side="right")) - 1
         stop = int(np.searchsorted(self.offsets, end, side="left"))
         return self.lose_rows(start, stop)
 
-    def lose_rows(self, start: int, stop: int) -> tuple[str | None, ...]:
+    def lose_rows(self, start: int, stop: int) -> list[int]:
+        """Mark rows as lost; returns those that were not."""
         fresh = [row for row in range(start, stop) if not self.lost[row]]
         self.lost[start:stop] = True
-        return tuple(self.key(row) for row in fresh)
+        return fresh
 
     def key(self, row: int) -> str | None:
+        """The key of a row, None where it cannot be read."""
         try:
-            return self.fields(row, ["key"])["key"]
+            return self.fields(row, ["key"])["key"] or None
         except ValueError:
             return None
 
@@ -224,10 +225,9 @@ class Segment:
         return LayerMemory(keys, content)
 
 
-def with_ids(table: Any, first_id: int | np.ndarray) -> Any:
+def with_ids(table: Any, ids: np.ndarray) -> Any:
     """A table of format version 1 with the columns of version 2."""
     pa, schema = pyarrow(), table_schema(2)
-    ids = first_id if isinstance(first_id, np.ndarray) else np.arange(first_id, first_id + len(table))
     for name in ("id", "version", "digest"):
         kind = schema.field(name).type
         column = pa.array(ids, kind) if name == "id" else pa.nulls(len(table), kind)
