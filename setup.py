@@ -91,19 +91,14 @@ def build(library: Path, objects: Path, cuda: bool) -> None:
     headers = b"".join(path.read_bytes() for path in read if path.suffix in (".h", ".inc", ".cuh"))
     target = (TORCH[0] << 56) | (TORCH[1] << 48)
     common = ["-std=c++17", "-O3", f"-DTORCH_TARGET_VERSION={target:#x}ULL", f"-I{torch / 'include'}"]
-    plain = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
-    plain += ["-ffp-contract=fast", "-Wno-maybe-uninitialized"]
-    architectures = "none"
-    if cuda:
-        assert nvcc is not None
-        home = Path(os.environ.get("CUDA_HOME") or Path(os.path.realpath(nvcc)).parent.parent)
-        plain += ["-DUSE_CUDA", *(f"-I{home / place}" for place in ("include", "targets/x86_64-linux/include"))]
-        architectures = "sm_80, sm_90a"
+    plain = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+    plain += ["-Wno-maybe-uninitialized"] if "clang" not in compiler[0] else []
+    architectures = "sm_80, sm_90a" if cuda else "none"
     named = [f'-DMSA_HF_SOURCES="{digest}"', f'-DMSA_HF_CUDA_ARCHITECTURES="{architectures}"']
 
     def compile_one(source: Path) -> Path:
-        if source.suffix == ".cu":
-            command = [str(nvcc), *common, "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        if source.parent.name == "cuda":  # nvcc finds CUDA's headers, for C++ too
+            command = [str(nvcc), *common, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
             command += [f"-gencode={architecture}" for architecture in GENCODE]
         else:
             command = [*compiler, *common, *plain, *(named if source.name == "ops.cpp" else ())]

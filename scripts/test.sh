@@ -4,7 +4,8 @@
 #   bash scripts/test.sh [--transformers VERSION] [pytest args...]
 #
 # Without --transformers: uses the active virtual environment, or else .venv in the repository root (made when it is
-# missing), and runs ruff, mypy and pytest. All other arguments go to pytest.
+# missing), and runs ruff, mypy, pytest, and, where nvcc is, compiles the CUDA kernels (scripts/check_cuda.py). All other
+# arguments go to pytest.
 #
 # With --transformers VERSION: always uses an environment of its own, .venv-transformers-VERSION, because versions of
 # transformers differ in the huggingface-hub they accept. Runs pytest only, on tests/models and tests/goldens unless
@@ -154,6 +155,8 @@ else
     step "install ${requirements[*]}" "${pip[@]}" --no-build-isolation "${requirements[@]}"
     fingerprint >"$stamp"
 fi
+# Compiles what has changed of csrc/ since the last time; says so in one line where it cannot, which fails no test.
+step "build native operations" "$python" setup.py -q build_ext --inplace
 "$python" - <<'PY'
 import sys
 from importlib import metadata
@@ -184,6 +187,11 @@ if [[ -z "$version" ]]; then
     check "ruff check" "$python" -m ruff check
     check "ruff format --check" "$python" -m ruff format --check
     check "mypy" "$python" -m mypy src/msa_hf
+    if command -v nvcc >/dev/null; then
+        check "CUDA kernels" "$python" scripts/check_cuda.py
+    else
+        say "CUDA kernels: not compiled, there is no nvcc"
+    fi
 elif ! names_a_path ${pytest_args[@]+"${pytest_args[@]}"}; then
     pytest_args+=(tests/models tests/goldens)
 fi

@@ -1,0 +1,68 @@
+"""scripts/check_cuda.py finds kernels that spill, that use too many registers, or whose file has no budget."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# What ptxas prints of two kernels, the second of which spills.
+REPORT = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z4firstPf' for 'sm_80'
+ptxas info    : Function properties for _Z4firstPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 380 bytes cmem[0]
+ptxas info    : Compile time = 12.000 ms
+ptxas info    : Compiling entry function '_Z6secondPf' for 'sm_90a'
+ptxas info    : Function properties for _Z6secondPf
+    24 bytes stack frame, 16 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 168 registers, used 2 barriers
+"""
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("check_cuda", ROOT / "scripts" / "check_cuda.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def result_of(script: Any, **changes: Any) -> dict[str, Any]:
+    return {"kernels": script.read_report(REPORT), "failed": None, "serialized": []} | changes
+
+
+def test_reads_registers_and_spills_of_every_kernel(script: Any) -> None:
+    first, second = script.read_report(REPORT)
+    assert first == {"name": "_Z4firstPf", "architecture": "sm_80", "registers": 40, "spilled": 0}
+    assert second == {"name": "_Z6secondPf", "architecture": "sm_90a", "registers": 168, "spilled": 24}
+
+
+def test_a_spill_is_an_error_within_the_budget_too(script: Any) -> None:
+    (line,) = script.problems(Path("some.cu"), result_of(script), 255)
+    assert "_Z6secondPf" in line and "24 bytes" in line
+
+
+def test_more_registers_than_the_budget_are_an_error(script: Any) -> None:
+    kernels = script.read_report(REPORT)[:1]
+    (line,) = script.problems(Path("some.cu"), result_of(script, kernels=kernels), 39)
+    assert "40 registers" in line and "39" in line
+    assert script.problems(Path("some.cu"), result_of(script, kernels=kernels), 40) == []
+
+
+def test_a_kernel_without_a_budget_is_an_error(script: Any) -> None:
+    assert "no budget" in script.problems(Path("some.cu"), result_of(script, kernels=[]), None)[0]
+    assert script.problems(Path("bindings.cpp"), result_of(script, kernels=[]), None) == []
+
+
+def test_serialized_matrix_instructions_are_an_error(script: Any) -> None:
+    serialized = ["ptxas info : wgmma.mma_async instructions are serialized due to ..."]
+    assert len(script.problems(Path("some.cu"), result_of(script, kernels=[], serialized=serialized), 64)) == 1
+
+
+def test_every_kernel_file_has_a_budget(script: Any) -> None:
+    assert {path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu")} == set(script.BUDGETS)
