@@ -150,8 +150,10 @@ def test_use_backend_holds_within_and_ends() -> None:
         pass
 
 
-def test_a_backend_asked_for_also_runs_the_derivative() -> None:
+@pytest.mark.parametrize("by_name_only", [{}, {"cpp": "nobody has tried it"}], ids=["free", "by name only"])
+def test_a_backend_asked_for_also_runs_the_derivative(by_name_only, monkeypatch) -> None:
     """`pool_chunks` on one backend takes its gradient on the same one where that has it."""
+    monkeypatch.setattr(dispatch, "BY_NAME_ONLY", by_name_only)
     for backend in ("cpp", "pytorch"):
         if BACKENDS[backend].probe("pool_chunks_backward") is not None:
             continue

@@ -260,7 +260,7 @@ def choose(operation: str, device: str, backend: str | None = None, prefer: str 
         operation: one of `OPERATIONS`.
         device: kind of the device, such as `"cuda"`.
         backend: a name, to get that one or an error.
-        prefer: a namespace to take where its backend takes the call.
+        prefer: the namespace of a backend that was asked for before, to take where it takes this call too.
         features: what the limits of backends depend on; constants, or torch.compile cannot trace the call.
 
     Raises:
@@ -275,9 +275,10 @@ def choose(operation: str, device: str, backend: str | None = None, prefer: str 
         _say(logging.INFO, "%s on %s runs on the backend %s, as asked for.", operation, device, wanted)
         return chosen.namespace
     for chosen in sorted(BACKENDS.values(), key=lambda item: item.namespace != prefer):
-        if not chosen.runs_on(device):
+        preferred = chosen.namespace == prefer
+        if not chosen.runs_on(device) and not (preferred and device in chosen.also()):
             continue
-        if chosen.name in BY_NAME_ONLY:
+        if chosen.name in BY_NAME_ONLY and not preferred:
             _say(
                 logging.INFO,
                 "%s on %s skips the backend %s: %s.",
