@@ -131,11 +131,14 @@ class BuildNative(build_ext):
         choice = os.environ.get("MSA_HF_BUILD", "auto")
         if choice not in CHOICES:
             raise SystemExit(f"error: MSA_HF_BUILD must be one of {', '.join(CHOICES)}, got {choice!r}")
+        library = Path(self.get_ext_fullpath(extension.name))
         if choice == "none":
+            library.unlink(missing_ok=True)
             return
         try:
-            build(Path(self.get_ext_fullpath(extension.name)), ROOT / "build" / "native", cuda=choice == "cuda")
+            build(library, ROOT / "build" / "native", cuda=choice == "cuda")
         except CannotBuild as error:
+            library.unlink(missing_ok=True)  # one of an earlier build may not fit these sources
             if choice != "auto":
                 raise SystemExit(f"error: the native operations were not built: {error}") from None
             print(f"note: the native operations were not built, PyTorch's run instead: {error}", file=sys.stderr)
