@@ -1,11 +1,15 @@
 """A bank shared among processes gives what it gives in one, and no process waits for ever for one that failed."""
 
+import io
+import json
 import os
 import pickle
+import runpy
 import signal
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from datetime import timedelta
 from functools import cache
 from itertools import pairwise
@@ -23,6 +27,7 @@ from setups import Setup, assert_same, batch_of, setup, tokens
 from msa_hf import MemoryBank, MSACache
 from msa_hf.bank import parallel
 from msa_hf.bank.parallel import RankFailed, ShardedBank, merge, pack, shard_bank, shares
+from msa_hf.cli import main
 from msa_hf.generation import MemoryInterleave
 from msa_hf.routing_msa import select_documents
 
@@ -557,3 +562,42 @@ def test_one_process_alone_needs_no_group() -> None:
 def test_a_part_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="part of the bank"):
         shard_bank(made().bank).save_pretrained(tmp_path)
+
+
+# What is written about it ---------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+
+
+def launched(rank: int, size: int, program: Callable[[], None]) -> str:
+    """What `program` prints as one of the processes that a launcher started."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    os.environ.update(ACCELERATE_USE_CPU="1", MASTER_ADDR="127.0.0.1")
+    with redirect_stdout(io.StringIO()) as printed:
+        program()
+    return printed.getvalue()
+
+
+def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes answer the two-hop question that it asks, and one of them prints."""
+    code = (ROOT / "docs/parallel.md").read_text().split("```python\n# ask.py\n")[1].split("```")[0]
+    lines = (ROOT / "examples/quickstart/documents.jsonl").read_text().splitlines(keepends=True)
+    keys = ("Jethefux Crossing", "Krikutust Heights", "Kurtultom Compass")
+    wanted = [line for line in lines if line.startswith(tuple(f'{{"key": "{key}"' for key in keys))]
+    assert len(wanted) == 3
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "documents.jsonl").write_text("".join(wanted))
+    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
+    assert main(["encode", "model_cards/msa-hf-tiny", "documents.jsonl", "my-bank"]) == 0
+    first, second = together(2, lambda rank: launched(rank, 2, lambda: exec(compile(code, "ask.py", "exec"), {})))
+    assert "roses" in first and not second
+
+
+def test_the_benchmark_chooses_what_one_process_chooses(tmp_path: Path) -> None:
+    """A rehearsal; it compares the documents itself."""
+    bench = runpy.run_path(str(ROOT / "scripts/bench_parallel.py"))
+    sizes = "--tokens 40000 --document-tokens 130 --question-tokens 5 --layers 2 --heads 4 --groups 2 --head-dim 8"
+    options = [*sizes.split(), "--repeats", "2", "--json", str(tmp_path / "figures.json")]
+    together(3, lambda rank: launched(rank, 3, lambda: bench["main"](options)))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["processes"] == 3 and figures["shared_ms"]["5"] > 0
