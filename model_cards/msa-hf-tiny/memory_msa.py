@@ -21,6 +21,7 @@ from .storage_msa import (
     MANIFEST,
     RESTORE,
     BankFormatError,
+    check_side_files,
     pyarrow,
     read_deletions,
     read_manifest,
@@ -206,7 +207,10 @@ class DocumentTable(Sequence[Document]):
 
     def ids(self) -> np.ndarray | None:
         """`id` of every document, [N] int64; None in banks without."""
-        if self._table is None or "id" not in self._table.column_names:
+        if self._table is None:
+            ids = [document.id for document in self]
+            return None if None in ids or not ids else np.array(ids, np.int64)
+        if "id" not in self._table.column_names:
             return None
         return self._living("id").to_numpy().astype(np.int64)
 
@@ -226,7 +230,7 @@ class DocumentTable(Sequence[Document]):
         if self._table is not None:
             visible = self.visible_rows()
             return _validated(self._table).filter(pyarrow().array(visible)) if len(self.deleted) else self._table
-        numbered = any(document.id is not None for document in self)
+        numbered = self.ids() is not None
         rows = []
         for document in self:
             metadata = document.metadata
@@ -590,6 +594,7 @@ class MemoryBank:
         if model is not None:
             _check_origin(origin, model.memory_origin(tokenizer))
         table = read_table(directory, manifest, verify)
+        check_side_files(directory, manifest, verify)
         # With its index: safetensors takes a bare "cuda" for the first device, torch for the current one.
         target = torch.empty(0, device=device or "cpu").device
         layers, prefix = read_tensors(directory, manifest, target, verify)

@@ -476,6 +476,17 @@ def read_deletions(directory: Path, manifest: Mapping[str, Any]) -> tuple[np.nda
     return dead, np.concatenate(keys)
 
 
+def check_side_files(directory: Path, manifest: Mapping[str, Any], verify: bool) -> None:
+    """Check sizes and, with `verify`, SHA-256 of deletions and of indices, which only a writer needs.
+
+    Raises:
+        BankFormatError: naming the file, the cause and the remedy.
+    """
+    if manifest["format_version"] > 1:
+        for entry in (*(segment["index"] for segment in manifest["segments"]), *manifest["deletions"]):
+            checked_file(directory, entry, verify)
+
+
 def deletions_payload(rows: np.ndarray, keys: np.ndarray) -> bytes:
     """The content of a file of deletions; see `read_deletions`."""
     payload = rows.astype("<i8").tobytes() + keys.astype("<u8").tobytes()

@@ -191,15 +191,20 @@ def test_deletions_that_name_rows_twice_or_none_of_them(bank_copy: Path, origina
 
 def test_links_out_of_the_directory_are_not_followed(bank_copy: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
+    everything = contents(MemoryBank.from_pretrained(bank_copy))
     for path in sorted(bank_copy.iterdir()):
         if path.name.startswith(("deletions", "index", "chunks", "documents")):
             shutil.move(path, outside)
             path.symlink_to(outside)
             with pytest.raises(BankFormatError, match="a link that leaves the directory"):
-                loaded = MemoryBank.from_pretrained(bank_copy)
-                assert path.name.startswith("index"), "only a writer looks at these"
+                MemoryBank.from_pretrained(bank_copy)
+            if path.name.startswith("deletions"):
+                with pytest.raises(BankFormatError, match="a link that leaves the directory"):
+                    OpenBank(FakeModel(), bank_copy, read_only=True)
+            else:
                 bank = OpenBank(FakeModel(), bank_copy, read_only=True)
-                assert contents(bank.snapshot()) == contents(loaded)  # made anew from the table
-                raise BankFormatError(next(iter(bank._damage.values())).cause)
+                (damage,) = bank._damage.values()
+                assert damage.file == path.name and "a link that leaves the directory" in damage.cause
+                assert contents(bank.snapshot()).items() <= everything.items()
             path.unlink()
             shutil.move(outside, path)

@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,17 @@ from msa_hf.storage_msa import BankFormatError, manifest_checksum, parse_size
 CHUNK = 4
 GROUPS, DIM = 2, 4
 ORIGIN = BankOrigin("f" * 64, "e" * 64, "qwen3", CHUNK, (1, 3), "cosine", False, (5, 6))
+numbered = False
 ROW_BYTES = 3 * GROUPS * DIM * 4  # of a float32 chunk
+
+
+@pytest.fixture(autouse=True, scope="module", params=[1, 2])
+def version(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Of the format: documents with ids are saved in version 2."""
+    global numbered
+    numbered = request.param == 2
+    yield request.param
+    numbered = False
 
 
 def make_bank(lengths: list[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> MemoryBank:
@@ -39,7 +49,11 @@ def make_bank(lengths: list[int], dtype: torch.dtype = torch.float32, seed: int 
     total = sum(chunks)
     rows = [
         Document(
-            f"d{row}-{seed}", None if row == 2 else f"text\n{row} 記憶", {"n": [row, None]} if row % 2 else None, *pair
+            f"d{row}-{seed}",
+            None if row == 2 else f"text\n{row} 記憶",
+            {"n": [row, None]} if row % 2 else None,
+            *pair,
+            id=3 * row + 1000 * seed if numbered else None,
         )
         for row, pair in enumerate(zip(lengths, chunks, strict=True))
     ]
@@ -159,7 +173,8 @@ def test_the_table_is_a_dataset(saved: Path) -> None:
     datasets = pytest.importorskip("datasets")
     path = saved / manifest_of(saved)["segments"][0]["table"]["file"]
     rows = datasets.Dataset.from_file(str(path))
-    assert rows.column_names == ["key", "text", "metadata", "tokens", "chunks"]
+    further = ["id", "version", "digest"] if numbered else []
+    assert rows.column_names == ["key", "text", "metadata", "tokens", "chunks", *further]
     assert rows["tokens"][:] == [1, 9, 4, 6] and rows[1]["metadata"] == '{"n": [1, null]}'
 
 
@@ -177,6 +192,7 @@ def test_several_segments_are_read(tmp_path: Path) -> None:
             (tmp_path / name).write_bytes(data)
     segment = later["segments"][0]
     manifest["segments"].append({**segment, "documents": [2, 5]})
+    manifest["next_id"] = 3000
     manifest["counts"] = {"documents": 5, "chunks": 8, "tokens": 24}
     sign(tmp_path, manifest)
     bank = MemoryBank.from_pretrained(tmp_path)
@@ -205,7 +221,7 @@ def test_overwriting_keeps_a_reader_alive_and_leaves_nothing_behind(saved: Path)
     assert_equal(reader, make_bank([1, 9, 4, 6]))
     assert_equal(MemoryBank.from_pretrained(saved), new)
     assert names(saved) & before == {"README.md", "manifest.json"}
-    assert len(names(saved)) == 2 + 4  # two layers, prefix, table
+    assert len(names(saved)) == 2 + 4 + numbered  # two layers, prefix, table, index
 
 
 def test_only_files_of_a_bank_are_ever_removed(saved: Path) -> None:
@@ -244,8 +260,8 @@ def test_an_interrupted_save_leaves_the_old_bank_or_the_new(
         assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
         old_kept += 1
     assert_equal(MemoryBank.from_pretrained(saved), make_bank([8, 3], seed=9))
-    # Four data files and the manifest are renamed; these and the directory are flushed before the commit.
-    assert old_kept == {"replace": 4 if after else 5, "fsync": 6}[function]
+    # Four data files, an index and the manifest are renamed; these and the directory are flushed before the commit.
+    assert old_kept == {"replace": 4 if after else 5, "fsync": 6}[function] + numbered
 
 
 def test_data_are_flushed_before_the_manifest_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,6 +428,12 @@ def change(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     return apply
 
 
+def longer_index(manifest: dict[str, Any]) -> None:
+    """Of one row more, so that it is not the index that contradicts."""
+    if numbered:
+        manifest["segments"][0]["index"]["bytes"] += 24
+
+
 SHARD = ("segments", 0, "tensors", 0)
 
 
@@ -467,7 +489,7 @@ SHARD = ("segments", 0, "tensors", 0)
         ([change("segments", 0, "table", to=[])], "`table` must be of type dict"),
         ([change("segments", to=[])], "counts.`documents` is 4, the segments hold 0"),
         (
-            [change("segments", 0, "documents", to=[0, 5]), change("counts", "documents", to=5)],
+            [change("segments", 0, "documents", to=[0, 5]), change("counts", "documents", to=5), longer_index],
             "holds 4 documents with 7 chunks, the manifest says 5 documents with 7 chunks",
         ),
         (
