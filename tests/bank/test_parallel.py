@@ -509,6 +509,18 @@ def test_different_inputs_are_refused_in_all_where_the_same_were_promised() -> N
         assert_equal(result, answers(made_.model, made_.bank, **questions()))
 
 
+def test_one_forward_more_than_others_is_refused_where_the_same_were_promised() -> None:
+    made_ = made()
+
+    def use(rank: int) -> None:
+        with shard_bank(made_.bank) as memory:
+            for _ in range(1 + rank):
+                answers(made_.model, memory, **questions())
+
+    for message, seconds in together(2, lambda rank: raises(ValueError, lambda: use(rank))):
+        assert "finished" in message and seconds < 4
+
+
 def test_processes_with_different_banks_are_refused() -> None:
     banks = [made(11), made(5)]
 

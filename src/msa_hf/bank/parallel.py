@@ -318,10 +318,15 @@ class ShardedBank(MemoryBank):
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
-            self.finish()
-        else:
-            self._ranks.fail(error)
+        try:
+            if error is None:
+                self.finish()
+        except BaseException as failed:
+            error = failed
+            raise
+        finally:
+            if error is not None:
+                self._ranks.fail(error)
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, rank={self.rank} of {self.size})"
@@ -551,9 +556,9 @@ class Turn:
     def serve(self) -> None:
         """Do this process' part of a forward of others."""
         options: dict[str, Any] = {"similarity": self.bank.origin.similarity}
+        offsets = self.bank.offsets.to(self.bank.device)
         for memory in self.bank.layers.values():
             keys, content = memory.routing_keys, memory.content
-            offsets = self.bank.offsets.to(keys.device)
             queries = keys.new_zeros(0, self.tokens, self.shared["heads"], content.shape[-1])
             mask = torch.zeros(0, self.tokens, dtype=torch.bool, device=keys.device)
             if self.all_scores:
@@ -659,6 +664,8 @@ def shard_bank(
         ranks.close()
         raise ValueError("The processes have different banks, or differ in `inputs`; all must share the same one.")
     assert shared is not None
+    if model is not None and isinstance(bank, str | os.PathLike):
+        model.accept_bank(shared)  # compared while it was read
     return shared
 
 
