@@ -19,7 +19,8 @@ from msa_hf.routing_msa import reduce_queries
 PLACES = places("route_documents")
 QUANTISED = ("int8", "fp8")
 WIDTHS = (8, 16, 24, 40, 64, 96, 128, 136, 256, 264, 512, 1024)
-PRODUCTS = 1 << 27  # multiplications that a case may cost
+# Multiplications that a case may cost; an interpreter takes its time.
+PRODUCTS = 1 << (21 if dispatch.BACKENDS["triton"].also() else 27)
 
 
 @dataclass
