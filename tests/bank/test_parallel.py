@@ -168,10 +168,33 @@ def test_every_kind_of_routing(fields: dict[str, Any], inputs: str) -> None:
 
     def work(rank: int) -> Any:
         with shard_bank(made_.bank, inputs=inputs) as memory:
-            return answers(made_.model, memory, **questions())
+            times = 1 + rank if inputs == "different" else 1  # the second one is served by a process without inputs
+            return [answers(made_.model, memory, **questions()) for _ in range(times)]
 
-    for result in together(2, work):
-        assert_equal(result, expected)
+    for results in together(2, work):
+        for result in results:
+            assert_equal(result, expected)
+
+
+@pytest.mark.parametrize("fields", [{}, {"query_reduction": "last"}], ids=["max", "last"])
+@pytest.mark.parametrize("inputs", ["same", "different"])
+def test_scattered_routing_tokens(inputs: str, fields: dict[str, Any]) -> None:
+    """Tokens at the end and in between route, other numbers of them in each sample and process."""
+    made_ = made(**fields)
+
+    def ask(memory: Any, rank: int) -> Any:
+        batch = questions(3, 7, 8, 5)
+        pick = torch.Generator().manual_seed(rank if inputs == "different" else 0)
+        routes = torch.rand(3, 8, generator=pick) < 0.3
+        routes[0, -1] = routes[1, 4] = True
+        return answers(made_.model, memory, **batch, routing_mask=routes & batch["attention_mask"].bool())
+
+    def work(rank: int) -> Any:
+        with shard_bank(made_.bank, inputs=inputs) as memory:
+            return ask(memory, rank)
+
+    for rank, result in enumerate(together(2, work)):
+        assert_equal(result, ask(made_.bank, rank))
 
 
 @pytest.mark.parametrize("inputs", ["same", "different"])
@@ -417,9 +440,10 @@ def raises(expected: type[BaseException], work: Callable[[], Any]) -> tuple[str,
 
 
 @pytest.mark.parametrize("inputs", ["same", "different"])
-@pytest.mark.parametrize("failing", [0, 2])
-def test_an_error_within_a_forward_reaches_all(failing: int, inputs: str) -> None:
-    """In the middle of the layers, where the others wait for content; long before the timeout."""
+@pytest.mark.parametrize(("failing", "before_last"), [(0, 1), (2, 1), (1, 0)])
+def test_an_error_within_a_forward_reaches_all(failing: int, before_last: int, inputs: str) -> None:
+    """Between the layers, where the others wait for it, and behind the last exchange of content, where they do not;
+    long before the timeout."""
     made_ = made()
 
     def fail(*_: Any) -> None:
@@ -429,9 +453,8 @@ def test_an_error_within_a_forward_reaches_all(failing: int, inputs: str) -> Non
         with shard_bank(made_.bank, inputs=inputs) as memory:
             answers(made_.model, memory, **questions())
             if rank == failing:
-                last = max(memory.layers)
-                made_.model.base_model.layers[last].mlp.register_forward_pre_hook(fail)
-                made_.model.base_model.layers[last - 1].mlp.register_forward_pre_hook(fail)
+                layer = sorted(memory.layers)[-1 - before_last]
+                made_.model.base_model.layers[layer].mlp.register_forward_pre_hook(fail)
             answer = raises(
                 Boom if rank == failing else RankFailed, lambda: answers(made_.model, memory, **questions())
             )
