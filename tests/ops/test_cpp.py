@@ -1,5 +1,5 @@
-"""The compiled CPU kernels, at every level of instruction sets that this processor has: one function, the same ties, and
-the same bits whatever the batch, the blocks and the threads. Expected values are computed here in float64."""
+"""The compiled CPU kernels, at every level of instruction sets that this processor has: one function, the same ties,
+and the same bits whatever the batch, the blocks and the threads. Expected values are computed here in float64."""
 
 import itertools
 import random
