@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msa_hf import attention_msa
-from msa_hf.ops import BACKENDS, adapters, dispatch, use_backend
+from msa_hf.ops import BACKENDS, adapters, use_backend
 
+OPERATIONS = ("gather_documents", "pool_chunks", "route_documents")
 BACKENDS_HERE = [
     name
     for name, backend in BACKENDS.items()
-    if backend.runs_on("cpu") and all(why_not(operation, name, "cpu") is None for operation in dispatch.OPERATIONS)
+    if backend.runs_on("cpu") and all(why_not(operation, name, "cpu") is None for operation in OPERATIONS)
 ]
-OPERATIONS = ("gather_documents", "pool_chunks", "route_documents")
 QUESTIONS = tokens(7, 1, 12, seed=3)
 
 

@@ -1,4 +1,4 @@
-"""Keys in fewer bits: how far they are from the exact ones, and that scoring candidates again makes good for it."""
+"""Keys in fewer bits: how far they are from the exact ones, and how many of the right documents they find."""
 
 import random
 
@@ -7,7 +7,7 @@ import torch
 from battery import NEVER, offsets_of, split_up
 from torch import Tensor
 
-from msa_hf.ops import quantise_keys, recall_of_candidates, rescore_documents, route_documents
+from msa_hf.ops import quantise_keys, recall_of_candidates, route_documents
 from msa_hf.ops.quantise import pack_int4, unpack_int4
 
 KINDS = ("fp8", "int8", "int4")
@@ -84,50 +84,6 @@ def question(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def exact_scores(queries: Tensor, mask: Tensor, keys: Tensor, offsets: Tensor) -> Tensor:
     products = (queries.double() @ keys.double().T).masked_fill(~mask[..., None], NEVER).amax(1)
     return torch.stack([part.amax(1) for part in products.split(offsets.diff().tolist(), 1)], 1)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_candidates_are_scored_exactly(seed) -> None:
-    """The best of the candidates, in order, with exact scores; -1 among them is nobody; nothing else is chosen."""
-    queries, mask, keys, offsets = question(seed)
-    exact, count = exact_scores(queries, mask, keys, offsets), len(offsets) - 1
-    candidates = torch.full((3, 12), -1)
-    for sample in range(3):
-        some = torch.randperm(count)[: [12, 5, 0][sample]]
-        candidates[sample, torch.randperm(12)[: len(some)]] = some
-    documents, scores = rescore_documents(queries, mask, keys, offsets, candidates, 6)
-    for row, best, known, offered in zip(
-        documents.tolist(), scores.tolist(), exact.tolist(), candidates.tolist(), strict=True
-    ):
-        order = sorted((document for document in offered if document >= 0), key=lambda item: (-known[item], item))[:6]
-        assert row == order + [-1] * (6 - len(order))
-        expected = [known[document] for document in order]
-        torch.testing.assert_close(best[: len(order)], expected, atol=1e-5, rtol=1e-5)
-        assert best[len(order) :] == [NEVER] * (6 - len(order))
-
-
-def test_equal_candidates_come_by_index() -> None:
-    """Whatever the order of the candidates, ties go to the lower index; a silent sample chooses nothing."""
-    keys = torch.ones(6, 8)
-    queries, mask = torch.ones(2, 1, 8), torch.tensor([[True], [False]])
-    candidates = torch.tensor([[5, -1, 3, 4]] * 2)
-    documents, scores = rescore_documents(queries, mask, keys, torch.arange(7), candidates, 3)
-    assert documents.tolist() == [[3, 4, 5], [-1] * 3]
-    assert scores.tolist() == [[8.0] * 3, [NEVER] * 3]
-
-
-def test_memory_of_scoring_candidates_is_bounded(monkeypatch) -> None:
-    """In tiles of any size the answer is the same."""
-    from msa_hf.ops import quantise
-
-    queries, mask, keys, offsets = question(1)
-    candidates = torch.arange(len(offsets) - 1)[:20].expand(3, -1)
-    expected = rescore_documents(queries, mask, keys, offsets, candidates, 8)
-    for elements in (1, 700, 5000):
-        monkeypatch.setattr(quantise, "TILE_ELEMENTS", elements)
-        documents, scores = rescore_documents(queries, mask, keys, offsets, candidates, 8)
-        assert torch.equal(documents, expected[0])
-        torch.testing.assert_close(scores, expected[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)

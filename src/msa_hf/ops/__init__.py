@@ -4,7 +4,8 @@ from . import adapters
 from .dispatch import BACKENDS, BackendError, use_backend
 from .gather_documents import gather_documents
 from .pool_chunks import pool_chunks
-from .quantise import quantise_keys, recall_of_candidates, rescore_documents
+from .quantise import quantise_keys, recall_of_candidates
+from .rescore_documents import rescore_documents
 from .route_documents import route_documents
 
 adapters.register()

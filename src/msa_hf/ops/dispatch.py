@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 SCHEMAS = {
     "route_documents": "(Tensor queries, Tensor routing_mask, Tensor keys, Tensor? scales, Tensor offsets, "
     "Tensor? alive, int k) -> (Tensor documents, Tensor scores)",
+    "rescore_documents": "(Tensor queries, Tensor routing_mask, Tensor exact_keys, Tensor offsets, Tensor candidates, "
+    "int k) -> (Tensor documents, Tensor scores)",
     "pool_chunks": "(Tensor keys, Tensor values, Tensor router_keys, Tensor token_offsets, int chunk_size, "
     "SymInt chunks, bool normalise, ScalarType? routing_dtype=None) -> "
     "(Tensor content, Tensor routing_keys, Tensor scales)",
@@ -260,13 +262,14 @@ def choose(operation: str, device: str, backend: str | None = None, prefer: str 
         operation: one of `OPERATIONS`.
         device: kind of the device, such as `"cuda"`.
         backend: a name, to get that one or an error.
-        prefer: the namespace of a backend that was asked for before, to take where it takes this call too.
+        prefer: where a call follows another one: that one's namespace, to be taken if it takes this call too. Neither
+            `backend` nor `use_backend` says anything about such a call.
         features: what the limits of backends depend on; constants, or torch.compile cannot trace the call.
 
     Raises:
         BackendError: where the backend asked for is not there, or does not take such a call; naming what is missing.
     """
-    wanted = _wanted if backend is None else backend
+    wanted = _wanted if backend is None and prefer is None else backend
     if wanted is not None:
         chosen = _checked(wanted)
         reason = chosen.refuses(operation, device, features)

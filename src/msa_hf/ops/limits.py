@@ -5,6 +5,7 @@ here it takes everything. Features of the operations:
 
 - route_documents: queries, keys (dtypes), multiple (the largest power of two up to 64 that divides E), width (the least
   power of two from E), k (likewise).
+- rescore_documents: as these, of the exact keys, and source ("device", "pinned" or "host") and contiguous of them.
 - pool_chunks, pool_chunks_backward: states (dtype), multiple (of D), width (of G * D), routing_dtype (dtype or None).
 - gather_documents: content, dtype (dtypes), multiple (of D), source ("device", "pinned" or "host").
 
@@ -25,6 +26,17 @@ INTERPRETER = "Triton's interpreter rounds to bfloat16 towards zero"
 def _floating(*dtypes: torch.dtype) -> str | None:
     wrong = [str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in FLOATING]
     return f"it takes float32, bfloat16 and float16, not {wrong[0]}" if wrong else None
+
+
+def cuda_rescore_documents(
+    *, queries: torch.dtype, keys: torch.dtype, width: int, k: int, source: str, contiguous: bool, **_: Any
+) -> str | None:
+    if source == "host":
+        return "the exact keys lie in memory that is not pinned"
+    if not contiguous:
+        return "the exact keys are not contiguous"
+    too_large = "E is above 8192" if width > 8192 else "k is above 1024" if k > 1024 else None
+    return _floating(queries, keys) or too_large
 
 
 def cuda_pool_chunks(*, states: torch.dtype, width: int, **_: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Routing keys in fewer bits, one scale per chunk, and the exact scores of the candidates that they find."""
+"""Routing keys in fewer bits, one scale per chunk, and how many of the right documents they find."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunks_msa import chunk_rows
-from ..routing_msa import NO_SCORE, TILE_ELEMENTS, pack_routing_tokens, select_documents
+from .route_documents import route_documents
 
 # The largest number of each format: a chunk's scale is its largest absolute value over this.
 LARGEST: dict[Any, float] = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0, "int4": 7.0}
@@ -54,45 +53,6 @@ def unpack_int4(packed: Tensor, width: int) -> Tensor:
     return ((halves ^ 8) - 8).contiguous()
 
 
-def rescore_documents(
-    queries: Tensor, routing_mask: Tensor, exact_keys: Tensor, offsets: Tensor, candidates: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
-    """The `k` best of each sample's candidates by their exact scores.
-
-    Args:
-        queries: [B, T, E] reduced router queries.
-        routing_mask: [B, T] bool.
-        exact_keys: [C, E] floating, on any device; only the candidates' rows travel.
-        offsets: [N + 1] int64 on the device of `queries`.
-        candidates: [B, m] int64, -1 for none.
-        k: how many.
-
-    Returns:
-        As `route_documents`.
-    """
-    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-        batch = candidates.shape[0]
-        if offsets.shape[0] < 2 or not candidates.numel():
-            return select_documents(queries.new_empty(batch, 0, dtype=torch.float32), k)
-        # Ascending, so that equal scores go to the lower index; -1 last.
-        order = candidates.masked_fill(candidates < 0, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
-        ascending = candidates.gather(1, order)
-        rows, slots, valid = chunk_rows(ascending, offsets)
-        packed, real = pack_routing_tokens(queries[:, :, None].float(), routing_mask)
-        packed = packed.flatten(2)
-        width, size = packed.shape[1:]
-        scores = queries.new_full(ascending.shape, NO_SCORE, dtype=torch.float32)
-        step = max(TILE_ELEMENTS // max(batch * max(width, size), 1), 1)
-        for start in range(0, rows.shape[1], step):
-            part = slice(start, start + step)
-            keys = exact_keys.index_select(0, rows[:, part].flatten().to(exact_keys.device))
-            keys = keys.to(queries.device).float().unflatten(0, (batch, -1))
-            found = (packed @ keys.transpose(1, 2)).masked_fill(~real[..., None], NO_SCORE).amax(1)
-            scores.scatter_reduce_(1, slots[:, part], found.masked_fill(~valid[:, part], NO_SCORE), "amax")
-        places, best = select_documents(scores, k)
-        return ascending.gather(1, places.clamp(min=0)).masked_fill(places < 0, -1), best
-
-
 def recall_of_candidates(
     queries: Tensor,
     routing_mask: Tensor,
@@ -115,8 +75,6 @@ def recall_of_candidates(
     Returns:
         candidates -> recall from 0 to 1: after exact scoring, the share of right documents.
     """
-    from .route_documents import route_documents
-
     exact, _ = route_documents(queries, routing_mask, keys, offsets, k, similarity=similarity, backend=backend)
     numbers, scales = quantise_keys(keys, kind)
     if kind == "int4":

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..routing_msa import NO_SCORE, pack_routing_tokens, reduce_chunks, reduce_queries, score_chunks, select_documents
 from .dispatch import alignment, choose, operator, size_class
+from .rescore_documents import rescore_documents
 
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
 
@@ -83,9 +84,7 @@ def route_documents(
     )
     if exact_keys is None:
         return documents, scores
-    from .quantise import rescore_documents
-
-    return rescore_documents(queries, routing_mask, exact_keys, offsets, documents, k)
+    return rescore_documents(queries, routing_mask, exact_keys, offsets, documents, k, prefer=namespace)
 
 
 def _check(
