@@ -348,12 +348,22 @@ __global__ void __launch_bounds__(kSelectThreads, 4) select_kernel(const Select 
   const bool leaves = next_document > first_document && p.offsets[next_document] > end;
   if (threadIdx.x == 0 && !leaves) p.straddling_document[sample * blocks + block] = -1;
 
+  // Offsets of the next documents are on their way while these are looked at.
+  int64_t coming_from = 0, coming_end = 0;
+  const auto load_offsets = [&](int64_t document) {
+    if (document < next_document) {
+      coming_from = p.offsets[document];
+      coming_end = p.offsets[document + 1];
+    }
+  };
+  load_offsets(first_document + threadIdx.x);
   for (int64_t base = first_document; base < next_document; base += kSelectThreads) {
     const int64_t document = base + threadIdx.x;
     const bool real = document < next_document;
-    const int64_t ends = real ? p.offsets[document + 1] : 0;
-    const int from = real ? static_cast<int>(p.offsets[document] - begin) : 0;
+    const int64_t ends = coming_end;
+    const int from = real ? static_cast<int>(coming_from - begin) : 0;
     const int to = real ? static_cast<int>((ends < end ? ends : end) - begin) : 0;
+    load_offsets(document + kSelectThreads);
     float value = lowest<float>();
     const bool is_long = to - from > 32;
     for (int i = from; !is_long && i < to; i++) value = max_of(value, slab[i]);

@@ -507,6 +507,10 @@ void check_edges() {
   resize(1, 3, 9000, 40), run(c);
   resize(1, 3, 5000, 2500), run(c);  // several rounds of select
 #endif
+  resize(1, 3, 4200, 8);  // the best at the edges of runs and tiles
+  for (const int64_t chunk : {0, 127, 128, 4094, 4095, 4096, 4097, 4199})
+    for (int64_t j = 0; j < 16; j++) c.keys[chunk * 16 + j] = 1.0f + chunk % 7;
+  run(c);
   resize(1, 3, 40, 45), c.alive.assign(40, 0), run(c);  // nothing alive
   resize(3, 5, 300, 8);
   std::fill(c.mask.begin() + 5, c.mask.begin() + 10, 0), run(c);  // one sample without routing tokens
