@@ -24,7 +24,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import msa_hf
-from msa_hf import attention_msa
+from msa_hf import attention_msa, chunks_msa
 from msa_hf.checkpoint_msa import REMOTE_FILES
 from msa_hf.evaluation import Question, exact_match, make_corpus
 from msa_hf.generation import Answer, DocumentIds, MemoryInterleave, Protocol
@@ -234,14 +234,14 @@ def fewer(setup: Setup) -> Setup:
 @pytest.mark.parametrize("broken", ["negated", "shuffled"])
 def test_a_broken_router_misses(broken: str, fewer: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worst documents are taken for the best, or one document for another."""
-    intact = attention_msa.score_documents
+    intact = attention_msa.OPERATIONS["route_documents"]
     order = torch.randperm(DOCUMENTS, generator=torch.Generator().manual_seed(0))
 
-    def score(*arguments: Any, **options: Any) -> torch.Tensor:
-        scores = intact(*arguments, **options)
-        return -scores if broken == "negated" else scores[:, order]
+    def route(queries: torch.Tensor, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        documents, scores = intact(-queries if broken == "negated" else queries, *arguments, **options)
+        return (documents if broken == "negated" else order[documents]), scores
 
-    monkeypatch.setattr(attention_msa, "score_documents", score)
+    monkeypatch.setitem(attention_msa.OPERATIONS, "route_documents", route)
     assert missed(measured(fewer), BROKEN_QUESTIONS).keys() >= {"recall@16", "ids", "one_hop", "two_hop"}
 
 
@@ -289,7 +289,8 @@ def test_broken_pooling_misses(
     kept = {id for asked in fewer.questions.values() for question in asked for id in question.positives}
     kept |= set(range(BROKEN_DOCUMENTS - len(kept)))
     documents = list(fewer.protocol.encode_corpus(rows, fewer.tokenizer))
-    monkeypatch.setattr(attention_msa, "pool_chunks", pooling)
+    monkeypatch.setattr(chunks_msa, "pool_chunks", pooling)
+    monkeypatch.setitem(attention_msa.OPERATIONS, "pool_documents", chunks_msa.pool_documents)
     few = [documents[id] for id in sorted(kept)]
     fewer.bank = fewer.model.encode_documents(few, fewer.tokenizer, show_progress=False)
     assert missed(measured(fewer), BROKEN_QUESTIONS).keys() >= {"recall@16", "ids", "one_hop", "two_hop"}
