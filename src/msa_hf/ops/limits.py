@@ -19,8 +19,6 @@ from typing import Any
 import torch
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-# Triton runs on the CPU only where it interprets its kernels, for tests of them.
-INTERPRETER = "Triton's interpreter rounds to bfloat16 towards zero"
 
 
 def _floating(*dtypes: torch.dtype) -> str | None:
@@ -52,20 +50,16 @@ def cuda_gather_documents(*, content: torch.dtype, dtype: torch.dtype, **_: Any)
     return _floating(dtype, *([] if content == torch.float8_e4m3fn else [content]))
 
 
-def triton_pool_chunks(*, device: str, states: torch.dtype, **_: Any) -> str | None:
-    return _floating(states) or (INTERPRETER if device == "cpu" and states == torch.bfloat16 else None)
+def triton_pool_chunks(*, states: torch.dtype, **_: Any) -> str | None:
+    return _floating(states)
 
 
 triton_pool_chunks_backward = triton_pool_chunks
 
 
-def triton_gather_documents(
-    *, device: str, content: torch.dtype, dtype: torch.dtype, source: str, **_: Any
-) -> str | None:
+def triton_gather_documents(*, content: torch.dtype, dtype: torch.dtype, source: str, **_: Any) -> str | None:
     if source == "host":
         return "the content lies in memory that is not pinned"
-    if device == "cpu" and dtype == torch.bfloat16 != content:
-        return INTERPRETER
     return _floating(dtype, *([] if content == torch.float8_e4m3fn else [content]))
 
 

@@ -9,16 +9,9 @@ from torch import Tensor
 
 from .. import chunks_msa
 from .gather_documents import result_dtype
-from .triton_pool_chunks import both
+from .triton_pool_chunks import both, from_float8, rounded
 
 BLOCK = 1024  # numbers that a program copies at once
-
-
-@triton.jit
-def _from_float8(bits):
-    """float8_e4m3fn, as bits, in float32: half precision has the same fields, three more digits and another bias."""
-    half = (((bits & 0x80).to(tl.uint16) << 8) | ((bits & 0x7F).to(tl.uint16) << 7)).to(tl.float16, bitcast=True)
-    return tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
 
 
 @triton.jit
@@ -44,14 +37,16 @@ def _gather(
     source = tl.load(rows + place) * 2 + part
     numbers = tl.load(content + source * size + element, mask=both(inside, real), other=0)
     if QUANTISED:
-        numbers = _from_float8(numbers) * tl.load(scales + source, mask=real, other=0.0)
+        numbers = from_float8(numbers) * tl.load(scales + source, mask=real, other=0.0)
+    if numbers.dtype != keys.dtype.element_ty:
+        numbers = rounded(numbers.to(tl.float32), keys.dtype.element_ty)
     sample, row = place // width, place % width
     head = element // dim
     target = ((sample * groups + head) * width + row) * dim + element % dim
     if part == 0:
-        tl.store(keys + target, numbers.to(keys.dtype.element_ty), mask=inside)
+        tl.store(keys + target, numbers, mask=inside)
     else:
-        tl.store(values + target, numbers.to(values.dtype.element_ty), mask=inside)
+        tl.store(values + target, numbers, mask=inside)
 
 
 def gather_documents(

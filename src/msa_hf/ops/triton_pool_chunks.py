@@ -12,12 +12,33 @@ from .pool_chunks import chunk_spans
 from .quantise import quantise_keys
 
 ROWS = 32  # tokens that a program reads at once
+# Kernels run on the CPU only where Triton interprets them, for tests. It has no arithmetic in bfloat16.
+INTERPRETED = triton.knobs.runtime.interpret
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
 def both(first, second):
     """Two masks in one. Compared once more, because interpreters of some versions of Triton make a number of it."""
     return (first & second) != 0
+
+
+@triton.jit
+def from_float8(bits):
+    """float8_e4m3fn, as bits, in float32; not every device knows that format, but half precision holds the same fields
+    with three more digits and another bias."""
+    half = (((bits & 0x80).to(tl.uint16) << 8) | ((bits & 0x7F).to(tl.uint16) << 7)).to(tl.float16, bitcast=True)
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+
+
+@triton.jit
+def rounded(numbers, dtype: tl.constexpr):
+    """float32 to the nearest number of another dtype; the interpreter would take the one towards zero."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = numbers.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        numbers = tl.where(numbers == numbers, nearest, numbers)
+    return numbers.to(dtype)
 
 
 @triton.jit
@@ -65,14 +86,17 @@ def _pool(
     real = column < dim
     if part == 0:
         mean = _mean(keys, start, length, head, key_token, key_head, dim, ROWS, DIM)
+        mean = rounded(mean, content.dtype.element_ty)
         tl.store(content + (2 * chunk * groups + head) * dim + column, mean, mask=real)
     elif part == 1:
         mean = _mean(values, start, length, head, value_token, value_head, dim, ROWS, DIM)
+        mean = rounded(mean, content.dtype.element_ty)
         tl.store(content + ((2 * chunk + 1) * groups + head) * dim + column, mean, mask=real)
     else:
         mean = _mean(router_keys, start, length, head, router_token, router_head, dim, ROWS, DIM)
         if NORMALISE:
             mean = mean / tl.sqrt(tl.sum(mean * mean, 0) + epsilon)
+        mean = rounded(mean, routing_keys.dtype.element_ty)
         tl.store(routing_keys + (chunk * groups + head) * dim + column, mean, mask=real)
 
 
@@ -81,7 +105,7 @@ def _spread(gradient, like, start, length, head, groups, dim, ROWS: tl.constexpr
     """Write the share of each token to the dense [tokens, G, D] `like`."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, DIM)
-    share = (gradient / length).to(like.dtype.element_ty)
+    share = rounded(gradient / length, like.dtype.element_ty)
     for first in range(0, length, ROWS):
         real = both((first + row < length)[:, None], (column < dim)[None, :])
         place = ((start + first + row)[:, None] * groups + head) * dim + column[None, :]

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..routing_msa import NO_SCORE, reduce_chunks, select_documents
-from .triton_pool_chunks import both, with_dense_rows
+from .triton_pool_chunks import INTERPRETED, both, from_float8, with_dense_rows
 
 TOKENS = 128  # per program at most
 CHUNKS = 128
@@ -35,6 +35,7 @@ def _scores(
     key_stride,
     no_score,
     QUANTISED: tl.constexpr,
+    FLOAT8: tl.constexpr,  # keys are bits of float8_e4m3fn
     WIDE: tl.constexpr,  # float32 products
     SAMPLES: tl.constexpr,
     TOKENS: tl.constexpr,  # of each sample at once
@@ -66,7 +67,9 @@ def _scores(
                 wanted = both(wanted, (column < size)[None, :])
                 held = both(held, (column < size)[:, None])
             query = tl.load(query_rows + column[None, :], mask=wanted, other=0.0)
-            key = tl.load(key_rows + column[:, None], mask=held, other=0.0)
+            key = tl.load(key_rows + column[:, None], mask=held, other=0)
+            if FLOAT8:
+                key = from_float8(key)
             if WIDE:
                 products = tl.dot(query.to(tl.float32), key.to(tl.float32), products, input_precision="ieee")
             else:
@@ -96,8 +99,8 @@ def score_chunks(queries: Tensor, routing_mask: Tensor, keys: Tensor, scales: Te
         return scores
     queries, keys = with_dense_rows(queries), with_dense_rows(keys)
     # 16-bit products are exact in float32 where both sides have the type; anything else is taken in float32.
-    quantised = scales is not None
-    wide = queries.dtype == torch.float32 or not (quantised or keys.dtype == queries.dtype)
+    quantised, float8 = scales is not None, keys.dtype == torch.float8_e4m3fn
+    wide = queries.dtype == torch.float32 or not (quantised or keys.dtype == queries.dtype) or INTERPRETED
     width = min(max(triton.next_power_of_2(tokens), 16), TOKENS)
     samples = min(TOKENS // width, triton.next_power_of_2(batch))
     grid = (triton.cdiv(chunks, CHUNKS) * triton.cdiv(batch, samples),)
@@ -105,7 +108,7 @@ def score_chunks(queries: Tensor, routing_mask: Tensor, keys: Tensor, scales: Te
         _scores[grid](
             queries,
             routing_mask.contiguous().view(torch.uint8),
-            keys,
+            keys.view(torch.uint8) if float8 else keys,
             scales if scales is not None else scores,
             scores,
             batch,
@@ -117,6 +120,7 @@ def score_chunks(queries: Tensor, routing_mask: Tensor, keys: Tensor, scales: Te
             keys.stride(0),
             NO_SCORE,
             QUANTISED=quantised,
+            FLOAT8=float8,
             WIDE=wide,
             SAMPLES=samples,
             TOKENS=width,
