@@ -84,7 +84,7 @@ def compile_file(source: Path, flags: list[str], key: str, cache: Path) -> dict[
     said = done.stdout + done.stderr
     result: dict[str, Any] = {
         "kernels": read_report(said),
-        "failed": said.strip() if done.returncode else None,
+        "failed": said.strip() or f"nvcc ended with status {done.returncode}" if done.returncode else None,
         "serialized": [line.strip() for line in said.splitlines() if "serialized" in line],
     }
     if done.returncode == 0:
