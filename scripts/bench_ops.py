@@ -522,6 +522,19 @@ def gather_case(
         bench.measure(row, in_turn(published, chosen), len(chosen), graph=False)
 
 
+def behind_pytorch(rows: Sequence[Row]) -> Iterator[str]:
+    """Where a compiled operation takes longer, or more memory, than the reference."""
+    reference = {(row.operation, row.case): row for row in rows if row.backend == "pytorch"}
+    for row in rows:
+        other = reference.get((row.operation, row.case))
+        if other is None or row.backend not in ("cuda", "cpp"):
+            continue
+        if row.ms > other.ms:
+            yield f"SLOWER than PyTorch: {row.operation}, {row.case}: {row.ms:.4g} ms, {other.ms:.4g} ms"
+        if (row.peak_MB or 0.0) > (other.peak_MB or 0.0) + 1.0:  # 1 MB: what the process itself comes and goes by
+            yield f"MORE MEMORY than PyTorch: {row.operation}, {row.case}: {row.peak_MB} MB, {other.peak_MB} MB"
+
+
 # Command line ---------------------------------------------------------------------------------------------------------
 
 
@@ -645,6 +658,8 @@ def main() -> None:
         print(f"\nrecall of the exact {TOP} among candidates, {keys}:")
         for kind, found in kinds.items():
             print(f"  {kind}: " + ", ".join(f"{count} -> {share:.5f}" for count, share in found.items()))
+    for line in behind_pytorch(bench.rows):
+        print(line)
     missed = [row for row in bench.rows if row.reached is False]
     print(f"\n{sum(row.reached is True for row in bench.rows)} goals reached, {len(missed)} missed")
     if arguments.json:

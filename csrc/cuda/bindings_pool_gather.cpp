@@ -226,8 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather(const Tensor& documents, const
   const void* content_address = rows.size(0) > 0 ? device_address(rows) : nullptr;
   const void* scales_address = factors && rows.size(0) > 0 ? device_address(*factors) : nullptr;
   if (content_address != nullptr && (!factors || scales_address != nullptr)) {
-    // Whoever frees pinned memory while a kernel still reads it is told so by torch's allocator only for copies it made
-    // itself: the caller must keep `content` as long as the bank is in use, as for any copy that does not block.
+    // The kernel reads the host's memory after this returns: the caller keeps `content`, as for a copy that does not wait.
     call.content = content_address;
     call.scales = static_cast<const float*>(scales_address);
     check(gather_documents(call, place.stream), op);

@@ -80,3 +80,20 @@ def test_goals_are_held_against_the_time_on_the_device(
     bench.measure(row, lambda _: None, 1, goal=("copy", 0.8))
     assert row.reached is reached and row.share == pytest.approx(1.0 / (device_ms or call_ms))
     assert ("reached: 0.8" in capsys.readouterr().out) is reached
+
+
+def test_what_is_behind_the_reference_is_said(script) -> None:
+    """In time and in memory, each beside the reference's row of the same case."""
+    rows = [
+        script.Row("route_documents", case, backend, ms, peak_MB=peak)
+        for case, backend, ms, peak in [
+            ("small", "cpp", 2.0, 0.0),
+            ("small", "pytorch", 1.0, 50.0),
+            ("large", "pytorch", 9.0, 50.0),
+            ("large", "cpp", 8.0, 60.0),
+            ("large", "plain matmul", 99.0, 99.0),
+        ]
+    ]
+    slower, larger = script.behind_pytorch(rows)
+    assert "SLOWER" in slower and "small" in slower
+    assert "MORE MEMORY" in larger and "large" in larger

@@ -1,12 +1,8 @@
 // Checks pool_chunks and gather_documents against plain loops on the host, then times them. No torch.
 //
-//   nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -o /tmp/pool_gather csrc/cuda/standalone/pool_gather.cu
-//   /tmp/pool_gather            checks, then times; ends with status 1 and times nothing where a check fails
-//   /tmp/pool_gather --check    checks only (for compute-sanitizer); --cases N: how many of each (default 150)
-//
-// Without a GPU the same checks run on emulated threads (cuda_on_host.h):
-//   g++ -x c++ -std=c++17 -O1 -DMSA_HF_EMULATE -w -isystem CUDA/include -pthread -o /tmp/pool_gather \
-//       csrc/cuda/standalone/pool_gather.cu
+//   pool_gather.sh              checks, then times; ends with status 1 and times nothing where a check fails
+//   pool_gather.sh --check      checks only; --cases N: how many of each (default 150), --seed N: which
+//   pool_gather.sh --host       the same checks without a GPU, on emulated threads (cuda_on_host.h)
 
 #include <chrono>
 #include <cmath>
