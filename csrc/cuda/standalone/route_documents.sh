@@ -2,7 +2,7 @@
 # Compiles route_documents with its checks and benchmark, in parallel, and runs it: one command, under two minutes.
 #   route_documents.sh [options of the program]         with nvcc, for this machine's GPU
 #   route_documents.sh --host [options of the program]  with a C++ compiler, on emulated threads (needs CUDA's headers)
-#   ARCH=90a BUILD=directory CUDA=/usr/local/cuda        what may be set
+#   ARCH=90a BUILD=directory CUDA=/usr/local/cuda CUBLAS=library   what may be set
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 build=${BUILD:-$(mktemp -d)}
@@ -16,26 +16,24 @@ if [ "${1:-}" = "--host" ]; then
 fi
 arch=${ARCH:-90a}
 flags=(-std=c++17 -O3 -DMSA_HF_ALL_SHAPES -gencode "arch=compute_$arch,code=sm_$arch" -Xptxas -v)
-sources=("$here"/../route_documents*.cu "$here/route_documents.cu")
-objects=()
-pids=()
-for source in "${sources[@]}"; do
-    name=$(basename "$source" .cu)
-    [ "$(dirname "$source")" = "$here" ] && name=main_$name
-    objects+=("$build/$name.o")
-    nvcc "${flags[@]}" -c "$source" -o "$build/$name.o" > "$build/$name.log" 2>&1 &
-    pids+=($!)
-done
-failed=0
-for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
-if [ $failed = 1 ]; then
-    grep -h -A3 error "$build"/*.log
-    exit 1
-fi
+export build flags_text="${flags[*]}"
+compile() { # one file; what stands beside this script is the main program
+    name=$(basename "$1" .cu)
+    case "$1" in */standalone/*) name=main ;; esac
+    nvcc $flags_text -c "$1" -o "$build/$name.o" > "$build/$name.log" 2>&1 || { grep -A3 error "$build/$name.log"; exit 255; }
+}
+export -f compile
+rm -f "$build"/*.o "$build"/*.log
+printf '%s\0' "$(dirname "$here")"/route_documents*.cu "$here/route_documents.cu" |
+    xargs -0 -n 1 -P "$(nproc)" bash -c 'compile "$1"' compile
 spills=$(cat "$build"/*.log | grep -E "[1-9][0-9]* bytes spill" || true)
 [ -z "$spills" ] || echo "register spills: $spills"
 grep -h "serialized" "$build"/*.log || true
-nvcc "${flags[@]}" -o "$build/route_documents" "${objects[@]}" -ldl 2> /dev/null
+nvcc "${flags[@]}" -o "$build/route_documents" "$build"/*.o -ldl 2> /dev/null
 cublas=${CUBLAS:-$(ldconfig -p 2> /dev/null | sed -n 's/.*libcublas\.so.* => //p' | head -n 1)}
-[ -n "$cublas" ] || cublas=$(find / -name 'libcublas.so*' -not -path '/proc/*' 2> /dev/null | head -n 1 || true)
+if [ -z "$cublas" ]; then # as pip installs it beside torch
+    site=$(python3 -c 'import sysconfig; print(sysconfig.get_path("platlib"))' 2> /dev/null || true)
+    [ -z "$site" ] || cublas=$(find "$site/nvidia" -name 'libcublas.so*' 2> /dev/null | head -n 1 || true)
+fi
+echo "built in $SECONDS s: $build/route_documents"
 exec "$build/route_documents" ${cublas:+--cublas "$cublas"} "$@"

@@ -26,6 +26,10 @@ def _floating(*dtypes: torch.dtype) -> str | None:
     return f"it takes float32, bfloat16 and float16, not {wrong[0]}" if wrong else None
 
 
+def cuda_route_documents(*, queries: torch.dtype, keys: torch.dtype, **_: Any) -> str | None:
+    return _floating(queries, *([] if keys in (torch.int8, torch.float8_e4m3fn) else [keys]))
+
+
 def cuda_rescore_documents(
     *, queries: torch.dtype, keys: torch.dtype, width: int, k: int, source: str, contiguous: bool, **_: Any
 ) -> str | None:
