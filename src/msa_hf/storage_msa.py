@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import stat
 import uuid
 from collections import Counter
@@ -540,10 +541,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def remove_leftover(path: Path) -> None:
+    """Remove a file, or a folder with what it holds, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def publish_file(directory: Path, stem: str, payload: Any, created: list[Path]) -> dict[str, Any]:
     """Write tensors by name, an Arrow table or bytes to a file named after its content; a new one joins `created`."""
-    temporary = directory / f".{stem}-{uuid.uuid4().hex}.tmp"
+    # In a folder of its own, because safetensors writes beside the file it was asked for and renames: whatever a kill
+    # leaves of that is found under a name of ours.
+    folder = directory / f".{stem}-{uuid.uuid4().hex}.tmp"
+    temporary = folder / "payload"
     try:
+        folder.mkdir()
         temporary.touch()
         mode = temporary.stat().st_mode
         if isinstance(payload, dict):
@@ -566,7 +579,7 @@ def publish_file(directory: Path, stem: str, payload: Any, created: list[Path]) 
         # Also over an equal file: that one may be damaged, and whoever has it mapped keeps it.
         os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        remove_leftover(folder)
     return {"file": target.name, "bytes": size, "sha256": digest}
 
 

@@ -94,6 +94,32 @@ def test_a_killed_writer_loses_nothing_it_acknowledged(fast_directory: Path, cap
     assert number > KILLS // 4 and repaired > 5 and in_flight > 2, "the kills must have hit commits"
 
 
+def test_what_a_library_leaves_of_its_own_is_removed_too(
+    fast_directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """safetensors writes to a file with a name of its own choice, beside the one it was asked for."""
+    with OpenBank(FakeModel(), fast_directory) as bank:
+        bank.add([{"key": "kept", "text": "as it was"}])
+
+    def killed(tensors: object, path: Path) -> None:
+        Path(path).with_name(".tmpDGdub1").write_bytes(b"half a shard")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(storage_msa, "save_file", killed)
+        try:
+            with OpenBank(FakeModel(), fast_directory) as bank:
+                bank.add([{"key": "new", "text": "never acknowledged"}])
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with OpenBank(FakeModel(), fast_directory) as bank:
+        assert texts(bank.snapshot()) == {"kept": "as it was"}
+    assert "removed 1 files of an interrupted write" in caplog.text
+    assert set(files_of(fast_directory)) == named(fast_directory)
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 WRITES: list[tuple[Any, str]] = [

@@ -45,6 +45,7 @@ from ..storage_msa import (
     read_prefix,
     remove_created,
     remove_files,
+    remove_leftover,
     table_schema,
 )
 from .lock import WriterLock
@@ -298,7 +299,7 @@ class OpenBank:
             if path.name not in kept and (OWN_FILE.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
         ]
         for path in left:
-            path.unlink()
+            remove_leftover(path)
         if left:
             logger.warning(
                 "%s: removed %d files of an interrupted write; the last commit is intact.", self.directory, len(left)
