@@ -274,6 +274,23 @@ def test_verify_finds_any_flipped_byte_and_the_rest_stays_usable(
         assert bank.verify() == [] and texts(bank.snapshot()) == expected
 
 
+def test_compaction_does_not_pass_damage_on(mixed: tuple[Path, dict[str, str]]) -> None:
+    """A damaged file that it copies would otherwise get a new checksum, which is right."""
+    directory, expected = mixed
+    path = max(directory.glob("chunks-*"))
+    data = path.read_bytes()
+    with OpenBank(FakeModel(), directory) as bank:
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        before = {file.name: file.read_bytes() for file in directory.iterdir()}
+        with pytest.raises(BankDamaged, match=path.name):
+            bank.compact()
+        assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
+        assert len(bank) < len(expected)
+    path.write_bytes(data)
+    with OpenBank(FakeModel(), directory) as bank:
+        assert bank.compact() and texts(bank.snapshot()) == expected and bank.verify() == []
+
+
 def test_a_damaged_manifest_is_found(mixed: tuple[Path, dict[str, str]]) -> None:
     directory, expected = mixed
     with OpenBank(FakeModel(), directory, read_only=True) as bank:

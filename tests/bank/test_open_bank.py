@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from msa_hf import storage_msa
-from msa_hf.bank import BankLocked, OpenBank
+from msa_hf.bank import BankDamaged, BankLocked, OpenBank
 from msa_hf.bank.segments import Segment
 from msa_hf.generation import COMPACT, DocumentIds
 from msa_hf.memory_msa import BankOrigin, Document, DocumentTable, MemoryBank
@@ -466,3 +466,44 @@ def test_positions_count_documents_and_rows_count_deleted_ones_too() -> None:
         assert table.rows_of(positions).tolist() == [[*alive, -1]]
         assert table.positions_of(table.rows_of(positions)).tolist() == positions.tolist()
         assert [table[place].key for place in range(len(alive))] == [str(row) for row in alive]
+
+
+# --- without a model --------------------------------------------------------------------------------------------------
+
+
+def test_a_bank_is_cared_for_without_its_model(tmp_path: Path) -> None:
+    with pytest.raises(storage_msa.BankFormatError, match="not a bank"):
+        OpenBank(None, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="needs a `model`"):
+        OpenBank(None)
+    with OpenBank(FakeModel(), tmp_path) as bank:
+        bank.add([{"key": key, "text": f"text of {key}"} for key in "abc"])
+        expected = contents(bank.snapshot())
+    with OpenBank(None, tmp_path) as bank:
+        assert bank.origin == ORIGIN and bank.verify() == []
+        with pytest.raises(ValueError, match="opened without a model"):
+            bank.upsert("b", "another text")
+        with pytest.raises(ValueError, match="opened without a model"):
+            bank.add(["a further text"])
+        assert bank.delete("b") and bank.compact()
+        del expected["b"]
+        assert contents(bank.snapshot()).keys() == expected.keys()
+    with OpenBank(FakeModel(), tmp_path) as bank:
+        found = contents(bank.snapshot())
+        assert str(found) == str(expected)
+
+
+def test_without_its_model_a_damaged_prefix_is_never_replaced(tmp_path: Path) -> None:
+    with OpenBank(FakeModel(), tmp_path) as bank:
+        bank.add([{"key": key, "text": f"text of {key}"} for key in "ab"])
+    path = next(tmp_path.glob("prefix-*"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with OpenBank(None, tmp_path) as bank:
+        assert [item.file for item in bank.verify()] == [path.name]
+        assert bank.delete("a")
+        for action in (bank.snapshot, bank.compact):
+            with pytest.raises(BankDamaged, match="prefix"):
+                action()
+    with OpenBank(FakeModel(), tmp_path) as bank:
+        assert texts(bank) == {"b": "text of b"} and bank.compact() and bank.verify() == []

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -104,7 +104,8 @@ class OpenBank:
     Threads may share an open bank; processes may not, but may open the same directory to read.
 
     Args:
-        model: encodes the documents; the bank must be of its making.
+        model: encodes the documents; the bank must be of its making. None: for a bank that is there, to which nothing
+            can be added; deleting, compacting, verifying and reading need no model.
         directory: made where missing. None: the bank lies in memory alone.
         tokenizer: of the texts.
         protocol: how documents are wrapped with their ids; None: texts are encoded as they are.
@@ -120,6 +121,8 @@ class OpenBank:
     """
 
     state: State
+    origin: BankOrigin
+    _prefix: dict[int, tuple[Tensor, Tensor]] | None  # None: damaged, and no model to make it again
 
     def __init__(
         self,
@@ -135,6 +138,8 @@ class OpenBank:
     ) -> None:
         if directory is None and read_only:
             raise ValueError("A bank in memory alone cannot be opened with `read_only`.")
+        if directory is None and model is None:
+            raise ValueError("A bank in memory alone needs a `model`, which encodes its documents.")
         self.model, self.tokenizer, self.protocol = model, tokenizer, protocol
         self.directory = None if directory is None else Path(directory)
         self.read_only = read_only
@@ -142,7 +147,6 @@ class OpenBank:
         self._encode_options = {"show_progress": False, **(encode_options or {})}
         default = getattr(model, "device", "cpu") if directory is None else "cpu"
         self.device = torch.empty(0, device=default if device is None else device).device
-        self.origin: BankOrigin = model.memory_origin(tokenizer)
         self._mutex = threading.RLock()
         self._pending: dict[str, _Change] | None = None
         self._next_id = 0
@@ -153,6 +157,8 @@ class OpenBank:
         self._lock: WriterLock | None = None
         self._closed = False
         try:
+            if model is None and self.directory is not None:
+                read_manifest(self.directory)  # before anything is made there
             if self.directory is not None and not read_only:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._lock = WriterLock(self.directory)
@@ -169,6 +175,7 @@ class OpenBank:
 
     def _create(self) -> None:
         """Begin an empty bank; what its tensors look like is learnt by encoding one token."""
+        self.origin = self.model.memory_origin(self.tokenizer)
         like = self.model.encode_documents([[0]], self.tokenizer, bank_device=self.device, **self._encode_options)
         dtype = next(name for name, (kind, _) in DTYPES.items() if kind is like.dtype)
         self._prefix = like.prefix
@@ -221,7 +228,8 @@ class OpenBank:
             origin = BankOrigin.from_dict(manifest["origin"])
         except ValueError as error:
             raise format_error(self.directory / MANIFEST, str(error)) from error
-        _check_origin(origin, self.model.memory_origin(self.tokenizer))
+        if self.model is not None:
+            _check_origin(origin, self.model.memory_origin(self.tokenizer))
         self.origin = origin
         state = getattr(self, "state", None)
         old = {} if state is None else {item.record["table"]["file"]: item for item in state.segments}
@@ -248,8 +256,8 @@ class OpenBank:
             entry = manifest["prefix"]["file"]
             damage.append(Damage(entry, str(error)))
             dtype = DTYPES[manifest["dtype"]][0]
-            encoded = self.model.encode_prefix()
-            self._prefix = {
+            encoded = None if self.model is None else self.model.encode_prefix()
+            self._prefix = encoded and {
                 layer: (keys.to(self.device, dtype), values.to(self.device, dtype))
                 for layer, (keys, values) in encoded.items()
             }
@@ -376,11 +384,18 @@ class OpenBank:
                 documents = DocumentTable(state.table, state.hidden, state.find)
                 offsets, counts = torch.from_numpy(state.offsets), (state.chunks, state.tokens)
                 next_id = state.manifest["next_id"]
-                bank = MemoryBank(layers, offsets, self._prefix, documents, self.origin, counts, next_id)
+                bank = MemoryBank(layers, offsets, self._whole_prefix(), documents, self.origin, counts, next_id)
                 if hasattr(self.model, "accept_bank"):
                     self.model.accept_bank(bank)
                 self._snapshot = bank
             return self._snapshot
+
+    def _whole_prefix(self) -> dict[int, tuple[Tensor, Tensor]]:
+        if self._prefix is None:
+            raise BankDamaged(
+                "The file of the template prefix is damaged: open the bank with its model, which makes it."
+            )
+        return self._prefix
 
     def refresh(self) -> bool:
         """Move on to the last commit of another process; returns whether there was one."""
@@ -561,6 +576,8 @@ class OpenBank:
         version: int | None,
         metadata: Mapping[str, Any] | None,
     ) -> bool:
+        if self.model is None:
+            raise ValueError("This bank was opened without a model, which documents are encoded with.")
         known, row = self._known(key, pending)
         if self._is_late(known, version):
             return False
@@ -831,6 +848,9 @@ class OpenBank:
 
         Afterwards no file holds anything of a deleted document but the hash of its key beside its version. Snapshots
         that were taken before keep what they have in memory until they are let go.
+
+        Raises:
+            BankDamaged: where a file that would be copied is not what was written; nothing has changed then.
         """
         with self._mutex:
             if self._pending is not None:
@@ -843,6 +863,7 @@ class OpenBank:
             clean = all(keep for keep, _ in groups) and not len(state.deleted) and not self._damage
             if clean and len(state.manifest["deletions"]) < 2:
                 return False
+            self._check_files([state.segments[number] for keep, numbers in groups if not keep for number in numbers])
             manifest = {**state.manifest, "generation": state.manifest["generation"] + 1}
             manifest["library_version"] = library_version()
 
@@ -856,7 +877,7 @@ class OpenBank:
                     rows, chunks, tokens = record["documents"][1], chunks + record["chunks"], tokens + count
                 manifest["counts"] = {"documents": rows, "chunks": chunks, "tokens": tokens}
                 manifest["deletions"] = []
-                manifest["prefix"] = publish_prefix(directory, self._prefix, created)
+                manifest["prefix"] = publish_prefix(directory, self._whole_prefix(), created)
                 if self._versions:
                     none = np.empty(0, np.int64)
                     entry = self._write_deletions(directory, manifest, none, self._versions, created)
@@ -867,6 +888,17 @@ class OpenBank:
             self._buffers = None
             self._load()
             return True
+
+    def _check_files(self, segments: Sequence[Segment]) -> None:
+        """Refuse to copy damage, which would give it a checksum of its own."""
+        assert self.directory is not None
+        for segment in segments:
+            for entry in (*segment.record["tensors"], segment.record["table"]):
+                try:
+                    checked_file(self.directory, entry, verify=True)
+                except BankFormatError:
+                    self.verify()  # finds the others too, and leaves their documents out
+                    return self._check_writable()
 
     def _groups(self) -> list[tuple[bool, list[int]]]:
         """Segments to keep, and runs of segments to write anew as one: those with deleted rows, and small ones."""
