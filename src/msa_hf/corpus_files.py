@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
 SUFFIXES = (".txt", ".md")
+DIGEST_BYTES = 16
 
 
 class UserError(Exception):
@@ -48,6 +51,11 @@ class Corpus:
         source: a folder of texts, a `.jsonl`, or a directory that `datasets.save_to_disk` saved.
         text_column, key_column: names of the fields; None for `"text"` and `"key"`.
 
+    Attributes:
+        keys: key -> where its document is, for messages.
+        sizes: of the texts, in bytes of UTF-8.
+        skipped: files without text.
+
     Raises:
         UserError: for what cannot be read, naming file and line; everything is looked at before anything is encoded.
     """
@@ -68,26 +76,47 @@ class Corpus:
             self._rows = self._json_rows
         else:
             raise UserError(f"{source}: not a folder of {' and '.join(SUFFIXES)}, a .jsonl or a saved dataset")
-        self.skipped: set[str] = set()  # files without text
-        keys: dict[str, str] = {}
-        self._count = 0
-        for place, row in self._rows():
+        self.skipped: set[str] = set()
+        self.keys: dict[str, str] = {}
+        self.sizes = array("q")
+        self._digests = bytearray()
+        self._starts: list[Any] = []  # from where `_rows` goes on
+        for place, start, row in self._rows():
             self._check(place, row)
             key = row.get(self.key_column)
-            key = str(self._count if key is None else key)
-            if key in keys:
-                raise UserError(f"{place}: the key {key!r} is that of {keys[key]} already")
-            keys[key] = place
-            self._count += 1
-        if not self._count:
+            key = str(len(self) if key is None else key)
+            if key in self.keys:
+                raise UserError(f"{place}: the key {key!r} is that of {self.keys[key]} already")
+            self.keys[key] = place
+            self.sizes.append(len(row[self.text_column].encode(errors="surrogatepass")))
+            self._digests += _digest(row)
+            self._starts.append(start)
+        if not len(self):
             what = f"no {' or '.join(SUFFIXES)} file with text" if self._rows == self._folder_rows else "no documents"
             raise UserError(f"{source}: {what}")
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.sizes)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (row for _, row in self._rows())
+        return (row for *_, row in self._rows())
+
+    def read(self, first: int, end: int) -> Iterator[dict[str, Any]]:
+        """Documents `first` up to `end` (excluded), without reading those before.
+
+        Raises:
+            UserError: where they are not what they were when they were looked at.
+        """
+        rows = self._rows(self._starts[first:end])
+        for number in range(first, end):
+            place, _, row = next(rows, (str(self.path), None, {}))
+            if _digest(row) != self.digest(number, number + 1):
+                raise UserError(f"{place}: changed while it was encoded; run the command again")
+            yield row
+
+    def digest(self, first: int, end: int) -> bytes:
+        """What tells documents `first` up to `end` (excluded) from others."""
+        return bytes(self._digests[DIGEST_BYTES * first : DIGEST_BYTES * end])
 
     def _check(self, place: str, row: dict[str, Any]) -> None:
         names = ", ".join(row) or "none"
@@ -101,22 +130,27 @@ class Corpus:
         if not text.strip():
             raise UserError(f"{place}: {self.text_column!r} is empty; leave it out")
 
-    def _folder_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for path in sorted(self.path.rglob("*")):
+    def _folder_rows(self, starts: list[Path] | None = None) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+        for path in sorted(self.path.rglob("*")) if starts is None else starts:
             if path.suffix.lower() in SUFFIXES and path.is_file():
                 text = _decoded(path.read_bytes(), str(path))
                 key = path.relative_to(self.path).as_posix()
                 if text.strip():
-                    yield str(path), {"key": key, "text": text}
+                    yield str(path), path, {"key": key, "text": text}
                 else:
                     self.skipped.add(key)
 
-    def _json_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _json_rows(
+        self, starts: list[tuple[int, int]] | None = None
+    ) -> Iterator[tuple[str, tuple[int, int], dict[str, Any]]]:
         def refuse(constant: str) -> NoReturn:
             raise ValueError(f"{constant} is not JSON")
 
+        first, following = starts[0] if starts else (1, 0)
         with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            file.seek(following)
+            for number, line in enumerate(file, start=first):
+                offset, following = following, following + len(line)
                 place = f"{self.path}, line {number}"
                 text = _decoded(line, place)
                 if not text.strip():
@@ -127,7 +161,7 @@ class Corpus:
                     raise UserError(f"{place}: not valid JSON ({error})") from error
                 if not isinstance(row, dict):
                     raise UserError(f"{place}: not a JSON object but {type(row).__name__}")
-                yield place, row
+                yield place, (number, offset), row
 
     def _load_dataset(self) -> Any:
         try:
@@ -140,9 +174,16 @@ class Corpus:
             raise UserError(f"{self.path}: holds the splits {', '.join(dataset)}; give the directory of one")
         return dataset
 
-    def _dataset_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for number, row in enumerate(self._dataset):
-            yield f"{self.path}, row {number}", dict(row)
+    def _dataset_rows(self, starts: list[int] | None = None) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        first = starts[0] if starts else 0
+        rows = self._dataset if starts is None else self._dataset.select(starts)
+        for number, row in enumerate(rows, start=first):
+            yield f"{self.path}, row {number}", number, dict(row)
+
+
+def _digest(row: Mapping[str, Any]) -> bytes:
+    content = json.dumps(row, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).digest()[:DIGEST_BYTES]
 
 
 def _decoded(data: bytes, place: str) -> str:

@@ -235,12 +235,19 @@ class Reserves:
 
 @dataclass(frozen=True)
 class Choice:
-    """An explicit placement; None leaves that part to the planner. Formats that are named here count as allowed."""
+    """An explicit placement; None leaves that part to the planner. Formats that are named here count as allowed.
+
+    Attributes:
+        keys, keys_on, content, content_on: format and tier of routing keys and of content.
+        cache: bytes on the device for the content of documents that were used last; taken only where content does not
+            lie there itself.
+    """
 
     keys: str | None = None
     keys_on: str | None = None
     content: str | None = None
     content_on: str | None = None
+    cache: int = 0
 
 
 class DoesNotFit(ValueError):
@@ -256,6 +263,7 @@ class Placement:
         gpus: how many share it evenly.
         tiers, reserves: what was planned with.
         keys, keys_on, content, content_on: format and tier of routing keys and of content.
+        cache: bytes on the device for content that lies elsewhere.
     """
 
     bank: BankShape
@@ -266,6 +274,7 @@ class Placement:
     keys_on: str
     content_on: str
     content: str
+    cache: int = 0
 
     @property
     def shape(self) -> BankShape:
@@ -281,6 +290,7 @@ class Placement:
             ("content", self.content, self.content_on, shape.content_bytes(self.content)),
             ("index", "", "host" if self.tiers.device is None else "device", shape.index_bytes),
             ("texts", "", "disk", shape.text_bytes),
+            *([("cached content", self.content, "device", self.cache)] if self.cache else []),
         ]
 
     def used(self, tier: str) -> int:
@@ -427,6 +437,8 @@ def plan_placement(
     content_on = (TIERS if has_device else TIERS[1:]) if choice.content_on is None else (choice.content_on,)
     if "disk" in keys_on:
         raise ValueError("Routing keys cannot lie on disk: every question reads all of them.")
+    if choice.cache < 0 or (choice.cache and not has_device):
+        raise ValueError(f"`cache` must be bytes on a device, got {choice.cache}; device: {tiers.device}.")
     for name, places in (("keys_on", keys_on), ("content_on", content_on)):
         _known(name, places, TIERS)
         if "device" in places and not has_device:
@@ -440,6 +452,7 @@ def plan_placement(
         keys_on,
         content_on,
         _formats("content_formats", shape, choice.content, content_formats, (shape.dtype,), CONTENT_FORMATS),
+        choice.cache,
     )
     found = request.first_fit()
     if found is None:
@@ -489,10 +502,12 @@ class _Request:
     keys_on: tuple[str, ...]
     content_on: tuple[str, ...]
     content: tuple[str, ...]
+    cache: int = 0
 
     def placements(self) -> Iterator[Placement]:
         for chosen in itertools.product(self.keys, self.keys_on, self.content_on, self.content):
-            yield Placement(self.shape, self.tiers, self.reserves, self.gpus, *chosen)
+            cache = 0 if chosen[2] == "device" else self.cache
+            yield Placement(self.shape, self.tiers, self.reserves, self.gpus, *chosen, cache)
 
     def first_fit(self) -> Placement | None:
         return next((placement for placement in self.placements() if placement.fits), None)
@@ -513,6 +528,7 @@ class _Request:
             there.append(f"{tier} {capacity:,} - {reserved:,} reserved = {max(capacity - reserved, 0):,} bytes")
         share_of = f" (one of {self.gpus} GPUs' shares)" if self.gpus > 1 else ""
         index = f"the index {share.index_bytes:,}" + (f", texts {share.text_bytes:,}" if share.text_bytes else "")
+        index += f", the cache {self.cache:,}" if self.cache else ""
         return (
             f"{share.chunks:,} chunks in {len(share.layers)} layers{share_of} do not fit. Routing keys need "
             f"{sizes(self.keys, share.key_bytes)} ({' or '.join(self.keys_on)}); content "
@@ -524,6 +540,8 @@ class _Request:
     def remedies(self) -> list[str]:
         """Changes of one thing each, every one tried."""
         found = []
+        if self.cache and self.holds(cache=0):
+            found.append("no cache")
         keys, content = self.narrower(self.keys, KEY_FORMATS), self.narrower(self.content, CONTENT_FORMATS)
         key = next((item for item in keys if self.holds(keys=(item,))), None)
         value = next((item for item in content if self.holds(content=(item,))), None)
@@ -544,6 +562,8 @@ class _Request:
             if self.holds(shape=replace(self.shape, layers=self.shape.layers[-kept:])):
                 found.append(f"the last {kept} of the {count} layers")
                 break
+        if self.holds(reserves=Reserves(0, 0, 0, 0, 0)):
+            found.append("less in reserve")
         if self.tiers.device is not None and (gpus := self.least_gpus()):
             found.append(f"{gpus} GPUs with as much device, host and disk memory each")
         for tier in places:

@@ -36,14 +36,14 @@ class BankSource:
     """A bank whose tensors can be read one layer and one part after the other.
 
     Attributes:
-        documents, offsets, prefix, origin, counts, next_id: as `MemoryBank`; the prefix on the CPU.
+        documents, offsets, prefix, origin, counts, next_id: as `MemoryBank`; the prefix on any device.
         dtype: of all tensors.
         shapes: memory layer -> (groups, head_dim).
         parts: memory layer -> its chunks, in order and without gaps, on the CPU: views, or maps of files that are read
             when they are looked at.
         directory: where it lies, None in memory.
         bytes: of the files in the directory, 0 in memory.
-        model: that is known to have made it.
+        model: that is known to have made it, or None.
     """
 
     documents: DocumentTable
@@ -113,7 +113,8 @@ def _shape(memory: LayerMemory) -> tuple[int, int]:
 
 def _of_open(bank: Any) -> BankSource:
     """Of the files that it has open: they may be removed meanwhile."""
-    state, prefix = bank.state_and_prefix()
+    with bank._mutex:
+        state, prefix = bank.state, bank._whole_prefix()
     shapes, dtype = layer_shapes(state.manifest), DTYPES[state.manifest["dtype"]][0]
 
     def parts(layer: int) -> list[LayerMemory]:

@@ -56,9 +56,7 @@ def route_documents(
         BackendError: where the backend asked for does not take the call.
     """
     if queries.dim() == 4:
-        queries = reduce_queries(queries, keys.shape[1] // queries.shape[3], similarity).flatten(2)
-        if queries.is_cuda and keys.dtype != torch.float32:  # tensor cores want both in 16 bit
-            queries = queries.to(torch.bfloat16 if keys.dtype in QUANTISED else keys.dtype)
+        queries = reduced(queries, keys.shape[1], keys.dtype, similarity)
     _check(queries, routing_mask, keys, scales, offsets, alive, k)
     if exact_keys is None and candidates is not None:
         raise ValueError("`candidates` are scored again from `exact_keys`, but there are none.")
@@ -85,6 +83,14 @@ def route_documents(
     if exact_keys is None:
         return documents, scores
     return rescore_documents(queries, routing_mask, exact_keys, offsets, documents, k, prefer=namespace)
+
+
+def reduced(queries: Tensor, width: int, dtype: torch.dtype, similarity: str) -> Tensor:
+    """[B, T, H, D] queries -> [B, T, E] for keys [C, E = width] of a dtype."""
+    queries = reduce_queries(queries, width // queries.shape[3], similarity).flatten(2)
+    if queries.is_cuda and dtype != torch.float32:  # tensor cores want both in 16 bit
+        queries = queries.to(torch.bfloat16 if dtype in QUANTISED else dtype)
+    return queries
 
 
 def _check(
