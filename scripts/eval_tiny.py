@@ -190,6 +190,12 @@ def measure(model: Any, tokenizer: Any, protocol: Protocol, size: int, pool: Poo
     return result
 
 
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
@@ -231,11 +237,13 @@ def main() -> None:
     report: dict[str, Any] = {"banks": []}
     if arguments.out is not None and arguments.out.exists():
         report = json.loads(arguments.out.read_text())
-    report["hardware"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    report["dtype"] = str(dtype).removeprefix("torch.")
-    report["versions"] = {name: metadata.version(name) for name in ("torch", "transformers")}
+    made_on = {
+        "hardware": hardware(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
+    }
     for size in sorted(arguments.documents):
-        bank = measure(model, tokenizer, protocol, size, pool, arguments)
+        bank = {**measure(model, tokenizer, protocol, size, pool, arguments), **made_on}
         others = [item for item in report["banks"] if item["documents"] != size]
         report["banks"] = sorted([*others, bank], key=lambda item: item["documents"])
         if arguments.out is not None:

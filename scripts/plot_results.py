@@ -199,6 +199,17 @@ def layers_of(bank: dict[str, Any]) -> dict[int, dict[str, Any]]:
     return {layer: layers[str(layer)] for layer in sorted(map(int, layers))}
 
 
+def hardware_of(banks: list[dict[str, Any]]) -> str:
+    """What the banks were measured on; with their sizes where that was not the same for all."""
+    sizes: dict[str, list[str]] = {}
+    for bank in banks:
+        if bank.get("hardware"):
+            sizes.setdefault(str(bank["hardware"]), []).append(short(bank["documents"]))
+    if len(sizes) < 2:
+        return "".join(sizes)
+    return ", ".join(f"{name} ({', '.join(found)})" for name, found in sizes.items())
+
+
 def accuracy(results: dict[str, Any]) -> Figure:
     """Exact match, recall and ids against the size of the bank."""
     banks = banks_of(results)
@@ -241,7 +252,7 @@ def accuracy(results: dict[str, Any]) -> Figure:
     panels.append(Panel("Naming documents", ids, "documents in the bank", "right ids", over_documents))
     if not any(panel.drawn for panel in panels):
         raise NothingToDraw("no bank has `conditions`, `recall` or `ids`")
-    notes = [str(results["hardware"])] if results.get("hardware") else []
+    notes = [hardware] if (hardware := hardware_of(banks)) else []
     if all(at(bank, "tokens") for bank in banks):
         notes.append(f"{short(banks[0]['tokens'])} to {short(banks[-1]['tokens'])} tokens")
     counts = sorted({bank["questions"] for bank in banks if at(bank, "questions")})
@@ -286,7 +297,7 @@ def routing(results: dict[str, Any]) -> Figure:
     panels.append(Panel("Scores: gold and best other", scores, "memory layer", "score", over_layers))
     if not any(panel.drawn for panel in panels):
         raise NothingToDraw(f"no layer of a bank has any of {', '.join(RECALLS)}, gold_score, other_score")
-    return draw(panels, str(results.get("hardware") or ""))
+    return draw(panels, hardware_of(banks))
 
 
 def training(results: dict[str, Any]) -> Figure:
@@ -297,7 +308,7 @@ def training(results: dict[str, Any]) -> Figure:
         panels += curve_panels(f"{phase}: " if phase else "", [row for row in curve if isinstance(row, dict)])
     if not any(panel.drawn for panel in panels):
         raise NothingToDraw("the results hold no `curve` with losses or recall")
-    return draw(panels, str(results.get("hardware") or ""))
+    return draw(panels, str(at(results, "training", "hardware") or ""))
 
 
 def curve_panels(phase: str, rows: list[dict[str, Any]]) -> list[Panel]:

@@ -44,6 +44,7 @@ def bank(place: int) -> dict[str, Any]:
     }
     return {
         "documents": SIZES[place],
+        "hardware": "one big machine",
         "tokens": 97 * SIZES[place],
         "questions": 300,
         "recall": {"layers": layers},
@@ -67,7 +68,8 @@ def results() -> dict[str, Any]:
         }
         for step in range(3)
     ]
-    return {"hardware": "one big machine", "banks": [bank(place) for place in (2, 0, 1)], "curve": curve}
+    banks = [bank(place) for place in (2, 0, 1)]
+    return {"training": {"hardware": "a machine for training"}, "banks": banks, "curve": curve}
 
 
 def shown(figure: Figure) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -103,6 +105,9 @@ def test_accuracy_shows_every_condition_and_kind_by_size(plots: Any, results: di
     assert panels["Naming documents"]["over the routed ids"] == [(size, 0.75) for size in SIZES]
     assert all(axes.get_xscale() == "log" for axes in figure.axes if axes.get_visible())
     assert figure.get_suptitle() == "one big machine, 97k to 97M tokens, 300 questions of each kind"
+    results["banks"][0]["hardware"] = "a small one"
+    title = plots.accuracy(results).get_suptitle()
+    assert title.startswith("one big machine (1k, 10k), a small one (1M), 97k")
 
 
 def test_routing_shows_every_layer_by_size(plots: Any, results: dict[str, Any]) -> None:
@@ -115,8 +120,9 @@ def test_routing_shows_every_layer_by_size(plots: Any, results: dict[str, Any]) 
 
 
 def test_training_shows_losses_and_recall_apart(plots: Any, results: dict[str, Any]) -> None:
-    panels = shown(plots.training(results))
-    assert panels == {
+    figure = plots.training(results)
+    assert figure.get_suptitle() == "a machine for training"
+    assert shown(figure) == {
         "Language-model loss": {"reading": [(0, 3.0), (0.5, 2.0), (1, 1.0)]},
         "Auxiliary loss": {"first": [(0, 2.0), (0.5, 1.0), (1, 0.0)]},
         "Recall@16, second documents": {"layer 9": [(0, 0.0), (0.5, 0.5), (1, 1.0)]},
