@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,13 @@ def records(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[dict
 
 
 def same_bank(ours: MemoryBank, theirs: MemoryBank) -> None:
-    assert list(ours.documents) == list(theirs.documents)
+    """What the command encoded, and the same in memory, where a protocol keeps the ids among the metadata."""
+    wanted = []
+    for number, document in enumerate(theirs.documents):
+        metadata = dict(document.metadata or {})
+        assert metadata.pop("id", number) == number
+        wanted.append(replace(document, id=number, metadata=metadata or None))
+    assert list(ours.documents) == wanted
     for layer, memory in theirs.layers.items():
         torch.testing.assert_close(ours.layers[layer].content, memory.content)
         torch.testing.assert_close(ours.layers[layer].routing_keys, memory.routing_keys)
@@ -295,7 +302,7 @@ def test_a_full_disk_is_one_line(
     def full(*arguments: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr("msa_hf.memory_msa.write_bank", full)
+    monkeypatch.setattr("msa_hf.bank.encoding.publish_file", full)
     monkeypatch.setattr(MSAForCausalLM, "save_pretrained", full)
     for command in (("encode", place / "plain", place / "docs"), ("retrofit", place / "base")):
         assert "No space left on device" in refusal(capsys, *command, tmp_path / "out")

@@ -109,7 +109,7 @@ def test_verify_names_the_damaged_file_and_gives_up_its_documents_when_told(
     assert "every file is as it was written" in run(capsys, "verify", bank)
     with OpenBank(None, bank) as opened:
         opened.delete("tea.md")
-    path = min(bank.glob("layer-*"))
+    path = min(bank.glob("chunks-*"))
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert main(["bank", "verify", str(bank)]) == 1

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +23,8 @@ import torch
 from transformers import AutoTokenizer
 
 from . import doctor
-from .bank import BankDamaged, BankLocked, OpenBank, plan_command
+from .bank import BankDamaged, BankLocked, OpenBank, RankFailed, plan_command
+from .bank.encoding import PART_SIZE, TIMEOUT, agreed, connected, encode_bank
 from .corpus_files import Corpus, UserError, reported
 from .generation import COMPACT, PUBLISHED, Answer, MemoryInterleave, Protocol
 from .generation.interleave import SELECTIONS
@@ -73,9 +75,11 @@ def layer_list(text: str) -> list[int]:
 
 
 def device_of(text: str) -> torch.device:
-    """An argument type: a device that this machine has."""
+    """An argument type: a device that this machine has; `cuda` is this process' own where a launcher started many."""
     try:
         device = torch.device(text)
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % max(torch.cuda.device_count(), 1))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise argparse.ArgumentTypeError(f"this machine has no device {text!r}") from None
@@ -117,14 +121,35 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--router-init", choices=("copy", "random"), default="copy")
     made.add_argument("--score-bias", action="store_true", help="let scores weigh the documents in the attention")
 
-    made = command("encode", encode, "Encode documents into a memory bank.")
+    made = command(
+        "encode",
+        encode,
+        "Encode documents into a memory bank. Run again after an interruption it goes on where it stopped; under "
+        "`accelerate launch` or `torchrun`, as `-m msa_hf.encode`, all processes share the work.",
+    )
     made.add_argument("model", metavar="MODEL", help="a checkpoint with a memory: directory or Hub id")
     made.add_argument(
         "source", metavar="SOURCE", help="a folder of .txt and .md, a .jsonl, or what datasets.save_to_disk saved"
     )
-    made.add_argument("bank", metavar="BANK", help="directory for the bank; one that lies there is replaced")
+    made.add_argument(
+        "bank", metavar="BANK", help="directory for the bank; one that lies there is replaced when this one is complete"
+    )
     add_model_options(made)
     made.add_argument("--batch-tokens", type=positive, default=16384, help="tokens per batch (default: 16384)")
+    made.add_argument(
+        "--part-size",
+        type=positive,
+        default=PART_SIZE,
+        metavar="BYTES",
+        help="text that is encoded and kept at a time; what an interruption costs, per process (default: 1000000)",
+    )
+    made.add_argument(
+        "--timeout",
+        type=positive,
+        default=int(TIMEOUT.total_seconds()),
+        metavar="SECONDS",
+        help="of waiting for another process; must exceed the time a part takes (default: 3600)",
+    )
     made.add_argument(
         "--too-long", choices=("error", "split"), default="error", help="what to do with a document above the limit"
     )
@@ -298,36 +323,49 @@ def retrofit(args: argparse.Namespace) -> int:
 
 def encode(args: argparse.Namespace) -> int:
     """`msa-hf encode`."""
-    out = new_directory(args.bank)
-    with reported():
-        if (out / MANIFEST).exists():
-            read_manifest(out)  # else saving would refuse, after all the work
-        corpus = Corpus(args.source, args.text_column, args.key_column)
-    if corpus.skipped:
-        print(f"msa-hf: skipping {len(corpus.skipped)} empty files, such as {min(corpus.skipped)}", file=sys.stderr)
-    model, tokenizer = load(args.model, args.device, args.dtype)
-    protocol = protocol_of(args.protocol, args.model)
-    start = time.perf_counter()
-    with reported():
-        options = {"batch_tokens": args.batch_tokens, "bank_device": "cpu"}
-        bank = encoded(corpus, model, tokenizer, protocol, args.too_long, **options)
-        seconds = time.perf_counter() - start
-        bank.save_pretrained(out)
-    print(f"{out}: {len(bank)} documents, {bank.num_tokens} tokens, {bank.num_chunks} chunks, {seconds:.1f} s")
+    try:
+        with reported(), connected(timedelta(seconds=args.timeout)) as ranks:
+            with agreed(ranks):
+                out = new_directory(args.bank)
+                with reported():
+                    if (out / MANIFEST).exists():
+                        read_manifest(out)  # before the model is loaded
+                    corpus = Corpus(args.source, args.text_column, args.key_column)
+                if corpus.skipped and ranks.rank == 0:
+                    names = f"{len(corpus.skipped)} empty files, such as {min(corpus.skipped)}"
+                    print(f"msa-hf: skipping {names}", file=sys.stderr)
+                model, tokenizer = load(args.model, args.device, args.dtype)
+                protocol = protocol_of(args.protocol, args.model)
+            start = time.perf_counter()
+            done = encode_bank(
+                corpus,
+                model,
+                out,
+                tokenizer,
+                protocol,
+                ranks=ranks,
+                too_long=args.too_long,
+                part_size=args.part_size,
+                batch_tokens=args.batch_tokens,
+            )
+            seconds = time.perf_counter() - start
+    except RankFailed as error:
+        raise UserError(f"{error} What was encoded is kept: the same command goes on from there.") from error
+    except BankLocked as error:
+        raise UserError(str(error)) from error
+    if ranks.rank == 0:
+        there = f", {done.found} of {done.parts} parts were there" if done.found else ""
+        counts = f"{done.documents} documents, {done.tokens} tokens, {done.chunks} chunks"
+        print(f"{out}: {counts}{there}, {seconds:.1f} s")
     return 0
 
 
-def encoded(
-    corpus: Corpus, model: Any, tokenizer: Any, protocol: Protocol | None, too_long: str = "error", **options: Any
-) -> MemoryBank:
-    """Documents as a bank, wrapped as the protocol says."""
+def encoded(corpus: Corpus, model: Any, tokenizer: Any, protocol: Protocol | None) -> MemoryBank:
+    """Documents as a bank in memory, wrapped as the protocol says."""
     columns: dict[str, Any] = {"text_column": corpus.text_column, "key_column": corpus.key_column}
     if protocol is None:
-        return model.encode_documents(corpus, tokenizer, too_long=too_long, **columns, **options)
-    limit = getattr(model.config, "max_position_embeddings", None) if too_long == "split" else None
-    return model.encode_documents(
-        protocol.encode_corpus(corpus, tokenizer, max_tokens=limit, **columns), tokenizer, **options
-    )
+        return model.encode_documents(corpus, tokenizer, **columns)
+    return model.encode_documents(protocol.encode_corpus(corpus, tokenizer, **columns), tokenizer)
 
 
 # Questions ------------------------------------------------------------------------------------------------------------

@@ -591,7 +591,7 @@ class OpenBank:
             encoded = json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False) if metadata else None
         except (TypeError, ValueError) as error:
             raise ValueError(f"Document {key!r}: its metadata cannot be written as JSON: {error}.") from error
-        digest = self._digest(key, text, tokens)
+        digest = text_digest("" if self.protocol is None else self.protocol.document, key, text, tokens)
         same = known.exists and known.digest == digest
         version = known.version if version is None else version
         if same and encoded == known.metadata and version == known.version:
@@ -604,18 +604,6 @@ class OpenBank:
         copied = same and (key not in pending or pending[key].copy)
         pending[key] = _Change(_Known(version, id, digest, encoded, True), row, text, tokens, copied)
         return True
-
-    def _digest(self, key: str, text: str | None, tokens: Any) -> bytes:
-        """Of what is encoded: the text with what wraps it, or token ids."""
-        wrapping = "" if self.protocol is None else self.protocol.document
-        digest = hashlib.sha256(json.dumps([wrapping, text is None, tokens is None]).encode())
-        try:
-            digest.update((text or "").encode())
-        except UnicodeEncodeError as error:
-            raise ValueError(f"Document {key!r}: its text is not Unicode ({error.reason}).") from error
-        if tokens is not None:
-            digest.update(np.asarray(tokens, np.int64).tobytes())
-        return digest.digest()
 
     def _check_writable(self) -> None:
         if self._closed:
@@ -1050,6 +1038,22 @@ class OpenBank:
     def __repr__(self) -> str:
         where = "memory" if self.directory is None else repr(str(self.directory))
         return f"OpenBank({where}, documents={len(self)}, tokens={self.state.tokens}, generation={self.generation})"
+
+
+def text_digest(wrapping: str, key: str, text: str | None, tokens: Any) -> bytes:
+    """Of what is encoded: the text with what wraps it (`Protocol.document`, or nothing), or token ids.
+
+    Raises:
+        ValueError: for a text that is not Unicode, naming the document.
+    """
+    digest = hashlib.sha256(json.dumps([wrapping, text is None, tokens is None]).encode())
+    try:
+        digest.update((text or "").encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"Document {key!r}: its text is not Unicode ({error.reason}).") from error
+    if tokens is not None:
+        digest.update(np.asarray(tokens, np.int64).tobytes())
+    return digest.digest()
 
 
 def _names(manifest: Mapping[str, Any]) -> set[str]:
