@@ -379,8 +379,8 @@ def recall_of_checkpoint(bench: Bench, checkpoint: Path, count: int) -> dict[str
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    from msa_hf import MSAForCausalLM, attention_msa
-    from msa_hf.evaluation import make_corpus
+    from msa_hf import MSAForCausalLM
+    from msa_hf.evaluation import make_corpus, quantised_recall
     from msa_hf.generation import Protocol
 
     logging.disable_progress_bar()
@@ -389,26 +389,9 @@ def recall_of_checkpoint(bench: Bench, checkpoint: Path, count: int) -> dict[str
     corpus = make_corpus(count, seed=7, split="test")
     rows = [protocol.document_row(place, text, tokenizer) for place, text in enumerate(corpus.texts())]
     bank = model.encode_documents(rows, tokenizer, show_progress=False)
-    seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    before = attention_msa.OPERATIONS["route_documents"]
-
-    def record(queries: Tensor, mask: Tensor, keys: Tensor, offsets: Tensor, *rest: Any, **options: Any) -> Any:
-        seen.append((queries, mask, keys, offsets))
-        return before(queries, mask, keys, offsets, *rest, **options)
-
-    attention_msa.OPERATIONS["route_documents"] = record
-    try:
-        with torch.no_grad():
-            questions = [question.text for question in corpus.questions(64, "one_hop", seed=1)]
-            inputs = tokenizer(questions, return_tensors="pt", padding=True).to(bench.device)
-            model(**inputs, memory=bank.to(bench.device), logits_to_keep=1)
-    finally:
-        attention_msa.OPERATIONS["route_documents"] = before
-    layers = [recalls(*item, bench.backends[0]) for item in seen]
-    return {
-        kind: {candidates: min(layer[kind][candidates] for layer in layers) for candidates in layers[0][kind]}
-        for kind in layers[0]
-    }
+    questions = [question.text for question in corpus.questions(64, "one_hop", seed=1)]
+    inputs = tokenizer(questions, return_tensors="pt", padding=True).to(bench.device)
+    return quantised_recall(model, bank.to(bench.device), inputs, backend=bench.backends[0])
 
 
 # Pooling --------------------------------------------------------------------------------------------------------------

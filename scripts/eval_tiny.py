@@ -2,10 +2,11 @@
 
     python scripts/eval_tiny.py model_cards/msa-hf-tiny --documents 1000 10000 100000 1000000 --out results.json
 
-For every bank: recall of the routers in the first and the second round; answers with what the model finds by itself,
-with one round, with forced gold documents, with gold texts in the prompt, with BM25's texts, without a memory; ids
-named freely and constrained; and the ways to select documents beside each other, the first of them under all
-conditions. What was measured before is kept when the file is there already, so that banks can be measured one by one.
+For every bank: recall of the routers in the first and the second round, and of quantised routing keys; answers with
+what the model finds by itself, with one round, with forced gold documents, with gold texts in the prompt, with BM25's
+texts, without a memory; ids named freely and constrained; and the ways to select documents beside each other, the first
+of them under all conditions. What was measured before is kept when the file is there already, so that banks can be
+measured one by one.
 
 A large bank on a machine without accelerator, encoded in commits, so that an interrupted run goes on where it stopped:
 
@@ -34,7 +35,7 @@ from transformers import AutoTokenizer
 
 from msa_hf import MemoryBank, MSAForCausalLM
 from msa_hf.bank import OpenBank
-from msa_hf.evaluation import UNANSWERABLE, Corpus, Question, make_corpus
+from msa_hf.evaluation import UNANSWERABLE, Corpus, Question, make_corpus, quantised_recall
 from msa_hf.generation import MemoryInterleave, Protocol
 from msa_hf.training import Diagnosis, diagnose, router_recall
 
@@ -181,6 +182,8 @@ def measure(model: Any, tokenizer: Any, protocol: Protocol, size: int, pool: Poo
         start = time.perf_counter()
         asker.ask(question.text)
         times.append(time.perf_counter() - start)
+    some = tokenizer([question.text for question in questions[::9]], return_tensors="pt", padding=True)
+    result["quantised"] = quantised_recall(model, bank, some.to(model.device))
     result["seconds"]["one question, median"] = round(statistics.median(times), 4)
     result["bank_bytes"] = sum(
         part.numel() * part.element_size()

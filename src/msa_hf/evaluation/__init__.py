@@ -3,6 +3,7 @@
 from .corpora import UNANSWERABLE, Corpus, Fact, Question, make_corpus
 from .metrics import exact_match, normalise_answer
 from .prose import prose_documents
+from .quantised import quantised_recall
 
 __all__ = [
     "UNANSWERABLE",
@@ -13,4 +14,5 @@ __all__ = [
     "make_corpus",
     "normalise_answer",
     "prose_documents",
+    "quantised_recall",
 ]
