@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Compiles route_documents with its checks and benchmark, in parallel, and runs it: one command, under two minutes.
 #   route_documents.sh [options of the program]         with nvcc, for this machine's GPU
+#   route_documents.sh --sanitize                   the checks under compute-sanitizer: memcheck, racecheck
 #   route_documents.sh --host [options of the program]  with a C++ compiler, on emulated threads (needs CUDA's headers)
 #   ARCH=90a BUILD=directory CUDA=/usr/local/cuda CUBLAS=library   what may be set
 set -euo pipefail
@@ -36,4 +37,11 @@ if [ -z "$cublas" ]; then # as pip installs it beside torch
     [ -z "$site" ] || cublas=$(find "$site/nvidia" -name 'libcublas.so*' 2> /dev/null | head -n 1 || true)
 fi
 echo "built in $SECONDS s: $build/route_documents"
+if [ "${1:-}" = "--sanitize" ]; then
+    for tool in memcheck racecheck; do
+        echo "== $tool"
+        compute-sanitizer --tool "$tool" --error-exitcode 9 "$build/route_documents" --check --cases 20
+    done
+    exit 0
+fi
 exec "$build/route_documents" ${cublas:+--cublas "$cublas"} "$@"
