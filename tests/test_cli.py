@@ -20,6 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from msa_hf import MemoryBank, MSAForCausalLM, cli
+from msa_hf.bank import tiers
+from msa_hf.bank.plan import Tiers
 from msa_hf.cli import main
 from msa_hf.generation import COMPACT, PUBLISHED, MemoryInterleave
 
@@ -418,6 +420,29 @@ def test_ask_goes_on_after_a_question_that_does_not_fit(
     printed = capsys.readouterr()
     assert [json.loads(line)["question"] for line in printed.out.splitlines()] == ["tea"]
     assert printed.err.count("msa-hf: error: ") == 1
+
+
+@pytest.mark.parametrize("placement", ["auto", "fp8@device,@disk", "@host,"])
+def test_ask_of_a_bank_in_tiers(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, placement: str
+) -> None:
+    monkeypatch.setattr(tiers, "measured_tiers", lambda *_: Tiers(10**12, 10**12, 10**12))
+    command = ("ask", place / "compact", place / "compact-bank", QUESTION)
+    expected, (found,) = records(capsys, *command), records(capsys, *command, "--placement", placement)
+    assert found["answer"] == expected[0]["answer"] and found.keys() == expected[0].keys()
+    assert main([*map(str, command), "--placement", placement]) == 0
+    said = capsys.readouterr().err
+    assert ("routing keys  fp8     device" in said) == ("fp8@" in placement) and "routing 32 tokens" in said
+
+
+def test_ask_refuses_a_placement_that_cannot_be(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "measured_tiers", lambda *_: Tiers(None, 10, 10))
+    command = ("ask", place / "compact", place / "compact-bank", QUESTION, "--placement")
+    assert "do not fit. Routing keys need" in refusal(capsys, *command, "auto")
+    assert "there is no device" in refusal(capsys, *command, "fp8@device,@host")
+    assert "must be auto, or keys and content such as" in refusal(capsys, *command, "fp8@device")
 
 
 def test_ask_refuses_banks_and_questions(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

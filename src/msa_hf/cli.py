@@ -23,7 +23,7 @@ import torch
 from transformers import AutoTokenizer
 
 from . import doctor
-from .bank import BankDamaged, BankLocked, OpenBank, RankFailed, plan_command
+from .bank import BankDamaged, BankLocked, OpenBank, RankFailed, place_bank, plan_command
 from .bank.encoding import PART_SIZE, TIMEOUT, agreed, connected, encode_bank
 from .corpus_files import Corpus, UserError, reported
 from .generation import COMPACT, PUBLISHED, Answer, MemoryInterleave, Protocol
@@ -169,6 +169,12 @@ def parser() -> argparse.ArgumentParser:
         help="to read at most (default: 1 for router, else what the model names)",
     )
     made.add_argument("--max-new-tokens", type=positive, default=128, help="of the answer (default: 128)")
+    made.add_argument(
+        "--placement",
+        type=plan_command.placement,
+        metavar="auto|KEYS,CONTENT",
+        help="place the bank in tiers, as planned or as FORMAT@TIER such as fp8@device,bf16@host (docs/scaling.md)",
+    )
     made.add_argument("--json", action="store_true", help="one JSON object per question")
 
     made = command("train", train, "Train a model with a memory on your own documents and questions.")
@@ -376,7 +382,11 @@ def ask(args: argparse.Namespace) -> int:
     model, tokenizer = load(args.model, args.device, args.dtype)
     protocol = protocol_of(args.protocol, args.model)
     with reported():
-        bank = model.load_memory(args.bank, tokenizer, device=args.device)
+        if args.placement is None:
+            bank = model.load_memory(args.bank, tokenizer, device=args.device)
+        else:
+            bank = place_bank(args.bank, args.device, args.placement, model=model, tokenizer=tokenizer)
+            print(bank.plan, file=sys.stderr)
         if protocol is not None:
             asker = MemoryInterleave(
                 model,

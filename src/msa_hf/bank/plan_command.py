@@ -61,6 +61,18 @@ def placed(text: str) -> tuple[str | None, str | None]:
     return format or None, tier or None
 
 
+def placement(text: str) -> str | Choice:
+    """An argument type: "auto", or where keys and content lie, such as fp8@device,bf16@host."""
+    if text == "auto":
+        return text
+    keys, comma, content = text.partition(",")
+    if not comma or "," in content:
+        raise argparse.ArgumentTypeError(
+            f"must be auto, or keys and content such as fp8@device,bf16@host, got {text!r}"
+        )
+    return Choice(*placed(keys), *placed(content))
+
+
 def add_options(made: argparse.ArgumentParser) -> None:
     """The options of `msa-hf plan`."""
 

@@ -151,6 +151,9 @@ class _Locked(mmap.mmap):
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
         self = super().__new__(cls, -1, size, **private)
         self.address = None
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer pages to lock
+            with contextlib.suppress(OSError):
+                self.madvise(mmap.MADV_HUGEPAGE)
         address = torch.frombuffer(self, dtype=torch.uint8).data_ptr()
         status = int(torch.cuda.cudart().cudaHostRegister(address, size, PORTABLE | MAPPED))
         if status:

@@ -1,0 +1,58 @@
+"""scripts/bench_tiers.py, rehearsed with a tiny bank on the CPU; and the example of docs/scaling.md."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from msa_hf.bank.plan import BankShape
+
+ROOT = Path(__file__).parents[2]
+TINY = """
+--chunks 50 --document-tokens 192 --layers 2 --heads 4 --groups 2 --head-dim 8 --hidden-size 32 --intermediate-size 32
+--vocabulary 64 --top-k 2 --question-tokens 1 5 --repeats 1 --device cpu
+"""
+
+
+def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each set-up has its plan, its bytes and its times, and chooses the documents of the first."""
+    main = runpy.run_path(str(ROOT / "scripts" / "bench_tiers.py"))["main"]
+    main([*TINY.split(), "--directory", str(tmp_path / "bank"), "--json", str(tmp_path / "figures.json")])
+    assert capsys.readouterr().out.count('"load_s"') == 3
+    assert list((tmp_path / "bank").iterdir()) == [], "the bank is removed"
+    record = json.loads((tmp_path / "figures.json").read_text())
+    shape = BankShape(17, 50, ((2, 8),) * 2)
+    expected = {"bf16": ("bf16", "device"), "fp8": ("fp8", "device"), "24gb": ("fp8", "host")}
+    assert list(record["setups"]) == list(expected)
+    for name, figures in record["setups"].items():
+        keys, content, *_ = figures["plan"]["parts"]
+        assert (keys["format"], keys["tier"]) == expected[name] and keys["bytes"] == shape.key_bytes(keys["format"])
+        assert (content["format"], content["tier"]) == ("fp8", "host") and figures["load_s"] >= 0
+        for length in (1, 5):
+            row = figures[f"{length} tokens"]
+            assert row["same_documents"] == 1.0 and "documents" not in row
+            for what in ("routing", "routing_without_rescoring", "fetching", "first_token"):
+                assert row[f"{what}_ms"]["first"] > 0 and row[f"{what}_ms"]["median"] > 0
+    assert record["setups"]["24gb"]["plan"]["tiers"]["device"]["capacity"] <= 24 * 10**9
+    assert record["written_bytes"] > shape.saved_bytes / 2  # one of two layers
+
+
+def test_no_set_up_is_begun_late(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(ROOT / "scripts" / "bench_tiers.py"))["main"]
+    main([*TINY.split(), "--setups", "fp8", "bf16", "--seconds", "0"])
+    printed = capsys.readouterr().out
+    assert printed.count('"load_s"') == 1 and "bf16: left out" in printed and "--setups bf16" in printed
+
+
+def test_the_example_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "scaling.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example.replace("model_cards/", f"{ROOT}/model_cards/"), "scaling.md", "exec"), names := {})
+    printed = capsys.readouterr().out
+    assert printed.endswith("\nroses\n") and re.search(r"routing keys +bf16 +host", printed)
+    plan = names["memory"].plan
+    assert (plan.keys, plan.content, plan.content_on) == ("fp8", "bf16", "disk")
