@@ -1,6 +1,6 @@
 """A large bank in tiers on one GPU: loading it, its memory, routing, fetching, and the time to the first token.
 
-    python scripts/bench_tiers.py --json tiers.json
+    python scripts/bench_tiers.py --backend cuda --json tiers.json
 
 Writes a synthetic bank of 100M tokens in the shape of a 4B model and places it in three ways:
 
@@ -41,6 +41,7 @@ from msa_hf.bank import place_bank
 from msa_hf.bank.plan import GB, Choice, Reserves, Tiers, measured_tiers
 from msa_hf.bank.sources import BankSource, source_of
 from msa_hf.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory
+from msa_hf.ops import BACKENDS, use_backend
 
 CHUNK = 64
 BLOCK = 1 << 15  # chunks that are made at once
@@ -223,6 +224,7 @@ def compared(setups: dict[str, Any], tokens: list[int]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
+    parser.add_argument("--backend", choices=BACKENDS, help="of all operations (default: the best that is tested)")
     parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS))
     parser.add_argument("--chunks", type=int, default=1_562_500)
     parser.add_argument("--document-tokens", type=int, default=1024)
@@ -264,7 +266,8 @@ def main(argv: list[str] | None = None) -> None:
             if raw and time.perf_counter() - began > args.seconds:
                 print(f"{name}: left out, {args.seconds:g} seconds are over; run it with --setups {name}", flush=True)
                 continue
-            raw[name] = measure(args, name, source, model, directory)
+            with use_backend(args.backend):
+                raw[name] = measure(args, name, source, model, directory)
             record["setups"] = json.loads(json.dumps(raw))
             compared(record["setups"], args.question_tokens)
             print(json.dumps({name: record["setups"][name]}, indent=1), flush=True)

@@ -8,6 +8,7 @@
 #   tests      the tests of the operations on every backend, and of models and their attention on the GPU
 #   sanitize   the kernels' checks under compute-sanitizer
 #   bench      scripts/bench_ops.py: every figure of docs/performance.md
+#   tiers      a bank in tiers: its tests on the GPU, and scripts/bench_tiers.py, which wants an H200 (docs/scaling.md)
 #
 # Without steps: all of them, in this order. OUT gets a log per step, and the benchmark's JSON. Needs nvcc, a torch built
 # for CUDA and pytest; the variable PYTHON chooses the interpreter (python3).
@@ -19,7 +20,7 @@ die() {
     exit 2
 }
 
-steps=(kernels build tests sanitize bench)
+steps=(kernels build tests sanitize bench tiers)
 (($# > 0)) && [[ "$1" != -* ]] || { usage; exit 2; }
 mkdir -p "$1" && out="$(cd "$1" && pwd)" || die "cannot make the directory $1"
 shift
@@ -59,6 +60,11 @@ sanitize() {
 
 bench() {
     "$python" scripts/bench_ops.py --json "$out/bench_ops.json"
+}
+
+tiers() {
+    "$python" -m pytest -q -p no:cacheprovider tests/bank/test_tiers.py || return 1
+    "$python" scripts/bench_tiers.py --backend cuda --json "$out/bench_tiers.json"
 }
 
 failed=()
