@@ -14,6 +14,7 @@ import pytest
 import torch
 from scripted import COMPACT, bank_of, byte_tokenizer, memory_model
 from setups import PREFIX, Setup, assert_same, batch_of, setup, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from msa_hf import MemoryBank
 from msa_hf.bank import place_bank, rows, tiers
@@ -587,6 +588,38 @@ def test_rows_are_moved_in_pieces(
             pieces = list(found.split(size))
             assert [len(piece) for piece in pieces] == [len(piece) for piece in whole.split(size)]
             assert torch.equal(torch.cat([piece.float() for piece in pieces]), found.between(0, 16)[0].float())
+
+
+class Made(TorchDispatchMode):
+    """Notes how many numbers the results of operations have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.finals: list[int] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.empty.memory_format:
+            self.finals.append(result.numel())
+        elif isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("form", ["fp8", "bf16"])
+def test_little_is_made_beside_the_final_place(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is converted is so piece by piece."""
+    monkeypatch.setattr(rows, "MOVED_ELEMENTS", 400)
+    bank = large_bank(40)
+    groups, dim = bank.layers[2].content.shape[2:]
+    with Made() as noted:
+        memory = place_bank(bank, placement=Choice(form, "device", form, "host"), tiers=AMPLE)
+    parts = [part for layer in memory.layers.values() for part in (layer.routing_keys.rows, layer.content.rows)]
+    assert all(part.whole.numel() in noted.finals and part.whole.numel() > 1000 for part in parts)
+    # What the documents and the prefix have is the same for any placement.
+    others = max(len(bank.offsets), *(keys.numel() for keys, _ in bank.prefix.values()))
+    assert noted.largest <= max(400, 2 * groups * dim, others)
 
 
 class Driver:
