@@ -246,12 +246,13 @@ def _encode_parts(
     """
     left = [part for part in parts if part.name not in records]
     there = len(encoder.corpus) - sum(part.end - part.first for part in left)
-    if ranks.rank == 0 and (others := len(list(folder.glob("*.json"))) - len(parts) + len(left)) > 0:
+    others = {path.stem for path in folder.glob("*.json")} - {part.name for part in parts}
+    if others and ranks.rank == 0:
         logger.warning(
             "%s: %d parts of an interrupted run are of other documents, another model or other settings; they are "
             "removed when this run is complete.",
             folder,
-            others,
+            len(others),
         )
     progress = tqdm(
         total=len(encoder.corpus),
@@ -554,8 +555,12 @@ def _commit(directory: Path, model: Any, origin: Mapping[str, Any], records: lis
     }
     commit_manifest(directory, manifest)
     shutil.rmtree(directory / FOLDER, ignore_errors=True)
-    left = {path.name for path in directory.iterdir()}  # of the old bank, and of a commit that did not come to its end
-    remove_files(directory, left - {entry["file"] for entry in data_files(manifest)})
+    # The old bank's files, and what a commit left that did not come to its end.
+    left = {path.name for path in directory.iterdir()} - {entry["file"] for entry in data_files(manifest)}
+    remove_files(directory, left)
+    for name in left:
+        if LEFTOVER.fullmatch(name):
+            remove_leftover(directory / name)
 
 
 def _digest(value: Any) -> str:
