@@ -456,13 +456,14 @@ def _write_record(path: Path, record: Record) -> None:
 
 def _find(directory: Path, parts: list[Part]) -> dict[str, Record]:
     """The records of those parts that are there, every file of them as it was written."""
-    found = {}
-    named = {}
+    found: dict[str, Record] = {}
+    named: dict[str, Record] = {}
     if (directory / MANIFEST).exists():
         for segment in read_manifest(directory)["segments"]:
-            if isinstance(part := segment.get("part"), dict):
+            if isinstance(note := segment.get("part"), dict) and isinstance(name := note.get("part"), str):
                 first, end = segment["documents"]
-                named[part.get("part")] = {**segment, **part, "documents": end - first}
+                counts = {field: note.get(field) for field in ("tokens", "next_id")}
+                named[name] = {**segment, **counts, "part": name, "documents": end - first}
     for part in parts:
         for record in (_read_record(directory / FOLDER / f"{part.name}.json"), named.get(part.name)):
             if record is not None and _is_whole(directory, part, record):
