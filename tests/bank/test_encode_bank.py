@@ -7,6 +7,7 @@ import runpy
 import signal
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -36,7 +37,7 @@ from msa_hf.storage_msa import BankFormatError
 LONGEST = 60  # tokens
 PART = 120  # bytes of text
 TIMEOUT = timedelta(seconds=30)
-KILLS = 10
+KILLS = 8
 
 
 class Model(FakeModel):
@@ -44,8 +45,8 @@ class Model(FakeModel):
 
     config = SimpleNamespace(max_position_embeddings=LONGEST, chunk_size=CHUNK, vocab_size=1000)
 
-    def __init__(self, log: Path, origin: BankOrigin = ORIGIN) -> None:
-        super().__init__()
+    def __init__(self, log: Path, origin: BankOrigin = ORIGIN, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(dtype)
         self.log, self.origin = log, origin
 
     def memory_origin(self, tokenizer: Any = None) -> BankOrigin:
@@ -92,15 +93,13 @@ def written(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def encode(
-    source: Path, directory: Path, log: Path, *, origin: BankOrigin = ORIGIN, part_size: int = PART, **options: Any
-) -> Encoded:
-    """What one process does."""
+def encode(source: Path, directory: Path, log: Path, **options: Any) -> Encoded:
+    """What one process does; with options of the model or of `encode_bank`."""
     with connected(TIMEOUT) as ranks:
         corpus = Corpus(str(source))
-        model = Model(log, origin)
-        options = {"ranks": ranks, "part_size": part_size, "show_progress": False, **options}
-        return encode_bank(corpus, model, directory, options.pop("tokenizer", Bytes()), **options)
+        model = Model(log, **{name: options.pop(name) for name in ("origin", "dtype") if name in options})
+        options = {"tokenizer": Bytes(), "part_size": PART, "show_progress": False, **options}
+        return encode_bank(corpus, model, directory, ranks=ranks, **options)
 
 
 def keys_in(log: Path) -> list[str]:
@@ -213,6 +212,32 @@ def test_an_error_in_one_document_ends_all_processes_and_costs_nothing_else(tmp_
     assert_bank(bank, rows)
 
 
+def test_a_process_that_hangs_is_given_up(tmp_path: Path) -> None:
+    """After the timeout; what others encoded meanwhile stays."""
+    source, bank, given_up = written(tmp_path / "rows.jsonl", rows_of(9, 10)), tmp_path / "bank", tmp_path / "given up"
+
+    class Hanging(Model):
+        def encode_documents(self, *arguments: Any, **options: Any) -> MemoryBank:
+            while not given_up.exists():
+                time.sleep(0.05)
+            return super().encode_documents(*arguments, **options)
+
+    def work(rank: int) -> Any:
+        model = (Model, Hanging)[rank](tmp_path / f"log {rank}")
+        with connected(timedelta(seconds=5)) as ranks:
+            result = caught(
+                lambda: encode_bank(
+                    Corpus(str(source)), model, bank, Bytes(), ranks=ranks, part_size=PART, show_progress=False
+                )
+            )
+        given_up.touch()
+        return result
+
+    for result in together(2, work):
+        assert result.kind is RankFailed and "died, or did not answer within 5 seconds" in result.text
+    assert kept_keys(bank) >= set(keys_in(tmp_path / "log 0")) > set()
+
+
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 countdown = [-1]  # events until this process dies
@@ -298,22 +323,38 @@ def test_a_complete_bank_is_taken_over_as_far_as_it_is_the_same(tmp_path: Path) 
     assert_bank(bank, rows)
 
 
+def test_documents_that_get_other_numbers_are_encoded_again(tmp_path: Path) -> None:
+    """A protocol would put the numbers into what is encoded."""
+    rows = [{"key": f"key {number}", "text": f"{number:03} " + "z" * 36} for number in range(12)]
+    source, bank, log = written(tmp_path / "rows.jsonl", rows), tmp_path / "bank", tmp_path / "log"
+    assert encode(source, bank, log).parts == 4  # of three documents each
+    assert encode(written(source, rows[3:]), bank, log).found == 0
+    assert_bank(bank, rows[3:])
+
+
 def interrupted(source: Path, bank: Path, log: Path, **options: Any) -> None:
     """Encode the corpus up to some document in its second half."""
     (result,) = together(1, lambda rank: dying(lambda: encode(source, bank, log, **options), 40), dead=(0,))
     assert result is None and kept_keys(bank)
 
 
+OTHERS = {
+    "model": {"origin": replace(ORIGIN, model_fingerprint="0" * 64)},
+    "dtype": {"dtype": torch.bfloat16},
+    "settings": {"too_long": "split"},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_parts_of_another_model_are_left_alone_and_removed_in_the_end(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, other: dict[str, Any]
 ) -> None:
-    other = replace(ORIGIN, model_fingerprint="0" * 64)
     rows = rows_of(3, 20)
     source, bank = written(tmp_path / "rows.jsonl", rows), tmp_path / "bank"
     interrupted(source, bank, tmp_path / "first")
     kept = kept_keys(bank)
-    interrupted(source, bank, tmp_path / "second", origin=other)
-    assert kept_keys(bank) >= kept
+    interrupted(source, bank, tmp_path / "second", **other)
+    assert set(keys_in(tmp_path / "second")) >= kept_keys(bank) >= kept
     done = encode(source, bank, tmp_path / "third")
     assert done.found and not kept & set(keys_in(tmp_path / "third"))
     assert "are of other documents, another model or other settings" in caplog.text
