@@ -190,7 +190,7 @@ def measure(args: argparse.Namespace, name: str, source: BankSource, model: Any,
                 for layer, item in layers.items()
             }
 
-        chosen = route()
+        cold, chosen = seconds(args, route)
 
         def fetch(chosen: dict[int, torch.Tensor] = chosen) -> None:
             for layer, item in layers.items():
@@ -199,7 +199,7 @@ def measure(args: argparse.Namespace, name: str, source: BankSource, model: Any,
         ids = torch.randint(3, args.vocabulary, (1, length), generator=pick).to(args.device)
         figures[f"{length} tokens"] = {
             "documents": {str(layer): found[0].tolist() for layer, found in chosen.items()},
-            "routing_ms": median_ms(args, route),
+            "routing_ms": {**median_ms(args, route), "first": round(1e3 * cold, 3)},
             "routing_without_rescoring_ms": median_ms(args, lambda route=route: route(candidates=0)),
             "fetching_ms": median_ms(args, fetch),
             "first_token_ms": median_ms(args, lambda ids=ids: model(ids, memory=memory, logits_to_keep=1)),
@@ -243,6 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--directory", type=Path, help="where the bank is written, and removed again")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args(argv)
+    args.device = torch.empty(0, device=args.device).device  # with its index
     transformers.logging.set_verbosity_error()
     began = time.perf_counter()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
