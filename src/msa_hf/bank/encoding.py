@@ -113,6 +113,7 @@ def connected(timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     ranks = Ranks(None, timeout)
     try:
         yield ranks
+        _part_with(ranks)
     finally:
         ranks.close()
         if launched:
@@ -137,11 +138,19 @@ def agreed(ranks: Ranks) -> Iterator[None]:
         if error is not None:
             raise error from None
         raise
+    if any(text is not None for text in told):
+        _part_with(ranks)
     if error is not None:
         raise error
     for rank, text in enumerate(told):
         if text is not None:
             raise RankFailed(f"Process {rank} failed: {text}")
+
+
+def _part_with(ranks: Ranks) -> None:
+    """Wait until all have what was told last: who leaves earlier breaks the connections that others still read from."""
+    with contextlib.suppress(RankFailed):
+        ranks.everyone(None)
 
 
 # Encoding -------------------------------------------------------------------------------------------------------------
@@ -191,11 +200,13 @@ def encode_bank(
         with agreed(ranks):
             encoder = _Encoder(corpus, model, tokenizer, protocol, too_long, batch_tokens)
             parts = encoder.parts(part_size)
-        if len(set(ranks.everyone(_digest([part.name for part in parts])))) > 1:
-            raise ValueError(
-                "The processes do not have the same documents, model and settings: give all of them the same command, "
-                "and all machines the same files."
-            )
+        names = ranks.everyone(_digest([part.name for part in parts]))
+        with agreed(ranks):
+            if len(set(names)) > 1:
+                raise ValueError(
+                    "The processes do not have the same documents, model and settings: give all of them the same "
+                    "command, and all machines the same files."
+                )
         mark = f".run-{uuid.uuid4().hex}.tmp"
         with agreed(ranks):
             if ranks.rank == 0:
