@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <initializer_list>
 #include <map>
@@ -44,7 +45,7 @@ Format format_of(ScalarType type, const char* op) {
 struct Place {
   explicit Place(const Tensor& tensor) : guard(tensor.get_device()) {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
   torch::stable::accelerator::DeviceGuard guard;
