@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
@@ -196,6 +197,18 @@ def test_streamed_keys_find_the_same_documents(
         assert all(part.nbytes <= at_once or len(part) <= longest for part in routed)
         ours, theirs = (answer(made_, item, output_document_scores=True) for item in (memory, whole))
         assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("keys", ["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("on", ["device", "host"])
+def test_exact_scores_are_of_queries_that_were_not_rounded(
+    keys: str, on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Narrow keys meet narrow queries on a GPU; what decides among their candidates is in the bank's own dtype."""
+    monkeypatch.setattr(sys.modules["msa_hf.ops.route_documents"], "NARROWING", ("cpu",))
+    made_ = made()
+    memory = place_bank(made_.bank, placement=Choice(keys=keys, keys_on=on), tiers=AMPLE, model=made_.model)
+    assert_close(answer(made_, memory), answer(made_, made_.bank))
 
 
 @pytest.mark.parametrize("top_k", [1, 50])

@@ -5,6 +5,7 @@ documents whose exact scores are that close. Where all products are small intege
 """
 
 import random
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -322,6 +323,20 @@ def test_exact_scores_after_quantised_candidates(place, kind, seed) -> None:
         candidates=max(exact.k, len(exact.counts)),
     )
     exact.check(documents, scores, exact.tolerance(place[1]))
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_exact_scores_are_of_queries_that_were_not_rounded(kind, monkeypatch) -> None:
+    """Quantised keys meet 16-bit queries on a GPU; exact ones meet the queries as they are."""
+    monkeypatch.setattr(sys.modules["msa_hf.ops.route_documents"], "NARROWING", ("cpu",))
+    generator = torch.Generator().manual_seed(9)
+    queries, keys = torch.randn(2, 5, 4, 16, generator=generator), torch.randn(60, 32, generator=generator)
+    mask, offsets = torch.ones(2, 5, dtype=torch.bool), offsets_of([1] * 60)
+    numbers, scales = quantise_keys(keys, kind)
+    exact = route_documents(queries, mask, keys, offsets, 60)
+    found = route_documents(queries, mask, numbers, offsets, 60, scales=scales, exact_keys=keys, candidates=60)
+    assert torch.equal(found[0], exact[0])
+    torch.testing.assert_close(found[1], exact[1], atol=1e-6, rtol=0.0)
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -26,7 +26,7 @@ from .. import routing_msa
 from ..memory_msa import LayerMemory, MemoryBank
 from ..ops import gather_documents, rescore_documents, route_documents
 from ..ops.gather_documents import most_rows
-from ..ops.route_documents import reduced
+from ..ops.route_documents import narrowed, reduced
 from ..routing_msa import select_documents
 from ..storage_msa import chunk_ranges
 from .hot_documents import HotDocuments
@@ -101,7 +101,8 @@ class RoutingKeys:
             wanted = CANDIDATES * k if self.candidates is None else self.candidates
             if wanted < k:
                 raise ValueError(f"`candidates` must be at least the {k} documents of `top_k`, or 0, got {wanted}.")
-        queries = reduced(queries, self.rows.shape[1], self.rows.dtype, similarity)
+        whole = reduced(queries, self.rows.shape[1], similarity)
+        queries = narrowed(whole, self.rows.dtype)
         if self.streamed:
             documents, scores = self._streamed(queries, routing_mask, offsets, wanted, alive)
         else:
@@ -114,7 +115,8 @@ class RoutingKeys:
         assert self.exact is not None
         chosen = Chosen(documents, self.offsets)
         (keys,) = self.exact.select(chosen.rows)
-        places, scores = rescore_documents(queries, routing_mask, keys, chosen.offsets, chosen.documents, k)
+        exact = narrowed(whole, self.exact.dtype)  # of their own, not rounded for the narrow keys
+        places, scores = rescore_documents(exact, routing_mask, keys, chosen.offsets, chosen.documents, k)
         return _named(places, chosen), scores
 
     def _streamed(

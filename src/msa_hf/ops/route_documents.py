@@ -12,6 +12,8 @@ from .dispatch import alignment, choose, operator, size_class
 from .rescore_documents import rescore_documents
 
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
+# Devices whose matrix units want queries of 16 bits beside keys of 16 or fewer.
+NARROWING = ("cuda",)
 
 
 def route_documents(
@@ -55,8 +57,11 @@ def route_documents(
         ValueError: for tensors that contradict each other.
         BackendError: where the backend asked for does not take the call.
     """
+    precise = queries  # what the candidates are scored with: rounded for their exact keys, if at all
     if queries.dim() == 4:
-        queries = reduced(queries, keys.shape[1], keys.dtype, similarity)
+        whole = reduced(queries, keys.shape[1], similarity)
+        queries = narrowed(whole, keys.dtype)
+        precise = whole if exact_keys is None else narrowed(whole, exact_keys.dtype)
     _check(queries, routing_mask, keys, scales, offsets, alive, k)
     if exact_keys is None and candidates is not None:
         raise ValueError("`candidates` are scored again from `exact_keys`, but there are none.")
@@ -82,13 +87,17 @@ def route_documents(
     )
     if exact_keys is None:
         return documents, scores
-    return rescore_documents(queries, routing_mask, exact_keys, offsets, documents, k, prefer=namespace)
+    return rescore_documents(precise, routing_mask, exact_keys, offsets, documents, k, prefer=namespace)
 
 
-def reduced(queries: Tensor, width: int, dtype: torch.dtype, similarity: str) -> Tensor:
-    """[B, T, H, D] queries -> [B, T, E] for keys [C, E = width] of a dtype."""
-    queries = reduce_queries(queries, width // queries.shape[3], similarity).flatten(2)
-    if queries.is_cuda and dtype != torch.float32:  # tensor cores want both in 16 bit
+def reduced(queries: Tensor, width: int, similarity: str) -> Tensor:
+    """[B, T, H, D] queries -> [B, T, E] for keys [C, E = width]."""
+    return reduce_queries(queries, width // queries.shape[3], similarity).flatten(2)
+
+
+def narrowed(queries: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, T, E] queries as keys of a dtype are scored with on their device."""
+    if queries.device.type in NARROWING and dtype != torch.float32:
         queries = queries.to(torch.bfloat16 if dtype in QUANTISED else dtype)
     return queries
 
