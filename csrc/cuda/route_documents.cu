@@ -7,20 +7,18 @@
 //             error of at most 2^-4 per number for e4m3, 1/254 of the largest for int8); for 16-bit keys and queries that
 //             hold more, as two terms, whose sum has a relative error of about 2^-17 (bf16) or 2^-22 (f16)
 //   score     route_documents_wgmma_kernel.cuh, route_documents_mma.cu, or the plain kernel here -> [samples, chunks]
-//   select    largest score of every document and the k best, in one launch: every block takes a run of chunks, finds the
-//             best of the documents that end in it, and the last block to finish merges what all have found
-// The workspace holds 4 bytes per (sample, chunk), the packed queries, and k * 8 bytes per 4,096 chunks and sample.
+//   select    largest score of every document and the k best: route_documents_select.cu
+// The workspace holds 4 bytes per (sample, chunk), the packed queries, and 4 bytes per sample and 32 documents.
 
+#include "route_documents_best.cuh"
 #include "route_documents_score.cuh"
+#include "route_documents_select.h"
 
 namespace msa_hf::route {
 
 constexpr int kScanThreads = 1024;
 constexpr int kPackThreads = 256;
-constexpr int kSelectThreads = 256;
-constexpr int kSlab = 4096;          // chunks per block of select
-constexpr int64_t kMostPerRound = 1024;  // of k: more take several rounds of select
-constexpr uint32_t kNan = 0xffffffffu;
+constexpr int kRescoreThreads = 256;
 
 // Columns -------------------------------------------------------------------------------------------------------------
 
@@ -30,11 +28,7 @@ struct Lists {
   int* starts;    // [samples] first column
   int* rows;      // [columns] sample * tokens + token, -1 behind the last
   int* groups;    // [columns / kGroup] sample, -1 behind the last
-  float* largest;           // [samples], set to 0
-  unsigned* tickets;        // [samples], set to 0
-  uint64_t* bounds;         // [samples], set to the largest
-  uint32_t* straddling;     // [straddles], set to 0
-  int64_t straddles;
+  float* largest;  // [samples], set to 0
 };
 
 // Bits of the eight tokens from `first` on.
@@ -106,12 +100,7 @@ __global__ void __launch_bounds__(kScanThreads)
     lists.rows[column] = -1;
     if (column % kGroup == 0) lists.groups[column / kGroup] = -1;
   }
-  for (int sample = threadIdx.x; sample < samples; sample += kScanThreads) {
-    lists.largest[sample] = 0.0f;
-    lists.tickets[sample] = 0;
-    lists.bounds[sample] = ~uint64_t{0};
-  }
-  for (int64_t i = threadIdx.x; i < lists.straddles; i += kScanThreads) lists.straddling[i] = 0;
+  for (int sample = threadIdx.x; sample < samples; sample += kScanThreads) lists.largest[sample] = 0.0f;
 }
 
 // A warp per token.
@@ -193,264 +182,6 @@ cudaError_t score_plain(const Score& score, cudaStream_t stream) {
                 stream, score);
 }
 
-// The k best ----------------------------------------------------------------------------------------------------------
-
-// The k largest of many different numbers, k <= CAPACITY, by a whole block: numbers above the k-th largest so far are
-// appended behind the k best, and all are sorted when there is no room for one more of every thread. 0 is no number.
-template <int CAPACITY>
-struct Largest {
-  static constexpr int kRoom = CAPACITY <= 64 ? 512 : CAPACITY <= 256 ? 1024 : 2048;
-  static_assert(CAPACITY + kSelectThreads <= kRoom);
-  uint64_t* list;  // [kRoom] shared
-  int* appended;   // shared
-  int k;
-  int filled;  // appended, the same in all threads
-  uint64_t threshold;
-
-  __device__ __forceinline__ void begin(uint64_t* shared_list, int* shared_count, int wanted, uint64_t above) {
-    list = shared_list;
-    appended = shared_count;
-    k = wanted;
-    filled = 0;
-    threshold = above;
-    for (int i = threadIdx.x; i < k; i += kSelectThreads) list[i] = 0;
-    if (threadIdx.x == 0) *appended = 0;
-    __syncthreads();
-  }
-  // All threads of the block, each with a number or 0.
-  __device__ __forceinline__ void push(uint64_t number) {
-    const bool passes = number > threshold;
-    if (passes) list[k + atomicAdd(appended, 1)] = number;
-    filled += __syncthreads_count(passes);
-    if (filled > kRoom - CAPACITY - kSelectThreads) shrink();
-  }
-  __device__ __forceinline__ void shrink() {
-    int size = 2;
-    while (size < k + filled) size *= 2;
-    for (int i = k + filled + threadIdx.x; i < size; i += kSelectThreads) list[i] = 0;
-    __syncthreads();
-    for (int run = 2; run <= size; run *= 2) {
-      for (int stride = run / 2; stride > 0; stride /= 2) {
-        for (int i = threadIdx.x; i < size / 2; i += kSelectThreads) {
-          const int low = 2 * i - (i & (stride - 1)), high = low + stride;
-          const uint64_t a = list[low], b = list[high];
-          if ((a < b) == ((low & run) == 0)) {  // descending
-            list[low] = b;
-            list[high] = a;
-          }
-        }
-        __syncthreads();
-      }
-    }
-    const uint64_t least = list[k - 1];
-    threshold = least > threshold ? least : threshold;
-    filled = 0;
-    if (threadIdx.x == 0) *appended = 0;
-    __syncthreads();
-  }
-};
-
-// Larger scores first, then lower documents.
-__device__ __forceinline__ uint64_t ranked(uint32_t score, int64_t document) {
-  return (uint64_t{score} << 32) | (0xffffffffu - static_cast<uint32_t>(document));
-}
-__device__ __forceinline__ bool can_be_chosen(uint32_t score) { return score > ordered(kNoScore) && score != kNan; }
-// of a part of a document; NaN is the largest, so that it is not lost beside other parts
-__device__ __forceinline__ uint32_t ordered_part(float x) { return x != x ? kNan : ordered(x); }
-__device__ __forceinline__ void write_chosen(uint64_t number, int64_t* document, float* score) {
-  *document = number == 0 ? -1 : static_cast<int64_t>(0xffffffffu - static_cast<uint32_t>(number));
-  *score = number == 0 ? -INFINITY : from_ordered(static_cast<uint32_t>(number >> 32));
-}
-
-// How many of `count` ascending numbers are below `value`. The whole warp searches, 32 probes a round.
-__device__ __forceinline__ int64_t count_below(const int64_t* ascending, int64_t count, int64_t value) {
-  const int lane = threadIdx.x % 32;
-  int64_t low = 0, high = count;  // all before `low` are below, none from `high` on
-  while (low < high) {
-    const int64_t step = (high - low + 31) / 32, probe = low + lane * step;
-    const int passed = __popc(__ballot_sync(kWarp, probe < high && ascending[probe] < value));
-    if (passed == 0) break;
-    const int64_t next = low + passed * step;
-    low += (passed - 1) * step + 1;
-    high = next < high ? next : high;
-  }
-  return low;
-}
-
-struct Select {
-  const float* scores;  // [samples, pitch]
-  int64_t pitch;
-  const int64_t* offsets;
-  const bool* alive;
-  const int* counts;
-  int64_t chunks, documents;
-  int k;                      // of this round
-  int64_t first, total;       // place of this round's first in the result; k of all rounds
-  uint32_t* straddling;       // [samples, blocks] best so far of the document that begins in a run and ends behind it
-  int* straddling_document;   // [samples, blocks] that document, -1 for none or a dead one
-  uint64_t* candidates;       // [samples, blocks, k]
-  unsigned* tickets;          // [samples] blocks that are done; 0 before and after
-  uint64_t* bounds;           // [samples] only what ranks below may be chosen; after: the last chosen
-  int64_t* chosen;            // [samples, total]
-  float* chosen_scores;
-};
-
-template <int CAPACITY>
-constexpr int select_shared() {
-  return Largest<CAPACITY>::kRoom * 8 + kSlab * 4 + 64;
-}
-
-template <int CAPACITY>
-__global__ void __launch_bounds__(kSelectThreads, 4) select_kernel(const Select p) {
-  MSA_HF_SHARED(shared);
-  auto* list = reinterpret_cast<uint64_t*>(shared);
-  auto* slab = reinterpret_cast<float*>(list + Largest<CAPACITY>::kRoom);
-  auto* words = reinterpret_cast<int64_t*>(slab + kSlab);  // 0, 1: documents; 2: appended; 3: last
-  auto* appended = reinterpret_cast<int*>(words + 2);
-  auto* last = reinterpret_cast<int*>(words + 3);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t sample = blockIdx.y, block = blockIdx.x, blocks = gridDim.x;
-  int64_t* chosen = p.chosen + sample * p.total + p.first;
-  float* chosen_scores = p.chosen_scores + sample * p.total + p.first;
-
-  if (p.counts[sample] == 0) {  // no token routes; nothing was scored
-    for (int i = threadIdx.x; block == 0 && i < p.k; i += kSelectThreads) write_chosen(0, chosen + i, chosen_scores + i);
-    return;
-  }
-  const uint64_t bound = p.bounds[sample];
-  const int64_t begin = block * kSlab, end = begin + kSlab < p.chunks ? begin + kSlab : p.chunks;
-
-  // Documents that begin in this run: from words[0] up to words[1].
-  if (warp < 2) {
-    const int64_t document = count_below(p.offsets, p.documents + 1, warp == 0 ? begin : end);
-    if (lane == 0) words[warp] = document < p.documents ? document : p.documents;
-  }
-  const float* scores = p.scores + sample * p.pitch + begin;
-  const int length = static_cast<int>(end - begin);
-  for (int i = threadIdx.x; i < length / 4; i += kSelectThreads)
-    reinterpret_cast<float4*>(slab)[i] = reinterpret_cast<const float4*>(scores)[i];
-  for (int i = length / 4 * 4 + threadIdx.x; i < length; i += kSelectThreads) slab[i] = scores[i];
-  __syncthreads();
-  const int64_t first_document = words[0], next_document = words[1];
-  Largest<CAPACITY> best;
-  best.begin(list, appended, p.k, 0);
-
-  // The document that began before this run.
-  const int64_t entered = p.offsets[first_document] < end ? p.offsets[first_document] : end;
-  if (first_document > 0 && entered > begin) {
-    float value = lowest<float>();
-    for (int i = threadIdx.x; i < entered - begin; i += kSelectThreads) value = max_of(value, slab[i]);
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) value = max_of(value, __shfl_xor_sync(kWarp, value, step));
-    const int64_t owner = p.offsets[first_document - 1] / kSlab;
-    if (lane == 0) atomicMax(p.straddling + sample * blocks + owner, ordered_part(value));
-  }
-  const bool leaves = next_document > first_document && p.offsets[next_document] > end;
-  if (threadIdx.x == 0 && !leaves) p.straddling_document[sample * blocks + block] = -1;
-
-  // Offsets of the next documents are on their way while these are looked at.
-  int64_t coming_from = 0, coming_end = 0;
-  const auto load_offsets = [&](int64_t document) {
-    if (document < next_document) {
-      coming_from = p.offsets[document];
-      coming_end = p.offsets[document + 1];
-    }
-  };
-  load_offsets(first_document + threadIdx.x);
-  for (int64_t base = first_document; base < next_document; base += kSelectThreads) {
-    const int64_t document = base + threadIdx.x;
-    const bool real = document < next_document;
-    const int64_t ends = coming_end;
-    const int from = real ? static_cast<int>(coming_from - begin) : 0;
-    const int to = real ? static_cast<int>((ends < end ? ends : end) - begin) : 0;
-    load_offsets(document + kSelectThreads);
-    float value = lowest<float>();
-    const bool is_long = to - from > 32;
-    for (int i = from; !is_long && i < to; i++) value = max_of(value, slab[i]);
-    for (unsigned rest = __ballot_sync(kWarp, is_long); rest != 0; rest &= rest - 1) {  // the warp takes them in turn
-      const int owner = __ffs(rest) - 1;
-      const int its_from = __shfl_sync(kWarp, from, owner), its_to = __shfl_sync(kWarp, to, owner);
-      float part = lowest<float>();
-      for (int i = its_from + lane; i < its_to; i += 32) part = max_of(part, slab[i]);
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) part = max_of(part, __shfl_xor_sync(kWarp, part, step));
-      if (lane == owner) value = part;
-    }
-    const bool alive = real && (p.alive == nullptr || p.alive[document]);
-    uint64_t number = 0;
-    if (real && ends > end) {
-      atomicMax(p.straddling + sample * blocks + block, ordered_part(value));
-      p.straddling_document[sample * blocks + block] = alive ? static_cast<int>(document) : -1;
-    } else if (alive && value > kNoScore) {
-      number = ranked(ordered(value), document);
-    }
-    best.push(number < bound ? number : 0);
-  }
-  best.shrink();
-  uint64_t* candidates = p.candidates + sample * blocks * p.k;
-  for (int i = threadIdx.x; i < p.k; i += kSelectThreads) candidates[block * p.k + i] = list[i];
-
-  // The last block of a sample merges.
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) *last = atomicAdd(p.tickets + sample, 1u) == static_cast<unsigned>(blocks - 1);
-  __syncthreads();
-  if (*last == 0) return;
-  __threadfence();
-
-  // At least k numbers are not below any block's k-th.
-  uint64_t above = 0;
-  for (int64_t i = threadIdx.x; i < blocks; i += kSelectThreads) {
-    const uint64_t least = __ldcg(candidates + i * p.k + p.k - 1);
-    above = least > above ? least : above;
-  }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    const uint64_t other = __shfl_xor_sync(kWarp, above, step);
-    above = other > above ? other : above;
-  }
-  auto* parts = reinterpret_cast<uint64_t*>(slab);
-  if (lane == 0) parts[warp] = above;
-  __syncthreads();
-  for (int i = 0; i < kSelectThreads / 32; i++) above = parts[i] > above ? parts[i] : above;
-  best.begin(list, appended, p.k, above == 0 ? 0 : above - 1);
-
-  constexpr int AT_ONCE = 4;
-  for (int64_t base = 0; base < blocks * p.k; base += AT_ONCE * kSelectThreads) {
-    uint64_t numbers[AT_ONCE];
-#pragma unroll
-    for (int j = 0; j < AT_ONCE; j++) {
-      const int64_t i = base + j * kSelectThreads + threadIdx.x;
-      numbers[j] = i < blocks * p.k ? __ldcg(candidates + i) : 0;
-    }
-#pragma unroll
-    for (int j = 0; j < AT_ONCE; j++) best.push(numbers[j]);
-  }
-  for (int64_t base = 0; base < blocks; base += kSelectThreads) {
-    const int64_t i = base + threadIdx.x;
-    uint64_t number = 0;
-    if (i < blocks) {
-      const int document = __ldcg(p.straddling_document + sample * blocks + i);
-      const uint32_t score = __ldcg(p.straddling + sample * blocks + i);
-      if (document >= 0 && can_be_chosen(score)) number = ranked(score, document);
-    }
-    best.push(number < bound ? number : 0);
-  }
-  best.shrink();
-  for (int i = threadIdx.x; i < p.k; i += kSelectThreads) write_chosen(list[i], chosen + i, chosen_scores + i);
-  if (threadIdx.x == 0) {
-    p.bounds[sample] = list[p.k - 1];
-    p.tickets[sample] = 0;
-  }
-}
-
-cudaError_t launch_select(const Select& select, int64_t blocks, int64_t samples, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(samples));
-  if (select.k <= 64) return launch(select_kernel<64>, grid, kSelectThreads, select_shared<64>(), 1, stream, select);
-  if (select.k <= 256) return launch(select_kernel<256>, grid, kSelectThreads, select_shared<256>(), 1, stream, select);
-  return launch(select_kernel<1024>, grid, kSelectThreads, select_shared<1024>(), 1, stream, select);
-}
-
 // Exact scores of candidates ------------------------------------------------------------------------------------------
 
 constexpr int kRescoreChunks = 4, kRescoreTokens = 4;
@@ -463,11 +194,11 @@ struct RescoreCall {
 
 // A block per (candidate, sample, slice of tokens and chunks); products and sums in float32.
 template <Type QUERY, Type KEY>
-__global__ void __launch_bounds__(kSelectThreads) rescore_kernel(const RescoreCall p) {
+__global__ void __launch_bounds__(kRescoreThreads) rescore_kernel(const RescoreCall p) {
   MSA_HF_SHARED(shared);
   auto* keys = reinterpret_cast<float*>(shared);  // [kRescoreChunks][width]
   const Rescore& call = p.call;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = kSelectThreads / 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = kRescoreThreads / 32;
   const int width = static_cast<int>(call.width), tokens = static_cast<int>(call.tokens);
   const int64_t sample = blockIdx.y, place = sample * call.count + blockIdx.x;
   const int64_t document = call.candidates[place];
@@ -488,7 +219,7 @@ __global__ void __launch_bounds__(kSelectThreads) rescore_kernel(const RescoreCa
     __syncthreads();
     for (int r = 0; r < kRescoreChunks; r++) {  // behind the last chunk: the last again
       const int64_t row = chunk + r < end ? chunk + r : end - 1;
-      for (int i = threadIdx.x; i < width; i += kSelectThreads) keys[r * width + i] = Number<KEY>::decode(all_keys[row * width + i]);
+      for (int i = threadIdx.x; i < width; i += kRescoreThreads) keys[r * width + i] = Number<KEY>::decode(all_keys[row * width + i]);
     }
     __syncthreads();
     for (int token = first_token + warp * kRescoreTokens; token < end_token; token += warps * kRescoreTokens) {
@@ -529,29 +260,31 @@ __global__ void __launch_bounds__(kSelectThreads) rescore_kernel(const RescoreCa
   if (any && lane == 0) atomicMax(p.scores + place, ordered_part(best));
 }
 
-template <int CAPACITY>
-__global__ void __launch_bounds__(kSelectThreads) pick_kernel(const RescoreCall p) {
+__global__ void __launch_bounds__(kBestThreads) pick_kernel(const RescoreCall p) {
   MSA_HF_SHARED(shared);
-  auto* list = reinterpret_cast<uint64_t*>(shared);
-  auto* appended = reinterpret_cast<int*>(list + Largest<CAPACITY>::kRoom);
-  const Rescore& call = p.call;
+  auto& found = *reinterpret_cast<BestShared*>(shared);
   const int64_t sample = blockIdx.x;
-  const int k = static_cast<int>(call.k);
-  Largest<CAPACITY> best;
-  best.begin(list, appended, k, 0);
-  for (int64_t base = 0; base < call.count; base += kSelectThreads) {
-    const int64_t i = base + threadIdx.x;
-    uint64_t number = 0;
-    if (i < call.count) {
-      const int64_t document = call.candidates[sample * call.count + i];
-      const uint32_t score = p.scores[sample * call.count + i];
-      if (document >= 0 && can_be_chosen(score)) number = ranked(score, document);
-    }
-    best.push(number);
+  const int count = static_cast<int>(p.call.count), all = static_cast<int>(p.call.k);
+  const int64_t* candidates = p.call.candidates + sample * count;
+  const uint32_t* scores = p.scores + sample * count;
+  uint64_t bound = ~uint64_t{0};  // only what ranks below may still be chosen
+  for (int done = 0; done < all; done += kPerRound) {
+    const int k = all - done < kPerRound ? all - done : kPerRound;
+    find_best(
+        [&](const auto& take) {
+#pragma unroll 1
+          for (int i = threadIdx.x; i < count; i += kBestThreads) {
+            if (candidates[i] < 0 || !can_be_chosen(scores[i])) continue;
+            const uint64_t number = ranked(scores[i], candidates[i]);
+            if (number < bound) take(number);
+          }
+        },
+        k, found);
+    for (int i = threadIdx.x; i < k; i += kBestThreads)
+      write_chosen(found.best[i], p.call.chosen + sample * all + done + i, p.call.chosen_scores + sample * all + done + i);
+    bound = found.best[k - 1];
+    __syncthreads();
   }
-  best.shrink();
-  for (int i = threadIdx.x; i < k; i += kSelectThreads)
-    write_chosen(list[i], call.chosen + sample * k + i, call.chosen_scores + sample * k + i);
 }
 
 size_t rescore_workspace(const Rescore& call) { return (call.samples * call.count * 4 + 255) / 256 * 256; }
@@ -564,7 +297,7 @@ cudaError_t launch_rescore(const RescoreCall& call, dim3 grid, cudaStream_t stre
       cudaFuncSetAttribute(rescore_kernel<QUERY, KEY>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
 #endif
-  return launch(rescore_kernel<QUERY, KEY>, grid, kSelectThreads, shared, 1, stream, call);
+  return launch(rescore_kernel<QUERY, KEY>, grid, kRescoreThreads, shared, 1, stream, call);
 }
 
 template <Type QUERY>
@@ -600,10 +333,7 @@ cudaError_t rescore_documents(const Rescore& call, void* workspace, cudaStream_t
                                             : cudaErrorInvalidValue;
     if (error != cudaSuccess) return error;
   }
-  const dim3 grid(static_cast<unsigned>(call.samples));
-  if (call.k <= 64) return launch(pick_kernel<64>, grid, kSelectThreads, Largest<64>::kRoom * 8 + 64, 1, stream, inner);
-  if (call.k <= 256) return launch(pick_kernel<256>, grid, kSelectThreads, Largest<256>::kRoom * 8 + 64, 1, stream, inner);
-  return launch(pick_kernel<1024>, grid, kSelectThreads, Largest<1024>::kRoom * 8 + 64, 1, stream, inner);
+  return launch(pick_kernel, dim3(static_cast<unsigned>(call.samples)), kBestThreads, sizeof(BestShared), 1, stream, inner);
 }
 
 // The whole call ------------------------------------------------------------------------------------------------------
@@ -676,9 +406,9 @@ static int best_shape(int64_t columns, int64_t width_bytes, int terms, int64_t s
 }
 
 struct Places {
-  size_t used, counts, starts, rows, groups, largest, tickets, bounds, straddling, straddling_document, candidates, packed,
-      scores, end;
-  int64_t pitch, blocks, per_round;
+  size_t used, counts, starts, rows, groups, largest, best, packed, scores, end;
+  int64_t pitch, document_groups, group_pitch;
+  bool long_documents;
 };
 
 static Places places_of(const Call& call, const Plan& plan) {
@@ -690,8 +420,9 @@ static Places places_of(const Call& call, const Plan& plan) {
     return place;
   };
   at.pitch = round_up(call.chunks, 32);
-  at.blocks = call.chunks > kSlab ? (call.chunks + kSlab - 1) / kSlab : 1;
-  at.per_round = call.k < kMostPerRound ? call.k : kMostPerRound;
+  at.long_documents = call.documents > 0 && call.chunks / call.documents >= kLongDocuments;
+  at.document_groups = at.long_documents ? call.documents : round_up(call.documents, kGroupDocuments) / kGroupDocuments;
+  at.group_pitch = round_up(at.document_groups, 32);
   const int64_t number = plan.path == Path::plain ? 4 : bytes_of(call.key_type);
   at.used = take(4);
   at.counts = take(call.samples * 4);
@@ -699,11 +430,7 @@ static Places places_of(const Call& call, const Plan& plan) {
   at.rows = take(plan.columns * 4);
   at.groups = take(plan.columns / kGroup * 4);
   at.largest = take(call.samples * 4);
-  at.tickets = take(call.samples * 4);
-  at.bounds = take(call.samples * 8);
-  at.straddling = take(call.samples * at.blocks * 4);
-  at.straddling_document = take(call.samples * at.blocks * 4);
-  at.candidates = take(call.samples * at.blocks * at.per_round * 8);
+  at.best = take(call.samples * at.group_pitch * 4);
   at.packed = take(plan.terms * plan.columns * call.width * number);
   at.scores = take(call.samples * at.pitch * 4);
   at.end = next;
@@ -826,10 +553,6 @@ cudaError_t route_documents(
   lists.rows = static_cast<int*>(place(at.rows));
   lists.groups = static_cast<int*>(place(at.groups));
   lists.largest = static_cast<float*>(place(at.largest));
-  lists.tickets = static_cast<unsigned*>(place(at.tickets));
-  lists.bounds = static_cast<uint64_t*>(place(at.bounds));
-  lists.straddling = static_cast<uint32_t*>(place(at.straddling));
-  lists.straddles = call.samples * at.blocks;
   cudaError_t error =
       launch(scan_kernel, dim3(1), kScanThreads, 0, 1, stream, call.mask, static_cast<int>(call.samples),
              static_cast<int>(call.tokens), static_cast<int>(plan.columns), lists);
@@ -880,28 +603,22 @@ cudaError_t route_documents(
   }
 
   Select select = {};
-  select.scores = static_cast<const float*>(place(at.scores));
+  select.scores = static_cast<float*>(place(at.scores));
   select.pitch = at.pitch;
   select.offsets = call.offsets;
   select.alive = call.alive;
   select.counts = lists.counts;
+  select.samples = call.samples;
   select.chunks = call.chunks;
   select.documents = call.documents;
-  select.total = call.k;
-  select.straddling = lists.straddling;
-  select.straddling_document = static_cast<int*>(place(at.straddling_document));
-  select.candidates = static_cast<uint64_t*>(place(at.candidates));
-  select.tickets = lists.tickets;
-  select.bounds = lists.bounds;
+  select.k = call.k;
+  select.long_documents = at.long_documents;
+  select.groups = at.document_groups;
+  select.group_pitch = at.group_pitch;
+  select.best = static_cast<uint32_t*>(place(at.best));
   select.chosen = call.chosen;
   select.chosen_scores = call.chosen_scores;
-  for (int64_t first = 0; first < call.k; first += kMostPerRound) {
-    select.first = first;
-    select.k = static_cast<int>(call.k - first < kMostPerRound ? call.k - first : kMostPerRound);
-    error = launch_select(select, at.blocks, call.samples, stream);
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  return launch_select(select, stream);
 }
 
 }  // namespace msa_hf::route

@@ -33,6 +33,7 @@ const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess 
 }
 #include "../route_documents.cu"
 #include "../route_documents_mma.cu"
+#include "../route_documents_select.cu"
 #include "../route_documents_wgmma_bf16.cu"
 #include "../route_documents_wgmma_e4m3.cu"
 #include "../route_documents_wgmma_f16.cu"
@@ -169,7 +170,7 @@ Case some_case(Random& random, Type key_type, bool small) {
   c.key_type = key_type;
   c.query_type = random.one_of({Type::f32, Type::bf16, Type::f16});
   c.exact = random.below(3) == 0;
-  // Around the edges of tiles: 128 and 256 chunks, 4,096 chunks a block of select, 32 to 256 columns, 64 and 128 numbers.
+  // Around the edges of tiles: 128 and 256 chunks, 1,024 chunks a warp of select, 32 to 256 columns, 64 and 128 numbers.
   const int64_t multiple = bytes_of(key_type) == 1 ? 16 : 8;
   const int64_t big = small ? 700 : 20000;
   c.chunks = random.one_of<int64_t>({1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 513, random.between(1, big)});
@@ -503,9 +504,15 @@ void check_edges() {
   resize(2, 3, 0, 3), run(c);    // no documents
 #ifdef MSA_HF_EMULATE
   resize(1, 3, 4200, 40), run(c);  // all scores are equal
+  resize(1, 3, 1500, 700), run(c);  // several rounds of select
 #else
   resize(1, 3, 9000, 40), run(c);
   resize(1, 3, 5000, 2500), run(c);  // several rounds of select
+  resize(1, 3, 300000, 2500), run(c);
+  resize(1, 3, 300 * 520, 290), c.offsets = {0}, c.documents = 300;  // long documents
+  for (int64_t i = 1; i <= 300; i++) c.offsets.push_back(i * 520);
+  for (int64_t i = 0; i < 300; i++) c.keys[(i * 520 + i) * 16] = static_cast<float>(1 + i % 7);
+  run(c);
 #endif
   resize(1, 3, 4200, 8);  // the best at the edges of runs and tiles
   for (const int64_t chunk : {0, 127, 128, 4094, 4095, 4096, 4097, 4199})
