@@ -22,6 +22,7 @@
 
 #include "../checks.h"
 #include "pool_gather.h"
+#include "problem.h"
 #include "staging.h"
 
 namespace msa_hf {
@@ -53,8 +54,7 @@ struct Place {
 };
 
 void check(cudaError_t status, const char* op) {
-  STD_TORCH_CHECK(status == cudaSuccess, op, " on CUDA: ",
-                  status == cudaErrorInvalidValue ? "a size is beyond what the kernel takes" : cudaGetErrorString(status));
+  STD_TORCH_CHECK(status == cudaSuccess, op, " on CUDA: ", explain(status));
 }
 
 Tensor make(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
@@ -220,12 +220,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather(const Tensor& documents, const
   call.valid = static_cast<bool*>(valid.mutable_data_ptr());
   call.slots = static_cast<int64_t*>(slots.mutable_data_ptr());
   if (batch == 0 || width == 0) return {keys, values, valid, slots};
-  if (rows.is_cuda()) {
+  if (rows.is_cuda() || rows.size(0) == 0) {  // of content without chunks nothing is read, wherever it lies
     check(gather_documents(call, place.stream), op);
     return {keys, values, valid, slots};
   }
-  const void* content_address = rows.size(0) > 0 ? device_address(rows) : nullptr;
-  const void* scales_address = factors && rows.size(0) > 0 ? device_address(*factors) : nullptr;
+  const void* content_address = device_address(rows);
+  const void* scales_address = factors ? device_address(*factors) : nullptr;
   if (content_address != nullptr && (!factors || scales_address != nullptr)) {
     // The kernel reads the host's memory after this returns: the caller keeps `content`, as for a copy that does not wait.
     call.content = content_address;

@@ -52,7 +52,7 @@ Tensor make(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType
 
 // A workspace lives until the call's kernels are queued: whoever gets its memory next on this stream runs after them.
 Tensor make_workspace(const Tensor& like, size_t bytes) {
-  return make(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  return make(like, {static_cast<int64_t>(bytes > 0 ? bytes : 1)}, ScalarType::Byte);  // of no bytes: no address
 }
 
 std::tuple<Tensor, Tensor> route_documents(const Tensor& queries, const Tensor& routing_mask, const Tensor& keys,
@@ -75,13 +75,15 @@ std::tuple<Tensor, Tensor> route_documents(const Tensor& queries, const Tensor& 
   call.mask = static_cast<const bool*>(mask.const_data_ptr());
   call.keys = rows.const_data_ptr();
   call.key_type = type_of(rows, op, "keys");
-  call.scales = factors ? static_cast<const float*>(factors->const_data_ptr()) : nullptr;
   call.offsets = static_cast<const int64_t*>(limits.const_data_ptr());
   call.alive = living ? static_cast<const bool*>(living->const_data_ptr()) : nullptr;
   call.samples = queries.size(0);
   call.tokens = queries.size(1);
   call.width = queries.size(2);
   call.chunks = keys.size(0);
+  // Memory of no bytes may have no address, which would say that there are no scales: any other is as good then.
+  const void* factors_at = !factors ? nullptr : call.chunks > 0 ? factors->const_data_ptr() : limits.const_data_ptr();
+  call.scales = static_cast<const float*>(factors_at);
   call.documents = offsets.size(0) - 1;
   call.k = k;
   call.chosen = static_cast<int64_t*>(documents.mutable_data_ptr());

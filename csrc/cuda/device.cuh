@@ -1,7 +1,7 @@
-// What the kernels of pool_chunks and gather_documents share: formats, wide loads, launching.
+// What the kernels of pool_chunks and gather_documents share: formats and wide loads.
 //
 // With MSA_HF_EMULATE the same sources compile with a C++ compiler and run on the host, one fiber per CUDA thread
-// (tests/ops/cuda_on_host.h): how indices and barriers are tested where there is no GPU.
+// (standalone/cuda_on_host.h): how indices and barriers are tested where there is no GPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,13 +16,9 @@
 #include "standalone/cuda_on_host.h"
 #else
 #define MSA_HF_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-// More than 48 KB of shared memory must be asked for; says whether the device has it.
-#define MSA_HF_ALLOW_SHARED(kernel, bytes)                                                                       \
-  ((bytes) <= 48 * 1024 ? cudaSuccess                                                                            \
-                        : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)))
-#define MSA_HF_LAUNCH(kernel, blocks, threads, shared, stream, ...) \
-  kernel<<<blocks, threads, shared, stream>>>(__VA_ARGS__)
 #endif
+
+#include "launch.cuh"
 
 namespace msa_hf {
 

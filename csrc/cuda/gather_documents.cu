@@ -195,8 +195,7 @@ cudaError_t launch(const GatherCall& call, cudaStream_t stream) {
   const int rows = std::clamp(kThreads * kUnroll / vectors, 1, std::max(call.width, 1));
   const size_t shared = call.k * (2 * sizeof(int64_t) + sizeof(int)) + rows * (sizeof(int64_t) + sizeof(float2));
   const dim3 blocks((call.width + rows - 1) / rows, call.batch);
-  MSA_HF_LAUNCH((gather_kernel<S, T, VEC>), blocks, kThreads, shared, stream, call, vectors, rows);
-  return cudaGetLastError();
+  return launch_kernel("gather_kernel", gather_kernel<S, T, VEC>, blocks, kThreads, shared, stream, call, vectors, rows);
 }
 
 // 16 bytes at a time where heads start on such borders in the source and in the result.
@@ -222,25 +221,29 @@ cudaError_t launch_from(const GatherCall& call, cudaStream_t stream) {
   }
 }
 
-bool is_valid(const GatherCall& call) {
-  const int64_t row = int64_t{2} * call.groups * call.dim;
-  return call.batch >= 0 && call.batch <= 65535 && call.k >= 0 && call.k <= kMostGathered && call.width >= 0 &&
-         call.groups > 0 && call.dim > 0 && row <= (1 << 24) &&
-         (call.content_format == Format::float8_e4m3) == (call.scales != nullptr);
+// Why this cannot be launched, or null.
+const char* refusal(const GatherCall& call) {
+  if (call.batch < 0 || call.batch > 65535) return "samples beyond 65535";
+  if (call.k < 0 || call.k > kMostGathered) return "too many documents per sample";
+  if (call.width < 0 || call.groups <= 0 || call.dim <= 0) return "rows without heads or numbers";
+  if (int64_t{2} * call.groups * call.dim > 1 << 24) return "rows of more than 2^24 numbers";
+  // Content without chunks has no scales either: memory of no bytes may have no address.
+  const bool scaled = call.scales != nullptr, quantised = call.content_format == Format::float8_e4m3;
+  if (quantised ? !scaled && call.chunks > 0 : scaled) return "scales belong to float8 content, and only to it";
+  return nullptr;
 }
 
 }  // namespace
 
 cudaError_t list_runs(const GatherCall& call, int64_t* runs, cudaStream_t stream) {
-  if (!is_valid(call)) return cudaErrorInvalidValue;
+  if (const char* why = refusal(call)) return refuse(cudaErrorInvalidValue, why);
   if (call.batch == 0 || call.k == 0) return cudaSuccess;
   const size_t shared = call.k * (2 * sizeof(int64_t) + sizeof(int));
-  MSA_HF_LAUNCH(list_runs_kernel, call.batch, kThreads, shared, stream, call, runs);
-  return cudaGetLastError();
+  return launch_kernel("list_runs_kernel", list_runs_kernel, call.batch, kThreads, shared, stream, call, runs);
 }
 
 cudaError_t gather_documents(const GatherCall& call, cudaStream_t stream) {
-  if (!is_valid(call)) return cudaErrorInvalidValue;
+  if (const char* why = refusal(call)) return refuse(cudaErrorInvalidValue, why);
   if (call.batch == 0 || call.width == 0) return cudaSuccess;
   switch (call.content_format) {
     case Format::float32:

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <initializer_list>
+#include <string>
 
 #include "device.cuh"
 
@@ -321,9 +322,18 @@ Shape shape_of(const Chunking& chunking, int vec, int threads) {
   return {vectors, lines, floats * sizeof(float)};
 }
 
-bool is_valid(const Chunking& chunking) {
-  return chunking.documents >= 0 && chunking.chunks >= 0 && chunking.chunks < (int64_t{1} << 31) / kParts - kOutside &&
-         chunking.chunk_size > 0 && chunking.groups > 0 && chunking.dim > 0;
+// Why this cannot be launched, or null.
+const char* refusal(const Chunking& chunking) {
+  if (chunking.documents < 0 || chunking.chunks < 0) return "a negative number of documents or chunks";
+  if (chunking.chunks >= (int64_t{1} << 31) / kParts - kOutside) return "too many chunks for one launch";
+  if (chunking.chunk_size <= 0) return "chunks of no tokens";
+  if (chunking.groups <= 0 || chunking.dim <= 0) return "states without heads or numbers";
+  return nullptr;
+}
+
+cudaError_t too_wide(const Chunking& chunking) {
+  return refuse(cudaErrorInvalidValue, std::to_string(chunking.groups) + " heads of " + std::to_string(chunking.dim) +
+                                           " numbers do not fit in shared memory");
 }
 
 }  // namespace
@@ -331,26 +341,20 @@ bool is_valid(const Chunking& chunking) {
 template <typename T, int VEC, int THREADS, int UNROLL>
 static cudaError_t launch_pool_forward(const PoolForward& call, cudaStream_t stream) {
   const Shape shape = shape_of(call.chunking, VEC, THREADS);
-  if (shape.shared > kMostShared) return cudaErrorInvalidValue;
-  const cudaError_t status = MSA_HF_ALLOW_SHARED((pool_forward_kernel<T, VEC, THREADS, UNROLL>), shape.shared);
-  if (status != cudaSuccess) return status;
+  if (shape.shared > kMostShared) return too_wide(call.chunking);
   const unsigned blocks = static_cast<unsigned>(call.chunking.chunks * kParts);
-  MSA_HF_LAUNCH((pool_forward_kernel<T, VEC, THREADS, UNROLL>), blocks, THREADS, shape.shared, stream, call,
-                shape.vectors, shape.lines);
-  return cudaGetLastError();
+  return launch_kernel("pool_forward_kernel", pool_forward_kernel<T, VEC, THREADS, UNROLL>, blocks, THREADS, shape.shared,
+                       stream, call, shape.vectors, shape.lines);
 }
 
 template <typename T, int VEC, int THREADS, int UNROLL>
 static cudaError_t launch_pool_backward(const PoolBackward& call, cudaStream_t stream) {
   const Shape shape = shape_of(call.chunking, VEC, THREADS);
   const size_t shared = shape.shared + sizeof(float) * call.chunking.groups * call.chunking.dim;
-  if (shared > kMostShared) return cudaErrorInvalidValue;
-  const cudaError_t status = MSA_HF_ALLOW_SHARED((pool_backward_kernel<T, VEC, THREADS, UNROLL>), shared);
-  if (status != cudaSuccess) return status;
+  if (shared > kMostShared) return too_wide(call.chunking);
   const unsigned blocks = static_cast<unsigned>((call.chunking.chunks + kOutside) * kParts);
-  MSA_HF_LAUNCH((pool_backward_kernel<T, VEC, THREADS, UNROLL>), blocks, THREADS, shared, stream, call, shape.vectors,
-                shape.lines);
-  return cudaGetLastError();
+  return launch_kernel("pool_backward_kernel", pool_backward_kernel<T, VEC, THREADS, UNROLL>, blocks, THREADS, shared,
+                       stream, call, shape.vectors, shape.lines);
 }
 
 template <typename T>
@@ -374,11 +378,12 @@ static cudaError_t backward_of(const PoolBackward& call, cudaStream_t stream) {
 }
 
 cudaError_t pool_chunks_forward(const PoolForward& call, cudaStream_t stream) {
-  const bool quantised = bytes_of(call.routing_format) == 1;
-  if (!is_valid(call.chunking) || quantised != (call.scales != nullptr) || bytes_of(call.content_format) == 1) {
-    return cudaErrorInvalidValue;
+  if (const char* why = refusal(call.chunking)) return refuse(cudaErrorInvalidValue, why);
+  if (call.chunking.chunks == 0) return cudaSuccess;  // before any pointer is looked at: memory of no bytes has none
+  if ((bytes_of(call.routing_format) == 1) != (call.scales != nullptr)) {
+    return refuse(cudaErrorInvalidValue, "scales belong to router keys of 8 bits, and only to them");
   }
-  if (call.chunking.chunks == 0) return cudaSuccess;
+  if (bytes_of(call.content_format) == 1) return refuse(cudaErrorInvalidValue, "content of 8 bits");
   switch (call.input) {
     case Format::float32:
       return forward_of<float>(call, stream);
@@ -392,7 +397,9 @@ cudaError_t pool_chunks_forward(const PoolForward& call, cudaStream_t stream) {
 }
 
 cudaError_t pool_chunks_backward(const PoolBackward& call, cudaStream_t stream) {
-  if (!is_valid(call.chunking)) return cudaErrorInvalidValue;
+  if (const char* why = refusal(call.chunking)) return refuse(cudaErrorInvalidValue, why);
+  // Without chunks only packed tokens of no document get a gradient, zero.
+  if (call.chunking.chunks == 0 && !(call.grad_keys.packed && call.chunking.tokens > 0)) return cudaSuccess;
   switch (call.input) {
     case Format::float32:
       return backward_of<float>(call, stream);
@@ -407,15 +414,14 @@ cudaError_t pool_chunks_backward(const PoolBackward& call, cudaStream_t stream) 
 
 cudaError_t find_chunk_offsets(
     const int64_t* token_offsets, int64_t* chunk_offsets, int64_t documents, int chunk_size, cudaStream_t stream) {
-  if (documents < 0 || chunk_size <= 0) return cudaErrorInvalidValue;
+  if (documents < 0 || chunk_size <= 0) return refuse(cudaErrorInvalidValue, "the sizes of documents and chunks");
   constexpr int kThreads = 1024;
   Chunking chunking;
   chunking.token_offsets = token_offsets;
   chunking.documents = documents;
   chunking.chunk_size = chunk_size;
-  MSA_HF_LAUNCH((chunk_offsets_kernel<kThreads>), 1, kThreads, sizeof(int64_t) * kThreads / 32, stream, chunking,
-                chunk_offsets);
-  return cudaGetLastError();
+  return launch_kernel("chunk_offsets_kernel", chunk_offsets_kernel<kThreads>, 1, kThreads,
+                       sizeof(int64_t) * kThreads / 32, stream, chunking, chunk_offsets);
 }
 
 // Other shapes of the block, for the benchmark: threads * 100 + loads in flight.

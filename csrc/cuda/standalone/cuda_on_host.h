@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <type_traits>
@@ -114,17 +115,49 @@ inline void run_block(unsigned threads, size_t shared) {
   } while (release());
 }
 
-inline void launch(dim3 blocks, unsigned threads, size_t shared, const std::function<void()>& function) {
-  if (blocks.y > 65535 || blocks.z > 65535 || shared > 96 * 1024 || threads > 1024) fail("a launch beyond the limits");
+// What a launch is refused for on a GPU, and how. Shared memory: what every device from compute capability 8.0 on has.
+constexpr size_t kSharedUnasked = 48 * 1024, kMostShared = 99 * 1024;
+inline std::map<const void*, size_t> allowed_shared;  // of kernels that asked for more
+inline cudaError_t last_error = cudaSuccess;
+
+inline cudaError_t failed(cudaError_t error) {
+  last_error = error;
+  return error;
+}
+
+inline cudaError_t allow_shared(const void* kernel, int bytes) {
+  if (bytes < 0 || static_cast<size_t>(bytes) > kMostShared) return failed(cudaErrorInvalidValue);
+  allowed_shared[kernel] = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
+
+inline cudaError_t launch(
+    const void* kernel, dim3 blocks, unsigned threads, size_t shared, const std::function<void()>& function) {
+  const bool grid = blocks.x > 0 && blocks.y > 0 && blocks.z > 0 && blocks.x < 1u << 31 && blocks.y < 1u << 16 &&
+                    blocks.z < 1u << 16;
+  if (!grid || threads == 0 || threads > 1024) return failed(cudaErrorInvalidConfiguration);
+  const auto allowed = allowed_shared.find(kernel);
+  if (shared > (allowed == allowed_shared.end() ? kSharedUnasked : std::max(kSharedUnasked, allowed->second))) {
+    return failed(cudaErrorInvalidValue);
+  }
   body = &function;
   blockDim = dim3(threads);
   gridDim = blocks;
-  for (unsigned y = 0; y < blocks.y; ++y) {
-    for (unsigned x = 0; x < blocks.x; ++x) {
-      blockIdx = {x, y, 0};
-      run_block(threads, shared);
+  for (unsigned z = 0; z < blocks.z; ++z) {
+    for (unsigned y = 0; y < blocks.y; ++y) {
+      for (unsigned x = 0; x < blocks.x; ++x) {
+        blockIdx = {x, y, z};
+        run_block(threads, shared);
+      }
     }
   }
+  return cudaSuccess;
+}
+
+// Memory of no bytes has no address, as on a GPU.
+inline cudaError_t allocate(void** pointer, size_t bytes) {
+  *pointer = bytes ? std::malloc(bytes) : nullptr;
+  return cudaSuccess;
 }
 
 template <typename T>
@@ -144,9 +177,6 @@ T exchange(T value, size_t lane_of_source, bool exists) {
 #define __launch_bounds__(...)
 #endif
 #define MSA_HF_DYNAMIC_SHARED(name) unsigned char* name = cuda_on_host::shared_memory
-#define MSA_HF_ALLOW_SHARED(kernel, bytes) cudaSuccess
-#define MSA_HF_LAUNCH(kernel, blocks, threads, shared, stream, ...) \
-  cuda_on_host::launch(blocks, threads, shared, [&] { kernel(__VA_ARGS__); })
 
 inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::Wait::block); }
 

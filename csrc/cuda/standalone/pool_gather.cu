@@ -12,19 +12,23 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #ifdef MSA_HF_EMULATE
 #include "cuda_on_host.h"
 // What the code under test and the checks call of the runtime.
 extern "C" {
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-cudaError_t cudaMalloc(void** p, size_t n) { return *p = std::malloc(n ? n : 1), cudaSuccess; }
+cudaError_t cudaGetLastError() { return std::exchange(cuda_on_host::last_error, cudaSuccess); }
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  return cuda_on_host::allow_shared(kernel, bytes);
+}
+cudaError_t cudaMalloc(void** p, size_t n) { return cuda_on_host::allocate(p, n); }
 cudaError_t cudaFree(void* p) { return std::free(p), cudaSuccess; }
-cudaError_t cudaHostAlloc(void** p, size_t n, unsigned) { return cudaMalloc(p, n); }
+cudaError_t cudaHostAlloc(void** p, size_t n, unsigned) { return cuda_on_host::allocate(p, n); }
 cudaError_t cudaFreeHost(void* p) { return cudaFree(p); }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind) {
-  return std::memcpy(to, from, n), cudaSuccess;
+  return n ? std::memcpy(to, from, n) : to, cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t*, unsigned) { return cudaSuccess; }
@@ -33,7 +37,9 @@ cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t function, void* data) { return function(data), cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t) { return "error"; }
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "invalid argument";
+}
 }
 #endif
 
@@ -47,7 +53,7 @@ using namespace msa_hf;
   do {                                                                                               \
     const cudaError_t status_ = (call);                                                              \
     if (status_ != cudaSuccess) {                                                                    \
-      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(status_)); \
+      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, explain(status_).c_str());  \
       std::exit(2);                                                                                  \
     }                                                                                                \
   } while (false)
@@ -482,8 +488,10 @@ void check_many_documents(const int64_t documents) {
 enum class Source { device, pinned, staged };
 
 void check_gather(int number, StagingRing& ring) {
+  const bool empty = number % 10 == 3;  // content without chunks: without addresses, of scales too
   const Format content_format =
-      pick({Format::float32, Format::bfloat16, Format::bfloat16, Format::float16, Format::float8_e4m3});
+      empty ? Format::float8_e4m3
+            : pick({Format::float32, Format::bfloat16, Format::bfloat16, Format::float16, Format::float8_e4m3});
   const Format output_format =
       content_format == Format::float8_e4m3 || draw(0, 3) == 0
           ? pick({Format::float32, Format::bfloat16, Format::float16})
@@ -491,7 +499,7 @@ void check_gather(int number, StagingRing& ring) {
   const Source source = pick({Source::device, Source::pinned, Source::staged});
   const int batch = draw(1, 3), k = pick({0, 1, 2, 16, 16, 33, 70}), groups = pick({1, 2, 3, 8});
   const int dim = pick({1, 4, 8, 12, 16, 20, 32, 64, 128});
-  const int64_t documents = draw(0, 40), row = 2 * groups * dim;
+  const int64_t documents = empty ? 0 : draw(0, 40), row = 2 * groups * dim;
   std::vector<int64_t> offsets(1, 0);
   for (int64_t i = 0; i < documents; ++i) offsets.push_back(offsets.back() + pick<int64_t>({1, 1, 2, 3, draw(1, 20)}));
   // Now and then offsets point behind the content: such documents have no rows.
@@ -515,7 +523,7 @@ void check_gather(int number, StagingRing& ring) {
     }
     most = std::max<int64_t>(most, rows[sample].size());
   }
-  const int64_t width = std::max<int64_t>(0, pick<int64_t>({most, most, most + 1, most + draw(0, 40), most / 2, 0}));
+  const int64_t width = empty ? draw(1, 9) : pick<int64_t>({most, most, most + 1, most + draw(0, 40), most / 2, 0});
   char description[300];
   std::snprintf(description, sizeof description,
                 "gather %d: %s -> %s from %s B=%d k=%d N=%ld C=%ld G=%d D=%d most=%ld width=%ld", number,
@@ -523,18 +531,19 @@ void check_gather(int number, StagingRing& ring) {
                 source == Source::device ? "device" : source == Source::pinned ? "pinned" : "staged", batch, k,
                 long(documents), long(chunks), groups, dim, long(most), long(width));
 
-  const size_t content_bytes = std::max<size_t>(1, chunks * row * bytes_of(content_format));
-  const size_t scales_bytes = std::max<size_t>(8, chunks * 8);
+  const size_t content_bytes = chunks * row * bytes_of(content_format), scales_bytes = chunks * 8;
   Buffer content(content_bytes), scales(scales_bytes);
   for (int64_t i = 0; i < chunks * row; ++i) encode(content.host.data(), i, content_format, draw_normal());
   for (int64_t i = 0; i < chunks * 2; ++i) scales.as<float>()[i] = std::exp(draw_normal());
   void *pinned = nullptr, *pinned_scales = nullptr;
   content.upload();
   scales.upload();
-  CHECK_CUDA(cudaHostAlloc(&pinned, content_bytes, 0));
-  CHECK_CUDA(cudaHostAlloc(&pinned_scales, scales_bytes, 0));
-  std::memcpy(pinned, content.host.data(), content_bytes);
-  std::memcpy(pinned_scales, scales.host.data(), scales_bytes);
+  if (chunks > 0) {
+    CHECK_CUDA(cudaHostAlloc(&pinned, content_bytes, 0));
+    CHECK_CUDA(cudaHostAlloc(&pinned_scales, scales_bytes, 0));
+    std::memcpy(pinned, content.host.data(), content_bytes);
+    std::memcpy(pinned_scales, scales.host.data(), scales_bytes);
+  }
 
   Buffer chosen_at(chosen.size() * 8), offsets_at(offsets.size() * 8);
   std::memcpy(chosen_at.host.data(), chosen.data(), chosen_at.host.size());
