@@ -3,11 +3,13 @@
     python scripts/train_tiny.py tokenizer --out build/tiny/tokenizer
     python scripts/train_tiny.py dense --tokenizer build/tiny/tokenizer --minutes 3 --out build/tiny/dense
     python scripts/train_tiny.py memory --base build/tiny/dense --minutes 9 --out build/tiny/memory
+    python scripts/train_tiny.py sharpen --model build/tiny/memory --out build/tiny/sharp
 
 First a plain Qwen3 learns to read: texts in the prompt, questions about them. Then it gets a memory and learns the
 whole protocol: to route, to name documents from their pooled keys and values, to read what is appended, and to answer.
 Every batch is a small corpus of its own, made by `msa_hf.evaluation.corpora`, so no name is ever seen twice; most are
-as crowded with near-misses as a corpus many times as large.
+as crowded with near-misses as a corpus many times as large. Last, the score biases are fitted to a bank a hundred times
+as large as the pools of training.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from msa_hf.evaluation import UNANSWERABLE, Corpus, Question, make_corpus
 from msa_hf.evaluation.corpora import QuestionKind
 from msa_hf.evaluation.prose import prose_documents
 from msa_hf.generation import COMPACT
-from msa_hf.training import CollapseGuard, diagnose, router_recall
+from msa_hf.training import CollapseGuard, diagnose, router_recall, sharpen_score_bias
 
 VOCABULARY = 8192
 PAD = "<|pad|>"
@@ -543,6 +545,27 @@ def without_pass(forward: Any) -> Any:
     return run
 
 
+def bank_to_ask(
+    tokenizer: Any, documents: int, questions: int, **corpus_options: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Documents under random ids, as `encode_documents` takes them, and questions of each kind, as `diagnose` does."""
+    corpus = make_corpus(documents, **corpus_options)
+    ids = random.Random(1).sample(range(IDS), documents)
+    rows = [TINY.document_row(id, text, tokenizer) for id, text in zip(ids, corpus.texts(), strict=True)]
+    kinds: tuple[QuestionKind, ...] = ("one_hop", "two_hop", "unanswerable")
+    asked = [
+        {
+            "question": question.text,
+            "answer": question.answer,
+            "kind": kind,
+            "positives": [str(ids[place]) for place in question.positives],
+        }
+        for kind in kinds
+        for question in corpus.questions(questions, kind, seed=5)
+    ]
+    return rows, asked
+
+
 class Gate:
     """A diagnosis on a bank of thousands of documents with names never trained on, as often as asked for.
 
@@ -550,21 +573,10 @@ class Gate:
     """
 
     def __init__(self, tokenizer: Any, prose: list[str], documents: int, questions: int) -> None:
-        corpus = make_corpus(documents, seed=99, split="test", prose=prose, prose_share=0.2, crowding=100)
-        ids = random.Random(1).sample(range(IDS), documents)
-        self.rows = [TINY.document_row(id, text, tokenizer) for id, text in zip(ids, corpus.texts(), strict=True)]
+        self.rows, self.questions = bank_to_ask(
+            tokenizer, documents, questions, seed=99, split="test", prose=prose, prose_share=0.2, crowding=100
+        )
         self.tokenizer, self.guard = tokenizer, CollapseGuard()
-        kinds: tuple[QuestionKind, ...] = ("one_hop", "two_hop", "unanswerable")
-        self.questions = [
-            {
-                "question": question.text,
-                "answer": question.answer,
-                "kind": kind,
-                "positives": [str(ids[place]) for place in question.positives],
-            }
-            for kind in kinds
-            for question in corpus.questions(questions, kind, seed=5)
-        ]
         self.conditions = ["routed", "forced_gold", "gold_text", "no_memory", "ids"]
         if importlib.util.find_spec("bm25s"):
             self.conditions.append("bm25")
@@ -668,6 +680,28 @@ def train_memory(arguments: Any) -> None:
     write_curve(curve, arguments.out, "curve_memory.jsonl")
 
 
+# Score biases ---------------------------------------------------------------------------------------------------------
+
+
+def sharpen(arguments: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
+    model = MSAForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval().to(arguments.device)
+    prose = json.loads(Path(arguments.tokenizer, PROSE).read_text())
+    rows, asked = bank_to_ask(
+        tokenizer, arguments.documents, arguments.questions, seed=arguments.seed, prose=prose, prose_share=0.2
+    )
+    bank = model.encode_documents(rows, batch_tokens=arguments.batch_tokens)
+    options: dict[str, Any] = {"refusal": UNANSWERABLE, "batch_size": 100, "max_new_tokens": 24}
+    options |= {"interleave": {"max_id_tokens": 24}, "show_progress": False}
+    curve = sharpen_score_bias(model, tokenizer, bank, asked, TINY, arguments.factors, **options)
+    for row in curve:
+        print(" ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+    model.save_pretrained(arguments.out, max_shard_size="14MB")
+    tokenizer.save_pretrained(arguments.out)
+    TINY.save_pretrained(arguments.out)
+    write_curve([{"documents": arguments.documents, **row} for row in curve], arguments.out, "curve_sharpen.jsonl")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -697,14 +731,26 @@ def main() -> None:
     memory.add_argument("--fall", type=float, default=0.5, help="share of the time in which rates fall")
     memory.add_argument("--gate", type=int, default=4096, help="documents of the bank that routing is measured on")
     memory.add_argument("--gate-every", type=float, default=100, help="seconds")
+    last = commands.add_parser("sharpen", help="fit the score biases to a large bank of names seen in training")
+    last.add_argument("--model", required=True)
+    last.add_argument("--out", required=True)
+    last.add_argument("--tokenizer", required=True, help="what the first command made")
+    last.add_argument("--documents", type=int, default=100_000, help="of the bank")
+    last.add_argument("--questions", type=int, default=100, help="of each kind")
+    last.add_argument("--factors", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0])
+    last.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    last.add_argument("--batch-tokens", type=int, default=65_536 if torch.cuda.is_available() else 3072)
+    last.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     if arguments.command == "tokenizer":
         train_tokenizer(arguments.out, arguments.documents)
     elif arguments.command == "dense":
         train_dense(arguments)
-    else:
+    elif arguments.command == "memory":
         train_memory(arguments)
+    else:
+        sharpen(arguments)
 
 
 if __name__ == "__main__":

@@ -338,8 +338,9 @@ def model_fingerprint(model: nn.Module) -> str:
     """Tell models with different weights apart: 64 hexadecimal digits.
 
     Covers names, shapes and 64 evenly strided values of every parameter, rounded to bf16, so that the float32 and the
-    bf16 load of a checkpoint agree; a change that misses all of those values goes unseen. The output head is left out
-    unless it is the input embedding: the memory does not depend on it, and the headless model makes the same one.
+    bf16 load of a checkpoint agree; a change that misses all of those values goes unseen. Left out is what the memory
+    does not depend on: the output head unless it is the input embedding (the headless model makes the same memory), and
+    the score biases, which weigh documents when they are read.
 
     Args:
         model: a transformers model. Parameters on the meta device (offloaded) count by name and shape, with a warning.
@@ -349,7 +350,9 @@ def model_fingerprint(model: nn.Module) -> str:
     ignored -= {id(weight) for weight in embedding.parameters()}
     backbone = f"{model.base_model_prefix}."
     named = sorted(
-        (name.removeprefix(backbone), weight) for name, weight in model.named_parameters() if id(weight) not in ignored
+        (name.removeprefix(backbone), weight)
+        for name, weight in model.named_parameters()
+        if id(weight) not in ignored and ".router_score_bias." not in name
     )
     samples: dict[torch.device, list[Tensor]] = {}
     meta = 0

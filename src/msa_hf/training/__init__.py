@@ -9,6 +9,7 @@ from .data import QuestionCollator
 from .diagnosis import Diagnosis, diagnose, router_recall
 from .monitor import CollapsedError, CollapseGuard, RouterMonitor
 from .peft import peft_config
+from .sharpen import sharpen_score_bias
 
 __all__ = [
     "CollapseGuard",
@@ -19,4 +20,5 @@ __all__ = [
     "diagnose",
     "peft_config",
     "router_recall",
+    "sharpen_score_bias",
 ]
