@@ -326,14 +326,22 @@ __device__ __forceinline__ void flush(const Best<Acc, TILES>& best, const Sink& 
   }
 }
 
-// Take the accumulators of COLUMNS columns into `best`; groups[j] is the sample of group j, -1 behind the last.
+// The samples of the groups of a tile, one in each lane, to be loaded while the tile's products are under way.
+template <int COLUMNS>
+__device__ __forceinline__ int groups_of(const int* groups) {
+  static_assert(COLUMNS / kGroup <= 32);
+  const int lane = threadIdx.x % 32;
+  return lane < COLUMNS / kGroup ? groups[lane] : -1;
+}
+
+// Take the accumulators of COLUMNS columns into `best`. Lane j holds the sample of group j, -1 behind the last: scores are
+// written between one group and the next, and loads would have to wait for that.
 template <class Acc, int TILES, int COLUMNS>
 __device__ __forceinline__ void fold(
-    const Acc (&acc)[TILES][COLUMNS / 2], const int* groups, Best<Acc, TILES>& best, const Sink& sink,
-    const Rows<TILES>& rows) {
+    const Acc (&acc)[TILES][COLUMNS / 2], int groups, Best<Acc, TILES>& best, const Sink& sink, const Rows<TILES>& rows) {
   constexpr int GROUPS = COLUMNS / kGroup;
-  const int first = groups[0];
-  if (first >= 0 && first == groups[GROUPS - 1]) {  // one sample: samples stand in order
+  const int first = __shfl_sync(kWarp, groups, 0);
+  if (first >= 0 && first == __shfl_sync(kWarp, groups, GROUPS - 1)) {  // one sample: samples stand in order
     if (first != best.sample) {
       flush<Acc, TILES>(best, sink, rows);
       best.sample = first;
@@ -352,7 +360,7 @@ __device__ __forceinline__ void fold(
   }
 #pragma unroll
   for (int j = 0; j < GROUPS; j++) {
-    const int sample = groups[j];
+    const int sample = __shfl_sync(kWarp, groups, j);
     if (sample >= 0) {
       const bool next = sample != best.sample;
       if (next) {

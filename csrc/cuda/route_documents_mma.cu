@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(kMmaThreads, TYPE == Type::e4m3 ? 1 : 2) score
     const Rows<1> rows(static_cast<int>(tile) * kMmaChunks + warp * 16 + lane / 4, static_cast<int>(p.chunks), p.factors);
     Best<Acc, 1> best;
     for (int token_tile = 0; token_tile < token_tiles; token_tile++) {
+      const int groups = groups_of<COLUMNS>(p.groups + token_tile * (COLUMNS / kGroup));
       Acc acc[1][COLUMNS / 2];
 #pragma unroll
       for (int i = 0; i < COLUMNS / 2; i++) acc[0][i] = 0;
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(kMmaThreads, TYPE == Type::e4m3 ? 1 : 2) score
         }
         stage = (stage + 1) % kMmaStages;
       }
-      fold<Acc, 1, COLUMNS>(acc, p.groups + token_tile * (COLUMNS / kGroup), best, p.sink, rows);
+      fold<Acc, 1, COLUMNS>(acc, groups, best, p.sink, rows);
     }
     flush<Acc, 1>(best, p.sink, rows);
   }

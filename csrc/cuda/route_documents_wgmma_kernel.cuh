@@ -138,6 +138,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
                              static_cast<int>(p.chunks), p.factors);
       Best<Acc, TILES> best;
       for (int token_tile = 0; token_tile < token_tiles; token_tile++) {
+        const int groups = groups_of<COLUMNS>(p.groups + token_tile * (COLUMNS / kGroup));
         int previous = 0;
         for (int step = 0; step < blocks * rounds; step++) {
           const uint32_t key_tile = stages_at + ring.stage * STAGE_BYTES + group * TILES * 64 * kRow;
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
             barrier_arrive_in(empty_at + 8 * previous, lane);
         }
         __syncwarp();
-        fold<Acc, TILES, COLUMNS>(acc, p.groups + token_tile * (COLUMNS / kGroup), best, p.sink, rows);
+        fold<Acc, TILES, COLUMNS>(acc, groups, best, p.sink, rows);
       }
       flush<Acc, TILES>(best, p.sink, rows);
     }
