@@ -84,20 +84,21 @@ def _pool(
     length = tl.load(lengths + chunk).to(tl.int32)
     column = tl.arange(0, DIM)
     real = column < dim
+    # A name has one type in all branches, and router keys may be wanted in another than keys and values.
     if part == 0:
-        mean = _mean(keys, start, length, head, key_token, key_head, dim, ROWS, DIM)
-        mean = rounded(mean, content.dtype.element_ty)
-        tl.store(content + (2 * chunk * groups + head) * dim + column, mean, mask=real)
+        key = _mean(keys, start, length, head, key_token, key_head, dim, ROWS, DIM)
+        place = content + (2 * chunk * groups + head) * dim + column
+        tl.store(place, rounded(key, content.dtype.element_ty), mask=real)
     elif part == 1:
-        mean = _mean(values, start, length, head, value_token, value_head, dim, ROWS, DIM)
-        mean = rounded(mean, content.dtype.element_ty)
-        tl.store(content + ((2 * chunk + 1) * groups + head) * dim + column, mean, mask=real)
+        value = _mean(values, start, length, head, value_token, value_head, dim, ROWS, DIM)
+        place = content + ((2 * chunk + 1) * groups + head) * dim + column
+        tl.store(place, rounded(value, content.dtype.element_ty), mask=real)
     else:
         mean = _mean(router_keys, start, length, head, router_token, router_head, dim, ROWS, DIM)
         if NORMALISE:
             mean = mean / tl.sqrt(tl.sum(mean * mean, 0) + epsilon)
-        mean = rounded(mean, routing_keys.dtype.element_ty)
-        tl.store(routing_keys + (chunk * groups + head) * dim + column, mean, mask=real)
+        router_place = routing_keys + (chunk * groups + head) * dim + column
+        tl.store(router_place, rounded(mean, routing_keys.dtype.element_ty), mask=real)
 
 
 @triton.jit
