@@ -33,6 +33,7 @@ BUDGETS = {
     "pool_chunks.cu": 128,
     "route_documents.cu": 64,
     "route_documents_mma.cu": 255,
+    "route_documents_rescore.cu": 128,
     "route_documents_select.cu": 64,
     "route_documents_wgmma_bf16.cu": 168,
     "route_documents_wgmma_e4m3.cu": 168,

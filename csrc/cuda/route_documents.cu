@@ -10,7 +10,6 @@
 //   select    largest score of every document and the k best: route_documents_select.cu
 // The workspace holds 4 bytes per (sample, chunk), the packed queries, and 4 bytes per sample and 32 documents.
 
-#include "route_documents_best.cuh"
 #include "route_documents_score.cuh"
 #include "route_documents_select.h"
 
@@ -18,7 +17,6 @@ namespace msa_hf::route {
 
 constexpr int kScanThreads = 1024;
 constexpr int kPackThreads = 256;
-constexpr int kRescoreThreads = 256;
 
 // Columns -------------------------------------------------------------------------------------------------------------
 
@@ -180,160 +178,6 @@ cudaError_t score_plain(const Score& score, cudaStream_t stream) {
   const int64_t warps = kPackThreads / 32, blocks = (score.chunks + warps - 1) / warps;
   return launch(score_plain_kernel<TYPE>, dim3(static_cast<unsigned>(blocks < 65536 ? blocks : 65536)), kPackThreads, 0, 1,
                 stream, score);
-}
-
-// Exact scores of candidates ------------------------------------------------------------------------------------------
-
-constexpr int kRescoreChunks = 4, kRescoreTokens = 4;
-
-struct RescoreCall {
-  Rescore call;
-  int token_slices;
-  uint32_t* scores;  // [samples, count], 0 before
-};
-
-// A block per (candidate, sample, slice of tokens and chunks); products and sums in float32.
-template <Type QUERY, Type KEY>
-__global__ void __launch_bounds__(kRescoreThreads) rescore_kernel(const RescoreCall p) {
-  MSA_HF_SHARED(shared);
-  auto* keys = reinterpret_cast<float*>(shared);  // [kRescoreChunks][width]
-  const Rescore& call = p.call;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = kRescoreThreads / 32;
-  const int width = static_cast<int>(call.width), tokens = static_cast<int>(call.tokens);
-  const int64_t sample = blockIdx.y, place = sample * call.count + blockIdx.x;
-  const int64_t document = call.candidates[place];
-  if (document < 0 || document >= call.documents) return;
-  const int token_slice = blockIdx.z % p.token_slices, chunk_slice = blockIdx.z / p.token_slices;
-  const int chunk_slices = gridDim.z / p.token_slices;
-  const int per_slice = (tokens + p.token_slices - 1) / p.token_slices, first_token = token_slice * per_slice;
-  const int end_token = first_token + per_slice < tokens ? first_token + per_slice : tokens;
-  const int64_t end = call.offsets[document + 1];
-  const auto* all_keys = static_cast<const typename Number<KEY>::storage*>(call.keys);
-  const auto* queries = static_cast<const typename Number<QUERY>::storage*>(call.queries) + sample * tokens * width;
-  const bool* mask = call.mask + sample * tokens;
-
-  float best = lowest<float>();
-  bool any = false;
-  for (int64_t chunk = call.offsets[document] + chunk_slice * kRescoreChunks; chunk < end;
-       chunk += int64_t{chunk_slices} * kRescoreChunks) {
-    __syncthreads();
-    for (int r = 0; r < kRescoreChunks; r++) {  // behind the last chunk: the last again
-      const int64_t row = chunk + r < end ? chunk + r : end - 1;
-      for (int i = threadIdx.x; i < width; i += kRescoreThreads) keys[r * width + i] = Number<KEY>::decode(all_keys[row * width + i]);
-    }
-    __syncthreads();
-    for (int token = first_token + warp * kRescoreTokens; token < end_token; token += warps * kRescoreTokens) {
-      bool routes[kRescoreTokens];
-      bool some = false;
-      const typename Number<QUERY>::storage* rows[kRescoreTokens];
-#pragma unroll
-      for (int j = 0; j < kRescoreTokens; j++) {
-        routes[j] = token + j < end_token && mask[token + j];
-        some = some || routes[j];
-        rows[j] = queries + int64_t{routes[j] ? token + j : token} * width;
-      }
-      if (!some) continue;
-      float sums[kRescoreTokens][kRescoreChunks] = {};
-      for (int i = lane; i < width; i += 32) {
-        float numbers[kRescoreTokens];
-#pragma unroll
-        for (int j = 0; j < kRescoreTokens; j++) numbers[j] = Number<QUERY>::decode(rows[j][i]);
-#pragma unroll
-        for (int r = 0; r < kRescoreChunks; r++) {
-          const float number = keys[r * width + i];
-#pragma unroll
-          for (int j = 0; j < kRescoreTokens; j++) sums[j][r] += numbers[j] * number;
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kRescoreTokens; j++) {
-#pragma unroll
-        for (int r = 0; r < kRescoreChunks; r++) {
-#pragma unroll
-          for (int step = 16; step > 0; step /= 2) sums[j][r] += __shfl_xor_sync(kWarp, sums[j][r], step);
-          if (routes[j]) best = max_of(best, sums[j][r]);
-        }
-      }
-      any = true;
-    }
-  }
-  if (any && lane == 0) atomicMax(p.scores + place, ordered_part(best));
-}
-
-__global__ void __launch_bounds__(kBestThreads) pick_kernel(const RescoreCall p) {
-  MSA_HF_SHARED(shared);
-  auto& found = *reinterpret_cast<BestShared*>(shared);
-  const int64_t sample = blockIdx.x;
-  const int count = static_cast<int>(p.call.count), all = static_cast<int>(p.call.k);
-  const int64_t* candidates = p.call.candidates + sample * count;
-  const uint32_t* scores = p.scores + sample * count;
-  uint64_t bound = ~uint64_t{0};  // only what ranks below may still be chosen
-  for (int done = 0; done < all; done += kPerRound) {
-    const int k = all - done < kPerRound ? all - done : kPerRound;
-    find_best(
-        [&](const auto& take) {
-#pragma unroll 1
-          for (int i = threadIdx.x; i < count; i += kBestThreads) {
-            if (candidates[i] < 0 || !can_be_chosen(scores[i])) continue;
-            const uint64_t number = ranked(scores[i], candidates[i]);
-            if (number < bound) take(number);
-          }
-        },
-        k, found);
-    for (int i = threadIdx.x; i < k; i += kBestThreads)
-      write_chosen(found.best[i], p.call.chosen + sample * all + done + i, p.call.chosen_scores + sample * all + done + i);
-    bound = found.best[k - 1];
-    __syncthreads();
-  }
-}
-
-size_t rescore_workspace(const Rescore& call) { return (call.samples * call.count * 4 + 255) / 256 * 256; }
-
-template <Type QUERY, Type KEY>
-cudaError_t launch_rescore(const RescoreCall& call, dim3 grid, cudaStream_t stream) {
-  const int shared = static_cast<int>(kRescoreChunks * call.call.width * 4);
-#ifndef MSA_HF_EMULATE
-  const cudaError_t error =
-      cudaFuncSetAttribute(rescore_kernel<QUERY, KEY>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-#endif
-  return launch(rescore_kernel<QUERY, KEY>, grid, kRescoreThreads, shared, 1, stream, call);
-}
-
-template <Type QUERY>
-cudaError_t launch_rescore(const RescoreCall& call, dim3 grid, cudaStream_t stream) {
-  switch (call.call.key_type) {
-    case Type::f32:
-      return launch_rescore<QUERY, Type::f32>(call, grid, stream);
-    case Type::bf16:
-      return launch_rescore<QUERY, Type::bf16>(call, grid, stream);
-    case Type::f16:
-      return launch_rescore<QUERY, Type::f16>(call, grid, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
-cudaError_t rescore_documents(const Rescore& call, void* workspace, cudaStream_t stream) {
-  if (call.samples == 0 || call.k == 0) return cudaSuccess;
-  if (call.width > kMostWidthRescored || call.k > kMostRescored || call.samples > 65535) return cudaErrorInvalidValue;
-  RescoreCall inner{call, 1, static_cast<uint32_t*>(workspace)};
-  cudaError_t error = cudaMemsetAsync(workspace, 0, call.samples * call.count * 4, stream);
-  if (error != cudaSuccess) return error;
-  if (call.count > 0 && call.tokens > 0 && call.documents > 0) {
-    // About a thousand blocks: slices of at least 32 tokens, then slices of chunks.
-    const int64_t slices = 1024 / (call.count * call.samples) < 1 ? 1 : 1024 / (call.count * call.samples);
-    const int64_t token_slices = (call.tokens + 31) / 32 < slices ? (call.tokens + 31) / 32 : slices;
-    inner.token_slices = static_cast<int>(token_slices);
-    const dim3 grid(static_cast<unsigned>(call.count), static_cast<unsigned>(call.samples),
-                    static_cast<unsigned>(slices / token_slices * token_slices));
-    error = call.query_type == Type::f32    ? launch_rescore<Type::f32>(inner, grid, stream)
-            : call.query_type == Type::bf16 ? launch_rescore<Type::bf16>(inner, grid, stream)
-            : call.query_type == Type::f16  ? launch_rescore<Type::f16>(inner, grid, stream)
-                                            : cudaErrorInvalidValue;
-    if (error != cudaSuccess) return error;
-  }
-  return launch(pick_kernel, dim3(static_cast<unsigned>(call.samples)), kBestThreads, sizeof(BestShared), 1, stream, inner);
 }
 
 // The whole call ------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess 
 }
 #include "../route_documents.cu"
 #include "../route_documents_mma.cu"
+#include "../route_documents_rescore.cu"
 #include "../route_documents_select.cu"
 #include "../route_documents_wgmma_bf16.cu"
 #include "../route_documents_wgmma_e4m3.cu"
@@ -432,8 +433,12 @@ bool check_way(const Case& c, const OnDevice& on, Choice choice, std::vector<Exp
 
 void check_rescore(Random& random, bool small) {
   Case c = some_case(random, random.one_of({Type::f32, Type::bf16, Type::f16}), small);
+  if (random.below(2) == 0) {  // queries of the keys' type
+    c.query_type = c.key_type;
+    for (float& x : c.queries) x = rounded(c.query_type, x);
+  }
   const OnDevice on(c);
-  const int64_t count = random.one_of<int64_t>({1, 5, 64, 300});
+  const int64_t count = random.one_of<int64_t>({1, 5, 64, 64, 200, 300});
   c.k = std::min<int64_t>(random.one_of<int64_t>({1, 16, 70}), count);
   std::vector<int64_t> candidates(c.samples * count, -1);
   std::vector<unsigned char> offered(c.samples * c.documents, 0);
@@ -514,6 +519,11 @@ void check_edges() {
   for (int64_t i = 0; i < 300; i++) c.keys[(i * 520 + i) * 16] = static_cast<float>(1 + i % 7);
   run(c);
 #endif
+  // The best of the first round lie in few groups, those of the second in many others.
+  resize(1, 3, 2048, 276);
+  for (int64_t chunk = 0; chunk < 2048; chunk += chunk < 240 ? 1 : 16)
+    c.keys[chunk * 16 + 3] = chunk < 240 ? 100.0f : 2.0f + chunk / 16 % 5;
+  run(c);
   resize(1, 3, 4200, 8);  // the best at the edges of runs and tiles
   for (const int64_t chunk : {0, 127, 128, 4094, 4095, 4096, 4097, 4199})
     for (int64_t j = 0; j < 16; j++) c.keys[chunk * 16 + j] = 1.0f + chunk % 7;
