@@ -34,6 +34,7 @@ REMOTE_FILES = tuple(
         "attention",
         "cache",
         "checkpoint",
+        "chosen",
         "chunks",
         "configuration",
         "encoding",

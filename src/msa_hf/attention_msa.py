@@ -22,6 +22,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_msa import Context
+from .chosen_msa import Chosen, score_chosen, scores_at
 from .chunks_msa import chunk_counts, gather_documents, pool_documents
 from .memory_msa import LayerMemory
 from .routing_msa import NO_SCORE, LayerRouting, route_documents, score_documents, select_documents
@@ -121,6 +122,8 @@ class ScoreBias(nn.Module):
 
     def forward(self, scores: Tensor, chosen: Tensor) -> Tensor:
         """scores [B, n] float32 and chosen [B, n] bool -> bias [B, n] float32, 0 for the best document."""
+        if not scores.shape[1]:
+            return scores
         best = scores.masked_fill(~chosen, NO_SCORE).amax(1, keepdim=True)
         difference = torch.where(chosen, scores - best, 0.0)
         return self.weight.float() * difference / self.temperature
@@ -239,7 +242,8 @@ class AttendingPass:
         visible: [B, N] bool, documents that a sample may choose, or [1, N] for every sample; None for all.
         force_documents: [B, n] int64 documents to attend to instead of the routed ones, -1 for none.
         keep_document_scores: report the scores of all documents.
-        operations: instead of `OPERATIONS`, for a memory whose `layers` are not all of it; with `score_documents`.
+        operations: instead of `OPERATIONS`, for a memory whose `layers` are not all of it; with `score_documents` and
+            `score_chosen`.
         contexts: layer -> `Context` of the turns before; those of this turn are written there where `keep_contexts`.
         routing: layer -> `LayerRouting`, the result.
     """
@@ -260,6 +264,7 @@ class AttendingPass:
     router_queries: dict[int, Tensor] = field(default_factory=dict)
     not_finite: dict[int, Tensor] = field(default_factory=dict)
     moved_offsets: dict[torch.device, Tensor] = field(default_factory=dict)
+    moved_forced: dict[torch.device, Chosen] = field(default_factory=dict)
     recording: bool = True
 
     def __post_init__(self) -> None:
@@ -337,24 +342,35 @@ class AttendingPass:
             router_query = self.router_queries.pop(layer).unflatten(-1, (-1, query.shape[-1]))
         router_query, mask = router_query.to(device), mask.to(device)
         offsets, operations = self._offsets_on(device), self.operations or OPERATIONS
+        reductions = {
+            "similarity": self.similarity,
+            "head_reduction": self.config.head_reduction,
+            "query_reduction": self.config.query_reduction,
+            "chunk_reduction": self.config.chunk_reduction,
+        }
         scores: Tensor | None = None
         if self._needs_all_scores(router_query):
             scores = operations.get("score_documents", score_documents)(
-                router_query,
-                mask,
-                memory.routing_keys,
-                offsets,
-                similarity=self.similarity,
-                head_reduction=self.config.head_reduction,
-                query_reduction=self.config.query_reduction,
-                chunk_reduction=self.config.chunk_reduction,
+                router_query, mask, memory.routing_keys, offsets, **reductions
             )
             assert scores is not None
             if bool(scores.isnan().any()):
                 raise ValueError(SCORES_ARE_NAN.format(layer=layer))
             if self.visible is not None:
                 scores = scores.masked_fill(~self.visible.to(device), NO_SCORE)
-        if scores is None:
+        # What the score bias sees carries the gradient that `best`, which is reported, does not.
+        if self.force_documents is not None:
+            documents = self.force_documents.to(device)
+            if scores is None:
+                chosen_scores = operations.get("score_chosen", score_chosen)(
+                    router_query, mask, memory.routing_keys, self._forced_on(device), **reductions
+                )
+                self._look_for_nan(layer, router_query, mask, chosen_scores)
+            else:
+                chosen_scores = scores_at(scores, documents)
+            best = chosen_scores.detach()
+            best = best.masked_fill((documents < 0) | (best <= NO_SCORE), float("-inf"))
+        elif scores is None:
             documents, best = operations["route_documents"](
                 router_query,
                 mask,
@@ -364,19 +380,14 @@ class AttendingPass:
                 alive=None if self.visible is None else self.visible[0].to(device),
                 similarity=self.similarity,
             )
-            if self.recording:  # looked at in the end, so that no layer waits for the device
-                self.not_finite[layer] = (mask & ~router_query.isfinite().flatten(2).all(2)).any()
-        elif self.force_documents is None:
-            documents, best = select_documents(scores, self.config.top_k)
+            chosen_scores = best
+            self._look_for_nan(layer, router_query, mask)
         else:
-            documents = self.force_documents.to(device)
-            best = scores.detach().gather(1, documents.clamp(min=0))
-            best = best.masked_fill((documents < 0) | (best <= NO_SCORE), float("-inf"))
+            documents, best = select_documents(scores, self.config.top_k)
+            chosen_scores = scores_at(scores, documents)
         report = self._report(documents, best, scores, query.device)
         if self.recording:
             self.routing[layer] = report
-        # What the score bias sees carries the gradient that `best` does not.
-        chosen_scores = best if scores is None else scores.gather(1, documents.clamp(min=0))
         context = self._gather(module, memory, documents, offsets, chosen_scores, query, dtype)
         if previous is not None:
             # A sample without a routing token in this turn keeps what it had.
@@ -385,14 +396,36 @@ class AttendingPass:
 
     def _needs_all_scores(self, router_query: Tensor) -> bool:
         """Whether the scores of all documents are asked for, or another choice than the `top_k` best by default."""
-        if self.keep_document_scores or self.force_documents is not None:
+        if self.keep_document_scores:
             return True
+        if self.force_documents is not None:
+            return False  # nothing is to be chosen
         if self.visible is not None and self.visible.shape[0] > 1:
             return True
         if self.config.score_bias and torch.is_grad_enabled() and router_query.requires_grad:
             return True  # the chosen ones' scores carry a gradient
         reductions = (self.config.head_reduction, self.config.query_reduction, self.config.chunk_reduction)
         return reductions != ("mean", "max", "max")
+
+    def _look_for_nan(self, layer: int, router_query: Tensor, mask: Tensor, scores: Tensor | None = None) -> None:
+        """Note whether router queries or scores are none; looked at in the end, so that no layer waits for the
+        device."""
+        if self.recording:
+            found = (mask & ~router_query.isfinite().flatten(2).all(2)).any()
+            self.not_finite[layer] = found if scores is None else found | scores.isnan().any()
+
+    def _forced_on(self, device: torch.device) -> Chosen:
+        """`force_documents`, of which none is hidden, looked up once for all layers that lie on one device."""
+        if device not in self.moved_forced:
+            assert self.force_documents is not None and self.offsets is not None
+            documents = self.force_documents
+            if self.visible is not None and self.visible.shape[1]:
+                places = documents.clamp(min=0).to(self.visible.device)
+                visible = self.visible.expand(len(documents), -1).gather(1, places)
+                documents = documents.masked_fill(~visible.to(documents.device), -1)
+            found = next(iter(self.moved_forced.values()), None) or Chosen(documents, self.offsets.cpu())
+            self.moved_forced[device] = found.to(device)
+        return self.moved_forced[device]
 
     def _offsets_on(self, device: torch.device) -> Tensor:
         """`offsets`, moved once for all layers that lie on one device."""
@@ -425,7 +458,8 @@ class AttendingPass:
         valid, slots, bias = valid.to(query.device), slots.to(query.device), None
         if self.config.score_bias:
             per_document = module.router_score_bias(scores.to(query.device), (documents >= 0).to(query.device))
-            bias = per_document.gather(1, slots) if slots.shape[1] else per_document[:, :0]
+            # Of no documents at all there may still be rows, none of them valid.
+            bias = per_document.gather(1, slots) if per_document.shape[1] else valid.float()
         prefix = self._prefix_context(module.layer_idx, query, dtype)
         prefix_length = 0
         if prefix is not None:

@@ -215,6 +215,55 @@ def test_forced_documents_and_all_scores(inputs: str) -> None:
         assert_equal(result, answers(made_.model, made_.bank, **questions(), **wish(rank)))
 
 
+@each_size
+@pytest.mark.parametrize("inputs", ["same", "different"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"head_reduction": "max", "query_reduction": "last", "chunk_reduction": "mean"}],
+    ids=["max", "other"],
+)
+def test_some_are_given_documents_and_others_route(inputs: str, fields: dict[str, Any], size: int) -> None:
+    """More documents than k and fewer, of all processes and of one alone, while others route or only serve."""
+    made_ = made(score_bias=True, **fields)
+    bank = changed(made_, "0", "5", "6")
+    forced = [
+        {"force_documents": torch.tensor(rows)}
+        for rows in (
+            [[7, 0, -1, 4, 2], [2, -1, 3, -1, -1], [-1, -1, -1, -1, -1]],
+            [[0], [-1], [0]],
+            [[-1, -1], [-1, -1], [-1, -1]],
+            [[], [], []],
+        )
+    ]
+    forced[3]["force_documents"] = forced[3]["force_documents"].long()
+
+    def wishes(rank: int) -> list[dict[str, Any]]:
+        rank = rank if inputs == "different" else 0
+        return [*forced[rank:], {}, *forced[:rank], *([{}] if rank % 2 else [])]
+
+    def work(rank: int) -> Any:
+        with shard_bank(bank, inputs=inputs) as memory:
+            return [answers(made_.model, memory, **questions(), **wish) for wish in wishes(rank)]
+
+    for rank, results in enumerate(together(size, work)):
+        for result, wish in zip(results, wishes(rank), strict=True):
+            assert_equal(result, answers(made_.model, bank, **questions(), **wish))
+
+
+def test_a_process_that_only_serves_hides_its_deleted_documents() -> None:
+    made_ = made(top_k=8)
+    bank = changed(made_, "0", "1", "9", "10")
+
+    def work(rank: int) -> Any:
+        with shard_bank(bank, inputs="different") as memory:
+            return [answers(made_.model, memory, **questions()) for _ in range(rank % 2)]
+
+    expected = answers(made_.model, bank, **questions())
+    for results in together(3, work):
+        for result in results:
+            assert_equal(result, expected)
+
+
 @pytest.mark.parametrize("inputs", ["same", "different"])
 def test_generate_with_left_padding_and_beams(inputs: str) -> None:
     """Tokens of processes that generate for different times; decoding needs nobody else."""

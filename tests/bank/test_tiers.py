@@ -41,8 +41,11 @@ DEVICES = [
 @cache
 def made(device: str = "cpu", dtype: torch.dtype = torch.float32, **fields: Any) -> Setup:
     """A model and a bank in host memory: documents of 1 to 20 tokens in chunks of 3, of which it takes 3."""
-    lengths = [random.Random(7).randint(1, 20) for _ in range(14)]
-    found = setup(documents=tokens(*lengths, seed=3), **{"top_k": 3, "similarity": "cosine", **fields})
+    pick = random.Random(7)
+    found = setup(
+        documents=tokens(*(pick.randint(1, 20) for _ in range(14)), seed=3),
+        **{"top_k": 3, "similarity": "cosine", **fields},
+    )
     model = copy.deepcopy(found.model).to(device, dtype)
     return replace(found, model=model, bank=model.encode_documents(found.documents, bank_device="cpu"))
 

@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .. import attention_msa
+from ..chosen_msa import Chosen, score_chosen, scores_at
 from ..chunks_msa import chunk_rows
 from ..memory_msa import BankOrigin, DocumentTable, LayerMemory, MemoryBank
 from ..routing_msa import NO_SCORE, score_documents, select_documents
@@ -53,7 +55,8 @@ TIMEOUT = timedelta(minutes=10)
 MOST_UNKNOWN_ROWS = 4096
 HEADS, QUERIES, CHUNKS = ("mean", "max"), ("max", "mean", "last"), ("max", "mean")
 # What processes tell each other before a forward, in this order.
-HEADER = ("active", "batch", "tokens", "heads", "k", "all_scores", "columns", "head", "query", "chunk", "inputs")
+HEADER = ("active", "batch", "tokens", "heads", "k", "all_scores", "forced", "columns")
+HEADER += ("head", "query", "chunk", "inputs")
 SAME = "same"
 DIFFERENT = "different"
 FAILED = "failed"
@@ -293,11 +296,11 @@ class ShardedBank(MemoryBank):
             RankFailed: where another process failed.
         """
         header = _header(config, inputs, routing_mask, forced, all_scores)
-        if torch.is_grad_enabled() and (config.score_bias or header["all_scores"]):
+        if torch.is_grad_enabled() and (config.score_bias or header["all_scores"] or header["forced"]):
             raise ValueError(
                 "Scores of documents in other processes carry no gradient: call the model under `torch.no_grad()`."
             )
-        return Turn(self, header, routing_mask)
+        return Turn(self, header, routing_mask, forced)
 
     def finish(self) -> None:
         """Wait until all processes are through, doing this one's part of what they ask meanwhile, and disconnect.
@@ -346,13 +349,33 @@ def _header(
         "tokens": int(routing_mask.sum(1).max()),
         "heads": config.num_attention_heads,
         "k": config.top_k,
-        "all_scores": int(all_scores or forced is not None or reductions != ("mean", "max", "max")),
+        "all_scores": int(all_scores or (forced is None and reductions != ("mean", "max", "max"))),
+        "forced": int(forced is not None),
         "columns": max(config.top_k, 0 if forced is None else forced.shape[1]),
         "head": HEADS.index(reductions[0]),
         "query": QUERIES.index(reductions[1]),
         "chunk": CHUNKS.index(reductions[2]),
         "inputs": int.from_bytes(digest.digest()[:7], "little"),
     }
+
+
+@dataclass(frozen=True)
+class Given:
+    """Documents that samples of a forward are given, in place of those that they would choose.
+
+    Attributes:
+        documents: [S, n] int64, of the samples of all processes; -1 for none.
+        forces: [S, 1] bool, samples that do not choose.
+        places: [S, n] int64, places of `documents` among the distinct ones, which are ascending; -1 for none.
+        counts: [W], how many of the distinct ones lie in each process, one after the other.
+        here: those that lie in this process, for every sample.
+    """
+
+    documents: Tensor
+    forces: Tensor
+    places: Tensor
+    counts: np.ndarray
+    here: Chosen
 
 
 class Turn:
@@ -368,7 +391,9 @@ class Turn:
         RankFailed: where a process is gone.
     """
 
-    def __init__(self, bank: ShardedBank, header: dict[str, int], routing_mask: Tensor | None) -> None:
+    def __init__(
+        self, bank: ShardedBank, header: dict[str, int], routing_mask: Tensor | None, forced: Tensor | None = None
+    ) -> None:
         self.bank, self.ranks = bank, bank._ranks
         table = self.ranks.gather(torch.tensor([header[name] for name in HEADER])).tolist()
         rows = [dict(zip(HEADER, row, strict=True)) for row in table]
@@ -377,6 +402,7 @@ class Turn:
         self.operations: dict[str, Callable[..., Any]] = {
             "route_documents": self.route_documents,
             "score_documents": self.score_documents,
+            "score_chosen": self.score_chosen,
             "gather_documents": self.gather_documents,
         }
         if not asking:
@@ -392,8 +418,12 @@ class Turn:
         self.order: Tensor | None = None
         self.routes: Tensor | None = None
         self.chosen: Tensor | None = None
+        self.routed = any(not row["forced"] for row in asking)
+        self.given: Given | None = None
         if not self.together:
             self._exchange_masks(routing_mask)
+        if not self.all_scores and any(row["forced"] for row in asking):
+            self.given = self._exchange_forced(forced, [bool(row["forced"]) for row in rows])
 
     def _check(self, rows: list[dict[str, int]], asking: list[dict[str, int]]) -> None:
         fixed = ("heads", "k", "head", "query", "chunk")
@@ -430,6 +460,27 @@ class Turn:
             self.order = (~mask).long().argsort(dim=1, stable=True)[:, : self.tokens]
             valid[: self.own_batch, : self.order.shape[1]] = mask.gather(1, self.order)
         self.routes = self.ranks.gather(valid).flatten(0, 1)
+
+    def _exchange_forced(self, forced: Tensor | None, forces: list[bool]) -> Given:
+        """The documents that every process' samples are given, and those of them that lie here."""
+        given = torch.empty(0, 0, dtype=torch.int64) if forced is None else forced.cpu()
+        if self.together:
+            forces = forces[:1] * given.shape[0]
+        else:
+            padded = torch.full((self.batch, self.columns), -1)
+            padded[: given.shape[0], : given.shape[1]] = given
+            given = self.ranks.gather(padded).flatten(0, 1)
+            forces = [forced_there for forced_there in forces for _ in range(self.batch)]
+        places = Chosen(given, self.bank.offsets.cpu())
+        distinct, rows = torch.tensor(places.distinct, dtype=torch.int64), self.bank.own_rows
+        here = distinct[(distinct >= rows.start) & (distinct < rows.stop)] - rows.start
+        return Given(
+            given,
+            torch.tensor(forces, dtype=torch.bool)[:, None],
+            places.documents,
+            np.diff(np.searchsorted(distinct.numpy(), self.bank.rows)),
+            Chosen(here.expand(given.shape[0], -1), self.bank.local_offsets(torch.device("cpu"))),
+        )
 
     def _everyones(self, queries: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Router queries [S, t, H, D] float32 of the samples of all processes, and which of them are there [S, t]."""
@@ -472,25 +523,82 @@ class Turn:
             if self.all_scores:
                 scores = self.score_documents(queries, routing_mask, routing_keys, offsets, similarity=similarity)
                 return select_documents(scores if alive is None else scores.masked_fill(~alive, NO_SCORE), k)
-            queries, routing_mask = self._everyones(queries, routing_mask)
-            rows = self.bank.own_rows
-            if rows.start == rows.stop:
-                documents = queries.new_full((queries.shape[0], k), -1, dtype=torch.int64)
-                scores = documents.new_full(documents.shape, float("-inf"), dtype=torch.float32)
-            else:
-                documents, scores = attention_msa.OPERATIONS["route_documents"](
-                    queries,
-                    routing_mask,
-                    routing_keys,
-                    self.bank.local_offsets(routing_keys.device),
-                    k,
-                    alive=None if alive is None else alive[rows],
-                    similarity=similarity,
-                )
-                documents = torch.where(documents < 0, documents, documents + rows.start)
-            documents, scores = merge(self.ranks.gather(pack(documents, scores)), k)
-            self.chosen = documents
-            return self._own(documents), self._own(scores)
+            documents, scores, _ = self._exchange(queries, routing_mask, routing_keys, similarity)
+            return documents, scores
+
+    def score_chosen(
+        self, queries: Tensor, routing_mask: Tensor, routing_keys: Tensor, chosen: Chosen, **options: str
+    ) -> Tensor:
+        """`chosen_msa.score_chosen` of the whole bank; no gradient."""
+        if self.all_scores:
+            scores = self.score_documents(queries, routing_mask, routing_keys, self.bank.offsets, **options)
+            return scores_at(scores[:, chosen.distinct], chosen.documents)
+        with torch.no_grad():
+            *_, scores = self._exchange(queries, routing_mask, routing_keys, options["similarity"])
+            return scores[:, : chosen.documents.shape[1]].masked_fill(chosen.documents < 0, NO_SCORE)
+
+    def _exchange(self, queries: Tensor, mask: Tensor, keys: Tensor, similarity: str) -> tuple[Tensor, Tensor, Tensor]:
+        """What processes find out together in a layer, some of which may route while others are given documents.
+
+        Returns:
+            documents and scores [B, k] of the best, and scores of given documents [B, columns], for the samples of this
+            process; of no meaning where it did not ask for that.
+        """
+        queries, mask = self._everyones(queries, mask)
+        given, samples = self.given, queries.shape[0]
+        documents = queries.new_full((samples, self.shared["k"]), -1, dtype=torch.int64)
+        best = given_scores = queries.new_full((samples, self.columns), NO_SCORE, dtype=torch.float32)
+        if given is not None:
+            given_scores = self._score_given(queries, mask, keys, given, similarity)
+            mask = mask & ~given.forces.to(mask.device)
+        if self.routed:
+            documents, best = self._route(queries, mask, keys, similarity)
+        self.chosen = documents
+        if given is not None and not self.together:
+            wide = torch.nn.functional.pad(documents, (0, self.columns - documents.shape[1]), value=-1)
+            self.chosen = torch.where(given.forces.to(wide.device), given.documents.to(wide.device), wide)
+        return self._own(documents), self._own(best), self._own(given_scores)
+
+    def _route(self, queries: Tensor, mask: Tensor, keys: Tensor, similarity: str) -> tuple[Tensor, Tensor]:
+        """The best documents [S, k] of the bank for the samples of all processes."""
+        rows, k, visible = self.bank.own_rows, self.shared["k"], self.bank.visible
+        if rows.start == rows.stop:
+            documents = queries.new_full((queries.shape[0], k), -1, dtype=torch.int64)
+            scores = documents.new_full(documents.shape, float("-inf"), dtype=torch.float32)
+        else:
+            documents, scores = attention_msa.OPERATIONS["route_documents"](
+                queries,
+                mask,
+                keys,
+                self.bank.local_offsets(keys.device),
+                k,
+                alive=None if visible is None else visible[0, rows].to(keys.device),
+                similarity=similarity,
+            )
+            documents = torch.where(documents < 0, documents, documents + rows.start)
+        return merge(self.ranks.gather(pack(documents, scores)), k)
+
+    def _score_given(self, queries: Tensor, mask: Tensor, keys: Tensor, given: Given, similarity: str) -> Tensor:
+        """Scores [S, columns] of the documents that samples are given."""
+        found = None
+        if given.counts[self.ranks.rank]:
+            here = given.here.to(keys.device)
+            found = score_chosen(queries, mask, keys, here, similarity=similarity, **self._reductions)
+        return scores_at(self._join(found, given.counts, queries), given.places.to(keys.device))
+
+    def _join(self, found: Tensor | None, counts: np.ndarray, queries: Tensor) -> Tensor:
+        """Scores [S, sum of counts] of all processes' documents from those of each, [S, its count], None of none."""
+        scores = queries.new_full((queries.shape[0], int(counts.max())), NO_SCORE, dtype=torch.float32)
+        if found is not None:
+            scores[:, : found.shape[1]] = found
+        parts = self.ranks.gather(scores)
+        return torch.cat([part[:, :count] for part, count in zip(parts, counts, strict=True)], dim=1)
+
+    @property
+    def _reductions(self) -> dict[str, str]:
+        """Those of the model that asks."""
+        kinds = {"head": HEADS, "query": QUERIES, "chunk": CHUNKS}
+        return {f"{name}_reduction": kind[self.shared[name]] for name, kind in kinds.items()}
 
     def score_documents(
         self,
@@ -507,9 +615,9 @@ class Turn:
         """`routing_msa.score_documents` of the whole bank; no gradient."""
         queries, routing_mask = self._everyones(queries.detach(), routing_mask)
         counts = np.diff(self.bank.rows)
-        scores = queries.new_full((queries.shape[0], int(counts.max())), NO_SCORE, dtype=torch.float32)
-        if count := int(counts[self.ranks.rank]):
-            scores[:, :count] = score_documents(
+        found = None
+        if counts[self.ranks.rank]:
+            found = score_documents(
                 queries,
                 routing_mask,
                 routing_keys,
@@ -519,8 +627,7 @@ class Turn:
                 query_reduction=query_reduction,
                 chunk_reduction=chunk_reduction,
             )
-        parts = self.ranks.gather(scores)
-        return self._own(torch.cat([part[:, :count] for part, count in zip(parts, counts, strict=True)], dim=1))
+        return self._own(self._join(found, counts, queries))
 
     def gather_documents(
         self, documents: Tensor, offsets: Tensor, content: Tensor, width: int | None = None, dtype: Any = None
@@ -562,14 +669,10 @@ class Turn:
             queries = keys.new_zeros(0, self.tokens, self.shared["heads"], content.shape[-1])
             mask = torch.zeros(0, self.tokens, dtype=torch.bool, device=keys.device)
             if self.all_scores:
-                reductions = HEADS[self.shared["head"]], QUERIES[self.shared["query"]], CHUNKS[self.shared["chunk"]]
-                names = ("head_reduction", "query_reduction", "chunk_reduction")
-                self.score_documents(
-                    queries, mask, keys, offsets, **options, **dict(zip(names, reductions, strict=True))
-                )
-                documents = torch.empty(0, self.columns, dtype=torch.int64, device=keys.device)
+                self.score_documents(queries, mask, keys, offsets, **options, **self._reductions)
             else:
-                documents, _ = self.route_documents(queries, mask, keys, offsets, self.shared["k"], **options)
+                self._exchange(queries, mask, keys, **options)
+            documents = torch.empty(0, self.columns, dtype=torch.int64, device=keys.device)
             self.gather_documents(documents, offsets, content)
 
 

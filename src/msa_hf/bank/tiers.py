@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import routing_msa
+from ..chosen_msa import Chosen, score_rows
 from ..memory_msa import LayerMemory, MemoryBank
 from ..ops import gather_documents, rescore_documents, route_documents
 from ..ops.gather_documents import most_rows
@@ -39,35 +40,6 @@ logger = logging.getLogger(__name__)
 STREAMED_BYTES = 1 << 28
 # Documents whose scores are taken again, as a multiple of those chosen.
 CANDIDATES = 4
-
-
-class Chosen:
-    """The rows of documents that a device chose, as the host sees them; waits for the device.
-
-    Args:
-        documents: [B, n] int64, -1 for none.
-        offsets: [R + 1] int64 on the CPU, chunks of all documents.
-
-    Attributes:
-        distinct: the documents, ascending, each once.
-        rows: [m] int64 on the CPU, their chunks, ascending.
-        documents: [B, n] int64 on the device, their places among `distinct`, in the same order as the documents; -1
-            for none.
-        offsets: [distinct + 1] int64 on the device, where their chunks begin among `rows`.
-        width: most chunks that a sample's documents have together.
-    """
-
-    def __init__(self, documents: Tensor, offsets: Tensor) -> None:
-        known, places = documents.cpu().unique(return_inverse=True)
-        absent = int((known < 0).sum())
-        known, places = known[absent:], (places - absent).clamp(min=-1)
-        counts = offsets[known + 1] - offsets[known]
-        own = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        self.distinct: list[int] = known.tolist()
-        self.counts: list[int] = counts.tolist()
-        self.rows = (offsets[known] - own[:-1]).repeat_interleave(counts) + torch.arange(int(own[-1]))
-        self.documents, self.offsets = places.to(documents.device), own.to(documents.device)
-        self.width = most_rows(places, own)
 
 
 @dataclass(frozen=True)
@@ -229,6 +201,14 @@ def _score(
     return routing_msa.score_documents(queries, routing_mask, rows, offsets, **reductions)
 
 
+def _score_chosen(
+    queries: Tensor, routing_mask: Tensor, routing_keys: RoutingKeys, chosen: Chosen, **reductions: str
+) -> Tensor:
+    """The same from the exact keys of those documents alone, which may lie in host memory or on disk."""
+    keys, *_ = (routing_keys.exact or routing_keys.rows).select(chosen.rows)
+    return score_rows(queries, routing_mask, keys, chosen, **reductions)
+
+
 def _gather(documents: Tensor, offsets: Tensor, content: Content) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad():
         return content.gather(documents, offsets)
@@ -240,6 +220,7 @@ class Turn(contextlib.nullcontext):
     operations: Mapping[str, Callable[..., Any]] = {
         "route_documents": _route,
         "score_documents": _score,
+        "score_chosen": _score_chosen,
         "gather_documents": _gather,
     }
 
