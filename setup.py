@@ -2,11 +2,12 @@
 
 The variable MSA_HF_BUILD says what is built:
 
-    auto   (default) the operations for the CPU, where a compiler and torch are found. Nothing fails without them: one
-           line says why, and the PyTorch implementation runs
+    auto   (default) the operations for the CPU, where a compiler and torch are found; and those for CUDA, where nvcc is
+           on the PATH and torch was built for CUDA. Nothing fails: one line says what was not built and why, and where
+           nothing was, the PyTorch implementation runs
     none   nothing
-    cpu    as auto, but what goes wrong is an error
-    cuda   those for the CPU and for CUDA (sm_80, sm_90a, and PTX for others): needs nvcc and a torch built for CUDA
+    cpu    those for the CPU alone; what goes wrong is an error
+    cuda   those for the CPU and for CUDA (sm_80, sm_90a, and PTX for others); what goes wrong is an error
 
 Install with `--no-build-isolation`, so that the torch is seen that will load the library. It uses LibTorch's stable ABI
 and is tied to no version of torch or Python. In a checkout, `python setup.py build_ext --inplace` builds again what has
@@ -121,6 +122,19 @@ def build(library: Path, objects: Path, cuda: bool) -> None:
     os.replace(unfinished, library)
 
 
+def build_what_can_be(library: Path, objects: Path) -> None:
+    """With the operations for CUDA where what they need is found and they compile; else those for the CPU alone."""
+    problem = None
+    if find_torch()[1] is not None and shutil.which("nvcc"):
+        try:
+            return build(library, objects, cuda=True)
+        except CannotBuild as error:
+            problem = error
+    build(library, objects, cuda=False)
+    if problem is not None:
+        print(f"note: the CUDA operations were not built, only those for the CPU: {problem}", file=sys.stderr)
+
+
 class BuildNative(build_ext):
     """The library is no Python module: torch loads it, and its operations register themselves."""
 
@@ -135,8 +149,12 @@ class BuildNative(build_ext):
         if choice == "none":
             library.unlink(missing_ok=True)
             return
+        objects = ROOT / "build" / "native"
         try:
-            build(library, ROOT / "build" / "native", cuda=choice == "cuda")
+            if choice == "auto":
+                build_what_can_be(library, objects)
+            else:
+                build(library, objects, cuda=choice == "cuda")
         except CannotBuild as error:
             library.unlink(missing_ok=True)  # one of an earlier build may not fit these sources
             if choice != "auto":
