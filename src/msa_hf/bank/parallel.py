@@ -55,8 +55,7 @@ TIMEOUT = timedelta(minutes=10)
 MOST_UNKNOWN_ROWS = 4096
 HEADS, QUERIES, CHUNKS = ("mean", "max"), ("max", "mean", "last"), ("max", "mean")
 # What processes tell each other before a forward, in this order.
-HEADER = ("active", "batch", "tokens", "heads", "k", "all_scores", "forced", "columns")
-HEADER += ("head", "query", "chunk", "inputs")
+HEADER = tuple("active batch tokens heads k all_scores forced columns head query chunk inputs".split())
 SAME = "same"
 DIFFERENT = "different"
 FAILED = "failed"
