@@ -139,6 +139,24 @@ def test_nothing_chosen(place) -> None:
             case.check(case.run(place, width), width)
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("on", ["device", "host"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_content_of_no_documents(place, on, dtype) -> None:
+    """Memory of no bytes may have no address; what is returned is all padding."""
+    backend, device = place
+    there = device if on == "device" else "cpu"
+    if not takes(place, "gather_documents", content=dtype, dtype=torch.bfloat16, multiple=8, source=on):
+        return
+    content = torch.empty(0, 2, 2, 8, device=there).to(dtype)
+    scales = torch.empty(0, 2, device=there) if dtype == torch.float8_e4m3fn else None
+    documents, offsets = torch.full((2, 3), -1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    with poisoned_memory():
+        found = gather_documents(documents, offsets, content, 4, scales=scales, dtype=torch.bfloat16, backend=backend)
+    assert [tuple(part.shape) for part in found] == [(2, 2, 4, 8), (2, 2, 4, 8), (2, 4), (2, 4)]
+    assert not any(part.any() for part in found)
+
+
 def test_a_width_below_the_rows_is_refused_on_the_cpu() -> None:
     case = random_case(2)
     for name, _ in (place.values[0] for place in places("gather_documents", "cpu")):

@@ -259,6 +259,21 @@ def test_nothing_to_choose(place) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_keys_of_no_documents(place, kind) -> None:
+    """Memory of no bytes may have no address: that the keys have scales is known all the same."""
+    backend, device = place
+    numbers, scales = quantise_keys(torch.empty(0, 16, device=device), kind)
+    queries, mask = torch.randn(2, 3, 16, device=device), torch.ones(2, 3, dtype=torch.bool, device=device)
+    offsets, exact = torch.zeros(1, dtype=torch.int64, device=device), torch.empty(0, 16, device=device)
+    for options in ({}, {"exact_keys": exact}):
+        documents, scores = route_documents(
+            queries, mask, numbers, offsets, 3, scales=scales, backend=backend, **options
+        )
+        assert documents.tolist() == [[-1] * 3] * 2 and scores.tolist() == [[NEVER] * 3] * 2
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_the_same_inputs_give_the_same_bits(place) -> None:
     """Twice the same call; and a sample alone as in its batch, up to rounding."""
     case = random_case(600)
