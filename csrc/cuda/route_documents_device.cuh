@@ -340,8 +340,13 @@ template <class Acc, int TILES, int COLUMNS>
 __device__ __forceinline__ void fold(
     const Acc (&acc)[TILES][COLUMNS / 2], int groups, Best<Acc, TILES>& best, const Sink& sink, const Rows<TILES>& rows) {
   constexpr int GROUPS = COLUMNS / kGroup;
+  constexpr unsigned ALL = GROUPS == 32 ? ~0u : (1u << GROUPS % 32) - 1;
+  // Bits of groups: that are of any sample, and that are of another than the group before. Samples stand in order.
+  const int before = __shfl_up_sync(kWarp, groups, 1);
+  const unsigned real = __ballot_sync(kWarp, groups >= 0) & ALL;
+  const unsigned begins = __ballot_sync(kWarp, groups != (threadIdx.x % 32 == 0 ? best.sample : before)) & ALL;
   const int first = __shfl_sync(kWarp, groups, 0);
-  if (first >= 0 && first == __shfl_sync(kWarp, groups, GROUPS - 1)) {  // one sample: samples stand in order
+  if (real == ALL && (begins & ~1u) == 0) {  // one sample
     if (first != best.sample) {
       flush<Acc, TILES>(best, sink, rows);
       best.sample = first;
@@ -360,12 +365,11 @@ __device__ __forceinline__ void fold(
   }
 #pragma unroll
   for (int j = 0; j < GROUPS; j++) {
-    const int sample = __shfl_sync(kWarp, groups, j);
-    if (sample >= 0) {
-      const bool next = sample != best.sample;
+    if (real >> j & 1) {
+      const bool next = begins >> j & 1;
       if (next) {
         flush<Acc, TILES>(best, sink, rows);
-        best.sample = sample;
+        best.sample = __shfl_sync(kWarp, groups, j);
       }
 #pragma unroll
       for (int t = 0; t < TILES; t++) {

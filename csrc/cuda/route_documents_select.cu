@@ -22,6 +22,11 @@ namespace msa_hf::route {
 constexpr int kReduceThreads = 256, kReduceWarps = kReduceThreads / 32;
 constexpr int kTile = 1024;                       // chunks that a warp holds
 constexpr int kPaddedTile = kTile + kTile / 32;   // strides of any power of two meet different banks
+#ifdef MSA_HF_EMULATE
+constexpr int64_t kWarpsWanted = 4;  // so that tests see several samples for a warp
+#else
+constexpr int64_t kWarpsWanted = 2 * 32 * 132;  // two rounds: a multiprocessor holds 32
+#endif
 constexpr int kSerial = 32;                       // longer documents are taken by all lanes, and their maximum is kept
 
 __device__ __forceinline__ uint32_t warp_largest(uint32_t value) {
@@ -244,11 +249,12 @@ cudaError_t launch_select(const Select& select, cudaStream_t stream) {
                     static_cast<unsigned>(slices));
     error = launch(reduce_long_kernel, grid, kReduceThreads, 0, 1, stream, select);
   } else if (select.documents > 0) {
-    // About 500 chunks for a warp, and two rounds of warps: a multiprocessor holds 32, and there are 132.
+    // About 500 chunks for a warp; it takes several samples where there are warps enough.
     const bool short_documents = select.chunks / select.documents < 8;
     const int64_t warps = whole(select.groups, short_documents ? 4 : 1);
-    const int64_t wanted = warps * select.samples / (2 * 32 * 132);
-    const int64_t samples_each = wanted < 1 ? 1 : wanted > select.samples ? select.samples : wanted;
+    const int64_t most = warps * select.samples / kWarpsWanted;
+    const int64_t parts = most < 1 ? select.samples : whole(select.samples, most);
+    const int64_t samples_each = whole(select.samples, parts);
     const dim3 grid(static_cast<unsigned>(whole(warps, kReduceWarps)), static_cast<unsigned>(whole(select.samples, samples_each)));
     const size_t shared = kReduceWarps * kPaddedTile * 4;
     error = launch(short_documents ? reduce_kernel<4> : reduce_kernel<1>, grid, kReduceThreads, shared, 1, stream, select,
