@@ -8,8 +8,8 @@
 First a plain Qwen3 learns to read: texts in the prompt, questions about them. Then it gets a memory and learns the
 whole protocol: to route, to name documents from their pooled keys and values, to read what is appended, and to answer.
 Every batch is a small corpus of its own, made by `msa_hf.evaluation.corpora`, so no name is ever seen twice; most are
-as crowded with near-misses as a corpus many times as large. Last, the score biases are fitted to a bank a hundred times
-as large as the pools of training.
+as crowded with near-misses as a corpus many times as large. Last, the score biases are fitted to a bank that is as
+crowded as one of a million documents.
 """
 
 from __future__ import annotations
@@ -687,9 +687,8 @@ def sharpen(arguments: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
     model = MSAForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval().to(arguments.device)
     prose = json.loads(Path(arguments.tokenizer, PROSE).read_text())
-    rows, asked = bank_to_ask(
-        tokenizer, arguments.documents, arguments.questions, seed=arguments.seed, prose=prose, prose_share=0.2
-    )
+    crowded: dict[str, Any] = {"crowding": arguments.crowding, "prose": prose, "prose_share": 0.2}
+    rows, asked = bank_to_ask(tokenizer, arguments.documents, arguments.questions, seed=arguments.seed, **crowded)
     bank = model.encode_documents(rows, batch_tokens=arguments.batch_tokens)
     options: dict[str, Any] = {"refusal": UNANSWERABLE, "batch_size": 100, "max_new_tokens": 24}
     options |= {"interleave": {"max_id_tokens": 24}, "show_progress": False}
@@ -736,6 +735,7 @@ def main() -> None:
     last.add_argument("--out", required=True)
     last.add_argument("--tokenizer", required=True, help="what the first command made")
     last.add_argument("--documents", type=int, default=100_000, help="of the bank")
+    last.add_argument("--crowding", type=int, default=10, help="near-misses as in a bank so many times as large")
     last.add_argument("--questions", type=int, default=100, help="of each kind")
     last.add_argument("--factors", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0])
     last.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
