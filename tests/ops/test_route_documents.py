@@ -64,7 +64,8 @@ class Case:
 
     def tolerance(self, device: str) -> float:
         """A few times the error of PyTorch's float32 product of the same numbers. On a GPU float32 queries may be
-        rounded to the keys' 16 bits, and quantised keys may meet queries quantised alike."""
+        rounded to the keys' 16 bits, and quantised keys may meet queries quantised alike; tensor cores add the products
+        of 16 columns to a float32 sum and cut off what does not fit, one unit in the last place at most each time."""
         keys = self.keys.float() if self.scales is None else self.keys.float() * self.scales[:, None]
         queries = self.queries.float()
         possible = self.exact > NEVER
@@ -77,7 +78,10 @@ class Case:
             rounded = queries.to(self.keys.dtype).float()
             errors.append(error_of(self.scores(rounded, keys)[possible], self.exact[possible]))
         largest = float(self.exact[possible].abs().max()) if possible.any() else 0.0
-        return 4 * max(errors) + 4 * torch.finfo(torch.float32).eps * largest + 1e-30
+        ulps = 4.0
+        if device == "cuda" and keys.dtype != self.keys.dtype:
+            ulps += keys.shape[1] / 16
+        return 4 * max(errors) + ulps * torch.finfo(torch.float32).eps * largest + 1e-30
 
     def run(self, place: tuple[str, str], strided: bool = False, **changes: Any) -> tuple[Tensor, Tensor]:
         """The operation's answer, from buffers full of NaN."""
