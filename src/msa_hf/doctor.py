@@ -36,7 +36,7 @@ def examine() -> dict[str, Any]:
             operation: [
                 name
                 for name, backend in dispatch.BACKENDS.items()
-                if backend.runs_on(device) and backends[name][operation] is None and name not in dispatch.BY_NAME_ONLY
+                if backend.runs_on(device) and backends[name][operation] is None
             ]
             for operation in dispatch.OPERATIONS
         }
@@ -65,10 +65,6 @@ def described(found: dict[str, Any]) -> list[str]:
     for device, operations in found["used"].items():
         lines += ["", f"On {device}, in the order they are tried:"]
         lines += [f"  {operation:<{WIDTH}}{', '.join(names)}" for operation, names in operations.items()]
-    lines += ["", "Only where asked for by name:"]
-    lines += [f"  {name}: {reason}" for name, reason in dispatch.BY_NAME_ONLY.items()]
-    if not dispatch.BY_NAME_ONLY:
-        lines[-2:] = []
     lines += ["", "Not there:"]
     for name, operations in found["backends"].items():
         reasons: dict[str, list[str]] = {}

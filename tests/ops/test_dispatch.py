@@ -68,7 +68,6 @@ def test_the_extension_has_the_schemas_of_the_package(operation) -> None:
 def test_the_first_backend_that_takes_the_call_runs_it(monkeypatch) -> None:
     """In the order CUDA, Triton, C++, PyTorch, among those for the device."""
     assert list(BACKENDS) == ["cuda", "triton", "cpp", "pytorch"]
-    monkeypatch.setattr(dispatch, "BY_NAME_ONLY", {})
     tried = []
     for name, backend in BACKENDS.items():
         monkeypatch.setitem(
@@ -85,17 +84,6 @@ def test_the_first_backend_that_takes_the_call_runs_it(monkeypatch) -> None:
     with pytest.raises(AssertionError, match="the reference takes every call"):
         dispatch.choose("route_documents", "cpu", **FEATURES)
     assert list(dict.fromkeys(tried)) == ["cpp", "pytorch"]
-
-
-def test_what_was_never_tested_runs_only_by_name(monkeypatch, caplog) -> None:
-    """A backend that is there, and is passed over with its reason; asked for, it runs."""
-    monkeypatch.setattr(dispatch, "BY_NAME_ONLY", {"cpp": "nobody has tried it"})
-    monkeypatch.setattr(dispatch, "_said", set())
-    with caplog.at_level(logging.INFO, "msa_hf.ops.dispatch"):
-        assert dispatch.choose("route_documents", "cpu", **FEATURES) == BACKENDS["pytorch"].namespace
-    assert "skips the backend cpp: nobody has tried it" in caplog.text
-    if BACKENDS["cpp"].probe("route_documents") is None:
-        assert dispatch.choose("route_documents", "cpu", "cpp", **FEATURES) == "msa_hf"
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -156,10 +144,8 @@ def test_use_backend_holds_within_and_ends() -> None:
         pass
 
 
-@pytest.mark.parametrize("by_name_only", [{}, {"cpp": "nobody has tried it"}], ids=["free", "by name only"])
-def test_a_backend_asked_for_also_runs_the_derivative(by_name_only, monkeypatch) -> None:
+def test_a_backend_asked_for_also_runs_the_derivative() -> None:
     """`pool_chunks` on one backend takes its gradient on the same one where that has it."""
-    monkeypatch.setattr(dispatch, "BY_NAME_ONLY", by_name_only)
     for backend in ("cpp", "pytorch"):
         if BACKENDS[backend].probe("pool_chunks_backward") is not None:
             continue

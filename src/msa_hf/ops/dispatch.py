@@ -9,9 +9,9 @@ Four backends share the schemas below; each is a namespace of torch operations:
 | `cpp` | `msa_hf` | cpu | the compiled extension (csrc/cpu) |
 | `pytorch` | `msa_hf_pytorch` | any | the reference, in the module of the operation |
 
-The first in this order that is there and takes the call runs it, those in `BY_NAME_ONLY` aside. What a backend does not
-take it says in `<backend>_<operation>` of `limits.py`. Fakes and autograd are registered here for all of them, so that
-each works under torch.compile.
+The first in this order that is there and takes the call runs it. What a backend does not take it says in
+`<backend>_<operation>` of `limits.py`. Fakes and autograd are registered here for all of them, so that each works under
+torch.compile.
 """
 
 from __future__ import annotations
@@ -188,9 +188,6 @@ BACKENDS = {
     )
 }
 
-# Backends that run only where they are asked for by name, and why.
-BY_NAME_ONLY = {name: "it has not been tested on a GPU yet; ask for it by name" for name in ("cuda", "triton")}
-
 # Registration ---------------------------------------------------------------------------------------------------------
 
 _libraries: dict[str, torch.library.Library] = {}
@@ -280,16 +277,6 @@ def choose(operation: str, device: str, backend: str | None = None, prefer: str 
     for chosen in sorted(BACKENDS.values(), key=lambda item: item.namespace != prefer):
         preferred = chosen.namespace == prefer
         if not chosen.runs_on(device) and not (preferred and device in chosen.also()):
-            continue
-        if chosen.name in BY_NAME_ONLY and not preferred:
-            _say(
-                logging.INFO,
-                "%s on %s skips the backend %s: %s.",
-                operation,
-                device,
-                chosen.name,
-                BY_NAME_ONLY[chosen.name],
-            )
             continue
         reason = chosen.refuses(operation, device, features)
         if reason is None:
