@@ -554,8 +554,9 @@ void check_edges() {
 
 bool check(int cases, uint64_t seed, bool small) {
   check_edges();
-  Random random(seed);
+  Random random(seed), other(seed + 1000);
   int runs = 0;
+  for (; runs < 8; runs++) check_rescore(other, small);
   std::vector<int> taken(shape_count() + 3, 0);
   for (int i = 0; i < cases; i++) {
     const Type key_type = random.one_of({Type::bf16, Type::bf16, Type::f16, Type::e4m3, Type::s8, Type::f32});
