@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from setups import PREFIX, Setup, assert_same, batch_of, setup, tokens
+from setups import Setup, assert_same, batch_of, setup, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msa_hf import routing_msa
 from msa_hf.bank import place_bank, shard_bank
 from msa_hf.bank.plan import Choice, Reserves, Tiers
+from msa_hf.bank.rows import Rows
 from msa_hf.chosen_msa import Chosen, score_chosen, scores_at
 from msa_hf.routing_msa import NO_SCORE, normalize_heads, score_documents
 
@@ -107,10 +108,21 @@ def many(seed: int = 2, **fields: Any) -> Setup:
 
 
 @each_place
+@pytest.mark.parametrize("fields", [{}, dict(zip(NAMES, REDUCTIONS[-1], strict=True))], ids=["max", "other"])
 @pytest.mark.parametrize("generates", [False, True], ids=["forward", "generate"])
-def test_keys_of_other_documents_are_not_read(place: Place, generates: bool) -> None:
+def test_keys_of_other_documents_are_not_read(
+    place: Place, generates: bool, fields: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each layer reads the exact keys of the forced documents, each once for all samples, and no others."""
-    made = many(score_bias=True)
+    moved: list[int] = []
+
+    def between(rows: Rows, first: int, end: int) -> Any:
+        moved.append(end - first)
+        return whole_range(rows, first, end)
+
+    whole_range = Rows.between
+    monkeypatch.setattr(Rows, "between", between)
+    made = many(score_bias=True, **fields)
     bank = place(made)
     forced = torch.tensor([[30, -1, 2], [-1, -1, -1], [2, 7, 39]])
     rows = bank.documents.rows_of(torch.tensor([2, 7, 30, 39]))
@@ -124,6 +136,7 @@ def test_keys_of_other_documents_are_not_read(place: Place, generates: bool) -> 
         else:
             ask(made, bank, force_documents=forced)
     assert read.rows == wanted
+    assert not moved, "to a device, of a bank in tiers"
     with KeysRead(*tensors_of(bank)) as read:  # it counts what is read
         ask(made, bank, force_documents=forced, output_document_scores=True)
     assert read.rows >= len(bank.layers) * int(bank.offsets[-1])
@@ -224,20 +237,18 @@ def test_scores_that_are_nan_are_refused(forced: list[list[int]]) -> None:
         ask(made, made.bank, force_documents=torch.tensor(forced))
 
 
-def test_hidden_documents_have_no_score() -> None:
+@pytest.mark.parametrize("name", ["whole", "int8-device", "shared-same", "shared-different"])
+def test_hidden_documents_have_no_score(name: str) -> None:
     """A pass that is told to hide documents: of one that is forced all the same no score is reported."""
-    made = setup(prefix_token_ids=list(PREFIX))
-    bank = made.bank
+    made = setup()
+    bank = PLACES[name](made)
     visible = torch.ones(1, len(bank), dtype=torch.bool)
     visible[0, 2] = False
     bank._visible = visible
-    try:
-        output, full = (
-            ask(made, bank, force_documents=torch.tensor([[2, 0], [1, 2], [3, 4]]), output_document_scores=all_scores)
-            for all_scores in (False, True)
-        )
-    finally:
-        bank._visible = None
+    output, full = (
+        ask(made, bank, force_documents=torch.tensor([[2, 0], [1, 2], [3, 4]]), output_document_scores=all_scores)
+        for all_scores in (False, True)
+    )
     for layer, found in output.routing.items():
         assert found.scores.isinf().tolist() == [[True, False], [False, True], [False, False]]
         torch.testing.assert_close(found.scores, full.routing[layer].scores, atol=1e-5, rtol=1e-5)

@@ -55,7 +55,8 @@ TIMEOUT = timedelta(minutes=10)
 MOST_UNKNOWN_ROWS = 4096
 HEADS, QUERIES, CHUNKS = ("mean", "max"), ("max", "mean", "last"), ("max", "mean")
 # What processes tell each other before a forward, in this order.
-HEADER = tuple("active batch tokens heads k all_scores forced columns head query chunk inputs".split())
+FLAGS, SIZES = ("active", "all_scores", "forced"), ("batch", "tokens", "heads", "k", "columns")
+HEADER = (*FLAGS, *SIZES, "head", "query", "chunk", "inputs")
 SAME = "same"
 DIFFERENT = "different"
 FAILED = "failed"
