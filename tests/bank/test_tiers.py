@@ -214,6 +214,29 @@ def test_exact_scores_are_of_queries_that_were_not_rounded(
     assert_close(answer(made_, memory), answer(made_, made_.bank))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("keys", ["fp8", "int8"])
+def test_the_host_does_not_look_up_candidates_that_the_device_reads_itself(
+    keys: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact keys in one tensor, pinned where there is a GPU: the operation gets them whole."""
+
+    def refused(*_: Any) -> Any:
+        raise AssertionError("the host looked at what the device chose")
+
+    made_ = made(device)
+    bank = copy.copy(made_.bank)
+    if device == "cuda":
+        bank.layers = {
+            layer: LayerMemory(memory.routing_keys.pin_memory(), memory.content)
+            for layer, memory in bank.layers.items()
+        }
+    memory = place_bank(bank, device, Choice(keys=keys, content_on="device"), tiers=AMPLE, model=made_.model)
+    expected = answer(made_, made_.bank.to(device))
+    monkeypatch.setattr(tiers, "Chosen", refused)
+    assert_close(answer(made_, memory), expected)
+
+
 @pytest.mark.parametrize("top_k", [1, 50])
 def test_more_documents_than_there_are(top_k: int, tmp_path: Path) -> None:
     """Also of a bank whose documents were deleted, some or all, and of an empty one."""

@@ -6,8 +6,8 @@
 
 What is kept in fewer bits finds candidates, and exact routing keys, which stay where the bank has them, decide among
 these. Rows that the layer's device cannot read where they lie are chosen by the host, which waits for the device once
-per layer for that: exact routing keys, content that is mapped from disk, and the cache. So does every bank to learn how
-many rows were chosen.
+per layer for that: exact routing keys that are in several files or not pinned, content that is mapped from disk, and
+the cache. So does every bank to learn how many rows were chosen.
 """
 
 from __future__ import annotations
@@ -85,9 +85,12 @@ class RoutingKeys:
         if not again:
             return documents, scores
         assert self.exact is not None
+        exact = narrowed(whole, self.exact.dtype)  # of their own, not rounded for the narrow keys
+        keys = self.exact.whole
+        if keys is not None and (keys.device == queries.device or keys.is_pinned()):
+            return rescore_documents(exact, routing_mask, keys, offsets, documents, k)
         chosen = Chosen(documents, self.offsets)
         (keys,) = self.exact.select(chosen.rows)
-        exact = narrowed(whole, self.exact.dtype)  # of their own, not rounded for the narrow keys
         places, scores = rescore_documents(exact, routing_mask, keys, chosen.offsets, chosen.documents, k)
         return _named(places, chosen), scores
 
