@@ -698,7 +698,7 @@ def sharpen(arguments: Any) -> None:
     model.save_pretrained(arguments.out, max_shard_size="14MB")
     tokenizer.save_pretrained(arguments.out)
     TINY.save_pretrained(arguments.out)
-    write_curve([{"documents": arguments.documents, **row} for row in curve], arguments.out, "curve_sharpen.jsonl")
+    write_curve([{"documents": arguments.documents, **row} for row in curve], arguments.out, "sharpen.jsonl")
 
 
 def main() -> None:
