@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -351,7 +353,7 @@ def route_case(
                 print(f"{row.case} on {backend}: {error}", file=sys.stderr)
                 continue
             goal = (asked[2], asked[3]) if native and goals else None
-            bench.measure(row, in_turn(again, [()]), calls, graph=False, goal=goal)
+            bench.measure(row, in_turn(again, [()]), calls, graph=backend == "cuda", goal=goal)
         del bench.ceilings["times"]
     row = Row("route_documents", f"{case}, bf16", "plain matmul", 0.0, bytes=2.0 * chunks * SIZE, flops=flops)
     row.ceiling = asked[0]
@@ -528,18 +530,10 @@ def run_tests(backends: list[str], device: str, selection: str | None) -> str:
         pytest's last line.
     """
     wanted = selection or " or ".join(f"{backend}-{device}" for backend in backends)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        str(ROOT / "tests/ops"),
-        "-k",
-        wanted,
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    if device == "cuda" and importlib.util.find_spec("xdist") is not None:  # most of their time is the host's
+        command += ["-n", str(min(os.cpu_count() or 1, 8))]
+    command += [str(ROOT / "tests/ops"), "-k", wanted]
     print(f"tests first: {' '.join(command[1:])}", file=sys.stderr, flush=True)
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     lines = done.stdout.strip().splitlines() or ["no output"]
