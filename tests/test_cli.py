@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-from msa_hf import MemoryBank, MSAForCausalLM, cli
+from msa_hf import MemoryBank, MSAForCausalLM
 from msa_hf.bank import tiers
 from msa_hf.bank.plan import Tiers
 from msa_hf.cli import main
@@ -286,7 +286,7 @@ def test_encode_refuses_a_damaged_bank_before_the_work(
 ) -> None:
     (tmp_path / "bank").mkdir()
     (tmp_path / "bank" / "manifest.json").write_text("{")
-    monkeypatch.setattr(cli, "load", lambda *arguments: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(MSAForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     message = refusal(capsys, "encode", place / "plain", place / "docs", tmp_path / "bank")
     assert "manifest.json: not valid JSON" in message
 
@@ -477,7 +477,7 @@ def test_inspect_says_what_the_bank_holds(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bank = MemoryBank.from_pretrained(place / "plain-bank")
-    monkeypatch.setattr(cli, "load", lambda *arguments: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(MSAForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     (record,) = records(capsys, "inspect", place / "plain-bank", "--documents", 2)
     assert (record["documents"], record["tokens"], record["chunks"]) == (4, bank.num_tokens, bank.num_chunks)
     assert record["dtype"] == "float32" and record["origin"] == bank.origin.to_dict()
@@ -525,7 +525,7 @@ def test_an_interrupt_exits_with_130(place: Path, monkeypatch: pytest.MonkeyPatc
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load", interrupt)
+    monkeypatch.setattr("msa_hf.commands.ask.load", interrupt)
     assert main(["ask", str(place / "plain"), str(place / "plain-bank"), QUESTION]) == 130
 
 

@@ -9,8 +9,9 @@ import pytest
 from scripted import COMPACT, TEXTS, Script, byte_tokenizer, memory_model
 from transformers import AutoTokenizer
 
-from msa_hf import MSAForCausalLM, cli
+from msa_hf import MSAForCausalLM
 from msa_hf.cli import main
+from msa_hf.commands import evaluate
 from msa_hf.training import diagnose
 from msa_hf.training.diagnosis import read_judged
 
@@ -85,7 +86,7 @@ def test_eval_is_the_diagnosis_of_the_library(place: Path, capsys: pytest.Captur
 
 def test_eval_counts_right_answers(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     """A model that says the right thing to two of three questions, in words and as a file."""
-    load = cli.load
+    load = evaluate.load
 
     def scripted(*args: Any) -> Any:
         model, tokenizer = load(*args)
@@ -96,7 +97,7 @@ def test_eval_counts_right_answers(place: Path, capsys: pytest.CaptureFixture[st
         hook.__enter__()
         return model, tokenizer
 
-    monkeypatch.setattr(cli, "load", scripted)
+    monkeypatch.setattr(evaluate, "load", scripted)
     out = place / "report.json"
     command = arguments(place, "--conditions", "no_memory,gold_text", "--refusal", "unknown", "--out", out)
     command[command.index("--max-new-tokens") + 1] = "20"
@@ -169,6 +170,6 @@ def test_bm25_that_is_not_installed_is_said_before_anything_is_loaded(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    monkeypatch.setattr(cli, "load", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(evaluate, "load", lambda *args: pytest.fail("loaded"))
     line = refusal(capsys, arguments(place))
     assert "pip install msa-hf[eval], or leave it out of --conditions" in line

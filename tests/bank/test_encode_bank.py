@@ -30,9 +30,10 @@ from test_parallel import FORK, together
 from msa_hf.bank import BankLocked, OpenBank, RankFailed
 from msa_hf.bank.encoding import FOLDER, Encoded, connected, encode_bank
 from msa_hf.cli import main
-from msa_hf.corpus_files import Corpus, UserError
+from msa_hf.corpus_files import Corpus
 from msa_hf.memory_msa import BankOrigin, MemoryBank
 from msa_hf.storage_msa import BankFormatError
+from msa_hf.user_errors import UserError
 
 LONGEST = 60  # tokens
 PART = 120  # bytes of text

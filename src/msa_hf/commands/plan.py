@@ -1,14 +1,15 @@
-"""`msa-hf plan`: its options, and the plan that they ask for."""
+"""`msa-hf plan`: where a bank lies and what it costs, from shapes alone."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .plan import (
+from ..bank.plan import (
     CONTENT_FORMATS,
     GB,
     KEY_FORMATS,
@@ -23,6 +24,8 @@ from .plan import (
     measured_tiers,
     plan_placement,
 )
+from ..user_errors import reported
+from .options import command
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -73,8 +76,10 @@ def placement(text: str) -> str | Choice:
     return Choice(*placed(keys), *placed(content))
 
 
-def add_options(made: argparse.ArgumentParser) -> None:
-    """The options of `msa-hf plan`."""
+def add_to(commands: Any) -> None:
+    """The command and its options."""
+    text = "Plan where a bank lies and what it costs, from shapes alone; needs no GPU."
+    made = command(commands, "plan", run, text)
 
     def add(name: str, kind: Any, text: str, default: Any = None) -> None:
         made.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=text)
@@ -122,8 +127,16 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--json", action="store_true", help="one JSON object")
 
 
+def run(args: argparse.Namespace) -> int:
+    """`msa-hf plan`."""
+    with reported():
+        placement = planned(args)
+    print(json.dumps(placement.to_dict()) if args.json else placement)
+    return 0
+
+
 def planned(args: argparse.Namespace) -> Placement:
-    """The plan that a parser with `add_options` was asked for.
+    """The plan that the options ask for.
 
     Raises:
         ValueError: for options that are missing or contradict each other, and where the bank does not fit.
