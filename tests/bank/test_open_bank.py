@@ -439,7 +439,7 @@ def test_a_commit_costs_what_it_changes(tmp_path: Path, monkeypatch: pytest.Monk
             written.append(entry["bytes"])
             return entry
 
-        monkeypatch.setattr("msa_hf.bank.open_bank.publish_file", counted)
+        monkeypatch.setattr("msa_hf.bank.writing.publish_file", counted)
         bank.add([{"key": f"new {row}", "text": f"text {row}"} for row in range(40)])
         for row in range(3):
             bank.delete(str(row))

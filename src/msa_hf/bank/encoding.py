@@ -56,8 +56,8 @@ from ..storage_msa import (
     sync,
     table_schema,
 )
+from .changes import text_digest
 from .lock import WriterLock
-from .open_bank import text_digest
 from .parallel import RankFailed, Ranks
 
 logger = logging.getLogger(__name__)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +14,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..generation.protocol import DocumentIds
 from ..memory_msa import BankOrigin, Document, DocumentTable, LayerMemory, MemoryBank, _check_origin
 from ..storage_msa import (
     DTYPES,
-    FORMAT,
     FORMAT_VERSION,
-    LEFTOVER,
     MANIFEST,
-    OWN_FILE,
     BankFormatError,
-    checked_file,
-    chunk_ranges,
     commit_manifest,
     data_files,
-    deletions_payload,
-    format_error,
-    index_payload,
-    key_hash,
     library_version,
     parse_size,
-    publish_file,
     publish_prefix,
-    pyarrow,
-    read_deletions,
     read_manifest,
-    read_prefix,
     remove_created,
     remove_files,
-    remove_leftover,
     table_schema,
 )
+from .buffers import Buffers
+from .changes import Change, Changes, Known, committed, table_of
+from .compaction import compacted_in_memory, groups_of, write_compacted
 from .lock import WriterLock
-from .segments import Buffers, Damage, Growing, Loss, Segment, State, with_ids
+from .opening import empty_manifest, origin_of, read_contents, remove_leftovers
+from .segments import Damage, Segment, damage_of
+from .state import State
+from .verification import are_intact, find_damage
+from .writing import renewed_records, write_deletions, write_segment
 
 logger = logging.getLogger(__name__)
-MAX_VERSION = 2**62
 MERGE_DELETIONS = 32  # files of deletions that are put into one at the next deletion
 TRIES = 10  # of a reader whose files a writer removes while they are opened
 
@@ -61,34 +49,6 @@ Memories = dict[int, LayerMemory]
 
 class BankDamaged(RuntimeError):
     """A bank with damaged files cannot be written to before it is decided what becomes of their documents."""
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What is known of a key: its version, and the document where there is one."""
-
-    version: int | None = None
-    id: int | None = None
-    digest: bytes | None = None
-    metadata: str | None = None
-    exists: bool = False
-
-
-@dataclass(frozen=True)
-class _Change:
-    """What a commit does to a key.
-
-    Attributes:
-        known: the key after it.
-        row: the row that goes, None where there was none.
-        text, input_ids: what is encoded; `copy` instead: the row's tensors are taken over.
-    """
-
-    known: _Known
-    row: int | None
-    text: str | None = None
-    input_ids: Any = None
-    copy: bool = False
 
 
 class OpenBank:
@@ -148,8 +108,7 @@ class OpenBank:
         default = getattr(model, "device", "cpu") if directory is None else "cpu"
         self.device = torch.empty(0, device=default if device is None else device).device
         self._mutex = threading.RLock()
-        self._pending: dict[str, _Change] | None = None
-        self._next_id = 0
+        self._pending: Changes | None = None
         self._buffers: Buffers | None = None
         self._snapshot: MemoryBank | None = None
         self._versions: dict[tuple[int, int], int] = {}
@@ -162,7 +121,7 @@ class OpenBank:
             if self.directory is not None and not read_only:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._lock = WriterLock(self.directory)
-                self._remove_leftovers()
+                remove_leftovers(self.directory)
             if self.directory is not None and (read_only or (self.directory / MANIFEST).exists()):
                 self._load()
             else:
@@ -177,27 +136,8 @@ class OpenBank:
         """Begin an empty bank; what its tensors look like is learnt by encoding one token."""
         self.origin = self.model.memory_origin(self.tokenizer)
         like = self.model.encode_documents([[0]], self.tokenizer, bank_device=self.device, **self._encode_options)
-        dtype = next(name for name, (kind, _) in DTYPES.items() if kind is like.dtype)
         self._prefix = like.prefix
-        manifest: dict[str, Any] = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "reader_features": [],
-            "writer_features": [],
-            "library_version": library_version(),
-            "generation": 0,
-            "next_id": 0,
-            "origin": self.origin.to_dict(),
-            "dtype": dtype,
-            "layers": [
-                {"layer": layer, "groups": memory.content.shape[2], "head_dim": memory.content.shape[3]}
-                for layer, memory in like.layers.items()
-            ],
-            "counts": {"documents": 0, "chunks": 0, "tokens": 0},
-            "prefix": None,
-            "segments": [],
-            "deletions": [],
-        }
+        manifest = empty_manifest(like, self.origin)
         if self.directory is not None:
             created: list[Path] = []
             try:
@@ -209,7 +149,7 @@ class OpenBank:
         else:
             empty = {layer: (memory.routing_keys[:0], memory.content[:0]) for layer, memory in like.layers.items()}
             self._buffers = Buffers({layer: LayerMemory(*pair) for layer, pair in empty.items()}, 0)
-        self._adopt(manifest, (), np.empty(0, np.int64))
+        self._adopt(State.of(manifest, (), np.empty(0, np.int64)))
 
     def _load(self) -> None:
         """Open the bank as it lies in the directory now, keeping what is open already."""
@@ -224,94 +164,21 @@ class OpenBank:
 
     def _read(self, manifest: dict[str, Any]) -> None:
         assert self.directory is not None
-        try:
-            origin = BankOrigin.from_dict(manifest["origin"])
-        except ValueError as error:
-            raise format_error(self.directory / MANIFEST, str(error)) from error
+        origin = origin_of(self.directory, manifest)
         if self.model is not None:
             _check_origin(origin, self.model.memory_origin(self.tokenizer))
-        self.origin = origin
-        state = getattr(self, "state", None)
-        old = {} if state is None else {item.record["table"]["file"]: item for item in state.segments}
-        segments: list[Segment] = []
-        losses: list[tuple[Segment, Loss]] = []
-        for record in manifest["segments"]:
-            known = old.get(record["table"]["file"])
-            if known is not None and known.record == record:
-                segments.append(known)
-            else:
-                segment, found = Segment.open(self.directory, record, manifest)
-                segments.append(segment)
-                losses += [(segment, loss) for loss in found]
-        if losses and read_manifest(self.directory)["checksum"] != manifest["checksum"]:
-            raise BankFormatError("The bank was changed while it was opened.")
-        deleted, keys = read_deletions(self.directory, manifest)
-        damage = [_damage(segment, loss, deleted) for segment, loss in losses]
-        versions: dict[tuple[int, int], int] = {}
-        for first, second, version in keys.tolist():
-            versions[first, second] = max(version, versions.get((first, second), -1))
-        try:
-            self._prefix = read_prefix(self.directory, manifest, self.device, verify=True)
-        except BankFormatError as error:
-            entry = manifest["prefix"]["file"]
-            damage.append(Damage(entry, str(error)))
-            dtype = DTYPES[manifest["dtype"]][0]
-            encoded = None if self.model is None else self.model.encode_prefix()
-            self._prefix = encoded and {
-                layer: (keys.to(self.device, dtype), values.to(self.device, dtype))
-                for layer, (keys, values) in encoded.items()
+        opened = () if getattr(self, "state", None) is None else self.state.segments
+        contents = read_contents(self.directory, manifest, opened, self.device)
+        prefix = contents.prefix
+        if prefix is None and self.model is not None:
+            kind = DTYPES[manifest["dtype"]][0]
+            prefix = {
+                layer: (keys.to(self.device, kind), values.to(self.device, kind))
+                for layer, (keys, values) in self.model.encode_prefix().items()
             }
-        if manifest["format_version"] == 1:
-            manifest = self._as_version_2(manifest, segments)
-        self._versions = versions
-        self._adopt(manifest, tuple(segments), deleted)
-        self._note(damage)
-
-    def _as_version_2(self, manifest: dict[str, Any], segments: list[Segment]) -> dict[str, Any]:
-        """A manifest of format version 1 as the first commit will write it, its documents with the ids they have."""
-        first = 0
-        given: list[int | None] = []
-        for segment in segments:
-            documents = DocumentTable(segment.table.drop_columns(["id", "version", "digest"]))
-            numbers = [DocumentIds.of(first + row, document) for row, document in enumerate(documents)]
-            own = [
-                first + row == number and (document.metadata or {}).get("id") != number
-                for row, (number, document) in enumerate(zip(numbers, documents, strict=True))
-            ]
-            given += [None if mine else number for mine, number in zip(own, numbers, strict=True)]
-            first += len(segment)
-        stored = [number for number in given if number is not None]
-        if len(set(stored)) < len(stored):
-            raise BankFormatError("Two documents have the same id in their metadata: encode them again.")
-        taken, next_id = set(stored), max([first - 1, *stored]) + 1
-        ids = np.empty(first, np.int64)
-        for position, number in enumerate(given):
-            if number is None and position in taken:  # a stored id has the right of way
-                number, next_id = next_id, next_id + 1
-            ids[position] = position if number is None else number
-        first = 0
-        for segment in segments:
-            plain = segment.table.drop_columns(["id", "version", "digest"])
-            segment.table = with_ids(plain, ids[first : first + len(segment)])
-            first += len(segment)
-        return {**manifest, "format_version": FORMAT_VERSION, "generation": 0, "next_id": next_id, "deletions": []}
-
-    def _remove_leftovers(self) -> None:
-        """Remove what a writer left that died before its commit, or after it and before it had tidied up."""
-        assert self.directory is not None
-        manifest = self.directory / MANIFEST
-        kept = {entry["file"] for entry in data_files(read_manifest(self.directory))} if manifest.exists() else set()
-        left = [
-            path
-            for path in self.directory.iterdir()
-            if path.name not in kept and (OWN_FILE.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
-        ]
-        for path in left:
-            remove_leftover(path)
-        if left:
-            logger.warning(
-                "%s: removed %d files of an interrupted write; the last commit is intact.", self.directory, len(left)
-            )
+        self.origin, self._prefix, self._versions = origin, prefix, contents.versions
+        self._adopt(State.of(contents.manifest, contents.segments, contents.deleted))
+        self._note(contents.damage)
 
     def close(self) -> None:
         """Let another writer in. Snapshots live on."""
@@ -327,42 +194,9 @@ class OpenBank:
 
     # State ------------------------------------------------------------------------------------------------------------
 
-    def _adopt(
-        self, manifest: dict[str, Any], segments: tuple[Segment, ...], deleted: np.ndarray, appended: bool = False
-    ) -> None:
-        """Make this the current state; `appended`: the old one and a further segment."""
-        starts = np.array([item.record["documents"][0] for item in segments], np.int64)
-        if appended and len(segments) == len(self.state.segments):
-            table, fresh = self.state.table, segments[:0]
-        elif appended:
-            table, fresh = pyarrow().concat_tables([self.state.table, segments[-1].table]), segments[-1:]
-        else:
-            table = pyarrow().concat_tables([table_schema(2).empty_table(), *(item.table for item in segments)])
-            self._offsets, fresh = Growing(np.zeros(1, np.int64)), segments
-        for item in fresh:
-            self._offsets.append(item.offsets[1:] + self._offsets.view(self._offsets.length)[-1])
-        offsets = self._offsets.view(self._offsets.length)
-        lost = [
-            np.flatnonzero(item.lost) + start for item, start in zip(segments, starts, strict=True) if item.lost.any()
-        ]
-        hidden = np.union1d(deleted, np.concatenate(lost)) if lost else deleted
-        if appended:
-            gone = np.setdiff1d(hidden, self.state.hidden, assume_unique=True)
-            chunks, tokens = self.state.chunks, self.state.tokens
-            for item in fresh:
-                chunks += int(item.offsets[-1])
-                tokens += int(item.table["tokens"].to_numpy().sum(dtype=np.int64))
-            chunks -= int((offsets[gone + 1] - offsets[gone]).sum())
-            tokens -= (
-                int(table["tokens"].take(pyarrow().array(gone)).to_numpy().sum(dtype=np.int64)) if len(gone) else 0
-            )
-        else:
-            visible = np.ones(len(offsets) - 1, bool)
-            visible[hidden] = False
-            chunks = int(np.diff(offsets)[visible].sum())
-            tokens = int(table["tokens"].to_numpy()[visible].sum(dtype=np.int64))
-        self.state = State(manifest, segments, table, offsets, deleted, hidden, chunks, tokens, starts)
-        self._next_id = manifest["next_id"]
+    def _adopt(self, state: State) -> None:
+        """Make this the current state."""
+        self.state = state
         self._snapshot = None
 
     def _note(self, damage: list[Damage]) -> None:
@@ -471,15 +305,15 @@ class OpenBank:
             if self._pending is not None:
                 raise RuntimeError("A batch of this bank is open already.")
             self._check_writable()
-            self._pending = {}
+            self._pending = Changes(self._committed, self.state.manifest["next_id"], self.protocol)
             try:
                 yield self
                 self._commit(self._pending)
             finally:
-                self._pending, self._next_id = None, self.state.manifest["next_id"]
+                self._pending = None
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[dict[str, _Change]]:
+    def _changing(self) -> Iterator[Changes]:
         with self._mutex:
             if self._pending is not None:
                 yield self._pending
@@ -501,7 +335,7 @@ class OpenBank:
         if isinstance(documents, str | bytes | Mapping):
             raise TypeError(f"`documents` must be an iterable of documents, got one {type(documents).__name__}.")
         ids: list[int | None] = []
-        with self._changing() as pending:
+        with self._changing() as changes:
             for document in documents:
                 fields = dict(document) if isinstance(document, Mapping) else None
                 if fields is None:
@@ -510,11 +344,11 @@ class OpenBank:
                 text, tokens = fields.pop("text", None), fields.pop("input_ids", None)
                 if set(fields) == {"metadata"}:
                     fields = fields["metadata"] or {}
-                key = str(self._next_id if key is None else key)
-                if self._known(key, pending)[0].exists:
+                key = str(changes.next_id if key is None else key)
+                if changes.known(key)[0].exists:
                     raise ValueError(f"The bank has a document with the key {key!r}; replace it with upsert().")
-                added = self._put(pending, key, text, tokens, version, fields)
-                ids.append(pending[key].known.id if added else None)
+                added = self._put(changes, key, text, tokens, version, fields)
+                ids.append(changes.of_keys[key].known.id if added else None)
         return ids
 
     def upsert(
@@ -528,82 +362,24 @@ class OpenBank:
         Returns:
             whether anything changed: not for an event that is known or late, nor for an equal document.
         """
-        with self._changing() as pending:
-            return self._put(pending, str(key), text, None, version, metadata)
+        with self._changing() as changes:
+            return self._put(changes, str(key), text, None, version, metadata)
 
     def delete(self, key: str, version: int | None = None) -> bool:
         """Delete a document; returns whether there was one.
 
         Its version stays known, so that a late event does not bring it back. `compact()` removes it from the files.
         """
-        key = str(key)
-        with self._changing() as pending:
-            known, row = self._known(key, pending)
-            if self._is_late(known, version) or (not known.exists and version is None):
-                return False
-            version = known.version if version is None else version
-            pending[key] = _Change(_Known(version), row)
-            return known.exists
+        with self._changing() as changes:
+            return changes.delete(str(key), version)
 
-    def _known(self, key: str, pending: Mapping[str, _Change]) -> tuple[_Known, int | None]:
-        """What is known of a key, in the changes or else in the state; and its row in the state."""
-        if key in pending:
-            return pending[key].known, pending[key].row
-        row = self.state.find(key)
-        if row is None:
-            return _Known(self._versions.get(key_hash(key))), None
-        segment, place = self.state.place(row)
-        try:
-            found = segment.fields(place, ["version", "id", "digest", "metadata"])
-        except ValueError as error:
-            raise BankFormatError(f"{segment.record['table']['file']}: row {place}: {error}.") from error
-        return _Known(**found, exists=True), row
+    def _committed(self, key: str) -> tuple[Known, int | None]:
+        return committed(self.state, self._versions, key)
 
-    @staticmethod
-    def _is_late(known: _Known, version: int | None) -> bool:
-        if version is None:
-            return False
-        if type(version) is not int or not 0 <= version <= MAX_VERSION:
-            raise ValueError(f"`version` must be an integer from 0 to 2^62, got {version!r:.80}.")
-        return known.version is not None and version <= known.version
-
-    def _put(
-        self,
-        pending: dict[str, _Change],
-        key: str,
-        text: str | None,
-        tokens: Any,
-        version: int | None,
-        metadata: Mapping[str, Any] | None,
-    ) -> bool:
+    def _put(self, changes: Changes, *document: Any) -> bool:
         if self.model is None:
             raise ValueError("This bank was opened without a model, which documents are encoded with.")
-        known, row = self._known(key, pending)
-        if self._is_late(known, version):
-            return False
-        if not isinstance(text, str | None):
-            raise TypeError(f"Document {key!r}: its text is a {type(text).__name__}.")
-        if self.protocol is not None and tokens is not None:
-            raise ValueError(f"Document {key!r} has `input_ids`, but it is this bank's protocol that wraps the texts.")
-        if (text is None and tokens is None) or (self.protocol is not None and not text):
-            raise ValueError(f"Document {key!r} has no text; leave it out.")
-        try:
-            encoded = json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False) if metadata else None
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"Document {key!r}: its metadata cannot be written as JSON: {error}.") from error
-        digest = text_digest("" if self.protocol is None else self.protocol.document, key, text, tokens)
-        same = known.exists and known.digest == digest
-        version = known.version if version is None else version
-        if same and encoded == known.metadata and version == known.version:
-            return False
-        id = known.id if known.exists else self._next_id
-        assert id is not None
-        if not known.exists:
-            self._next_id += 1
-        # An unchanged text whose row is in the state keeps its tensors; else what is pending is encoded once anyway.
-        copied = same and (key not in pending or pending[key].copy)
-        pending[key] = _Change(_Known(version, id, digest, encoded, True), row, text, tokens, copied)
-        return True
+        return changes.put(*document)
 
     def _check_writable(self) -> None:
         if self._closed:
@@ -620,24 +396,15 @@ class OpenBank:
 
     # Commits ----------------------------------------------------------------------------------------------------------
 
-    def _commit(self, changes: Mapping[str, _Change]) -> None:
-        if not changes:
-            return
-        written = {key: change for key, change in changes.items() if change.known.exists}
-        memories, table = self._rows(written)
-        gone = np.array(sorted(change.row for change in changes.values() if change.row is not None), np.int64)
-        versions = {
-            key_hash(key): change.known.version
-            for key, change in changes.items()
-            if not change.known.exists and change.known.version is not None
-        }
-        self._publish(memories, table, gone, versions)
+    def _commit(self, changes: Changes) -> None:
+        if changes.of_keys:
+            memories, table = self._rows(changes.written())
+            self._publish(memories, table, changes.gone(), changes.deleted_versions(), changes.next_id)
 
-    def _rows(self, changes: Mapping[str, _Change]) -> tuple[Memories, Any]:
-        """Tensors and table of the documents that a commit writes, encoded ones first."""
+    def _rows(self, changes: Mapping[str, Change]) -> tuple[Memories, Any]:
+        """Tensors and table of the documents that a commit writes, in their order: encoded ones first."""
         state = self.state
         encoded = {key: change for key, change in changes.items() if not change.copy}
-        copied = {key: change for key, change in changes.items() if change.copy}
         parts: list[Memories] = []
         tokens: list[int] = []
         if encoded:
@@ -648,7 +415,9 @@ class OpenBank:
             kind = DTYPES[state.manifest["dtype"]][0]
             parts.append({layer: memory.to(dtype=kind) for layer, memory in bank.layers.items()})
             tokens += bank.documents.counts("tokens").tolist()
-        for change in copied.values():
+        for change in changes.values():
+            if not change.copy:
+                continue
             assert change.row is not None
             parts.append(self._copy(change.row))
             segment, place = state.place(change.row)
@@ -662,16 +431,9 @@ class OpenBank:
             )
             for layer in (parts[0] if parts else {})
         }
-        size = self.origin.chunk_size
-        columns: dict[str, list[Any]] = {field.name: [] for field in table_schema(2)}
-        for (key, change), count in zip([*encoded.items(), *copied.items()], tokens, strict=True):
-            known = change.known
-            row = (key, change.text, known.metadata, count, -(-count // size), known.id, known.version, known.digest)
-            for column, value in zip(columns.values(), row, strict=True):
-                column.append(value)
-        return memories, pyarrow().table(columns, schema=table_schema(2))
+        return memories, table_of(changes, tokens, self.origin.chunk_size)
 
-    def _to_encode(self, key: str, change: _Change) -> dict[str, Any]:
+    def _to_encode(self, key: str, change: Change) -> dict[str, Any]:
         if self.protocol is not None:
             return self.protocol.document_row(change.known.id, change.text, self.tokenizer, key)
         row = {"key": key, "text": change.text, "input_ids": change.input_ids}
@@ -692,40 +454,44 @@ class OpenBank:
         return {layer: segment.gather(layer, chunks_of_row).to(self.device) for layer in layers}
 
     def _publish(
-        self, memories: Memories, table: Any, gone: np.ndarray, versions: Mapping[tuple[int, int], int | None]
+        self,
+        memories: Memories,
+        table: Any,
+        gone: np.ndarray,
+        versions: Mapping[tuple[int, int], int],
+        next_id: int,
     ) -> None:
         """Write a further segment and deletions, and make them the bank."""
         state = self.state
         deleted = np.union1d(state.deleted, gone)
         manifest = {**state.manifest, "format_version": FORMAT_VERSION, "library_version": library_version()}
-        manifest.update(generation=state.manifest["generation"] + 1, next_id=self._next_id)
+        manifest.update(generation=state.manifest["generation"] + 1, next_id=next_id)
         segments = list(state.segments)
         segment, base = None, int(state.offsets[-1])
         if len(table):
-            first = state.rows
-            record: dict[str, Any] = {"documents": [first, first + len(table)], "chunks": 0, "tensors": [], "table": {}}
-            payload = index_payload(table["key"].to_pylist())
-            segment = Segment(record, table, np.frombuffer(payload, "<u8").reshape(3, -1))
-            record["chunks"] = int(segment.offsets[-1])
+            segment = Segment.of_table(table, state.rows)
             segments.append(segment)
             counts = manifest["counts"]
             tokens = int(table["tokens"].to_numpy().sum(dtype=np.int64))
             manifest["counts"] = {
                 "documents": counts["documents"] + len(table),
-                "chunks": base + record["chunks"],
+                "chunks": base + segment.record["chunks"],
                 "tokens": counts["tokens"] + tokens,
             }
         if self.directory is not None:
             merged = {**self._versions, **versions}
 
+            def part(layer: int, first: int, end: int) -> LayerMemory:
+                return LayerMemory(memories[layer].routing_keys[first:end], memories[layer].content[first:end])
+
             def write(directory: Path, created: list[Path]) -> None:
-                manifest["segments"] = self._upgraded(directory, created)
+                manifest["segments"] = renewed_records(directory, state.segments, created)
                 if segment is not None:
-                    self._write_segment(directory, segment, base, partial(_part, memories), created)
+                    write_segment(directory, manifest, segment, base, part, self._limit, created)
                     manifest["segments"].append(segment.record)
                 if len(gone) or versions:
                     every = len(manifest["deletions"]) >= MERGE_DELETIONS
-                    entry = self._write_deletions(
+                    entry = write_deletions(
                         directory, manifest, deleted if every else gone, merged if every else versions, created
                     )
                     manifest["deletions"] = [entry] if every else [*manifest["deletions"], entry]
@@ -734,15 +500,13 @@ class OpenBank:
             if segment is not None:
                 # From the files, so that the rows do not stay in memory twice.
                 segments[-1], losses = Segment.open(self.directory, segment.record, manifest)
-                self._note([_damage(segments[-1], loss, deleted) for loss in losses])
-        for number, version in versions.items():
-            assert version is not None
-            self._versions[number] = version
+                self._note([damage_of(segments[-1], loss, deleted) for loss in losses])
+        self._versions.update(versions)
         if memories and self._buffers is not None:
             self._buffers.append(memories)
-        self._adopt(manifest, tuple(segments), deleted, appended=True)
+        self._adopt(state.followed_by(manifest, tuple(segments), deleted))
 
-    def _write(self, write: Any, manifest: dict[str, Any]) -> None:
+    def _write(self, write: Callable[[Path, list[Path]], None], manifest: dict[str, Any]) -> None:
         """Run what writes files and fills the manifest, and commit; where that fails, all is as before."""
         assert self.directory is not None
         if (now := read_manifest(self.directory))["checksum"] != self.state.manifest["checksum"]:
@@ -777,58 +541,6 @@ class OpenBank:
             self._closed = True  # what lies there is not known: it must be opened again
             logger.exception("%s: cannot be read after a failed commit; open it again.", self.directory)
 
-    def _upgraded(self, directory: Path, created: list[Path]) -> list[dict[str, Any]]:
-        """The records of the segments; parts that are not in the directory yet are written."""
-        records = []
-        for segment in self.state.segments:
-            if segment.stale:
-                start = segment.record["documents"][0]
-                index = index_payload(segment.whole_table()["key"].to_pylist())
-                table = publish_file(directory, f"documents-{start:010d}", segment.table, created)
-                entry = publish_file(directory, f"index-{start:010d}", index, created)
-                records.append({**segment.record, "table": table, "index": entry})
-            else:
-                records.append(segment.record)
-        return records
-
-    def _write_segment(
-        self,
-        directory: Path,
-        segment: Segment,
-        base: int,
-        part: Callable[[int, int, int], LayerMemory],
-        created: list[Path],
-    ) -> None:
-        """Write the files of a segment from chunk `base`; `part(layer, first, end)` gives the tensors of its chunks."""
-        record, manifest = segment.record, self.state.manifest
-        first = record["documents"][0]
-        shapes = [(item["layer"], item["groups"] * item["head_dim"]) for item in manifest["layers"]]
-        row_bytes = sum(3 * width for _, width in shapes) * DTYPES[manifest["dtype"]][0].itemsize
-        for start, end in chunk_ranges(segment.offsets, max(self._limit // row_bytes, 1)):
-            tensors: dict[str, Tensor] = {}
-            for layer, _ in shapes:
-                memory = part(layer, start, end)
-                tensors[f"layers.{layer}.routing_keys"] = memory.routing_keys
-                tensors[f"layers.{layer}.content"] = memory.content
-            entry = publish_file(directory, f"chunks-{base + start:010d}", tensors, created)
-            record["tensors"].append({**entry, "chunks": [start, end]})
-        record["table"] = publish_file(directory, f"documents-{first:010d}", segment.table, created)
-        index = np.ascontiguousarray(segment.index).astype("<u8").tobytes()
-        record["index"] = publish_file(directory, f"index-{first:010d}", index, created)
-
-    @staticmethod
-    def _write_deletions(
-        directory: Path,
-        manifest: Mapping[str, Any],
-        rows: np.ndarray,
-        versions: Mapping[tuple[int, int], int | None],
-        created: list[Path],
-    ) -> dict[str, Any]:
-        keys = np.array([(*key, version) for key, version in versions.items()], np.uint64).reshape(-1, 3)
-        stem = f"deletions-{manifest['generation']:010d}"
-        entry = publish_file(directory, stem, deletions_payload(rows, keys), created)
-        return {**entry, "rows": len(rows), "keys": len(keys)}
-
     # Care -------------------------------------------------------------------------------------------------------------
 
     def compact(self) -> bool:
@@ -847,28 +559,24 @@ class OpenBank:
             state = self.state
             if self.directory is None:
                 return self._compact_memory()
-            groups = self._groups()
+            groups = groups_of(state, self._limit)
             clean = all(keep for keep, _ in groups) and not len(state.deleted) and not self._damage
             if clean and len(state.manifest["deletions"]) < 2:
                 return False
-            self._check_files([state.segments[number] for keep, numbers in groups if not keep for number in numbers])
+            copied = (state.segments[number] for keep, numbers in groups if not keep for number in numbers)
+            if not are_intact(self.directory, copied):
+                self.verify()  # finds what else is damaged, and leaves the documents out
+                self._check_writable()
             manifest = {**state.manifest, "generation": state.manifest["generation"] + 1}
             manifest["library_version"] = library_version()
 
             def write(directory: Path, created: list[Path]) -> None:
-                manifest["segments"], rows, chunks, tokens = [], 0, 0, 0
-                for keep, numbers in groups:
-                    record, count = self._compacted(keep, numbers, rows, chunks, directory, created)
-                    if record is None:
-                        continue
-                    manifest["segments"].append(record)
-                    rows, chunks, tokens = record["documents"][1], chunks + record["chunks"], tokens + count
-                manifest["counts"] = {"documents": rows, "chunks": chunks, "tokens": tokens}
+                write_compacted(directory, manifest, state, groups, self._limit, created)
                 manifest["deletions"] = []
                 manifest["prefix"] = publish_prefix(directory, self._whole_prefix(), created)
                 if self._versions:
                     none = np.empty(0, np.int64)
-                    entry = self._write_deletions(directory, manifest, none, self._versions, created)
+                    entry = write_deletions(directory, manifest, none, self._versions, created)
                     manifest["deletions"] = [entry]
 
             self._write(write, manifest)
@@ -877,94 +585,12 @@ class OpenBank:
             self._load()
             return True
 
-    def _check_files(self, segments: Sequence[Segment]) -> None:
-        """Refuse to copy damage, which would give it a checksum of its own."""
-        assert self.directory is not None
-        for segment in segments:
-            for entry in (*segment.record["tensors"], segment.record["table"]):
-                try:
-                    checked_file(self.directory, entry, verify=True)
-                except BankFormatError:
-                    self.verify()  # finds the others too, and leaves their documents out
-                    return self._check_writable()
-
-    def _groups(self) -> list[tuple[bool, list[int]]]:
-        """Segments to keep, and runs of segments to write anew as one: those with deleted rows, and small ones."""
-        state = self.state
-        groups: list[tuple[bool, list[int]]] = []
-        for number, segment in enumerate(state.segments):
-            start = int(state.starts[number])
-            first, end = np.searchsorted(state.deleted, [start, start + len(segment)])
-            large = sum(shard["bytes"] for shard in segment.record["tensors"]) >= self._limit
-            keep = bool(first == end and large and not segment.stale)
-            if groups and not keep and not groups[-1][0]:
-                groups[-1][1].append(number)
-            else:
-                groups.append((keep, [number]))
-        if len(state.segments) == 1 and not len(state.deleted) and not state.segments[0].stale:
-            return [(True, [0])]
-        return groups
-
-    def _compacted(
-        self, keep: bool, numbers: list[int], row: int, base: int, directory: Path, created: list[Path]
-    ) -> tuple[dict[str, Any] | None, int]:
-        """The record of a run of segments, from row `row` and chunk `base`, and its tokens."""
-        state = self.state
-        parts = [state.segments[number] for number in numbers]
-        if keep:
-            record = {**parts[0].record, "documents": [row, row + len(parts[0])]}
-            return record, int(parts[0].table["tokens"].to_numpy().sum(dtype=np.int64))
-        tables, chunks = [], []
-        for number, segment in zip(numbers, parts, strict=True):
-            visible = np.ones(len(segment), bool)
-            start = int(state.starts[number])
-            first, end = np.searchsorted(state.deleted, [start, start + len(segment)])
-            visible[state.deleted[first:end] - start] = False
-            tables.append(segment.whole_table().filter(pyarrow().array(visible)))
-            chunks.append(np.flatnonzero(np.repeat(visible, np.diff(segment.offsets))))
-        table = pyarrow().concat_tables(tables)
-        if not len(table):
-            return None, 0
-        record = {"documents": [row, row + len(table)], "chunks": 0, "tensors": [], "table": {}}
-        index = np.frombuffer(index_payload(table["key"].to_pylist()), "<u8").reshape(3, -1)
-        merged = Segment(record, table, index)
-        record["chunks"] = int(merged.offsets[-1])
-        edges = np.concatenate([[0], np.cumsum([len(item) for item in chunks])])
-
-        def part(layer: int, first: int, end: int) -> LayerMemory:
-            found = []
-            for segment, mine, edge in zip(parts, chunks, edges, strict=False):
-                inside = mine[max(first - edge, 0) : max(end - edge, 0)]
-                if len(inside):
-                    found.append(segment.gather(layer, inside))
-            return LayerMemory(
-                torch.cat([memory.routing_keys for memory in found]), torch.cat([memory.content for memory in found])
-            )
-
-        self._write_segment(directory, merged, base, part, created)
-        return record, int(table["tokens"].to_numpy().sum(dtype=np.int64))
-
     def _compact_memory(self) -> bool:
-        state = self.state
-        if not len(state.deleted) and len(state.segments) < 2:
+        if not len(self.state.deleted) and len(self.state.segments) < 2:
             return False
         assert self._buffers is not None
-        visible = np.ones(state.rows, bool)
-        visible[state.deleted] = False
-        chunks = torch.from_numpy(np.flatnonzero(np.repeat(visible, np.diff(state.offsets)))).to(self.device)
-        layers = {
-            layer: LayerMemory(memory.routing_keys[chunks], memory.content[chunks])
-            for layer, memory in self._buffers.view(int(state.offsets[-1])).items()
-        }
-        table = state.table.filter(pyarrow().array(visible)).combine_chunks()
-        index = np.frombuffer(index_payload(table["key"].to_pylist()), "<u8").reshape(3, -1)
-        record = {"documents": [0, len(table)], "chunks": len(chunks), "tensors": [], "table": {"file": "memory"}}
-        segments = (Segment(record, table, index),) if len(table) else ()
-        tokens = int(table["tokens"].to_numpy().sum(dtype=np.int64))
-        counts = {"documents": len(table), "chunks": len(chunks), "tokens": tokens}
-        manifest = {**state.manifest, "counts": counts, "generation": state.manifest["generation"] + 1}
-        self._buffers = Buffers(layers, len(chunks))
-        self._adopt(manifest, segments, np.empty(0, np.int64))
+        state, self._buffers = compacted_in_memory(self.state, self._buffers, self.device)
+        self._adopt(state)
         return True
 
     def verify(self) -> list[Damage]:
@@ -984,37 +610,11 @@ class OpenBank:
             else:
                 self.refresh()
             state = self.state
-
-            def check(entry: Mapping[str, Any]) -> str | None:
-                try:
-                    checked_file(self.directory, entry, verify=True)  # type: ignore[arg-type]
-                except BankFormatError as error:
-                    return str(error)
-                return None
-
-            def note(segment: Segment, file: str, rows: list[int]) -> None:
-                cause = causes.pop(file)
-                found.append(self._damage.get(file) or _damage(segment, (file, cause, rows), state.deleted))
-
-            on_disk = data_files(state.manifest)
-            causes = {entry["file"]: cause for entry in on_disk if (cause := check(entry)) is not None}
-            for segment in state.segments:
-                record = segment.record
-                if (file := record["table"]["file"]) in causes:
-                    note(segment, file, segment.lose_rows(0, len(segment)))
-                for shard, entry in zip(segment.shards, record["tensors"], strict=True):
-                    if (file := entry["file"]) in causes:
-                        shard.file = None
-                        note(segment, file, segment.lose_chunks(*entry["chunks"]))
-                if "index" in record and (file := record["index"]["file"]) in causes:
-                    if not segment.lost.all():
-                        segment.rebuild_index()
-                    note(segment, file, [])
-            found += [Damage(file, cause) for file, cause in causes.items()]  # prefix and deletions can be done without
+            found += find_damage(self.directory, state, self._damage)
             if found:
                 self._note(found)
                 self._buffers = None
-                self._adopt(state.manifest, state.segments, state.deleted)
+                self._adopt(State.of(state.manifest, state.segments, state.deleted))
             return found
 
     def discard_damaged(self) -> int:
@@ -1027,12 +627,11 @@ class OpenBank:
             hidden, self.state = state, replace(state, hidden=state.deleted)
             try:
                 self._check_writable()
-                self._next_id = state.manifest["next_id"]
-                self._publish({}, table_schema(2).empty_table(), lost, {})
+                self._publish({}, table_schema(2).empty_table(), lost, {}, state.manifest["next_id"])
             except BaseException:
                 self.state = hidden
                 raise
-            self._adopt(self.state.manifest, self.state.segments, self.state.deleted)
+            self._adopt(State.of(self.state.manifest, self.state.segments, self.state.deleted))
             return len(lost)
 
     def __repr__(self) -> str:
@@ -1040,33 +639,5 @@ class OpenBank:
         return f"OpenBank({where}, documents={len(self)}, tokens={self.state.tokens}, generation={self.generation})"
 
 
-def text_digest(wrapping: str, key: str, text: str | None, tokens: Any) -> bytes:
-    """Of what is encoded: the text with what wraps it (`Protocol.document`, or nothing), or token ids.
-
-    Raises:
-        ValueError: for a text that is not Unicode, naming the document.
-    """
-    digest = hashlib.sha256(json.dumps([wrapping, text is None, tokens is None]).encode())
-    try:
-        digest.update((text or "").encode())
-    except UnicodeEncodeError as error:
-        raise ValueError(f"Document {key!r}: its text is not Unicode ({error.reason}).") from error
-    if tokens is not None:
-        digest.update(np.asarray(tokens, np.int64).tobytes())
-    return digest.digest()
-
-
 def _names(manifest: Mapping[str, Any]) -> set[str]:
     return {entry["file"] for entry in data_files(manifest)}
-
-
-def _damage(segment: Segment, loss: Loss, deleted: np.ndarray) -> Damage:
-    """A loss in terms of documents: of what was deleted nothing is lost."""
-    file, cause, rows = loss
-    gone = set(deleted.tolist())
-    start = segment.record["documents"][0]
-    return Damage(file, cause, tuple(segment.key(row) for row in rows if start + row not in gone))
-
-
-def _part(memories: Memories, layer: int, first: int, end: int) -> LayerMemory:
-    return LayerMemory(memories[layer].routing_keys[first:end], memories[layer].content[first:end])

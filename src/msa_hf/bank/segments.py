@@ -1,10 +1,9 @@
-"""What lies in a bank: immutable segments, the state that one commit leaves, and the tensors in memory."""
+"""The rows that one commit added, in files that never change, and what is lost where such a file is damaged."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,6 @@ from ..storage_msa import (
     shard_layers,
     table_schema,
 )
-
-logger = logging.getLogger(__name__)
-SPARE = 16  # one part in so many is left free when tensors are read
-GROWTH = 5 / 4  # of a buffer that is full: appending costs a few copies of each row, spare room at most a quarter
 
 
 @dataclass(frozen=True)
@@ -92,6 +87,15 @@ class Segment:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @classmethod
+    def of_table(cls, table: Any, first: int) -> Segment:
+        """A segment from row `first` of the bank, of which no file is written yet."""
+        record = {"documents": [first, first + len(table)], "chunks": 0, "tensors": [], "table": {"file": "memory"}}
+        index = np.frombuffer(index_payload(table["key"].to_pylist()), "<u8").reshape(3, -1)
+        segment = cls(record, table, index)
+        record["chunks"] = int(segment.offsets[-1])
+        return segment
 
     @classmethod
     def open(cls, directory: Path, record: dict[str, Any], manifest: Mapping[str, Any]) -> tuple[Segment, list[Loss]]:
@@ -235,125 +239,9 @@ def with_ids(table: Any, ids: np.ndarray) -> Any:
     return table.cast(schema)
 
 
-@dataclass(frozen=True)
-class State:
-    """A bank as one commit left it. Later ones add segments and rows and leave these alone.
-
-    Attributes:
-        manifest: of the format, without segments and deletions where there is no directory.
-        segments: in order.
-        table: all rows.
-        offsets: [R + 1] int64, chunks of the rows.
-        deleted: [n] int64 rows of deleted documents, ascending.
-        hidden: `deleted`, and the rows that are lost to damage.
-        chunks, tokens: of the documents.
-    """
-
-    manifest: dict[str, Any]
-    segments: tuple[Segment, ...]
-    table: Any
-    offsets: np.ndarray
-    deleted: np.ndarray
-    hidden: np.ndarray
-    chunks: int
-    tokens: int
-    starts: np.ndarray = field(repr=False)
-
-    @property
-    def rows(self) -> int:
-        return len(self.offsets) - 1
-
-    def __len__(self) -> int:
-        return self.rows - len(self.hidden)
-
-    def is_hidden(self, row: int) -> bool:
-        place = int(np.searchsorted(self.hidden, row))
-        return place < len(self.hidden) and int(self.hidden[place]) == row
-
-    def find(self, key: str) -> int | None:
-        """The row of the document named `key`."""
-        for number in range(len(self.segments) - 1, -1, -1):
-            for row in self.segments[number].rows_of(key):
-                if not self.is_hidden(int(self.starts[number]) + row):
-                    return int(self.starts[number]) + row
-        return None
-
-    def place(self, row: int) -> tuple[Segment, int]:
-        """The segment of a row, and the row in it."""
-        number = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return self.segments[number], row - int(self.starts[number])
-
-
-class Growing:
-    """An array to whose end rows are added; what was handed out before stays as it is."""
-
-    def __init__(self, rows: Any, length: int | None = None) -> None:
-        self._all = rows
-        self.length = len(rows) if length is None else length
-
-    def view(self, length: int) -> Any:
-        return self._all[:length]
-
-    def append(self, rows: Any) -> None:
-        needed = self.length + len(rows)
-        if needed > len(self._all):
-            room = max(needed, int(len(self._all) * GROWTH))
-            old = self._all
-            if isinstance(old, Tensor):
-                self._all = old.new_empty(room, *old.shape[1:])
-            else:
-                self._all = np.empty((room, *old.shape[1:]), old.dtype)
-            self._all[: self.length] = old[: self.length]
-        self._all[self.length : needed] = rows
-        self.length = needed
-
-
-class Buffers:
-    """Routing keys and content of all rows, in memory: what snapshots are views of."""
-
-    def __init__(self, layers: Mapping[int, LayerMemory], length: int) -> None:
-        self._layers = {
-            layer: (Growing(item.routing_keys, length), Growing(item.content, length)) for layer, item in layers.items()
-        }
-
-    @classmethod
-    def load(cls, state: State, device: torch.device, dtype: torch.dtype) -> Buffers:
-        """Read the tensors of a state; memory mapped on the CPU where they lie in one shard. What is lost is zero."""
-        total = int(state.offsets[-1])
-        room = total + total // SPARE
-        layers = {}
-        for layer, (groups, dim) in layer_shapes(state.manifest).items():
-            shards = [(item, shard) for item in state.segments for shard in item.shards if layer in shard.layers]
-            if len(shards) == 1 and shards[0][1].file is not None and device.type == "cpu":
-                layers[layer] = LayerMemory(*shards[0][0].tensors(shards[0][1], layer))
-                continue
-            keys = torch.empty(room, groups * dim, dtype=dtype, device=device)
-            content = torch.empty(room, 2, groups, dim, dtype=dtype, device=device)
-            for segment, start in zip(state.segments, state.offsets[state.starts].tolist(), strict=True):
-                for shard in segment.shards:
-                    if layer not in shard.layers:
-                        continue
-                    rows = slice(start + shard.first, start + shard.end)
-                    if shard.file is None:
-                        keys[rows], content[rows] = 0, 0
-                    else:
-                        keys[rows], content[rows] = segment.tensors(shard, layer)
-            layers[layer] = LayerMemory(keys, content)
-        return cls(layers, total)
-
-    def append(self, layers: Mapping[int, LayerMemory]) -> None:
-        for layer, memory in layers.items():
-            keys, content = self._layers[layer]
-            keys.append(memory.routing_keys)
-            content.append(memory.content)
-
-    @property
-    def length(self) -> int:
-        return next(iter(self._layers.values()))[0].length
-
-    def view(self, chunks: int) -> dict[int, LayerMemory]:
-        """The first chunks."""
-        return {
-            layer: LayerMemory(keys.view(chunks), content.view(chunks))
-            for layer, (keys, content) in self._layers.items()
-        }
+def damage_of(segment: Segment, loss: Loss, deleted: np.ndarray) -> Damage:
+    """A loss in terms of documents: of what was deleted nothing is lost."""
+    file, cause, rows = loss
+    gone = set(deleted.tolist())
+    start = segment.record["documents"][0]
+    return Damage(file, cause, tuple(segment.key(row) for row in rows if start + row not in gone))
