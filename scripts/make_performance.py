@@ -8,15 +8,14 @@ Reads docs/bench_ops.json (a GPU) and docs/bench_ops_cpu.json. Text outside the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from make_scaling import written
+from computed_tables import run, table
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "performance.md"
@@ -30,12 +29,6 @@ Row = dict[str, Any]
 
 def load(machine: str) -> dict[str, Any]:
     return json.loads(RESULTS[machine].read_text())
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def milliseconds(row: Row | None) -> str:
@@ -173,18 +166,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where the tables differ")
-    parser.add_argument("--document", type=Path, default=DOCUMENT)
-    options = parser.parse_args(arguments)
-    old = options.document.read_text()
-    new = written(old, TABLES)
-    if options.check:
-        if new != old:
-            print(f"{options.document}: not what scripts/make_performance.py writes", file=sys.stderr)
-        return int(new != old)
-    options.document.write_text(new)
-    return 0
+    return run("make_performance.py", __doc__, DOCUMENT, TABLES, arguments)
 
 
 if __name__ == "__main__":

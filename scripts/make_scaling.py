@@ -8,17 +8,16 @@ Text outside the markers is left as it is.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from computed_tables import run, table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from msa_hf.bank.plan import GB, RATES, BankShape, Choice, Placement, Reserves, Tiers, plan_placement
@@ -206,12 +205,6 @@ def milliseconds(seconds: float | None) -> str:
     return digits(1e3 * seconds)
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    names = list(header)
-    lines = [names, ["---"] * len(names), *(list(row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def shapes() -> str:
     rows = []
     for name, model in models().items():
@@ -352,29 +345,8 @@ TABLES = {
 }
 
 
-def written(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
-    """The document with its tables computed again."""
-    for name, make in tables.items():
-        pattern = re.compile(rf"(<!-- computed: {name} -->\n).*?(<!-- end -->)", flags=re.DOTALL)
-        text, count = pattern.subn(lambda match, make=make: f"{match[1]}\n{make()}\n\n{match[2]}", text)  # type: ignore[misc]
-        if count != 1:
-            raise SystemExit(f"error: the document has {count} places for the table {name!r}")
-    return text
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where the tables differ")
-    parser.add_argument("--document", type=Path, default=DOCUMENT)
-    options = parser.parse_args(arguments)
-    old = options.document.read_text()
-    new = written(old)
-    if options.check:
-        if new != old:
-            print(f"{options.document}: not what scripts/make_scaling.py writes", file=sys.stderr)
-        return int(new != old)
-    options.document.write_text(new)
-    return 0
+    return run("make_scaling.py", __doc__, DOCUMENT, TABLES, arguments)
 
 
 if __name__ == "__main__":
