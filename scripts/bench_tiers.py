@@ -5,15 +5,19 @@
 Writes a synthetic bank of 100M tokens in the shape of a 4B model and places it in three ways:
 
 * bf16: routing keys in bf16 on the device, content in fp8 in host memory;
-* fp8: the same with fp8 routing keys, the candidates' scores taken again from the bf16 ones in the files;
-* 24gb: within 24 GB of device memory, fp8 routing keys read from host memory for every question.
+* fp8: the same with fp8 routing keys, the candidates' scores taken again from bf16 ones in host memory;
+* 24gb: within 24 GB of device memory, fp8 routing keys read from host memory for every question, the candidates' scores
+  taken again from the bf16 ones in the files.
 
 In bf16 the bank has 173 GB, more than the disk that this is meant for: `--stored-layers` layers are written (9.6 GB
 each), and the others are read from the same files. Loading therefore reads as many bytes as of a real bank, most of
-them from the page cache. Content is random, so that answers mean nothing, but every byte has to be moved.
+them from the page cache. Likewise layers share the exact keys in host memory that come from the same file (3.2 GB),
+unless `--own-exact-keys` gives each its own, as a real bank has (57.6 GB; 115 GB with the content). Content is random,
+so that answers mean nothing, but every byte has to be moved.
 
-Figures are written after every set-up, and none is begun after `--seconds`. On an H200 with 128 GiB of host memory and
-64 GiB of disk all of it should take less than 8 minutes; no GPU has run it yet. A rehearsal:
+Figures are written as they come, and no set-up is begun after `--seconds`. On an H200 with 128 GiB of host memory and
+64 GiB of disk all of it should take less than 5 minutes; no GPU has run it yet. Where memory grows as it is used, say
+with `--host-memory` how large it may become. A rehearsal:
 
     python scripts/bench_tiers.py --device cpu --chunks 300 --layers 2 --heads 4 --groups 2 --head-dim 8 \\
         --hidden-size 32 --intermediate-size 32 --vocabulary 64 --repeats 1
@@ -37,8 +41,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from msa_hf import MemoryBank, MSAForCausalLM
-from msa_hf.bank import place_bank
+from msa_hf.bank import TieredBank, place_bank
 from msa_hf.bank.plan import GB, Choice, Reserves, Tiers, measured_tiers
+from msa_hf.bank.rows import Rows, placed_rows
 from msa_hf.bank.sources import BankSource, source_of
 from msa_hf.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory
 from msa_hf.ops import BACKENDS, use_backend
@@ -47,10 +52,11 @@ CHUNK = 64
 BLOCK = 1 << 15  # chunks that are made at once
 SETUPS = {
     "bf16": Choice("bf16", "device", "fp8", "host"),
-    "fp8": Choice("fp8", "device", "fp8", "host"),
+    "fp8": Choice("fp8", "device", "fp8", "host", exact_on="host"),
     "24gb": Choice("fp8", "host", "fp8", "host"),
 }
 LIMITS = {"24gb": 24 * GB}
+SLOW = 0.2  # seconds of a run
 
 
 def random_layer(args: argparse.Namespace, seed: int) -> LayerMemory:
@@ -126,9 +132,9 @@ def seconds(args: argparse.Namespace, run: Callable[[], Any]) -> tuple[float, An
 
 
 def median_ms(args: argparse.Namespace, run: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of the first run, and the median of those behind it."""
+    """Milliseconds of the first run, and the median of those behind it: of fewer where one takes long."""
     first = seconds(args, run)[0]
-    times = sorted(seconds(args, run)[0] for _ in range(args.repeats))
+    times = sorted(seconds(args, run)[0] for _ in range(args.repeats if first < SLOW else min(args.repeats, 3)))
     return {"first": round(1e3 * first, 3), "median": round(1e3 * times[len(times) // 2], 3)}
 
 
@@ -144,6 +150,8 @@ def anonymous_bytes() -> int | None:
 def tiers_of(args: argparse.Namespace, name: str, directory: Path) -> Tiers:
     """What is free, or what a set-up is limited to. On the CPU, host memory plays the device."""
     free = measured_tiers(args.device, directory)
+    if args.host_memory is not None:
+        free = replace(free, host=int(args.host_memory * GB) - (anonymous_bytes() or 0))
     if args.device.type != "cuda":
         free = replace(free, device=free.host)
     if name in LIMITS:
@@ -152,8 +160,31 @@ def tiers_of(args: argparse.Namespace, name: str, directory: Path) -> Tiers:
     return free
 
 
-def measure(args: argparse.Namespace, name: str, source: BankSource, model: Any, directory: Path) -> dict[str, Any]:
-    """All figures of a set-up."""
+def placed(args: argparse.Namespace, name: str, source: BankSource, tiers: Tiers, reserves: Reserves) -> TieredBank:
+    """The bank in its places; layers from the same file share exact keys, unless they shall not."""
+    choice = SETUPS[name]
+    shares = choice.exact_on is not None and not args.own_exact_keys
+    choice = replace(choice, exact_on=None) if shares else choice
+    memory = place_bank(source, args.device, choice, tiers=tiers, reserves=reserves)
+    layers: Any = memory.layers
+    exact: dict[int, Rows] = {}
+    for layer, item in list(layers.items()) if shares else []:
+        stored = layer % args.stored_layers
+        if stored not in exact:
+            exact[stored] = placed_rows(item.routing_keys.exact.parts, "bf16", args.device, on_device=False)
+        layers[layer] = replace(item, routing_keys=replace(item.routing_keys, exact=exact[stored]))
+    return memory
+
+
+def measure(
+    args: argparse.Namespace,
+    name: str,
+    source: BankSource,
+    model: Any,
+    directory: Path,
+    note: Callable[[dict[str, Any]], None],
+) -> None:
+    """All figures of a set-up; they are noted as they come."""
     cuda = args.device.type == "cuda"
     gc.collect()
     if cuda:
@@ -165,11 +196,12 @@ def measure(args: argparse.Namespace, name: str, source: BankSource, model: Any,
     before = torch.cuda.memory_allocated() if cuda else 0
     tiers = tiers_of(args, name, directory)
     reserves = Reserves() if cuda else Reserves(0, 0, 0, 0, 0)
-    load, memory = seconds(args, lambda: place_bank(source, args.device, SETUPS[name], tiers=tiers, reserves=reserves))
+    load, memory = seconds(args, lambda: placed(args, name, source, tiers, reserves))
     model.accept_bank(memory)
     figures: dict[str, Any] = {"load_s": round(load, 2), "plan": memory.plan.to_dict()}
     figures["host_bytes"] = None if host is None else (anonymous_bytes() or 0) - host
     figures["device_bytes"] = torch.cuda.memory_allocated() - before if cuda else None
+    note(figures)
 
     offsets = memory.offsets.to(args.device)
     operations = memory.turn().operations
@@ -197,22 +229,27 @@ def measure(args: argparse.Namespace, name: str, source: BankSource, model: Any,
                 operations["gather_documents"](chosen[layer], offsets, item.content)
 
         ids = torch.randint(3, args.vocabulary, (1, length), generator=pick).to(args.device)
-        figures[f"{length} tokens"] = {
-            "documents": {str(layer): found[0].tolist() for layer, found in chosen.items()},
-            "routing_ms": {**median_ms(args, route), "first": round(1e3 * cold, 3)},
-            "routing_without_rescoring_ms": median_ms(args, lambda route=route: route(candidates=0)),
-            "fetching_ms": median_ms(args, fetch),
-            "first_token_ms": median_ms(args, lambda ids=ids: model(ids, memory=memory, logits_to_keep=1)),
-        }
-    figures["peak_device_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
-    return figures
+        row: dict[str, Any] = {"documents": {str(layer): found[0].tolist() for layer, found in chosen.items()}}
+        figures[f"{length} tokens"] = row
+        for what, run in {
+            "routing": route,
+            "fetching": fetch,
+            "first_token": lambda ids=ids: model(ids, memory=memory, logits_to_keep=1),
+            "routing_with_half_the_candidates": lambda route=route: route(candidates=2 * args.top_k),
+            "routing_without_rescoring": lambda route=route: route(candidates=0),
+        }.items():
+            row[f"{what}_ms"] = median_ms(args, run)
+            if run is route:
+                row["routing_ms"]["first"] = round(1e3 * cold, 3)
+            figures["peak_device_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
+            note(figures)
 
 
 def compared(setups: dict[str, Any], tokens: list[int]) -> None:
     """Put in the place of each set-up's documents how many of them the first set-up chose too."""
     for length in (f"{count} tokens" for count in tokens):
-        rows = [figures[length] for figures in setups.values()]
-        expected = rows[0]["documents"]
+        rows = [figures[length] for figures in setups.values() if length in figures]
+        expected = rows[0]["documents"] if rows else {}
         for row in rows:
             same = [set(found) & set(expected[layer]) for layer, found in row["documents"].items()]
             row["same_documents"] = sum(map(len, same)) / sum(map(len, expected.values()))
@@ -238,8 +275,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--top-k", type=int, default=16)
     parser.add_argument("--question-tokens", type=int, nargs="+", default=[32, 256])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=360, help="after which no further set-up is begun")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--own-exact-keys", action="store_true", help="of each layer, also from the same file")
+    parser.add_argument("--host-memory", type=float, help="GB that this may take in all (default: what is free now)")
+    parser.add_argument("--seconds", type=float, default=180, help="after which no further set-up is begun")
     parser.add_argument("--directory", type=Path, help="where the bank is written, and removed again")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args(argv)
@@ -255,25 +294,41 @@ def main(argv: list[str] | None = None) -> None:
         "setups": {},
     }
     raw: dict[str, Any] = {}
+
+    def save() -> None:
+        record["setups"] = json.loads(json.dumps(raw))
+        compared(record["setups"], args.question_tokens)
+        if args.json is not None:
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+    def say(what: str) -> None:
+        print(f"{time.perf_counter() - began:.1f} s: {what}", flush=True)
+
     if args.directory is not None:
         args.directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.directory) as place:
         directory = Path(place)
         record["write_s"] = round(seconds(args, lambda: written(args, directory))[0], 2)
         record["written_bytes"] = sum(path.stat().st_size for path in directory.iterdir())
+        say(f"{record['written_bytes']:,} bytes are written")
         model = random_model(args)
         source = all_layers(args, directory)
+        say("the model is made")
         for name in args.setups:
             if raw and time.perf_counter() - began > args.seconds:
                 print(f"{name}: left out, {args.seconds:g} seconds are over; run it with --setups {name}", flush=True)
                 continue
+
+            def note(figures: dict[str, Any], name: str = name) -> None:
+                if name not in raw:
+                    say(f"{name} is loaded, in {figures['load_s']} s")
+                raw[name] = figures
+                save()
+
             with use_backend(args.backend):
-                raw[name] = measure(args, name, source, model, directory)
-            record["setups"] = json.loads(json.dumps(raw))
-            compared(record["setups"], args.question_tokens)
+                measure(args, name, source, model, directory, note)
+            say(f"{name} is measured")
             print(json.dumps({name: record["setups"][name]}, indent=1), flush=True)
-            if args.json is not None:
-                args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,19 @@ def test_an_explicit_choice_is_kept_or_refused() -> None:
     assert "content wherever it fits" in refused(SHAPE, tiers, placement=Choice(content_on="disk"))
 
 
+def test_exact_keys_beside_narrow_ones_take_room() -> None:
+    """Of the bank's own width, in host memory; none beside keys of that width themselves."""
+    own = SHAPE.key_bytes("bf16")
+    chosen = Choice(keys="fp8", content="fp8", content_on="host", exact_on="host")
+    room = SHAPE.content_bytes("fp8") + Reserves().host
+    found = plan_placement(SHAPE, Tiers(141 * GB, room + own, 0), placement=chosen)
+    assert found.free("host") == 0 and ("exact keys", "bf16", "host", own) in found.parts
+    message = refused(SHAPE, Tiers(141 * GB, room + own - 1, 0), placement=chosen)
+    assert f"exact keys {own:,} (host)" in message and "exact keys where the bank has them" in message
+    wide = plan_placement(SHAPE, Tiers(141 * GB, room, 0), placement=replace(chosen, keys="bf16"))
+    assert wide.exact_on is None and wide.free("host") == 0
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
@@ -319,6 +333,7 @@ def test_an_explicit_choice_is_kept_or_refused() -> None:
         ({"placement": Choice(content="int4")}, "int4"),
         ({"placement": Choice(content="int8")}, "int8"),
         ({"placement": Choice(content_on="gpu")}, "gpu"),
+        ({"placement": Choice(exact_on="disk")}, "exact_on.*disk"),
         ({"placement": "host"}, "'auto' or a Choice"),
         ({"key_formats": []}, "at least one"),
         ({"key_formats": ["bf16", "q8"]}, "q8"),

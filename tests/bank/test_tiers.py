@@ -21,7 +21,7 @@ from msa_hf import MemoryBank
 from msa_hf.bank import place_bank, rows, tiers
 from msa_hf.bank.hot_documents import HotDocuments
 from msa_hf.bank.plan import BankShape, Choice, DoesNotFit, Reserves, Tiers
-from msa_hf.bank.rows import Rows, pinned, placed_rows
+from msa_hf.bank.rows import Rows, Staging, pinned, placed_rows
 from msa_hf.bank.sources import source_of
 from msa_hf.generation import MemoryInterleave
 from msa_hf.memory_msa import LayerMemory
@@ -235,6 +235,43 @@ def test_the_host_does_not_look_up_candidates_that_the_device_reads_itself(
     expected = answer(made_, made_.bank.to(device))
     monkeypatch.setattr(tiers, "Chosen", refused)
     assert_close(answer(made_, memory), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("keys, on", [("fp8", "device"), ("int8", "host")])
+def test_exact_keys_are_put_where_the_device_reads_them(
+    keys: str, on: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From however many files, which may then go; the plan counts them."""
+
+    def refused(*_: Any) -> Any:
+        raise AssertionError("the host looked at what the device chose")
+
+    made_ = made(device)
+    bank = copy.copy(made_.bank)
+    bank.save_pretrained(tmp_path, max_shard_size=1)
+    source = source_of(tmp_path)
+    assert len(source.parts(2)) > 2
+    choice = Choice(keys=keys, keys_on=on, content_on="device", exact_on="host")
+    memory = place_bank(source, device, choice, tiers=AMPLE, model=made_.model)
+    shape = BankShape.of(bank)
+    assert ("exact keys", "fp32", "host", shape.key_bytes("fp32")) in memory.plan.parts
+    for layer, item in memory.layers.items():
+        exact: Any = item.routing_keys.exact
+        assert torch.equal(exact.whole, bank.layers[layer].routing_keys)
+        assert device == "cpu" or exact.whole.is_pinned()
+    expected = answer(made_, bank.to(device))
+    monkeypatch.setattr(tiers, "Chosen", refused)
+    assert_close(answer(made_, memory), expected)
+    wide = place_bank(source, device, replace(choice, keys="fp32"), tiers=AMPLE, model=made_.model)
+    assert all(item.routing_keys.exact is None for item in wide.layers.values())
+
+
+def test_exact_keys_that_are_there_are_not_copied() -> None:
+    bank = made().bank
+    kept = place_bank(bank, placement=Choice(keys="fp8", exact_on="host"), tiers=AMPLE)
+    for layer, memory in bank.layers.items():
+        assert kept.layers[layer].routing_keys.exact.whole.data_ptr() == memory.routing_keys.data_ptr()
 
 
 @pytest.mark.parametrize("top_k", [1, 50])
@@ -673,6 +710,50 @@ def test_little_is_made_beside_the_final_place(form: str, monkeypatch: pytest.Mo
     # What the documents and the prefix have is the same for any placement.
     others = max(len(bank.offsets), *(keys.numel() for keys, _ in bank.prefix.values()))
     assert noted.largest <= max(400, 2 * groups * dim, others)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("form", ["fp32", "bf16", "fp8", "int8"])
+@pytest.mark.parametrize("on_device", [True, False])
+def test_a_gpu_gets_what_the_cpu_gets(on_device: bool, form: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces, through buffers, and back to host memory."""
+    pick = torch.Generator().manual_seed(0)
+    parts = [torch.randn(count, 2, 2, 8, generator=pick) for count in (3, 700, 1, 90)]
+    expected = placed_rows(parts, form, torch.device("cpu"), on_device=True)
+    monkeypatch.setattr(rows, "MOVED_ELEMENTS", 400)
+    found = placed_rows(parts, form, torch.device(device), on_device=on_device)
+    for ours, theirs in ((found.whole, expected.whole), (found.scales, expected.scales)):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.device.type == (device if on_device else "cpu") and (on_device or ours.is_pinned())
+            assert torch.equal(ours.cpu().float(), theirs.float())
+
+
+def test_a_buffer_is_filled_again_when_it_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU a piece is its buffer: it must be what it was until the event behind it has been waited for."""
+    recorded: list[Any] = []
+
+    class Event:
+        held: tuple[torch.Tensor, torch.Tensor] | None = None
+
+        def synchronize(self) -> None:
+            assert self.held is None or torch.equal(*self.held), "filled while it was read"
+            self.held = None
+
+        def record(self, stream: str) -> None:
+            assert stream == "the stream of cpu" and self.held is None, "filled while it was read"
+            recorded.append(self)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    monkeypatch.setattr(rows, "_buffer", lambda size, dtype: torch.empty(size, dtype=dtype))
+    staging = Staging(torch.device("cpu"), 24, torch.float32)
+    for size in (4, 3, 4, 1, 2, 4):
+        piece = torch.randn(size, 2, 3)
+        moved = staging.moved(piece)
+        assert torch.equal(moved, piece)
+        recorded[-1].held = (piece, moved)
+    assert len(recorded) == 6 and len(set(recorded)) == 2
 
 
 class Driver:

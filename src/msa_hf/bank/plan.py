@@ -241,6 +241,8 @@ class Choice:
         keys, keys_on, content, content_on: format and tier of routing keys and of content.
         cache: bytes on the device for the content of documents that were used last; taken only where content does not
             lie there itself.
+        exact_on: where the bank's own routing keys lie beside narrower ones, to decide among the candidates that these
+            found: "host" for host memory, where kernels read them; None for wherever the bank has them now.
     """
 
     keys: str | None = None
@@ -248,6 +250,7 @@ class Choice:
     content: str | None = None
     content_on: str | None = None
     cache: int = 0
+    exact_on: str | None = None
 
 
 class DoesNotFit(ValueError):
@@ -264,6 +267,7 @@ class Placement:
         tiers, reserves: what was planned with.
         keys, keys_on, content, content_on: format and tier of routing keys and of content.
         cache: bytes on the device for content that lies elsewhere.
+        exact_on: "host" where the bank's own routing keys lie in host memory beside narrower ones.
     """
 
     bank: BankShape
@@ -275,6 +279,7 @@ class Placement:
     content_on: str
     content: str
     cache: int = 0
+    exact_on: str | None = None
 
     @property
     def shape(self) -> BankShape:
@@ -284,9 +289,10 @@ class Placement:
     @property
     def parts(self) -> list[tuple[str, str, str, int]]:
         """(part, format, tier, bytes) of everything that is placed."""
-        shape = self.shape
+        shape, own = self.shape, self.bank.dtype
         return [
             ("routing keys", self.keys, self.keys_on, shape.key_bytes(self.keys)),
+            *([("exact keys", own, self.exact_on, shape.key_bytes(own))] if self.exact_on else []),
             ("content", self.content, self.content_on, shape.content_bytes(self.content)),
             ("index", "", "host" if self.tiers.device is None else "device", shape.index_bytes),
             ("texts", "", "disk", shape.text_bytes),
@@ -437,6 +443,8 @@ def plan_placement(
     content_on = (TIERS if has_device else TIERS[1:]) if choice.content_on is None else (choice.content_on,)
     if "disk" in keys_on:
         raise ValueError("Routing keys cannot lie on disk: every question reads all of them.")
+    if choice.exact_on not in (None, "host"):
+        raise ValueError(f"`exact_on` must be 'host' or None, got {choice.exact_on!r}.")
     if choice.cache < 0 or (choice.cache and not has_device):
         raise ValueError(f"`cache` must be bytes on a device, got {choice.cache}; device: {tiers.device}.")
     for name, places in (("keys_on", keys_on), ("content_on", content_on)):
@@ -453,6 +461,7 @@ def plan_placement(
         content_on,
         _formats("content_formats", shape, choice.content, content_formats, (shape.dtype,), CONTENT_FORMATS),
         choice.cache,
+        choice.exact_on,
     )
     found = request.first_fit()
     if found is None:
@@ -503,11 +512,13 @@ class _Request:
     content_on: tuple[str, ...]
     content: tuple[str, ...]
     cache: int = 0
+    exact_on: str | None = None
 
     def placements(self) -> Iterator[Placement]:
         for chosen in itertools.product(self.keys, self.keys_on, self.content_on, self.content):
             cache = 0 if chosen[2] == "device" else self.cache
-            yield Placement(self.shape, self.tiers, self.reserves, self.gpus, *chosen, cache)
+            exact_on = None if chosen[0] == self.shape.dtype else self.exact_on
+            yield Placement(self.shape, self.tiers, self.reserves, self.gpus, *chosen, cache, exact_on)
 
     def first_fit(self) -> Placement | None:
         return next((placement for placement in self.placements() if placement.fits), None)
@@ -529,6 +540,7 @@ class _Request:
         share_of = f" (one of {self.gpus} GPUs' shares)" if self.gpus > 1 else ""
         index = f"the index {share.index_bytes:,}" + (f", texts {share.text_bytes:,}" if share.text_bytes else "")
         index += f", the cache {self.cache:,}" if self.cache else ""
+        index += f", exact keys {share.key_bytes(share.dtype):,} (host)" if self.exact_on else ""
         return (
             f"{share.chunks:,} chunks in {len(share.layers)} layers{share_of} do not fit. Routing keys need "
             f"{sizes(self.keys, share.key_bytes)} ({' or '.join(self.keys_on)}); content "
@@ -542,6 +554,8 @@ class _Request:
         found = []
         if self.cache and self.holds(cache=0):
             found.append("no cache")
+        if self.exact_on and self.holds(exact_on=None):
+            found.append("exact keys where the bank has them")
         keys, content = self.narrower(self.keys, KEY_FORMATS), self.narrower(self.content, CONTENT_FORMATS)
         key = next((item for item in keys if self.holds(keys=(item,))), None)
         value = next((item for item in content if self.holds(content=(item,))), None)

@@ -102,8 +102,9 @@ def placed_rows(parts: Sequence[Tensor], form: str, device: torch.device, *, on_
     """
     dtype = FLOATING.get(form) or QUANTISED[form]
     count, shape = sum(map(len, parts)), parts[0].shape[1:]
+    on_gpu = device.type == "cuda"
     place = device if on_device else torch.device("cpu")
-    locked = not on_device and device.type == "cuda"
+    locked = not on_device and on_gpu
 
     def empty(size: tuple[int, ...], kind: torch.dtype) -> Tensor:
         return pinned(size, kind) if locked else torch.empty(size, dtype=kind, device=place)
@@ -113,22 +114,64 @@ def placed_rows(parts: Sequence[Tensor], form: str, device: torch.device, *, on_
     scales = empty((count, *vectors), torch.float32) if form in QUANTISED else None
     width = math.prod(shape[len(vectors) :])
     step, start = max(MOVED_ELEMENTS // max(math.prod(shape), 1), 1), 0
+    # What stays in host memory as it is does not go through the device.
+    through = on_device or scales is not None
+    staging = Staging(device, step * math.prod(shape), parts[0].dtype) if on_gpu and through else None
     for part in parts:
         for piece in part.split(step):
             rows = slice(start, start + len(piece))
+            moved = piece if staging is None else staging.moved(piece)
             if scales is not None:
-                flat = piece.to(device).reshape(len(piece) * math.prod(vectors), width)
+                flat = moved.to(device).reshape(len(piece) * math.prod(vectors), width)
                 narrow, factors = quantise_keys(flat, dtype)
-                numbers[rows].copy_(narrow.view(piece.shape))
-                scales[rows].copy_(factors.view(len(piece), *vectors))
+                numbers[rows].copy_(narrow.view(piece.shape), non_blocking=on_gpu)
+                scales[rows].copy_(factors.view(len(piece), *vectors), non_blocking=on_gpu)
             else:
-                numbers[rows].copy_(piece)
+                numbers[rows].copy_(moved)
             start += len(piece)
+    if staging is not None:
+        torch.cuda.synchronize(device)  # what goes back to host memory is there now
     return Rows([numbers], device, scales)
 
 
+class Staging:
+    """The way of pieces to a GPU from memory that is not locked, such as mapped files.
+
+    A copy from such memory waits until it is through, and the driver makes it with one thread. Here all threads fill
+    one of two locked buffers while the GPU reads the other.
+
+    Args:
+        device: the GPU.
+        size: most numbers of a piece.
+        dtype: of the pieces.
+    """
+
+    def __init__(self, device: torch.device, size: int, dtype: torch.dtype) -> None:
+        self.device = device
+        self.buffers = [_buffer(size, dtype) for _ in range(2)]
+        self.read = [torch.cuda.Event() for _ in self.buffers]
+        self.turn = 0
+
+    def moved(self, piece: Tensor) -> Tensor:
+        """The piece on the GPU, in the order of its current stream."""
+        if piece.is_pinned():
+            return piece.to(self.device, non_blocking=True)
+        buffer, read = self.buffers[self.turn], self.read[self.turn]
+        self.turn = (self.turn + 1) % len(self.buffers)
+        read.synchronize()  # of an event that was not recorded yet: at once
+        staged = buffer[: piece.numel()].view(piece.shape)
+        staged.copy_(piece)
+        moved = staged.to(self.device, non_blocking=True)
+        read.record(torch.cuda.current_stream(self.device))
+        return moved
+
+
+def _buffer(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype, pin_memory=True)  # PyTorch's own: it keeps them for the next one
+
+
 def pinned(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor in locked host memory, which the device reads directly.
+    """A tensor of zeros in locked host memory, which the device reads directly.
 
     Of exactly its bytes: PyTorch's own pinned memory comes in powers of two, up to twice as much.
 
@@ -154,7 +197,9 @@ class _Locked(mmap.mmap):
         if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer pages to lock
             with contextlib.suppress(OSError):
                 self.madvise(mmap.MADV_HUGEPAGE)
-        address = torch.frombuffer(self, dtype=torch.uint8).data_ptr()
+        whole = torch.frombuffer(self, dtype=torch.uint8)
+        whole.zero_()  # all threads touch its pages, which locking would do with one
+        address = whole.data_ptr()
         status = int(torch.cuda.cudart().cudaHostRegister(address, size, PORTABLE | MAPPED))
         if status:
             raise MemoryError(

@@ -4,8 +4,8 @@
     print(memory.plan)
     model.generate(**inputs, memory=memory)
 
-What is kept in fewer bits finds candidates, and exact routing keys, which stay where the bank has them, decide among
-these. Rows that the layer's device cannot read where they lie are chosen by the host, which waits for the device once
+What is kept in fewer bits finds candidates, and exact routing keys, which stay where the bank has them unless the plan
+puts them in host memory, decide among these. Rows that the layer's device cannot read where they lie are chosen by the host, which waits for the device once
 per layer for that: exact routing keys that are in several files or not pinned, content that is mapped from disk, and
 the cache. So does every bank to learn how many rows were chosen.
 """
@@ -73,7 +73,7 @@ class RoutingKeys:
             wanted = CANDIDATES * k if self.candidates is None else self.candidates
             if wanted < k:
                 raise ValueError(f"`candidates` must be at least the {k} documents of `top_k`, or 0, got {wanted}.")
-        whole = reduced(queries, self.rows.shape[1], similarity)
+        whole = reduced(queries, self.rows.parts[0].shape[1], similarity)
         queries = narrowed(whole, self.rows.dtype)
         if self.streamed:
             documents, scores = self._streamed(queries, routing_mask, offsets, wanted, alive)
@@ -85,7 +85,8 @@ class RoutingKeys:
         if not again:
             return documents, scores
         assert self.exact is not None
-        exact = narrowed(whole, self.exact.dtype)  # of their own, not rounded for the narrow keys
+        # Of their own, not rounded for the narrow keys.
+        exact = queries if queries.dtype == self.exact.dtype else narrowed(whole, self.exact.dtype)
         keys = self.exact.whole
         if keys is not None and (keys.device == queries.device or keys.is_pinned()):
             return rescore_documents(exact, routing_mask, keys, offsets, documents, k)
@@ -326,8 +327,8 @@ def place_bank(
         placement: `"auto"`, or a `Choice`: formats, tiers, and the bytes of a cache on the device.
         model, tokenizer: as `MemoryBank.from_pretrained`, for a directory.
         candidates: with routing keys in fewer bits than the bank's, documents whose scores are taken again from the
-            bank's own keys, which stay in host memory or mapped from disk (default: four times `top_k`). 0: none, and
-            the scores are those of the narrow keys.
+            bank's own keys, which stay in host memory or mapped from disk unless `Choice.exact_on` says otherwise
+            (default: four times `top_k`). 0: none, and the scores are those of the narrow keys.
         tiers: what is free (default: measured now). With a device of the CPU and `Tiers` that have one, host memory
             plays the device: a rehearsal.
         reserves: what to leave free (default: `Reserves()`); 0 for weights, which are loaded by now.
@@ -371,6 +372,7 @@ def _planned(
         if source.directory is None and device.type == "cpu":  # what stays as it is, is there already
             kept = shape.key_bytes(own) if choice.keys in (None, own) else 0
             kept += shape.content_bytes(own) if choice.content in (None, own) else 0
+            kept += shape.key_bytes(own) if choice.keys not in (None, own) and choice.exact_on else 0
             tiers = Tiers(tiers.device, tiers.host + kept, tiers.disk, tiers.rates)
     if tiers.device is None and device.type != "cpu":
         raise ValueError(f"What is free on {device} is not known: pass `tiers=Tiers(device=..., host=..., disk=...)`.")
@@ -395,15 +397,19 @@ def _placed(
     has_device = plan.tiers.device is not None
 
     def rows(tensors: list[Tensor], form: str, tier: str) -> Rows:
-        # In memory, on the CPU, as it is wanted: no copy.
-        as_it_is = source.directory is None and device.type == "cpu" and form == own and len(tensors) == 1
+        # In host memory as it is wanted, locked where there is a GPU: no copy.
+        there = source.directory is None if device.type == "cpu" else tier == "host" and tensors[0].is_pinned()
+        as_it_is = there and form == own and len(tensors) == 1
         if tier == "disk" or as_it_is:
             return Rows(tensors, device)
         return placed_rows(tensors, form, device, on_device=tier == "device")
 
+    exact = None
+    if plan.keys != own:
+        exact = rows(keys, own, plan.exact_on) if plan.exact_on else Rows(keys, device)
     found = RoutingKeys(
         rows(keys, plan.keys, plan.keys_on),
-        Rows(keys, device) if plan.keys != own else None,
+        exact,
         source.offsets,
         streamed=has_device and plan.keys_on == "host",
         candidates=candidates,

@@ -127,10 +127,18 @@ def triton_version() -> str | None:
 
 
 def _has_kernel(operation: str, key: str) -> bool:
+    if (operation, key) in _kernels:  # asked by every call, and PyTorch takes 20 us to answer
+        return True
     try:
-        return torch._C._dispatch_has_kernel_for_dispatch_key(f"msa_hf::{operation}", key)
+        found = torch._C._dispatch_has_kernel_for_dispatch_key(f"msa_hf::{operation}", key)
     except RuntimeError:  # no such operation
         return False
+    if found:
+        _kernels.add((operation, key))
+    return found
+
+
+_kernels: set[tuple[str, str]] = set()
 
 
 def _probe_cuda(operation: str) -> str | None:
