@@ -14,14 +14,7 @@
 set -euo pipefail
 
 MODEL="model_cards/msa-hf-tiny"
-TORCH="torch==2.13.0" # what is installed where no torch can be imported
-
-usage() { awk 'NR == 1 { next } !/^#/ { exit } { sub(/^# ?/, ""); print }' "${BASH_SOURCE[0]}"; }
-say() { printf '== %s\n' "$*"; }
-die() {
-    printf 'error: %s\n' "$*" >&2
-    exit 2
-}
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 directory=""
 model=""
@@ -59,17 +52,6 @@ done
 
 # --- environment ------------------------------------------------------------------------------------------------------
 
-find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            printf '%s\n' "$candidate"
-            return
-        fi
-    done
-    die "no Python 3.11 or newer with the venv module found: install one, or name it in PYTHON"
-}
-
 venv="${VIRTUAL_ENV:-$root/.venv-quickstart}"
 python="$venv/bin/python"
 if [[ -x "$python" ]]; then
@@ -82,16 +64,13 @@ else
     die "no environment at $venv: activate one, or run without --no-install"
 fi
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "$venv has a Python older than 3.11"
-# The environment's own scripts come first; nothing below depends on an activated environment.
-export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
-unset PYTHONHOME
+use_environment "$venv"
 
 # --- installation -----------------------------------------------------------------------------------------------------
 
 if ((install)); then
     start="$SECONDS"
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip
-    pip=("$python" -m pip install --disable-pip-version-check --quiet)
     failed="the installation failed; pip says why above"
     # --no-build-isolation below builds with these.
     "${pip[@]}" "setuptools>=77" wheel || die "$failed"
@@ -108,9 +87,7 @@ command -v msa-hf >/dev/null || die "msa-hf is not installed in $venv: run witho
 
 # --- documents and questions ------------------------------------------------------------------------------------------
 
-# Suits two cores; more threads than cores slow small tensors down.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-2}"
-export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+use_few_threads
 export TRANSFORMERS_VERBOSITY="${TRANSFORMERS_VERBOSITY:-error}" HF_HUB_OFFLINE=1
 export HF_HUB_DISABLE_PROGRESS_BARS=1
 

@@ -14,14 +14,7 @@
 # The variable PYTHON chooses the interpreter (3.11 or newer) that a new environment is made with.
 set -euo pipefail
 
-TORCH="torch==2.13.0" # what is installed where no torch can be imported
-
-usage() { awk 'NR == 1 { next } !/^#/ { exit } { sub(/^# ?/, ""); print }' "${BASH_SOURCE[0]}"; }
-say() { printf '== %s\n' "$*"; }
-die() {
-    printf 'error: %s\n' "$*" >&2
-    exit 2
-}
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 version=""
 pytest_args=()
@@ -67,17 +60,6 @@ step() {
 
 # --- environment ------------------------------------------------------------------------------------------------------
 
-find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            printf '%s\n' "$candidate"
-            return
-        fi
-    done
-    die "no Python 3.11 or newer with the venv module found: install one, or name it in PYTHON"
-}
-
 make_venv() {
     local interpreter
     interpreter="$(find_python)" || return
@@ -99,10 +81,7 @@ else
 fi
 "$python" -m pip --version >/dev/null 2>&1 || step "install pip" "$python" -m ensurepip
 
-# The environment's own scripts come first; nothing below depends on an activated environment.
-export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
-unset PYTHONHOME
-pip=("$python" -m pip install --disable-pip-version-check --quiet)
+use_environment "$venv"
 
 # --- installation -----------------------------------------------------------------------------------------------------
 
@@ -167,9 +146,7 @@ PY
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
-# Suits two cores; more threads than cores slow small tensors down.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-2}"
-export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+use_few_threads
 
 names_a_path() {
     local argument
