@@ -33,9 +33,6 @@ from ..generation.protocol import ID_FIELD
 from ..memory_msa import MemoryBank
 from ..splitting_msa import LimitTooSmall, split_text
 from ..storage_msa import (
-    DTYPES,
-    FORMAT,
-    FORMAT_VERSION,
     LEFTOVER,
     MANIFEST,
     OWN_FILE,
@@ -45,7 +42,6 @@ from ..storage_msa import (
     commit_manifest,
     data_files,
     index_payload,
-    library_version,
     publish_file,
     publish_prefix,
     pyarrow,
@@ -58,6 +54,7 @@ from ..storage_msa import (
 )
 from .changes import text_digest
 from .lock import WriterLock
+from .opening import empty_manifest, remove_unnamed
 from .parallel import RankFailed, Ranks
 
 logger = logging.getLogger(__name__)
@@ -517,15 +514,8 @@ def _tidy(folder: Path) -> None:
     for path in folder.glob("*.json"):
         with contextlib.suppress(KeyError, TypeError):
             named.update(entry["file"] for entry in _entries(_read_record(path) or {}))
-    left = [
-        path
-        for path in folder.iterdir()
-        if path.name not in named and (OWN_FILE.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
-    ]
-    for path in left:
-        remove_leftover(path)
-    if left:
-        logger.warning("%s: removed %d files of parts that an interrupted run did not complete.", folder, len(left))
+    if count := remove_unnamed(folder, named):
+        logger.warning("%s: removed %d files of parts that an interrupted run did not complete.", folder, count)
 
 
 def _commit(directory: Path, model: Any, origin: Mapping[str, Any], records: list[Record]) -> None:
@@ -543,19 +533,8 @@ def _commit(directory: Path, model: Any, origin: Mapping[str, Any], records: lis
         segments.append({"documents": [rows, rows + record["documents"]], **files, "part": note})
         rows += record["documents"]
     manifest = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "reader_features": [],
-        "writer_features": [],
-        "library_version": library_version(),
-        "generation": 0,
+        **empty_manifest(like, origin),
         "next_id": max(record["next_id"] for record in records),
-        "origin": dict(origin),
-        "dtype": next(name for name, (kind, _) in DTYPES.items() if kind is like.dtype),
-        "layers": [
-            {"layer": layer, "groups": memory.content.shape[2], "head_dim": memory.content.shape[3]}
-            for layer, memory in like.layers.items()
-        ],
         "counts": {
             "documents": rows,
             "chunks": sum(record["chunks"] for record in records),
@@ -563,7 +542,6 @@ def _commit(directory: Path, model: Any, origin: Mapping[str, Any], records: lis
         },
         "prefix": publish_prefix(directory, like.prefix, []),
         "segments": segments,
-        "deletions": [],
     }
     commit_manifest(directory, manifest)
     shutil.rmtree(directory / FOLDER, ignore_errors=True)

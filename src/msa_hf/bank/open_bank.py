@@ -137,7 +137,7 @@ class OpenBank:
         self.origin = self.model.memory_origin(self.tokenizer)
         like = self.model.encode_documents([[0]], self.tokenizer, bank_device=self.device, **self._encode_options)
         self._prefix = like.prefix
-        manifest = empty_manifest(like, self.origin)
+        manifest = empty_manifest(like, self.origin.to_dict())
         if self.directory is not None:
             created: list[Path] = []
             try:

@@ -104,7 +104,7 @@ def origin_of(directory: Path, manifest: Mapping[str, Any]) -> BankOrigin:
         raise format_error(directory / MANIFEST, str(error)) from error
 
 
-def empty_manifest(like: MemoryBank, origin: BankOrigin) -> dict[str, Any]:
+def empty_manifest(like: MemoryBank, origin: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest of a bank without documents, whose tensors will look like those of `like`."""
     return {
         "format": FORMAT,
@@ -114,7 +114,7 @@ def empty_manifest(like: MemoryBank, origin: BankOrigin) -> dict[str, Any]:
         "library_version": library_version(),
         "generation": 0,
         "next_id": 0,
-        "origin": origin.to_dict(),
+        "origin": dict(origin),
         "dtype": next(name for name, (kind, _) in DTYPES.items() if kind is like.dtype),
         "layers": [
             {"layer": layer, "groups": memory.content.shape[2], "head_dim": memory.content.shape[3]}
@@ -131,12 +131,17 @@ def remove_leftovers(directory: Path) -> None:
     """Remove what a writer left that died before its commit, or after it and before it had tidied up."""
     manifest = directory / MANIFEST
     kept = {entry["file"] for entry in data_files(read_manifest(directory))} if manifest.exists() else set()
+    if count := remove_unnamed(directory, kept):
+        logger.warning("%s: removed %d files of an interrupted write; the last commit is intact.", directory, count)
+
+
+def remove_unnamed(directory: Path, named: set[str]) -> int:
+    """Remove data files that are not `named`, and files of writes that did not come to their end; returns how many."""
     left = [
         path
         for path in directory.iterdir()
-        if path.name not in kept and (OWN_FILE.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
+        if path.name not in named and (OWN_FILE.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
     ]
     for path in left:
         remove_leftover(path)
-    if left:
-        logger.warning("%s: removed %d files of an interrupted write; the last commit is intact.", directory, len(left))
+    return len(left)
