@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shutil
 import subprocess
 import tempfile
 import time
@@ -145,6 +146,14 @@ def anonymous_bytes() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), None)
+
+
+def commit() -> str:
+    """Of the checkout, empty where there is none."""
+    if shutil.which("git") is None:
+        return ""
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def tiers_of(args: argparse.Namespace, name: str, directory: Path) -> Tiers:
@@ -285,11 +294,10 @@ def main(argv: list[str] | None = None) -> None:
     args.device = torch.empty(0, device=args.device).device  # with its index
     transformers.logging.set_verbosity_error()
     began = time.perf_counter()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     record: dict[str, Any] = {
         "hardware": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "arguments": {name: str(value) for name, value in vars(args).items() if name not in ("json", "directory")},
         "setups": {},
     }

@@ -16,10 +16,12 @@ TINY = """
 """
 
 
-def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_rehearsal(own: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each set-up has its plan, its bytes and its times, and chooses the documents of the first."""
     main = runpy.run_path(str(ROOT / "scripts" / "bench_tiers.py"))["main"]
-    main([*TINY.split(), "--directory", str(tmp_path / "bank"), "--json", str(tmp_path / "figures.json")])
+    options = ["--directory", str(tmp_path / "bank"), "--json", str(tmp_path / "figures.json"), "--host-memory", "20"]
+    main([*TINY.split(), *options, *(["--own-exact-keys"] if own else [])])
     assert capsys.readouterr().out.count('"load_s"') == 3
     assert list((tmp_path / "bank").iterdir()) == [], "the bank is removed"
     record = json.loads((tmp_path / "figures.json").read_text())
@@ -27,13 +29,17 @@ def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = {"bf16": ("bf16", "device"), "fp8": ("fp8", "device"), "24gb": ("fp8", "host")}
     assert list(record["setups"]) == list(expected)
     for name, figures in record["setups"].items():
-        keys, content, *_ = figures["plan"]["parts"]
+        parts = {part["part"]: part for part in figures["plan"]["parts"]}
+        keys, content = parts["routing keys"], parts["content"]
+        assert ("exact keys" in parts) == (own and name == "fp8")
+        assert figures["plan"]["tiers"]["host"]["capacity"] < 20 * 10**9
         assert (keys["format"], keys["tier"]) == expected[name] and keys["bytes"] == shape.key_bytes(keys["format"])
         assert (content["format"], content["tier"]) == ("fp8", "host") and figures["load_s"] >= 0
         for length in (1, 5):
             row = figures[f"{length} tokens"]
             assert row["same_documents"] == 1.0 and "documents" not in row
-            for what in ("routing", "routing_without_rescoring", "fetching", "first_token"):
+            kinds = "routing", "routing_with_half_the_candidates", "routing_without_rescoring"
+            for what in (*kinds, "fetching", "first_token"):
                 assert row[f"{what}_ms"]["first"] > 0 and row[f"{what}_ms"]["median"] > 0
     assert record["setups"]["24gb"]["plan"]["tiers"]["device"]["capacity"] <= 24 * 10**9
     assert record["written_bytes"] > shape.saved_bytes / 2  # one of two layers

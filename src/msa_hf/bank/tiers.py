@@ -4,10 +4,10 @@
     print(memory.plan)
     model.generate(**inputs, memory=memory)
 
-What is kept in fewer bits finds candidates, and exact routing keys, which stay where the bank has them unless the plan
-puts them in host memory, decide among these. Rows that the layer's device cannot read where they lie are chosen by the host, which waits for the device once
-per layer for that: exact routing keys that are in several files or not pinned, content that is mapped from disk, and
-the cache. So does every bank to learn how many rows were chosen.
+What is kept in fewer bits finds candidates, and exact routing keys decide among these; they stay where the bank has
+them unless the plan puts them in host memory. Rows that the layer's device cannot read where they lie are chosen by the
+host, which waits for the device once per layer for that: exact routing keys that are in several files or not pinned,
+content that is mapped from disk, and the cache. So does every bank to learn how many rows were chosen.
 """
 
 from __future__ import annotations
