@@ -43,7 +43,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from msa_hf import MemoryBank, MSAForCausalLM
 from msa_hf.bank import TieredBank, place_bank
-from msa_hf.bank.plan import GB, Choice, Reserves, Tiers, measured_tiers
+from msa_hf.bank.plan import GB, Choice, DoesNotFit, Reserves, Tiers, measured_tiers
 from msa_hf.bank.rows import Rows, placed_rows
 from msa_hf.bank.sources import BankSource, source_of
 from msa_hf.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory
@@ -160,7 +160,7 @@ def tiers_of(args: argparse.Namespace, name: str, directory: Path) -> Tiers:
     """What is free, or what a set-up is limited to. On the CPU, host memory plays the device."""
     free = measured_tiers(args.device, directory)
     if args.host_memory is not None:
-        free = replace(free, host=int(args.host_memory * GB) - (anonymous_bytes() or 0))
+        free = replace(free, host=max(int(args.host_memory * GB) - (anonymous_bytes() or 0), 0))
     if args.device.type != "cuda":
         free = replace(free, device=free.host)
     if name in LIMITS:
@@ -302,6 +302,7 @@ def main(argv: list[str] | None = None) -> None:
         "setups": {},
     }
     raw: dict[str, Any] = {}
+    failed: list[str] = []
 
     def save() -> None:
         record["setups"] = json.loads(json.dumps(raw))
@@ -333,10 +334,17 @@ def main(argv: list[str] | None = None) -> None:
                 raw[name] = figures
                 save()
 
-            with use_backend(args.backend):
-                measure(args, name, source, model, directory, note)
+            try:
+                with use_backend(args.backend):
+                    measure(args, name, source, model, directory, note)
+            except (DoesNotFit, MemoryError, torch.OutOfMemoryError) as error:
+                say(f"{name} FAILED: {error}")
+                failed.append(name)
+                continue
             say(f"{name} is measured")
             print(json.dumps({name: record["setups"][name]}, indent=1), flush=True)
+    if failed:
+        raise SystemExit(f"There was not enough memory for {' and '.join(failed)}.")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,17 @@ def test_no_set_up_is_begun_late(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert printed.count('"load_s"') == 1 and "bf16: left out" in printed and "--setups bf16" in printed
 
 
+def test_what_does_not_fit_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = runpy.run_path(str(ROOT / "scripts" / "bench_tiers.py"))
+    monkeypatch.setitem(names["measure"].__globals__, "LIMITS", {"bf16": 10})
+    with pytest.raises(SystemExit, match="enough memory for bf16"):
+        names["main"]([*TINY.split(), "--json", str(tmp_path / "figures.json")])
+    assert "bf16 FAILED: 50 chunks" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "figures.json").read_text())["setups"]) == ["fp8", "24gb"]
+
+
 def test_the_example_of_the_documentation_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
