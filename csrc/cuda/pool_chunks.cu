@@ -1,8 +1,12 @@
 // pool_chunks: keys, values and router keys of tokens to the means of chunks, in one pass over the tokens.
 //
-// One block per (chunk, tensor). Its threads stand side by side along a row of G * D numbers, 16 bytes each; where a row
-// is shorter than the block, several rows are read at a time and their sums joined in shared memory. Every thread has
-// UNROLL loads in flight. The means then lie in shared memory, where router keys are normalised and quantised.
+// Threads stand side by side along a row of G * D numbers, 16 bytes each, every one with UNROLL loads in flight. Two
+// kernels go forward, and where both can be taken they give the same bits:
+//   pool_columns_kernel  where blocks cover a row exactly and no head lies in two warps: a thread keeps its columns in
+//                        registers from the first load to the store; only the maximum of quantised router keys is taken
+//                        across warps
+//   pool_forward_kernel  any other shape, one block per (chunk, tensor): where a row is shorter than the block, several
+//                        rows are read at a time; the sums are joined, normalised and quantised in shared memory
 //
 // Bytes per token in 16 bit: 6 * G * D read; per chunk 6 * G * D written (less where router keys are quantised).
 
@@ -22,34 +26,52 @@ constexpr int kOutside = 16;
 constexpr float kNormEpsilon = 1e-12f;  // inside the root: the gradient at zero is finite
 constexpr size_t kMostShared = 96 * 1024;  // every device from sm_80 on has it
 
+// Threads that run at once on a device of this size, as many as `resident` leaves registers for.
+constexpr unsigned kStartTogether = 132 * 768;
+
 // Blocks resident per multiprocessor at least: leaves each thread registers for its loads in flight.
 constexpr int resident(int threads, int unroll) { return (unroll <= 8 ? 768 : 384) / threads; }
 
 struct ChunkPlace {
   int64_t document;  // -1 behind the last chunk
+  int64_t offset;  // of the document's tokens
   int64_t first;  // token of the document it starts with
   int rows;  // tokens in it
 };
 
-__device__ __forceinline__ int64_t chunks_of(const Chunking& chunking, int64_t document) {
-  const int64_t tokens = chunking.token_offsets[document + 1] - chunking.token_offsets[document];
-  return tokens > 0 ? (tokens + chunking.chunk_size - 1) / chunking.chunk_size : 0;
+__device__ __forceinline__ int64_t chunks_of(int64_t tokens, int chunk_size) {
+  if (tokens <= 0) return 0;
+  // Division in 64 bits takes several times as long.
+  if (tokens <= INT32_MAX) return static_cast<unsigned>(tokens - 1) / static_cast<unsigned>(chunk_size) + 1;
+  return (tokens - 1) / chunk_size + 1;
 }
 
-// The whole warp searches.
-__device__ __forceinline__ ChunkPlace find_chunk(const Chunking& chunking, int64_t chunk) {
-  int64_t document = -1, within = 0;  // the chunk of its document
+// The whole warp searches. `which` gives the number of the chunk, and may do more: it is called while the first offsets
+// are on their way.
+template <typename Which>
+__device__ __forceinline__ ChunkPlace find_chunk(const Chunking& chunking, Which&& which) {
+  int64_t chunk = 0, document = -1, within = 0;  // within: the chunk of its document
+  int64_t offset = 0, tokens = 0;  // of the document
   if (chunking.chunk_offsets != nullptr) {
+    chunk = which();
     const int64_t passed = warp_count_at_most(chunking.chunk_offsets, chunking.documents + 1, chunk);
     if (passed > 0 && passed <= chunking.documents) {
       document = passed - 1;
       within = chunk - chunking.chunk_offsets[document];
+      offset = chunking.token_offsets[document];
+      tokens = chunking.token_offsets[document + 1] - offset;
     }
   } else {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     int64_t before = 0;
     for (int64_t base = 0; base < chunking.documents; base += 32) {
-      const int64_t count = base + lane < chunking.documents ? chunks_of(chunking, base + lane) : 0;
+      int64_t begin = 0, end = 0;
+      if (base + lane < chunking.documents) {
+        begin = chunking.token_offsets[base + lane];
+        end = chunking.token_offsets[base + lane + 1];
+      }
+      if (base == 0) chunk = which();
+      const int64_t count = chunks_of(end - begin, chunking.chunk_size);
       int64_t sum = count;
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) {
@@ -61,20 +83,20 @@ __device__ __forceinline__ ChunkPlace find_chunk(const Chunking& chunking, int64
         const int first = __ffs(static_cast<int>(behind)) - 1;
         document = base + first;
         within = chunk - before - __shfl_sync(kWholeWarp, sum - count, first);
+        offset = __shfl_sync(kWholeWarp, begin, first);
+        tokens = __shfl_sync(kWholeWarp, end - begin, first);
         break;
       }
       before += __shfl_sync(kWholeWarp, sum, 31);
     }
   }
-  if (document < 0) return {-1, 0, 0};
-  const int64_t first = within * chunking.chunk_size;
-  const int64_t rows = chunking.token_offsets[document + 1] - chunking.token_offsets[document] - first;
-  return {document, first, static_cast<int>(rows < chunking.chunk_size ? rows : chunking.chunk_size)};
+  if (document < 0) return {-1, 0, 0, 0};
+  const int64_t first = within * chunking.chunk_size, rows = tokens - first;
+  return {document, offset, first, static_cast<int>(rows < chunking.chunk_size ? rows : chunking.chunk_size)};
 }
 
-__device__ __forceinline__ int64_t first_element(
-    const TokenStates& states, const Chunking& chunking, const ChunkPlace& place) {
-  if (states.packed) return (chunking.token_offsets[place.document] + place.first) * states.token_stride;
+__device__ __forceinline__ int64_t first_element(const TokenStates& states, const ChunkPlace& place) {
+  if (states.packed) return (place.offset + place.first) * states.token_stride;
   return place.document * states.document_stride + place.first * states.token_stride;
 }
 
@@ -83,41 +105,225 @@ __device__ __forceinline__ const TokenStates& part_of(
   return part == 0 ? keys : part == 1 ? values : router_keys;
 }
 
+// Of numbers up to `most`, in 8 bits.
+__device__ __forceinline__ float scale_of(float most, Format format) {
+  // A scale below the normal numbers would overflow the division.
+  return most > 0.0f ? fmaxf(most / (format == Format::int8 ? 127.0f : 448.0f), FLT_MIN) : 1.0f;
+}
+
+// Into the second cache, by the copy engine. Both are multiples of 16.
+__device__ __forceinline__ void fetch_ahead(const void* address, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "r"(bytes));
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
+// Adds `rows` rows, every `step`-th from `line` on, of the VEC columns at `column`.
+template <typename T, int VEC, int UNROLL>
+__device__ __forceinline__ void add_rows(
+    const T* column, int64_t token_stride, int rows, int line, int step, float (&sum)[VEC]) {
+  using Word = typename Raw<sizeof(T) * VEC>::type;
+  const int64_t stride = step * token_stride;
+  int base = line;
+  for (column += line * token_stride; base + step * (UNROLL - 1) < rows; base += step * UNROLL) {
+    Numbers<T, VEC> numbers[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u, column += stride) {
+      numbers[u].word = load_once(reinterpret_cast<const Word*>(column));
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) sum[i] += to_float(numbers[u].values[i]);
+    }
+  }
+  if (base < rows) {
+    Numbers<T, VEC> numbers[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      // Behind the chunk its last such row is read again, from the cache, and not counted.
+      numbers[u].word = load_once(reinterpret_cast<const Word*>(column));
+      if (base + (u + 1) * step < rows) column += stride;
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      if (base + u * step < rows) {
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) sum[i] += to_float(numbers[u].values[i]);
+      }
+    }
+  }
+}
+
 // Sums of the rows of a chunk, one line of G * D floats per lane group of threads, to sums[lines][G * D].
 template <typename T, int VEC, int THREADS, int UNROLL>
 __device__ __forceinline__ void sum_rows(
     const TokenStates& states, const Chunking& chunking, const ChunkPlace& place, int vectors, int lines, float* sums) {
-  using Word = typename Raw<sizeof(T) * VEC>::type;
   const int thread = static_cast<int>(threadIdx.x);
   const int line = vectors >= THREADS ? 0 : thread / vectors;
   if (line >= lines) return;
   const int width = vectors * VEC;
-  const T* chunk = static_cast<const T*>(states.data) + first_element(states, chunking, place);
+  const T* chunk = static_cast<const T*>(states.data) + first_element(states, place);
   for (int vector = vectors >= THREADS ? thread : thread % vectors; vector < vectors; vector += THREADS) {
     const int head = vector * VEC / chunking.dim;
     const T* column = chunk + head * states.head_stride + (vector * VEC - head * chunking.dim);
     float sum[VEC];
 #pragma unroll
     for (int i = 0; i < VEC; ++i) sum[i] = 0.0f;
-    for (int base = line; base < place.rows; base += lines * UNROLL) {
-      Numbers<T, VEC> numbers[UNROLL];
-#pragma unroll
-      for (int u = 0; u < UNROLL; ++u) {
-        // Behind the chunk its last row is read again, from the cache, and not counted.
-        const int row = min(base + u * lines, place.rows - 1);
-        numbers[u].word = load_once(reinterpret_cast<const Word*>(column + row * states.token_stride));
-      }
-#pragma unroll
-      for (int u = 0; u < UNROLL; ++u) {
-        if (base + u * lines < place.rows) {
-#pragma unroll
-          for (int i = 0; i < VEC; ++i) sum[i] += to_float(numbers[u].values[i]);
-        }
-      }
-    }
+    add_rows<T, VEC, UNROLL>(column, states.token_stride, place.rows, line, lines, sum);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) sums[line * width + vector * VEC + i] = sum[i];
   }
+}
+
+// numbers / by, to the bits of a division each. Those have branches, one after the other. Where neither what goes in
+// nor what comes out is near the ends of float32, the reciprocal, correctly rounded, and two corrections round as the
+// division does.
+template <int COUNT>
+__device__ __forceinline__ void divide(float (&numbers)[COUNT], float by) {
+  constexpr float kSmall = 0x1p-60f, kLarge = 0x1p60f;
+  bool within = by >= kSmall && by <= kLarge;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const float size = fabsf(numbers[i]);
+    within = within && (size == 0.0f || (size >= kSmall && size <= kLarge));
+  }
+  if (within) {
+    const float inverse = 1.0f / by;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      float quotient = numbers[i] * inverse;
+      quotient = fmaf(fmaf(-quotient, by, numbers[i]), inverse, quotient);
+      quotient = fmaf(fmaf(-quotient, by, numbers[i]), inverse, quotient);
+      if (numbers[i] != 0.0f) numbers[i] = quotient;  // a zero keeps its sign
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) numbers[i] /= by;
+  }
+}
+
+template <typename T, int COUNT>
+__device__ __forceinline__ void store_as(void* data, int64_t index, Format format, const float (&numbers)[COUNT]) {
+  constexpr int kPerWord = 16 / sizeof(T) < COUNT ? 16 / sizeof(T) : COUNT;
+#pragma unroll
+  for (int first = 0; first < COUNT; first += kPerWord) {
+    Numbers<T, kPerWord> out;
+#pragma unroll
+    for (int i = 0; i < kPerWord; ++i) store_float(out.values, i, format, numbers[first + i]);
+    *reinterpret_cast<typename Raw<sizeof(T) * kPerWord>::type*>(static_cast<T*>(data) + index + first) = out.word;
+  }
+}
+
+// `index` is a multiple of COUNT, and `data` aligned to 16 bytes.
+template <int COUNT>
+__device__ __forceinline__ void store_numbers(void* data, int64_t index, Format format, const float (&numbers)[COUNT]) {
+  switch (format) {
+    case Format::float32:
+      return store_as<float>(data, index, Format::float32, numbers);
+    case Format::bfloat16:
+      return store_as<__nv_bfloat16>(data, index, Format::bfloat16, numbers);
+    case Format::float16:
+      return store_as<__half>(data, index, Format::float16, numbers);
+    case Format::int8:
+      return store_as<int8_t>(data, index, Format::int8, numbers);
+    default:
+      return store_as<uint8_t>(data, index, Format::float8_e4m3, numbers);
+  }
+}
+
+// One block per (chunk, tensor, piece of THREADS * VEC columns), the router keys' before all others: what follows their
+// sums takes longest. Quantised router keys are one piece.
+//
+// AHEAD: the blocks that start with the kernel do not wait for the offsets to ask memory for rows. They ask for those
+// that are theirs if no document before ends with a part of a chunk, and otherwise soon another block's.
+template <typename T, int VEC, int THREADS, int UNROLL, bool AHEAD>
+__global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
+    pool_columns_kernel(const PoolForward call, unsigned pieces) {
+  MSA_HF_DYNAMIC_SHARED(shared);
+  float* row = reinterpret_cast<float*>(shared);  // [THREADS * VEC]
+  float* largest = row + THREADS * VEC;  // [THREADS / 32]
+  const Chunking& chunking = call.chunking;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int width = chunking.groups * chunking.dim;
+  int part = 0, first = 0;  // column
+  int64_t chunk = 0;
+  TokenStates states;
+  const T* column = nullptr;
+
+  const ChunkPlace place = find_chunk(chunking, [&] {
+    const unsigned number = pieces == 1 ? blockIdx.x : blockIdx.x / pieces, piece = blockIdx.x - number * pieces;
+    const unsigned chunks = static_cast<unsigned>(chunking.chunks);
+    part = number < chunks ? kContent : static_cast<int>((number - chunks) % kContent);
+    chunk = number < chunks ? number : (number - chunks) / kContent;
+    states = part_of(call.keys, call.values, call.router_keys, part);
+    const T* data = static_cast<const T*>(states.data);
+    const int start = static_cast<int>(piece) * THREADS * VEC;
+    if (AHEAD && thread < min(UNROLL, chunking.chunk_size) && blockIdx.x < kStartTogether / THREADS) {
+      const int64_t token = chunk * chunking.chunk_size + thread;
+      if (states.packed && states.head_stride == chunking.dim && token < chunking.tokens) {
+        fetch_ahead(data + token * states.token_stride + start, THREADS * VEC * sizeof(T));
+      }
+    }
+    first = start + thread * VEC;
+    const int head = first / chunking.dim;
+    column = data + head * states.head_stride + (first - head * chunking.dim);
+    return chunk;
+  });
+  float mean[VEC];
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) mean[i] = 0.0f;
+  if (place.rows > 0) {
+    add_rows<T, VEC, UNROLL>(column + first_element(states, place), states.token_stride, place.rows, 0, 1, mean);
+    divide(mean, static_cast<float>(place.rows));
+  }
+  if (part < kContent) {
+    store_numbers(call.content, (chunk * kContent + part) * width + first, call.content_format, mean);
+    return;
+  }
+
+  if (call.normalise) {
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) row[thread * VEC + i] = mean[i];
+    __syncwarp();
+    const float* mine = row + warp * 32 * VEC;
+    const int heads = 32 * VEC / chunking.dim;  // of this warp
+    float factor = 1.0f;
+    for (int one = 0; one < heads; one += 2) {  // two at a time: each waits for its own steps
+      const int other = min(one + 1, heads - 1);
+      float squares[2] = {0.0f, 0.0f};
+      for (int i = lane; i < chunking.dim; i += 32) {
+        const float x = mine[one * chunking.dim + i], y = mine[other * chunking.dim + i];
+        squares[0] += x * x;
+        squares[1] += y * y;
+      }
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) {
+        squares[0] += __shfl_xor_sync(kWholeWarp, squares[0], step);
+        squares[1] += __shfl_xor_sync(kWholeWarp, squares[1], step);
+      }
+      const int own = lane * VEC / chunking.dim;
+      if (own == one || own == other) factor = rsqrtf((own == one ? squares[0] : squares[1]) + kNormEpsilon);
+    }
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) mean[i] *= factor;
+  }
+  if (call.scales != nullptr) {
+    float most = 0.0f;
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) most = fmaxf(most, fabsf(mean[i]));
+    most = warp_max(most);
+    if (lane == 0) largest[warp] = most;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < THREADS / 32; ++i) most = fmaxf(most, largest[i]);
+    const float scale = scale_of(most, call.routing_format);
+    if (thread == 0) call.scales[chunk] = scale;
+    divide(mean, scale);
+  }
+  store_numbers(call.routing, chunk * width + first, call.routing_format, mean);
 }
 
 template <typename T, int VEC, int THREADS, int UNROLL>
@@ -132,7 +338,7 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) / kParts;
   const int part = static_cast<int>(blockIdx.x) % kParts;
 
-  const ChunkPlace place = find_chunk(chunking, chunk);
+  const ChunkPlace place = find_chunk(chunking, [&] { return chunk; });
   if (place.rows > 0) {
     const TokenStates& states = part_of(call.keys, call.values, call.router_keys, part);
     sum_rows<T, VEC, THREADS, UNROLL>(states, chunking, place, vectors, lines, sums);
@@ -175,8 +381,7 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
     if (lane == 0) largest[warp] = most;
     __syncthreads();
     for (int i = 0; i < THREADS / 32; ++i) most = fmaxf(most, largest[i]);
-    // A scale below the normal numbers would overflow the division.
-    scale = most > 0.0f ? fmaxf(most / (call.routing_format == Format::int8 ? 127.0f : 448.0f), FLT_MIN) : 1.0f;
+    scale = scale_of(most, call.routing_format);
     if (thread == 0) call.scales[chunk] = scale;
   }
   for (int i = thread; i < width; i += THREADS) {
@@ -204,7 +409,7 @@ __device__ __forceinline__ void zero_outside(
 }
 
 // One block per (chunk, tensor): the gradient of the chunk's mean, written to all its tokens. Where the forward
-// normalised, the mean of the router keys is taken again.
+// normalised, the mean of the router keys is taken again; those blocks, which read before they write, start first.
 template <typename T, int VEC, int THREADS, int UNROLL>
 __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
     pool_backward_kernel(const PoolBackward call, int vectors, int lines) {
@@ -214,18 +419,20 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
   const int width = vectors * VEC, thread = static_cast<int>(threadIdx.x);
   float* gradient = reinterpret_cast<float*>(shared);  // [width]
   float* sums = gradient + width;  // [lines][width]; line 0 becomes the mean
-  const int64_t chunk = static_cast<int64_t>(blockIdx.x) / kParts;
-  const int part = static_cast<int>(blockIdx.x) % kParts;
+  const unsigned routing_blocks = static_cast<unsigned>(chunking.chunks) + kOutside;
+  const bool content = blockIdx.x >= routing_blocks;
+  const unsigned content_block = blockIdx.x - routing_blocks;
+  const int64_t chunk = content ? content_block / kContent : blockIdx.x;
+  const int part = content ? static_cast<int>(content_block % kContent) : kContent;
   const TokenStates& states = part_of(call.grad_keys, call.grad_values, call.grad_router_keys, part);
   if (chunk >= chunking.chunks) {
     zero_outside<T, VEC, THREADS>(states, chunking, vectors, static_cast<int>(chunk - chunking.chunks));
     return;
   }
-  const ChunkPlace place = find_chunk(chunking, chunk);
+  const ChunkPlace place = find_chunk(chunking, [&] { return chunk; });
   if (place.rows <= 0) return;  // the same for all threads of the block
 
   const float rows = static_cast<float>(place.rows);
-  const bool content = part < kContent;
   const void* source = content ? call.grad_content : call.grad_routing;
   const Format format = content ? call.grad_content_format : call.grad_routing_format;
   const int64_t start = (content ? chunk * kContent + part : chunk) * width;
@@ -258,13 +465,17 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
 
   const int line = vectors >= THREADS ? 0 : thread / vectors;
   if (line >= lines) return;
-  T* out = static_cast<T*>(const_cast<void*>(states.data)) + first_element(states, chunking, place);
+  T* out = static_cast<T*>(const_cast<void*>(states.data)) + first_element(states, place);
   for (int vector = vectors >= THREADS ? thread : thread % vectors; vector < vectors; vector += THREADS) {
     const int head = vector * VEC / chunking.dim;
     T* column = out + head * states.head_stride + (vector * VEC - head * chunking.dim);
+    float each[VEC];
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) each[i] = gradient[vector * VEC + i];
+    divide(each, rows);
     Numbers<T, VEC> numbers;
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) numbers.values[i] = from_float<T>(gradient[vector * VEC + i] / rows);
+    for (int i = 0; i < VEC; ++i) numbers.values[i] = from_float<T>(each[i]);
     for (int row = line; row < place.rows; row += lines) {
       *reinterpret_cast<Word*>(column + row * states.token_stride) = numbers.word;
     }
@@ -282,7 +493,10 @@ __global__ void __launch_bounds__(THREADS) chunk_offsets_kernel(const Chunking c
   if (thread == 0) chunk_offsets[0] = 0;
   for (int64_t base = 0; base < documents; base += THREADS) {
     const int64_t document = base + thread;
-    int64_t sum = document < documents ? chunks_of(chunking, document) : 0;
+    int64_t sum = 0;
+    if (document < documents) {
+      sum = chunks_of(chunking.token_offsets[document + 1] - chunking.token_offsets[document], chunking.chunk_size);
+    }
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const int64_t other = __shfl_up_sync(kWholeWarp, sum, step);
@@ -331,6 +545,15 @@ const char* refusal(const Chunking& chunking) {
   return nullptr;
 }
 
+// Whether pool_columns_kernel can be taken, of wide states.
+bool are_columns(const PoolForward& call, int vec, int threads) {
+  const Chunking& chunking = call.chunking;
+  const int width = chunking.groups * chunking.dim, covered = threads * vec;
+  const bool whole = width % covered == 0 && 32 * vec % chunking.dim == 0 && (!call.scales || width == covered);
+  const bool counts = chunking.chunks * kParts < (int64_t{1} << 31) / (width / covered + 1);
+  return whole && counts && fits_words(call.content, 16) && fits_words(call.routing, 16);
+}
+
 cudaError_t too_wide(const Chunking& chunking) {
   return refuse(cudaErrorInvalidValue, std::to_string(chunking.groups) + " heads of " + std::to_string(chunking.dim) +
                                            " numbers do not fit in shared memory");
@@ -345,6 +568,14 @@ static cudaError_t launch_pool_forward(const PoolForward& call, cudaStream_t str
   const unsigned blocks = static_cast<unsigned>(call.chunking.chunks * kParts);
   return launch_kernel("pool_forward_kernel", pool_forward_kernel<T, VEC, THREADS, UNROLL>, blocks, THREADS, shape.shared,
                        stream, call, shape.vectors, shape.lines);
+}
+
+template <typename T, int VEC, int THREADS, int UNROLL, bool AHEAD>
+static cudaError_t launch_pool_columns(const PoolForward& call, cudaStream_t stream) {
+  const unsigned pieces = static_cast<unsigned>(call.chunking.groups * call.chunking.dim / (THREADS * VEC));
+  const unsigned blocks = static_cast<unsigned>(call.chunking.chunks * kParts) * pieces;
+  return launch_kernel("pool_columns_kernel", pool_columns_kernel<T, VEC, THREADS, UNROLL, AHEAD>, blocks, THREADS,
+                       (THREADS * VEC + THREADS / 32) * sizeof(float), stream, call, pieces);
 }
 
 template <typename T, int VEC, int THREADS, int UNROLL>
@@ -364,9 +595,12 @@ static bool are_wide(std::initializer_list<const TokenStates*> all, const Chunki
 
 template <typename T>
 static cudaError_t forward_of(const PoolForward& call, cudaStream_t stream) {
-  return are_wide<T>({&call.keys, &call.values, &call.router_keys}, call.chunking)
-             ? launch_pool_forward<T, 16 / sizeof(T), 128, 8>(call, stream)
-             : launch_pool_forward<T, 1, 128, 8>(call, stream);
+  constexpr int kVec = 16 / sizeof(T);
+  if (!are_wide<T>({&call.keys, &call.values, &call.router_keys}, call.chunking)) {
+    return launch_pool_forward<T, 1, 128, 8>(call, stream);
+  }
+  return are_columns(call, kVec, 128) ? launch_pool_columns<T, kVec, 128, 8, true>(call, stream)
+                                      : launch_pool_forward<T, kVec, 128, 8>(call, stream);
 }
 
 template <typename T>
@@ -422,24 +656,6 @@ cudaError_t find_chunk_offsets(
   chunking.chunk_size = chunk_size;
   return launch_kernel("chunk_offsets_kernel", chunk_offsets_kernel<kThreads>, 1, kThreads,
                        sizeof(int64_t) * kThreads / 32, stream, chunking, chunk_offsets);
-}
-
-// Other shapes of the block, for the benchmark: threads * 100 + loads in flight.
-cudaError_t pool_chunks_variant(const PoolForward& call, int variant, cudaStream_t stream) {
-  switch (variant) {
-    case 12804:
-      return launch_pool_forward<__nv_bfloat16, 8, 128, 4>(call, stream);
-    case 12808:
-      return launch_pool_forward<__nv_bfloat16, 8, 128, 8>(call, stream);
-    case 12816:
-      return launch_pool_forward<__nv_bfloat16, 8, 128, 16>(call, stream);
-    case 25604:
-      return launch_pool_forward<__nv_bfloat16, 8, 256, 4>(call, stream);
-    case 25608:
-      return launch_pool_forward<__nv_bfloat16, 8, 256, 8>(call, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
 }
 
 }  // namespace msa_hf

@@ -35,7 +35,7 @@ struct Chunking {
   int chunk_size = 0;
   int groups = 0;
   int dim = 0;
-  int64_t tokens = 0;  // of packed states; matters to the backward
+  int64_t tokens = 0;  // of packed states: the backward writes to all, the forward asks for no row behind them
 };
 
 // Up to so many documents, counting in every block costs less than a launch before it.
