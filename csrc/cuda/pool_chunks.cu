@@ -64,7 +64,8 @@ __device__ __forceinline__ ChunkPlace find_chunk(const Chunking& chunking, Which
   } else {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     int64_t before = 0;
-    for (int64_t base = 0; base < chunking.documents; base += 32) {
+    int64_t base = 0;
+    do {  // once even without documents: `which` is called in any case
       int64_t begin = 0, end = 0;
       if (base + lane < chunking.documents) {
         begin = chunking.token_offsets[base + lane];
@@ -88,7 +89,8 @@ __device__ __forceinline__ ChunkPlace find_chunk(const Chunking& chunking, Which
         break;
       }
       before += __shfl_sync(kWholeWarp, sum, 31);
-    }
+      base += 32;
+    } while (base < chunking.documents);
   }
   if (document < 0) return {-1, 0, 0, 0};
   const int64_t first = within * chunking.chunk_size, rows = tokens - first;
