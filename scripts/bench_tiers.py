@@ -2,10 +2,10 @@
 
     python scripts/bench_tiers.py --backend cuda --json tiers.json
 
-Writes a synthetic bank of 100M tokens in the shape of a 4B model and places it in three ways:
+Writes a synthetic bank of 100M tokens in the shape of a 4B model and places it in four ways:
 
 * bf16: routing keys in bf16 on the device, content in fp8 in host memory;
-* fp8: the same with fp8 routing keys, the candidates' scores taken again from bf16 ones in host memory;
+* fp8, int8: the same with routing keys in 8 bits, the candidates' scores taken again from bf16 ones in host memory;
 * 24gb: within 24 GB of device memory, fp8 routing keys read from host memory for every question, the candidates' scores
   taken again from the bf16 ones in the files.
 
@@ -54,6 +54,7 @@ BLOCK = 1 << 15  # chunks that are made at once
 SETUPS = {
     "bf16": Choice("bf16", "device", "fp8", "host"),
     "fp8": Choice("fp8", "device", "fp8", "host", exact_on="host"),
+    "int8": Choice("int8", "device", "fp8", "host", exact_on="host"),
     "24gb": Choice("fp8", "host", "fp8", "host"),
 }
 LIMITS = {"24gb": 24 * GB}

@@ -11,7 +11,8 @@
 #   tiers      a bank in tiers: its tests on the GPU, and scripts/bench_tiers.py, which wants an H200 (docs/scaling.md)
 #
 # Without steps: all of them, in this order. OUT gets a log per step, and the benchmark's JSON. Needs nvcc, a torch built
-# for CUDA and pytest; the variable PYTHON chooses the interpreter (python3).
+# for CUDA and pytest; the variable PYTHON chooses the interpreter (python3), HOST_MEMORY says how many GB of host memory
+# the bank in tiers may take (default: what is free).
 set -uo pipefail
 
 usage() { awk 'NR == 1 { next } !/^#/ { exit } { sub(/^# ?/, ""); print }' "${BASH_SOURCE[0]}"; }
@@ -64,7 +65,7 @@ bench() {
 
 tiers() {
     "$python" -m pytest -q -p no:cacheprovider tests/bank/test_tiers.py || return 1
-    "$python" scripts/bench_tiers.py --backend cuda --json "$out/bench_tiers.json"
+    "$python" scripts/bench_tiers.py --backend cuda ${HOST_MEMORY:+--host-memory "$HOST_MEMORY"} --json "$out/bench_tiers.json"
 }
 
 failed=()

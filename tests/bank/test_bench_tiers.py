@@ -22,16 +22,16 @@ def test_rehearsal(own: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     main = runpy.run_path(str(ROOT / "scripts" / "bench_tiers.py"))["main"]
     options = ["--directory", str(tmp_path / "bank"), "--json", str(tmp_path / "figures.json"), "--host-memory", "20"]
     main([*TINY.split(), *options, *(["--own-exact-keys"] if own else [])])
-    assert capsys.readouterr().out.count('"load_s"') == 3
+    assert capsys.readouterr().out.count('"load_s"') == 4
     assert list((tmp_path / "bank").iterdir()) == [], "the bank is removed"
     record = json.loads((tmp_path / "figures.json").read_text())
     shape = BankShape(17, 50, ((2, 8),) * 2)
-    expected = {"bf16": ("bf16", "device"), "fp8": ("fp8", "device"), "24gb": ("fp8", "host")}
+    expected = {name: (name, "device") for name in ("bf16", "fp8", "int8")} | {"24gb": ("fp8", "host")}
     assert list(record["setups"]) == list(expected)
     for name, figures in record["setups"].items():
         parts = {part["part"]: part for part in figures["plan"]["parts"]}
         keys, content = parts["routing keys"], parts["content"]
-        assert ("exact keys" in parts) == (own and name == "fp8")
+        assert ("exact keys" in parts) == (own and name in ("fp8", "int8"))
         assert figures["plan"]["tiers"]["host"]["capacity"] < 20 * 10**9
         assert (keys["format"], keys["tier"]) == expected[name] and keys["bytes"] == shape.key_bytes(keys["format"])
         assert (content["format"], content["tier"]) == ("fp8", "host") and figures["load_s"] >= 0
@@ -60,7 +60,7 @@ def test_what_does_not_fit_does_not_end_the_others(
     with pytest.raises(SystemExit, match="enough memory for bf16"):
         names["main"]([*TINY.split(), "--json", str(tmp_path / "figures.json")])
     assert "bf16 FAILED: 50 chunks" in capsys.readouterr().out
-    assert list(json.loads((tmp_path / "figures.json").read_text())["setups"]) == ["fp8", "24gb"]
+    assert list(json.loads((tmp_path / "figures.json").read_text())["setups"]) == ["fp8", "int8", "24gb"]
 
 
 def test_the_example_of_the_documentation_runs(
