@@ -62,7 +62,8 @@ def machine_line(machine: str) -> str:
     results = load(machine)
     ceilings = results["ceilings"]
     said = [f"copy {ceilings['copy'] / 1e9:,.1f} GB/s (read and written)"]
-    said += [f"matrix product {ceilings['matmul'] / 1e12:,.3g} TFLOP/s"]
+    kind = "matrix product" if "bus" in ceilings else "float32 matrix product"
+    said += [f"{kind} {ceilings['matmul'] / 1e12:,.3g} TFLOP/s"]
     said += [f"pinned host to device {ceilings['bus'] / 1e9:,.3g} GB/s"] if "bus" in ceilings else []
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version)
     tests = results["tests"].strip("= ")
