@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,8 @@ from msa_hf.configuration_msa import default_memory_layers
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "scaling.md"
 BENCH = ROOT / "docs" / "bench_model.json"
+OPERATIONS = ROOT / "docs" / "bench_ops.json"
+PLACED = ROOT / "docs" / "bench_tiers.json"
 TINY = ROOT / "model_cards" / "msa-hf-tiny"
 
 CORPORA = {"1M": 10**6, "10M": 10**7, "100M": 10**8, "1B": 10**9}
@@ -319,8 +322,59 @@ def checks() -> str:
         computed = routed(shape, count, keys)
         said = f"{low:g}" if low == high else f"{low:.2f} to {high:.2f}"
         rows.append((f"{what}, {count} tokens", "ms", said, digits(computed), (low + high) / 2 / computed))
+    for count, keys in ((32, "bf16"), (256, "bf16"), (1024, "bf16"), (32, "fp8"), (256, "fp8"), (1024, "fp8")):
+        took, computed = native_ms(count, keys), routed(hundred, count, keys)
+        what = f"routing a layer, 100M tokens, CUDA operation, {keys} keys, {count} tokens"
+        rows.append((what, "ms", f"{took:.3g}", digits(computed), took / computed))
+    whole = BankShape.for_tokens(10**8, model.memory)
+    for setup in ("bf16", "fp8"):
+        for count in (32, 256):
+            took = json.loads(PLACED.read_text())["setups"][setup][f"{count} tokens"]["routing_ms"]["median"]
+            computed = routed(whole, count, setup)
+            what = f"routing 18 layers, 100M tokens, {setup} keys, queries and re-scoring included, {count} tokens"
+            rows.append((what, "ms", f"{took:.3g}", digits(computed), took / computed))
     cells = ((what, unit, measured, computed, f"{ratio:.3g}") for what, unit, measured, computed, ratio in rows)
     return table(("what", "unit", "measured", "computed", "measured / computed"), cells)
+
+
+def native_ms(tokens: int, keys: str) -> float:
+    """Milliseconds of the CUDA operation in a graph: one layer of 100M tokens, documents of 1,024 tokens."""
+    case = f"1 x {tokens}, 1,562,500 chunks, 97,656 documents, {keys}{'' if keys == 'bf16' else ' and scored again'}"
+    rows = json.loads(OPERATIONS.read_text())["rows"]
+    return next(row["device_ms"] for row in rows if (row["case"], row["backend"]) == (case, "cuda"))
+
+
+def placed() -> str:
+    """A column per way to place 100M tokens on one GPU, as measured."""
+    setups = json.loads(PLACED.read_text())["setups"]
+    names = {
+        "bf16": "bf16 keys on the device",
+        "fp8": "fp8 keys",
+        "int8": "int8 keys",
+        "24gb": "24 GB, fp8 keys streamed",
+    }
+
+    def line(what: str, cell: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [what, *(cell(setups[name]) for name in names)]
+
+    def times(tokens: int, what: str) -> Callable[[dict[str, Any]], str]:
+        return lambda figures: f"{figures[f'{tokens} tokens'][f'{what}_ms']['median']:.1f}"
+
+    rows = [
+        line("loading, s", lambda figures: f"{figures['load_s']:.1f}"),
+        line("bank on the device, GB", lambda figures: f"{figures['device_bytes'] / 1e9:.1f}"),
+        line("most on the device with the model, GB", lambda figures: f"{figures['peak_device_bytes'] / 1e9:.1f}"),
+        line("bank in host memory, GB", lambda figures: f"{figures['host_bytes'] / 1e9:.1f}"),
+    ]
+    for what, name in {
+        "routing 18 layers": "routing",
+        "the same, 32 candidates": "routing_with_half_the_candidates",
+        "the same, none scored again": "routing_without_rescoring",
+        "fetching 16 documents in 18 layers": "fetching",
+        "first token": "first_token",
+    }.items():
+        rows += [line(f"{what}, {tokens} tokens, ms", times(tokens, name)) for tokens in (32, 256)]
+    return table(("", *names.values()), rows)
 
 
 def share() -> str:
@@ -341,6 +395,7 @@ TABLES = {
     "times": times,
     "capacities": capacities,
     "devices": devices,
+    "placed": placed,
     "checks": checks,
 }
 
