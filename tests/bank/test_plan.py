@@ -324,10 +324,46 @@ def test_exact_keys_beside_narrow_ones_take_room() -> None:
     assert wide.exact_on is None and wide.free("host") == 0
 
 
+def test_keys_of_some_layers_stay_on_the_device_beside_streamed_ones() -> None:
+    """As many as were asked for, or as fit to the byte; their time is the device's, the others' that of the bus."""
+    layer, layers = SHAPE.key_bytes("fp8", slice(1)), len(SHAPE.layers)
+    assert layer * layers == SHAPE.key_bytes("fp8")
+    chosen = Choice(keys="fp8", keys_on="host", content="fp8", content_on="host", resident=None)
+    for fit in (0, 1, 7, layers):
+        room = SHAPE.index_bytes + fit * layer
+        for device, expected in ((room, fit), (room + layer - 1, fit), (room - 1, fit - 1)):
+            tiers = Tiers(device, 500 * GB, 0, RATES["H200"])
+            if expected < 0:
+                refused(SHAPE, tiers, placement=chosen, reserves=NONE)
+                continue
+            found = plan_placement(SHAPE, tiers, placement=chosen, reserves=NONE)
+            assert found.resident == min(expected, layers) and found.fits
+            parts = {part: (tier, size) for part, _, tier, size in found.parts}
+            assert parts["routing keys"] == ("host", (layers - found.resident) * layer)
+            assert parts.get("resident keys", ("device", 0)) == ("device", found.resident * layer)
+            assert [found.keys_tier(number) for number in range(layers)] == ["device"] * found.resident + ["host"] * (
+                layers - found.resident
+            )
+    tiers = Tiers(141 * GB, 500 * GB, 0, RATES["H200"])
+    some = [plan_placement(SHAPE, tiers, placement=replace(chosen, resident=n), reserves=NONE) for n in (0, 6, layers)]
+    times = [found.routing_seconds(32) for found in some]
+    assert times[1] == pytest.approx((12 * times[0] + 6 * times[2]) / 18) and times[2] < times[0] / 50
+    on_device = plan_placement(SHAPE, tiers, placement=replace(chosen, keys_on="device", resident=0), reserves=NONE)
+    assert times[2] == on_device.routing_seconds(32)
+    assert "resident keys" in str(some[1]) and "resident keys" not in str(some[0])
+    tight = Tiers(SHAPE.index_bytes + 6 * layer - 1, 500 * GB, 0)
+    message = refused(SHAPE, tight, placement=replace(chosen, resident=6), reserves=NONE)
+    assert "do not fit" in message and "no resident layers" in message
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
         ({"placement": Choice(keys_on="disk")}, "every question reads all"),
+        ({"placement": Choice(keys_on="host", resident=19)}, "from 0 to the 18 layers"),
+        ({"placement": Choice(keys_on="host", resident=-1)}, "from 0 to the 18 layers"),
+        ({"placement": Choice(resident=2)}, "keys_on='host'"),
+        ({"placement": Choice(keys_on="device", resident=None)}, "keys_on='host'"),
         ({"placement": Choice(keys="fp32")}, "bf16; fp32 would add bytes"),
         ({"placement": Choice(keys="fp16")}, "bf16; fp16 would add bytes"),
         ({"placement": Choice(content="int4")}, "int4"),
@@ -526,6 +562,13 @@ def test_command_plans_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None
     record = json.loads(run(capsys, *shape, *ROOM, "--keys", "fp8", "--content", "@disk", "--gpus", "2", "--json"))
     assert [part["format"] for part in record["parts"][:2]] == ["fp8", "bf16"]
     assert record["parts"][1]["tier"] == "disk" and record["gpus"] == 2
+    small = (*shape, "--device-memory", "24GB", *ROOM[2:], "--weights", "8GB", "--keys", "fp8@host", "--json")
+    small = (*small, "--content", "fp8@host")
+    for asked, layers in (("fit", 6), ("2", 2), ("0", None)):
+        parts = {part["part"]: part["bytes"] for part in json.loads(run(capsys, *small, "--resident", asked))["parts"]}
+        assert parts.get("resident keys") == (layers and SHAPE.key_bytes("fp8", slice(layers)))
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, *small, "--resident", "some")
 
 
 @pytest.mark.parametrize("retrofitted", [True, False])

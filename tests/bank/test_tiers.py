@@ -202,6 +202,26 @@ def test_streamed_keys_find_the_same_documents(
         assert_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("keys", ["fp32", "fp8", "int8"])
+@pytest.mark.parametrize("resident", [0, 1, 2, None])
+@each_origin
+def test_layers_that_stay_on_the_device_are_not_streamed(
+    origin: Origin, resident: int | None, keys: str, device: str, tmp_path: Path
+) -> None:
+    made_ = made(device)
+    bank, whole = origin(made_, tmp_path)
+    choice = Choice(keys=keys, keys_on="host", resident=resident)
+    memory = place_bank(bank, device, choice, tiers=AMPLE, model=made_.model)
+    streamed = [layer.routing_keys.streamed for layer in memory.layers.values()]
+    assert memory.plan.resident == (2 if resident is None else resident)
+    assert streamed == [number >= memory.plan.resident for number in range(2)]
+    for layer in memory.layers.values():
+        on_device = layer.routing_keys.rows.whole is not None and layer.routing_keys.rows.whole.device.type == device
+        assert device == "cpu" or on_device != layer.routing_keys.streamed
+    assert_close(answer(made_, memory), answer(made_, whole.to(device)))
+
+
 @pytest.mark.parametrize("keys", ["bf16", "fp8", "int8"])
 @pytest.mark.parametrize("on", ["device", "host"])
 def test_exact_scores_are_of_queries_that_were_not_rounded(

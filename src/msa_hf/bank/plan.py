@@ -154,9 +154,9 @@ class BankShape:
         layers = tuple(tuple(memory.content.shape[2:]) for memory in bank.layers.values())
         return cls(len(bank), bank.num_chunks, layers, DTYPES[str(bank.dtype).removeprefix("torch.")])
 
-    def key_bytes(self, format: str) -> int:
-        """Bytes of the routing keys with their scales."""
-        return self.chunks * sum(FORMATS[format].vector_bytes(groups * dim) for groups, dim in self.layers)
+    def key_bytes(self, format: str, layers: slice = slice(None)) -> int:
+        """Bytes of the routing keys with their scales, of some layers."""
+        return self.chunks * sum(FORMATS[format].vector_bytes(groups * dim) for groups, dim in self.layers[layers])
 
     def content_bytes(self, format: str) -> int:
         """Bytes of the pooled keys and values with their scales."""
@@ -243,6 +243,8 @@ class Choice:
             lie there itself.
         exact_on: where the bank's own routing keys lie beside narrower ones, to decide among the candidates that these
             found: "host" for host memory, where kernels read them; None for wherever the bank has them now.
+        resident: with `keys_on="host"`, of how many layers (the first ones) the routing keys lie on the device all the
+            same, so that only the others go over the bus for every question; None for as many as fit.
     """
 
     keys: str | None = None
@@ -251,6 +253,7 @@ class Choice:
     content_on: str | None = None
     cache: int = 0
     exact_on: str | None = None
+    resident: int | None = 0
 
 
 class DoesNotFit(ValueError):
@@ -268,6 +271,7 @@ class Placement:
         keys, keys_on, content, content_on: format and tier of routing keys and of content.
         cache: bytes on the device for content that lies elsewhere.
         exact_on: "host" where the bank's own routing keys lie in host memory beside narrower ones.
+        resident: layers, the first ones, whose routing keys lie on the device where `keys_on` is "host".
     """
 
     bank: BankShape
@@ -280,6 +284,7 @@ class Placement:
     content: str
     cache: int = 0
     exact_on: str | None = None
+    resident: int = 0
 
     @property
     def shape(self) -> BankShape:
@@ -291,13 +296,22 @@ class Placement:
         """(part, format, tier, bytes) of everything that is placed."""
         shape, own = self.shape, self.bank.dtype
         return [
-            ("routing keys", self.keys, self.keys_on, shape.key_bytes(self.keys)),
+            ("routing keys", self.keys, self.keys_on, shape.key_bytes(self.keys, slice(self.resident, None))),
+            *(
+                [("resident keys", self.keys, "device", shape.key_bytes(self.keys, slice(self.resident)))]
+                if self.resident
+                else []
+            ),
             *([("exact keys", own, self.exact_on, shape.key_bytes(own))] if self.exact_on else []),
             ("content", self.content, self.content_on, shape.content_bytes(self.content)),
             ("index", "", "host" if self.tiers.device is None else "device", shape.index_bytes),
             ("texts", "", "disk", shape.text_bytes),
             *([("cached content", self.content, "device", self.cache)] if self.cache else []),
         ]
+
+    def keys_tier(self, layer: int) -> str:
+        """Where the routing keys of a layer lie, counted from 0."""
+        return "device" if layer < self.resident else self.keys_on
 
     def used(self, tier: str) -> int:
         """Bytes of the bank on a tier."""
@@ -321,17 +335,14 @@ class Placement:
         rates = self.tiers.rates
         if rates is None or self.tiers.device is None:
             return None
-        speed = rates.copy if self.keys_on == "device" else rates.host_link
-        if speed is None or rates.matmul is None:
-            return None
-        chunks = self.shape.chunks
-        return sum(
-            max(
-                chunks * FORMATS[self.keys].vector_bytes(groups * dim) / speed,
-                2 * tokens * chunks * groups * dim / rates.matmul,
-            )
-            for groups, dim in self.shape.layers
-        )
+        chunks, seconds = self.shape.chunks, 0.0
+        for layer, (groups, dim) in enumerate(self.shape.layers):
+            speed = rates.copy if self.keys_tier(layer) == "device" else rates.host_link
+            if speed is None or rates.matmul is None:
+                return None
+            read = chunks * FORMATS[self.keys].vector_bytes(groups * dim) / speed
+            seconds += max(read, 2 * tokens * chunks * groups * dim / rates.matmul)
+        return seconds
 
     def fetch_seconds(self, documents: int) -> float | None:
         """Time to fetch the content of `documents` documents of mean length in all layers, at worst all from one GPU's
@@ -445,6 +456,11 @@ def plan_placement(
         raise ValueError("Routing keys cannot lie on disk: every question reads all of them.")
     if choice.exact_on not in (None, "host"):
         raise ValueError(f"`exact_on` must be 'host' or None, got {choice.exact_on!r}.")
+    count = len(shape.layers)
+    if choice.resident is not None and not 0 <= choice.resident <= count:
+        raise ValueError(f"`resident` must be from 0 to the {count} layers, or None, got {choice.resident}.")
+    if choice.resident != 0 and (keys_on != ("host",) or not has_device):
+        raise ValueError("`resident` layers are those beside others whose keys lie in host memory: keys_on='host'.")
     if choice.cache < 0 or (choice.cache and not has_device):
         raise ValueError(f"`cache` must be bytes on a device, got {choice.cache}; device: {tiers.device}.")
     for name, places in (("keys_on", keys_on), ("content_on", content_on)):
@@ -462,6 +478,7 @@ def plan_placement(
         _formats("content_formats", shape, choice.content, content_formats, (shape.dtype,), CONTENT_FORMATS),
         choice.cache,
         choice.exact_on,
+        (choice.resident,) if choice.resident is not None else tuple(range(count, -1, -1)),
     )
     found = request.first_fit()
     if found is None:
@@ -513,12 +530,24 @@ class _Request:
     content: tuple[str, ...]
     cache: int = 0
     exact_on: str | None = None
+    resident: tuple[int, ...] = (0,)  # layers; the most first
 
     def placements(self) -> Iterator[Placement]:
-        for chosen in itertools.product(self.keys, self.keys_on, self.content_on, self.content):
-            cache = 0 if chosen[2] == "device" else self.cache
-            exact_on = None if chosen[0] == self.shape.dtype else self.exact_on
-            yield Placement(self.shape, self.tiers, self.reserves, self.gpus, *chosen, cache, exact_on)
+        chosen = itertools.product(self.keys, self.keys_on, self.content_on, self.content)
+        for (keys, keys_on, content_on, content), resident in itertools.product(chosen, self.resident):
+            yield Placement(
+                self.shape,
+                self.tiers,
+                self.reserves,
+                self.gpus,
+                keys,
+                keys_on,
+                content_on,
+                content,
+                cache=0 if content_on == "device" else self.cache,
+                exact_on=None if keys == self.shape.dtype else self.exact_on,
+                resident=resident,
+            )
 
     def first_fit(self) -> Placement | None:
         return next((placement for placement in self.placements() if placement.fits), None)
@@ -556,6 +585,8 @@ class _Request:
             found.append("no cache")
         if self.exact_on and self.holds(exact_on=None):
             found.append("exact keys where the bank has them")
+        if self.resident != (0,) and self.holds(resident=(0,)):
+            found.append("no resident layers")
         keys, content = self.narrower(self.keys, KEY_FORMATS), self.narrower(self.content, CONTENT_FORMATS)
         key = next((item for item in keys if self.holds(keys=(item,))), None)
         value = next((item for item in content if self.holds(content=(item,))), None)

@@ -352,7 +352,10 @@ def place_bank(
         raise ValueError(f"`candidates` must be at least 0, got {candidates}.")
     plan = _planned(source, target, placement, tiers, reserves)
     logger.info("%s", plan)
-    layers = {layer: _placed(source, layer, plan, target, candidates) for layer in source.shapes}
+    layers = {
+        layer: _placed(source, layer, plan, plan.keys_tier(number), target, candidates)
+        for number, layer in enumerate(source.shapes)
+    }
     placed = TieredBank(cast(Any, layers), source, plan, target)
     if hasattr(source.model, "accept_bank"):
         source.model.accept_bank(placed)
@@ -386,9 +389,9 @@ def _planned(
 
 
 def _placed(
-    source: BankSource, layer: int, plan: Placement, device: torch.device, candidates: int | None
+    source: BankSource, layer: int, plan: Placement, keys_on: str, device: torch.device, candidates: int | None
 ) -> LayerMemory:
-    """A layer's keys and content in their places."""
+    """A layer's keys and content in their places; its keys lie on the tier `keys_on`."""
     (groups, dim), dtype = source.shapes[layer], source.dtype
     own = DTYPES[str(dtype).removeprefix("torch.")]
     parts = source.parts(layer)
@@ -408,10 +411,10 @@ def _placed(
     if plan.keys != own:
         exact = rows(keys, own, plan.exact_on) if plan.exact_on else Rows(keys, device)
     found = RoutingKeys(
-        rows(keys, plan.keys, plan.keys_on),
+        rows(keys, plan.keys, keys_on),
         exact,
         source.offsets,
-        streamed=has_device and plan.keys_on == "host",
+        streamed=has_device and keys_on == "host",
         candidates=candidates,
     )
     hot = HotDocuments(plan.cache // len(source.shapes)) if plan.cache else None

@@ -64,6 +64,13 @@ def placed(text: str) -> tuple[str | None, str | None]:
     return format or None, tier or None
 
 
+def resident(text: str) -> int | None:
+    """An argument type: a number of layers, or "fit" for as many as fit."""
+    if text != "fit" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number of layers or fit, got {text!r}")
+    return None if text == "fit" else int(text)
+
+
 def placement(text: str) -> str | Choice:
     """An argument type: "auto", or where keys and content lie, such as fp8@device,bf16@host."""
     if text == "auto":
@@ -119,6 +126,13 @@ def add_to(commands: Any) -> None:
             help=f"choose: {', '.join(formats)} and {', '.join(TIERS)}; either may be left out (default: planned)",
         )
     made.add_argument(
+        "--resident",
+        type=resident,
+        default=0,
+        metavar="N|fit",
+        help="layers whose keys stay on the device beside others in host memory, with --keys @host (default: 0)",
+    )
+    made.add_argument(
         "--content-formats",
         type=lambda text: text.split(","),
         metavar="LIST",
@@ -162,7 +176,7 @@ def planned(args: argparse.Namespace) -> Placement:
     return plan_placement(
         shape,
         tiers,
-        placement=Choice(*args.keys, *args.content),
+        placement=Choice(*args.keys, *args.content, resident=args.resident),
         content_formats=args.content_formats,
         reserves=Reserves(weights, args.activations, args.kv_cache, args.host_reserve, args.disk_reserve),
         gpus=args.gpus,
