@@ -173,10 +173,11 @@ def planned(args: argparse.Namespace) -> Placement:
     weights = args.weights
     if weights is None:
         weights = sum(file.stat().st_size for file in Path(args.model).glob("*.safetensors")) if args.model else 0
+    (keys, keys_on), (content, content_on) = args.keys, args.content
     return plan_placement(
         shape,
         tiers,
-        placement=Choice(*args.keys, *args.content, resident=args.resident),
+        placement=Choice(keys, keys_on, content, content_on, resident=args.resident),
         content_formats=args.content_formats,
         reserves=Reserves(weights, args.activations, args.kv_cache, args.host_reserve, args.disk_reserve),
         gpus=args.gpus,
