@@ -440,6 +440,17 @@ def test_routing_is_bound_by_bytes_or_by_products(keys: str, bytes_per_number: i
     assert found.routing_seconds(1024) == pytest.approx(18 * 2 * 1024 * 1024 * 1_562_500 / 1e14, rel=1e-12)
 
 
+def test_products_of_keys_in_8_bits_have_a_rate_of_their_own() -> None:
+    """Where it is known; wider keys never have it."""
+    for keys, wanted in (("bf16", 1e14), ("fp16", 1e14), ("fp8", 4e14), ("int8", 4e14)):
+        shape = replace(SHAPE, dtype="fp16") if keys == "fp16" else SHAPE
+        for narrow in (4e14, None):
+            tiers = Tiers(10**12, 10**12, 10**12, Rates("x", copy=1e15, matmul=1e14, narrow_matmul=narrow))
+            found = plan_placement(shape, tiers, placement=Choice(keys=keys))
+            rate = wanted if narrow else 1e14
+            assert found.routing_seconds(1024) == pytest.approx(18 * 2 * 1024 * 1024 * 1_562_500 / rate, rel=1e-12)
+
+
 def test_layers_are_bound_one_by_one() -> None:
     """fp8 scales weigh more in narrow layers: at the same tokens one may be bound by bytes, the other by products."""
     rates = Rates("x", copy=1.0, matmul=1.0)
@@ -601,6 +612,8 @@ def test_options_come_before_what_the_model_says(tmp_path: Path, capsys: pytest.
 
 def test_command_takes_rates_of_an_unknown_device(capsys: pytest.CaptureFixture[str]) -> None:
     shape = ("--tokens", "100M", "--layers", "18", "--groups", "8", "--head-dim", "128")
+    given = json.loads(run(capsys, *shape, *ROOM, "--gpu", "H200", "--matmul", "300T", "--json"))["rates"]
+    assert (given["matmul"], given["narrow_matmul"], given["copy"]) == (300e12, None, RATES["H200"].copy)
     printed = run(capsys, *shape, *ROOM, "--bandwidth", "2T", "--matmul", "300T")
     assert "routing 32 tokens, all layers: 28.8 ms" in printed and "given by the caller" in printed
 

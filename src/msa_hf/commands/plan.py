@@ -197,7 +197,8 @@ def _tiers(args: argparse.Namespace) -> Tiers:
     rates: Rates | None = RATES[args.gpu] if args.gpu else here.rates
     if args.bandwidth or args.matmul:
         rates = replace(rates or Rates("this device"), source="given by the caller")
-        rates = replace(rates, copy=args.bandwidth or rates.copy, matmul=args.matmul or rates.matmul)
+        rates = replace(rates, copy=args.bandwidth or rates.copy)
+        rates = replace(rates, matmul=args.matmul, narrow_matmul=None) if args.matmul else rates
     return replace(here, **named, rates=rates)
 
 
