@@ -28,7 +28,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from msa_hf import MemoryBank
-from msa_hf.bank.parallel import Ranks, ShardedBank, shares
+from msa_hf.bank.parallel import ShardedBank, shares
+from msa_hf.bank.ranks import Ranks
 from msa_hf.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory
 
 CHUNK = 64

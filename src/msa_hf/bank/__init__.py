@@ -3,7 +3,8 @@ that several processes share (docs/parallel.md); and banks in tiers (docs/scalin
 
 from .lock import BankLocked
 from .open_bank import BankDamaged, OpenBank
-from .parallel import RankFailed, ShardedBank, shard_bank
+from .parallel import ShardedBank, shard_bank
+from .ranks import RankFailed
 from .segments import Damage
 from .tiers import TieredBank, place_bank
 

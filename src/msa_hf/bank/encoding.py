@@ -55,7 +55,7 @@ from ..storage_msa import (
 from .changes import text_digest
 from .lock import WriterLock
 from .opening import empty_manifest, remove_unnamed
-from .parallel import RankFailed, Ranks
+from .ranks import RankFailed, Ranks
 
 logger = logging.getLogger(__name__)
 FOLDER = ".encoding"  # in the bank's directory: the parts of a run that is not complete
