@@ -43,8 +43,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from msa_hf import MemoryBank, MSAForCausalLM
 from msa_hf.bank import TieredBank, place_bank
-from msa_hf.bank.plan import GB, Choice, DoesNotFit, Reserves, Tiers, measured_tiers
+from msa_hf.bank.free_memory import Tiers, measured_tiers
+from msa_hf.bank.plan import Choice, DoesNotFit, Reserves
 from msa_hf.bank.rows import Rows, placed_rows
+from msa_hf.bank.shapes import GB
 from msa_hf.bank.sources import BankSource, source_of
 from msa_hf.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory
 from msa_hf.ops import BACKENDS, use_backend

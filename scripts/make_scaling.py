@@ -21,7 +21,9 @@ import torch
 from computed_tables import run, table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from msa_hf.bank.plan import GB, RATES, BankShape, Choice, Placement, Reserves, Tiers, plan_placement
+from msa_hf.bank.free_memory import RATES, Tiers
+from msa_hf.bank.plan import Choice, Placement, Reserves, plan_placement
+from msa_hf.bank.shapes import GB, BankShape
 from msa_hf.configuration_msa import default_memory_layers
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from msa_hf import MemoryBank, MSAForCausalLM
 from msa_hf.bank import tiers
-from msa_hf.bank.plan import Tiers
+from msa_hf.bank.free_memory import Tiers
 from msa_hf.cli import main
 from msa_hf.generation import COMPACT, PUBLISHED, MemoryInterleave
 

@@ -13,23 +13,10 @@ import torch
 from families import base_model
 
 from msa_hf import MSAForCausalLM, cli
-from msa_hf.bank import plan
-from msa_hf.bank.plan import (
-    FORMATS,
-    GB,
-    RATES,
-    TIERS,
-    BankShape,
-    Choice,
-    DoesNotFit,
-    Placement,
-    Rates,
-    Reserves,
-    Tiers,
-    free_host_memory,
-    measured_tiers,
-    plan_placement,
-)
+from msa_hf.bank import free_memory
+from msa_hf.bank.free_memory import RATES, TIERS, Rates, Tiers, free_host_memory, measured_tiers
+from msa_hf.bank.plan import Choice, DoesNotFit, Placement, Reserves, plan_placement
+from msa_hf.bank.shapes import FORMATS, GB, BankShape
 from msa_hf.ops.quantise import quantise_keys
 
 SHAPE = BankShape.for_tokens(100_000_000, [(8, 128)] * 18)  # the 4B shape
@@ -497,8 +484,8 @@ def test_keys_in_host_memory_travel_over_the_link() -> None:
 
 
 def test_planning_with_given_tiers_looks_at_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("measured_tiers", "free_host_memory"):
-        monkeypatch.setattr(plan, name, None)
+    for name in ("plan.measured_tiers", "free_memory.measured_tiers", "free_memory.free_host_memory"):
+        monkeypatch.setattr(f"msa_hf.bank.{name}", None)
     plan_placement(SHAPE, Tiers(141 * GB, 137 * GB, 64 * GB))
 
 
@@ -506,9 +493,9 @@ def test_measured_tiers_are_what_the_system_says(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (7, 9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
-    monkeypatch.setattr(plan, "free_host_memory", lambda: 11)
+    monkeypatch.setattr(free_memory, "free_host_memory", lambda: 11)
     monkeypatch.setattr(
-        plan.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 13 if path == tmp_path else 0})
+        free_memory.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 13 if path == tmp_path else 0})
     )
     assert measured_tiers(directory=tmp_path, present=2) == Tiers(7, 11, 15, RATES["H200"])
     assert measured_tiers("cpu", tmp_path) == Tiers(None, 11, 13)

@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from msa_hf import MemoryBank
 from msa_hf.bank import place_bank, rows, tiers
+from msa_hf.bank.free_memory import Tiers
 from msa_hf.bank.hot_documents import HotDocuments
-from msa_hf.bank.plan import BankShape, Choice, DoesNotFit, Reserves, Tiers
+from msa_hf.bank.plan import Choice, DoesNotFit, Reserves
 from msa_hf.bank.rows import Rows, Staging, pinned, placed_rows
+from msa_hf.bank.shapes import BankShape
 from msa_hf.bank.sources import source_of
 from msa_hf.generation import MemoryInterleave
 from msa_hf.memory_msa import LayerMemory

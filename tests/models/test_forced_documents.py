@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from msa_hf import routing_msa
 from msa_hf.bank import place_bank, shard_bank
-from msa_hf.bank.plan import Choice, Reserves, Tiers
+from msa_hf.bank.free_memory import Tiers
+from msa_hf.bank.plan import Choice, Reserves
 from msa_hf.bank.rows import Rows
 from msa_hf.chosen_msa import Chosen, score_chosen, scores_at
 from msa_hf.routing_msa import NO_SCORE, normalize_heads, score_documents

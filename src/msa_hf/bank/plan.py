@@ -10,202 +10,23 @@ products, whichever takes longer. Launches, the choice of the best documents and
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-GB = 10**9
-TIERS = ("device", "host", "disk")
-SCALE_BYTES = 4  # float32
+from .free_memory import TIERS, Tiers, measured_tiers
+from .shapes import (
+    AUTO_KEY_FORMATS,
+    CONTENT_FORMATS,
+    FORMATS,
+    GB,
+    KEY_FORMATS,
+    NOT_ROUTED,
+    BankShape,
+    require_known,
+)
+
 MAX_GPUS = 2**20
-
-
-@dataclass(frozen=True)
-class Format:
-    """How numbers are kept: their bits, and whether each vector (a routing key, a key, a value) has a float32 scale."""
-
-    bits: int
-    scaled: bool = False
-
-    def vector_bytes(self, width: int) -> int:
-        """Bytes of a vector of `width` numbers."""
-        return -(-width * self.bits // 8) + SCALE_BYTES * self.scaled
-
-
-# Widest first; of equals the preferred one first.
-FORMATS = {
-    "fp32": Format(32),
-    "bf16": Format(16),
-    "fp16": Format(16),
-    "fp8": Format(8, scaled=True),
-    "int8": Format(8, scaled=True),
-    "int4": Format(4, scaled=True),
-}
-KEY_FORMATS = tuple(FORMATS)
-CONTENT_FORMATS = ("fp32", "bf16", "fp16", "fp8")
-# What `plan_placement` takes for granted: keys in 8 bits where they must be, content as it is.
-AUTO_KEY_FORMATS = ("fp32", "bf16", "fp16", "fp8", "int8")
-# Formats that `quantise_keys` makes and no operation scores as they lie.
-NOT_ROUTED = {"int4": " (packed: route_documents cannot score them as they lie yet)"}
-DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-
-@dataclass(frozen=True)
-class Rates:
-    """How fast a device is.
-
-    Attributes:
-        name: as `torch.cuda.get_device_name()` has it.
-        copy: bytes per second of a copy within the device, read and written both counted.
-        matmul: floating point operations per second of a large bf16 matrix product.
-        narrow_matmul: the same with numbers of 8 bits (None: no faster).
-        host_link: bytes per second from pinned host memory to the device, in one long copy.
-        host_fetch: bytes per second of rows gathered in host memory, then copied to the device.
-        disk: bytes per second of rows read from disk.
-        source: where the figures come from. None stands for a rate that is not known.
-    """
-
-    name: str
-    copy: float | None = None
-    matmul: float | None = None
-    narrow_matmul: float | None = None
-    host_link: float | None = None
-    host_fetch: float | None = None
-    disk: float | None = None
-    source: str = "given by the caller"
-
-
-RATES = {
-    "H200": Rates(
-        "NVIDIA H200",
-        copy=4.25e12,
-        matmul=779e12,
-        narrow_matmul=1436e12,
-        host_link=55.5e9,
-        host_fetch=5.3e9,
-        source="measured on one H200 with torch 2.11: copy, 8192^3 bf16 product, route_documents of 1,024 tokens with "
-        "fp8 keys, pinned copy, index_select of 1 MB",
-    ),
-    "H100": Rates(
-        "NVIDIA H100 80GB HBM3",
-        copy=3.0e12,
-        matmul=798e12,
-        source="measured on one H100 80GB HBM3 with torch 2.11: copy, 8192^3 bf16 product",
-    ),
-}
-
-
-def rates_of(name: str) -> Rates | None:
-    """The rates of a device by its name, None for one that was not measured."""
-    return next((rates for rates in RATES.values() if rates.name == name), None)
-
-
-@dataclass(frozen=True)
-class BankShape:
-    """What decides a bank's size.
-
-    Attributes:
-        documents, chunks: how many.
-        layers: (groups, head_dim) of each memory layer.
-        dtype: format of its keys and content: nothing is kept wider.
-        text_bytes: of the documents' table, which stays on disk.
-    """
-
-    documents: int
-    chunks: int
-    layers: tuple[tuple[int, int], ...]
-    dtype: str = "bf16"
-    text_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple((int(groups), int(dim)) for groups, dim in self.layers))
-        if (
-            min(self.documents, self.text_bytes) < 0
-            or self.chunks < self.documents
-            or bool(self.documents) != bool(self.chunks)
-        ):
-            raise ValueError(
-                f"Every document has at least one chunk, and `text_bytes` is not negative; got {self.documents} "
-                f"documents, {self.chunks} chunks, {self.text_bytes} bytes."
-            )
-        if not self.layers or min(itertools.chain(*self.layers)) < 1:
-            raise ValueError(f"`layers` must be (groups, head_dim) of at least one layer, got {list(self.layers)}.")
-        _known("dtype", [self.dtype], CONTENT_FORMATS)
-
-    @classmethod
-    def for_tokens(
-        cls,
-        tokens: int,
-        layers: Sequence[tuple[int, int]],
-        *,
-        document_tokens: int = 1024,
-        chunk_size: int = 64,
-        dtype: str = "bf16",
-        text_bytes: int = 0,
-    ) -> BankShape:
-        """The shape of `tokens` tokens in documents of `document_tokens`, the last one shorter where it must be."""
-        if tokens < 0 or document_tokens < 1 or chunk_size < 1:
-            raise ValueError("`tokens` must be at least 0, `document_tokens` and `chunk_size` at least 1.")
-        whole, rest = divmod(tokens, document_tokens)
-        chunks = whole * -(-document_tokens // chunk_size) + -(-rest // chunk_size)
-        return cls(whole + (rest > 0), chunks, tuple(layers), dtype, text_bytes)
-
-    @classmethod
-    def of(cls, bank: Any) -> BankShape:
-        """The shape of a `MemoryBank`."""
-        layers = tuple(tuple(memory.content.shape[2:]) for memory in bank.layers.values())
-        return cls(len(bank), bank.num_chunks, layers, DTYPES[str(bank.dtype).removeprefix("torch.")])
-
-    def key_bytes(self, format: str, layers: slice = slice(None)) -> int:
-        """Bytes of the routing keys with their scales, of some layers."""
-        return self.chunks * sum(FORMATS[format].vector_bytes(groups * dim) for groups, dim in self.layers[layers])
-
-    def content_bytes(self, format: str) -> int:
-        """Bytes of the pooled keys and values with their scales."""
-        return 2 * self.key_bytes(format)
-
-    @property
-    def index_bytes(self) -> int:
-        """Bytes of each document's first chunk (int64, and the end) and whether it is there (bool)."""
-        return 8 * (self.documents + 1) + self.documents
-
-    @property
-    def saved_bytes(self) -> int:
-        """Bytes of keys, content and texts as the bank is saved, without headers."""
-        return self.key_bytes(self.dtype) + self.content_bytes(self.dtype) + self.text_bytes
-
-    def share(self, gpus: int) -> BankShape:
-        """The largest of `gpus` even shares."""
-        chunks, documents, text = (-(-n // gpus) for n in (self.chunks, self.documents, self.text_bytes))
-        return replace(self, chunks=chunks, documents=documents, text_bytes=text)
-
-
-@dataclass(frozen=True)
-class Tiers:
-    """Bytes that are free, for one GPU's share of the bank.
-
-    Attributes:
-        device: of the GPU; None: there is none.
-        host: of host memory, pinned where there is a device.
-        disk: for what is mapped from disk. Files of the bank that lie there already count as free.
-        rates: how fast the device is; None: not known, and no times are stated.
-    """
-
-    device: int | None
-    host: int
-    disk: int
-    rates: Rates | None = None
-
-    def __post_init__(self) -> None:
-        if min(self.device or 0, self.host, self.disk) < 0:
-            raise ValueError(
-                f"Free bytes cannot be negative: device {self.device}, host {self.host}, disk {self.disk}."
-            )
-
-    def capacity(self, tier: str) -> int:
-        return getattr(self, tier) or 0
 
 
 @dataclass(frozen=True)
@@ -470,7 +291,7 @@ def plan_placement(
     if choice.cache < 0 or (choice.cache and not has_device):
         raise ValueError(f"`cache` must be bytes on a device, got {choice.cache}; device: {tiers.device}.")
     for name, places in (("keys_on", keys_on), ("content_on", content_on)):
-        _known(name, places, TIERS)
+        require_known(name, places, TIERS)
         if "device" in places and not has_device:
             raise ValueError(f"`{name}` is 'device', but there is no device.")
     request = _Request(
@@ -492,11 +313,6 @@ def plan_placement(
     return found
 
 
-def _known(name: str, given: Sequence[str], known: Sequence[str]) -> None:
-    if unknown := [item for item in given if item not in known]:
-        raise ValueError(f"`{name}` must be among {', '.join(known)}, got {unknown[0]!r}.")
-
-
 def _formats(
     name: str,
     shape: BankShape,
@@ -507,7 +323,7 @@ def _formats(
 ) -> tuple[str, ...]:
     """The formats that come into question, widest first."""
     asked = [chosen] if chosen is not None else given
-    _known(name, asked or (), known)
+    require_known(name, asked or (), known)
     possible = [item for item in known if _is_kept_in(shape.dtype, item)]
     if asked is None:
         return tuple(item for item in possible if item in default)
@@ -657,59 +473,3 @@ def _table(rows: Sequence[tuple[str, ...]], left: int) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-# What is free here ----------------------------------------------------------------------------------------------------
-
-
-def measured_tiers(device: Any = None, directory: str | Path = ".", present: int = 0) -> Tiers:
-    """What is free on this machine now.
-
-    Args:
-        device: a CUDA device; None for the current one, or none where there is none. `"cpu"` for none.
-        directory: where the bank lies or will lie on disk.
-        present: bytes of the bank's files that lie there already.
-    """
-    import torch
-
-    free, rates = None, None
-    if torch.device("cuda" if device is None else device).type == "cuda" and torch.cuda.is_available():
-        free, rates = torch.cuda.mem_get_info(device)[0], rates_of(torch.cuda.get_device_name(device))
-    return Tiers(free, free_host_memory(), shutil.disk_usage(directory).free + present, rates)
-
-
-def free_host_memory(root: str | Path = "/") -> int:
-    """Bytes of memory that programs may still take: the kernel's estimate, or less where a control group says so.
-
-    A virtual machine whose memory grows as it is used tells less than it can give; pass `Tiers` yourself there.
-
-    Raises:
-        OSError: on systems without /proc/meminfo.
-    """
-    root = Path(root)
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration) as error:
-        raise OSError("The free memory of this system cannot be read; pass it in `Tiers`.") from error
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-        path = next(line.removeprefix("0::/") for line in groups if line.startswith("0::/"))
-    except (OSError, StopIteration):
-        return free  # no control groups, or version 1
-    group = root / "sys/fs/cgroup" / path
-    while group != root / "sys/fs":
-        left = _group_free(group)
-        free = free if left is None else min(free, left)
-        group = group.parent
-    return free
-
-
-def _group_free(group: Path) -> int | None:
-    """What a control group leaves, None where it has no limit; file pages that are not in use can be taken back."""
-    try:
-        limit, current = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return None if limit == "max" else max(int(limit) - current + int(stat.get("inactive_file", 0)), 0)
-    except (OSError, ValueError):
-        return None

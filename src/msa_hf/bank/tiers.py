@@ -30,9 +30,11 @@ from ..ops.gather_documents import most_rows
 from ..ops.route_documents import narrowed, reduced
 from ..routing_msa import select_documents
 from ..storage_msa import chunk_ranges
+from .free_memory import Tiers, measured_tiers
 from .hot_documents import HotDocuments
-from .plan import DTYPES, NOT_ROUTED, BankShape, Choice, Placement, Reserves, Tiers, measured_tiers, plan_placement
+from .plan import Choice, Placement, Reserves, plan_placement
 from .rows import Rows, placed_rows
+from .shapes import DTYPES, NOT_ROUTED, BankShape
 from .sources import BankSource, source_of
 
 logger = logging.getLogger(__name__)

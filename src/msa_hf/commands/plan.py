@@ -9,21 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..bank.plan import (
-    CONTENT_FORMATS,
-    GB,
-    KEY_FORMATS,
-    RATES,
-    TIERS,
-    BankShape,
-    Choice,
-    Placement,
-    Rates,
-    Reserves,
-    Tiers,
-    measured_tiers,
-    plan_placement,
-)
+from ..bank.free_memory import RATES, TIERS, Rates, Tiers, measured_tiers
+from ..bank.plan import Choice, Placement, Reserves, plan_placement
+from ..bank.shapes import CONTENT_FORMATS, GB, KEY_FORMATS, BankShape
 from ..user_errors import reported
 from .options import command
 

@@ -1,0 +1,126 @@
+"""How large a bank is: documents, chunks, layers, and the formats that its keys and content may have."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+GB = 10**9
+SCALE_BYTES = 4  # float32
+
+
+@dataclass(frozen=True)
+class Format:
+    """How numbers are kept: their bits, and whether each vector (a routing key, a key, a value) has a float32 scale."""
+
+    bits: int
+    scaled: bool = False
+
+    def vector_bytes(self, width: int) -> int:
+        """Bytes of a vector of `width` numbers."""
+        return -(-width * self.bits // 8) + SCALE_BYTES * self.scaled
+
+
+# Widest first; of equals the preferred one first.
+FORMATS = {
+    "fp32": Format(32),
+    "bf16": Format(16),
+    "fp16": Format(16),
+    "fp8": Format(8, scaled=True),
+    "int8": Format(8, scaled=True),
+    "int4": Format(4, scaled=True),
+}
+KEY_FORMATS = tuple(FORMATS)
+CONTENT_FORMATS = ("fp32", "bf16", "fp16", "fp8")
+# What `plan_placement` takes for granted: keys in 8 bits where they must be, content as it is.
+AUTO_KEY_FORMATS = ("fp32", "bf16", "fp16", "fp8", "int8")
+# Formats that `quantise_keys` makes and no operation scores as they lie.
+NOT_ROUTED = {"int4": " (packed: route_documents cannot score them as they lie yet)"}
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True)
+class BankShape:
+    """What decides a bank's size.
+
+    Attributes:
+        documents, chunks: how many.
+        layers: (groups, head_dim) of each memory layer.
+        dtype: format of its keys and content: nothing is kept wider.
+        text_bytes: of the documents' table, which stays on disk.
+    """
+
+    documents: int
+    chunks: int
+    layers: tuple[tuple[int, int], ...]
+    dtype: str = "bf16"
+    text_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple((int(groups), int(dim)) for groups, dim in self.layers))
+        if (
+            min(self.documents, self.text_bytes) < 0
+            or self.chunks < self.documents
+            or bool(self.documents) != bool(self.chunks)
+        ):
+            raise ValueError(
+                f"Every document has at least one chunk, and `text_bytes` is not negative; got {self.documents} "
+                f"documents, {self.chunks} chunks, {self.text_bytes} bytes."
+            )
+        if not self.layers or min(itertools.chain(*self.layers)) < 1:
+            raise ValueError(f"`layers` must be (groups, head_dim) of at least one layer, got {list(self.layers)}.")
+        require_known("dtype", [self.dtype], CONTENT_FORMATS)
+
+    @classmethod
+    def for_tokens(
+        cls,
+        tokens: int,
+        layers: Sequence[tuple[int, int]],
+        *,
+        document_tokens: int = 1024,
+        chunk_size: int = 64,
+        dtype: str = "bf16",
+        text_bytes: int = 0,
+    ) -> BankShape:
+        """The shape of `tokens` tokens in documents of `document_tokens`, the last one shorter where it must be."""
+        if tokens < 0 or document_tokens < 1 or chunk_size < 1:
+            raise ValueError("`tokens` must be at least 0, `document_tokens` and `chunk_size` at least 1.")
+        whole, rest = divmod(tokens, document_tokens)
+        chunks = whole * -(-document_tokens // chunk_size) + -(-rest // chunk_size)
+        return cls(whole + (rest > 0), chunks, tuple(layers), dtype, text_bytes)
+
+    @classmethod
+    def of(cls, bank: Any) -> BankShape:
+        """The shape of a `MemoryBank`."""
+        layers = tuple(tuple(memory.content.shape[2:]) for memory in bank.layers.values())
+        return cls(len(bank), bank.num_chunks, layers, DTYPES[str(bank.dtype).removeprefix("torch.")])
+
+    def key_bytes(self, format: str, layers: slice = slice(None)) -> int:
+        """Bytes of the routing keys with their scales, of some layers."""
+        return self.chunks * sum(FORMATS[format].vector_bytes(groups * dim) for groups, dim in self.layers[layers])
+
+    def content_bytes(self, format: str) -> int:
+        """Bytes of the pooled keys and values with their scales."""
+        return 2 * self.key_bytes(format)
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of each document's first chunk (int64, and the end) and whether it is there (bool)."""
+        return 8 * (self.documents + 1) + self.documents
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of keys, content and texts as the bank is saved, without headers."""
+        return self.key_bytes(self.dtype) + self.content_bytes(self.dtype) + self.text_bytes
+
+    def share(self, gpus: int) -> BankShape:
+        """The largest of `gpus` even shares."""
+        chunks, documents, text = (-(-n // gpus) for n in (self.chunks, self.documents, self.text_bytes))
+        return replace(self, chunks=chunks, documents=documents, text_bytes=text)
+
+
+def require_known(name: str, given: Sequence[str], known: Sequence[str]) -> None:
+    if unknown := [item for item in given if item not in known]:
+        raise ValueError(f"`{name}` must be among {', '.join(known)}, got {unknown[0]!r}.")
