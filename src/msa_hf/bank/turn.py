@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import attention_msa
 from ..chosen_msa import Chosen, score_chosen, scores_at
 from ..chunks_msa import chunk_rows
+from ..ops.gather_documents import most_rows
 from ..routing_msa import NO_SCORE, score_documents, select_documents
 
 if TYPE_CHECKING:
@@ -339,7 +340,7 @@ class Turn:
         if width is None:
             width = self.bank.most_rows(everyones.shape[1])
             if width > MOST_UNKNOWN_ROWS:
-                width = _most_rows(everyones, offsets)
+                width = most_rows(everyones, offsets)
         rows, slots, valid = chunk_rows(everyones, offsets, width)
         first, end = self.bank.own_chunks
         mine = valid & (rows >= first) & (rows < end)
@@ -391,8 +392,3 @@ def merge(packed: Tensor, k: int) -> tuple[Tensor, Tensor]:
     documents, bits = candidates.unbind(-1)
     places, scores = select_documents(bits.int().view(torch.float32), k)
     return documents.gather(1, places.clamp(min=0)).masked_fill(places < 0, -1), scores
-
-
-def _most_rows(documents: Tensor, offsets: Tensor) -> int:
-    counts = offsets.diff()[documents.clamp(min=0)].masked_fill(documents < 0, 0)
-    return int(counts.sum(1).max())
