@@ -14,6 +14,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.utils import logging
 
 from .attention_msa import IMPLEMENTATIONS
+from .compat_msa import warn_of_untested_version
 from .configuration_msa import AUTO_MAP, FIELDS, MSAConfig
 from .retrofit_msa import (
     ROUTER_MODULES,
@@ -36,6 +37,7 @@ REMOTE_FILES = tuple(
         "checkpoint",
         "chosen",
         "chunks",
+        "compat",
         "configuration",
         "encoding",
         "inference",
@@ -88,6 +90,7 @@ class CheckpointMixin:
         return super().__new__(cls)
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        warn_of_untested_version()
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         attach_routers(cast(nn.Module, self), config)
         if not next(cast(nn.Module, self).parameters()).is_meta:
@@ -249,6 +252,7 @@ class CheckpointMixin:
             raise ValueError(f"{cls.__name__} cannot stand on {type(model).__name__}; it needs {wanted}.")
         attention_layers(model)
         implementation = memory_implementation(model.config._attn_implementation)
+        warn_of_untested_version()
         old, base_class = model.config, type(model)
         config._attn_implementation = old._attn_implementation
         config._experts_implementation = old._experts_implementation

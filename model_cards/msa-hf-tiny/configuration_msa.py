@@ -8,6 +8,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .compat_msa import CACHE_NAMES
+
 # The files that travel with a checkpoint (`trust_remote_code=True`); flat, importing only each other.
 AUTO_MAP = {
     "AutoConfig": "configuration_msa.MSAConfig",
@@ -89,7 +91,7 @@ class MSAConfig(PreTrainedConfig):
 
     model_type = "msa"
     # Trainer evaluates what is left of an output; it adds its own names, to a list.
-    keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "aux_loss", "answer_loss", "routing"]
+    keys_to_ignore_at_inference = [*CACHE_NAMES, "lm_loss", "aux_loss", "answer_loss", "routing"]
 
     # Declared, so that transformers does not take `top_k` for an option of generate().
     base_model_type: str | None

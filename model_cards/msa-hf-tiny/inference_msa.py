@@ -11,10 +11,12 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from .attention_msa import AttendingPass, EncodingDone, EncodingPass, PrefixPass
 from .cache_msa import MSACache
+from .compat_msa import CACHE, NEWEST_TESTED, rename_cache
 from .encoding_msa import encode_documents
 from .memory_msa import BankOrigin, LayerMemory, MemoryBank, model_fingerprint, tokenizer_fingerprint
 from .routing_msa import LayerRouting
@@ -188,13 +190,13 @@ class MemoryMixin:
             raise ValueError("With a memory, `attention_mask` must be [batch, tokens].")
         use_cache = kwargs.get("use_cache")
         use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
-        cache = kwargs.get("past_key_values")
+        cache: Any = rename_cache(kwargs)
         if cache is None and use_cache:
-            kwargs["past_key_values"] = cache = MSACache(config=self.config)
+            kwargs[CACHE] = cache = MSACache(config=self.config)
         if cache is not None and not hasattr(cache, "contexts"):
             raise TypeError(
                 f"A memory needs an MSACache, which keeps the chosen documents, got {type(cache).__name__}; "
-                "leave `past_key_values` out or pass MSACache(config=model.config)."
+                f"leave `{CACHE}` out or pass MSACache(config=model.config)."
             )
         past = 0 if cache is None else cache.get_seq_length()
         seen = past + length
@@ -303,7 +305,7 @@ class MemoryMixin:
             ValueError: also where `prefill_chunk_size` would cut the prompt before its last routing token.
         """
         memory = current(memory)  # one state of an open bank for all steps
-        if memory is None and not getattr(kwargs.get("past_key_values"), "contexts", None):
+        if memory is None and not getattr(rename_cache(kwargs), "contexts", None):
             return super().generate(inputs, **kwargs)  # type: ignore[misc]
         if memory is not None:
             self._check_bank(memory)
@@ -311,7 +313,8 @@ class MemoryMixin:
         if prompt is None:
             raise ValueError("generate() with a memory needs a prompt.")
         generation_config = kwargs.get("generation_config") or cast(Any, self).generation_config
-        if callable(custom := kwargs.get("custom_generate")):
+        custom = kwargs.get("custom_generate")
+        if callable(custom):
             # Transformers keeps these two from a decoding method that is a function, whatever its signature says.
             wanted = inspect.signature(custom).parameters.keys() & {"tokenizer", "streamer"}
             kwargs["custom_generate"] = functools.partial(
@@ -329,9 +332,9 @@ class MemoryMixin:
             if prompt.dim() == 2 and pad is not None and pad not in stops:
                 mask = (prompt != pad).long()
             kwargs["attention_mask"] = mask
-        if kwargs.get("past_key_values") is None and option("use_cache") is not False:
-            kwargs["past_key_values"] = MSACache(config=self.config)
-        cache = kwargs.get("past_key_values")
+        cache: Any = rename_cache(kwargs)
+        if cache is None and option("use_cache") is not False:
+            kwargs[CACHE] = cache = MSACache(config=self.config)
         past = 0 if cache is None else cache.get_seq_length()
         if mask.shape[1] <= past:
             raise ValueError(
@@ -360,13 +363,23 @@ class MemoryMixin:
         kwargs["routing_mask"] = routing_mask
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0) + self.config.first_position
-        return super().generate(inputs, memory=memory, **kwargs)  # type: ignore[misc]
+        output = super().generate(inputs, memory=memory, **kwargs)  # type: ignore[misc]
+        if cache is not None and custom is None:
+            refuse_lost_cache(cache, prompt.shape[1])
+        return output
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         # generate() takes `inputs_embeds` only where this signature names it.
+        cache: Any = rename_cache(kwargs)
         routing_mask = kwargs.pop("routing_mask", None)
+        if (
+            routing_mask is not None
+            and kwargs.get("use_cache") is not False
+            and input_ids.shape[1] > routing_mask.shape[1]
+        ):
+            refuse_lost_cache(cache, routing_mask.shape[1])
         force_documents = None if routing_mask is None else kwargs.pop("force_documents", None)
         model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
@@ -374,7 +387,6 @@ class MemoryMixin:
         if routing_mask is not None:
             ids = model_inputs.get("input_ids")
             length = (ids if ids is not None else model_inputs["inputs_embeds"]).shape[1]
-            cache = model_inputs.get("past_key_values")
             past = 0 if cache is None else cache.get_seq_length()
             # Generated tokens do not route.
             if past < routing_mask.shape[1]:
@@ -388,6 +400,20 @@ class MemoryMixin:
 def current(memory: Any) -> Any:
     """The state that an open bank is in now; a bank is its own, and so is None."""
     return memory.snapshot() if hasattr(memory, "snapshot") else memory
+
+
+def refuse_lost_cache(cache: Any, tokens: int) -> None:
+    """Raise RuntimeError where a cache of `generate` did not come back with the documents and the `tokens` it has seen.
+
+    A version of transformers that loses it, for example because it calls it by another name, would else route anew at
+    every token, and answer wrongly without an error.
+    """
+    if not getattr(cache, "contexts", None) or cache.get_seq_length() < tokens:
+        raise RuntimeError(
+            f"transformers {transformers.__version__} did not hand the cache of the memory from one step of generate() "
+            "to the next, so what is generated would be wrong. Update msa-hf, or install transformers "
+            f"{NEWEST_TESTED}, the newest that this code was tested with; use_cache=False works too, and is slow."
+        )
 
 
 def _of_documents(routing: LayerRouting, bank: MemoryBank) -> LayerRouting:
@@ -409,11 +435,10 @@ def attends(kwargs: dict[str, Any]) -> bool:
     """Whether a forward call has a memory, given now or kept in its cache."""
     if kwargs.get("memory") is not None:
         return True
-    if any(kwargs.get(name) is not None for name in ("routing_mask", "force_documents")) and not getattr(
-        kwargs.get("past_key_values"), "contexts", None
-    ):
+    contexts = getattr(rename_cache(kwargs), "contexts", None)
+    if not contexts and any(kwargs.get(name) is not None for name in ("routing_mask", "force_documents")):
         raise ValueError("`routing_mask` and `force_documents` need a `memory`.")
-    return bool(getattr(kwargs.get("past_key_values"), "contexts", None))
+    return bool(contexts)
 
 
 def without_memory(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention_msa import AttendingPass, EncodingPass, PrefixPass, chunks_of
+from .compat_msa import CACHE, rename_cache
 from .inference_msa import MemoryMixin
 from .losses_msa import auxiliary_loss, positive_mask
 from .memory_msa import LayerMemory
@@ -57,7 +58,7 @@ class TrainingMixin(MemoryMixin):
             raise ValueError("Pass packed rows (`doc_ids`) or a pool (`documents`), not both.")
         if kwargs.pop("memory", None) is not None:
             raise ValueError("A training step brings its own documents; leave `memory` out.")
-        others = [kwargs.pop(name, None) for name in ("past_key_values", "inputs_embeds")]
+        others = [rename_cache(kwargs), kwargs.pop(CACHE, None), kwargs.pop("inputs_embeds", None)]
         if input_ids is None or any(other is not None for other in others):
             raise ValueError("A training step takes `input_ids` and no cache.")
         if doc_ids is not None and routing_mask is not None:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..compat_msa import CACHE, cache_of
 from ..configuration_msa import full_attention_layers
 from . import protocol
 
@@ -84,7 +85,7 @@ class Feed:
         routes = padded([routes for _, routes in new], False, torch.bool)
         inputs = {"input_ids": self.ids, "attention_mask": self.mask, "routing_mask": routes}
         if self.cache is not None:
-            inputs["past_key_values"] = self.cache
+            inputs[CACHE] = self.cache
         return inputs, [len(new[self.row(item)][0]) for item in transcripts]
 
     def prefill(self, transcripts: list[Any]) -> tuple[Tensor, Any, list[int]]:
@@ -96,7 +97,7 @@ class Feed:
         inputs, counts = self.turn(transcripts)
         inputs["input_ids"] = inputs["input_ids"][:, -inputs["routing_mask"].shape[1] :]
         output = self.model(**inputs, memory=self.bank, use_cache=True, logits_to_keep=1)
-        self.cache = output.past_key_values
+        self.cache = cache_of(output)
         return self._pick(output.logits, transcripts), output.routing, counts
 
     def step(self, tokens: list[int], transcripts: list[Any]) -> Tensor:
@@ -106,7 +107,7 @@ class Feed:
             fed[self.row(item)] = token
         self.steps += 1
         mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), self.steps)], 1)
-        output = self.model(input_ids=fed, attention_mask=mask, past_key_values=self.cache, use_cache=True)
+        output = self.model(input_ids=fed, attention_mask=mask, **{CACHE: self.cache}, use_cache=True)
         return self._pick(output.logits, transcripts)
 
     def rewind(self) -> None:

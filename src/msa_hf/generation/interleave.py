@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.generation import BaseStreamer
 
+from ..compat_msa import CACHE, CACHE_NAMES
 from ..configuration_msa import full_attention_layers
 from .constrained import IdAutomaton, TokenTexts
 from .feed import Feed
@@ -456,7 +457,7 @@ class MemoryInterleave:
 
     def _answer_options(self, generation_config: Any, given: dict[str, Any]) -> dict[str, Any]:
         """Options of `generate` for the answer stage."""
-        for name in ("memory", "routing_mask", "force_documents", "input_ids", "attention_mask", "past_key_values"):
+        for name in ("memory", "routing_mask", "force_documents", "input_ids", "attention_mask", *CACHE_NAMES):
             if given.get(name) is not None:
                 raise ValueError(f"`{name}` is set by the rounds; it cannot be passed to ask().")
         if given.get("max_length") is not None:
@@ -490,8 +491,8 @@ class MemoryInterleave:
         if streamer is not None:
             streamer = AnswerStreamer(streamer, self.tokenizer, self.protocol, stops)
         width = inputs["input_ids"].shape[1]
-        if "past_key_values" in inputs and (beams := config.num_beams or 1) > 1:
-            inputs["past_key_values"].batch_repeat_interleave(beams)  # generate() expands all inputs but a cache
+        if CACHE in inputs and (beams := config.num_beams or 1) > 1:
+            inputs[CACHE].batch_repeat_interleave(beams)  # generate() expands all inputs but a cache
         output = self.model.generate(**inputs, memory=self.bank, streamer=streamer, **options)
         rows = output[:, width:].tolist()
         seconds = time.perf_counter() - start

@@ -1,0 +1,55 @@
+"""The differences between versions of transformers; no other file asks for a version or for a name that changed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from typing import Any
+
+import transformers
+from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+NEWEST_TESTED = "5.24"  # the newest minor release that the tests of this code ran on
+
+# An argument, and a field of outputs: `past_key_values` until 5.23, `cache` from 5.24 on. Callers may use either.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(BaseModelOutputWithPast)})
+
+
+def rename_cache(arguments: dict[str, Any]) -> Cache | None:
+    """Put the cache among the keyword arguments of a call under the name that this transformers knows, in place.
+
+    Returns:
+        The cache, None where there is none.
+
+    Raises:
+        ValueError: where two different caches are given.
+    """
+    given = {name: arguments.pop(name) for name in CACHE_NAMES if name in arguments}
+    caches = [cache for cache in given.values() if cache is not None]
+    if len(caches) == 2 and caches[0] is not caches[1]:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument, and each has another value.")
+    cache = caches[0] if caches else None
+    if given:
+        arguments[CACHE] = cache
+    return cache
+
+
+def cache_of(output: Any) -> Cache | None:
+    """The cache that a forward or `generate` returned, None where it returned none."""
+    return getattr(output, CACHE, None)
+
+
+def warn_of_untested_version() -> None:
+    """Say in one line, once, that transformers is newer than what this code was tested with."""
+    installed = re.match(r"(\d+)\.(\d+)", transformers.__version__)
+    newest = tuple(map(int, NEWEST_TESTED.split(".")))
+    if installed and tuple(map(int, installed.groups())) > newest:
+        logger.warning_once(
+            f"transformers {transformers.__version__} is newer than {NEWEST_TESTED}, the newest that this code of "
+            "msa-hf was tested with; update msa-hf, or install an older transformers, if something is amiss."
+        )
