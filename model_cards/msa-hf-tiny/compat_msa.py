@@ -44,6 +44,14 @@ def cache_of(output: Any) -> Cache | None:
     return getattr(output, CACHE, None)
 
 
+def readable_by_both_names(output_class: type) -> type:
+    """Let the cache of an output class be read as `cache` and as `past_key_values`; a class decorator."""
+    for name in CACHE_NAMES:
+        if name != CACHE:
+            setattr(output_class, name, property(cache_of, doc=f"The same as `{CACHE}`."))
+    return output_class
+
+
 def warn_of_untested_version() -> None:
     """Say in one line, once, that transformers is newer than what this code was tested with."""
     installed = re.match(r"(\d+)\.(\d+)", transformers.__version__)

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from .compat_msa import readable_by_both_names
 from .routing_msa import LayerRouting
 
 
+@readable_by_both_names
 @dataclass
 class MSACausalLMOutput(CausalLMOutputWithPast):
     """Output of a causal LM that attended to a memory.
@@ -28,6 +30,7 @@ class MSACausalLMOutput(CausalLMOutputWithPast):
     router_logits: tuple[Tensor, ...] | None = None
 
 
+@readable_by_both_names
 @dataclass
 class MSAModelOutput(BaseModelOutputWithPast):
     """Output of a headless model that attended to a memory; the rest as in `MSACausalLMOutput`."""

@@ -190,7 +190,13 @@ def assert_reference(made: Setup, batch: dict[str, Tensor], questions: Any = QUE
         assert_same(logits[sample], turn.logits)
         for layer, documents in turn.documents.items():
             found, scores = output.routing[layer], torch.tensor(turn.scores[layer])
-            assert found.documents[sample].tolist() == documents
+            chosen = found.documents[sample].tolist()
+            # Documents of equal text tie only where a row's place in a matrix does not change its last bits, which
+            # differs between processors: there any of them may stand for another, and nothing else may.
+            assert len(set(chosen)) == len(chosen) or -1 in chosen
+            for ours, theirs in zip(chosen, documents, strict=True):
+                tie = min(ours, theirs) >= 0 and turn.scores[layer][ours] == turn.scores[layer][theirs]
+                assert ours == theirs or tie
             assert_same_scores(found.document_scores[sample], scores)
             best = [turn.scores[layer][document] if document >= 0 else NEVER for document in documents]
             assert_same_scores(found.scores[sample], torch.tensor(best))
@@ -430,7 +436,7 @@ CORPORA = {
 @few
 @pytest.mark.parametrize("documents", CORPORA.values(), ids=CORPORA)
 def test_documents_of_odd_sizes(family, attention, documents) -> None:
-    """One document, documents of one token, of whole chunks, and equal ones (ties go to the first)."""
+    """One document, documents of one token, of whole chunks, and equal ones."""
     assert_reference(setup(family, attention, documents=documents), batch_of(QUESTIONS, ROUTES))
 
 
