@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +13,13 @@ from tqdm.auto import tqdm
 
 from .attention_msa import chunks_of
 from .memory_msa import Document, DocumentTable, LayerMemory, MemoryBank
+from .modes_msa import evaluating
 from .splitting_msa import LimitTooSmall, split_text
+from .tokenizing_msa import tokenize_texts
 
 # Documents read ahead and sorted by length, in batches' worth of tokens: little padding, bounded memory.
 WINDOW_BATCHES = 16
+BLOCK, BLOCK_CHARACTERS = 64, 65536  # documents whose texts are tokenized together: as many, or so much text
 
 
 @dataclass
@@ -66,22 +69,16 @@ def encode_documents(
     pieces: dict[int, list[LayerMemory]] = {layer: [] for layer in config.memory_layers}
     table: list[Document] = []
     lengths: list[int] = []
-    was_training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode(False), torch.no_grad(), progress:
-            prefix = model.encode_prefix()
-            items = reader.read(documents, progress)
-            while window := _window(items, batch_tokens * WINDOW_BATCHES):
-                for layer, memory in _encode_window(model, window, batch_tokens, device).items():
-                    pieces[layer].append(memory)
-                for item in window:
-                    chunks = -(-len(item.ids) // config.chunk_size)
-                    table.append(Document(item.key, item.text, item.metadata, len(item.ids), chunks))
-                    lengths.append(len(item.ids))
-    finally:
-        for module, training in was_training:
-            module.training = training
+    with torch.inference_mode(False), evaluating(model), progress:
+        prefix = model.encode_prefix()
+        items = reader.read(documents, progress)
+        while window := _window(items, batch_tokens * WINDOW_BATCHES):
+            for layer, memory in _encode_window(model, window, batch_tokens, device).items():
+                pieces[layer].append(memory)
+            for item in window:
+                chunks = -(-len(item.ids) // config.chunk_size)
+                table.append(Document(item.key, item.text, item.metadata, len(item.ids), chunks))
+                lengths.append(len(item.ids))
     if not table:
         raise ValueError("`documents` is empty: a bank needs at least one document.")
     layers = {}
@@ -156,6 +153,16 @@ def _refuse_nan(layers: dict[int, LayerMemory], batch: list[_Item], lengths: Ten
             )
 
 
+class _Fields(NamedTuple):
+    """What a user gave as document `number`; at least one of text and token ids."""
+
+    number: int
+    key: str
+    text: str | None
+    metadata: dict[str, Any] | None
+    ids: Tensor | None
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Turns what a user calls documents into items with token ids."""
@@ -171,19 +178,46 @@ class _Reader:
 
     def read(self, documents: Iterable[Any], progress: Any) -> Iterator[_Item]:
         keys: set[str] = set()
-        for number, document in enumerate(documents):
-            for item in self._items(number, document):
-                if item.key in keys:
-                    raise ValueError(f"Document {number} has the key {item.key!r}, which an earlier document has.")
-                keys.add(item.key)
-                yield item
-            progress.update()
+        for block in self._blocks(documents):
+            for number, items in self._tokenized(block):
+                for item in items:
+                    if item.key in keys:
+                        raise ValueError(f"Document {number} has the key {item.key!r}, which an earlier document has.")
+                    keys.add(item.key)
+                    yield item
+                progress.update()
 
-    def _items(self, number: int, document: Any) -> Iterator[_Item]:
-        key, text, metadata, given = self._fields(number, document)
-        if given is None and self.tokenizer is None:
+    def items(self, number: int, document: Any) -> Iterator[_Item]:
+        """A document, or its parts."""
+        return next(self._tokenized([self._fields(number, document)]))[1]
+
+    def _blocks(self, documents: Iterable[Any]) -> Iterator[list[_Fields]]:
+        """Documents whose texts are tokenized together; no more are read ahead than that is of use for."""
+        block: list[_Fields] = []
+        held = 0
+        for number, document in enumerate(documents):
+            fields = self._fields(number, document)
+            block.append(fields)
+            held += BLOCK_CHARACTERS if fields.ids is not None or fields.text is None else len(fields.text)
+            if held >= BLOCK_CHARACTERS or len(block) >= BLOCK:
+                yield block
+                block, held = [], 0
+        if block:
+            yield block
+
+    def _tokenized(self, block: Sequence[_Fields]) -> Iterator[tuple[int, Iterator[_Item]]]:
+        """The numbers and the items of documents."""
+        texts = [item.text for item in block if item.ids is None and item.text is not None]
+        if texts and self.tokenizer is None:
+            number = next(item.number for item in block if item.ids is None)
             raise ValueError(f"Document {number} is text; pass the `tokenizer` of the model to encode it.")
-        ids = torch.tensor(self._tokens(text), dtype=torch.int64) if given is None else given
+        coded = iter(tokenize_texts(self.tokenizer, texts, self.add_special_tokens) if texts else ())
+        for item in block:
+            ids = torch.tensor(next(coded).ids, dtype=torch.int64) if item.ids is None else item.ids
+            yield item.number, self._items(item, ids)
+
+    def _items(self, fields: _Fields, ids: Tensor) -> Iterator[_Item]:
+        number, key, text, metadata, given = fields
         if not len(ids):
             raise ValueError(f"Document {number} (key {key!r}) is empty; leave it out.")
         if self.vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
@@ -205,12 +239,11 @@ class _Reader:
             except LimitTooSmall as error:
                 raise ValueError(f"Document {number} (key {key!r}) cannot be split: {error}.") from None
 
-    def _fields(self, number: int, document: Any) -> tuple[str, str | None, dict[str, Any] | None, Tensor | None]:
-        """Key, text, metadata and token ids of a document."""
+    def _fields(self, number: int, document: Any) -> _Fields:
         if isinstance(document, str):
-            return str(number), document, None, None
+            return _Fields(number, str(number), document, None, None)
         if not isinstance(document, Mapping):
-            return str(number), None, None, _ids(number, document)
+            return _Fields(number, str(number), None, None, _ids(number, document))
         fields = dict(document)
         key = fields.pop(self.key_column, None)
         text, ids = fields.pop(self.text_column, None), fields.pop("input_ids", None)
@@ -228,11 +261,8 @@ class _Reader:
             json.dumps(fields, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"Document {number}: its metadata cannot be written as JSON: {error}.") from error
-        return str(number if key is None else key), text, fields or None, None if ids is None else _ids(number, ids)
-
-    def _tokens(self, text: str | None) -> list[int]:
-        coded = self.tokenizer(text, add_special_tokens=self.add_special_tokens, truncation=False, verbose=False)
-        return coded["input_ids"]
+        given = None if ids is None else _ids(number, ids)
+        return _Fields(number, str(number if key is None else key), text, fields or None, given)
 
     def _split(self, text: str | None, ids: list[int]) -> Iterator[tuple[str | None, list[int]]]:
         """Cut at a paragraph, line, sentence or word of the text; between chunks where only ids are there."""

@@ -5,6 +5,8 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Any
 
+from .tokenizing_msa import tokenize, tokenize_texts
+
 # Where a text may be cut, best first; looked for in the last quarter of what fits.
 BOUNDARIES = (
     re.compile(r"\n\s*\n"),
@@ -36,11 +38,9 @@ def split_text(
     """
 
     def tokens(piece: str) -> list[int]:
-        coded = tokenizer(piece, add_special_tokens=add_special_tokens, truncation=False, verbose=False)
-        return coded["input_ids"]
+        return tokenize(tokenizer, piece, add_special_tokens)
 
-    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
-    spans = whole["offset_mapping"]
+    spans = tokenize_texts(tokenizer, [text])[0].spans
     starts = [first for first, _ in spans]
     special = len(tokens(""))
     room = limit - special

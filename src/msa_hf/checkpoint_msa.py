@@ -44,12 +44,14 @@ REMOTE_FILES = tuple(
         "losses",
         "memory",
         "modeling",
+        "modes",
         "outputs",
         "packing",
         "retrofit",
         "routing",
         "splitting",
         "storage",
+        "tokenizing",
         "training",
     )
 )

@@ -365,7 +365,7 @@ class _Encoder:
         key = document.get(self.corpus.key_column)
         document[self.corpus.key_column] = key = str(number if key is None else key)
         given = document.get("input_ids") if self.protocol is None else None
-        pieces = self.reader._items(number, document) if self.protocol is None else self._wrapped(number, document)
+        pieces = self.reader.items(number, document) if self.protocol is None else self._wrapped(number, document)
         for piece, item in enumerate(pieces):
             if item.key != key and item.key in self.corpus.keys:
                 raise ValueError(
@@ -393,7 +393,7 @@ class _Encoder:
         def item(id: int, text: str, key: str, metadata: Mapping[str, Any]) -> _Item:
             row = self.protocol.document_row(id, text, self.tokenizer, key, metadata)
             row[self.corpus.text_column], row[self.corpus.key_column] = row.pop("text"), row.pop("key")
-            return next(iter(self.reader._items(number, row)))
+            return next(iter(self.reader.items(number, row)))
 
         if self.split:
             ids = self.protocol.encode(self.tokenizer, self.protocol.document, id=number, text=text)

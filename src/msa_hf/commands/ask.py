@@ -9,10 +9,13 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
 from ..bank import place_bank
 from ..generation import Answer, MemoryInterleave
 from ..generation.interleave import SELECTIONS
 from ..memory_msa import MemoryBank
+from ..tokenizing_msa import tokenize
 from ..user_errors import UserError, complain, reported
 from .loading import load, protocol_of
 from .options import add_model_options, at_least, command, positive
@@ -124,8 +127,8 @@ def answered(answer: Answer) -> dict[str, Any]:
 
 def generated(model: Any, tokenizer: Any, bank: MemoryBank, question: str, max_new_tokens: int) -> dict[str, Any]:
     """What the model writes behind a plain question, and the documents that each layer routed, as JSON values."""
-    inputs = tokenizer(question, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    length = inputs["input_ids"].shape[1]
+    ids = tokenize(tokenizer, question, add_special_tokens=True)
+    length = len(ids)
     if not length:
         raise UserError("the question is empty")
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -134,6 +137,7 @@ def generated(model: Any, tokenizer: Any, bank: MemoryBank, question: str, max_n
             f"the question has {length} tokens; with {max_new_tokens} of an answer (--max-new-tokens) that is more "
             f"than the model's {positions} positions hold"
         )
+    inputs = torch.tensor([ids], device=model.device)
     routing: dict[str, list[dict[str, Any]]] = {}
     routed = start = time.perf_counter()
 
@@ -153,7 +157,7 @@ def generated(model: Any, tokenizer: Any, bank: MemoryBank, question: str, max_n
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     hook = model.register_forward_hook(keep_routing)
     try:
-        output = model.generate(**inputs, memory=bank, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+        output = model.generate(inputs, memory=bank, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
     finally:
         hook.remove()
     written = output[0, length:]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..tokenizing_msa import tokenize
 from .protocol import Protocol
 
 LEAF = ""  # the key under which a node of the trie says what ends there: an id, or None for a marker
@@ -31,7 +32,7 @@ class TokenTexts:
         alphabet = {*words, *string.digits, *STAND_INS}
         names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         # Behind another token, because some decoders treat the first of a text in their own way.
-        anchor = tokenizer(protocol.id_format.format(id=0), add_special_tokens=False)["input_ids"][:1]
+        anchor = tokenize(tokenizer, protocol.id_format.format(id=0))[:1]
 
         def decode(ids: list[int]) -> str:
             return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

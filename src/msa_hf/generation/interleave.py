@@ -15,6 +15,7 @@ from transformers.generation import BaseStreamer
 
 from ..compat_msa import CACHE, CACHE_NAMES
 from ..configuration_msa import full_attention_layers
+from ..modes_msa import evaluating
 from .constrained import IdAutomaton, TokenTexts
 from .feed import Feed
 from .protocol import PUBLISHED, DocumentIds, Protocol, Segment
@@ -208,14 +209,9 @@ class MemoryInterleave:
             options = self._answer_options(generation_config, generate_kwargs)
             samples = [self._sample(number, text, options) for number, text in enumerate(texts)]
             answers: list[Answer] = []
-            was_training = self.model.training
-            self.model.eval()
-            try:
-                with torch.no_grad():
-                    for start in range(0, len(samples), batch_size):
-                        answers += self._ask(samples[start : start + batch_size], streamer, options)
-            finally:
-                self.model.train(was_training)
+            with evaluating(self.model):
+                for start in range(0, len(samples), batch_size):
+                    answers += self._ask(samples[start : start + batch_size], streamer, options)
         except BaseException:
             if streamer is not None:
                 streamer.end()  # or whoever reads the stream would wait for ever

@@ -17,6 +17,7 @@ from typing import Any
 from transformers.utils import cached_file
 
 from ..splitting_msa import split_text
+from ..tokenizing_msa import tokenize_texts
 
 PROTOCOL_FILE = "memory_protocol.json"
 FORMAT_VERSION = 1
@@ -134,19 +135,27 @@ class Protocol:
     def _encode(self, tokenizer: Any, pieces: Iterable[tuple[str, Mapping[str, Any]]]) -> list[int]:
         """Token ids of filled-in templates that follow one another without a seam."""
         special = re.compile("|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True))) or "(?!)")
-        ids: list[int] = []
+        texts: list[str] = []
+        markers: list[list[int]] = []  # behind every text but the last
         text = ""
         for template, values in pieces:
             for literal, name, specification, _ in string.Formatter().parse(template):
                 start = 0
                 for found in special.finditer(literal):
-                    ids += _tokenize(tokenizer, text + literal[start : found.start()])
-                    ids.append(self._special_id(tokenizer, found.group()))
+                    texts.append(text + literal[start : found.start()])
+                    markers.append([self._special_id(tokenizer, found.group())])
                     text, start = "", found.end()
                 text += literal[start:]
                 if name is not None:
                     text += format(values[name], specification or "")
-        return ids + _tokenize(tokenizer, text)
+        texts.append(text)
+        spelt = any(re.search(special.pattern, text, re.IGNORECASE) for text in texts)
+        own = [self._special_id(tokenizer, token) for token in self.special_tokens] if spelt else []
+        coded = iter(tokenize_texts(tokenizer, [text for text in texts if text], markers=own))
+        ids: list[int] = []
+        for text, marker in zip(texts, [*markers, []], strict=True):
+            ids += [*(next(coded).ids if text else ()), *marker]
+        return ids
 
     @staticmethod
     def _special_id(tokenizer: Any, token: str) -> int:
@@ -372,15 +381,6 @@ class Protocol:
             return cls.from_dict(record)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: {error}") from error
-
-
-def _tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of `text`, none of them special whatever it says."""
-    if not text:
-        return []
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, truncation=False, verbose=False)[
-        "input_ids"
-    ]
 
 
 def _literal(text: str) -> str:

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from ..generation import DocumentIds, MemoryInterleave, Protocol
 from ..memory_msa import MemoryBank
 from .data import SEPARATOR, _pad, question_ids
-
-
-@contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """`model` in evaluation mode and without gradients; every module gets its own mode back."""
-    was_training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in was_training:
-            module.training = training
 
 
 def text_of(bank: MemoryBank, position: int) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tokenizing_msa import tokenize
+
 IGNORED = -100
 SEPARATOR = "\n"
 
@@ -104,11 +106,7 @@ def _text(place: str, row: Mapping[str, Any], name: str) -> str:
 
 def question_ids(tokenizer: Any, question: str) -> list[int]:
     """The prompt that the collator trains: the question and a line break, no special tokens."""
-    return _tokenize(tokenizer, question + SEPARATOR)
-
-
-def _tokenize(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+    return tokenize(tokenizer, question + SEPARATOR)
 
 
 class QuestionCollator:
@@ -145,7 +143,7 @@ class QuestionCollator:
         self.tokenizer, self.pool, self.max_length = tokenizer, pool, max_length
         self.seed, self.drawn = seed, 0
         self.keys = list(documents)
-        self.tokens = {key: _tokenize(tokenizer, text) for key, text in documents.items()}
+        self.tokens = {key: tokenize(tokenizer, text) for key, text in documents.items()}
         for key, ids in self.tokens.items():
             if not ids:
                 raise ValueError(f"Document {key!r} has no tokens; leave it out.")
@@ -155,7 +153,7 @@ class QuestionCollator:
     def row(self, question: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         """Token ids of a question with its answer, closed by the end-of-sequence token, and their labels."""
         asked = question_ids(self.tokenizer, question["question"])
-        answer = _tokenize(self.tokenizer, question["answer"])
+        answer = tokenize(self.tokenizer, question["answer"])
         if self.tokenizer.eos_token_id is not None:
             answer.append(self.tokenizer.eos_token_id)
         if self.max_length is not None and len(asked) + len(answer) > self.max_length:

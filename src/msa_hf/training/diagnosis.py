@@ -14,8 +14,9 @@ from ..evaluation import exact_match
 from ..generation import DocumentIds, MemoryInterleave, Protocol
 from ..generation.interleave import ROUTER_DOCUMENTS
 from ..memory_msa import MemoryBank
+from ..modes_msa import evaluating
 from ..routing_msa import select_documents
-from .asking import BM25, Writer, evaluating, prompt_of, require_bm25s, text_of
+from .asking import BM25, Writer, prompt_of, require_bm25s, text_of
 from .data import DataError, _pad, _rows, _text
 
 # In the order in which they are measured: what BM25 reads depends on what was routed.

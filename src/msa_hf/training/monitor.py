@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..generation import Protocol
-from .data import _tokenize
+from ..tokenizing_msa import tokenize
 from .diagnosis import router_recall
 
 
@@ -162,7 +162,7 @@ class RouterMonitor(TrainerCallback):
                 {"key": row["key"], "input_ids": row["input_ids"]} for row in protocol.encode_corpus(rows, tokenizer)
             ]
         else:
-            self._documents = [{"key": row["key"], "input_ids": _tokenize(tokenizer, row["text"])} for row in rows]
+            self._documents = [{"key": row["key"], "input_ids": tokenize(tokenizer, row["text"])} for row in rows]
         self.measurements: list[dict[str, Any]] = []
         self.log: Any = None
         self._unshown: dict[str, float] = {}

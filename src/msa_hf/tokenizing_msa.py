@@ -1,0 +1,192 @@
+"""Text in tokens, none of which is a marker, whatever the text says and whoever else uses the tokenizer.
+
+A fast tokenizer's options are state of a backend that all threads share: another thread's plain call, between setting
+them and encoding, would let a document's text become special tokens, or cut it. So texts go through a copy of the
+backend that nobody else knows and whose options never change.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import unicodedata
+import weakref
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Besides letters, digits and white space: what an added token may hold that is a word and no marker.
+WORD_CHARACTERS = frozenset("-_'’.▁")
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """A text in tokens.
+
+    Attributes:
+        ids: tokens.
+        spans: the characters that each token stands for, from and up to; (0, 0) for tokens that the tokenizer added.
+            Empty where a tokenizer cannot tell.
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+
+def tokenize(tokenizer: Any, text: str, add_special_tokens: bool = False) -> list[int]:
+    """Token ids of a text, without markers; see `tokenize_texts`."""
+    return tokenize_texts(tokenizer, [text], add_special_tokens)[0].ids
+
+
+def tokenize_texts(
+    tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = False, markers: Collection[int] = ()
+) -> list[TokenizedText]:
+    """Texts in tokens, each by itself.
+
+    A token is a marker if it is special, by its own flag or by the tokenizer's names for special tokens, or if it was
+    added to the vocabulary and is not spelt like a word: text that spells a marker becomes other tokens. Words that
+    were added, and runs of white space, are text like any other. Only a marker of a single character cannot be told
+    from the text that spells it.
+
+    Neither the tokenizer's settings of padding and truncation count, nor does anything change in the tokenizer.
+
+    Args:
+        tokenizer: fast ones are copied once, and again when tokens were added to them.
+        texts: what to tokenize.
+        add_special_tokens: whether the tokenizer adds its own, at the beginning or the end.
+        markers: further token ids that no text may become, however they are spelt.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        refused = _markers(tokenizer).union(markers)
+        return [TokenizedText(_tokenize_slowly(tokenizer, text, add_special_tokens, refused), []) for text in texts]
+    private = _private_copy(tokenizer)
+    refused = private.markers.union(markers)
+    coded = private.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+    return [
+        _checked(private.backend, text, item, add_special_tokens, refused)
+        for text, item in zip(texts, coded, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _PrivateCopy:
+    """A backend of our own.
+
+    Attributes:
+        made_of: what the tokenizer's tokens were then.
+        backend: splits special tokens like text, and has every marker for one.
+        markers: token ids that no text may become.
+    """
+
+    made_of: Any
+    backend: Any
+    markers: frozenset[int]
+
+
+_copies: weakref.WeakKeyDictionary[Any, _PrivateCopy] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def _private_copy(tokenizer: Any) -> _PrivateCopy:
+    """The copy of a fast tokenizer's backend, made now where there is none or the tokenizer has changed since."""
+    backend = tokenizer.backend_tokenizer
+    added = backend.get_added_tokens_decoder()
+    # The post-processor, which says what `add_special_tokens` adds, changes with options such as `add_bos_token`.
+    adds = None if backend.post_processor is None else backend.post_processor.__getstate__()
+    flags = tuple((number, token.content, token.special) for number, token in added.items())
+    made_of = (id(backend), adds, frozenset(_names(tokenizer)), flags)
+    found = _copies.get(tokenizer)
+    if found is not None and found.made_of == made_of:
+        return found
+    with _lock:
+        found = _copies.get(tokenizer)
+        if found is None or found.made_of != made_of:
+            _copies[tokenizer] = found = _copy_backend(tokenizer, backend, made_of)
+    return found
+
+
+def _copy_backend(tokenizer: Any, backend: Any, made_of: Any) -> _PrivateCopy:
+    state = json.loads(backend.to_str())
+    state["padding"] = state["truncation"] = None
+    names = _names(tokenizer)
+    for token in state["added_tokens"]:
+        # What is special can be split like text; other added tokens are always looked for first.
+        token["special"] = _is_marker(token["content"], token["special"], names)
+    copy = type(backend).from_str(json.dumps(state))
+    copy.encode_special_tokens = True
+    return _PrivateCopy(made_of, copy, _markers(tokenizer))
+
+
+def _checked(backend: Any, text: str, coded: Any, add_special_tokens: bool, markers: frozenset[int]) -> TokenizedText:
+    """What a text was coded as; where that holds a marker all the same, as the vocabulary of words may, in pieces that
+    end behind the marker's first character."""
+    if markers.isdisjoint(coded.ids) or not (cuts := _cuts(coded, markers)):
+        return TokenizedText(coded.ids, coded.offsets)
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    starts = [0, *cuts]
+    pieces = [text[start:end] for start, end in zip(starts, [*cuts, len(text)], strict=True)]
+    coded_again = backend.encode_batch(pieces, add_special_tokens=False)
+    for start, piece, again in zip(starts, pieces, coded_again, strict=True):
+        found = _checked(backend, piece, again, False, markers)
+        ids += found.ids
+        spans += [(first + start, last + start) for first, last in found.spans]
+    if add_special_tokens:
+        own = coded.special_tokens_mask
+        before, after = own.index(0), own[::-1].index(0)
+        ids = [*coded.ids[:before], *ids, *coded.ids[len(own) - after :]]
+        spans = [(0, 0)] * before + spans + [(0, 0)] * after
+    return TokenizedText(ids, spans)
+
+
+def _cuts(coded: Any, markers: frozenset[int]) -> list[int]:
+    """Places in a text, ascending: behind the first character of every marker that it became."""
+    found = zip(coded.ids, coded.offsets, coded.special_tokens_mask, strict=True)
+    return [start + 1 for number, (start, end), own in found if number in markers and not own and end - start > 1]
+
+
+def _tokenize_slowly(tokenizer: Any, text: str, add_special_tokens: bool, markers: frozenset[int]) -> list[int]:
+    """Tokens of a text by a tokenizer written in Python, whose options are arguments and no state."""
+
+    def coded(text: str, **options: Any) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False, **options)["input_ids"])
+
+    ids = coded(text)
+    if not markers.isdisjoint(ids):
+        ids = coded(text, split_special_tokens=True)
+    if not markers.isdisjoint(ids):  # the vocabulary of words holds a marker as well
+        spelt = set(tokenizer.convert_ids_to_tokens([number for number in ids if number in markers]))
+        pattern = "|".join(re.escape(marker) for marker in spelt if len(marker) > 1)
+        cuts = [found.start() + 1 for found in re.finditer(pattern, text)] if pattern else []
+        if cuts:
+            pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+            ids = [number for piece in pieces for number in _tokenize_slowly(tokenizer, piece, False, markers)]
+    return list(tokenizer.build_inputs_with_special_tokens(ids)) if add_special_tokens else ids
+
+
+def _names(tokenizer: Any) -> set[str]:
+    """What a tokenizer itself calls special tokens."""
+    return {str(token) for token in getattr(tokenizer, "all_special_tokens", ())}
+
+
+def _markers(tokenizer: Any) -> frozenset[int]:
+    """Token ids that no text may become. Text that the vocabulary does not know may become the unknown token."""
+    names = _names(tokenizer)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    found = {number for number, token in added.items() if _is_marker(token.content, token.special, names)}
+    found.update(getattr(tokenizer, "all_special_ids", ()))
+    return frozenset(found - {getattr(tokenizer, "unk_token_id", None)})
+
+
+def _is_marker(content: str, special: bool, names: set[str]) -> bool:
+    return special or content in names or not all(map(_belongs_to_words, content))
+
+
+def _belongs_to_words(character: str) -> bool:
+    return (
+        character.isalnum()
+        or character.isspace()
+        or character in WORD_CHARACTERS
+        or unicodedata.category(character).startswith("M")
+    )
