@@ -60,6 +60,20 @@ PUBLISHED_NAMES = {r"router_q_proj\.0\.": "router_q_proj.", r"router_k_proj\.0\.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
+def copy_code(directory: Path) -> list[str]:
+    """Write the code that a checkpoint carries into its directory; the names of the files that changed."""
+    here = Path(__file__).parent
+    changed: list[str] = []
+    if here.resolve() == directory.resolve():  # a checkpoint's own code saves to where it was loaded from
+        return changed
+    for name in REMOTE_FILES:
+        target = directory / name
+        if not target.exists() or target.read_bytes() != (here / name).read_bytes():
+            shutil.copyfile(here / name, target)
+            changed.append(name)
+    return changed
+
+
 class BaseGenerationConfig(GenerationConfig):
     """Reads generation options from the base's part of a configuration: our `top_k` counts documents, not tokens."""
 
@@ -308,10 +322,7 @@ class CheckpointMixin:
         self.config.auto_map = dict(AUTO_MAP)
         result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
-            here = Path(__file__).parent
-            for name in REMOTE_FILES:
-                if here.resolve() != Path(save_directory).resolve():
-                    shutil.copyfile(here / name, Path(save_directory) / name)
+            copy_code(Path(save_directory))
         return result
 
 

@@ -1,4 +1,4 @@
-"""The command line: `msa-hf retrofit | encode | ask | train | eval | inspect | bank | plan | doctor`.
+"""The command line: `msa-hf COMMAND`.
 
 A mistake of the user ends with one line on stderr and exit code 2; any other error keeps its traceback.
 """
@@ -10,10 +10,21 @@ import os
 import sys
 from typing import NoReturn
 
-from .commands import ask, bank, doctor, encode, evaluate, inspect, plan, retrofit, train
+from .commands import ask, bank, doctor, encode, evaluate, inspect, plan, refresh, retrofit, train
 from .user_errors import UserError, complain
 
-COMMANDS = (retrofit, encode, ask, train, evaluate, inspect, bank, plan, doctor)  # as `msa-hf --help` lists them
+COMMANDS = (
+    retrofit,
+    encode,
+    ask,
+    train,
+    evaluate,
+    inspect,
+    bank,
+    plan,
+    refresh,
+    doctor,
+)  # as `msa-hf --help` lists them
 
 
 class Parser(argparse.ArgumentParser):
