@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_msa import Context
 from .chosen_msa import Chosen, score_chosen, scores_at
 from .chunks_msa import chunk_counts, gather_documents, pool_documents
+from .gradients_msa import join_routers
 from .memory_msa import LayerMemory
 from .routing_msa import NO_SCORE, LayerRouting, route_documents, score_documents, select_documents
 
@@ -63,11 +64,16 @@ class MemoryPass(Protocol):
         """Compute the attention of a layer; `states` are query, key, value, attention_mask."""
 
 
-def enter_memory_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def enter_memory_layer(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of memory layers: the attention function itself does not see the hidden states."""
+    named = "hidden_states" in kwargs
+    hidden_states = join_routers(module, kwargs["hidden_states"] if named else args[0])
     memory_pass = kwargs.get("memory_pass")
     if memory_pass is not None:
-        memory_pass.enter(module, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+        memory_pass.enter(module, hidden_states)
+    return (args, {**kwargs, "hidden_states": hidden_states}) if named else ((hidden_states, *args[1:]), kwargs)
 
 
 def _eager_of(module: nn.Module) -> AttentionFunction:

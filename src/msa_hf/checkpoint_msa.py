@@ -40,6 +40,7 @@ REMOTE_FILES = tuple(
         "compat",
         "configuration",
         "encoding",
+        "gradients",
         "inference",
         "losses",
         "memory",

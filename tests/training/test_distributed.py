@@ -1,0 +1,92 @@
+"""Training spread over processes: what waits for every parameter's gradient, and what cuts parameters in parts."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from setups import setup
+from steps import gradients, step
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from msa_hf.gradients_msa import ROUTER_MODULES
+from msa_hf.training import peft_config
+
+# PEFT asks a model for a property by the name that the newer transformers has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+# What a loss may leave out: the routers, those of layers without auxiliary loss, the scalars of the score bias, ...
+BATCHES = ("plain", "unlabelled positives", "no positives", "pool", "packed", "bank")
+MODELS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "bias": {"score_bias": True},
+    "one aux layer": {"memory_layers": [0, 2, 3], "aux_layers": [2], "score_bias": True},
+    "shared": {"shared_router": True, "score_bias": True},
+}
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A group of this process alone, in which the wrappers check as they do among many."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def batch(kind: str, model: Any) -> dict[str, Any]:
+    """Arguments of a training step."""
+    made = step().pool()
+    questions = {name: made[name] for name in ("input_ids", "attention_mask", "labels")}
+    if kind == "plain":
+        return questions
+    if kind == "bank":
+        return {**questions, "memory": model.encode_documents(step().documents, show_progress=False)}
+    if kind == "packed":
+        return step().packed()
+    absent = {"unlabelled positives": ("labels", "answer_mask"), "no positives": ("positive_docs",)}.get(kind, ())
+    return {name: value for name, value in made.items() if name not in absent}
+
+
+def router_layers(found: dict[str, Tensor], model: Any) -> dict[str, list[bool]]:
+    """Layer -> whether each of its trained router parameters has a gradient."""
+    layers: dict[str, list[bool]] = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and any(part in name for part in ROUTER_MODULES):
+            layers.setdefault(name.partition("router_")[0], []).append(name in found)
+    return layers
+
+
+@pytest.mark.parametrize("options", MODELS)
+@pytest.mark.parametrize("kind", BATCHES)
+def test_all_router_parameters_of_a_layer_get_a_gradient_or_none(kind, options) -> None:
+    """None only in layers above all that the loss looks at; where nothing is asked of the routers it is zero."""
+    model = setup(answer_loss_weight=0.5, **MODELS[options]).model.train()
+    inputs = batch(kind, model)
+    found = gradients(model, model(**inputs).loss)
+    layers = router_layers(found, model)
+    assert layers and all(len(set(got)) == 1 for got in layers.values())
+    if "labels" in inputs:
+        assert all(all(got) for got in layers.values())
+    if kind == "plain":
+        assert not any(bool(gradient.any()) for name, gradient in found.items() if "router_" in name)
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "adapters"])
+@pytest.mark.parametrize("options", MODELS)
+def test_ddp_trains_on_any_batches(options, adapters, one_process) -> None:
+    """In turn with and without documents, positives and labels: no step waits for a gradient that never comes."""
+    model = setup(answer_loss_weight=0.5, **MODELS[options]).model.train()
+    # Without a loss of the language, weights of the base get no gradient either.
+    batches = [batch(kind, model) for kind in BATCHES if kind != "unlabelled positives"]
+    if adapters:
+        model = get_peft_model(model, peft_config(model, target_modules=["q_proj"]))
+        batches.pop()  # of a bank that other weights made
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=1e-3)
+    for inputs in batches:
+        optimizer.zero_grad()
+        wrapped(**inputs).loss.backward()
+        optimizer.step()
