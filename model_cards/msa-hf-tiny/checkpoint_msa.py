@@ -40,6 +40,7 @@ REMOTE_FILES = tuple(
         "compat",
         "configuration",
         "encoding",
+        "gradients",
         "inference",
         "losses",
         "memory",
@@ -53,6 +54,7 @@ REMOTE_FILES = tuple(
         "storage",
         "tokenizing",
         "training",
+        "wrapping",
     )
 )
 # Published checkpoints keep each router projection in a one-element Sequential.

@@ -16,6 +16,7 @@ from .memory_msa import Document, DocumentTable, LayerMemory, MemoryBank
 from .modes_msa import evaluating
 from .splitting_msa import LimitTooSmall, split_text
 from .tokenizing_msa import tokenize_texts
+from .wrapping_msa import input_device
 
 # Documents read ahead and sorted by length, in batches' worth of tokens: little padding, bounded memory.
 WINDOW_BATCHES = 16
@@ -59,7 +60,7 @@ def encode_documents(
     config = model.config
     positions = getattr(config, "max_position_embeddings", None)
     limit = min(item for item in (max_length, positions, torch.iinfo(torch.int64).max) if item is not None)
-    device = torch.device(bank_device) if bank_device is not None else model.device
+    device = torch.device(bank_device) if bank_device is not None else input_device(model)
 
     reader = _Reader(
         tokenizer, limit, too_long, config.chunk_size, add_special_tokens, text_column, key_column, config.vocab_size
@@ -124,7 +125,8 @@ def _encode_window(model: Any, window: list[_Item], batch_tokens: int, device: t
         batch = [window[place] for place in order[start:stop]]
         ids = torch.nn.utils.rnn.pad_sequence([item.ids for item in batch], batch_first=True)
         lengths = torch.tensor([len(item.ids) for item in batch])
-        layers = model.encode_batch(ids.to(model.device), lengths.to(model.device))
+        inputs = input_device(model)
+        layers = model.encode_batch(ids.to(inputs), lengths.to(inputs))
         _refuse_nan(layers, batch, lengths, model.config.chunk_size)
         for layer, memory in layers.items():
             encoded.setdefault(layer, []).append(memory.to(device))

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .attention_msa import IMPLEMENTATIONS, ScoreBias, _eager_of, enter_memory_layer
+from .gradients_msa import ROUTER_MODULES
 
 FUSED_PROJECTIONS = ("qkv_proj", "query_key_value")
-ROUTER_MODULES = ("router_q_proj", "router_k_proj", "router_score_bias")
 
 
 def attention_layers(model: nn.Module) -> dict[int, nn.Module]:

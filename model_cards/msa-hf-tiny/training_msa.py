@@ -5,6 +5,7 @@ One step's losses, and nothing that a checkpoint cannot carry; what people train
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from .memory_msa import LayerMemory
 from .outputs_msa import MSACausalLMOutput
 from .packing_msa import PackedRows, PooledDocuments, TokenBlocks, pool_documents, right_padded, unpack_rows
 from .routing_msa import LayerRouting
+from .wrapping_msa import is_sharded
 
 # None but `labels` may have "label" in its name: Trainer evaluates a loss only where all arguments named so are given.
 TRAINING_ARGUMENTS = ("doc_ids", "documents", "positive_docs", "answer_mask")
@@ -142,6 +144,8 @@ class TrainingMixin(MemoryMixin):
             )
         finally:
             recorded = memory_pass.finish()
+        if is_sharded(cast(nn.Module, self)):
+            recorded = memory_pass.tied(recorded, output[0])
         return output, recorded
 
     def _encoding_pass(self, lengths: Tensor) -> EncodingPass:
@@ -178,7 +182,7 @@ class TrainingMixin(MemoryMixin):
         attending = self._attending_pass(
             layers,
             pool.lengths,
-            prefix=self.encode_prefix(),
+            prefix=self.prefix_states(functools.partial(self.run_base, backbone_only=True)),
             routing_mask=routing_mask.bool() & mask,
             force_documents=force_documents,
         )
@@ -241,10 +245,10 @@ class TrainingMixin(MemoryMixin):
 
         def assemble(part_of: Any) -> Tensor:
             states = part_of(pieces[0][1])
-            whole = states.new_zeros(batch * width, states.shape[-1])
+            whole = states.new_zeros(batch, width, states.shape[-1])
             for blocks, output in pieces:
                 whole = blocks.put(whole, part_of(output))
-            return whole.view(batch, width, -1)
+            return whole
 
         hidden_states = None
         if pieces[0][1].get("hidden_states") is not None:

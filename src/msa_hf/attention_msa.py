@@ -7,11 +7,13 @@ backbone is for. `PrefixPass` records keys and values of the prefix, `EncodingPa
 `finish()` hands out what a pass recorded, and ends the recording. Under gradient checkpointing the graph holds the
 pass, to run a layer again before its backward: that run must compute the same once more, and keep nothing, because a
 pass that held on to tensors of the graph would keep both alive for ever.
+
+A pass is no dataclass: what wraps layers, FSDP for one, takes dataclasses, lists and dictionaries among their arguments
+apart and hands on copies, of which the model would never see what was recorded.
 """
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_msa import Context
 from .chosen_msa import Chosen, score_chosen, scores_at
 from .chunks_msa import chunk_counts, gather_documents, pool_documents
-from .gradients_msa import join_routers
+from .gradients_msa import join_routers, tie
 from .memory_msa import LayerMemory
 from .routing_msa import NO_SCORE, LayerRouting, route_documents, score_documents, select_documents
 
@@ -135,17 +137,23 @@ class ScoreBias(nn.Module):
         return self.weight.float() * difference / self.temperature
 
 
-@dataclass
 class PrefixPass:
     """Records keys and values [B, G, p, D] (after norm and RoPE) of the prefix in every layer."""
 
-    states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    recording: bool = True
+    def __init__(self) -> None:
+        self.states: dict[int, tuple[Tensor, Tensor]] = {}
+        self.recording = True
 
     def finish(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Layer -> keys and values; the pass lets go of them."""
         states, self.states, self.recording = self.states, {}, False
         return states
+
+    @staticmethod
+    def tied(states: dict[int, tuple[Tensor, Tensor]], output: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """What was recorded, tied to the output of its run (see `tie`)."""
+        tensors = iter(tie(output, [tensor for pair in states.values() for tensor in pair]))
+        return {layer: (next(tensors), next(tensors)) for layer in states}
 
     def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
         pass
@@ -170,30 +178,38 @@ class EncodingDone(Exception):
     """Ends a run of the backbone after the last memory layer's keys, values and router keys are known."""
 
 
-@dataclass
 class EncodingPass:
     """Pools the keys, values and router keys of right-padded documents in every memory layer (paper, 3.1).
 
-    Attributes:
+    Args:
         config: MSAConfig.
         lengths: [N] int64, tokens of each document.
         similarity: the one the router keys are for.
         stop: end the run with `EncodingDone` once the last memory layer's states are pooled.
+
+    Attributes:
         layers: layer -> `LayerMemory`, the result.
     """
 
-    config: Any
-    lengths: Tensor
-    similarity: str
-    stop: bool
-    layers: dict[int, LayerMemory] = field(default_factory=dict)
-    router_keys: dict[int, Tensor] = field(default_factory=dict)
-    recording: bool = True
+    def __init__(self, config: Any, lengths: Tensor, similarity: str, stop: bool) -> None:
+        self.config = config
+        self.lengths = lengths
+        self.similarity = similarity
+        self.stop = stop
+        self.layers: dict[int, LayerMemory] = {}
+        self.router_keys: dict[int, Tensor] = {}
+        self.recording = True
 
     def finish(self) -> dict[int, LayerMemory]:
         """Layer -> `LayerMemory`; the pass lets go of them."""
         layers, self.layers, self.recording = self.layers, {}, False
         return layers
+
+    @staticmethod
+    def tied(layers: dict[int, LayerMemory], output: Tensor) -> dict[int, LayerMemory]:
+        """What was recorded, tied to the output of its run (see `tie`)."""
+        tensors = iter(tie(output, [part for item in layers.values() for part in (item.routing_keys, item.content)]))
+        return {layer: LayerMemory(next(tensors), next(tensors)) for layer in layers}
 
     def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
         if not self.config.shared_router:
@@ -234,11 +250,10 @@ class EncodingPass:
         return LayerMemory(routing_keys, content)
 
 
-@dataclass
 class AttendingPass:
     """Routes the active tokens, gathers the documents chosen and attends to them (paper, 3.2).
 
-    Attributes:
+    Args:
         config: MSAConfig.
         similarity: of router queries and keys.
         layers: layer -> `LayerMemory`; empty when contexts are only kept up.
@@ -251,30 +266,46 @@ class AttendingPass:
         operations: instead of `OPERATIONS`, for a memory whose `layers` are not all of it; with `score_documents` and
             `score_chosen`.
         contexts: layer -> `Context` of the turns before; those of this turn are written there where `keep_contexts`.
+
+    Attributes:
         routing: layer -> `LayerRouting`, the result.
     """
 
-    config: Any
-    similarity: str
-    layers: dict[int, LayerMemory]
-    offsets: Tensor | None
-    prefix: dict[int, tuple[Tensor, Tensor]]
-    routing_mask: Tensor | None
-    visible: Tensor | None = None
-    force_documents: Tensor | None = None
-    keep_document_scores: bool = False
-    operations: dict[str, Callable[..., Any]] | None = None
-    contexts: dict[int, Context] = field(default_factory=dict)
-    keep_contexts: bool = False
-    routing: dict[int, LayerRouting] = field(default_factory=dict)
-    router_queries: dict[int, Tensor] = field(default_factory=dict)
-    not_finite: dict[int, Tensor] = field(default_factory=dict)
-    moved_offsets: dict[torch.device, Tensor] = field(default_factory=dict)
-    moved_forced: dict[torch.device, Chosen] = field(default_factory=dict)
-    recording: bool = True
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        config: Any,
+        similarity: str,
+        layers: dict[int, LayerMemory],
+        offsets: Tensor | None,
+        prefix: dict[int, tuple[Tensor, Tensor]],
+        routing_mask: Tensor | None,
+        visible: Tensor | None = None,
+        force_documents: Tensor | None = None,
+        keep_document_scores: bool = False,
+        operations: dict[str, Callable[..., Any]] | None = None,
+        contexts: dict[int, Context] | None = None,
+        keep_contexts: bool = False,
+    ) -> None:
+        self.config = config
+        self.similarity = similarity
+        self.layers = layers
+        self.offsets = offsets
+        self.prefix = prefix
+        self.routing_mask = routing_mask
+        self.visible = visible
+        self.force_documents = force_documents
+        self.keep_document_scores = keep_document_scores
+        self.operations = operations
+        self.contexts = {} if contexts is None else contexts
+        self.keep_contexts = keep_contexts
         self.previous = dict(self.contexts)
+        self.routing: dict[int, LayerRouting] = {}
+        self.router_queries: dict[int, Tensor] = {}
+        self.not_finite: dict[int, Tensor] = {}
+        self.moved_offsets: dict[torch.device, Tensor] = {}
+        self.moved_forced: dict[torch.device, Chosen] = {}
+        self.recording = True
 
     def finish(self) -> dict[int, LayerRouting]:
         """Layer -> `LayerRouting`; the pass lets go of them and of the contexts.
@@ -288,6 +319,14 @@ class AttendingPass:
                 raise ValueError(SCORES_ARE_NAN.format(layer=layer))
         routing, self.routing, self.contexts, self.recording = self.routing, {}, {}, False
         return routing
+
+    @staticmethod
+    def tied(routing: dict[int, LayerRouting], output: Tensor) -> dict[int, LayerRouting]:
+        """What was recorded, with the scores of all documents tied to the output of its run (see `tie`)."""
+        scored = {layer: item.document_scores for layer, item in routing.items() if item.document_scores is not None}
+        # Copies, because FSDP warns of views in what a model returns.
+        tensors = {layer: item.clone() for layer, item in zip(scored, tie(output, list(scored.values())), strict=True)}
+        return {layer: LayerRouting(item.documents, item.scores, tensors.get(layer)) for layer, item in routing.items()}
 
     def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
         if self.routing_mask is not None and not self.config.shared_router:

@@ -54,6 +54,7 @@ REMOTE_FILES = tuple(
         "storage",
         "tokenizing",
         "training",
+        "wrapping",
     )
 )
 # Published checkpoints keep each router projection in a one-element Sequential.

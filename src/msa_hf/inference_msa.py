@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -20,6 +20,7 @@ from .compat_msa import CACHE, NEWEST_TESTED, rename_cache
 from .encoding_msa import encode_documents
 from .memory_msa import BankOrigin, LayerMemory, MemoryBank, model_fingerprint, tokenizer_fingerprint
 from .routing_msa import LayerRouting
+from .wrapping_msa import has_come_and_go_weights, input_device, is_sharded
 
 MEMORY_ARGUMENTS = ("memory", "routing_mask", "force_documents", "output_document_scores")
 FORCED_WITHOUT_ROUTING = (
@@ -47,35 +48,46 @@ class MemoryMixin:
             return backbone(**kwargs)
         return super().forward(**kwargs)  # type: ignore[misc]
 
-    def encode_prefix(self, ids: Tensor | None = None) -> dict[int, tuple[Tensor, Tensor]]:
-        """Keys and values of the prefix in every layer.
+    def run_from_outside(self, stop: bool = False, **kwargs: Any) -> Any:
+        """One run of the backbone that no forward of this model surrounds.
 
         Args:
-            ids: [B, p]; default the configuration's, and then the batch dimension is dropped.
+            stop: the pass among the arguments ends the run early, by `EncodingDone`.
 
         Returns:
-            Layer -> two tensors [G, p, D] (or [B, G, p, D]); empty where there is no prefix.
+            The output; None where the run was ended.
         """
-        device = cast(Any, self).device
-        default = ids is None
-        ids = torch.tensor([self.config.prefix_token_ids], device=device, dtype=torch.long) if ids is None else ids
+        if has_come_and_go_weights(cast(nn.Module, self)):
+            return cast(nn.Module, self)(backbone_only=True, **kwargs)
+        with contextlib.suppress(EncodingDone) if stop else contextlib.nullcontext():
+            return self.run_base(backbone_only=True, **kwargs)
+        return None
+
+    def encode_prefix(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values [G, p, D] of the configuration's prefix in every layer; empty where there is no prefix."""
+        return self.prefix_states(self.run_from_outside)
+
+    def prefix_states(self, run: Callable[..., Any]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values [G, p, D] of the prefix in every layer, from one `run` of the backbone."""
+        ids = torch.tensor([self.config.prefix_token_ids], device=input_device(cast(nn.Module, self)))
         if ids.shape[1] == 0:
             return {}
         prefix_pass = PrefixPass()
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        self.run_base(
-            backbone_only=True,
+        output = run(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            position_ids=positions,
+            position_ids=torch.arange(ids.shape[1], device=ids.device).expand(ids.shape),
             use_cache=False,
             memory_pass=prefix_pass,
         )
         states = prefix_pass.finish()
-        return {layer: (key[0], value[0]) for layer, (key, value) in states.items()} if default else states
+        if is_sharded(cast(nn.Module, self)):
+            states = prefix_pass.tied(states, output[0])
+        return {layer: (key[0], value[0]) for layer, (key, value) in states.items()}
 
     def encode_batch(self, ids: Tensor, lengths: Tensor) -> dict[int, LayerMemory]:
-        """Encode right-padded documents; nothing behind the last memory layer's keys and values is computed.
+        """Encode right-padded documents; nothing behind the last memory layer's keys and values is computed, unless
+        weights come and go.
 
         Args:
             ids: [N, L] int64.
@@ -84,17 +96,17 @@ class MemoryMixin:
         Returns:
             Layer -> `LayerMemory` of their chunks, documents in order.
         """
-        encoding = EncodingPass(self.config, lengths, self.config.similarity, stop=True)
-        with contextlib.suppress(EncodingDone):
-            # Padding stands behind the documents, where causal attention does not look.
-            self.run_base(
-                backbone_only=True,
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                position_ids=torch.arange(ids.shape[1], device=ids.device).expand(ids.shape),
-                use_cache=False,
-                memory_pass=encoding,
-            )
+        stop = not has_come_and_go_weights(cast(nn.Module, self))
+        encoding = EncodingPass(self.config, lengths, self.config.similarity, stop=stop)
+        # Padding stands behind the documents, where causal attention does not look.
+        self.run_from_outside(
+            stop=stop,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=torch.arange(ids.shape[1], device=ids.device).expand(ids.shape),
+            use_cache=False,
+            memory_pass=encoding,
+        )
         return encoding.finish()
 
     def encode_documents(self, documents: Iterable[Any], tokenizer: Any = None, **kwargs: Any) -> MemoryBank:

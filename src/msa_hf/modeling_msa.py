@@ -21,6 +21,8 @@ class MSAModel(MemoryMixin, CheckpointMixin):
 
     def forward(self, **kwargs: Any) -> Any:
         """The base's forward; with `memory`, `routing_mask`, `force_documents`, `output_document_scores` it attends."""
+        if kwargs.get("memory_pass") is not None:
+            return self.run_base(**kwargs)
         return self.memory_forward(**kwargs) if attends(kwargs) else super().forward(**without_memory(kwargs))  # type: ignore[misc]
 
 
@@ -59,6 +61,8 @@ class MSAForCausalLM(TrainingMixin, CheckpointMixin):
         Returns:
             The base's output without a memory, else `MSACausalLMOutput`.
         """
+        if kwargs.get("memory_pass") is not None:  # from `run_from_outside`
+            return self.run_base(**kwargs)
         if kwargs.get("doc_ids") is not None or kwargs.get("documents") is not None:
             return self.training_forward(**kwargs)
         if given := [name for name in TRAINING_ARGUMENTS if kwargs.pop(name, None) is not None]:

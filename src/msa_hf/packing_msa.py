@@ -30,8 +30,10 @@ class TokenBlocks:
         return values.flatten()[self.index].masked_fill(~self.mask, fill)
 
     def put(self, into: Tensor, states: Tensor) -> Tensor:
-        """Write [S, L, ...] states back to their places in the flattened rows `into` [B * T, ...]."""
-        return into.index_put((self.index[self.mask],), states[self.mask].to(into.dtype))
+        """Rows `into` [B, T, ...] with [S, L, ...] states at their places."""
+        index = self.index[self.mask]
+        places = (index // into.shape[1], index % into.shape[1])
+        return into.index_put(places, states[self.mask].to(into.dtype))
 
 
 @dataclass(frozen=True)

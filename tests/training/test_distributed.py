@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model
 from setups import setup
-from steps import gradients, step
+from steps import assert_same_gradients, gradients, step
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from msa_hf.gradients_msa import ROUTER_MODULES
@@ -90,3 +92,35 @@ def test_ddp_trains_on_any_batches(options, adapters, one_process) -> None:
         optimizer.zero_grad()
         wrapped(**inputs).loss.backward()
         optimizer.step()
+
+
+# FSDP -----------------------------------------------------------------------------------------------------------------
+
+
+def sharded(model: Any, checkpointing: bool = False) -> Any:
+    """The model, each layer and the rest of it cut in parts."""
+    if checkpointing:
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def whole(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients put together from their parts."""
+    return {name: part.full_tensor() if isinstance(part, DTensor) else part for name, part in found.items()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("options", MODELS)
+def test_fsdp_has_the_gradients_of_one_process(options, checkpointing, one_process) -> None:
+    """Of every kind of batch, also of losses that no layer's output leads to."""
+    model = setup(answer_loss_weight=0.5, **MODELS[options]).model.train()
+    inputs = {kind: batch(kind, model) for kind in BATCHES if kind != "bank"}
+    expected = {kind: gradients(model, model(**arguments).loss) for kind, arguments in inputs.items()}
+    model = sharded(model, checkpointing)
+    for kind, arguments in inputs.items():
+        found = whole(gradients(model, model(**arguments).loss))
+        if kind == "unlabelled positives":  # FSDP makes zeros of what one process leaves out
+            found = {name: gradient for name, gradient in found.items() if name in expected[kind]}
+        assert_same_gradients(found, expected[kind])

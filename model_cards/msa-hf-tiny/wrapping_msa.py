@@ -1,0 +1,32 @@
+"""Models whose weights come and go around the calls of modules: offloaded by accelerate, or cut in parts by FSDP."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import nn
+
+
+def has_come_and_go_weights(model: nn.Module) -> bool:
+    """Whether weights are there only while what wraps a module knows that it runs.
+
+    Such a model must be entered through its own call and left through its end: an exception would leave weights
+    behind, and a call of an inner module would not find those that the outer one looks after.
+    """
+    return is_sharded(model) or any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `torch.distributed.fsdp.fully_shard` was applied to the model or a part of it."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device for a model's inputs: that of the first parameter or buffer that is not offloaded."""
+    tensors = chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
