@@ -32,6 +32,7 @@ logger = logging.get_logger(__name__)
 REMOTE_FILES = tuple(
     f"{name}_msa.py"
     for name in (
+        "adapters",
         "attention",
         "cache",
         "checkpoint",
@@ -40,12 +41,14 @@ REMOTE_FILES = tuple(
         "compat",
         "configuration",
         "encoding",
+        "fingerprint",
         "gradients",
         "inference",
         "losses",
         "memory",
         "modeling",
         "modes",
+        "origin",
         "outputs",
         "packing",
         "retrofit",
@@ -54,6 +57,7 @@ REMOTE_FILES = tuple(
         "storage",
         "tokenizing",
         "training",
+        "weights",
         "wrapping",
     )
 )

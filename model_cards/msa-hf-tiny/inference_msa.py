@@ -18,7 +18,9 @@ from .attention_msa import AttendingPass, EncodingDone, EncodingPass, PrefixPass
 from .cache_msa import MSACache
 from .compat_msa import CACHE, NEWEST_TESTED, rename_cache
 from .encoding_msa import encode_documents
-from .memory_msa import BankOrigin, LayerMemory, MemoryBank, model_fingerprint, tokenizer_fingerprint
+from .fingerprint_msa import fingerprint_of, read_weights, tokenizer_fingerprint
+from .memory_msa import LayerMemory, MemoryBank
+from .origin_msa import BankOrigin, state_configuration
 from .routing_msa import LayerRouting
 from .wrapping_msa import has_come_and_go_weights, input_device, is_sharded
 
@@ -28,8 +30,10 @@ FORCED_WITHOUT_ROUTING = (
     "Name the tokens that route with `routing_mask`."
 )
 
-# Banks whose origin was compared with a model's; comparing reads a sample of every weight, so it is done once.
-_accepted_banks: weakref.WeakKeyDictionary[MemoryBank, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
+# Banks that a model may read, and what the model was made of when that was found.
+_accepted_banks: weakref.WeakKeyDictionary[MemoryBank, weakref.WeakKeyDictionary[nn.Module, BankOrigin]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class MemoryMixin:
@@ -134,9 +138,13 @@ class MemoryMixin:
         return encode_documents(self, documents, tokenizer, **kwargs)
 
     def memory_origin(self, tokenizer: Any = None) -> BankOrigin:
-        """What a bank made by this model is marked with."""
+        """Everything that a bank made by this model now depends on.
+
+        Weights are read again only where a sample of them, or which adapters are active, has changed since.
+        """
+        weights = read_weights(cast(nn.Module, self))
         return BankOrigin(
-            model_fingerprint=model_fingerprint(cast(Any, self)),
+            model_fingerprint=fingerprint_of(weights),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             base_model_type=self.config.base_model_type,
             chunk_size=self.config.chunk_size,
@@ -144,17 +152,17 @@ class MemoryMixin:
             similarity=self.config.similarity,
             shared_router=self.config.shared_router,
             prefix_token_ids=tuple(self.config.prefix_token_ids),
+            configuration=state_configuration(self.config, quantized=bool(weights.quantized)),
+            weights=weights,
         )
 
     def load_memory(self, directory: Any, tokenizer: Any = None, **kwargs: Any) -> MemoryBank:
         """Load a bank that this model made; `MemoryBank.from_pretrained` with the model filled in."""
-        bank = MemoryBank.from_pretrained(directory, model=self, tokenizer=tokenizer, **kwargs)
-        self.accept_bank(bank)
-        return bank
+        return MemoryBank.from_pretrained(directory, model=self, tokenizer=tokenizer, **kwargs)
 
     def accept_bank(self, bank: MemoryBank) -> None:
-        """Note that `bank` was made by this model."""
-        _accepted_banks.setdefault(bank, weakref.WeakSet()).add(cast(nn.Module, self))
+        """Take `bank` for one that this model made, until the model's weights, adapters or configuration change."""
+        _accepted_banks.setdefault(bank, weakref.WeakKeyDictionary())[cast(nn.Module, self)] = self.memory_origin()
 
     def open_memory(self, directory: Any = None, tokenizer: Any = None, protocol: Any = None, **options: Any) -> Any:
         """Open a bank that documents can be added to and deleted from; see `msa_hf.bank.OpenBank`.
@@ -173,12 +181,15 @@ class MemoryMixin:
             raise ImportError("A bank that can be changed needs the package: `pip install msa-hf`.") from error
         return module.OpenBank(self, directory, tokenizer, protocol, **options)
 
-    def _check_bank(self, bank: Any) -> None:
-        if not hasattr(bank, "origin") or not hasattr(bank, "offsets"):
-            raise TypeError(f"`memory` must be a MemoryBank, as encode_documents() returns, got {type(bank).__name__}.")
-        if self not in _accepted_banks.get(bank, ()):
-            bank.check(self.memory_origin())
-            self.accept_bank(bank)
+    @torch.compiler.disable
+    def _check_bank(self, bank: MemoryBank) -> None:
+        """Make sure that what this model is now made the bank; takes a few milliseconds for a model of 4B."""
+        refuse_other_memories(bank)
+        origin = self.memory_origin()
+        accepted = _accepted_banks.setdefault(bank, weakref.WeakKeyDictionary())
+        if accepted.get(cast(nn.Module, self)) != origin:
+            bank.check(origin)
+            accepted[cast(nn.Module, self)] = origin
 
     # Attending --------------------------------------------------------------------------------------------------------
 
@@ -223,8 +234,9 @@ class MemoryMixin:
         if force_documents is not None and routing_mask is None:
             raise ValueError(FORCED_WITHOUT_ROUTING)
         if memory is not None:
-            self._check_bank(memory)
+            refuse_other_memories(memory)
         if routing_mask is not None and memory is not None:  # not while decoding: these look at the device's data
+            self._check_bank(memory)
             refuse_padding_only(attention_mask)
             if force_documents is not None:
                 force_documents = self.checked_documents(force_documents, batch, len(memory))
@@ -426,6 +438,12 @@ def refuse_lost_cache(cache: Any, tokens: int) -> None:
             "to the next, so what is generated would be wrong. Update msa-hf, or install transformers "
             f"{NEWEST_TESTED}, the newest that this code was tested with; use_cache=False works too, and is slow."
         )
+
+
+def refuse_other_memories(memory: Any) -> None:
+    """Raise TypeError for what is no bank."""
+    if not hasattr(memory, "origin") or not hasattr(memory, "offsets"):
+        raise TypeError(f"`memory` must be a MemoryBank, as encode_documents() returns, got {type(memory).__name__}.")
 
 
 def _of_documents(routing: LayerRouting, bank: MemoryBank) -> LayerRouting:

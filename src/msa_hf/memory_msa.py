@@ -4,19 +4,21 @@ Per memory layer and chunk of `chunk_size` tokens it holds one routing key and o
 its key, text and metadata; and with what model all of it was made, because no other model can read it.
 """
 
-import hashlib
 import json
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .fingerprint_msa import model_fingerprint as model_fingerprint
+from .fingerprint_msa import tokenizer_fingerprint as tokenizer_fingerprint
+from .origin_msa import BankOrigin as BankOrigin
+from .origin_msa import check_origin
 from .storage_msa import (
     MANIFEST,
     RESTORE,
@@ -30,8 +32,6 @@ from .storage_msa import (
     table_schema,
     write_bank,
 )
-
-SAMPLES = 64  # values per parameter that a fingerprint looks at
 
 
 @dataclass(frozen=True)
@@ -257,147 +257,6 @@ def _validated(rows: Any) -> Any:
     return rows
 
 
-@dataclass(frozen=True)
-class BankOrigin:
-    """What a bank was made with, or what a model would make one with.
-
-    Attributes:
-        model_fingerprint: `model_fingerprint(model)`.
-        tokenizer_fingerprint: `tokenizer_fingerprint(tokenizer)`, None where no tokenizer was at hand.
-        base_model_type: `model_type` of the base decoder.
-        chunk_size: tokens per chunk.
-        memory_layers: ascending.
-        similarity: `"cosine"` (routing keys are normalised) or `"dot"`.
-        shared_router: routing keys are the pooled attention keys.
-        prefix_token_ids: the template prefix.
-
-    Raises:
-        ValueError: for a field of the wrong type, naming it. Lists become tuples.
-    """
-
-    model_fingerprint: str
-    tokenizer_fingerprint: str | None
-    base_model_type: str
-    chunk_size: int
-    memory_layers: tuple[int, ...]
-    similarity: str
-    shared_router: bool
-    prefix_token_ids: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        def require(name: str, valid: bool, what: str) -> None:
-            if not valid:
-                raise ValueError(f"`{name}` must be {what}, got {getattr(self, name)!r:.80}")
-
-        for name in ("model_fingerprint", "base_model_type", "similarity"):
-            require(name, isinstance(getattr(self, name), str), "a string")
-        require("tokenizer_fingerprint", isinstance(self.tokenizer_fingerprint, str | None), "a string or null")
-        require("chunk_size", type(self.chunk_size) is int and self.chunk_size >= 1, "an integer of at least 1")
-        require("shared_router", isinstance(self.shared_router, bool), "true or false")
-        for name in ("memory_layers", "prefix_token_ids"):
-            value = getattr(self, name)
-            natural = isinstance(value, list | tuple) and all(type(item) is int and item >= 0 for item in value)
-            require(name, natural, "a list of integers from 0")
-            object.__setattr__(self, name, tuple(value))
-        ascending = self.memory_layers and self.memory_layers == tuple(sorted(set(self.memory_layers)))
-        require("memory_layers", bool(ascending), "a non-empty list of layers, ascending")
-
-    def differences(self, other: "BankOrigin") -> list[str]:
-        """Where the origin of a bank (this) and of a model (`other`) differ: one line per field, empty where nowhere.
-
-        The fingerprint of a tokenizer is compared only where both are known.
-        """
-        lines = []
-        for field in fields(self):
-            ours, theirs = getattr(self, field.name), getattr(other, field.name)
-            unknown = field.name == "tokenizer_fingerprint" and None in (ours, theirs)
-            if ours != theirs and not unknown:
-                ours, theirs = (list(value) if isinstance(value, tuple) else value for value in (ours, theirs))
-                lines.append(f"{field.name}: the bank has {ours}, the model {theirs}")
-        return lines
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> "BankOrigin":
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: for an unknown, missing or mistyped field, naming it.
-        """
-        names = {field.name for field in fields(cls)}
-        for problem, wrong in (("unknown", record.keys() - names), ("missing", names - record.keys())):
-            if wrong:
-                raise ValueError(f"{problem} field of the origin: {', '.join(sorted(wrong))}")
-        return cls(**record)
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Tell models with different weights apart: 64 hexadecimal digits.
-
-    Covers names, shapes and 64 evenly strided values of every parameter, rounded to bf16, so that the float32 and the
-    bf16 load of a checkpoint agree; a change that misses all of those values goes unseen. Left out is what the memory
-    does not depend on: the output head unless it is the input embedding (the headless model makes the same memory), and
-    the score biases, which weigh documents when they are read.
-
-    Args:
-        model: a transformers model. Parameters on the meta device (offloaded) count by name and shape, with a warning.
-    """
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    ignored = {id(weight) for weight in head.parameters()} if head is not None else set()
-    ignored -= {id(weight) for weight in embedding.parameters()}
-    backbone = f"{model.base_model_prefix}."
-    named = sorted(
-        (name.removeprefix(backbone), weight)
-        for name, weight in model.named_parameters()
-        if id(weight) not in ignored and ".router_score_bias." not in name
-    )
-    samples: dict[torch.device, list[Tensor]] = {}
-    meta = 0
-    digest = hashlib.sha256()
-    for name, weight in named:
-        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-        if weight.is_meta:
-            meta += 1
-            continue
-        values = weight.detach().flatten()
-        step = max(values.numel() // SAMPLES, 1)
-        samples.setdefault(weight.device, []).append(values[::step][:SAMPLES].to(torch.bfloat16))
-    if meta:
-        warnings.warn(
-            f"{meta} parameters lie on the meta device (offloaded?): the fingerprint covers only their names and "
-            "shapes, and does not match one that was taken with all weights present.",
-            stacklevel=2,
-        )
-    # One transfer per device; then back into the order of names, so that placement does not matter.
-    pieces = {
-        device: iter(torch.cat(parts).cpu().view(torch.int16).split([len(part) for part in parts]))
-        for device, parts in samples.items()
-    }
-    for _, weight in named:
-        if not weight.is_meta:
-            digest.update(next(pieces[weight.device]).numpy().astype("<i2").tobytes())
-    return digest.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str | None:
-    """Tell tokenizers that give different ids apart: 64 hexadecimal digits, None for None.
-
-    The state of padding and truncation, which calls change, does not count. A tokenizer without a fast backend counts
-    by its vocabulary.
-    """
-    if tokenizer is None:
-        return None
-    if getattr(tokenizer, "is_fast", False):
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        content = {name: value for name, value in state.items() if name not in ("padding", "truncation")}
-    else:
-        content = tokenizer.get_vocab()
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 class MemoryBank:
     """Documents, encoded once by one model, ready to be routed over and attended to.
 
@@ -538,7 +397,7 @@ class MemoryBank:
         Raises:
             ValueError: listing every difference, and the remedy.
         """
-        _check_origin(self.origin, model_origin)
+        check_origin(self.origin, model_origin)
 
     def save_pretrained(self, directory: str | Path, max_shard_size: int | str = "4GB") -> None:
         """Save to a directory, all or nothing. A bank that lies there is replaced; whoever has it loaded keeps it.
@@ -559,7 +418,7 @@ class MemoryBank:
             chunks = visible.repeat_interleave(offsets.diff()).nonzero()[:, 0].to(self.device)
             layers = {layer: (keys[chunks], content[chunks]) for layer, (keys, content) in layers.items()}
             offsets = torch.nn.functional.pad(offsets.diff()[visible].cumsum(0), (1, 0))
-        table, origin, ids = self.documents.to_arrow(), self.origin.to_dict(), self.documents.ids()
+        table, origin, ids = self.documents.to_arrow(), self.origin.to_manifest(), self.documents.ids()
         next_id = max(self.next_id or 0, 0 if ids is None or not len(ids) else int(ids.max()) + 1)
         write_bank(Path(directory), origin, layers, self.prefix, table, offsets, max_shard_size, next_id)
 
@@ -591,11 +450,11 @@ class MemoryBank:
         directory = Path(directory)
         manifest = read_manifest(directory)
         try:
-            origin = BankOrigin.from_dict(manifest["origin"])
+            origin = BankOrigin.from_manifest(manifest)
         except ValueError as error:
             raise BankFormatError(f"{directory / MANIFEST}: {error}. {RESTORE}.") from error
         if model is not None:
-            _check_origin(origin, model.memory_origin(tokenizer))
+            check_origin(origin, model.memory_origin(tokenizer))
         table = read_table(directory, manifest, verify)
         check_side_files(directory, manifest, verify)
         # With its index: safetensors takes a bare "cuda" for the first device, torch for the current one.
@@ -620,13 +479,4 @@ class MemoryBank:
             f"MemoryBank(documents={len(self)}, tokens={self.num_tokens}, chunks={self.num_chunks}, "
             f"layers={list(self.layers)}, dtype={str(self.dtype).removeprefix('torch.')}, device={self.device}, "
             f"bytes={size})"
-        )
-
-
-def _check_origin(bank: BankOrigin, model: BankOrigin) -> None:
-    if differences := bank.differences(model):
-        lines = "".join(f"\n  - {line}" for line in differences)
-        raise ValueError(
-            f"This bank was not made with this model:{lines}\nLoad the model and tokenizer that made the bank, or "
-            "encode the documents again with this model."
         )

@@ -655,7 +655,7 @@ def write_bank(
 
     Args:
         directory: made where missing.
-        origin: what the bank was made with, for the manifest.
+        origin: the entries of the manifest that say what the bank was made with.
         layers: per memory layer, routing keys [C, G * D] and content [C, 2, G, D].
         prefix: per layer, keys and values [G, p, D].
         table: `pyarrow.Table` of a `table_schema`, N rows; the format's version is that of its columns.
@@ -706,7 +706,7 @@ def write_bank(
             "reader_features": [],
             "writer_features": [],
             "library_version": library_version(),
-            "origin": dict(origin),
+            **origin,
             "dtype": dtype,
             "layers": [
                 {"layer": layer, "groups": content.shape[2], "head_dim": content.shape[3]}

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from ..corpus_files import Corpus
 from ..encoding_msa import _Item, _Reader
 from ..generation.protocol import ID_FIELD
-from ..memory_msa import MemoryBank
+from ..memory_msa import BankOrigin, MemoryBank
 from ..splitting_msa import LimitTooSmall, split_text
 from ..storage_msa import (
     LEFTOVER,
@@ -308,7 +308,7 @@ class _Encoder:
             raise ValueError(f"`too_long` must be 'error' or 'split', got {too_long!r}.")
         self.corpus, self.model, self.tokenizer, self.protocol = corpus, model, tokenizer, protocol
         self.batch_tokens, self.split = batch_tokens, too_long == "split"
-        self.origin: dict[str, Any] = model.memory_origin(tokenizer).to_dict()
+        self.origin: BankOrigin = model.memory_origin(tokenizer)
         positions = getattr(model.config, "max_position_embeddings", None)
         self.limit = np.iinfo(np.int64).max if positions is None else positions
         self.reader = _Reader(
@@ -323,7 +323,7 @@ class _Encoder:
         )
         self.settings = {
             "version": VERSION,
-            "origin": self.origin,
+            "origin": self.origin.to_dict(),
             "dtype": str(model.dtype),
             "protocol": None if protocol is None else protocol.to_dict(),
             "columns": [corpus.text_column, corpus.key_column],
@@ -518,7 +518,7 @@ def _tidy(folder: Path) -> None:
         logger.warning("%s: removed %d files of parts that an interrupted run did not complete.", folder, count)
 
 
-def _commit(directory: Path, model: Any, origin: Mapping[str, Any], records: list[Record]) -> None:
+def _commit(directory: Path, model: Any, origin: BankOrigin, records: list[Record]) -> None:
     """Make the parts the bank that lies in `directory`."""
     # What its tensors look like is learnt by encoding one token.
     like = model.encode_documents([[0]], None, bank_device="cpu", show_progress=False)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..memory_msa import BankOrigin, Document, DocumentTable, LayerMemory, MemoryBank, _check_origin
+from ..memory_msa import BankOrigin, Document, DocumentTable, LayerMemory, MemoryBank
+from ..origin_msa import check_origin
 from ..storage_msa import (
     DTYPES,
     FORMAT_VERSION,
@@ -137,7 +138,7 @@ class OpenBank:
         self.origin = self.model.memory_origin(self.tokenizer)
         like = self.model.encode_documents([[0]], self.tokenizer, bank_device=self.device, **self._encode_options)
         self._prefix = like.prefix
-        manifest = empty_manifest(like, self.origin.to_dict())
+        manifest = empty_manifest(like, self.origin)
         if self.directory is not None:
             created: list[Path] = []
             try:
@@ -166,7 +167,7 @@ class OpenBank:
         assert self.directory is not None
         origin = origin_of(self.directory, manifest)
         if self.model is not None:
-            _check_origin(origin, self.model.memory_origin(self.tokenizer))
+            check_origin(origin, self.model.memory_origin(self.tokenizer))
         opened = () if getattr(self, "state", None) is None else self.state.segments
         contents = read_contents(self.directory, manifest, opened, self.device)
         prefix = contents.prefix
@@ -219,8 +220,6 @@ class OpenBank:
                 offsets, counts = torch.from_numpy(state.offsets), (state.chunks, state.tokens)
                 next_id = state.manifest["next_id"]
                 bank = MemoryBank(layers, offsets, self._whole_prefix(), documents, self.origin, counts, next_id)
-                if hasattr(self.model, "accept_bank"):
-                    self.model.accept_bank(bank)
                 self._snapshot = bank
             return self._snapshot
 
@@ -410,6 +409,7 @@ class OpenBank:
         if encoded:
             rows = (self._to_encode(key, change) for key, change in encoded.items())
             bank = self.model.encode_documents(rows, self.tokenizer, bank_device=self.device, **self._encode_options)
+            check_origin(self.origin, bank.origin)  # an adapter may have been switched, or weights changed, since
             if len(bank) != len(encoded):
                 raise ValueError("A document was split while it was encoded; an open bank takes whole ones only.")
             kind = DTYPES[state.manifest["dtype"]][0]

@@ -99,12 +99,12 @@ def origin_of(directory: Path, manifest: Mapping[str, Any]) -> BankOrigin:
         BankFormatError: where the manifest does not say it.
     """
     try:
-        return BankOrigin.from_dict(manifest["origin"])
+        return BankOrigin.from_manifest(manifest)
     except ValueError as error:
         raise format_error(directory / MANIFEST, str(error)) from error
 
 
-def empty_manifest(like: MemoryBank, origin: Mapping[str, Any]) -> dict[str, Any]:
+def empty_manifest(like: MemoryBank, origin: BankOrigin) -> dict[str, Any]:
     """The manifest of a bank without documents, whose tensors will look like those of `like`."""
     return {
         "format": FORMAT,
@@ -114,7 +114,7 @@ def empty_manifest(like: MemoryBank, origin: Mapping[str, Any]) -> dict[str, Any
         "library_version": library_version(),
         "generation": 0,
         "next_id": 0,
-        "origin": dict(origin),
+        **origin.to_manifest(),
         "dtype": next(name for name, (kind, _) in DTYPES.items() if kind is like.dtype),
         "layers": [
             {"layer": layer, "groups": memory.content.shape[2], "head_dim": memory.content.shape[3]}

@@ -25,7 +25,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..memory_msa import BankOrigin, DocumentTable, LayerMemory, MemoryBank
+from ..memory_msa import DocumentTable, LayerMemory, MemoryBank
+from ..origin_msa import check_origin
 from ..storage_msa import (
     DTYPES,
     check_shard,
@@ -36,6 +37,7 @@ from ..storage_msa import (
     read_table,
     shard_layers,
 )
+from .opening import origin_of
 from .ranks import RankFailed, Ranks
 from .turn import DIFFERENT, HEADER, SAME, Turn, header_of
 
@@ -224,8 +226,6 @@ def shard_bank(
         ranks.close()
         raise ValueError("The processes have different banks, or differ in `inputs`; all must share the same one.")
     assert shared is not None
-    if model is not None and isinstance(bank, str | os.PathLike):
-        model.accept_bank(shared)  # compared while it was read
     return shared
 
 
@@ -253,9 +253,9 @@ def _read(
     directory: Path, ranks: Ranks, inputs: str, model: Any, tokenizer: Any, device: Any, verify: bool
 ) -> ShardedBank:
     manifest = read_manifest(directory)
-    origin = BankOrigin.from_dict(manifest["origin"])
-    if model is not None and (differences := origin.differences(model.memory_origin(tokenizer))):
-        raise ValueError("This bank was not made with this model: " + "; ".join(differences) + ".")
+    origin = origin_of(directory, manifest)
+    if model is not None:
+        check_origin(origin, model.memory_origin(tokenizer))
     documents = DocumentTable(read_table(directory, manifest, verify), read_deletions(directory, manifest)[0])
     offsets = torch.from_numpy(np.concatenate([[0], documents.counts("chunks").cumsum()]))
     rows = shares(offsets, ranks.size)

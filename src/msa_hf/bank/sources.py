@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..memory_msa import BankOrigin, DocumentTable, LayerMemory, MemoryBank, _check_origin
+from ..memory_msa import BankOrigin, DocumentTable, LayerMemory, MemoryBank
+from ..origin_msa import check_origin
 from ..storage_msa import (
     DTYPES,
     MANIFEST,
@@ -21,7 +22,6 @@ from ..storage_msa import (
     check_shard,
     check_side_files,
     data_files,
-    format_error,
     layer_shapes,
     read_deletions,
     read_manifest,
@@ -29,6 +29,7 @@ from ..storage_msa import (
     read_table,
     shard_layers,
 )
+from .opening import origin_of
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,9 @@ def _of_open(bank: Any) -> BankSource:
 
 def _of_directory(directory: Path, model: Any, tokenizer: Any, verify: bool) -> BankSource:
     manifest = read_manifest(directory)
-    try:
-        origin = BankOrigin.from_dict(manifest["origin"])
-    except ValueError as error:
-        raise format_error(directory / MANIFEST, str(error)) from error
+    origin = origin_of(directory, manifest)
     if model is not None:
-        _check_origin(origin, model.memory_origin(tokenizer))
+        check_origin(origin, model.memory_origin(tokenizer))
     table = read_table(directory, manifest, verify)
     check_side_files(directory, manifest, verify)
     prefix = read_prefix(directory, manifest, torch.device("cpu"), verify)

@@ -358,10 +358,7 @@ def place_bank(
         layer: _placed(source, layer, plan, plan.keys_tier(number), target, candidates)
         for number, layer in enumerate(source.shapes)
     }
-    placed = TieredBank(cast(Any, layers), source, plan, target)
-    if hasattr(source.model, "accept_bank"):
-        source.model.accept_bank(placed)
-    return placed
+    return TieredBank(cast(Any, layers), source, plan, target)
 
 
 def _planned(
