@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, QuantizedCache
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Context:
         )
 
 
-class MSACache(DynamicCache):
-    """A `DynamicCache` that also keeps each layer's memory rows.
+class KeepsContexts(Cache):
+    """A cache of transformers that also keeps each layer's memory rows; in front of the class of that cache.
 
     The rows lie beside the keys and values, not among them: lengths and masks count the tokens seen alone, every layer
     may have its own number of rows, and decoding never copies them.
@@ -119,3 +119,12 @@ class MSACache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self.contexts = {}
+
+
+class MSACache(KeepsContexts, DynamicCache):
+    """A `DynamicCache` with the documents chosen. With `offloading` the memory rows stay on the device."""
+
+
+class MSAQuantizedCache(KeepsContexts, QuantizedCache):
+    """A `QuantizedCache` with the documents chosen. Keys and values of the tokens seen are quantised, memory rows are
+    not."""

@@ -13,17 +13,21 @@ from typing import Any, ClassVar, cast
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from .attention_msa import AttendingPass, EncodingDone, EncodingPass, PrefixPass
 from .cache_msa import MSACache
 from .compat_msa import CACHE, NEWEST_TESTED, rename_cache
+from .drafting_msa import drafting_arguments, has_memory, memory_arguments, refuse_assistant, refuse_drafts
 from .encoding_msa import encode_documents
 from .fingerprint_msa import fingerprint_of, read_weights, tokenizer_fingerprint
 from .memory_msa import LayerMemory, MemoryBank
+from .options_msa import GenerationOptions, bind_positional, cache_for, leave_out
 from .origin_msa import BankOrigin, state_configuration
 from .routing_msa import LayerRouting
 from .wrapping_msa import has_come_and_go_weights, input_device, is_sharded
 
+PROMPTS = ("inputs", "input_ids", "inputs_embeds")  # names of the first argument of generate()
 MEMORY_ARGUMENTS = ("memory", "routing_mask", "force_documents", "output_document_scores")
 FORCED_WITHOUT_ROUTING = (
     "`force_documents` in a turn without routing tokens: such a turn keeps the documents of the turn before. "
@@ -216,16 +220,15 @@ class MemoryMixin:
         cache: Any = rename_cache(kwargs)
         if cache is None and use_cache:
             kwargs[CACHE] = cache = MSACache(config=self.config)
-        if cache is not None and not hasattr(cache, "contexts"):
-            raise TypeError(
-                f"A memory needs an MSACache, which keeps the chosen documents, got {type(cache).__name__}; "
-                f"leave `{CACHE}` out or pass MSACache(config=model.config)."
-            )
+        refuse_forgetful_cache(cache)
         past = 0 if cache is None else cache.get_seq_length()
         seen = past + length
         if attention_mask is not None and attention_mask.shape[1] != seen:
             raise ValueError(f"`attention_mask` covers {attention_mask.shape[1]} tokens, but {seen} have been seen.")
 
+        if attention_mask is not None and length > 1 and kwargs.get("input_ids") is not None:
+            # What stands in the place of padding has no effect, and not always a row in the embedding.
+            kwargs["input_ids"] = inputs.masked_fill(~attention_mask[:, past:].bool().to(inputs.device), 0)
         routing_mask = self._routing_tokens(routing_mask, attention_mask, batch, length, past, inputs.device)
         if routing_mask is not None and memory is None:
             raise ValueError(
@@ -313,30 +316,45 @@ class MemoryMixin:
 
     # Generation -------------------------------------------------------------------------------------------------------
 
-    def generate(self, inputs: Tensor | None = None, memory: MemoryBank | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        memory: MemoryBank | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """`GenerationMixin.generate` with a memory.
 
         Args:
             inputs: [B, T] prompt without the prefix; also as `input_ids`.
+            generation_config, args: as in transformers, in its order.
             memory: the bank to draw on, or an open one, of which the current state is taken; in a later turn None keeps
                 the documents of the turns before.
             routing_mask: [B, T] bool, the tokens of the prompt that route (default: all but padding; in a later turn
                 all new ones). Cover the whole `input_ids`, or the attention mask where that is longer.
             force_documents: [B, n] documents to attend to instead of the routed ones.
-            kwargs: what `generate` takes. Positions and prefix are handled inside.
+            kwargs: what `generate` takes. Positions and prefix are handled inside. An `assistant_model` with a memory
+                drafts from the same bank, a plain one without.
 
         Raises:
-            ValueError: also where `prefill_chunk_size` would cut the prompt before its last routing token.
+            ValueError: for an option that a memory cannot follow: a cache of fixed shape, a `prefill_chunk_size` that
+                would cut the prompt before its last routing token, an assistant that cannot read the bank.
         """
+        base = super().generate  # type: ignore[misc]
+        kwargs = bind_positional(base, (inputs, generation_config, *args), kwargs)
         memory = current(memory)  # one state of an open bank for all steps
-        if memory is None and not getattr(rename_cache(kwargs), "contexts", None):
-            return super().generate(inputs, **kwargs)  # type: ignore[misc]
+        cache: Any = rename_cache(kwargs)
+        options = GenerationOptions(kwargs, cast(Any, self).generation_config)
+        if memory is None and not getattr(cache, "contexts", None):
+            return base(**kwargs)
+        refuse_forgetful_cache(cache)
         if memory is not None:
             self._check_bank(memory)
-        prompt: Any = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        prompt: Any = next((kwargs[name] for name in PROMPTS if kwargs.get(name) is not None), None)
         if prompt is None:
             raise ValueError("generate() with a memory needs a prompt.")
-        generation_config = kwargs.get("generation_config") or cast(Any, self).generation_config
+        refuse_assistant(kwargs.get("assistant_model"), memory, options)
         custom = kwargs.get("custom_generate")
         if callable(custom):
             # Transformers keeps these two from a decoding method that is a function, whatever its signature says.
@@ -345,21 +363,24 @@ class MemoryMixin:
                 custom, **{name: kwargs[name] for name in wanted if kwargs.get(name) is not None}
             )
 
-        def option(name: str) -> Any:
-            return kwargs[name] if name in kwargs else getattr(generation_config, name, None)
-
         mask = kwargs.get("attention_mask")
         if mask is None:
             mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
-            pad, eos = option("pad_token_id"), option("eos_token_id")
+            pad, eos = options["pad_token_id"], options["eos_token_id"]
             stops = eos if isinstance(eos, list | tuple) else [eos]
             if prompt.dim() == 2 and pad is not None and pad not in stops:
                 mask = (prompt != pad).long()
             kwargs["attention_mask"] = mask
-        cache: Any = rename_cache(kwargs)
-        if cache is None and option("use_cache") is not False:
-            kwargs[CACHE] = cache = MSACache(config=self.config)
+        if cache is None and options["use_cache"] is not False:
+            kwargs[CACHE] = cache = cache_for(options, self.config, input_device(cast(nn.Module, self)))
+            leave_out("cache_implementation", kwargs, options)
+            if options["is_assistant"]:
+                cache.activate_past_recording()  # drafts that are turned down are taken back
         past = 0 if cache is None else cache.get_seq_length()
+        if past and options["is_assistant"]:
+            kwargs.pop("force_documents", None)  # the prompt has been seen, and its documents stay
+        elif past:
+            refuse_drafts(options)
         if mask.shape[1] <= past:
             raise ValueError(
                 f"The cache holds {past} tokens, `attention_mask` covers {mask.shape[1]}: pass the whole history, or "
@@ -369,13 +390,15 @@ class MemoryMixin:
         routing_mask = kwargs.get("routing_mask")
         if routing_mask is None:
             routing_mask = torch.full_like(mask, memory is not None, dtype=torch.bool)
-        if routing_mask.shape[1] < mask.shape[1]:
-            routing_mask = torch.nn.functional.pad(routing_mask.bool(), (mask.shape[1] - routing_mask.shape[1], 0))
+        if (missing := mask.shape[1] - routing_mask.shape[1]) > 0:
+            # An assistant is called with the tokens generated so far behind the prompt.
+            sides = (0, missing) if options["is_assistant"] else (missing, 0)
+            routing_mask = torch.nn.functional.pad(routing_mask.bool(), sides)
         if routing_mask.shape != mask.shape:
             raise ValueError(f"`routing_mask` must be [batch, {mask.shape[1]}], got {tuple(routing_mask.shape)}.")
         routing_mask = routing_mask.bool() & mask.bool()
         routing_mask[:, :past] = False
-        piece = option("prefill_chunk_size")
+        piece = options["prefill_chunk_size"]
         if piece is not None and bool(routing_mask[:, past + piece :].any()):
             raise ValueError(
                 f"`prefill_chunk_size={piece}` cuts the prompt before its last routing token, but documents must be "
@@ -387,27 +410,59 @@ class MemoryMixin:
         kwargs["routing_mask"] = routing_mask
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0) + self.config.first_position
-        output = super().generate(inputs, memory=memory, **kwargs)  # type: ignore[misc]
+        pad = options["pad_token_id"]
+        if pad is not None and not 0 <= int(pad) < self.config.vocab_size:
+            kwargs["padding_id"] = int(pad)
+        output = base(memory=memory, **kwargs)
         if cache is not None and custom is None:
             refuse_lost_cache(cache, prompt.shape[1])
         return output
 
+    def _get_candidate_generator(
+        self, *args: Any, model_kwargs: dict[str, Any], input_ids: Tensor, **kwargs: Any
+    ) -> Any:
+        """Who drafts tokens in assisted generation; transformers would hand it all that the model itself gets."""
+        make = super()._get_candidate_generator  # type: ignore[misc]
+        if model_kwargs.get("routing_mask") is None:  # no memory in this call
+            return make(*args, model_kwargs=model_kwargs, input_ids=input_ids, **kwargs)
+        assistant = kwargs.get("assistant_model")
+        drafting = drafting_arguments(model_kwargs, (*MEMORY_ARGUMENTS, "padding_id"))
+        generator = make(*args, model_kwargs=drafting, input_ids=input_ids, **kwargs)
+        if assistant is not None and has_memory(assistant) and model_kwargs.get("memory") is not None:
+            generator.assistant_kwargs.update(memory_arguments(model_kwargs, input_ids, assistant.device))
+        return generator
+
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        padding_id: int | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        # generate() takes `inputs_embeds` only where this signature names it.
+        """The base's, with what a step of a memory takes.
+
+        Args:
+            padding_id: a token id that stands for padding and has no row in the embedding.
+        """
+        # generate() takes `inputs_embeds` and `padding_id` only where this signature names them.
         cache: Any = rename_cache(kwargs)
         routing_mask = kwargs.pop("routing_mask", None)
         if (
             routing_mask is not None
             and kwargs.get("use_cache") is not False
             and input_ids.shape[1] > routing_mask.shape[1]
+            and not kwargs.get("is_first_iteration")  # drafted tokens may come with the prompt
         ):
             refuse_lost_cache(cache, routing_mask.shape[1])
         force_documents = None if routing_mask is None else kwargs.pop("force_documents", None)
         model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
         )
+        if padding_id is not None and model_inputs.get("input_ids") is not None:
+            # Samples that have ended go on with padding, of which nobody reads what the model makes.
+            ids = model_inputs["input_ids"]
+            model_inputs["input_ids"] = ids.masked_fill(ids == padding_id, 0)
         if routing_mask is not None:
             ids = model_inputs.get("input_ids")
             length = (ids if ids is not None else model_inputs["inputs_embeds"]).shape[1]
@@ -424,6 +479,15 @@ class MemoryMixin:
 def current(memory: Any) -> Any:
     """The state that an open bank is in now; a bank is its own, and so is None."""
     return memory.snapshot() if hasattr(memory, "snapshot") else memory
+
+
+def refuse_forgetful_cache(cache: Any) -> None:
+    """Raise TypeError for a cache that has no place for the documents chosen."""
+    if cache is not None and not hasattr(cache, "contexts"):
+        raise TypeError(
+            f"A memory needs an MSACache, which keeps the chosen documents, got {type(cache).__name__}; "
+            f"leave `{CACHE}` out or pass MSACache(config=model.config)."
+        )
 
 
 def refuse_lost_cache(cache: Any, tokens: int) -> None:

@@ -84,6 +84,7 @@ class TrainingMixin(MemoryMixin):
         mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
         if not bool(mask.any(1).all()):
             raise ValueError(f"Question {int((~mask.any(1)).nonzero()[0])} of the batch is only padding; leave it out.")
+        input_ids = input_ids.masked_fill(~mask, 0)  # padding may have no row in the embedding
 
         batch, limit = input_ids.shape[0], getattr(self.config, "max_position_embeddings", None)
         if doc_ids is not None:

@@ -433,7 +433,8 @@ class MemoryInterleave:
     @property
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else next(iter(sorted(self._stop_ids(None))), 0)
+        known = pad is not None and 0 <= pad < self.model.config.vocab_size  # else it has no row in the embedding
+        return pad if known else next(iter(sorted(self._stop_ids(None))), 0)
 
     def _stop_ids(self, given: Any) -> set[int]:
         """Tokens that end a text: those given or the model's, and the protocol's end of the answer."""

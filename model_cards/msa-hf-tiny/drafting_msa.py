@@ -1,0 +1,76 @@
+"""Assisted generation: what an assistant that drafts tokens for a model with a memory is called with.
+
+Drafts are proposals; the model with the memory checks every one of them, so they change how fast an answer comes and
+never the answer. An assistant with a memory drafts from the same documents; a plain one, and the model's own lower
+layers (`assistant_early_exit`), draft without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .memory_msa import MemoryBank
+from .options_msa import GenerationOptions
+
+
+def has_memory(assistant: Any) -> bool:
+    """Whether an assistant is a model that can draw on a bank."""
+    return hasattr(assistant, "memory_origin")
+
+
+def refuse_assistant(assistant: Any, memory: MemoryBank | None, options: GenerationOptions) -> None:
+    """Refuse what cannot draft for a model with a memory.
+
+    Raises:
+        ValueError: for an assistant with a memory that did not make the bank, and for drafting from hidden states.
+    """
+    if options["use_mtp"] or options["speculation_type"] is not None:
+        name = "use_mtp" if options["use_mtp"] else "speculation_type"
+        raise ValueError(
+            f"`{name}` drafts from the model's hidden states with a cache of its own, which does not hold the "
+            "documents of a memory. Leave it out; `assistant_model` and `prompt_lookup_num_tokens` work."
+        )
+    if memory is not None and has_memory(assistant):
+        try:
+            assistant._check_bank(memory)
+        except ValueError as error:
+            raise ValueError(
+                f"The assistant has a memory, but cannot read this bank, so it would draft blindly. {error}\nOr let "
+                "its plain base draft: `assistant.to_base()`."
+            ) from error
+
+
+def refuse_drafts(options: GenerationOptions) -> None:
+    """Raise ValueError where tokens are to be drafted behind a cache that holds a conversation already."""
+    names = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
+    if given := next((name for name in names if options[name] is not None), None):
+        raise ValueError(
+            f"`{given}` drafts from the start of a conversation, and would have the model see again what its cache "
+            "holds. Pass the whole conversation without the cache, or leave the drafting out of later turns."
+        )
+
+
+def drafting_arguments(arguments: dict[str, Any], ours: Collection[str]) -> dict[str, Any]:
+    """What any assistant may see of a model's keyword `arguments`: not those of a memory (`ours`), nor positions, which
+    leave room for a prefix and documents."""
+    return {name: value for name, value in arguments.items() if name not in (*ours, "position_ids")}
+
+
+def memory_arguments(arguments: dict[str, Any], input_ids: Tensor, device: torch.device) -> dict[str, Any]:
+    """What an assistant with a memory sees besides: the bank itself, and tensors on its device."""
+    mask: Any = arguments.get("attention_mask")  # None where it hides nothing
+    given = {
+        "memory": arguments["memory"],
+        "routing_mask": arguments.get("routing_mask"),
+        "force_documents": arguments.get("force_documents"),
+        "attention_mask": torch.ones_like(input_ids) if mask is None else mask,
+    }
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in given.items()
+        if value is not None
+    }

@@ -1,0 +1,111 @@
+"""The options of a `generate` call, as transformers will resolve them, and the cache that they ask for."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+
+from .cache_msa import MSACache, MSAQuantizedCache
+
+# Implementations of transformers' cache that hold a memory; "hybrid" is what old configurations call the dynamic one.
+GROWING_CACHES = (None, "dynamic", "hybrid", "offloaded", "quantized")
+
+
+class GenerationOptions:
+    """Options by name: a keyword of the call counts most, then the configuration given, then the model's own.
+
+    Args:
+        arguments: keywords of the call.
+        own: `model.generation_config`.
+
+    Raises:
+        TypeError: where `generation_config` is none.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], own: GenerationConfig) -> None:
+        given = arguments.get("generation_config")
+        if given is not None and not isinstance(given, GenerationConfig):
+            raise TypeError(
+                f"`generation_config` must be a GenerationConfig, got {type(given).__name__}. The second argument of "
+                "generate() is the generation configuration, as in transformers; a bank is passed as `memory=bank`."
+            )
+        self.arguments, self.given, self.own = arguments, given, own
+
+    def __getitem__(self, name: str) -> Any:
+        """The option, None where it is not set anywhere."""
+        if name in self.arguments:
+            return self.arguments[name]
+        found = getattr(self.given, name, None)
+        return getattr(self.own, name, None) if found is None else found
+
+
+def bind_positional(function: Callable[..., Any], values: tuple[Any, ...], arguments: dict[str, Any]) -> dict[str, Any]:
+    """`arguments` with the positional `values` of a call of `function` under their names.
+
+    Raises:
+        TypeError: for too many values, and for one that is given twice.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [name for name, item in inspect.signature(function).parameters.items() if item.kind in kinds]
+    if len(values) > len(names):
+        raise TypeError(f"{function.__name__}() takes at most {len(names)} positional arguments, got {len(values)}.")
+    bound = dict(zip(names, values, strict=False))
+    if twice := sorted(bound.keys() & arguments.keys()):
+        raise TypeError(f"{function.__name__}() got {twice} twice.")
+    return {**bound, **arguments}
+
+
+def cache_for(options: GenerationOptions, config: PreTrainedConfig, device: torch.device) -> Any:
+    """An empty cache that keeps the chosen documents, of the kind that `cache_implementation` names.
+
+    Args:
+        config: the model's.
+        device: where the model computes.
+
+    Raises:
+        ValueError: for a kind that cannot keep them, with the reason and the remedy.
+        ImportError: where what quantises is not installed.
+    """
+    kind = options["cache_implementation"]
+    refuse_fixed_cache(kind)
+    if kind == "quantized":
+        given = options["cache_config"]
+        settings = dict(copy.deepcopy(given) if given is not None else {})
+        return MSAQuantizedCache(**{"backend": "quanto", "config": config, **settings})
+    if kind == "offloaded" and device.type != "cuda":
+        raise ValueError(
+            "`cache_implementation='offloaded'` keeps keys and values of a CUDA device in host memory, but the model "
+            f"computes on {device.type!r}; leave it out."
+        )
+    return MSACache(config=config, offloading=kind == "offloaded")
+
+
+def refuse_fixed_cache(kind: str | None) -> None:
+    """Raise ValueError for a `cache_implementation` whose caches cannot keep the documents chosen."""
+    if kind not in GROWING_CACHES:
+        reason = (
+            "it answers through continuous batching, whose pages have no place for them"
+            if kind == "paged"
+            else "its caches have one fixed shape, while the documents of every question have another number of rows"
+        )
+        raise ValueError(
+            f"`cache_implementation={kind!r}` cannot keep the documents that a memory's layers have chosen: {reason}. "
+            "Leave it out (also in `model.generation_config`), or use 'dynamic', 'quantized' or 'offloaded'."
+        )
+
+
+def leave_out(option: str, arguments: dict[str, Any], options: GenerationOptions) -> None:
+    """Have transformers see `option` unset, in the keywords `arguments` of a call, in place."""
+    if options[option] is None:
+        return
+    if options.given is None or getattr(options.own, option, None) is not None:
+        arguments[option] = None
+        return
+    arguments.pop(option, None)  # beside a configuration, a keyword that is an option draws a warning
+    arguments["generation_config"] = given = copy.deepcopy(options.given)
+    setattr(given, option, None)
