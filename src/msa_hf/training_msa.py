@@ -69,6 +69,12 @@ class TrainingMixin(MemoryMixin):
             raise ValueError(
                 "`output_router_logits` asks for a loss that balances experts; a training step with documents has none."
             )
+        if num_items_in_batch is not None and labels is None:
+            raise ValueError(
+                "`num_items_in_batch` counts labels, but this training step has none: Trainer takes them away for "
+                "`label_smoothing_factor` and `compute_loss_func`, and computes a loss that trains no router. Use "
+                "msa_hf.training.MemoryTrainer, which puts either in the place of the language loss alone."
+            )
         if answer_mask is not None and labels is None:
             raise ValueError("`answer_mask` says which of the `labels` count again, but there are none.")
         _refuse_other_shapes(
@@ -79,8 +85,8 @@ class TrainingMixin(MemoryMixin):
             answer_mask=answer_mask,
             routing_mask=routing_mask,
         )
-        kwargs.pop("use_cache", None)
-        kwargs.pop("output_document_scores", None)
+        for name in ("use_cache", "output_document_scores", "skip_logits"):  # the last is Trainer's with liger kernels
+            kwargs.pop(name, None)
         mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
         if not bool(mask.any(1).all()):
             raise ValueError(f"Question {int((~mask.any(1)).nonzero()[0])} of the batch is only padding; leave it out.")

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from msa_hf import MSAForCausalLM
-from msa_hf.training import peft_config
+from msa_hf.training import MemoryTrainer, peft_config
 
 # PEFT asks a model for a property by the name that the newer transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -363,3 +363,100 @@ def test_adapters_with_and_without_checkpointing_end_alike(tmp_path) -> None:
         found.append(weights(wrapped))
     for name, weight in found[0].items():
         assert_same(found[1][name], weight)
+
+
+# Options of Trainer that reach into the loss --------------------------------------------------------------------------
+
+
+def cross_entropy(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """A loss of the user's: twice the usual one."""
+    logits, labels = outputs["logits"][:, :-1], labels[:, 1:]
+    total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    return 2.0 * total / num_items_in_batch
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "smoothing": ({"label_smoothing_factor": 0.3}, {}),
+    "function": ({}, {"compute_loss_func": cross_entropy}),
+}
+
+
+def language_loss(option: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """What an option makes of the language loss, by its definition."""
+    if option == "function":
+        return cross_entropy({"logits": logits}, labels, (labels[:, 1:] != -100).sum())
+    seen = labels[:, 1:] != -100
+    return torch.nn.functional.cross_entropy(logits[:, :-1][seen], labels[:, 1:][seen], label_smoothing=0.3)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loss_of_trainers_own_beside_documents_is_refused(form, option, tmp_path) -> None:
+    """Trainer would compute it without the model, and no router would learn; the message says what computes both."""
+    settings, extra = OPTIONS[option]
+    trainer = Trainer(
+        setup().model,
+        arguments(tmp_path, max_steps=1, **settings),
+        train_dataset=samples_of_four(form),
+        eval_dataset=samples_of_four(form),
+        data_collator=Padder(form),
+        **extra,
+    )
+    with pytest.raises(ValueError, match=r"trains no router.*MemoryTrainer"):
+        trainer.train()
+    with pytest.raises(ValueError, match=r"trains no router.*MemoryTrainer"):
+        trainer.evaluate()
+
+
+@pytest.mark.parametrize("size, accumulation", [(4, 1), (1, 4)])
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_memory_trainer_puts_it_in_the_place_of_the_language_loss(form, option, size, accumulation, tmp_path) -> None:
+    """One step equals the gradient by hand, auxiliary and answer losses included, in any micro-batches; what was set
+    aside for it is back afterwards."""
+    settings, extra = OPTIONS[option]
+    weights_of = {"answer_loss_weight": 0.5, "lm_loss_weight": 0.7, "score_bias": True}
+    model, expected = setup(**weights_of).model, setup(**weights_of).model.train()
+    before, own = weights(model), model.loss_function
+    batch = Padder(form)(samples_of_four(form))
+    items = (batch["labels"][:, 1:] != -100).sum()
+    output = expected(**batch, num_items_in_batch=items)
+    marked = batch["labels"].masked_fill(~batch["answer_mask"].bool(), -100)
+    loss = expected.config.aux_loss_weight * output.aux_loss
+    loss = loss + 0.7 * language_loss(option, output.logits, batch["labels"])
+    (loss + 0.5 * language_loss(option, output.logits, marked)).backward()
+
+    trainer = MemoryTrainer(
+        model,
+        arguments(
+            tmp_path,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            **settings,
+        ),
+        train_dataset=samples_of_four(form),
+        data_collator=Padder(form),
+        **extra,
+    )
+    trainer.train()
+    found = {name: before[name] - weight for name, weight in weights(model).items()}
+    assert_same_gradients(found, {name: weight.grad for name, weight in expected.named_parameters()}, 1e-4)
+    assert any(bool(change.any()) for name, change in found.items() if "router_q" in name)
+    assert model.loss_function is own and trainer.compute_loss_func is extra.get("compute_loss_func")
+    assert (trainer.label_smoother is None) == (option == "function")
+
+
+def test_options_that_leave_the_loss_alone(tmp_path) -> None:
+    """Noise in embeddings changes the step, evaluation of losses alone does not change them."""
+    quiet = one_step(tmp_path, "pool")
+    noisy = one_step(tmp_path, "pool", neftune_noise_alpha=5.0)
+    assert all(bool(change.isfinite().all()) for change in noisy.values())
+    assert any(not torch.equal(noisy[name], quiet[name]) for name in quiet if "router_q" in name)
+    model = setup().model
+    made = four().pool()
+    with torch.no_grad():
+        assert torch.equal(model(**made, skip_logits=True).loss, model(**made).loss)

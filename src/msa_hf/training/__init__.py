@@ -9,14 +9,17 @@ from .data import QuestionCollator
 from .diagnosis import Diagnosis, diagnose, router_recall
 from .monitor import CollapsedError, CollapseGuard, RouterMonitor
 from .peft import peft_config
+from .schedule import MemoryTrainer, RouterWarmup
 from .sharpen import sharpen_score_bias
 
 __all__ = [
     "CollapseGuard",
     "CollapsedError",
     "Diagnosis",
+    "MemoryTrainer",
     "QuestionCollator",
     "RouterMonitor",
+    "RouterWarmup",
     "diagnose",
     "peft_config",
     "router_recall",

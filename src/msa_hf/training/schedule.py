@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Trainer, TrainerCallback
+from transformers.modeling_outputs import CausalLMOutput
 
 from ..retrofit_msa import ROUTER_MODULES
 
@@ -54,21 +58,37 @@ def _set(config: Any, values: dict[str, float]) -> None:
         setattr(config, name, value)
 
 
+def _has_documents(inputs: Any) -> bool:
+    return any(inputs.get(name) is not None for name in ("documents", "doc_ids"))
+
+
 class MemoryTrainer(Trainer):
     """A Trainer whose routers have a learning rate of their own, and which logs the parts of the loss and the phase.
 
+    `label_smoothing_factor` and `compute_loss_func` take the place of the language loss in a step with documents, with
+    the same weights and beside the auxiliary loss; the function is given the logits alone.
+
     Args:
-        router_learning_rate: follows the same schedule as `args.learning_rate`.
-        warmup: its phases are named in the log.
+        router_learning_rate: follows the same schedule as `args.learning_rate`; default the same.
+        warmup: its phases are named in the log; default none.
         args, kwargs: as `transformers.Trainer` takes them.
     """
 
     optimizer: Any
+    label_smoother: Any
+    compute_loss_func: Callable[..., Any] | None
 
-    def __init__(self, *args: Any, router_learning_rate: float, warmup: RouterWarmup, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        router_learning_rate: float | None = None,
+        warmup: RouterWarmup | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.router_learning_rate, self.warmup = router_learning_rate, warmup
-        self.add_callback(warmup)
+        self.router_learning_rate = self.args.learning_rate if router_learning_rate is None else router_learning_rate
+        self.warmup = RouterWarmup(0) if warmup is None else warmup
+        self.add_callback(self.warmup)
         self._parts: dict[str, torch.Tensor] = {}  # sums since the last log
         self._batches = 0
         self._router_rate: list[float] = []
@@ -95,10 +115,36 @@ class MemoryTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        with self._model_sees_labels(model) if _has_documents(inputs) else nullcontext():
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
             self._note(outputs, kwargs.get("num_items_in_batch"))
         return (loss, outputs) if return_outputs else loss
+
+    @contextmanager
+    def _model_sees_labels(self, model: Any) -> Iterator[None]:
+        """A time in which the model computes with the labels what Trainer would compute without the model."""
+        smoother, function = self.label_smoother, self.compute_loss_func
+        if smoother is None and function is None:
+            yield
+            return
+        base = self.accelerator.unwrap_model(model)
+        base = base.get_base_model() if hasattr(base, "get_base_model") else base
+
+        def language_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
+            output = CausalLMOutput(logits=logits)
+            if function is not None:
+                return function(output, labels, num_items_in_batch=num_items_in_batch)
+            return smoother(output, labels, shift_labels=True, num_items_in_batch=num_items_in_batch)
+
+        own = base.loss_function
+        base.loss_function = language_loss
+        self.label_smoother = self.compute_loss_func = None
+        try:
+            yield
+        finally:
+            base.loss_function = own
+            self.label_smoother, self.compute_loss_func = smoother, function
 
     def _note(self, outputs: Any, num_items_in_batch: Any) -> None:
         """Keep of a batch what the next line of the log will say."""
