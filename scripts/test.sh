@@ -112,7 +112,7 @@ try:
     metadata.version("msa-hf")
 except metadata.PackageNotFoundError:
     sys.exit(1)
-modules = ("torch", "pytest", "hypothesis", "accelerate", "peft", "datasets", "bm25s", "matplotlib", "ruff", "mypy")
+modules = ("torch", "pytest", "xdist", "hypothesis", "accelerate", "peft", "datasets", "bm25s", "matplotlib", "ruff", "mypy")
 sys.exit(not all(util.find_spec(name) for name in modules) or (wanted != "" and found != wanted))
 PY
 }
@@ -172,7 +172,8 @@ if [[ -z "$version" ]]; then
 elif ! names_a_path ${pytest_args[@]+"${pytest_args[@]}"}; then
     pytest_args+=(tests/models tests/goldens)
 fi
-check "pytest" "$python" -m pytest -q -p no:cacheprovider ${pytest_args[@]+"${pytest_args[@]}"}
+# The models are tiny and run on one thread each, so every core takes its own files.
+check "pytest" "$python" -m pytest -q -p no:cacheprovider --numprocesses auto --dist loadfile ${pytest_args[@]+"${pytest_args[@]}"}
 
 if ((${#failed[@]})); then
     printf 'error: failed: %s\n' "${failed[@]}" >&2
