@@ -73,7 +73,12 @@ def assert_forms_agree(model: Any, made: Step) -> None:
 @pytest.mark.parametrize("family, attention", FAMILIES)
 def test_packed_rows_equal_a_pool_of_the_same_documents(family, attention, options) -> None:
     """Losses, document scores, choices, logits of the active tokens and every gradient."""
-    assert_forms_agree(trainable(family, attention, **OPTIONS[options]), step())
+    model = trainable(family, attention, **OPTIONS[options])
+    if family == "gpt_oss":
+        # The gradient of a sink is a sum of terms that cancel, of which float32 loses 4e-5 on some processors.
+        model.set_experts_implementation("eager")  # the grouped product knows no float64
+        model = model.double()
+    assert_forms_agree(model, step())
 
 
 @pytest.mark.parametrize(
