@@ -314,7 +314,9 @@ class MemoryMixin:
             raise ValueError("`force_documents` names a document twice for one sample.")
         return documents.long()
 
-    # Generation -------------------------------------------------------------------------------------------------------
+
+class GeneratingMixin(MemoryMixin):
+    """What the causal LM does besides: generating with a memory."""
 
     def generate(
         self,

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from .checkpoint_msa import CheckpointMixin
-from .inference_msa import MEMORY_ARGUMENTS, MemoryMixin, attends, without_memory
+from .configuration_msa import MSAConfig
+from .inference_msa import MEMORY_ARGUMENTS, GeneratingMixin, MemoryMixin, attends, without_memory
 from .outputs_msa import MSACausalLMOutput, MSAModelOutput
 from .training_msa import TRAINING_ARGUMENTS, TrainingMixin
 
 
-class MSAModel(MemoryMixin, CheckpointMixin):
+class MSAModel(MemoryMixin, CheckpointMixin, PreTrainedModel):
     """A decoder without head, with a memory. `AutoModel` loads it; see `MSAForCausalLM`."""
 
     base_mapping = MODEL_MAPPING
+    config_class = MSAConfig
     output_class = MSAModelOutput
     forward_arguments = MEMORY_ARGUMENTS
 
@@ -26,7 +29,7 @@ class MSAModel(MemoryMixin, CheckpointMixin):
         return self.memory_forward(**kwargs) if attends(kwargs) else super().forward(**without_memory(kwargs))  # type: ignore[misc]
 
 
-class MSAForCausalLM(TrainingMixin, CheckpointMixin):
+class MSAForCausalLM(GeneratingMixin, TrainingMixin, CheckpointMixin, PreTrainedModel, GenerationMixin):
     """A causal LM with a Memory Sparse Attention memory (arXiv 2603.23516).
 
     `from_base` retrofits a plain model, `from_pretrained` loads a checkpoint. Without a memory it computes what the
@@ -34,6 +37,7 @@ class MSAForCausalLM(TrainingMixin, CheckpointMixin):
     """
 
     base_mapping = MODEL_FOR_CAUSAL_LM_MAPPING
+    config_class = MSAConfig
     output_class = MSACausalLMOutput
     forward_arguments = (*MEMORY_ARGUMENTS, *TRAINING_ARGUMENTS)
 

@@ -1,0 +1,43 @@
+"""Models that draw on a small bank wherever nothing else is passed, so that a suite that knows no memory tests one."""
+
+from typing import Any
+
+import torch
+from families import DOCUMENTS
+
+import msa_hf
+from msa_hf import MemoryBank
+
+
+class BoundMemory:
+    """Passes a bank of `DOCUMENTS` to forward and generate; encoded anew whenever a weight has changed."""
+
+    def bound_memory(self: Any) -> MemoryBank:
+        """The bank that the weights as they are now make."""
+        state = [(id(weight), weight._version, weight.dtype) for weight in self.parameters()]
+        if torch.compiler.is_compiling() or self.__dict__.get("_state_of_bank") == state:
+            return self.__dict__["_bank"]
+        training = {module: module.training for module in self.modules()}
+        with torch.no_grad():
+            self.eval()
+            bank = self.encode_documents(DOCUMENTS, show_progress=False)
+        for module, flag in training.items():
+            module.training = flag
+        self.__dict__.update(_bank=bank, _state_of_bank=state)
+        return bank
+
+
+class MSAModel(BoundMemory, msa_hf.MSAModel):
+    def forward(self, **kwargs: Any) -> Any:
+        return msa_hf.MSAModel.forward(self, **{"memory": self.bound_memory(), **kwargs})
+
+
+class MSAForCausalLM(BoundMemory, msa_hf.MSAForCausalLM):
+    def forward(self, **kwargs: Any) -> Any:
+        if kwargs.get("memory") is None and "memory_pass" not in kwargs:
+            kwargs["memory"] = self.bound_memory()
+        return msa_hf.MSAForCausalLM.forward(self, **kwargs)
+
+    def generate(self, inputs: Any = None, memory: Any = None, **kwargs: Any) -> Any:
+        memory = self.bound_memory() if memory is None else memory
+        return msa_hf.MSAForCausalLM.generate(self, inputs, memory=memory, **kwargs)

@@ -1,0 +1,76 @@
+"""transformers' own suites over tiny models: the plain base, ours without a memory, and ours with a memory bound.
+
+Run by scripts/peer_suites.sh, which puts the `tests` of transformers' source distribution on the path.
+"""
+
+import unittest
+from typing import Any
+
+import families
+import memory_bound
+import placeholders
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+import msa_hf
+
+placeholders.fill_in()
+
+import torch  # noqa: E402
+from tests.test_modeling_common import GenerationTesterMixin, ModelTesterMixin, ids_tensor  # noqa: E402
+from tests.test_training_mixin import TrainingTesterMixin  # noqa: E402
+
+# The mixins look up by a class's name whether it takes labels.
+MODEL_MAPPING_NAMES.setdefault("msa", "MSAModel")
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("msa", "MSAForCausalLM")
+
+
+class SuiteInputs:
+    """What the mixins ask for: a configuration and inputs."""
+
+    batch_size, seq_length, is_training = 13, 7, True
+    hidden_size, num_hidden_layers, num_attention_heads = (
+        families.COMMON[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    )
+    vocab_size = families.COMMON["vocab_size"]
+
+    def __init__(self, parent: Any) -> None:
+        self.base_model_class, self.causal_lm_class = parent.classes()
+        self.make_config = parent.make_config
+        self.config_class = type(self.get_config())
+
+    def get_config(self) -> Any:
+        return self.make_config()
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, Any]]:
+        ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        return self.get_config(), {"input_ids": ids, "attention_mask": torch.tril(torch.ones_like(ids))}
+
+
+class Suite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
+    """A family in one form; the concrete classes below say which."""
+
+    family = form = ""
+    model_tester: Any = None
+    training_overfit_steps = 60
+    training_loss_reduction_threshold = training_grad_norm_reduction_threshold = 0.2
+
+    def setUp(self) -> None:
+        self.model_tester = SuiteInputs(self)
+        self.all_model_classes = self.classes()
+
+    def classes(self) -> tuple[type, type]:
+        """Headless model and causal LM."""
+        if self.form == "plain":
+            return families.plain_classes(self.family)
+        home = msa_hf if self.form == "ours" else memory_bound
+        return home.MSAModel, home.MSAForCausalLM
+
+    def make_config(self) -> Any:
+        return (families.plain_config if self.form == "plain" else families.memory_config)(self.family)
+
+
+for family in families.FAMILIES:
+    for form in ("plain", "ours", "memory"):
+        name = f"Test{family}_{form}"
+        globals()[name] = type(name, (Suite, unittest.TestCase), {"family": family, "form": form, "__module__": __name__})
+del Suite
