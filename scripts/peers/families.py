@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import memory_bound
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
+import msa_hf
 from msa_hf import MSAConfig
 
 COMMON: dict[str, Any] = {
@@ -29,22 +31,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "Gemma2": ("gemma2", HYBRID, "Gemma2Model", "Gemma2ForCausalLM"),
     "Gemma3": ("gemma3_text", HYBRID, "Gemma3TextModel", "Gemma3ForCausalLM"),
 }
-DOCUMENTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16, 17], [18, 19, 20, 21, 22]]
 
 
-def plain_config(family: str) -> PreTrainedConfig:
-    """The configuration of the plain model."""
+# Transformers' own classes; ours as users name them, and as they are made for a family; and those with a memory bound.
+FORMS = ("plain", "generic", "made", "memory")
+
+
+def classes(family: str, form: str) -> tuple[type, type]:
+    """Headless model and causal LM."""
+    kind, _, model, causal_lm = FAMILIES[family]
+    if form == "plain":
+        return getattr(transformers, model), getattr(transformers, causal_lm)
+    if form == "generic":
+        return msa_hf.MSAModel, msa_hf.MSAForCausalLM
+    home = msa_hf if form == "made" else memory_bound
+    return home.MSAModel.class_for(kind), home.MSAForCausalLM.class_for(kind)
+
+
+def config(family: str, form: str) -> PreTrainedConfig:
+    """The configuration of a model; with a memory, every layer takes two documents."""
     kind, fields, *_ = FAMILIES[family]
-    return AutoConfig.for_model(kind, **COMMON, **fields)
-
-
-def plain_classes(family: str) -> tuple[type, type]:
-    """Headless model and causal LM of transformers."""
-    *_, model, causal_lm = FAMILIES[family]
-    return getattr(transformers, model), getattr(transformers, causal_lm)
-
-
-def memory_config(family: str) -> MSAConfig:
-    """The configuration of the same model with a memory, of which every layer takes two documents."""
-    kind, fields, *_ = FAMILIES[family]
+    if form == "plain":
+        return AutoConfig.for_model(kind, **COMMON, **fields)
     return MSAConfig(base_model_type=kind, chunk_size=2, top_k=2, **COMMON, **fields)

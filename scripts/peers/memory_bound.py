@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
-from families import DOCUMENTS
 
 import msa_hf
 from msa_hf import MemoryBank
+
+
+DOCUMENTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16, 17], [18, 19, 20, 21, 22]]
 
 
 class BoundMemory:
@@ -29,12 +31,14 @@ class BoundMemory:
 
 class MSAModel(BoundMemory, msa_hf.MSAModel):
     def forward(self, **kwargs: Any) -> Any:
-        return msa_hf.MSAModel.forward(self, **{"memory": self.bound_memory(), **kwargs})
+        if kwargs.get("memory") is None:
+            kwargs["memory"] = self.bound_memory()
+        return msa_hf.MSAModel.forward(self, **kwargs)
 
 
 class MSAForCausalLM(BoundMemory, msa_hf.MSAForCausalLM):
     def forward(self, **kwargs: Any) -> Any:
-        if kwargs.get("memory") is None and "memory_pass" not in kwargs:
+        if kwargs.get("memory") is None:
             kwargs["memory"] = self.bound_memory()
         return msa_hf.MSAForCausalLM.forward(self, **kwargs)
 

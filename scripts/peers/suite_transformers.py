@@ -1,4 +1,4 @@
-"""transformers' own suites over tiny models: the plain base, ours without a memory, and ours with a memory bound.
+"""transformers' own suites over tiny models: plain, ours without a memory, and ours with one bound.
 
 Run by scripts/peer_suites.sh, which puts the `tests` of transformers' source distribution on the path.
 """
@@ -7,11 +7,8 @@ import unittest
 from typing import Any
 
 import families
-import memory_bound
 import placeholders
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
-
-import msa_hf
 
 placeholders.fill_in()
 
@@ -20,8 +17,11 @@ from tests.test_modeling_common import GenerationTesterMixin, ModelTesterMixin, 
 from tests.test_training_mixin import TrainingTesterMixin  # noqa: E402
 
 # The mixins look up by a class's name whether it takes labels.
-MODEL_MAPPING_NAMES.setdefault("msa", "MSAModel")
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("msa", "MSAForCausalLM")
+for family in families.FAMILIES:
+    for form in ("generic", "made", "memory"):
+        model, causal_lm = families.classes(family, form)
+        MODEL_MAPPING_NAMES[f"{family}_{form}"] = model.__name__
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"{family}_{form}"] = causal_lm.__name__
 
 
 class SuiteInputs:
@@ -60,17 +60,15 @@ class Suite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
 
     def classes(self) -> tuple[type, type]:
         """Headless model and causal LM."""
-        if self.form == "plain":
-            return families.plain_classes(self.family)
-        home = msa_hf if self.form == "ours" else memory_bound
-        return home.MSAModel, home.MSAForCausalLM
+        return families.classes(self.family, self.form)
 
     def make_config(self) -> Any:
-        return (families.plain_config if self.form == "plain" else families.memory_config)(self.family)
+        return families.config(self.family, self.form)
 
 
 for family in families.FAMILIES:
-    for form in ("plain", "ours", "memory"):
+    for form in families.FORMS:
         name = f"Test{family}_{form}"
-        globals()[name] = type(name, (Suite, unittest.TestCase), {"family": family, "form": form, "__module__": __name__})
+        fields = {"family": family, "form": form, "__module__": __name__}
+        globals()[name] = type(name, (Suite, unittest.TestCase), fields)
 del Suite

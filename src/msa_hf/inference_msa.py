@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from .attention_config_msa import check_holds_memory
 from .attention_msa import AttendingPass, EncodingDone, EncodingPass, PrefixPass
 from .cache_msa import MSACache
 from .compat_msa import CACHE, NEWEST_TESTED, rename_cache
@@ -49,7 +50,12 @@ class MemoryMixin:
     # Encoding ---------------------------------------------------------------------------------------------------------
 
     def run_base(self, backbone_only: bool = False, **kwargs: Any) -> Any:
-        """One run of the base: its own forward, or only its backbone where logits are not needed."""
+        """One run of the base: its own forward, or only its backbone where logits are not needed.
+
+        Raises:
+            ValueError: where the attention implementation knows no memory.
+        """
+        check_holds_memory(self.config._attn_implementation)
         backbone = cast(Any, self).base_model
         if backbone_only and backbone is not self:
             kwargs.pop("logits_to_keep", None)
