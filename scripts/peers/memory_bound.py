@@ -30,17 +30,17 @@ class BoundMemory:
 
 
 class MSAModel(BoundMemory, msa_hf.MSAModel):
-    def forward(self, **kwargs: Any) -> Any:
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
         if kwargs.get("memory") is None:
             kwargs["memory"] = self.bound_memory()
-        return msa_hf.MSAModel.forward(self, **kwargs)
+        return msa_hf.MSAModel.forward(self, input_ids, **kwargs)
 
 
 class MSAForCausalLM(BoundMemory, msa_hf.MSAForCausalLM):
-    def forward(self, **kwargs: Any) -> Any:
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
         if kwargs.get("memory") is None:
             kwargs["memory"] = self.bound_memory()
-        return msa_hf.MSAForCausalLM.forward(self, **kwargs)
+        return msa_hf.MSAForCausalLM.forward(self, input_ids, **kwargs)
 
     def generate(self, inputs: Any = None, memory: Any = None, **kwargs: Any) -> Any:
         memory = self.bound_memory() if memory is None else memory

@@ -51,8 +51,6 @@ class Suite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
 
     family = form = ""
     model_tester: Any = None
-    training_overfit_steps = 60
-    training_loss_reduction_threshold = training_grad_norm_reduction_threshold = 0.2
 
     def setUp(self) -> None:
         self.model_tester = SuiteInputs(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
@@ -22,8 +23,9 @@ class MSAModel(MemoryMixin, CheckpointMixin, PreTrainedModel):
     output_class = MSAModelOutput
     forward_arguments = MEMORY_ARGUMENTS
 
-    def forward(self, **kwargs: Any) -> Any:
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """The base's forward; with `memory`, `routing_mask`, `force_documents`, `output_document_scores` it attends."""
+        kwargs["input_ids"] = input_ids
         if kwargs.get("memory_pass") is not None:
             return self.run_base(**kwargs)
         return self.memory_forward(**kwargs) if attends(kwargs) else super().forward(**without_memory(kwargs))  # type: ignore[misc]
@@ -41,7 +43,7 @@ class MSAForCausalLM(GeneratingMixin, TrainingMixin, CheckpointMixin, PreTrained
     output_class = MSACausalLMOutput
     forward_arguments = (*MEMORY_ARGUMENTS, *TRAINING_ARGUMENTS)
 
-    def forward(self, **kwargs: Any) -> Any:
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """The base's forward, and with a memory or documents the following.
 
         Inference:
@@ -65,6 +67,7 @@ class MSAForCausalLM(GeneratingMixin, TrainingMixin, CheckpointMixin, PreTrained
         Returns:
             The base's output without a memory, else `MSACausalLMOutput`.
         """
+        kwargs["input_ids"] = input_ids
         if kwargs.get("memory_pass") is not None:  # from `run_from_outside`
             return self.run_base(**kwargs)
         if kwargs.get("doc_ids") is not None or kwargs.get("documents") is not None:
