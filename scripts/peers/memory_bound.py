@@ -7,7 +7,6 @@ import torch
 import msa_hf
 from msa_hf import MemoryBank
 
-
 DOCUMENTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16, 17], [18, 19, 20, 21, 22]]
 
 

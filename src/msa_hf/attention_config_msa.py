@@ -1,7 +1,7 @@
 """The configuration as attention layers read it, which sends them to the attention functions that know a memory.
 
-The model's own configuration names the attention that the user chose, so that transformers treats it as the base: masks,
-checks, generation and continuous batching ask for that name. Only the layers' look-up of their function is diverted.
+The model's own configuration names the attention that the user chose, so that transformers treats it as the base:
+masks, checks, generation and continuous batching ask for that name. Only the layers' look-up of their function differs.
 """
 
 from typing import Any

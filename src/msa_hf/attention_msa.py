@@ -623,8 +623,8 @@ def context_attention(
 ) -> Tensor:
     """Attention over `[context rows; own tokens]` with one softmax, without copying either of them.
 
-    Every query sees all rows of its sample's context, and own tokens as `attention_mask` says. Long prompts are computed
-    in pieces.
+    Every query sees all rows of its sample's context, and own tokens as `attention_mask` says. Long prompts are
+    computed in pieces.
 
     Args:
         query: [B, H, T, D].

@@ -102,11 +102,13 @@ class CheckpointMixin:
     Attributes:
         base_class: the base's class; on the classes made by `class_for`.
         base_mapping: configuration class -> base class.
+        class_names: the classes of that kind that transformers' pipelines, servers and Trainer know, by model type.
         forward_arguments: what our forward takes besides the base's arguments.
     """
 
     base_class: ClassVar[type[PreTrainedModel]]
     base_mapping: ClassVar[Any]
+    class_names: ClassVar[dict[str, str]]
     forward_arguments: ClassVar[tuple[str, ...]]
     generation_config_class = BaseGenerationConfig
     config: Any
@@ -167,6 +169,7 @@ class CheckpointMixin:
         if conversions is not None:
             register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
         home.setdefault(name, made)  # so that instances can be pickled
+        cls.class_names[f"{MSAConfig.model_type}-{base_class.__name__}"] = name
         return made
 
     @classmethod

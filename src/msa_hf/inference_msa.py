@@ -257,8 +257,10 @@ class MemoryMixin:
             kwargs["position_ids"] = positions + self.config.first_position
 
         turn: Any = contextlib.nullcontext()
+        operations = None
         if routing_mask is not None and hasattr(memory, "turn"):  # other processes have parts of it (msa_hf.bank)
             turn = cast(Any, memory).turn(self.config, inputs, routing_mask, force_documents, output_document_scores)
+            operations = getattr(turn, "operations", None)
         attending = AttendingPass(
             config=self.config,
             similarity=self.config.similarity,
@@ -269,7 +271,7 @@ class MemoryMixin:
             visible=None if memory is None else memory.visible,
             force_documents=force_documents,
             keep_document_scores=output_document_scores,
-            operations=getattr(turn, "operations", None),
+            operations=operations,
             contexts={} if cache is None else cache.contexts,
             keep_contexts=cache is not None,
         )
@@ -439,6 +441,19 @@ class GeneratingMixin(MemoryMixin):
         if assistant is not None and has_memory(assistant) and model_kwargs.get("memory") is not None:
             generator.assistant_kwargs.update(memory_arguments(model_kwargs, input_ids, assistant.device))
         return generator
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate_batch` of the base: continuous batching, without a memory.
+
+        Raises:
+            ValueError: where one is given, which it would not see.
+        """
+        if given := [name for name in MEMORY_ARGUMENTS if kwargs.get(name) is not None]:
+            raise ValueError(
+                f"`generate_batch` got `{given[0]}`, but continuous batching knows no memory; use generate() with a batch "
+                "of prompts."
+            )
+        return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(
         self,

@@ -6,7 +6,12 @@ from typing import Any
 
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING,
+    MODEL_MAPPING_NAMES,
+)
 
 from .checkpoint_msa import CheckpointMixin
 from .configuration_msa import MSAConfig
@@ -19,6 +24,7 @@ class MSAModel(MemoryMixin, CheckpointMixin, PreTrainedModel):
     """A decoder without head, with a memory. `AutoModel` loads it; see `MSAForCausalLM`."""
 
     base_mapping = MODEL_MAPPING
+    class_names = MODEL_MAPPING_NAMES
     config_class = MSAConfig
     output_class = MSAModelOutput
     forward_arguments = MEMORY_ARGUMENTS
@@ -39,6 +45,7 @@ class MSAForCausalLM(GeneratingMixin, TrainingMixin, CheckpointMixin, PreTrained
     """
 
     base_mapping = MODEL_FOR_CAUSAL_LM_MAPPING
+    class_names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     config_class = MSAConfig
     output_class = MSACausalLMOutput
     forward_arguments = (*MEMORY_ARGUMENTS, *TRAINING_ARGUMENTS)
