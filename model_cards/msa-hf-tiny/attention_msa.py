@@ -13,7 +13,7 @@ apart and hands on copies, of which the model would never see what was recorded.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -352,19 +352,17 @@ class AttendingPass:
             return base(module, query, key, value, attention_mask, **kwargs)
         if self.keep_contexts and self.recording:
             self.contexts[layer] = context
-        attention = fused_context_attention if base is ALL_ATTENTION_FUNCTIONS["sdpa"] else context_attention
-        output = attention(
-            query,
-            key,
-            value,
-            attention_mask,
-            context,
-            scaling=kwargs.get("scaling"),
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
-            dropout=kwargs.get("dropout") or 0.0,
-        )
-        return output, None
+        options: dict[str, Any] = {
+            "scaling": kwargs.get("scaling"),
+            "softcap": kwargs.get("softcap"),
+            "sinks": kwargs.get("s_aux"),
+            "dropout": kwargs.get("dropout") or 0.0,
+        }
+        if base is ALL_ATTENTION_FUNCTIONS["sdpa"]:
+            return fused_context_attention(query, key, value, attention_mask, context, **options), None
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            return context_attention_and_weights(query, key, value, attention_mask, context, **options)
+        return context_attention(query, key, value, attention_mask, context, **options), None
 
     def _prefix_context(self, layer: int, query: Tensor, dtype: torch.dtype) -> Context | None:
         """The prefix alone: the context of layers without memory."""
@@ -417,7 +415,7 @@ class AttendingPass:
             best = best.masked_fill((documents < 0) | (best <= NO_SCORE), float("-inf"))
         elif scores is None:
             documents, best = operations["route_documents"](
-                router_query,
+                router_query.detach(),  # has no derivative
                 mask,
                 memory.routing_keys,
                 offsets,
@@ -456,8 +454,9 @@ class AttendingPass:
         """Note whether router queries or scores are none; looked at in the end, so that no layer waits for the
         device."""
         if self.recording:
-            found = (mask & ~router_query.isfinite().flatten(2).all(2)).any()
-            self.not_finite[layer] = found if scores is None else found | scores.isnan().any()
+            # Detached: autograd would keep tensors for it, which checkpointing misses when it runs the layer again.
+            found = (mask & ~router_query.detach().isfinite().flatten(2).all(2)).any()
+            self.not_finite[layer] = found if scores is None else found | scores.detach().isnan().any()
 
     def _forced_on(self, device: torch.device) -> Chosen:
         """`force_documents`, of which none is hidden, looked up once for all layers that lie on one device."""
@@ -624,7 +623,8 @@ def context_attention(
 ) -> Tensor:
     """Attention over `[context rows; own tokens]` with one softmax, without copying either of them.
 
-    Every query sees all rows of its sample's context, and own tokens as `attention_mask` says.
+    Every query sees all rows of its sample's context, and own tokens as `attention_mask` says. Long prompts are
+    computed in pieces.
 
     Args:
         query: [B, H, T, D].
@@ -639,6 +639,38 @@ def context_attention(
     Returns:
         [B, T, H, D] in the dtype of `value`.
     """
+    pieces = _attend_in_pieces(
+        query, key, value, attention_mask, context, scaling=scaling, softcap=softcap, sinks=sinks, dropout=dropout
+    )
+    return torch.cat([output for output, _ in pieces], dim=2).transpose(1, 2).contiguous()
+
+
+def context_attention_and_weights(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, context: Context, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`context_attention`, and the weights [B, H, T, S] of the own tokens.
+
+    The weights of a query lack to 1 what went to the context, and to sinks. They have the shape that they have without
+    a context, in the dtype of `value`.
+    """
+    pieces = list(_attend_in_pieces(query, key, value, attention_mask, context, **options))
+    output = torch.cat([output for output, _ in pieces], dim=2).transpose(1, 2).contiguous()
+    return output, torch.cat([weights for _, weights in pieces], dim=2)
+
+
+def _attend_in_pieces(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    context: Context,
+    *,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Outputs [B, H, t, D] and weights of the own tokens [B, H, t, S] of some queries after the other."""
     batch, heads, length, dim = query.shape
     groups, seen, rows = key.shape[1], key.shape[2], context.keys.shape[2]
     scaling = dim**-0.5 if scaling is None else scaling
@@ -648,7 +680,6 @@ def context_attention(
     row_bias = row_bias.masked_fill(~context.valid, torch.finfo(torch.float32).min)[:, None, None, None, :]
 
     step = max(LOGIT_ELEMENTS // max(batch * heads * (rows + seen), 1), 1)
-    outputs = []
     for start in range(0, length, step):
         part = query[:, :, start : start + step]
         width = part.shape[2]
@@ -673,6 +704,6 @@ def context_attention(
             logits.append(extra)
         weights = torch.cat(logits, dim=-1).softmax(-1).to(value.dtype)
         weights = torch.nn.functional.dropout(weights, dropout, training=dropout > 0).flatten(2, 3)
-        output = weights[..., :rows] @ context.values.to(value.dtype) + weights[..., rows : rows + seen] @ value
-        outputs.append(output.unflatten(2, (-1, width)).flatten(1, 2))
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+        own = weights[..., rows : rows + seen]
+        output = weights[..., :rows] @ context.values.to(value.dtype) + own @ value
+        yield output.unflatten(2, (-1, width)).flatten(1, 2), own.unflatten(2, (-1, width)).flatten(1, 2)

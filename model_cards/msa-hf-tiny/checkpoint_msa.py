@@ -13,6 +13,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
+from .attention_config_msa import check_holds_memory, implementations_in
 from .attention_msa import IMPLEMENTATIONS
 from .compat_msa import warn_of_untested_version
 from .configuration_msa import AUTO_MAP, FIELDS, MSAConfig
@@ -22,7 +23,6 @@ from .retrofit_msa import (
     attention_layers,
     detach_routers,
     initialize_routers,
-    memory_implementation,
     refuse_unsupported,
 )
 
@@ -34,6 +34,7 @@ REMOTE_FILES = tuple(
     for name in (
         "adapters",
         "attention",
+        "attention_config",
         "cache",
         "checkpoint",
         "chosen",
@@ -65,6 +66,8 @@ REMOTE_FILES = tuple(
 )
 # Published checkpoints keep each router projection in a one-element Sequential.
 PUBLISHED_NAMES = {r"router_q_proj\.0\.": "router_q_proj.", r"router_k_proj\.0\.": "router_k_proj."}
+# What continuous batching, which has no memory, puts in the place of the two attention implementations.
+PAGED = tuple(f"paged|{name}" for name in IMPLEMENTATIONS)
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -99,11 +102,13 @@ class CheckpointMixin:
     Attributes:
         base_class: the base's class; on the classes made by `class_for`.
         base_mapping: configuration class -> base class.
+        class_names: the classes of that kind that transformers' pipelines, servers and Trainer know, by model type.
         forward_arguments: what our forward takes besides the base's arguments.
     """
 
     base_class: ClassVar[type[PreTrainedModel]]
     base_mapping: ClassVar[Any]
+    class_names: ClassVar[dict[str, str]]
     forward_arguments: ClassVar[tuple[str, ...]]
     generation_config_class = BaseGenerationConfig
     config: Any
@@ -115,11 +120,13 @@ class CheckpointMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         warn_of_untested_version()
+        if config._attn_implementation is not None:
+            check_holds_memory(config._attn_implementation)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         attach_routers(cast(nn.Module, self), config)
         if not next(cast(nn.Module, self).parameters()).is_meta:
             initialize_routers(self, "random")
-        self.set_attn_implementation(config._attn_implementation)
+        self._check_attention()
 
     @classmethod
     def class_for(cls, base_model_type: str | None) -> Any:
@@ -162,12 +169,13 @@ class CheckpointMixin:
         if conversions is not None:
             register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
         home.setdefault(name, made)  # so that instances can be pickled
+        cls.class_names[f"{MSAConfig.model_type}-{base_class.__name__}"] = name
         return made
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         # Transformers reads the source of the file that defines the class; the experts are in the base's.
-        return cls.base_class._can_set_experts_implementation()
+        return "base_class" in cls.__dict__ and cls.base_class._can_set_experts_implementation()
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -275,7 +283,7 @@ class CheckpointMixin:
             wanted = getattr(expected, "__name__", expected)
             raise ValueError(f"{cls.__name__} cannot stand on {type(model).__name__}; it needs {wanted}.")
         attention_layers(model)
-        implementation = memory_implementation(model.config._attn_implementation)
+        check_holds_memory(model.config._attn_implementation)
         warn_of_untested_version()
         old, base_class = model.config, type(model)
         config._attn_implementation = old._attn_implementation
@@ -286,7 +294,7 @@ class CheckpointMixin:
             _replace_config(model, old, config)
             model.__class__ = made
             initialize_routers(model, router_init)
-            model.set_attn_implementation(implementation)
+            model._check_attention()
         except Exception:
             detach_routers(model)
             _replace_config(model, config, old)
@@ -298,9 +306,8 @@ class CheckpointMixin:
     def to_base(self) -> PreTrainedModel:
         """Take the memory off again: the same object, of the base's class, without routers. Undoes `from_base`."""
         model = cast(Any, self)
-        names = {ours: theirs for theirs, ours in IMPLEMENTATIONS.items()}
         base = model.config.base_config()
-        base._attn_implementation = names.get(model.config._attn_implementation, model.config._attn_implementation)
+        base._attn_implementation = model.config._attn_implementation
         base._experts_implementation = model.config._experts_implementation
         base.name_or_path = model.config.name_or_path
         detach_routers(model)
@@ -309,19 +316,29 @@ class CheckpointMixin:
         return model
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        """Choose the attention implementation: `"eager"` or `"sdpa"`.
+        """Choose the attention implementation: `"eager"` or `"sdpa"`, also in a dict under `""`.
+
+        `"paged|eager"` and `"paged|sdpa"`, which continuous batching sets, are taken too; on them there is no memory.
 
         Raises:
             ValueError: for one that cannot hold a memory or that the base does not support.
         """
-        name = memory_implementation(attn_implementation)
-        if attn_implementation in IMPLEMENTATIONS:
-            super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
-        super().set_attn_implementation(name)  # type: ignore[misc]
-        if self.config._attn_implementation != name:
+        for name in implementations_in(attn_implementation):
+            if name not in PAGED:
+                check_holds_memory(name)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_attention(self) -> None:
+        """Check that the model's attention can hold a memory, and that it heeds `set_attn_implementation`."""
+        name = self.config._attn_implementation
+        check_holds_memory(name)
+        setter = super().set_attn_implementation  # type: ignore[misc]
+        setter(IMPLEMENTATIONS[name])
+        if self.config._attn_implementation == name:
             raise ValueError(
                 f"{type(self).base_class.__name__} ignores its attention implementation, so it cannot hold a memory."
             )
+        setter(name)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Save weights and configuration, and the code that `trust_remote_code=True` needs to load them."""

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from .attention_config_msa import check_holds_memory
 from .attention_msa import AttendingPass, EncodingDone, EncodingPass, PrefixPass
 from .cache_msa import MSACache
 from .compat_msa import CACHE, NEWEST_TESTED, rename_cache
@@ -49,7 +50,12 @@ class MemoryMixin:
     # Encoding ---------------------------------------------------------------------------------------------------------
 
     def run_base(self, backbone_only: bool = False, **kwargs: Any) -> Any:
-        """One run of the base: its own forward, or only its backbone where logits are not needed."""
+        """One run of the base: its own forward, or only its backbone where logits are not needed.
+
+        Raises:
+            ValueError: where the attention implementation knows no memory.
+        """
+        check_holds_memory(self.config._attn_implementation)
         backbone = cast(Any, self).base_model
         if backbone_only and backbone is not self:
             kwargs.pop("logits_to_keep", None)
@@ -251,8 +257,10 @@ class MemoryMixin:
             kwargs["position_ids"] = positions + self.config.first_position
 
         turn: Any = contextlib.nullcontext()
+        operations = None
         if routing_mask is not None and hasattr(memory, "turn"):  # other processes have parts of it (msa_hf.bank)
             turn = cast(Any, memory).turn(self.config, inputs, routing_mask, force_documents, output_document_scores)
+            operations = getattr(turn, "operations", None)
         attending = AttendingPass(
             config=self.config,
             similarity=self.config.similarity,
@@ -263,7 +271,7 @@ class MemoryMixin:
             visible=None if memory is None else memory.visible,
             force_documents=force_documents,
             keep_document_scores=output_document_scores,
-            operations=getattr(turn, "operations", None),
+            operations=operations,
             contexts={} if cache is None else cache.contexts,
             keep_contexts=cache is not None,
         )
@@ -314,7 +322,9 @@ class MemoryMixin:
             raise ValueError("`force_documents` names a document twice for one sample.")
         return documents.long()
 
-    # Generation -------------------------------------------------------------------------------------------------------
+
+class GeneratingMixin(MemoryMixin):
+    """What the causal LM does besides: generating with a memory."""
 
     def generate(
         self,
@@ -431,6 +441,19 @@ class MemoryMixin:
         if assistant is not None and has_memory(assistant) and model_kwargs.get("memory") is not None:
             generator.assistant_kwargs.update(memory_arguments(model_kwargs, input_ids, assistant.device))
         return generator
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate_batch` of the base: continuous batching, without a memory.
+
+        Raises:
+            ValueError: where one is given, which it would not see.
+        """
+        if given := [name for name in MEMORY_ARGUMENTS if kwargs.get(name) is not None]:
+            raise ValueError(
+                f"`generate_batch` got `{given[0]}`, but continuous batching knows no memory; use generate() with a "
+                "batch of prompts."
+            )
+        return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(
         self,

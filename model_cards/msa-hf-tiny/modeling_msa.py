@@ -4,29 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING,
+    MODEL_MAPPING_NAMES,
+)
 
 from .checkpoint_msa import CheckpointMixin
-from .inference_msa import MEMORY_ARGUMENTS, MemoryMixin, attends, without_memory
+from .configuration_msa import MSAConfig
+from .inference_msa import MEMORY_ARGUMENTS, GeneratingMixin, MemoryMixin, attends, without_memory
 from .outputs_msa import MSACausalLMOutput, MSAModelOutput
 from .training_msa import TRAINING_ARGUMENTS, TrainingMixin
 
 
-class MSAModel(MemoryMixin, CheckpointMixin):
+class MSAModel(MemoryMixin, CheckpointMixin, PreTrainedModel):
     """A decoder without head, with a memory. `AutoModel` loads it; see `MSAForCausalLM`."""
 
     base_mapping = MODEL_MAPPING
+    class_names = MODEL_MAPPING_NAMES
+    config_class = MSAConfig
     output_class = MSAModelOutput
     forward_arguments = MEMORY_ARGUMENTS
 
-    def forward(self, **kwargs: Any) -> Any:
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """The base's forward; with `memory`, `routing_mask`, `force_documents`, `output_document_scores` it attends."""
+        kwargs["input_ids"] = input_ids
         if kwargs.get("memory_pass") is not None:
             return self.run_base(**kwargs)
         return self.memory_forward(**kwargs) if attends(kwargs) else super().forward(**without_memory(kwargs))  # type: ignore[misc]
 
 
-class MSAForCausalLM(TrainingMixin, CheckpointMixin):
+class MSAForCausalLM(GeneratingMixin, TrainingMixin, CheckpointMixin, PreTrainedModel, GenerationMixin):
     """A causal LM with a Memory Sparse Attention memory (arXiv 2603.23516).
 
     `from_base` retrofits a plain model, `from_pretrained` loads a checkpoint. Without a memory it computes what the
@@ -34,10 +45,12 @@ class MSAForCausalLM(TrainingMixin, CheckpointMixin):
     """
 
     base_mapping = MODEL_FOR_CAUSAL_LM_MAPPING
+    class_names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    config_class = MSAConfig
     output_class = MSACausalLMOutput
     forward_arguments = (*MEMORY_ARGUMENTS, *TRAINING_ARGUMENTS)
 
-    def forward(self, **kwargs: Any) -> Any:
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """The base's forward, and with a memory or documents the following.
 
         Inference:
@@ -61,6 +74,7 @@ class MSAForCausalLM(TrainingMixin, CheckpointMixin):
         Returns:
             The base's output without a memory, else `MSACausalLMOutput`.
         """
+        kwargs["input_ids"] = input_ids
         if kwargs.get("memory_pass") is not None:  # from `run_from_outside`
             return self.run_base(**kwargs)
         if kwargs.get("doc_ids") is not None or kwargs.get("documents") is not None:

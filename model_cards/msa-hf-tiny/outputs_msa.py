@@ -19,6 +19,8 @@ class MSACausalLMOutput(CausalLMOutputWithPast):
         lm_loss: language-model loss.
         aux_loss: auxiliary loss of the routers.
         answer_loss: language-model loss over the labels that `answer_mask` marks.
+        attentions: on `eager`, where asked for: each layer's weights [B, H, T, S] of the own tokens, as the base's.
+            What the weights of a token lack to 1 went to the prefix and to the documents chosen.
         routing: memory layer -> `LayerRouting`; empty in a turn that does not route.
         router_logits: of the experts, where the base is a mixture and was asked for them.
     """

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .attention_msa import IMPLEMENTATIONS, ScoreBias, _eager_of, enter_memory_layer
+from .attention_config_msa import AttentionConfig
+from .attention_msa import ScoreBias, _eager_of, enter_memory_layer
 from .gradients_msa import ROUTER_MODULES
 
 FUSED_PROJECTIONS = ("qkv_proj", "query_key_value")
@@ -103,7 +104,7 @@ def query_key_weights(module: nn.Module, config: PreTrainedConfig) -> tuple[Tens
 
 
 def attach_routers(model: nn.Module, config: Any) -> None:
-    """Give the memory layers of `model` their routers (uninitialised) and hooks.
+    """Give the memory layers of `model` their routers (uninitialised) and hooks, all attention layers our functions.
 
     `router_q_proj` [H * D, hidden] and `router_k_proj` [G * D, hidden] are plain linear layers without bias on the
     attention module, in its dtype and on its device; `router_score_bias` one scalar where `config.score_bias`.
@@ -114,6 +115,13 @@ def attach_routers(model: nn.Module, config: Any) -> None:
     layers = attention_layers(model)
     if missing := [layer for layer in config.memory_layers if layer not in layers]:
         raise ValueError(f"`memory_layers` names {missing}, but attention layers are {sorted(layers)}.")
+    for module in layers.values():
+        if not hasattr(module, "config"):
+            raise ValueError(
+                f"{type(model).__name__} cannot hold a memory: {type(module).__name__} keeps no `config`, in which "
+                "transformers' attention interface looks up the attention implementation."
+            )
+        module.config = AttentionConfig(config)
     for layer in config.memory_layers:
         module = layers[layer]
         heads, groups, dim = head_shape(module, config)
@@ -134,6 +142,8 @@ def attach_routers(model: nn.Module, config: Any) -> None:
 def detach_routers(model: nn.Module) -> None:
     """Undo `attach_routers`."""
     for module in model.modules():
+        if isinstance(config := getattr(module, "config", None), AttentionConfig):
+            module.config = config.config
         hook = module.__dict__.pop("memory_hook", None)
         if hook is not None:
             hook.remove()
@@ -170,16 +180,3 @@ def initialize_routers(model: Any, how: str, routers: Collection[nn.Module] | No
             query, key = query_key_weights(module, model.config)
             for name, router in here.items():
                 router.weight.copy_(query if name == "router_q_proj" else key)
-
-
-def memory_implementation(name: str | None) -> str:
-    """The registered name of the memory attention that stands on the base implementation `name`.
-
-    Raises:
-        ValueError: for an implementation that cannot hold a memory.
-    """
-    if name in IMPLEMENTATIONS.values():
-        return str(name)
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"attn_implementation={name!r} cannot hold a memory; use one of {sorted(IMPLEMENTATIONS)}.")
-    return IMPLEMENTATIONS[name]

@@ -30,14 +30,14 @@ class BoundMemory:
 
 class MSAModel(BoundMemory, msa_hf.MSAModel):
     def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
-        if kwargs.get("memory") is None:
+        if kwargs.get("memory") is None and kwargs.get("memory_pass") is None:
             kwargs["memory"] = self.bound_memory()
         return msa_hf.MSAModel.forward(self, input_ids, **kwargs)
 
 
 class MSAForCausalLM(BoundMemory, msa_hf.MSAForCausalLM):
     def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
-        if kwargs.get("memory") is None:
+        if kwargs.get("memory") is None and kwargs.get("memory_pass") is None:
             kwargs["memory"] = self.bound_memory()
         return msa_hf.MSAForCausalLM.forward(self, input_ids, **kwargs)
 

@@ -450,8 +450,8 @@ class GeneratingMixin(MemoryMixin):
         """
         if given := [name for name in MEMORY_ARGUMENTS if kwargs.get(name) is not None]:
             raise ValueError(
-                f"`generate_batch` got `{given[0]}`, but continuous batching knows no memory; use generate() with a batch "
-                "of prompts."
+                f"`generate_batch` got `{given[0]}`, but continuous batching knows no memory; use generate() with a "
+                "batch of prompts."
             )
         return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
 

@@ -55,10 +55,9 @@ def test_a_model_without_weights_takes_part_in_placing() -> None:
         model = AutoModelForCausalLM.from_config(memory_config())
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     places = accelerate.infer_auto_device_map(
-        model, max_memory={"cpu": 80_000, "disk": 10**9}, no_split_module_classes=model._no_split_modules
+        model, max_memory={"cpu": 100_000, "disk": 10**9}, no_split_module_classes=model._no_split_modules
     )
-    whole = {f"model.layers.{layer}" for layer in range(4)}
-    assert places.keys() >= whole and not [name for name in places if "layers" in name and name not in whole]
+    assert [name for name in places if "layers" in name] == [f"model.layers.{layer}" for layer in range(4)]
 
 
 def test_the_headless_model_neither_generates_nor_speaks_of_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -134,10 +133,7 @@ def test_attention_weights_with_a_memory(family: str) -> None:
     plain = made.base(IDS, attention_mask=mask, position_ids=positions, output_attentions=True).attentions
     ours = made.model(IDS, attention_mask=mask, memory=made.bank, output_attentions=True).attentions
     assert [weights.shape for weights in ours] == [weights.shape for weights in plain]
-    first, real = (
-        made.model.config.memory_layers[0],
-        mask.bool()[:, None, :, None].expand(ours[0][..., :1].shape)[..., 0],
-    )
+    first, real = made.model.config.memory_layers[0], mask.bool()[:, None].expand(ours[0].shape[:3])
     for layer, weights in enumerate(ours):
         total = weights.sum(-1)[real]
         if family != "gpt_oss" and layer not in made.model.config.memory_layers:
