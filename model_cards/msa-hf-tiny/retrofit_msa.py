@@ -62,6 +62,10 @@ def refuse_unsupported(config: PreTrainedConfig, model_class: type | None) -> No
         raise ValueError(
             f"{kind!r} is a composite configuration; retrofit its text model (`config.get_text_config()`) instead."
         )
+    if isinstance(getattr(type(config), "num_hidden_layers", None), property):
+        raise ValueError(
+            f"{kind!r} counts its layers in another way than by `num_hidden_layers`, and has no room for a memory."
+        )
     if not hasattr(config, "num_attention_heads") or not hasattr(config, "num_hidden_layers"):
         raise ValueError(f"{kind!r} has no attention heads: without a full-attention layer there is no memory layer.")
 

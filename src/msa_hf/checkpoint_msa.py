@@ -25,6 +25,7 @@ from .retrofit_msa import (
     initialize_routers,
     refuse_unsupported,
 )
+from .trial_msa import refuse_untouchable
 
 logger = logging.get_logger(__name__)
 
@@ -60,6 +61,7 @@ REMOTE_FILES = tuple(
         "storage",
         "tokenizing",
         "training",
+        "trial",
         "weights",
         "wrapping",
     )
@@ -210,6 +212,7 @@ class CheckpointMixin:
         if getattr(getattr(model, "generation_config", None), "_from_model_config", False):
             # Transformers read the options from config.json, for want of a generation_config.json.
             model.generation_config = BaseGenerationConfig.from_model_config(model.config)
+        refuse_untouchable(model)
         missing = {name.rpartition(".")[0] for name in info["missing_keys"]}
         new = {item for name, item in model.named_modules() if name in missing and name.endswith(ROUTER_MODULES)}
         if new:
@@ -267,6 +270,11 @@ class CheckpointMixin:
         refuse_unsupported(base_config, base_class)
         fields = base_config.to_dict()
         fields.pop("model_type")
+        if clash := sorted(fields.keys() & own.keys()):
+            raise ValueError(
+                f"{base_config.model_type!r} has fields of its own called {clash}, which would mean two things in a "
+                "configuration with a memory."
+            )
         return MSAConfig(base_model_type=base_config.model_type, **fields, **own)
 
     @classmethod
@@ -293,8 +301,9 @@ class CheckpointMixin:
             attach_routers(model, config)
             _replace_config(model, old, config)
             model.__class__ = made
-            initialize_routers(model, router_init)
             model._check_attention()
+            refuse_untouchable(model)
+            initialize_routers(model, router_init)
         except Exception:
             detach_routers(model)
             _replace_config(model, config, old)

@@ -26,6 +26,7 @@ from .memory_msa import LayerMemory, MemoryBank
 from .options_msa import GenerationOptions, bind_positional, cache_for, leave_out
 from .origin_msa import BankOrigin, state_configuration
 from .routing_msa import LayerRouting
+from .trial_msa import refuse_unseen
 from .wrapping_msa import has_come_and_go_weights, input_device, is_sharded
 
 PROMPTS = ("inputs", "input_ids", "inputs_embeds")  # names of the first argument of generate()
@@ -121,7 +122,9 @@ class MemoryMixin:
             use_cache=False,
             memory_pass=encoding,
         )
-        return encoding.finish()
+        layers = encoding.finish()
+        refuse_unseen(self.config.memory_layers, layers)
+        return layers
 
     def encode_documents(self, documents: Iterable[Any], tokenizer: Any = None, **kwargs: Any) -> MemoryBank:
         """Encode documents into a bank (paper, 3.1). The result does not depend on batch size or order.
@@ -281,6 +284,8 @@ class MemoryMixin:
         # What a mixture calls `aux_loss` is the balance of its experts, which its `loss` holds.
         fields = {name: value for name, value in output.items() if name != "aux_loss"}
         routing = attending.finish()
+        if routing_mask is not None:
+            refuse_unseen(self.config.memory_layers, routing)
         if memory is not None and memory.visible is not None:
             routing = {layer: _of_documents(found, memory) for layer, found in routing.items()}
         result = type(self).output_class(**fields, routing=routing)
