@@ -60,9 +60,17 @@ class TrainingMixin(MemoryMixin):
             raise ValueError("Pass packed rows (`doc_ids`) or a pool (`documents`), not both.")
         if kwargs.pop("memory", None) is not None:
             raise ValueError("A training step brings its own documents; leave `memory` out.")
-        others = [rename_cache(kwargs), kwargs.pop(CACHE, None), kwargs.pop("inputs_embeds", None)]
-        if input_ids is None or any(other is not None for other in others):
-            raise ValueError("A training step takes `input_ids` and no cache.")
+        cache: Any = rename_cache(kwargs)
+        kwargs.pop(CACHE, None)
+        embeds: Tensor | None = kwargs.pop("inputs_embeds", None)
+        tokens = input_ids if embeds is None else embeds
+        if tokens is None or (embeds is not None and (input_ids is not None or doc_ids is not None)):
+            raise ValueError("A training step takes `input_ids`, or on a pool `inputs_embeds` in their place.")
+        if cache is not None and (doc_ids is not None or getattr(cache, "contexts", True)):
+            raise ValueError(
+                "A training step takes no cache, but on a pool an MSACache that holds a learned prefix alone."
+            )
+        marks = tokens if embeds is None else embeds[..., 0]  # [B, T], for what counts tokens
         if doc_ids is not None and routing_mask is not None:
             raise ValueError("Packed rows say in `doc_ids` which tokens route (0); leave `routing_mask` out.")
         if kwargs.get("output_router_logits") or getattr(self.config, "output_router_logits", False):
@@ -77,8 +85,10 @@ class TrainingMixin(MemoryMixin):
             )
         if answer_mask is not None and labels is None:
             raise ValueError("`answer_mask` says which of the `labels` count again, but there are none.")
+        past = 0 if cache is None else cache.get_seq_length()
+        attention_mask = attention_mask if attention_mask is None else attention_mask[:, past:]
         _refuse_other_shapes(
-            input_ids,
+            marks,
             attention_mask=attention_mask,
             labels=labels,
             doc_ids=doc_ids,
@@ -87,18 +97,19 @@ class TrainingMixin(MemoryMixin):
         )
         for name in ("use_cache", "output_document_scores", "skip_logits"):  # the last is Trainer's with liger kernels
             kwargs.pop(name, None)
-        mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
+        mask = (torch.ones_like(marks) if attention_mask is None else attention_mask).bool()
         if not bool(mask.any(1).all()):
             raise ValueError(f"Question {int((~mask.any(1)).nonzero()[0])} of the batch is only padding; leave it out.")
-        input_ids = input_ids.masked_fill(~mask, 0)  # padding may have no row in the embedding
+        if embeds is None:
+            tokens = tokens.masked_fill(~mask, 0)  # padding may have no row in the embedding
 
-        batch, limit = input_ids.shape[0], getattr(self.config, "max_position_embeddings", None)
+        batch, limit = marks.shape[0], getattr(self.config, "max_position_embeddings", None)
         if doc_ids is not None:
             rows = unpack_rows(doc_ids, mask, limit)
             present = rows.places >= 0
         else:
-            pool = pool_documents(documents, input_ids.device, limit)
-            present = torch.ones(batch, len(pool.lengths), dtype=torch.bool, device=input_ids.device)
+            pool = pool_documents(documents, marks.device, limit)
+            present = torch.ones(batch, len(pool.lengths), dtype=torch.bool, device=marks.device)
         positives = (
             None
             if positive_docs is None
@@ -108,11 +119,13 @@ class TrainingMixin(MemoryMixin):
             force_documents = self.checked_documents(force_documents, batch, present.shape[1]).to(present.device)
             _refuse_absent(force_documents, present)
         if doc_ids is not None:
-            output = self._packed_forward(rows, input_ids, doc_ids, position_ids, force_documents, kwargs)
+            output = self._packed_forward(rows, tokens, doc_ids, position_ids, force_documents, kwargs)
         else:
             if routing_mask is None:
                 routing_mask = _tokens_before_labels(mask, labels)
-            output = self._pool_forward(pool, input_ids, mask, position_ids, routing_mask, force_documents, kwargs)
+            if cache is not None:
+                kwargs[CACHE] = cache
+            output = self._pool_forward(pool, tokens, mask, past, position_ids, routing_mask, force_documents, kwargs)
 
         losses: dict[str, Any] = {}
         if labels is not None:
@@ -137,12 +150,12 @@ class TrainingMixin(MemoryMixin):
             logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=count.clamp(min=1)
         )
 
-    def _run_pass(self, memory_pass: Any, input_ids: Tensor, positions: Tensor, **kwargs: Any) -> tuple[Any, Any]:
-        """One run of the base: its output, and what the pass recorded."""
-        kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
+    def _run_pass(self, memory_pass: Any, tokens: Tensor, positions: Tensor, **kwargs: Any) -> tuple[Any, Any]:
+        """One run of the base over token ids or embeddings: its output, and what the pass recorded."""
+        kwargs["inputs_embeds" if tokens.is_floating_point() else "input_ids"] = tokens
+        kwargs.setdefault("attention_mask", torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device))
         try:
             output = self.run_base(
-                input_ids=input_ids,
                 position_ids=positions,
                 use_cache=False,
                 memory_pass=memory_pass,
@@ -176,8 +189,9 @@ class TrainingMixin(MemoryMixin):
     def _pool_forward(
         self,
         pool: PooledDocuments,
-        input_ids: Tensor,
+        tokens: Tensor,
         mask: Tensor,
+        past: int,
         position_ids: Tensor | None,
         routing_mask: Tensor,
         force_documents: Tensor | None,
@@ -194,10 +208,10 @@ class TrainingMixin(MemoryMixin):
             force_documents=force_documents,
         )
         if position_ids is None:
-            position_ids = (mask.long().cumsum(1) - 1).clamp(min=0) + self.config.first_position
-        if not right_padded(mask):  # else as with the documents, and kernels need no mask
-            kwargs["attention_mask"] = mask.long()
-        output, routing = self._run_pass(attending, input_ids, position_ids, **kwargs)
+            position_ids = (mask.long().cumsum(1) - 1).clamp(min=0) + past + self.config.first_position
+        if past or not right_padded(mask):  # else as with the documents, and kernels need no mask
+            kwargs["attention_mask"] = torch.nn.functional.pad(mask.long(), (past, 0), value=1)
+        output, routing = self._run_pass(attending, tokens, position_ids, **kwargs)
         return MSACausalLMOutput(
             logits=output.logits,
             hidden_states=output.get("hidden_states"),

@@ -17,6 +17,7 @@ from .attention_config_msa import check_holds_memory, implementations_in
 from .attention_msa import IMPLEMENTATIONS
 from .compat_msa import warn_of_untested_version
 from .configuration_msa import AUTO_MAP, FIELDS, MSAConfig
+from .peft_msa import teach_virtual_tokens
 from .retrofit_msa import (
     ROUTER_MODULES,
     attach_routers,
@@ -55,6 +56,7 @@ REMOTE_FILES = tuple(
         "origin",
         "outputs",
         "packing",
+        "peft",
         "retrofit",
         "routing",
         "splitting",
@@ -170,6 +172,7 @@ class CheckpointMixin:
             conversions = get_checkpoint_conversion_mapping(base_model_type)
         if conversions is not None:
             register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
+        teach_virtual_tokens()
         home.setdefault(name, made)  # so that instances can be pickled
         cls.class_names[f"{MSAConfig.model_type}-{base_class.__name__}"] = name
         return made

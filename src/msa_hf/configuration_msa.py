@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .compat_msa import CACHE_NAMES
+from .peft_msa import teach_targets
 
 # The files that travel with a checkpoint (`trust_remote_code=True`); flat, importing only each other.
 AUTO_MAP = {
@@ -263,6 +264,9 @@ class MSAConfig(PreTrainedConfig):
         return CONFIG_MAPPING[self.base_model_type](**fields)
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields by name; the base's and the memory's side by side."""
+        if self.base_model_type is not None:
+            teach_targets(self.base_model_type)
         output = super().to_dict()
         for name in BASE_CLASS_ATTRIBUTES:
             output.pop(name, None)

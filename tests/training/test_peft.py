@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, base_model
-from peft import PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    OSFConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from setups import assert_same, differ, setup
@@ -316,3 +325,42 @@ def test_a_disabled_adapter_is_the_base() -> None:
         ours = logits_with_memory(model, made)
     assert_same(ours, logits_with_memory(base.model, made, base.bank))
     assert differ(logits_with_memory(model, made), ours) > 1e-2
+
+
+# PEFT's own defaults --------------------------------------------------------------------------------------------------
+
+METHODS: dict[str, Any] = {
+    "lora": lambda: LoraConfig(task_type="CAUSAL_LM"),
+    "lora of no task": lambda: LoraConfig(),
+    "ia3": lambda: IA3Config(task_type="CAUSAL_LM"),
+    "adalora": lambda: AdaLoraConfig(task_type="CAUSAL_LM", total_step=3),
+    "vera": lambda: VeraConfig(task_type="CAUSAL_LM"),
+    "norms": lambda: LNTuningConfig(task_type="CAUSAL_LM"),
+    "osf": lambda: OSFConfig(task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+@pytest.mark.parametrize("method", METHODS)
+def test_targets_by_default_are_the_bases(method) -> None:
+    """Of every method PEFT chooses what it chooses on the base, family after family; the routers stay as they are."""
+    for family in ("llama", "gpt_neox", "qwen3", "gemma2", "llama"):
+        try:
+            expected = adapters_of(get_peft_model(base_model(family), METHODS[method]()))
+        except ValueError as error:  # what PEFT does not know on the base it does not know here
+            with pytest.raises(ValueError, match=str(error)[:40]):
+                get_peft_model(MSAForCausalLM.from_base(base_model(family)), METHODS[method]())
+            continue
+        ours = get_peft_model(MSAForCausalLM.from_base(base_model(family)), METHODS[method]())
+        assert expected and adapters_of(ours) == expected
+
+
+def adapters_of(model: Any) -> set[str]:
+    return {name for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def test_a_family_that_peft_does_not_know_stays_unknown() -> None:
+    """Also right after one that it knows."""
+    get_peft_model(setup("llama").model, LoraConfig())
+    with pytest.raises(ValueError, match="specify `target_modules`"):
+        get_peft_model(setup("phi3", "eager").model, LoraConfig())
