@@ -196,13 +196,20 @@ class MemoryMixin:
 
     @torch.compiler.disable
     def _check_bank(self, bank: MemoryBank) -> None:
-        """Make sure that what this model is now made the bank; takes a few milliseconds for a model of 4B."""
+        """Make sure that what this model is now made the bank; takes a few milliseconds for a model of 4B.
+
+        While a step of training is computed, a bank that was accepted before stays so: its keys and values are
+        constants there, and the weights are bound to move.
+        """
         refuse_other_memories(bank)
-        origin = self.memory_origin()
+        model = cast(nn.Module, self)
         accepted = _accepted_banks.setdefault(bank, weakref.WeakKeyDictionary())
-        if accepted.get(cast(nn.Module, self)) != origin:
+        if model.training and torch.is_grad_enabled() and model in accepted:
+            return
+        origin = self.memory_origin()
+        if accepted.get(model) != origin:
             bank.check(origin)
-            accepted[cast(nn.Module, self)] = origin
+            accepted[model] = origin
 
     # Attending --------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from enum import Enum
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -253,6 +254,7 @@ def _position_schemes(config: PreTrainedConfig) -> set[str]:
 
 def _json_values(value: Any) -> Any:
     """JSON values that are equal for equal settings."""
+    value = value.value if isinstance(value, Enum) else value
     if isinstance(value, Mapping):
         return {str(name): _json_values(item) for name, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -272,6 +274,11 @@ def _flat(record: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _configuration_differences(kind: str, bank: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
+    if "quantization_config" not in bank or "quantization_config" not in model:
+        # Whether weights are quantized is said of them.
+        bank, model = (
+            {name: value for name, value in record.items() if name != "quantization_config"} for record in (bank, model)
+        )
     ours, theirs = _flat(bank), _flat(model)
     if ours.keys() != theirs.keys():
         # Another transformers has other fields: what one of them leaves out has the default of the one at hand.
