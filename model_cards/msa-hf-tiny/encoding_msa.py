@@ -90,13 +90,15 @@ def encode_documents(
             content=torch.cat([part.content for part in parts]),
         )
         del parts
-    return MemoryBank(
+    bank = MemoryBank(
         layers=layers,
         offsets=chunks_of(torch.tensor(lengths), config.chunk_size),
         prefix={layer: (key.to(device), value.to(device)) for layer, (key, value) in prefix.items()},
         documents=DocumentTable(table),
         origin=model.memory_origin(tokenizer),
     )
+    model.accept_bank(bank)
+    return bank
 
 
 def _window(items: Iterator[_Item], tokens: int) -> list[_Item]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import json
-import sys
+import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -130,14 +131,54 @@ def _is_quantized(tensor: Tensor) -> bool:
     return subclass or not tensor.is_floating_point()
 
 
-def _on_host(samples: list[Tensor]) -> list[Tensor]:
-    """Samples on the CPU, with one transfer per device and dtype."""
+def _kind(tensor: Any) -> str:
+    """What a quantized tensor says about itself besides its numbers: its class, blocks, how inputs are rounded."""
+    if hasattr(tensor, "full_tensor") or not hasattr(tensor, "__tensor_flatten__"):
+        return ""
+    _, context = tensor.__tensor_flatten__()
+    return re.sub(r" at 0x[0-9a-f]+", "", f" {type(tensor).__name__} {context}")
+
+
+def _as_saved(item: PlacedParameter) -> PlacedParameter:
+    """A parameter as its module saves it: quantized numbers may lie in another order once they have been used."""
+    if _is_quantized(item.tensor) and not item.tensor.is_meta and not hasattr(item.tensor, "__tensor_flatten__"):
+        return replace(item, tensor=_saved_state(item.owner)[item.local])
+    return item
+
+
+def _saved_state(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a module saves, by name.
+
+    Numbers of four bits on the CPU are put in order to be saved, by bitsandbytes, which loses the order of their
+    scales: this happens to a copy, and scales count in ascending order; those that are quantized themselves come out
+    changed, and do not count.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    packed = any(weight.dtype is torch.uint8 and weight.device.type == "cpu" for weight in own.values())
+    saved = (copy.deepcopy(module) if packed else module).state_dict(keep_vars=True)
+    state = {name: value for name, value in saved.items() if isinstance(value, Tensor)}
+    if packed:
+        nested = any(".nested_" in name for name in state)
+        state = {
+            name: value.flatten().sort().values if value.is_floating_point() else value
+            for name, value in state.items()
+            if name in own or not nested or name.endswith(".quant_map")
+        }
+    return state
+
+
+def _groups(samples: list[Tensor]) -> list[tuple[list[int], Tensor]]:
+    """Samples of one device and dtype joined on the CPU, with one transfer; each group with the places of its parts."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, sample in enumerate(samples):
         groups.setdefault((sample.device, sample.dtype), []).append(place)
+    return [(places, torch.cat([samples[place] for place in places]).cpu()) for places in groups.values()]
+
+
+def _on_host(samples: list[Tensor]) -> list[Tensor]:
+    """Samples on the CPU."""
     found = list(samples)
-    for places in groups.values():
-        together = torch.cat([samples[place] for place in places]).cpu()
+    for places, together in _groups(samples):
         for place, sample in zip(places, together.split([len(samples[place]) for place in places]), strict=True):
             found[place] = sample
     return found
@@ -158,8 +199,8 @@ def _state(model: nn.Module) -> Any:
     """A value that changes with the weights and with what is active; takes a few milliseconds for a model of 4B."""
     parts = [part for tensor in (*model.parameters(), *model.buffers()) for part in _parts(tensor, whole=False)]
     digest = hashlib.blake2b(digest_size=16)
-    for sample in _on_host([_sample(part) for part in parts if not part.is_meta]):
-        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    for _, together in _groups([_sample(part) for part in parts if not part.is_meta]):
+        digest.update(together.view(torch.uint8).numpy().tobytes())
     layout = tuple((part.dtype, part.shape, part.device) for part in parts)
     return layout, adapter_state(model), digest.digest()
 
@@ -167,13 +208,22 @@ def _state(model: nn.Module) -> Any:
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def _loaded(owner: nn.Module) -> AbstractContextManager[None]:
-    """A time in which a module has its weights, also where accelerate has offloaded them."""
-    if "accelerate" in sys.modules:
-        accelerate: Any = importlib.import_module("accelerate.utils")
-        if accelerate.has_offloaded_params(owner):
-            return accelerate.align_module_device(owner, torch.device("cpu"))
-    return nullcontext()
+@contextmanager
+def _loaded(owner: nn.Module) -> Iterator[None]:
+    """A time in which a module has its weights on the CPU, also where accelerate has offloaded them."""
+    hook = vars(owner).get("_hf_hook")
+    if hook is None:
+        yield
+        return
+    hooks: Any = importlib.import_module("accelerate.hooks")
+    with ExitStack() as stack:
+        for part in hook.hooks if isinstance(hook, hooks.SequentialHook) else [hook]:
+            if isinstance(part, hooks.AlignDevicesHook) and part.offload:
+                stack.callback(setattr, part, "execution_device", part.execution_device)
+                part.execution_device = torch.device("cpu")
+                stack.callback(part.post_forward, owner, None)
+                part.pre_forward(owner)
+        yield
 
 
 def _read_samples(placed: Iterable[PlacedParameter]) -> dict[str, list[Tensor]]:
@@ -196,8 +246,7 @@ def _digest(placed: list[PlacedParameter], samples: Mapping[str, list[Tensor]]) 
     """Digest of names, shapes and samples, in the order of `placed`."""
     digest = hashlib.sha256()
     for item in placed:
-        kind = f" {type(item.tensor).__name__}" if hasattr(item.tensor, "__tensor_flatten__") else ""
-        kind = "" if hasattr(item.tensor, "full_tensor") else kind
+        kind = _kind(item.tensor)
         digest.update(f"{item.name} {tuple(item.tensor.shape)}{kind}\n".encode())
     for item in placed:
         for values in samples.get(item.name, []):
@@ -224,6 +273,7 @@ def _read(model: Any) -> WeightsRecord:
     placed = counted(
         place_parameters(model), only_of_head(lambda part: (item.tensor for item in place_parameters(part)))
     )
+    placed = [_as_saved(item) for item in placed]
     samples = _read_samples(placed)
     if missing := len(placed) - len(samples):
         warnings.warn(
@@ -240,7 +290,9 @@ def _read(model: Any) -> WeightsRecord:
     values = {item.name: _kept_values(item.tensor, samples.get(item.name, [])) for item in placed}
     dtypes = tuple(str(item.tensor.dtype).removeprefix("torch.") for item in placed)
     active = [
-        replace(adapter, path=adapter.path.removeprefix(backbone)) for adapter in active_adapters(model, skip=head)
+        replace(adapter, path=adapter.path.removeprefix(backbone))
+        for adapter in active_adapters(model, skip=head)
+        if not adapter.path.endswith(".router_score_bias")
     ]
     adapted, adapter_dtype = _adapted(active, {item.name: item.tensor.numel() for item in placed}, values)
     names = "\n".join(f"{item.name} {tuple(item.tensor.shape)}" for item in placed)
@@ -283,8 +335,8 @@ def _buffers(model: nn.Module, backbone: str, head: nn.Module | None) -> str | N
         own = {name for name, _ in module.named_buffers(recurse=False)}
         if module in outside or not (own or any(map(_is_quantized, parameters.values()))):
             continue
-        for name, value in sorted(module.state_dict().items()):
-            if name in parameters or (inside and name not in own) or not isinstance(value, Tensor) or value.is_meta:
+        for name, value in sorted(_saved_state(module).items()):
+            if name in parameters or (inside and name not in own) or value.is_meta:
                 continue
             found = True
             digest.update(f"{path.removeprefix(backbone)}{name} {tuple(value.shape)}\n".encode())

@@ -24,7 +24,7 @@ from .encoding_msa import encode_documents
 from .fingerprint_msa import fingerprint_of, read_weights, tokenizer_fingerprint
 from .memory_msa import LayerMemory, MemoryBank
 from .options_msa import GenerationOptions, bind_positional, cache_for, leave_out
-from .origin_msa import BankOrigin, state_configuration
+from .origin_msa import BankOrigin, default_fields, state_configuration
 from .routing_msa import LayerRouting
 from .trial_msa import refuse_unseen
 from .wrapping_msa import has_come_and_go_weights, input_device, is_sharded
@@ -156,6 +156,7 @@ class MemoryMixin:
         Weights are read again only where a sample of them, or which adapters are active, has changed since.
         """
         weights = read_weights(cast(nn.Module, self))
+        configuration = state_configuration(self.config, quantized=bool(weights.quantized))
         return BankOrigin(
             model_fingerprint=fingerprint_of(weights),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
@@ -165,7 +166,8 @@ class MemoryMixin:
             similarity=self.config.similarity,
             shared_router=self.config.shared_router,
             prefix_token_ids=tuple(self.config.prefix_token_ids),
-            configuration=state_configuration(self.config, quantized=bool(weights.quantized)),
+            configuration=configuration,
+            configuration_defaults=default_fields(self.config.base_model_type, configuration),
             weights=weights,
         )
 
@@ -196,13 +198,20 @@ class MemoryMixin:
 
     @torch.compiler.disable
     def _check_bank(self, bank: MemoryBank) -> None:
-        """Make sure that what this model is now made the bank; takes a few milliseconds for a model of 4B."""
+        """Make sure that what this model is now made the bank; takes a few milliseconds for a model of 4B.
+
+        While a step of training is computed, a bank that was accepted before stays so: its keys and values are
+        constants there, and the weights are bound to move.
+        """
         refuse_other_memories(bank)
-        origin = self.memory_origin()
+        model = cast(nn.Module, self)
         accepted = _accepted_banks.setdefault(bank, weakref.WeakKeyDictionary())
-        if accepted.get(cast(nn.Module, self)) != origin:
+        if model.training and torch.is_grad_enabled() and model in accepted:
+            return
+        origin = self.memory_origin()
+        if accepted.get(model) != origin:
             bank.check(origin)
-            accepted[cast(nn.Module, self)] = origin
+            accepted[model] = origin
 
     # Attending --------------------------------------------------------------------------------------------------------
 

@@ -141,14 +141,16 @@ class WeightsRecord:
 def weight_differences(bank: WeightsRecord, model: WeightsRecord) -> list[str]:
     """Where the weights that made a bank and those of a model at hand differ: one line per kind, empty where nowhere.
 
-    Weights are the same if their fingerprints are, or if the dtypes differ and every value kept may be the other one
-    rounded. On equal weights the active adapters must be equal; on others, what weights and adapters come to.
+    Weights are the same if their fingerprints are, or if dtypes differ so that these cannot be, and every value kept
+    may be the other one rounded. On equal weights the active adapters must be equal; on others, what weights and
+    adapters come to.
     """
     lines = []
-    equal = bank.parameters == model.parameters and bank.quantized == model.quantized
-    same = bank.fingerprint == model.fingerprint or (equal and not _unequal(bank, model).any())
+    plain = bank.parameters == model.parameters and not bank.quantized and not model.quantized
+    same = bank.fingerprint == model.fingerprint
+    same = same or (plain and _rounds_otherwise(bank, model) and not _unequal(bank, model).any())
     adapters = {item.fingerprint for item in bank.adapters} != {item.fingerprint for item in model.adapters}
-    if not same and equal and (bank.adapters or model.adapters) and not _unequal_adapted(bank, model).any():
+    if not same and plain and (bank.adapters or model.adapters) and not _unequal_adapted(bank, model).any():
         return []  # merged in one, at work in the other
     if adapters:
         lines.append(_adapter_line(bank, model))
@@ -161,6 +163,14 @@ def weight_differences(bank: WeightsRecord, model: WeightsRecord) -> list[str]:
             "has other values than in the model that made the bank"
         )
     return lines
+
+
+def _rounds_otherwise(bank: WeightsRecord, model: WeightsRecord) -> bool:
+    """Whether equal weights may have unequal fingerprints, which look at values rounded to bfloat16: by float16."""
+    count = len(model.names)
+    dtypes = [record.dtypes * count if len(record.dtypes) == 1 else record.dtypes for record in (bank, model)]
+    pairs = zip(*dtypes, strict=False)
+    return any(was != now and not {was, now} <= {"float32", "bfloat16"} for was, now in pairs)
 
 
 def _values(content: bytes, names: Sequence[tuple[str, int]]) -> np.ndarray | None:

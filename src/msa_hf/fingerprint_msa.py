@@ -167,14 +167,18 @@ def _saved_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _on_host(samples: list[Tensor]) -> list[Tensor]:
-    """Samples on the CPU, with one transfer per device and dtype."""
+def _groups(samples: list[Tensor]) -> list[tuple[list[int], Tensor]]:
+    """Samples of one device and dtype joined on the CPU, with one transfer; each group with the places of its parts."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, sample in enumerate(samples):
         groups.setdefault((sample.device, sample.dtype), []).append(place)
+    return [(places, torch.cat([samples[place] for place in places]).cpu()) for places in groups.values()]
+
+
+def _on_host(samples: list[Tensor]) -> list[Tensor]:
+    """Samples on the CPU."""
     found = list(samples)
-    for places in groups.values():
-        together = torch.cat([samples[place] for place in places]).cpu()
+    for places, together in _groups(samples):
         for place, sample in zip(places, together.split([len(samples[place]) for place in places]), strict=True):
             found[place] = sample
     return found
@@ -195,8 +199,8 @@ def _state(model: nn.Module) -> Any:
     """A value that changes with the weights and with what is active; takes a few milliseconds for a model of 4B."""
     parts = [part for tensor in (*model.parameters(), *model.buffers()) for part in _parts(tensor, whole=False)]
     digest = hashlib.blake2b(digest_size=16)
-    for sample in _on_host([_sample(part) for part in parts if not part.is_meta]):
-        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    for _, together in _groups([_sample(part) for part in parts if not part.is_meta]):
+        digest.update(together.view(torch.uint8).numpy().tobytes())
     layout = tuple((part.dtype, part.shape, part.device) for part in parts)
     return layout, adapter_state(model), digest.digest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -78,6 +79,8 @@ class BankOrigin:
         prefix_token_ids: the template prefix.
         configuration: fields of the base's configuration that its states depend on, as JSON values; None in banks of
             earlier versions.
+        configuration_defaults: those of its fields that had the default of the transformers at hand, and need not be
+            known to another one.
         weights: what `model_fingerprint` stands for, and adapters; None in banks of earlier versions.
 
     Raises:
@@ -93,6 +96,7 @@ class BankOrigin:
     shared_router: bool
     prefix_token_ids: tuple[int, ...]
     configuration: Mapping[str, Any] | None = None
+    configuration_defaults: tuple[str, ...] | None = None
     weights: WeightsRecord | None = None
 
     def __post_init__(self) -> None:
@@ -113,6 +117,10 @@ class BankOrigin:
         ascending = self.memory_layers and self.memory_layers == tuple(sorted(set(self.memory_layers)))
         require("memory_layers", bool(ascending), "a non-empty list of layers, ascending")
         require("configuration", isinstance(self.configuration, Mapping | None), "an object or null")
+        if (names := self.configuration_defaults) is not None:
+            valid = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+            require("configuration_defaults", valid, "a list of strings or null")
+            object.__setattr__(self, "configuration_defaults", tuple(names))
         require("weights", isinstance(self.weights, WeightsRecord | None), "a record of weights or null")
 
     def differences(self, other: BankOrigin) -> list[str]:
@@ -123,12 +131,20 @@ class BankOrigin:
         lines = self._differences_of_weights(other)
         for field in fields(self):
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
-            apart = field.name in ("model_fingerprint", "weights", "configuration")
+            apart = field.name in ("model_fingerprint", "weights") or field.name.startswith("configuration")
             if not apart and ours is not None and theirs is not None and ours != theirs:
                 ours, theirs = (list(value) if isinstance(value, tuple) else value for value in (ours, theirs))
                 lines.append(f"{field.name}: the bank has {ours}, the model {theirs}")
         if self.configuration is not None and other.configuration is not None:
-            lines += _configuration_differences(self.base_model_type, self.configuration, other.configuration)
+            ours, theirs = (
+                {
+                    name: value
+                    for name, value in (side.configuration or {}).items()
+                    if name in (opposite.configuration or {}) or name not in (side.configuration_defaults or ())
+                }
+                for side, opposite in ((self, other), (other, self))
+            )
+            lines += _configuration_differences(self.base_model_type, ours, theirs)
         return lines
 
     def _differences_of_weights(self, other: BankOrigin) -> list[str]:
@@ -243,6 +259,18 @@ def state_configuration(config: PreTrainedConfig, quantized: bool = False) -> di
         and value is not None
     }
     return _json_values(fields)
+
+
+def default_fields(kind: str, configuration: Mapping[str, Any]) -> tuple[str, ...]:
+    """The fields of `state_configuration` that have the default of this transformers, ascending."""
+    defaults = _class_defaults(kind)
+    return tuple(sorted(name for name, value in configuration.items() if name in defaults and defaults[name] == value))
+
+
+@functools.cache
+def _class_defaults(kind: str) -> dict[str, Any]:
+    known = kind in CONFIG_MAPPING and not getattr(CONFIG_MAPPING[kind], "has_no_defaults_at_init", False)
+    return state_configuration(CONFIG_MAPPING[kind](), quantized=True) if known else {}
 
 
 def _position_schemes(config: PreTrainedConfig) -> set[str]:

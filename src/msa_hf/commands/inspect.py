@@ -45,6 +45,11 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({**record, "first_documents": documents}, ensure_ascii=False))
         return 0
     origin = record.pop("origin")
+    for name in ("configuration_defaults", "weights"):
+        origin.pop(name, None)
+    if (weights := bank.origin.weights) is not None:
+        origin["weights"] = ", ".join([weights.describe_dtypes(), *weights.quantized])
+        origin["adapters"] = ", ".join(adapter.name for adapter in weights.adapters) or "none"
     for name, value in {**record, **origin}.items():
         print(f"{name.replace('_', ' ')}: {value}")
     for item in documents:
