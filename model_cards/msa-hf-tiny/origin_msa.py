@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
-from .configuration_msa import FIELDS
+from .configuration_msa import OWN_FIELDS
 from .weights_msa import WeightsRecord, weight_differences
 
 logger = logging.get_logger(__name__)
@@ -31,6 +31,10 @@ FIRST_FIELDS = (
     "shared_router",
     "prefix_token_ids",
 )
+# Came later, and stands among the first where it is known, so that older readers, which would ask with other positions
+# than the documents', refuse the bank.
+ROPE_LENGTH = "rope_length"
+ROPE_LENGTH_DIFFERS = " (the longest text, in tokens, with the same positions; load the model with that `rope_length`)"
 
 # Fields of a base's configuration on which no state depends that a bank keeps. All others count, those of families
 # that are not known today too.
@@ -82,6 +86,8 @@ class BankOrigin:
         configuration_defaults: those of its fields that had the default of the transformers at hand, and need not be
             known to another one.
         weights: what `model_fingerprint` stands for, and adapters; None in banks of earlier versions.
+        rope_length: the longest text, in tokens, that has the positions of the documents (`equivalent_length`); None
+            where positions do not depend on the length of a text, and in banks of earlier versions.
 
     Raises:
         ValueError: for a field of the wrong type, naming it. Lists become tuples.
@@ -98,6 +104,7 @@ class BankOrigin:
     configuration: Mapping[str, Any] | None = None
     configuration_defaults: tuple[str, ...] | None = None
     weights: WeightsRecord | None = None
+    rope_length: int | None = None
 
     def __post_init__(self) -> None:
         def require(name: str, valid: bool, what: str) -> None:
@@ -121,6 +128,10 @@ class BankOrigin:
             valid = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
             require("configuration_defaults", valid, "a list of strings or null")
             object.__setattr__(self, "configuration_defaults", tuple(names))
+        length = self.rope_length
+        require(
+            ROPE_LENGTH, length is None or (type(length) is int and length >= 1), "an integer of at least 1 or null"
+        )
         require("weights", isinstance(self.weights, WeightsRecord | None), "a record of weights or null")
 
     def differences(self, other: BankOrigin) -> list[str]:
@@ -131,10 +142,19 @@ class BankOrigin:
         lines = self._differences_of_weights(other)
         for field in fields(self):
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
-            apart = field.name in ("model_fingerprint", "weights") or field.name.startswith("configuration")
+            apart = field.name in ("model_fingerprint", "weights", ROPE_LENGTH)
+            apart = apart or field.name.startswith("configuration")
             if not apart and ours is not None and theirs is not None and ours != theirs:
                 ours, theirs = (list(value) if isinstance(value, tuple) else value for value in (ours, theirs))
                 lines.append(f"{field.name}: the bank has {ours}, the model {theirs}")
+        if self.rope_length is None and other.rope_length is not None:
+            lines.append(
+                f"{ROPE_LENGTH}: the bank does not say for texts of which length its positions are: an earlier version "
+                "made it, whose documents depended on what they were encoded beside; encode them again"
+            )
+        elif self.rope_length != other.rope_length:
+            ours, theirs = self.rope_length, other.rope_length
+            lines.append(f"{ROPE_LENGTH}: the bank has {ours}, the model {theirs}{ROPE_LENGTH_DIFFERS}")
         if self.configuration is not None and other.configuration is not None:
             ours, theirs = (
                 {
@@ -199,7 +219,7 @@ class BankOrigin:
     def to_manifest(self) -> dict[str, Any]:
         """The entries of a manifest: `origin`, which every reader compares, and `made_with`, which later ones do."""
         record = self.to_dict()
-        first = {name: record.pop(name) for name in FIRST_FIELDS}
+        first = {name: record.pop(name) for name in (*FIRST_FIELDS, ROPE_LENGTH) if name in record}
         return {"origin": first, "made_with": record} if record else {"origin": first}
 
     @classmethod
@@ -212,9 +232,9 @@ class BankOrigin:
         first, later = manifest["origin"], manifest.get("made_with", {})
         if not isinstance(later, Mapping):
             raise ValueError("`made_with` must be an object")
-        if wrong := first.keys() - set(FIRST_FIELDS):
+        if wrong := first.keys() - {*FIRST_FIELDS, ROPE_LENGTH}:
             raise ValueError(f"unknown field of the origin: {', '.join(sorted(wrong))}")
-        known = {field.name for field in fields(cls)} - set(FIRST_FIELDS)
+        known = {field.name for field in fields(cls)} - {*FIRST_FIELDS, ROPE_LENGTH}
         return cls.from_dict({**first, **{name: later[name] for name in known & later.keys()}})
 
 
@@ -247,7 +267,7 @@ def state_configuration(config: PreTrainedConfig, quantized: bool = False) -> di
         config: of a base model, or an `MSAConfig`, whose own fields are left out.
         quantized: whether the weights are; where they are plain numbers, how they were stored does not matter.
     """
-    ignored = {*STATELESS_FIELDS, *FIELDS, *(() if quantized else ("quantization_config",))}
+    ignored = {*STATELESS_FIELDS, *OWN_FIELDS, *(() if quantized else ("quantization_config",))}
     if _position_schemes(config) <= UNLIMITED_POSITIONS:
         ignored.add("max_position_embeddings")
     fields = {

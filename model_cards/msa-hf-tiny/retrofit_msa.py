@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from .attention_config_msa import AttentionConfig
 from .attention_msa import ScoreBias, _eager_of, enter_memory_layer
 from .gradients_msa import ROUTER_MODULES
+from .positions_msa import restore_rotary_embeddings, steady_rotary_embeddings
 
 FUSED_PROJECTIONS = ("qkv_proj", "query_key_value")
 
@@ -114,9 +115,10 @@ def attach_routers(model: nn.Module, config: Any) -> None:
     attention module, in its dtype and on its device; `router_score_bias` one scalar where `config.score_bias`.
 
     Raises:
-        ValueError: where a memory layer has no attention module.
+        ValueError: where a memory layer has no attention module, or positions depend on the length of a batch.
     """
     layers = attention_layers(model)
+    steady_rotary_embeddings(model, config)
     if missing := [layer for layer in config.memory_layers if layer not in layers]:
         raise ValueError(f"`memory_layers` names {missing}, but attention layers are {sorted(layers)}.")
     for module in layers.values():
@@ -145,6 +147,7 @@ def attach_routers(model: nn.Module, config: Any) -> None:
 
 def detach_routers(model: nn.Module) -> None:
     """Undo `attach_routers`."""
+    restore_rotary_embeddings(model)
     for module in model.modules():
         if isinstance(config := getattr(module, "config", None), AttentionConfig):
             module.config = config.config

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from .attention_config_msa import check_holds_memory, implementations_in
 from .attention_msa import IMPLEMENTATIONS
 from .compat_msa import warn_of_untested_version
-from .configuration_msa import AUTO_MAP, FIELDS, MSAConfig
+from .configuration_msa import AUTO_MAP, OWN_FIELDS, MSAConfig
 from .peft_msa import teach_virtual_tokens
 from .retrofit_msa import (
     ROUTER_MODULES,
@@ -57,6 +57,7 @@ REMOTE_FILES = tuple(
         "outputs",
         "packing",
         "peft",
+        "positions",
         "retrofit",
         "routing",
         "splitting",
@@ -195,7 +196,7 @@ class CheckpointMixin:
         if "base_class" not in cls.__dict__:
             if config is None:
                 hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-                own = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
+                own = {name: kwargs.pop(name) for name in OWN_FIELDS if name in kwargs}
                 kind = MSAConfig.get_config_dict(pretrained_model_name_or_path, **hub)[0].get("model_type")
                 if kind != MSAConfig.model_type:
                     raise ValueError(
@@ -251,7 +252,7 @@ class CheckpointMixin:
         Raises:
             ValueError: for a model that cannot hold a memory, naming what is missing.
         """
-        own = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
+        own = {name: kwargs.pop(name) for name in OWN_FIELDS if name in kwargs}
         own.update(memory_layers=memory_layers, chunk_size=chunk_size, top_k=top_k, similarity=similarity)
         if router_init not in ("copy", "random"):
             raise ValueError(f"`router_init` must be 'copy' or 'random', got {router_init!r}.")

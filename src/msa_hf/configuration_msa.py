@@ -10,6 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .compat_msa import CACHE_NAMES
 from .peft_msa import teach_targets
+from .positions_msa import switching_rope
 
 # The files that travel with a checkpoint (`trust_remote_code=True`); flat, importing only each other.
 AUTO_MAP = {
@@ -41,6 +42,8 @@ FIELDS = (
     *FLAGS,
     *WEIGHTS,
 )
+# With the one that only bases have whose position scheme switches by length.
+OWN_FIELDS = (*FIELDS, "rope_length")
 
 # Class attributes by which transformers treats a base's config specially; an instance of ours answers the same.
 BASE_CLASS_ATTRIBUTES = (
@@ -83,6 +86,10 @@ class MSAConfig(PreTrainedConfig):
         aux_layers: memory layers that the auxiliary loss averages over. Default: those of the upper half of the model
             (paper), or all memory layers where none lies there.
         focal_gamma: exponent of the focal forms.
+        rope_length: tokens of the longest text, for bases whose position scheme has other frequencies for longer texts
+            (LongRoPE, dynamic NTK): documents and questions of a memory all have those of this length, whatever they
+            are encoded beside, and no text may be longer. Default for such bases: `max_position_embeddings`; others
+            have none.
         msa_config: the dictionary in which published MSA checkpoints keep these fields; translated, not stored.
         kwargs: the fields of the base configuration.
 
@@ -114,6 +121,7 @@ class MSAConfig(PreTrainedConfig):
     aux_temperature: float
     aux_layers: list[int]
     focal_gamma: float
+    rope_length: int | None
 
     def __init__(
         self,
@@ -136,10 +144,11 @@ class MSAConfig(PreTrainedConfig):
         aux_temperature: float = 0.1,
         aux_layers: list[int] | None = None,
         focal_gamma: float = 2.0,
+        rope_length: int | None = None,
         msa_config: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        own = {name: value for name, value in locals().items() if name in FIELDS}
+        own = {name: value for name, value in locals().items() if name in OWN_FIELDS}
         if msa_config is not None:
             own = _with_published(own, msa_config, kwargs)
         if own["base_model_type"] is None:
@@ -178,7 +187,7 @@ class MSAConfig(PreTrainedConfig):
             fields.setdefault("base_model_type", fields["model_type"])
         if (msa_config := fields.pop("msa_config", None)) is not None:
             fields = _with_published(fields, msa_config, fields)
-        overrides = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
+        overrides = {name: kwargs.pop(name) for name in OWN_FIELDS if name in kwargs}
         _refuse_misspelt_fields(kwargs, fields)
         return super().from_dict({**fields, **overrides}, **kwargs)
 
@@ -228,6 +237,17 @@ class MSAConfig(PreTrainedConfig):
             self.aux_layers = upper or list(self.memory_layers)
         self.aux_layers = self._layer_list("aux_layers", self.aux_layers, self.memory_layers)
 
+        length = self.rope_length
+        if length is not None and (type(length) is not int or length < 1):
+            raise ValueError(f"`rope_length` must be an integer of at least 1, got {length!r}.")
+        if switching_rope(self):
+            self.rope_length = self.max_position_embeddings if length is None else length
+        elif length is not None:
+            raise ValueError(
+                f"`rope_length` is {length}, but positions of this base ({self.base_model_type!r}) do not change with "
+                "the length of a text; leave it out."
+            )
+
         prefix = [] if self.prefix_token_ids is None else self.prefix_token_ids
         vocabulary = range(self.vocab_size)
         if not isinstance(prefix, list | tuple) or any(
@@ -257,7 +277,7 @@ class MSAConfig(PreTrainedConfig):
 
     def base_config(self) -> PreTrainedConfig:
         """The configuration of the base model alone, as its own class."""
-        fields = {name: value for name, value in self.to_dict().items() if name not in (*FIELDS, "auto_map")}
+        fields = {name: value for name, value in self.to_dict().items() if name not in (*OWN_FIELDS, "auto_map")}
         fields.pop("model_type")
         if fields.get("architectures"):
             fields["architectures"] = [name.removeprefix("MSA") for name in fields["architectures"]]
@@ -270,13 +290,15 @@ class MSAConfig(PreTrainedConfig):
         output = super().to_dict()
         for name in BASE_CLASS_ATTRIBUTES:
             output.pop(name, None)
+        if self.rope_length is None:
+            output.pop("rope_length", None)
         return output
 
 
 _DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(MSAConfig.__init__).parameters.items()
-    if name in FIELDS
+    if name in OWN_FIELDS
 }
 
 
@@ -293,7 +315,7 @@ def _with_published(fields: dict[str, Any], msa_config: Any, base: dict[str, Any
 
 def _refuse_misspelt_fields(names: Iterable[str], known: Collection[str]) -> None:
     for name in names:
-        close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85)
+        close = difflib.get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.85)
         if close and name not in known and not name.startswith("_"):
             raise ValueError(f"`{name}` is not a field of MSAConfig; did you mean `{close[0]}`?")
 

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from .attention_msa import chunks_of
 from .memory_msa import Document, DocumentTable, LayerMemory, MemoryBank
 from .modes_msa import evaluating
+from .positions_msa import position_limit
 from .splitting_msa import LimitTooSmall, split_text
 from .tokenizing_msa import tokenize_texts
 from .wrapping_msa import input_device
@@ -58,7 +59,7 @@ def encode_documents(
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     config = model.config
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = position_limit(config)
     limit = min(item for item in (max_length, positions, torch.iinfo(torch.int64).max) if item is not None)
     device = torch.device(bank_device) if bank_device is not None else input_device(model)
 

@@ -25,6 +25,7 @@ from .fingerprint_msa import fingerprint_of, read_weights, tokenizer_fingerprint
 from .memory_msa import LayerMemory, MemoryBank
 from .options_msa import GenerationOptions, bind_positional, cache_for, leave_out
 from .origin_msa import BankOrigin, default_fields, state_configuration
+from .positions_msa import equivalent_length, in_positions_of
 from .routing_msa import LayerRouting
 from .trial_msa import refuse_unseen
 from .wrapping_msa import has_come_and_go_weights, input_device, is_sharded
@@ -58,10 +59,11 @@ class MemoryMixin:
         """
         check_holds_memory(self.config._attn_implementation)
         backbone = cast(Any, self).base_model
-        if backbone_only and backbone is not self:
-            kwargs.pop("logits_to_keep", None)
-            return backbone(**kwargs)
-        return super().forward(**kwargs)  # type: ignore[misc]
+        with in_positions_of(self.config, kwargs.get("position_ids")):
+            if backbone_only and backbone is not self:
+                kwargs.pop("logits_to_keep", None)
+                return backbone(**kwargs)
+            return super().forward(**kwargs)  # type: ignore[misc]
 
     def run_from_outside(self, stop: bool = False, **kwargs: Any) -> Any:
         """One run of the backbone that no forward of this model surrounds.
@@ -169,6 +171,7 @@ class MemoryMixin:
             configuration=configuration,
             configuration_defaults=default_fields(self.config.base_model_type, configuration),
             weights=weights,
+            rope_length=equivalent_length(self.config),
         )
 
     def load_memory(self, directory: Any, tokenizer: Any = None, **kwargs: Any) -> MemoryBank:
@@ -493,9 +496,11 @@ class GeneratingMixin(MemoryMixin):
         ):
             refuse_lost_cache(cache, routing_mask.shape[1])
         force_documents = None if routing_mask is None else kwargs.pop("force_documents", None)
-        model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
-        )
+        prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
+        if routing_mask is not None and self.config.rope_length is not None:
+            # Such bases drop the cache where their frequencies would switch, which they do not here.
+            prepare = functools.partial(transformers.GenerationMixin.prepare_inputs_for_generation, cast(Any, self))
+        model_inputs = prepare(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         if padding_id is not None and model_inputs.get("input_ids") is not None:
             # Samples that have ended go on with padding, of which nobody reads what the model makes.
             ids = model_inputs["input_ids"]

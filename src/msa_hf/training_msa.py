@@ -18,6 +18,7 @@ from .losses_msa import auxiliary_loss, positive_mask
 from .memory_msa import LayerMemory
 from .outputs_msa import MSACausalLMOutput
 from .packing_msa import PackedRows, PooledDocuments, TokenBlocks, pool_documents, right_padded, unpack_rows
+from .positions_msa import position_limit
 from .routing_msa import LayerRouting
 from .wrapping_msa import is_sharded
 
@@ -103,7 +104,7 @@ class TrainingMixin(MemoryMixin):
         if embeds is None:
             tokens = tokens.masked_fill(~mask, 0)  # padding may have no row in the embedding
 
-        batch, limit = marks.shape[0], getattr(self.config, "max_position_embeddings", None)
+        batch, limit = marks.shape[0], position_limit(self.config)
         if doc_ids is not None:
             rows = unpack_rows(doc_ids, mask, limit)
             present = rows.places >= 0

@@ -31,6 +31,7 @@ from ..corpus_files import Corpus
 from ..encoding_msa import _Item, _Reader
 from ..generation.protocol import ID_FIELD
 from ..memory_msa import BankOrigin, MemoryBank
+from ..positions_msa import position_limit
 from ..splitting_msa import LimitTooSmall, split_text
 from ..storage_msa import (
     LEFTOVER,
@@ -309,7 +310,7 @@ class _Encoder:
         self.corpus, self.model, self.tokenizer, self.protocol = corpus, model, tokenizer, protocol
         self.batch_tokens, self.split = batch_tokens, too_long == "split"
         self.origin: BankOrigin = model.memory_origin(tokenizer)
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = position_limit(model.config)
         self.limit = np.iinfo(np.int64).max if positions is None else positions
         self.reader = _Reader(
             tokenizer=tokenizer,

@@ -15,6 +15,7 @@ from ..bank import place_bank
 from ..generation import Answer, MemoryInterleave
 from ..generation.interleave import SELECTIONS
 from ..memory_msa import MemoryBank
+from ..positions_msa import position_limit
 from ..tokenizing_msa import tokenize
 from ..user_errors import UserError, complain, reported
 from .loading import load, protocol_of
@@ -131,7 +132,7 @@ def generated(model: Any, tokenizer: Any, bank: MemoryBank, question: str, max_n
     length = len(ids)
     if not length:
         raise UserError("the question is empty")
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = position_limit(model.config)
     if positions is not None and model.config.first_position + length + max_new_tokens > positions:
         raise UserError(
             f"the question has {length} tokens; with {max_new_tokens} of an answer (--max-new-tokens) that is more "

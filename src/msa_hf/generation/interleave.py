@@ -16,6 +16,7 @@ from transformers.generation import BaseStreamer
 from ..compat_msa import CACHE, CACHE_NAMES
 from ..configuration_msa import full_attention_layers
 from ..modes_msa import evaluating
+from ..positions_msa import position_limit
 from .constrained import IdAutomaton, TokenTexts
 from .feed import Feed
 from .protocol import PUBLISHED, DocumentIds, Protocol, Segment
@@ -169,7 +170,7 @@ class MemoryInterleave:
         self.layer_scores = layer_scores
         self.router_may_end = router_may_end
         self.reuse_cache = reuse_cache
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = position_limit(model.config)
         fits = None if positions is None else positions - model.config.first_position
         limits = [limit for limit in (fits, max_context_tokens) if limit is not None]
         self.max_context_tokens = min(limits) if limits else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..generation import DocumentIds, MemoryInterleave, Protocol
 from ..memory_msa import MemoryBank
+from ..positions_msa import in_positions_of, position_limit
 from .data import SEPARATOR, _pad, question_ids
 
 
@@ -87,7 +88,7 @@ class Writer:
         self.pad = config.pad_token_id
         stops = config.eos_token_id
         self.stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = position_limit(model.config)
         self.room = None if positions is None else positions - model.config.first_position - max_new_tokens
 
     def prompt(self, question: str, rounds: Sequence[Sequence[int]]) -> tuple[tuple[list[int], list[bool]], int]:
@@ -132,7 +133,8 @@ class Writer:
             inputs |= {"memory": self.bank, "routing_mask": routes.bool().to(device)}
         if forced is not None:
             inputs["force_documents"] = _pad([list(row) for row in forced], -1).to(device)
-        output = self.model.generate(**inputs, **self.options)
+        with in_positions_of(self.model.config):  # also without the memory, so that no answer depends on its batch
+            output = self.model.generate(**inputs, **self.options)
         return [self._answer(row) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _answer(self, tokens: list[int]) -> str:

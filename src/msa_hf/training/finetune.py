@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, ProgressCallback, TrainerCal
 from ..configuration_msa import MSAConfig
 from ..generation import Protocol
 from ..modeling_msa import MSAForCausalLM
+from ..positions_msa import position_limit
 from .curve import Curve, summary
 from .data import QuestionCollator
 from .monitor import CollapseGuard, RouterMonitor
@@ -207,7 +208,7 @@ def _is_retrofit(base: str) -> bool:
 
 def _limit(settings: Settings, model: Any) -> int:
     """Tokens that a document or a row may have; rows start at the model's `first_position`."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = position_limit(model.config)
     if positions is None:
         return settings.max_length
     return min(settings.max_length, positions - model.config.first_position)
