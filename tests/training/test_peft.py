@@ -364,3 +364,73 @@ def test_a_family_that_peft_does_not_know_stays_unknown() -> None:
     get_peft_model(setup("llama").model, LoraConfig())
     with pytest.raises(ValueError, match="specify `target_modules`"):
         get_peft_model(setup("phi3", "eager").model, LoraConfig())
+
+
+# Other methods --------------------------------------------------------------------------------------------------------
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "ia3": {},
+    "adalora": {"total_step": 3},
+    "vera": {"r": 4},
+    "oft": {"oft_block_size": 8},
+    "loha": {"r": 4},
+    "ln_tuning": {},
+    "lora": {"r": 4, "use_dora": True},
+}
+FEEDFORWARD = {"qwen3": "down_proj", "phi3": "down_proj", "gpt_neox": "dense_4h_to_h"}
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+@pytest.mark.parametrize("family, attention", FEW[:3])
+@pytest.mark.parametrize("method", OTHERS)
+def test_other_methods_train_beside_whole_routers(method, family, attention, tmp_path) -> None:
+    """All that is trainable, routers included, gets a gradient; saved, it loads onto a fresh model."""
+    made, options = step(), OTHERS[method]
+    if method == "ln_tuning" and family == "phi3":
+        options = {"target_modules": ["input_layernorm"]}  # of which PEFT has no choice
+    if method == "ln_tuning" and family == "gpt_neox":
+        options = {"target_modules": ["input_layernorm"]}
+    base = setup(family, attention, score_bias=True).model
+    config = peft_config(base, method=method, **options)
+    torch.manual_seed(0)
+    model = get_peft_model(base, config).train()
+    found = gradients(model, model(**made.pool()).loss)
+    assert {name for name in found if "router_" in name} == {
+        name for name, weight in model.named_parameters() if "router_" in name and weight.requires_grad
+    }
+    assert sum("router_" in name for name in found) == 6
+    assert found.keys() == {name for name, weight in model.named_parameters() if weight.requires_grad}
+    if method == "ia3":
+        assert FEEDFORWARD[family] in config.feedforward_modules
+        assert config.feedforward_modules < config.target_modules
+    train_a_little(model, made)
+    expected = logits_with_memory(model, made)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(setup(family, attention, score_bias=True).model, tmp_path)
+    assert torch.equal(logits_with_memory(loaded, made), expected)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"method": "lorra"}, r"'lorra'; this PEFT has \[.*'lora'"),
+        ({"method": "ia3", "r": 4}, "IA3Config has no `r`"),
+        ({"method": "prompt_tuning", "num_virtual_tokens": 4}, "train_routers=False"),
+        ({"method": "supertuning"}, "train_routers=False"),
+        ({"method": "trainable_tokens"}, "train_routers=False"),
+        ({"method": "prefix_tuning", "target_modules": ["q_proj"]}, "leave `target_modules` out"),
+    ],
+    ids=lambda value: value["method"] if isinstance(value, dict) else "",
+)
+def test_what_a_method_cannot_do_is_refused(kwargs, message) -> None:
+    """Instead of leaving routers untrained."""
+    with pytest.raises(ValueError, match=message):
+        peft_config(setup().model, **kwargs)
+
+
+def test_prompts_without_routers_and_classes_in_place_of_names() -> None:
+    """Both make PEFT's own configuration."""
+    config = peft_config(setup().model, method="prompt_tuning", train_routers=False, num_virtual_tokens=4)
+    assert (config.num_virtual_tokens, config.task_type, config.modules_to_save) == (4, "CAUSAL_LM", None)
+    config = peft_config(setup().model, method=IA3Config, train_routers=False)
+    assert config.target_modules == {"k_proj", "v_proj", "down_proj"}
