@@ -1,13 +1,17 @@
 """Training spread over processes: what waits for every parameter's gradient, and what cuts parameters in parts."""
 
+import copy
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
-from setups import setup
+from setups import batch_of, setup, tokens
 from steps import assert_same_gradients, gradients, step
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -123,3 +127,35 @@ def test_fsdp_has_the_gradients_of_one_process(options, checkpointing, one_proce
         if kind == "unlabelled positives":  # FSDP makes zeros of what one process leaves out
             found = {name: gradient for name, gradient in found.items() if name in expected[kind]}
         assert_same_gradients(found, expected[kind])
+
+
+def test_fsdp_encodes_and_generates(one_process) -> None:
+    """A sharded model that has not run yet makes the whole model's bank, generates its tokens, and trains on."""
+    made = setup(score_bias=True)
+    model = sharded(copy.deepcopy(made.model))
+    bank = model.encode_documents(made.documents, show_progress=False)
+    for layer in made.model.config.memory_layers:
+        assert torch.equal(bank.layer(layer).content, made.bank.layer(layer).content)
+    questions = batch_of(tokens(6, 3, 9, seed=5))
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = made.model.generate(**questions, memory=made.bank, **options)
+    for memory in (bank, made.bank):
+        assert torch.equal(model.generate(**questions, memory=memory, **options), expected)
+    inputs = batch("pool", model)
+    found = whole(gradients(model.train(), model(**inputs).loss))
+    assert_same_gradients(found, gradients(made.model.train(), made.model(**inputs).loss))
+
+
+# Two processes --------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_step_as_one_does(tmp_path) -> None:
+    """Under DDP and FSDP, each with its half of the questions, one of them with a half that asks nothing of routers."""
+    script = Path(__file__).with_name("two_processes.py")
+    command = [sys.executable, "-W", "ignore", str(script), str(tmp_path / "store")]
+    processes = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=180)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)

@@ -460,3 +460,17 @@ def test_options_that_leave_the_loss_alone(tmp_path) -> None:
     made = four().pool()
     with torch.no_grad():
         assert torch.equal(model(**made, skip_logits=True).loss, model(**made).loss)
+
+
+def test_smoothing_without_documents_is_the_bases(tmp_path) -> None:
+    """Labels are shifted for a model with a memory as for its base."""
+    made = setup()
+    losses_found = []
+    for model in (made.base, made.model):
+        trainer = Trainer(
+            model,
+            arguments(tmp_path, label_smoothing_factor=0.3),
+            eval_dataset=[{"input_ids": row, "labels": row} for row in four().documents[2:3] * 2],
+        )
+        losses_found.append(trainer.evaluate()["eval_loss"])
+    assert losses_found[0] == losses_found[1]
