@@ -419,14 +419,14 @@ class AttendingPass:
                 mask,
                 memory.routing_keys,
                 offsets,
-                self.config.top_k,
+                self._document_count(),
                 alive=None if self.visible is None else self.visible[0].to(device),
                 similarity=self.similarity,
             )
             chosen_scores = best
             self._look_for_nan(layer, router_query, mask)
         else:
-            documents, best = select_documents(scores, self.config.top_k)
+            documents, best = select_documents(scores, self._document_count())
             chosen_scores = scores_at(scores, documents)
         report = self._report(documents, best, scores, query.device)
         if self.recording:
@@ -436,6 +436,11 @@ class AttendingPass:
             # A sample without a routing token in this turn keeps what it had.
             context = context.where(mask.any(1).to(query.device), previous)
         return context
+
+    def _document_count(self) -> int:
+        """Documents to choose: `top_k`, or as many as there are, and room for one where there are none."""
+        assert self.offsets is not None
+        return max(min(self.config.top_k, self.offsets.shape[0] - 1), 1)
 
     def _needs_all_scores(self, router_query: Tensor) -> bool:
         """Whether the scores of all documents are asked for, or another choice than the `top_k` best by default."""

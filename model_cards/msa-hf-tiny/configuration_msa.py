@@ -188,6 +188,8 @@ class MSAConfig(PreTrainedConfig):
         if (msa_config := fields.pop("msa_config", None)) is not None:
             fields = _with_published(fields, msa_config, fields)
         overrides = {name: kwargs.pop(name) for name in OWN_FIELDS if name in kwargs}
+        if "memory_layers" in overrides and "aux_layers" not in overrides:
+            overrides["aux_layers"] = _layers_that_stay(fields, overrides["memory_layers"])
         _refuse_misspelt_fields(kwargs, fields)
         return super().from_dict({**fields, **overrides}, **kwargs)
 
@@ -233,8 +235,7 @@ class MSAConfig(PreTrainedConfig):
                 f"`memory_layers` names {sliding}, which are not full-attention layers; only {sorted(full)} are."
             )
         if self.aux_layers is None:
-            upper = [layer for layer in self.memory_layers if layer >= count // 2]
-            self.aux_layers = upper or list(self.memory_layers)
+            self.aux_layers = _default_aux_layers(self.memory_layers, count)
         self.aux_layers = self._layer_list("aux_layers", self.aux_layers, self.memory_layers)
 
         length = self.rope_length
@@ -318,6 +319,27 @@ def _refuse_misspelt_fields(names: Iterable[str], known: Collection[str]) -> Non
         close = difflib.get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.85)
         if close and name not in known and not name.startswith("_"):
             raise ValueError(f"`{name}` is not a field of MSAConfig; did you mean `{close[0]}`?")
+
+
+def _default_aux_layers(memory_layers: list[int], count: int) -> list[int]:
+    """Memory layers of the upper half of `count` layers, or all where none lies there."""
+    return [layer for layer in memory_layers if layer >= count // 2] or list(memory_layers)
+
+
+def _layers_that_stay(saved: dict[str, Any], memory_layers: Any) -> list[int] | None:
+    """`aux_layers` for other memory layers than the saved ones.
+
+    Fewer layers keep those that are still there; more, and fewer of which none is left, have the default (None) again,
+    unless they were chosen. Layers that share none with the saved ones keep what contradicts them.
+    """
+    before, aux = saved.get("memory_layers"), saved.get("aux_layers")
+    if not (isinstance(before, list) and isinstance(aux, list) and isinstance(memory_layers, list | tuple)):
+        return aux
+    stay = [layer for layer in aux if layer in memory_layers]
+    if set(memory_layers) <= set(before) or set(before) <= set(memory_layers):
+        usual = aux == _default_aux_layers(before, saved.get("num_hidden_layers", 0))
+        return None if usual else stay or None
+    return stay or aux
 
 
 def full_attention_layers(config: PreTrainedConfig) -> list[int]:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import GenerationConfig
+from transformers.utils import logging
 
 from .attention_config_msa import check_holds_memory
 from .attention_msa import AttendingPass, EncodingDone, EncodingPass, PrefixPass
@@ -29,6 +30,8 @@ from .positions_msa import equivalent_length, in_positions_of
 from .routing_msa import LayerRouting
 from .trial_msa import refuse_unseen
 from .wrapping_msa import has_come_and_go_weights, input_device, is_sharded
+
+logger = logging.get_logger(__name__)
 
 PROMPTS = ("inputs", "input_ids", "inputs_embeds")  # names of the first argument of generate()
 MEMORY_ARGUMENTS = ("memory", "routing_mask", "force_documents", "output_document_scores")
@@ -261,6 +264,7 @@ class MemoryMixin:
             refuse_other_memories(memory)
         if routing_mask is not None and memory is not None:  # not while decoding: these look at the device's data
             self._check_bank(memory)
+            look_at_first_position(self, len(memory))
             refuse_padding_only(attention_mask)
             if force_documents is not None:
                 force_documents = self.checked_documents(force_documents, batch, len(memory))
@@ -521,6 +525,25 @@ class GeneratingMixin(MemoryMixin):
 def current(memory: Any) -> Any:
     """The state that an open bank is in now; a bank is its own, and so is None."""
     return memory.snapshot() if hasattr(memory, "snapshot") else memory
+
+
+def look_at_first_position(model: Any, documents: int) -> None:
+    """Say, once, where `top_k` leaves so much room that a question stands behind the positions that a model knows.
+
+    Raises:
+        ValueError: where it knows positions by a table, which has no row there.
+    """
+    first, limit = model.config.first_position, getattr(model.config, "max_position_embeddings", None)
+    if limit is None or first < limit:
+        return
+    problem = (
+        f"`top_k={model.config.top_k}` puts the first token of a question at position {first}, but the model knows "
+        f"{limit} positions. {documents} documents need no more than `model.config.top_k = {documents}`."
+    )
+    tables = (name for name, item in model.named_modules() if isinstance(item, nn.Embedding))
+    if any("position" in name or name.endswith("wpe") for name in tables):
+        raise ValueError(problem)
+    logger.warning_once(f"{problem} What the model answers beyond them may be of no use.")
 
 
 def refuse_forgetful_cache(cache: Any) -> None:

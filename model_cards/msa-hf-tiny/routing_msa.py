@@ -26,7 +26,8 @@ class LayerRouting:
     """What one memory layer chose.
 
     Attributes:
-        documents: [B, k] int64, positions in the bank, best first; -1 where fewer documents were there.
+        documents: [B, k] int64, positions in the bank, best first; -1 where fewer documents were there. k is `top_k`,
+            or the number of documents where that is less.
         scores: [B, k] float32, scores of `documents`; -inf beside -1.
         document_scores: [B, N] float32, scores of all documents (differentiable in training), -inf for documents that
             a sample cannot see; None unless training or asked for with `output_document_scores=True`.

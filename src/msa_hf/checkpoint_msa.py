@@ -164,6 +164,7 @@ class CheckpointMixin:
             "_keys_to_ignore_on_load_unexpected": [
                 *(getattr(base_class, "_keys_to_ignore_on_load_unexpected", None) or []),
                 r"^temperature$",  # frozen scalar of published checkpoints; it is `aux_temperature`
+                *(rf"\.{name}\.(0\.)?weight$" for name in ROUTER_MODULES),  # of layers that have no memory any more
             ],
         }
         made = type(name, (cls, base_class), namespace)
@@ -204,6 +205,10 @@ class CheckpointMixin:
                         "load it with from_base()."
                     )
                 config = MSAConfig.from_pretrained(pretrained_model_name_or_path, **hub, **own)
+            elif given := [name for name in OWN_FIELDS if name in kwargs]:
+                raise TypeError(
+                    f"from_pretrained() got both a `config` and its fields {given}; set them in the config."
+                )
             made = cls.class_for(config.base_model_type)
             return made.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)  # type: ignore[attr-defined]
         kwargs.pop("trust_remote_code", None)

@@ -122,7 +122,7 @@ class ShardedBank(MemoryBank):
             ValueError: where scores would need a gradient, or all processes together make no sense.
             RankFailed: where another process failed.
         """
-        header = header_of(config, inputs, routing_mask, forced, all_scores)
+        header = header_of(config, inputs, routing_mask, forced, all_scores, self.documents.num_rows)
         if torch.is_grad_enabled() and (config.score_bias or header["all_scores"] or header["forced"]):
             raise ValueError(
                 "Scores of documents in other processes carry no gradient: call the model under `torch.no_grad()`."

@@ -72,7 +72,8 @@ class RoutingKeys:
         """`ops.route_documents`."""
         wanted = k
         if again := self.exact is not None and self.candidates != 0:
-            wanted = CANDIDATES * k if self.candidates is None else self.candidates
+            usual = max(min(CANDIDATES * k, offsets.shape[0] - 1), k)
+            wanted = usual if self.candidates is None else self.candidates
             if wanted < k:
                 raise ValueError(f"`candidates` must be at least the {k} documents of `top_k`, or 0, got {wanted}.")
         whole = reduced(queries, self.rows.parts[0].shape[1], similarity)

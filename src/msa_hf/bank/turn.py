@@ -32,8 +32,10 @@ DIFFERENT = "different"
 
 
 def header_of(
-    config: Any, inputs: Tensor, routing_mask: Tensor, forced: Tensor | None, all_scores: bool
+    config: Any, inputs: Tensor, routing_mask: Tensor, forced: Tensor | None, all_scores: bool, rows: int
 ) -> dict[str, int]:
+    """What a process says about its turn; `rows` are those of the whole bank, of which no more can be chosen."""
+    k = max(min(config.top_k, rows), 1)
     digest = hashlib.sha256()
     for tensor in (inputs, routing_mask, forced):
         if tensor is not None and not tensor.is_floating_point():  # embeddings may differ in their last digits
@@ -44,10 +46,10 @@ def header_of(
         "batch": inputs.shape[0],
         "tokens": int(routing_mask.sum(1).max()),
         "heads": config.num_attention_heads,
-        "k": config.top_k,
+        "k": k,
         "all_scores": int(all_scores or (forced is None and reductions != ("mean", "max", "max"))),
         "forced": int(forced is not None),
-        "columns": max(config.top_k, 0 if forced is None else forced.shape[1]),
+        "columns": max(k, 0 if forced is None else forced.shape[1]),
         "head": HEADS.index(reductions[0]),
         "query": QUERIES.index(reductions[1]),
         "chunk": CHUNKS.index(reductions[2]),

@@ -37,7 +37,7 @@ def quantised_recall(
     Raises:
         ValueError: where the model's configuration keeps it from routing by the operation that takes quantised keys.
     """
-    k = model.config.top_k
+    k = max(min(model.config.top_k, len(bank)), 1)
     if candidates is None:
         candidates = [count for count in (k, 2 * k, 4 * k, 8 * k) if count <= max(len(bank), k)]
     worst: dict[str, dict[int, float]] = {}
