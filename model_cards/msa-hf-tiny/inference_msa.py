@@ -28,6 +28,7 @@ from .options_msa import GenerationOptions, bind_positional, cache_for, leave_ou
 from .origin_msa import BankOrigin, default_fields, state_configuration
 from .positions_msa import equivalent_length, in_positions_of
 from .routing_msa import LayerRouting
+from .samples_msa import one_adapter
 from .trial_msa import refuse_unseen
 from .wrapping_msa import has_come_and_go_weights, input_device, is_sharded
 
@@ -295,7 +296,8 @@ class MemoryMixin:
             keep_contexts=cache is not None,
         )
         return_dict = kwargs.pop("return_dict", None)
-        with turn:
+        routes = routing_mask is not None
+        with turn, one_adapter(cast(nn.Module, self)) if routes else contextlib.nullcontext():
             output = self.run_base(**kwargs, memory_pass=attending, return_dict=True)
         # What a mixture calls `aux_loss` is the balance of its experts, which its `loss` holds.
         fields = {name: value for name, value in output.items() if name != "aux_loss"}

@@ -60,6 +60,7 @@ REMOTE_FILES = tuple(
         "positions",
         "retrofit",
         "routing",
+        "samples",
         "splitting",
         "storage",
         "tokenizing",

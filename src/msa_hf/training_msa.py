@@ -6,6 +6,7 @@ One step's losses, and nothing that a checkpoint cannot carry; what people train
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from .outputs_msa import MSACausalLMOutput
 from .packing_msa import PackedRows, PooledDocuments, TokenBlocks, pool_documents, right_padded, unpack_rows
 from .positions_msa import position_limit
 from .routing_msa import LayerRouting
+from .samples_msa import sequences_of
 from .wrapping_msa import is_sharded
 
 # None but `labels` may have "label" in its name: Trainer evaluates a loss only where all arguments named so are given.
@@ -200,11 +202,14 @@ class TrainingMixin(MemoryMixin):
     ) -> MSACausalLMOutput:
         positions = torch.arange(pool.ids.shape[1], device=pool.ids.device).expand(pool.ids.shape)
         # Padding stands behind the documents, where causal attention does not look.
-        _, layers = self._run_pass(self._encoding_pass(pool.lengths), pool.ids, positions, backbone_only=True)
+        with sequences_of(cast(nn.Module, self), len(pool.ids), owners=None):
+            _, layers = self._run_pass(self._encoding_pass(pool.lengths), pool.ids, positions, backbone_only=True)
+        with sequences_of(cast(nn.Module, self), 1, owners=None):
+            prefix = self.prefix_states(functools.partial(self.run_base, backbone_only=True))
         attending = self._attending_pass(
             layers,
             pool.lengths,
-            prefix=self.prefix_states(functools.partial(self.run_base, backbone_only=True)),
+            prefix=prefix,
             routing_mask=routing_mask.bool() & mask,
             force_documents=force_documents,
         )
@@ -233,18 +238,20 @@ class TrainingMixin(MemoryMixin):
         batch, width = input_ids.shape
         pieces: list[tuple[TokenBlocks, Any]] = []
 
-        def run(blocks: TokenBlocks, start: int, memory_pass: Any) -> Any:
+        def run(blocks: TokenBlocks, start: int, memory_pass: Any, owners: Tensor, offsets: Any = None) -> Any:
             length = blocks.mask.shape[1]
             positions = torch.arange(start, start + length, device=input_ids.device).expand(blocks.mask.shape)
             if position_ids is not None:
                 positions = torch.where(blocks.mask, blocks.take(position_ids.expand(input_ids.shape)), positions)
-            output, recorded = self._run_pass(memory_pass, blocks.take(input_ids), positions, **kwargs)
+            with sequences_of(cast(nn.Module, self), len(blocks.mask), owners, offsets):
+                output, recorded = self._run_pass(memory_pass, blocks.take(input_ids), positions, **kwargs)
             pieces.append((blocks, output))
             return recorded
 
-        prefix = run(rows.prefix, 0, PrefixPass()) if rows.prefix.mask.shape[1] else {}
+        samples = torch.arange(batch, device=input_ids.device)
+        prefix = run(rows.prefix, 0, PrefixPass(), samples) if rows.prefix.mask.shape[1] else {}
         lengths = rows.documents.mask.sum(1)
-        layers = run(rows.documents, 0, self._encoding_pass(lengths))
+        layers = run(rows.documents, 0, self._encoding_pass(lengths), rows.document_row)
         routing: dict[int, LayerRouting] = {}
         if rows.active.mask.any():
             places = rows.places
@@ -255,10 +262,11 @@ class TrainingMixin(MemoryMixin):
                 lengths,
                 prefix=prefix,
                 routing_mask=rows.active.take(doc_ids, fill=-1) == 0,
-                visible=rows.document_row == torch.arange(batch, device=input_ids.device)[:, None],
+                visible=rows.document_row == samples[:, None],
                 force_documents=force_documents,
             )
-            found = run(rows.active, rows.prefix.mask.shape[1] + self.config.top_k, attending)
+            start = rows.prefix.mask.shape[1] + self.config.top_k
+            found = run(rows.active, start, attending, samples, functools.partial(_offsets_of, rows.active, width))
             # From documents of all rows to those of each row.
             number = torch.cat([rows.document_number, rows.document_number.new_full((1,), -1)])
             for layer, item in found.items():
@@ -281,6 +289,20 @@ class TrainingMixin(MemoryMixin):
         return MSACausalLMOutput(
             logits=assemble(lambda output: output.logits), hidden_states=hidden_states, routing=routing
         )
+
+
+def _offsets_of(active: TokenBlocks, width: int, offsets: Sequence[int | None]) -> list[int | None]:
+    """Tokens from the end of rows of `width` -> from the end of the blocks of their active tokens.
+
+    None where there is none, or where it counts from a token of a document, which calls nothing.
+    """
+    found: list[int | None] = []
+    for row, offset in enumerate(offsets):
+        places = active.index[row][active.mask[row]] % width
+        start = width - (offset or 0)
+        called = offset is not None and bool((places == start).any())
+        found.append(active.mask.shape[1] - int((places < start).sum()) if called else None)
+    return found
 
 
 def _refuse_other_shapes(input_ids: Tensor, **others: Tensor | None) -> None:
