@@ -303,6 +303,7 @@ def _read(model: Any) -> WeightsRecord:
         values=_little_endian(values),
         quantized=tuple(sorted({type(item.tensor).__name__ for item in placed if _is_quantized(item.tensor)})),
         buffers=_buffers(model, backbone, head),
+        frequencies=_frequencies(model),
         adapters=_adapter_records(active),
         adapted=None if adapted is None else _little_endian(adapted),
         adapter_dtype=adapter_dtype,
@@ -343,6 +344,16 @@ def _buffers(model: nn.Module, backbone: str, head: nn.Module | None) -> str | N
             for part in _parts(value.detach()):
                 digest.update(_exact(_sample(part).cpu()))
     return digest.hexdigest() if found else None
+
+
+def _frequencies(model: nn.Module) -> bytes | None:
+    """A sample of the frequencies that rotary positions begin with: some schemes change them while they run."""
+    found = {
+        name: _sample(buffer).float().cpu()
+        for name, buffer in sorted(model.named_buffers())
+        if name.endswith("original_inv_freq") and not buffer.is_meta
+    }
+    return _little_endian(found) if found else None
 
 
 # Adapters -------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ import numpy as np
 # Rounding to a dtype moves a normal number by at most this share of itself.
 HALF_STEPS = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 SMALLEST_HALF = 2.0**-25  # by which float16 moves a number too small for its full precision
+SAME_FREQUENCY = 2.0**-16  # share of a frequency: above what devices differ by, below what a cast does to it
+OTHER_FREQUENCIES = "the rotary frequencies have other values than in the model that made the bank"
 SLACK = 1.01  # the bounds above are reached, and compared in float64
 
 
@@ -43,6 +45,8 @@ class WeightsRecord:
             tell whether one model may be the other one rounded.
         quantized: kinds of quantized parameters.
         buffers: digest of what is saved besides the parameters, None where nothing is.
+        frequencies: some float32 values of the frequencies of rotary positions, which follow from the configuration,
+            and which a cast of the model rounds; None where it has none.
         adapters: active ones, in the order of their fingerprints.
         adapted: `values` with what the adapters add; None where there are none, or where it is not that simple.
         adapter_dtype: of the least precise adapter in `adapted`.
@@ -56,6 +60,7 @@ class WeightsRecord:
     values: bytes
     quantized: tuple[str, ...] = ()
     buffers: str | None = None
+    frequencies: bytes | None = None
     adapters: tuple[AdapterRecord, ...] = ()
     adapted: bytes | None = None
     adapter_dtype: str = "float32"
@@ -76,6 +81,8 @@ class WeightsRecord:
                 for item in self.adapters
             ],
         }
+        if self.frequencies is not None:
+            record["frequencies"] = base64.b64encode(self.frequencies).decode()
         if self.adapted is not None:
             record["adapted"] = base64.b64encode(self.adapted).decode()
             record["adapter_dtype"] = self.adapter_dtype
@@ -115,7 +122,9 @@ class WeightsRecord:
             AdapterRecord(text(item, "name"), text(item, "fingerprint"), items(item, "scalings", float))
             for item in items(record, "adapters", dict)
         )
-        adapted = numbers("adapted") if record.get("adapted") is not None else None
+        adapted, frequencies = (
+            numbers(name) if record.get(name) is not None else None for name in ("adapted", "frequencies")
+        )
         return cls(
             fingerprint=text(record, "fingerprint"),
             parameters=text(record, "parameters"),
@@ -123,6 +132,7 @@ class WeightsRecord:
             values=numbers("values"),
             quantized=items(record, "quantized", str),
             buffers=None if record.get("buffers") is None else text(record, "buffers"),
+            frequencies=frequencies,
             adapters=adapters,
             adapted=adapted,
             adapter_dtype="float32" if adapted is None else text(record, "adapter_dtype"),
@@ -163,6 +173,37 @@ def weight_differences(bank: WeightsRecord, model: WeightsRecord) -> list[str]:
             "has other values than in the model that made the bank"
         )
     return lines
+
+
+def frequency_differences(bank: WeightsRecord, model: WeightsRecord) -> list[str]:
+    """A line where the frequencies of positions differ by more than a cast does to them."""
+    return ["positions: " + OTHER_FREQUENCIES] if _frequencies_within(bank, model, rounded=True) is False else []
+
+
+def frequencies_were_rounded(bank: WeightsRecord, model: WeightsRecord) -> bool:
+    """Whether the frequencies of positions differ by what a cast does to them."""
+    return _frequencies_within(bank, model, rounded=False) is False and not frequency_differences(bank, model)
+
+
+def _frequencies_within(bank: WeightsRecord, model: WeightsRecord, rounded: bool) -> bool | None:
+    """Whether frequencies are equal, up to how devices compute them or, `rounded`, to how those of one were rounded.
+
+    None where one of the two does not know them.
+    """
+    if bank.frequencies is None or model.frequencies is None:
+        return None
+    ours, theirs = (np.frombuffer(record.frequencies or b"", "<f4") for record in (bank, model))
+    if len(ours) != len(theirs):
+        return False
+    scale = np.maximum(np.abs(ours), np.abs(theirs)).astype(np.float64)
+    allowed = SAME_FREQUENCY * scale
+    for side in (ours, theirs) if rounded else ():
+        bits = side.view("<u4")
+        if not (bits & 0xFFFF).any():
+            allowed += SLACK * HALF_STEPS["bfloat16"] * scale
+        elif np.array_equal(side.astype(np.float16).astype(np.float32), side):
+            allowed += SLACK * (HALF_STEPS["float16"] * scale + SMALLEST_HALF)
+    return bool((np.abs(ours.astype(np.float64) - theirs) <= allowed).all())
 
 
 def _rounds_otherwise(bank: WeightsRecord, model: WeightsRecord) -> bool:

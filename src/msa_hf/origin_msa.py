@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from .configuration_msa import OWN_FIELDS
-from .weights_msa import WeightsRecord, weight_differences
+from .weights_msa import WeightsRecord, frequencies_were_rounded, frequency_differences, weight_differences
 
 logger = logging.get_logger(__name__)
 
@@ -165,6 +165,8 @@ class BankOrigin:
                 for side, opposite in ((self, other), (other, self))
             )
             lines += _configuration_differences(self.base_model_type, ours, theirs)
+        if self.weights is not None and other.weights is not None and "rope" not in " ".join(lines):
+            lines += frequency_differences(self.weights, other.weights)
         return lines
 
     def _differences_of_weights(self, other: BankOrigin) -> list[str]:
@@ -249,6 +251,11 @@ def check_origin(bank: BankOrigin, model: BankOrigin) -> None:
         raise ValueError(
             f"This bank was not made with this model:{lines}\nLoad the model and tokenizer that made the bank, or "
             "encode the documents again with this model."
+        )
+    if bank.weights is not None and model.weights is not None and frequencies_were_rounded(bank.weights, model.weights):
+        logger.warning_once(
+            "A cast of the model (`half()`, `to(dtype)`) has rounded the frequencies of its positions, here or when "
+            "the bank was made, which shows the more the longer a text is; loading with `dtype=` leaves them exact."
         )
     if bank.matches_only_as_of_old(model):
         logger.warning_once(

@@ -237,6 +237,32 @@ def test_weights_of_mixed_dtypes(tmp_path: Path) -> None:
     assert mixed.memory_origin().differences(made.model.memory_origin()) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_a_cast_that_rounds_positions_is_said(
+    family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cast rounds the frequencies of positions, loading in a dtype does not; other frequencies are another model."""
+    made = setup(family)
+    load = saved(made, tmp_path)
+    warned: list[str] = []
+    monkeypatch.setattr(origin_msa.logger, "warning_once", warned.append)
+    ask(load(dtype=dtype), made.bank)
+    assert not warned
+    cast = load().to(dtype)
+    ask(cast, made.bank)
+    assert len(warned) == 1 and "rounded the frequencies" in warned[0]
+    bank = encode(cast, made)
+    ask(load().to(dtype), bank)
+    assert len(warned) == 1
+    ask(load(dtype=dtype), bank)
+    assert len(warned) == 2
+    for name, buffer in made.model.named_buffers():
+        if name.endswith("inv_freq"):
+            buffer.mul_(1.02)
+    assert refusal(made.model, bank).startswith("positions: the rotary frequencies have other values")
+
+
 # --- weights that change ----------------------------------------------------------------------------------------------
 
 
@@ -704,6 +730,7 @@ def test_a_bank_that_an_earlier_version_made_with_adapters(tmp_path: Path, monke
         (["made_with", "configuration_defaults"], "a", "`configuration_defaults` must be a list of strings"),
         (["made_with", "weights"], 3, "`weights` must be an object"),
         (["made_with", "weights", "fingerprint"], None, "`weights.fingerprint` must be a string"),
+        (["made_with", "weights", "frequencies"], 3, "`weights.frequencies` must be a string"),
         (["made_with", "weights", "values"], "?", "`weights.values` is not base64"),
         (["made_with", "weights", "values"], "AAA=", "`weights.values` must hold whole float32 numbers"),
         (["made_with", "weights", "dtypes"], [1], "`weights.dtypes` must be a list of str"),
