@@ -125,7 +125,18 @@ def test_retrofit_copies_routers_by_default(place: Path) -> None:
     assert torch.equal(weights[f"{attention}.router_q_proj.weight"], weights[f"{attention}.q_proj.weight"])
 
 
-@pytest.mark.parametrize("option", ["--top-k", "--chunk-size"])
+def test_retrofit_chooses_positions(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once for all texts, where the base's depend on the longest of a batch; elsewhere there is nothing to choose."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    base_model("qwen3", rope_parameters=rope).save_pretrained(tmp_path / "base")
+    tokenizer_of_words().save_pretrained(tmp_path / "base")
+    for name, options, length in (("default", (), 256), ("chosen", ("--rope-length", "300"), 300)):
+        assert main(["retrofit", str(tmp_path / "base"), str(tmp_path / name), *options]) == 0
+        assert MSAForCausalLM.from_pretrained(tmp_path / name).config.rope_length == length
+    assert "leave it out" in refusal(capsys, "retrofit", place / "base", tmp_path / "out", "--rope-length=64")
+
+
+@pytest.mark.parametrize("option", ["--top-k", "--chunk-size", "--rope-length"])
 def test_retrofit_refuses_counts_below_one(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     for value in ("0", "-1", "two"):
         assert f"argument {option}: must be an integer of at least 1, got '{value}'" in refusal(

@@ -216,7 +216,7 @@ class _Reader:
             raise ValueError(f"Document {number} is text; pass the `tokenizer` of the model to encode it.")
         coded = iter(tokenize_texts(self.tokenizer, texts, self.add_special_tokens) if texts else ())
         for item in block:
-            ids = torch.tensor(next(coded).ids, dtype=torch.int64) if item.ids is None else item.ids
+            ids = torch.tensor(next(coded), dtype=torch.int64) if item.ids is None else item.ids
             yield item.number, self._items(item, ids)
 
     def _items(self, fields: _Fields, ids: Tensor) -> Iterator[_Item]:

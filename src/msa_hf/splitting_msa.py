@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Any
 
-from .tokenizing_msa import tokenize, tokenize_texts
+from .tokenizing_msa import token_spans, tokenize
 
 # Where a text may be cut, best first; looked for in the last quarter of what fits.
 BOUNDARIES = (
@@ -40,7 +40,7 @@ def split_text(
     def tokens(piece: str) -> list[int]:
         return tokenize(tokenizer, piece, add_special_tokens)
 
-    spans = tokenize_texts(tokenizer, [text])[0].spans
+    spans = token_spans(tokenizer, text)
     starts = [first for first, _ in spans]
     special = len(tokens(""))
     room = limit - special

@@ -20,29 +20,15 @@ from typing import Any
 WORD_CHARACTERS = frozenset("-_'’.▁")
 
 
-@dataclass(frozen=True)
-class TokenizedText:
-    """A text in tokens.
-
-    Attributes:
-        ids: tokens.
-        spans: the characters that each token stands for, from and up to; (0, 0) for tokens that the tokenizer added.
-            Empty where a tokenizer cannot tell.
-    """
-
-    ids: list[int]
-    spans: list[tuple[int, int]]
-
-
 def tokenize(tokenizer: Any, text: str, add_special_tokens: bool = False) -> list[int]:
     """Token ids of a text, without markers; see `tokenize_texts`."""
-    return tokenize_texts(tokenizer, [text], add_special_tokens)[0].ids
+    return tokenize_texts(tokenizer, [text], add_special_tokens)[0]
 
 
 def tokenize_texts(
     tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = False, markers: Collection[int] = ()
-) -> list[TokenizedText]:
-    """Texts in tokens, each by itself.
+) -> list[list[int]]:
+    """Token ids of texts, each by itself.
 
     A token is a marker if it is special, by its own flag or by the tokenizer's names for special tokens, or if it was
     added to the vocabulary and is not spelt like a word: text that spells a marker becomes other tokens. Words that
@@ -52,20 +38,36 @@ def tokenize_texts(
     Neither the tokenizer's settings of padding and truncation count, nor does anything change in the tokenizer.
 
     Args:
-        tokenizer: fast ones are copied once, and again when tokens were added to them.
+        tokenizer: fast ones are copied once, and again when tokens were added to them or parts exchanged.
         texts: what to tokenize.
         add_special_tokens: whether the tokenizer adds its own, at the beginning or the end.
         markers: further token ids that no text may become, however they are spelt.
     """
     if not getattr(tokenizer, "is_fast", False):
         refused = _markers(tokenizer).union(markers)
-        return [TokenizedText(_tokenize_slowly(tokenizer, text, add_special_tokens, refused), []) for text in texts]
+        return [_tokenize_slowly(tokenizer, text, add_special_tokens, refused) for text in texts]
     private = _private_copy(tokenizer)
     refused = private.markers.union(markers)
     coded = private.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+    found = []
+    for text, item in zip(texts, coded, strict=True):
+        pieces = _pieces(private.backend, text, item, refused)
+        ids = [number for _, piece in pieces for number in piece.ids] if len(pieces) > 1 else pieces[0][1].ids
+        if add_special_tokens and len(pieces) > 1:
+            own = item.special_tokens_mask
+            ids = [*item.ids[: own.index(0)], *ids, *item.ids[len(own) - own[::-1].index(0) :]]
+        found.append(ids)
+    return found
+
+
+def token_spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
+    """The characters of a text, from and up to, that each token of `tokenize` stands for, of a fast tokenizer."""
+    private = _private_copy(tokenizer)
+    coded = private.backend.encode(text, add_special_tokens=False)
     return [
-        _checked(private.backend, text, item, add_special_tokens, refused)
-        for text, item in zip(texts, coded, strict=True)
+        (first + start, last + start)
+        for start, piece in _pieces(private.backend, text, coded, private.markers)
+        for first, last in piece.offsets
     ]
 
 
@@ -74,7 +76,7 @@ class _PrivateCopy:
     """A backend of our own.
 
     Attributes:
-        made_of: what the tokenizer's tokens were then.
+        made_of: what the tokenizer's tokens and parts were then.
         backend: splits special tokens like text, and has every marker for one.
         markers: token ids that no text may become.
     """
@@ -92,10 +94,11 @@ def _private_copy(tokenizer: Any) -> _PrivateCopy:
     """The copy of a fast tokenizer's backend, made now where there is none or the tokenizer has changed since."""
     backend = tokenizer.backend_tokenizer
     added = backend.get_added_tokens_decoder()
-    # The post-processor, which says what `add_special_tokens` adds, changes with options such as `add_bos_token`.
-    adds = None if backend.post_processor is None else backend.post_processor.__getstate__()
+    # Parts can be put in place of others; options such as `add_bos_token` make another post-processor.
+    parts = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
+    states = tuple(None if part is None else part.__getstate__() for part in parts)
     flags = tuple((number, token.content, token.special) for number, token in added.items())
-    made_of = (id(backend), adds, frozenset(_names(tokenizer)), flags)
+    made_of = (id(backend), states, frozenset(_names(tokenizer)), flags)
     found = _copies.get(tokenizer)
     if found is not None and found.made_of == made_of:
         return found
@@ -118,26 +121,23 @@ def _copy_backend(tokenizer: Any, backend: Any, made_of: Any) -> _PrivateCopy:
     return _PrivateCopy(made_of, copy, _markers(tokenizer))
 
 
-def _checked(backend: Any, text: str, coded: Any, add_special_tokens: bool, markers: frozenset[int]) -> TokenizedText:
-    """What a text was coded as; where that holds a marker all the same, as the vocabulary of words may, in pieces that
-    end behind the marker's first character."""
+def _pieces(backend: Any, text: str, coded: Any, markers: frozenset[int]) -> list[tuple[int, Any]]:
+    """A text as it was coded, or in pieces, each with where it begins.
+
+    Where a marker came out all the same, as the vocabulary of words may hold it, a piece ends behind the first
+    character of the marker.
+    """
     if markers.isdisjoint(coded.ids) or not (cuts := _cuts(coded, markers)):
-        return TokenizedText(coded.ids, coded.offsets)
-    ids: list[int] = []
-    spans: list[tuple[int, int]] = []
+        return [(0, coded)]
     starts = [0, *cuts]
     pieces = [text[start:end] for start, end in zip(starts, [*cuts, len(text)], strict=True)]
-    coded_again = backend.encode_batch(pieces, add_special_tokens=False)
-    for start, piece, again in zip(starts, pieces, coded_again, strict=True):
-        found = _checked(backend, piece, again, False, markers)
-        ids += found.ids
-        spans += [(first + start, last + start) for first, last in found.spans]
-    if add_special_tokens:
-        own = coded.special_tokens_mask
-        before, after = own.index(0), own[::-1].index(0)
-        ids = [*coded.ids[:before], *ids, *coded.ids[len(own) - after :]]
-        spans = [(0, 0)] * before + spans + [(0, 0)] * after
-    return TokenizedText(ids, spans)
+    return [
+        (start + further, part)
+        for start, piece, again in zip(
+            starts, pieces, backend.encode_batch(pieces, add_special_tokens=False), strict=True
+        )
+        for further, part in _pieces(backend, piece, again, markers)
+    ]
 
 
 def _cuts(coded: Any, markers: frozenset[int]) -> list[int]:

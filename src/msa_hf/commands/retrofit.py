@@ -30,6 +30,13 @@ def add_to(commands: Any) -> None:
     made.add_argument("--memory-layers", type=layer_list, help="such as 20,24,27 (default: the upper half)")
     made.add_argument("--chunk-size", type=positive, default=64, help="tokens per chunk (default: 64)")
     made.add_argument("--top-k", type=positive, default=16, help="documents per memory layer (default: 16)")
+    made.add_argument(
+        "--rope-length",
+        type=positive,
+        metavar="TOKENS",
+        help="of the longest text, for bases whose positions change with the length of a text, as LongRoPE and dynamic "
+        "NTK (default: all of the base's positions)",
+    )
     made.add_argument("--similarity", choices=("cosine", "dot"), default="cosine")
     made.add_argument("--router-init", choices=("copy", "random"), default="copy")
     made.add_argument("--score-bias", action="store_true", help="let scores weigh the documents in the attention")
@@ -49,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
             similarity=args.similarity,
             router_init=args.router_init,
             score_bias=args.score_bias,
+            **({} if args.rope_length is None else {"rope_length": args.rope_length}),
         )
         tokenizer = AutoTokenizer.from_pretrained(args.base)
     with reported():

@@ -154,7 +154,7 @@ class Protocol:
         coded = iter(tokenize_texts(tokenizer, [text for text in texts if text], markers=own))
         ids: list[int] = []
         for text, marker in zip(texts, [*markers, []], strict=True):
-            ids += [*(next(coded).ids if text else ()), *marker]
+            ids += [*(next(coded) if text else ()), *marker]
         return ids
 
     @staticmethod
