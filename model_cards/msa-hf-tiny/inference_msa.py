@@ -27,6 +27,7 @@ from .memory_msa import LayerMemory, MemoryBank
 from .options_msa import GenerationOptions, bind_positional, cache_for, leave_out
 from .origin_msa import BankOrigin, default_fields, state_configuration
 from .positions_msa import equivalent_length, in_positions_of
+from .retrofit_msa import renumber_memory_layers
 from .routing_msa import LayerRouting
 from .samples_msa import one_adapter
 from .trial_msa import refuse_unseen
@@ -154,6 +155,7 @@ class MemoryMixin:
                 know, metadata that JSON cannot express, or states that are not finite; naming the document.
             TypeError: for what is no document.
         """
+        renumber_memory_layers(self)
         return encode_documents(self, documents, tokenizer, **kwargs)
 
     def memory_origin(self, tokenizer: Any = None) -> BankOrigin:
@@ -161,6 +163,7 @@ class MemoryMixin:
 
         Weights are read again only where a sample of them, or which adapters are active, has changed since.
         """
+        renumber_memory_layers(self)
         weights = read_weights(cast(nn.Module, self))
         configuration = state_configuration(self.config, quantized=bool(weights.quantized))
         return BankOrigin(

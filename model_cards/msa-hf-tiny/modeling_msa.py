@@ -17,6 +17,7 @@ from .checkpoint_msa import CheckpointMixin
 from .configuration_msa import MSAConfig
 from .inference_msa import MEMORY_ARGUMENTS, GeneratingMixin, MemoryMixin, attends, without_memory
 from .outputs_msa import MSACausalLMOutput, MSAModelOutput
+from .retrofit_msa import renumber_memory_layers
 from .training_msa import TRAINING_ARGUMENTS, TrainingMixin
 
 
@@ -32,6 +33,7 @@ class MSAModel(MemoryMixin, CheckpointMixin, PreTrainedModel):
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """The base's forward; with `memory`, `routing_mask`, `force_documents`, `output_document_scores` it attends."""
         kwargs["input_ids"] = input_ids
+        renumber_memory_layers(self)
         if kwargs.get("memory_pass") is not None:
             return self.run_base(**kwargs)
         return self.memory_forward(**kwargs) if attends(kwargs) else super().forward(**without_memory(kwargs))  # type: ignore[misc]
@@ -75,6 +77,7 @@ class MSAForCausalLM(GeneratingMixin, TrainingMixin, CheckpointMixin, PreTrained
             The base's output without a memory, else `MSACausalLMOutput`.
         """
         kwargs["input_ids"] = input_ids
+        renumber_memory_layers(self)
         if kwargs.get("memory_pass") is not None:  # from `run_from_outside`
             return self.run_base(**kwargs)
         if kwargs.get("doc_ids") is not None or kwargs.get("documents") is not None:

@@ -143,10 +143,36 @@ def attach_routers(model: nn.Module, config: Any) -> None:
         if config.score_bias:
             module.router_score_bias = ScoreBias(config.aux_temperature, device=like.device, dtype=dtype)
         module.memory_hook = module.register_forward_pre_hook(enter_memory_layer, with_kwargs=True)
+        module.memory_layer = layer
+    model.memory_depth = config.num_hidden_layers
+
+
+def renumber_memory_layers(model: Any) -> None:
+    """Bring the configuration up to date where layers were repeated or left out since the routers were attached, as
+    `layer_replication` of PEFT does; copies of a memory layer are memory layers.
+
+    Raises:
+        ValueError: where none was kept.
+    """
+    config = model.config
+    if config.num_hidden_layers == model.memory_depth:
+        return
+    layers = attention_layers(model)
+    for module in layers.values():
+        module.config = AttentionConfig(config)
+    routed = {layer: module for layer, module in sorted(layers.items()) if "memory_layer" in module.__dict__}
+    if not routed:
+        raise ValueError("None of the layers that were kept is a memory layer; keep one of `memory_layers`.")
+    auxiliary = [layer for layer, module in routed.items() if module.memory_layer in config.aux_layers]
+    config.memory_layers, config.aux_layers = list(routed), auxiliary or list(routed)
+    for layer, module in routed.items():
+        module.memory_layer = layer
+    model.memory_depth = config.num_hidden_layers
 
 
 def detach_routers(model: nn.Module) -> None:
     """Undo `attach_routers`."""
+    model.__dict__.pop("memory_depth", None)
     restore_rotary_embeddings(model)
     for module in model.modules():
         if isinstance(config := getattr(module, "config", None), AttentionConfig):
@@ -154,6 +180,7 @@ def detach_routers(model: nn.Module) -> None:
         hook = module.__dict__.pop("memory_hook", None)
         if hook is not None:
             hook.remove()
+            module.__dict__.pop("memory_layer", None)
             for name in ROUTER_MODULES:
                 if hasattr(module, name):
                     delattr(module, name)

@@ -25,6 +25,7 @@ from .retrofit_msa import (
     detach_routers,
     initialize_routers,
     refuse_unsupported,
+    renumber_memory_layers,
 )
 from .trial_msa import refuse_untouchable
 
@@ -361,6 +362,7 @@ class CheckpointMixin:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Save weights and configuration, and the code that `trust_remote_code=True` needs to load them."""
+        renumber_memory_layers(cast(nn.Module, self))
         # Under the parameters' own names the base class finds them too; it converts none for this model type.
         kwargs.setdefault("save_original_format", False)
         self.config.auto_map = dict(AUTO_MAP)

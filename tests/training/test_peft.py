@@ -434,3 +434,54 @@ def test_prompts_without_routers_and_classes_in_place_of_names() -> None:
     assert (config.num_virtual_tokens, config.task_type, config.modules_to_save) == (4, "CAUSAL_LM", None)
     config = peft_config(setup().model, method=IA3Config, train_routers=False)
     assert config.target_modules == {"k_proj", "v_proj", "down_proj"}
+
+
+# Repeated layers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spans, order, memory_layers",
+    [
+        ([(0, 3), (1, 4)], [0, 1, 2, 1, 2, 3], [2, 4, 5]),
+        ([(0, 3)], [0, 1, 2], [2]),
+    ],
+)
+def test_layers_that_peft_repeats_remember(spans, order, memory_layers, tmp_path) -> None:
+    """Copies of memory layers are memory layers: bank, logits and losses are those of a model made of these layers."""
+    made, batch = setup("llama", "sdpa", score_bias=True), step()
+    reference = setup(
+        "llama",
+        "sdpa",
+        documents=made.documents,
+        score_bias=True,
+        base={"num_hidden_layers": len(order)},
+        memory_layers=memory_layers,
+    ).model
+    for layer, source in zip(reference.model.layers, order, strict=True):
+        layer.load_state_dict(made.model.model.layers[source].state_dict())
+    rest = {name: weight for name, weight in made.model.state_dict().items() if ".layers." not in name}
+    reference.load_state_dict(rest, strict=False)
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], layer_replication=spans)
+    model = get_peft_model(made.model, config).eval()
+    bank, expected = (which.encode_documents(made.documents, show_progress=False) for which in (model, reference))
+    assert list(bank.layers) == memory_layers == model.config.memory_layers
+    assert_same(logits_with_memory(model, batch, bank), logits_with_memory(reference, batch, expected))
+    reference.config.aux_layers = model.config.aux_layers
+    with torch.no_grad():
+        ours, theirs = (which(**batch.packed()) for which in (model, reference))
+    assert_same(ours.aux_loss, theirs.aux_loss)
+    assert_same(ours.lm_loss, theirs.lm_loss)
+    found = gradients(model.train(), model(**batch.pool()).loss)
+    assert sum(bool(gradient.any()) for name, gradient in found.items() if "lora_B" in name) == len(order)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(setup("llama", "sdpa", score_bias=True).model, tmp_path)
+    assert torch.equal(logits_with_memory(loaded, batch), logits_with_memory(model, batch))
+
+
+def test_repeating_no_memory_layer_is_refused() -> None:
+    """With the reason, when the model is to remember."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], layer_replication=[(0, 2)])
+    model = get_peft_model(setup("llama").model, config)
+    with pytest.raises(ValueError, match="keep one of `memory_layers`"):
+        model.encode_documents([[3, 4]], show_progress=False)
