@@ -71,6 +71,14 @@ def token_spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
     ]
 
 
+def plain_markers(tokenizer: Any) -> frozenset[str]:
+    """The markers of a tokenizer that were added without being called special, as `<think>` often is: its own words for
+    a model, which a template may say and a text may not."""
+    if getattr(tokenizer, "is_fast", False):
+        return _private_copy(tokenizer).plain
+    return _plain_markers(tokenizer)
+
+
 @dataclass(frozen=True)
 class _PrivateCopy:
     """A backend of our own.
@@ -79,11 +87,13 @@ class _PrivateCopy:
         made_of: what the tokenizer's tokens and parts were then.
         backend: splits special tokens like text, and has every marker for one.
         markers: token ids that no text may become.
+        plain: `plain_markers`.
     """
 
     made_of: Any
     backend: Any
     markers: frozenset[int]
+    plain: frozenset[str]
 
 
 _copies: weakref.WeakKeyDictionary[Any, _PrivateCopy] = weakref.WeakKeyDictionary()
@@ -118,7 +128,7 @@ def _copy_backend(tokenizer: Any, backend: Any, made_of: Any) -> _PrivateCopy:
         token["special"] = _is_marker(token["content"], token["special"], names)
     copy = type(backend).from_str(json.dumps(state))
     copy.encode_special_tokens = True
-    return _PrivateCopy(made_of, copy, _markers(tokenizer))
+    return _PrivateCopy(made_of, copy, _markers(tokenizer), _plain_markers(tokenizer))
 
 
 def _pieces(backend: Any, text: str, coded: Any, markers: frozenset[int]) -> list[tuple[int, Any]]:
@@ -177,6 +187,13 @@ def _markers(tokenizer: Any) -> frozenset[int]:
     found = {number for number, token in added.items() if _is_marker(token.content, token.special, names)}
     found.update(getattr(tokenizer, "all_special_ids", ()))
     return frozenset(found - {getattr(tokenizer, "unk_token_id", None)})
+
+
+def _plain_markers(tokenizer: Any) -> frozenset[str]:
+    names = _names(tokenizer)
+    tokens = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    plain = (token.content for token in tokens if not token.special and token.content not in names)
+    return frozenset(content for content in plain if _is_marker(content, False, names))
 
 
 def _is_marker(content: str, special: bool, names: set[str]) -> bool:

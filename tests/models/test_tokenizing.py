@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -319,3 +320,19 @@ def test_questions_and_training_data() -> None:
         ]
         fed[text] = [own(seen.ids), *(own(row["input_ids"]) + own(row["documents"]["input_ids"]) for row in rows)]
     assert fed[HOSTILE] == fed["plain"] and any(fed["plain"])
+
+
+@pytest.mark.parametrize("make", [plain, lambda: ByT5Tokenizer(extra_ids=0)], ids=["fast", "slow"])
+def test_templates_may_say_what_texts_may_not(make: Callable[[], Any]) -> None:
+    """Markers that the tokenizer has without calling them special, which no protocol need declare."""
+    tokenizer = make()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.add_tokens(["<secret>"], special_tokens=True)
+    begin, end, secret = tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<secret>"])
+    protocol = replace(COMPACT, answer_opening="<think></think><secret>", answer_end=".", special_tokens=())
+    ids = protocol.answer_segment(tokenizer, "<think> so</think>").input_ids
+    assert [number for number in ids if number in (begin, end, secret)] == [begin, end]
+    assert "<secret><think> so</think>." in tokenizer.decode(ids[2:], clean_up_tokenization_spaces=False)
+    protocol = replace(protocol, special_tokens=("<secret>",))
+    ids = protocol.answer_segment(tokenizer, "<secret>").input_ids
+    assert [number for number in ids if number in (begin, end, secret)] == [begin, end, secret]

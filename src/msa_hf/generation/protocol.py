@@ -6,6 +6,7 @@ and how the answer begins and ends. Training and inference build their token seq
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import string
@@ -17,7 +18,7 @@ from typing import Any
 from transformers.utils import cached_file
 
 from ..splitting_msa import split_text
-from ..tokenizing_msa import tokenize_texts
+from ..tokenizing_msa import plain_markers, tokenize_texts
 
 PROTOCOL_FILE = "memory_protocol.json"
 FORMAT_VERSION = 1
@@ -58,8 +59,9 @@ class Segment:
 class Protocol:
     """Prompts, markers and the wrapping of documents.
 
-    Templates are `str.format` strings; a literal brace is doubled. Only the templates' own words can become special
-    tokens: a document or a question that contains the text of one stays text.
+    Templates are `str.format` strings; a literal brace is doubled. Only the templates' own words can become markers,
+    those of `special_tokens` and those that the tokenizer has without calling them special (`<think>`): a document or a
+    question that contains the text of one stays text.
 
     A transcript is: the prompt; for every round the ids named, `ids_end`, the block of their texts; then
     `retrieval_end`, the question restated, the answer and `answer_end`. Tokens that route: the prompt's routing pieces
@@ -134,14 +136,15 @@ class Protocol:
 
     def _encode(self, tokenizer: Any, pieces: Iterable[tuple[str, Mapping[str, Any]]]) -> list[int]:
         """Token ids of filled-in templates that follow one another without a seam."""
-        special = re.compile("|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True))) or "(?!)")
+        special = frozenset(self.special_tokens)
+        spoken = _any_of(special | plain_markers(tokenizer))
         texts: list[str] = []
         markers: list[list[int]] = []  # behind every text but the last
         text = ""
         for template, values in pieces:
             for literal, name, specification, _ in string.Formatter().parse(template):
                 start = 0
-                for found in special.finditer(literal):
+                for found in spoken.finditer(literal):
                     texts.append(text + literal[start : found.start()])
                     markers.append([self._special_id(tokenizer, found.group())])
                     text, start = "", found.end()
@@ -149,7 +152,7 @@ class Protocol:
                 if name is not None:
                     text += format(values[name], specification or "")
         texts.append(text)
-        spelt = any(re.search(special.pattern, text, re.IGNORECASE) for text in texts)
+        spelt = any(re.search(_any_of(special).pattern, text, re.IGNORECASE) for text in texts)
         own = [self._special_id(tokenizer, token) for token in self.special_tokens] if spelt else []
         coded = iter(tokenize_texts(tokenizer, [text for text in texts if text], markers=own))
         ids: list[int] = []
@@ -381,6 +384,12 @@ class Protocol:
             return cls.from_dict(record)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _any_of(tokens: frozenset[str]) -> re.Pattern[str]:
+    """A pattern of the longest of some tokens."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def _literal(text: str) -> str:
