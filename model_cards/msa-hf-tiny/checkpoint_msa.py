@@ -18,6 +18,7 @@ from .attention_msa import IMPLEMENTATIONS
 from .compat_msa import warn_of_untested_version
 from .configuration_msa import AUTO_MAP, OWN_FIELDS, MSAConfig
 from .peft_msa import teach_virtual_tokens
+from .quantized_msa import is_quantized_checkpoint, note_plain_routers, refuse_bare_gguf
 from .retrofit_msa import (
     ROUTER_MODULES,
     attach_routers,
@@ -28,6 +29,7 @@ from .retrofit_msa import (
     renumber_memory_layers,
 )
 from .trial_msa import refuse_untouchable
+from .wrapping_msa import without_outer_hook
 
 logger = logging.get_logger(__name__)
 
@@ -57,6 +59,7 @@ REMOTE_FILES = tuple(
         "origin",
         "outputs",
         "packing",
+        "quantized",
         "peft",
         "positions",
         "retrofit",
@@ -199,6 +202,9 @@ class CheckpointMixin:
         if "base_class" not in cls.__dict__:
             if config is None:
                 hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+                if kwargs.get("gguf_file") is not None:
+                    raise ValueError("A GGUF file holds a plain model; load it with from_base(..., gguf_file=...).")
+                refuse_bare_gguf(pretrained_model_name_or_path)
                 own = {name: kwargs.pop(name) for name in OWN_FIELDS if name in kwargs}
                 kind = MSAConfig.get_config_dict(pretrained_model_name_or_path, **hub)[0].get("model_type")
                 if kind != MSAConfig.model_type:
@@ -267,9 +273,20 @@ class CheckpointMixin:
             if kwargs:
                 raise TypeError(f"from_base() of a live model got unexpected arguments {sorted(kwargs)}.")
             return cls._retrofit(name_or_path_or_model, own, router_init)
-        hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
+        refuse_bare_gguf(name_or_path_or_model)
+        hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code", "gguf_file") if name in kwargs}
         base_config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name_or_path_or_model, **hub)
         config = cls._config_on(base_config, own)
+        if is_quantized_checkpoint(base_config, kwargs):
+            # What loads such weights knows the base's modules, and would look for quantised routers too.
+            for name in implementations_in(kwargs.get("attn_implementation", "sdpa")):
+                check_holds_memory(name)
+            base = cls.base_mapping[type(base_config)]
+            loaded = base.from_pretrained(name_or_path_or_model, config=base_config, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            with without_outer_hook(model):
+                cls._retrofit(model, own, router_init)
+            return loaded
         made = cls.class_for(config.base_model_type)
         return made.from_pretrained(name_or_path_or_model, config=config, router_init=router_init, **kwargs)  # type: ignore[attr-defined]
 
@@ -315,6 +332,7 @@ class CheckpointMixin:
             model._check_attention()
             refuse_untouchable(model)
             initialize_routers(model, router_init)
+            note_plain_routers(model)
         except Exception:
             detach_routers(model)
             _replace_config(model, config, old)

@@ -11,6 +11,7 @@ from .attention_config_msa import AttentionConfig
 from .attention_msa import ScoreBias, _eager_of, enter_memory_layer
 from .gradients_msa import ROUTER_MODULES
 from .positions_msa import restore_rotary_embeddings, steady_rotary_embeddings
+from .quantized_msa import effective_weight, is_plain
 
 FUSED_PROJECTIONS = ("qkv_proj", "query_key_value")
 
@@ -79,22 +80,20 @@ def head_shape(module: nn.Module, config: PreTrainedConfig) -> tuple[int, int, i
     return heads, groups, dim
 
 
-def query_key_weights(module: nn.Module, config: PreTrainedConfig) -> tuple[Tensor, Tensor]:
+def query_key_weights(module: nn.Module, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The weights [H * D, hidden] and [G * D, hidden] of a layer's query and key projections, also where fused.
 
+    Args:
+        dtype: in which the model computes.
+
     Raises:
-        ValueError: where they are quantised, offloaded, or have another shape.
+        ValueError: where they are on the meta device, or have another shape.
     """
     heads, groups, dim = head_shape(module, config)
     name = next(name for name in ("q_proj", *FUSED_PROJECTIONS) if hasattr(module, name))
-    weight = getattr(module, name).weight
-    if weight.is_meta or not weight.is_floating_point():
-        raise ValueError(
-            f"Layer {module.layer_idx}: `{name}` is {'offloaded' if weight.is_meta else 'quantised'}, so routers "
-            "cannot be copied from it. Retrofit the plain model first, or pass router_init='random'."
-        )
+    weight = effective_weight(getattr(module, name), module.layer_idx, name, dtype)
     if name == "q_proj":
-        query, key = weight, module.k_proj.weight
+        query, key = weight, effective_weight(module.k_proj, module.layer_idx, "k_proj", dtype)
     elif name == "qkv_proj":  # rows: all queries, all keys, all values
         query, key = weight[: heads * dim], weight[heads * dim : (heads + groups) * dim]
     else:  # query_key_value: query, key and value of one head after the other
@@ -132,7 +131,7 @@ def attach_routers(model: nn.Module, config: Any) -> None:
         module = layers[layer]
         heads, groups, dim = head_shape(module, config)
         like = next(parameter for parameter in module.parameters())
-        dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+        dtype = like.dtype if is_plain(like) else model.dtype
         if not config.shared_router:
             module.router_q_proj = nn.Linear(
                 config.hidden_size, heads * dim, bias=False, device=like.device, dtype=dtype
@@ -211,6 +210,6 @@ def initialize_routers(model: Any, how: str, routers: Collection[nn.Module] | No
             for router in here.values():
                 router.weight.normal_(0.0, getattr(model.config, "initializer_range", 0.02))
         elif here:
-            query, key = query_key_weights(module, model.config)
+            query, key = query_key_weights(module, model.config, model.dtype)
             for name, router in here.items():
                 router.weight.copy_(query if name == "router_q_proj" else key)

@@ -67,15 +67,16 @@ class TrialPass:
 def refuse_untouchable(model: Any) -> None:
     """Run a model with a memory on two tokens, and refuse it where its memory layers cannot see a memory.
 
-    A model whose weights are not all at hand is tried as a twin without weights; where the computation depends on
-    numbers, so that the twin cannot run, the first use of the model tells.
+    A model whose weights are not all at hand, or are quantised (layers of bitsandbytes change when they first run), is
+    tried as a twin without weights; where the computation depends on numbers, so that the twin cannot run, the first
+    use of the model tells.
 
     Raises:
         ValueError: naming the layer and what is amiss with it.
     """
     name, layers = type(model).base_class.__name__, attention_layers(model)
     absent = any(weight.is_meta or not weight.numel() for weight in model.parameters())
-    if not absent and not has_come_and_go_weights(model):
+    if not absent and not has_come_and_go_weights(model) and getattr(model, "hf_quantizer", None) is None:
         try:
             watched = _run(model, input_device(model))
         except torch.OutOfMemoryError:

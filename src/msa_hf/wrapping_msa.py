@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from itertools import chain
 
 import torch
@@ -24,6 +26,22 @@ def is_sharded(model: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextlib.contextmanager
+def without_outer_hook(model: nn.Module) -> Iterator[None]:
+    """A model without what accelerate puts around its forward, which would keep the forward of another class."""
+    hook = getattr(model, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(model)
+    try:
+        yield
+    finally:
+        add_hook_to_module(model, hook)
 
 
 def input_device(model: nn.Module) -> torch.device:
