@@ -130,7 +130,7 @@ def test_retrofit_chooses_positions(place: Path, tmp_path: Path, capsys: pytest.
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     base_model("qwen3", rope_parameters=rope).save_pretrained(tmp_path / "base")
     tokenizer_of_words().save_pretrained(tmp_path / "base")
-    for name, options, length in (("default", (), 256), ("chosen", ("--rope-length", "300"), 300)):
+    for name, options, length in (("default", (), 512), ("chosen", ("--rope-length", "300"), 300)):
         assert main(["retrofit", str(tmp_path / "base"), str(tmp_path / name), *options]) == 0
         assert MSAForCausalLM.from_pretrained(tmp_path / name).config.rope_length == length
     assert "leave it out" in refusal(capsys, "retrofit", place / "base", tmp_path / "out", "--rope-length=64")

@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .compat_msa import CACHE_NAMES
 from .peft_msa import teach_targets
-from .positions_msa import switching_rope
+from .positions_msa import reach, switching_rope
 
 # The files that travel with a checkpoint (`trust_remote_code=True`); flat, importing only each other.
 AUTO_MAP = {
@@ -88,8 +88,9 @@ class MSAConfig(PreTrainedConfig):
         focal_gamma: exponent of the focal forms.
         rope_length: tokens of the longest text, for bases whose position scheme has other frequencies for longer texts
             (LongRoPE, dynamic NTK): documents and questions of a memory all have those of this length, whatever they
-            are encoded beside, and no text may be longer. Default for such bases: `max_position_embeddings`; others
-            have none.
+            are encoded beside. Default for such bases: all that the scheme reaches, which is `max_position_embeddings`,
+            for dynamic NTK times its factor; less gives short texts the frequencies that the base gives them, and
+            refuses longer ones. Other bases have none.
         msa_config: the dictionary in which published MSA checkpoints keep these fields; translated, not stored.
         kwargs: the fields of the base configuration.
 
@@ -242,7 +243,12 @@ class MSAConfig(PreTrainedConfig):
         if length is not None and (type(length) is not int or length < 1):
             raise ValueError(f"`rope_length` must be an integer of at least 1, got {length!r}.")
         if switching_rope(self):
-            self.rope_length = self.max_position_embeddings if length is None else length
+            self.rope_length = reach(self) if length is None else length
+            if self.rope_length is None:
+                raise ValueError(
+                    f"Positions of this base ({self.base_model_type!r}) change with the length of a text, and its "
+                    "configuration has no `max_position_embeddings`; choose one with `rope_length`."
+                )
         elif length is not None:
             raise ValueError(
                 f"`rope_length` is {length}, but positions of this base ({self.base_model_type!r}) do not change with "

@@ -40,6 +40,16 @@ def _switches(rope_type: str) -> bool:
     return rope_type not in STEADY_ROPE_TYPES
 
 
+def reach(config: Any) -> int | None:
+    """Tokens of the longest text that the position scheme of a configuration is made for; None where it does not say.
+
+    Dynamic NTK stretches the base's positions by its factor, LongRoPE has been stretched already.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    stretched = [item.get("factor") or 1.0 for item in switching_rope(config) if "dynamic" in item["rope_type"]]
+    return None if positions is None else int(positions * max(stretched, default=1.0))
+
+
 def position_limit(config: Any) -> int | None:
     """Positions that a text may take up, None where nothing limits them."""
     length = getattr(config, "rope_length", None)
@@ -122,13 +132,14 @@ def in_positions_of(config: Any, position_ids: Tensor | None = None) -> Iterator
         position_ids: any shape, those of the run; on the meta device, where there are no numbers, nothing is done.
 
     Raises:
-        ValueError: for a position that `rope_length` does not cover.
+        ValueError: for a position that `rope_length` does not cover, where that was chosen below the scheme's reach.
     """
     length = config.rope_length
     if length is None or (position_ids is not None and position_ids.is_meta):
         yield
         return
-    if position_ids is not None and position_ids.numel() and int(position_ids.max()) >= length:
+    limited = length < (reach(config) or 0)  # beyond its reach, no scheme does better with other frequencies
+    if limited and position_ids is not None and position_ids.numel() and int(position_ids.max()) >= length:
         raise ValueError(
             f"A token stands at position {int(position_ids.max())}, but the frequencies of the model's positions are "
             f"those of texts of up to {length} tokens. Shorten the text, or load the model with a greater "

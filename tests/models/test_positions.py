@@ -54,12 +54,16 @@ SWITCHING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "longrope-per-type": ("gemma3_text", per_layer_type({**LONGROPE, "factor": 8.0}), {}),
-    "dynamic": ("qwen3", {"rope_parameters": DYNAMIC, "max_position_embeddings": 32}, {"rope_length": 160}),
-    "dynamic-not-grown": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 128}, {}),
+    "dynamic": ("qwen3", {"rope_parameters": DYNAMIC, "max_position_embeddings": 32}, {}),
+    "dynamic-not-grown": (
+        "llama",
+        {"rope_parameters": DYNAMIC, "max_position_embeddings": 128},
+        {"rope_length": 128},
+    ),
     "dynamic-per-type": (
         "gemma3_text",
         {**per_layer_type(DYNAMIC), "max_position_embeddings": 32},
-        {"rope_length": 160},
+        {"rope_length": 40},
     ),
 }
 STEADY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -312,7 +316,8 @@ def test_a_bank_of_other_bases_says_nothing(tmp_path: Path) -> None:
         ("longrope", 33, 256),
         ("longrope", 32, 32),
         ("longrope", 7, 32),
-        ("dynamic", None, 160),
+        ("dynamic", None, 128),
+        ("dynamic", 500, 500),
         ("dynamic", 32, 32),
         ("dynamic", 5, 32),
         ("dynamic", 33, 33),
@@ -342,6 +347,20 @@ def test_texts_beyond_the_choice_are_refused() -> None:
             run()
     model(torch.tensor([LONG[0][:28]]), memory=bank)
     model.generate(torch.tensor([LONG[0][:40]]), max_new_tokens=2)  # the base alone is as it was
+
+
+def test_beyond_the_reach_of_the_scheme() -> None:
+    """Nothing is refused that no choice would make better, and nothing depends on company or on the cache."""
+    base = base_model("qwen3", scale=0.3, rope_parameters={**DYNAMIC, "factor": 2.0}, max_position_embeddings=32)
+    model = made("dynamic", base)
+    assert model.config.rope_length == 64
+    bank = encode(model, *SHORT)
+    alone = last_logits(model, [SHORT[0]], bank)
+    together = last_logits(model, [SHORT[0], LONG[0]], bank)
+    torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
+    inputs, options = torch.tensor([SHORT[0]]), {"max_new_tokens": 70, "min_new_tokens": 70, "do_sample": False}
+    cached = model.generate(inputs, memory=bank, **options)
+    assert cached.tolist() == model.generate(inputs, memory=bank, use_cache=False, **options).tolist()
 
 
 def test_a_choice_that_is_none() -> None:

@@ -35,7 +35,7 @@ def add_to(commands: Any) -> None:
         type=positive,
         metavar="TOKENS",
         help="of the longest text, for bases whose positions change with the length of a text, as LongRoPE and dynamic "
-        "NTK (default: all of the base's positions)",
+        "NTK (default: the longest that the base can take)",
     )
     made.add_argument("--similarity", choices=("cosine", "dot"), default="cosine")
     made.add_argument("--router-init", choices=("copy", "random"), default="copy")
