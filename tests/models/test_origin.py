@@ -461,6 +461,7 @@ def test_routers_that_an_adapter_replaces() -> None:
     """`modules_to_save` puts whole modules in the place of others; the score biases among them do not count."""
     made = setup(score_bias=True)
     model = get_peft_model(made.model, peft_config(made.model, r=2)).eval()
+    ask(model, made.bank)  # nothing was trained yet
     routers = made.model.model.layers[2].self_attn.router_k_proj.modules_to_save["default"]
     with torch.no_grad():
         routers.weight.add_(0.1)
