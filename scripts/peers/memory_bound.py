@@ -11,12 +11,11 @@ DOCUMENTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16, 17], [18, 19, 20, 2
 
 
 class BoundMemory:
-    """Passes a bank of `DOCUMENTS` to forward and generate; encoded anew whenever a weight has changed."""
+    """Passes a bank of `DOCUMENTS`, encoded with the weights and adapters as they are, to forward and generate."""
 
     def bound_memory(self: Any) -> MemoryBank:
-        """The bank that the weights as they are now make."""
-        state = [(id(weight), weight._version, weight.dtype) for weight in self.parameters()]
-        if torch.compiler.is_compiling() or self.__dict__.get("_state_of_bank") == state:
+        """The bank that the model as it is now makes; while it is compiled, the one before."""
+        if torch.compiler.is_compiling():
             return self.__dict__["_bank"]
         training = {module: module.training for module in self.modules()}
         with torch.no_grad():
@@ -24,7 +23,7 @@ class BoundMemory:
             bank = self.encode_documents(DOCUMENTS, show_progress=False)
         for module, flag in training.items():
             module.training = flag
-        self.__dict__.update(_bank=bank, _state_of_bank=state)
+        self.__dict__["_bank"] = bank
         return bank
 
 

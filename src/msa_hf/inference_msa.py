@@ -234,6 +234,11 @@ class MemoryMixin:
         **kwargs: Any,
     ) -> Any:
         """Forward with a memory, or with the contexts that a cache kept from one."""
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "A forward with a memory cannot be exported: a graph has fixed sizes, but which documents are chosen, "
+                "and how many rows they have, is known at run time alone. Export the model without `memory`."
+            )
         memory = current(memory)
         inputs: Any = kwargs.get("input_ids")
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
@@ -256,7 +261,9 @@ class MemoryMixin:
 
         if attention_mask is not None and length > 1 and kwargs.get("input_ids") is not None:
             # What stands in the place of padding has no effect, and not always a row in the embedding.
-            kwargs["input_ids"] = inputs.masked_fill(~attention_mask[:, past:].bool().to(inputs.device), 0)
+            nowhere = (inputs < 0) | (inputs >= self.config.vocab_size)
+            padding = ~attention_mask[:, past:].bool().to(inputs.device)
+            kwargs["input_ids"] = inputs.masked_fill(nowhere & padding, 0)
         routing_mask = self._routing_tokens(routing_mask, attention_mask, batch, length, past, inputs.device)
         if routing_mask is not None and memory is None:
             raise ValueError(

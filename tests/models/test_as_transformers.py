@@ -281,3 +281,15 @@ def test_pipelines_and_servers_know_the_model(caplog: pytest.LogCaptureFixture) 
     found = writer("w5 w6 w7 w8", return_full_text=False, memory=made.bank, **options)[0]["generated_text"]
     expected = made.model.generate(torch.tensor([[5, 6, 7, 8]]), memory=made.bank, **options)[0, 4:]
     assert found == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def test_embedded_inputs_are_the_ids_also_where_there_is_padding() -> None:
+    """States of padding have no meaning, but are those of the tokens that stand there, however they are given."""
+    made = setup("qwen3")
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1] * 6])
+    embedded = made.model.get_input_embeddings()(IDS)
+    for model in (made.model, MSAModel.from_base(copy.deepcopy(made.base.base_model), chunk_size=3)):
+        bank = model.encode_documents([[5, 6, 7]], show_progress=False)
+        by_ids = model(input_ids=IDS, attention_mask=mask, memory=bank)[0]
+        torch.testing.assert_close(model(inputs_embeds=embedded, attention_mask=mask, memory=bank)[0], by_ids)
