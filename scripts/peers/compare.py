@@ -1,6 +1,6 @@
 """What fails on ours and not on the base: prints it, and leaves with 1 where no exception gives the reason.
 
-    python compare.py SUITE outcomes.json
+python compare.py SUITE outcomes.json
 """
 
 import fnmatch

@@ -1,13 +1,40 @@
 """Models that draw on a small bank wherever nothing else is passed, so that a suite that knows no memory tests one."""
 
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 import msa_hf
 from msa_hf import MemoryBank
 
 DOCUMENTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16, 17], [18, 19, 20, 21, 22]]
+
+
+def of_one_call(hook: Any) -> bool:
+    """Whether PEFT put a hook there for the samples of one call, which name their adapters or activate them."""
+    return isinstance(hook, partial) and hook.func.__module__.startswith("peft.")
+
+
+@contextmanager
+def as_between_calls(model: nn.Module) -> Iterator[None]:
+    """The model as it is where banks are made: evaluating, and without what PEFT does to the samples of one call."""
+    training = {module: module.training for module in model.modules()}
+    hooks = {module: module._forward_pre_hooks for module in model.modules()}
+    model.eval()
+    for module, kept in hooks.items():
+        module._forward_pre_hooks = OrderedDict((key, hook) for key, hook in kept.items() if not of_one_call(hook))
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for module, kept in hooks.items():
+            module._forward_pre_hooks = kept
 
 
 class BoundMemory:
@@ -17,12 +44,8 @@ class BoundMemory:
         """The bank that the model as it is now makes; while it is compiled, the one before."""
         if torch.compiler.is_compiling():
             return self.__dict__["_bank"]
-        training = {module: module.training for module in self.modules()}
-        with torch.no_grad():
-            self.eval()
+        with torch.no_grad(), as_between_calls(self):
             bank = self.encode_documents(DOCUMENTS, show_progress=False)
-        for module, flag in training.items():
-            module.training = flag
         self.__dict__["_bank"] = bank
         return bank
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -70,6 +71,23 @@ def test_the_headless_model_neither_generates_nor_speaks_of_it(caplog: pytest.Lo
     finally:
         logger.removeHandler(caplog.handler)
     assert "generative capabilities" not in caplog.text
+
+
+def test_fields_of_the_base_are_changed_on_loading(tmp_path: Path) -> None:
+    """`from_pretrained` and `from_base` take them as the base's own `from_pretrained` does."""
+    base_model("qwen3").save_pretrained(tmp_path / "base")
+    changes: dict[str, Any] = {"use_cache": False, "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64, **changes)
+    MSAForCausalLM.from_base(base_model("qwen3"), chunk_size=3).save_pretrained(tmp_path / "ours")
+    for model in (
+        MSAForCausalLM.from_base(tmp_path / "base", dtype=torch.float64, chunk_size=5, **changes),
+        MSAForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float64, chunk_size=5, **changes),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float64, chunk_size=5, **changes),
+    ):
+        assert model.config.use_cache is False and model.config.rope_parameters["rope_theta"] == 77.0
+        assert model.config.chunk_size == 5
+        with torch.no_grad():
+            assert torch.equal(model(IDS).logits, base(IDS).logits)
 
 
 # The attention implementation -----------------------------------------------------------------------------------------
