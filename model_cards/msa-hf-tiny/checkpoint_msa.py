@@ -78,6 +78,8 @@ REMOTE_FILES = tuple(
 PUBLISHED_NAMES = {r"router_q_proj\.0\.": "router_q_proj.", r"router_k_proj\.0\.": "router_k_proj."}
 # What continuous batching, which has no memory, puts in the place of the two attention implementations.
 PAGED = tuple(f"paged|{name}" for name in IMPLEMENTATIONS)
+# Fields of a configuration that are arguments of `from_pretrained` in their own right.
+LOADING_ARGUMENTS = {"dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config"}
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -197,7 +199,8 @@ class CheckpointMixin:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Load a checkpoint of this library, or one in the layout of the published MSA models.
 
-        Takes what `PreTrainedModel.from_pretrained` takes, and the memory's fields of `MSAConfig` as overrides.
+        Takes what `PreTrainedModel.from_pretrained` takes, and fields of `MSAConfig`, the memory's and the base's, as
+        overrides.
         """
         if "base_class" not in cls.__dict__:
             if config is None:
@@ -213,6 +216,8 @@ class CheckpointMixin:
                         "load it with from_base()."
                     )
                 config = MSAConfig.from_pretrained(pretrained_model_name_or_path, **hub, **own)
+                if changed := _taken_by_config(config, kwargs):
+                    config = MSAConfig.from_pretrained(pretrained_model_name_or_path, **hub, **own, **changed)
             elif given := [name for name in OWN_FIELDS if name in kwargs]:
                 raise TypeError(
                     f"from_pretrained() got both a `config` and its fields {given}; set them in the config."
@@ -275,7 +280,11 @@ class CheckpointMixin:
             return cls._retrofit(name_or_path_or_model, own, router_init)
         refuse_bare_gguf(name_or_path_or_model)
         hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code", "gguf_file") if name in kwargs}
-        base_config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name_or_path_or_model, **hub)
+        base_config = kwargs.pop("config", None)
+        if base_config is None:
+            base_config = AutoConfig.from_pretrained(name_or_path_or_model, **hub)
+            if changed := _taken_by_config(base_config, kwargs):
+                base_config = AutoConfig.from_pretrained(name_or_path_or_model, **hub, **changed)
         config = cls._config_on(base_config, own)
         if is_quantized_checkpoint(base_config, kwargs):
             # What loads such weights knows the base's modules, and would look for quantised routers too.
@@ -388,6 +397,12 @@ class CheckpointMixin:
         if kwargs.get("is_main_process", True):
             copy_code(Path(save_directory))
         return result
+
+
+def _taken_by_config(config: PreTrainedConfig, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take those arguments of `from_pretrained` out that are fields of the configuration, which they change."""
+    fields = config.to_dict().keys() - LOADING_ARGUMENTS
+    return {name: arguments.pop(name) for name in list(arguments) if name in fields}
 
 
 def _named_forward(mixin: Any, base_class: Any) -> Any:

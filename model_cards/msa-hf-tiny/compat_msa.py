@@ -23,13 +23,17 @@ CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fi
 def rename_cache(arguments: dict[str, Any]) -> Cache | None:
     """Put the cache among the keyword arguments of a call under the name that this transformers knows, in place.
 
+    A paged cache, which continuous batching hands to attention functions as `cache` in every version, is none of these.
+
     Returns:
         The cache, None where there is none.
 
     Raises:
         ValueError: where two different caches are given.
     """
-    given = {name: arguments.pop(name) for name in CACHE_NAMES if name in arguments}
+    paged = arguments.get("cache") is not None and not isinstance(arguments["cache"], Cache)
+    names = [name for name in CACHE_NAMES if name == CACHE or not (name == "cache" and paged)]
+    given = {name: arguments.pop(name) for name in names if name in arguments}
     caches = [cache for cache in given.values() if cache is not None]
     if len(caches) == 2 and caches[0] is not caches[1]:
         raise ValueError("`cache` and `past_key_values` are two names of one argument, and each has another value.")

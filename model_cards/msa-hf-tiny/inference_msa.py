@@ -31,7 +31,7 @@ from .retrofit_msa import renumber_memory_layers
 from .routing_msa import LayerRouting
 from .samples_msa import one_adapter
 from .trial_msa import refuse_unseen
-from .wrapping_msa import has_come_and_go_weights, input_device, is_sharded
+from .wrapping_msa import input_device, is_entered_by_its_call, is_sharded
 
 logger = logging.get_logger(__name__)
 
@@ -79,7 +79,7 @@ class MemoryMixin:
         Returns:
             The output; None where the run was ended.
         """
-        if has_come_and_go_weights(cast(nn.Module, self)):
+        if is_entered_by_its_call(cast(nn.Module, self)):
             return cast(nn.Module, self)(backbone_only=True, **kwargs)
         with contextlib.suppress(EncodingDone) if stop else contextlib.nullcontext():
             return self.run_base(backbone_only=True, **kwargs)
@@ -109,7 +109,7 @@ class MemoryMixin:
 
     def encode_batch(self, ids: Tensor, lengths: Tensor) -> dict[int, LayerMemory]:
         """Encode right-padded documents; nothing behind the last memory layer's keys and values is computed, unless
-        weights come and go.
+        the model must be run to its end.
 
         Args:
             ids: [N, L] int64.
@@ -118,7 +118,7 @@ class MemoryMixin:
         Returns:
             Layer -> `LayerMemory` of their chunks, documents in order.
         """
-        stop = not has_come_and_go_weights(cast(nn.Module, self))
+        stop = not is_entered_by_its_call(cast(nn.Module, self))
         encoding = EncodingPass(self.config, lengths, self.config.similarity, stop=stop)
         # Padding stands behind the documents, where causal attention does not look.
         self.run_from_outside(
@@ -234,6 +234,11 @@ class MemoryMixin:
         **kwargs: Any,
     ) -> Any:
         """Forward with a memory, or with the contexts that a cache kept from one."""
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "A forward with a memory cannot be exported: a graph has fixed sizes, but which documents are chosen, "
+                "and how many rows they have, is known at run time alone. Export the model without `memory`."
+            )
         memory = current(memory)
         inputs: Any = kwargs.get("input_ids")
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
@@ -256,7 +261,9 @@ class MemoryMixin:
 
         if attention_mask is not None and length > 1 and kwargs.get("input_ids") is not None:
             # What stands in the place of padding has no effect, and not always a row in the embedding.
-            kwargs["input_ids"] = inputs.masked_fill(~attention_mask[:, past:].bool().to(inputs.device), 0)
+            nowhere = (inputs < 0) | (inputs >= self.config.vocab_size)
+            padding = ~attention_mask[:, past:].bool().to(inputs.device)
+            kwargs["input_ids"] = inputs.masked_fill(nowhere & padding, 0)
         routing_mask = self._routing_tokens(routing_mask, attention_mask, batch, length, past, inputs.device)
         if routing_mask is not None and memory is None:
             raise ValueError(

@@ -40,6 +40,12 @@ def as_between_calls(model: nn.Module) -> Iterator[None]:
 class BoundMemory:
     """Passes a bank of `DOCUMENTS`, encoded with the weights and adapters as they are, to forward and generate."""
 
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Before the hooks of this call, which would see that of the documents in its midst.
+        if kwargs.get("memory") is None and kwargs.get("memory_pass") is None:
+            kwargs["memory"] = self.bound_memory()
+        return super().__call__(*args, **kwargs)
+
     def bound_memory(self: Any) -> MemoryBank:
         """The bank that the model as it is now makes; while it is compiled, the one before."""
         if torch.compiler.is_compiling():

@@ -31,7 +31,7 @@ from .retrofit_msa import renumber_memory_layers
 from .routing_msa import LayerRouting
 from .samples_msa import one_adapter
 from .trial_msa import refuse_unseen
-from .wrapping_msa import has_come_and_go_weights, input_device, is_sharded
+from .wrapping_msa import input_device, is_entered_by_its_call, is_sharded
 
 logger = logging.get_logger(__name__)
 
@@ -79,7 +79,7 @@ class MemoryMixin:
         Returns:
             The output; None where the run was ended.
         """
-        if has_come_and_go_weights(cast(nn.Module, self)):
+        if is_entered_by_its_call(cast(nn.Module, self)):
             return cast(nn.Module, self)(backbone_only=True, **kwargs)
         with contextlib.suppress(EncodingDone) if stop else contextlib.nullcontext():
             return self.run_base(backbone_only=True, **kwargs)
@@ -109,7 +109,7 @@ class MemoryMixin:
 
     def encode_batch(self, ids: Tensor, lengths: Tensor) -> dict[int, LayerMemory]:
         """Encode right-padded documents; nothing behind the last memory layer's keys and values is computed, unless
-        weights come and go.
+        the model must be run to its end.
 
         Args:
             ids: [N, L] int64.
@@ -118,7 +118,7 @@ class MemoryMixin:
         Returns:
             Layer -> `LayerMemory` of their chunks, documents in order.
         """
-        stop = not has_come_and_go_weights(cast(nn.Module, self))
+        stop = not is_entered_by_its_call(cast(nn.Module, self))
         encoding = EncodingPass(self.config, lengths, self.config.similarity, stop=stop)
         # Padding stands behind the documents, where causal attention does not look.
         self.run_from_outside(

@@ -19,6 +19,14 @@ def has_come_and_go_weights(model: nn.Module) -> bool:
     return is_sharded(model) or any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
+def is_entered_by_its_call(model: nn.Module) -> bool:
+    """Whether every run must go through the model's own call and to its end.
+
+    Its weights come and go, or hooks on the whole model look at what goes in, as PEFT's Shadow adapters do.
+    """
+    return bool(model._forward_pre_hooks) or has_come_and_go_weights(model)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether `torch.distributed.fsdp.fully_shard` was applied to the model or a part of it."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():

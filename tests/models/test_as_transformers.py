@@ -256,6 +256,22 @@ def test_routing_is_asked_for_no_derivative(monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == [False, False]
 
 
+def test_hooks_on_the_model_see_documents_too() -> None:
+    """What wraps the call of a model, as some of PEFT's adapters do, takes part in encoding."""
+    made = setup("qwen3", prefix_token_ids=[])
+    documents = [[number + 1 for number in document] for document in made.documents]
+    expected = made.model.encode_documents(documents, show_progress=False)
+
+    def add_one(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "input_ids": kwargs["input_ids"] + 1}
+
+    handle = made.model.register_forward_pre_hook(add_one, with_kwargs=True)
+    found = made.model.encode_documents(made.documents, show_progress=False)
+    handle.remove()
+    for layer, memory in expected.layers.items():
+        torch.testing.assert_close(found.layers[layer].content, memory.content)
+
+
 # Serving --------------------------------------------------------------------------------------------------------------
 
 
