@@ -20,7 +20,14 @@ from .attention_config_msa import check_holds_memory
 from .attention_msa import AttendingPass, EncodingDone, EncodingPass, PrefixPass
 from .cache_msa import MSACache
 from .compat_msa import CACHE, NEWEST_TESTED, rename_cache
-from .drafting_msa import drafting_arguments, has_memory, memory_arguments, refuse_assistant, refuse_drafts
+from .drafting_msa import (
+    drafting_arguments,
+    has_memory,
+    memory_arguments,
+    refuse_assistant,
+    refuse_drafts,
+    refuse_drafts_of_offloaded,
+)
 from .encoding_msa import encode_documents
 from .fingerprint_msa import fingerprint_of, read_weights, tokenizer_fingerprint
 from .memory_msa import LayerMemory, MemoryBank
@@ -398,6 +405,7 @@ class GeneratingMixin(MemoryMixin):
         if prompt is None:
             raise ValueError("generate() with a memory needs a prompt.")
         refuse_assistant(kwargs.get("assistant_model"), memory, options)
+        refuse_drafts_of_offloaded(self, options)
         custom = kwargs.get("custom_generate")
         if callable(custom):
             # Transformers keeps these two from a decoding method that is a function, whatever its signature says.
