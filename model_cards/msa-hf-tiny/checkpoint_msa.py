@@ -238,8 +238,14 @@ class CheckpointMixin:
         missing = {name.rpartition(".")[0] for name in info["missing_keys"]}
         new = {item for name, item in model.named_modules() if name in missing and name.endswith(ROUTER_MODULES)}
         if new:
-            initialize_routers(model, router_init, new)
             layers = [layer for layer, module in attention_layers(model).items() if new & set(module.children())]
+            if any(weight.is_meta for router in new for weight in router.parameters()):
+                raise ValueError(
+                    f"Routers of layers {sorted(layers)} are new, but these layers are offloaded, so nothing can be "
+                    "written there. Give the whole model its memory first (from_base, then save_pretrained), and load "
+                    "what is saved with `device_map`."
+                )
+            initialize_routers(model, router_init, new)
             logger.warning(f"Routers of layers {sorted(layers)} are untrained (`router_init={router_init!r}`).")
         return (model, info) if wants_info else model
 

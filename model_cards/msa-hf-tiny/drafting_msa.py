@@ -44,10 +44,27 @@ def refuse_assistant(assistant: Any, memory: MemoryBank | None, options: Generat
             ) from error
 
 
+def drafting_option(options: GenerationOptions) -> str | None:
+    """The option that asks for drafts, None where none does."""
+    names = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
+    return next((name for name in names if options[name] is not None), None)
+
+
+def refuse_drafts_of_offloaded(model: Any, options: GenerationOptions) -> None:
+    """Raise ValueError where tokens are to be drafted with a model whose first weights are offloaded: transformers
+    moves drafts to where these are, which is nowhere."""
+    drafting = drafting_option(options)
+    for who, item in (("the model", model), ("the assistant", options["assistant_model"])):
+        if drafting and item is not None and item.device.type == "meta":
+            raise ValueError(
+                f"`{drafting}` drafts tokens where the first weights are, but those of {who} are offloaded. Keep its "
+                "embedding on a device, or leave the drafting out."
+            )
+
+
 def refuse_drafts(options: GenerationOptions) -> None:
     """Raise ValueError where tokens are to be drafted behind a cache that holds a conversation already."""
-    names = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
-    if given := next((name for name in names if options[name] is not None), None):
+    if given := drafting_option(options):
         raise ValueError(
             f"`{given}` drafts from the start of a conversation, and would have the model see again what its cache "
             "holds. Pass the whole conversation without the cache, or leave the drafting out of later turns."

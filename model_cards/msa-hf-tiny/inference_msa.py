@@ -20,11 +20,18 @@ from .attention_config_msa import check_holds_memory
 from .attention_msa import AttendingPass, EncodingDone, EncodingPass, PrefixPass
 from .cache_msa import MSACache
 from .compat_msa import CACHE, NEWEST_TESTED, rename_cache
-from .drafting_msa import drafting_arguments, has_memory, memory_arguments, refuse_assistant, refuse_drafts
+from .drafting_msa import (
+    drafting_arguments,
+    has_memory,
+    memory_arguments,
+    refuse_assistant,
+    refuse_drafts,
+    refuse_drafts_of_offloaded,
+)
 from .encoding_msa import encode_documents
 from .fingerprint_msa import fingerprint_of, read_weights, tokenizer_fingerprint
 from .memory_msa import LayerMemory, MemoryBank
-from .options_msa import GenerationOptions, bind_positional, cache_for, leave_out
+from .options_msa import GenerationOptions, bind_positional, cache_for, leave_out, refuse_attentions
 from .origin_msa import BankOrigin, default_fields, state_configuration
 from .positions_msa import equivalent_length, in_positions_of
 from .retrofit_msa import renumber_memory_layers
@@ -398,6 +405,8 @@ class GeneratingMixin(MemoryMixin):
         if prompt is None:
             raise ValueError("generate() with a memory needs a prompt.")
         refuse_assistant(kwargs.get("assistant_model"), memory, options)
+        refuse_drafts_of_offloaded(self, options)
+        refuse_attentions(options, self.config._attn_implementation)
         custom = kwargs.get("custom_generate")
         if callable(custom):
             # Transformers keeps these two from a decoding method that is a function, whatever its signature says.

@@ -31,7 +31,7 @@ from .drafting_msa import (
 from .encoding_msa import encode_documents
 from .fingerprint_msa import fingerprint_of, read_weights, tokenizer_fingerprint
 from .memory_msa import LayerMemory, MemoryBank
-from .options_msa import GenerationOptions, bind_positional, cache_for, leave_out
+from .options_msa import GenerationOptions, bind_positional, cache_for, leave_out, refuse_attentions
 from .origin_msa import BankOrigin, default_fields, state_configuration
 from .positions_msa import equivalent_length, in_positions_of
 from .retrofit_msa import renumber_memory_layers
@@ -406,6 +406,7 @@ class GeneratingMixin(MemoryMixin):
             raise ValueError("generate() with a memory needs a prompt.")
         refuse_assistant(kwargs.get("assistant_model"), memory, options)
         refuse_drafts_of_offloaded(self, options)
+        refuse_attentions(options, self.config._attn_implementation)
         custom = kwargs.get("custom_generate")
         if callable(custom):
             # Transformers keeps these two from a decoding method that is a function, whatever its signature says.

@@ -99,6 +99,16 @@ def refuse_fixed_cache(kind: str | None) -> None:
         )
 
 
+def refuse_attentions(options: GenerationOptions, attention: str | None) -> None:
+    """Raise ValueError where attention weights are asked for that the model's kernels never hold; transformers would
+    return none, or fail in the middle."""
+    if options["output_attentions"] and attention != "eager":
+        raise ValueError(
+            f"`output_attentions` needs the attention weights, which attn_implementation={attention!r} does not hold; "
+            "call `model.set_attn_implementation('eager')` first."
+        )
+
+
 def leave_out(option: str, arguments: dict[str, Any], options: GenerationOptions) -> None:
     """Have transformers see `option` unset, in the keywords `arguments` of a call, in place."""
     if options[option] is None:

@@ -288,6 +288,34 @@ def test_drafts_from_hidden_states_are_refused(options: dict[str, Any]) -> None:
     refused(setup(), "drafts from the model's hidden states", **options)
 
 
+# Attention weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_attention_weights_of_every_step(family: str) -> None:
+    """On eager, in the base's shapes: own tokens alone, whose weights leave the rest to the memory."""
+    made = setup(family, "eager")
+    options: dict[str, Any] = {"output_attentions": True, "return_dict_in_generate": True, **EXACTLY}
+    base = made.base.generate(REPEATING, **options).attentions
+    found = made.model.generate(REPEATING, memory=made.bank, **options).attentions
+    assert [[item.shape for item in step] for step in found] == [[item.shape for item in step] for step in base]
+    assert all(0 < float(item.sum(-1).mean()) < 0.99 for step in found for item in step)
+    drafted = made.model.generate(REPEATING, memory=made.bank, prompt_lookup_num_tokens=2, **options).attentions
+    assert len(drafted) == STEPS and all(len(step) == 4 for step in drafted)
+
+
+@pytest.mark.parametrize("place", ["keyword", "model"])
+def test_attention_weights_that_sdpa_does_not_hold(place: str) -> None:
+    """Refused with the remedy, instead of an empty answer."""
+    made = setup(*PLAIN)
+    message = r"which attn_implementation='sdpa' does not hold; call `model.set_attn_implementation\('eager'\)` first"
+    if place == "keyword":
+        refused(made, message, output_attentions=True, return_dict_in_generate=True)
+    else:
+        made.model.generation_config.output_attentions = True
+        refused(made, message)
+
+
 # Padding --------------------------------------------------------------------------------------------------------------
 
 
