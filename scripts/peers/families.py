@@ -48,9 +48,15 @@ def classes(family: str, form: str) -> tuple[type, type]:
     return home.MSAModel.class_for(kind), home.MSAForCausalLM.class_for(kind)
 
 
-def config(family: str, form: str) -> PreTrainedConfig:
-    """The configuration of a model; with a memory, every layer takes two documents."""
+def arguments(family: str, form: str) -> dict[str, Any]:
+    """What a configuration is made of; with a memory, every layer takes two documents."""
     kind, fields, *_ = FAMILIES[family]
+    memory = {} if form == "plain" else {"base_model_type": kind, "chunk_size": 2, "top_k": 2}
+    return {**COMMON, **fields, **memory}
+
+
+def config(family: str, form: str) -> PreTrainedConfig:
+    """The configuration of a model."""
     if form == "plain":
-        return AutoConfig.for_model(kind, **COMMON, **fields)
-    return MSAConfig(base_model_type=kind, chunk_size=2, top_k=2, **COMMON, **fields)
+        return AutoConfig.for_model(FAMILIES[family][0], **arguments(family, form))
+    return MSAConfig(**arguments(family, form))

@@ -35,4 +35,4 @@ class Outcomes:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Outcomes(config.getoption("--outcomes")), "outcomes")
+    config.pluginmanager.register(Outcomes(config.getoption("--outcomes")), "outcomes of tests")

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 placeholders.fill_in()
 
 import torch  # noqa: E402
+from tests.test_configuration_common import ConfigTester  # noqa: E402
 from tests.test_modeling_common import GenerationTesterMixin, ModelTesterMixin, ids_tensor  # noqa: E402
 from tests.test_training_mixin import TrainingTesterMixin  # noqa: E402
 
@@ -52,6 +53,10 @@ class Suite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
     def setUp(self) -> None:
         self.model_tester = SuiteInputs(self)
         self.all_model_classes = self.classes()
+
+    def test_config(self) -> None:
+        made_of = families.arguments(self.family, self.form)
+        ConfigTester(self, config_class=self.model_tester.config_class, **made_of).run_common_tests()
 
     def classes(self) -> tuple[type, type]:
         """Headless model and causal LM."""

@@ -74,6 +74,11 @@ class TrainingMixin(MemoryMixin):
                 "A training step takes no cache, but on a pool an MSACache that holds a learned prefix alone."
             )
         marks = tokens if embeds is None else embeds[..., 0]  # [B, T], for what counts tokens
+        if doc_ids is not None and kwargs.get("output_attentions"):
+            raise ValueError(
+                "`output_attentions`: packed rows are computed as several sequences, whose attention weights do not "
+                "make up those of a row. Pass the documents as a pool (`documents`), or leave it out."
+            )
         if doc_ids is not None and routing_mask is not None:
             raise ValueError("Packed rows say in `doc_ids` which tokens route (0); leave `routing_mask` out.")
         if kwargs.get("output_router_logits") or getattr(self.config, "output_router_logits", False):

@@ -188,6 +188,18 @@ def test_attention_weights_asked_for_in_the_configuration() -> None:
     assert not made.model(IDS, memory=made.bank, output_attentions=True).attentions
 
 
+def test_attention_weights_in_training() -> None:
+    """Those of a pool's questions are reported for every layer; packed rows have none of their own."""
+    made = setup("qwen3", "eager")
+    pool = made.model(IDS, documents=[[5, 6, 7], [8, 9]], output_attentions=True)
+    assert [tuple(weights.shape) for weights in pool.attentions] == [(2, 4, 6, 6)] * 4
+    packed = torch.tensor([[-2, -2, -2, 1, 1, 0]] * 2)
+    rows = torch.tensor([[5, 6, 7, 8, 9, 10]] * 2)
+    made.model(rows, doc_ids=packed)
+    with pytest.raises(ValueError, match="`output_attentions`: packed rows"):
+        made.model(rows, doc_ids=packed, output_attentions=True)
+
+
 def test_attention_weights_of_a_long_prompt_are_those_of_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     made = setup("qwen3", "eager")
     with torch.no_grad():
