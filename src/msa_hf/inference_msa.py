@@ -319,6 +319,8 @@ class MemoryMixin:
         # What a mixture calls `aux_loss` is the balance of its experts, which its `loss` holds.
         fields = {name: value for name, value in output.items() if name != "aux_loss"}
         routing = attending.finish()
+        if torch.is_grad_enabled() and is_sharded(cast(nn.Module, self)):
+            routing = attending.tied(routing, output[0] if output.get("loss") is None else output[1])
         if routing_mask is not None:
             refuse_unseen(self.config.memory_layers, routing)
         if memory is not None and memory.visible is not None:

@@ -119,14 +119,19 @@ def whole(found: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_fsdp_has_the_gradients_of_one_process(options, checkpointing, one_process) -> None:
     """Of every kind of batch, also of losses that no layer's output leads to."""
     model = setup(answer_loss_weight=0.5, **MODELS[options]).model.train()
-    inputs = {kind: batch(kind, model) for kind in BATCHES if kind != "bank"}
+    inputs = {kind: batch(kind, model) for kind in BATCHES}
     expected = {kind: gradients(model, model(**arguments).loss) for kind, arguments in inputs.items()}
+    scored = {name: inputs["bank"][name] for name in ("input_ids", "attention_mask", "memory")}
+    scored["output_document_scores"] = True
+    by_scores = gradients(model, model(**scored).routing[3].document_scores.square().sum())
     model = sharded(model, checkpointing)
     for kind, arguments in inputs.items():
         found = whole(gradients(model, model(**arguments).loss))
         if kind == "unlabelled positives":  # FSDP makes zeros of what one process leaves out
             found = {name: gradient for name, gradient in found.items() if name in expected[kind]}
         assert_same_gradients(found, expected[kind])
+    found = whole(gradients(model, model(**scored).routing[3].document_scores.square().sum()))
+    assert_same_gradients({name: found[name] for name in by_scores}, by_scores)
 
 
 def test_fsdp_encodes_and_generates(one_process) -> None:
