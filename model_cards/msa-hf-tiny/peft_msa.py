@@ -67,21 +67,24 @@ class VirtualTokens:
 
     active_peft_config: Any
     base_model: Any
-    base_model_prepare_inputs_for_generation: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        prepare = self.base_model_prepare_inputs_for_generation
+    @property
+    def base_model_prepare_inputs_for_generation(self) -> Any:
+        """What PEFT calls for the base's part of a step's inputs."""
+        return self._prepare_base
 
-        def prepare_base(*args: Any, **kwargs: Any) -> dict[str, Any]:
-            inputs = prepare(*args, **kwargs)
-            inputs["past_key_values"] = rename_cache(inputs)  # the name that PEFT asks for
-            inputs.pop("cache", None)
-            if not self._lie_in_the_cache:
-                inputs.pop("position_ids", None)  # PEFT would leave them out, with a warning
-            return inputs
+    @base_model_prepare_inputs_for_generation.setter
+    def base_model_prepare_inputs_for_generation(self, prepare: Any) -> None:
+        """Nothing: PEFT sets the base's own method, which is looked up when it is called."""
 
-        self.base_model_prepare_inputs_for_generation = prepare_base
+    def _prepare_base(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = type(self.base_model).prepare_inputs_for_generation(self.base_model, *args, **kwargs)
+        cache = rename_cache(inputs)
+        inputs.pop(CACHE, None)
+        inputs["past_key_values"] = cache  # the name that PEFT asks for
+        if not self._lie_in_the_cache:
+            inputs.pop("position_ids", None)  # PEFT would leave them out, with a warning
+        return inputs
 
     @property
     def _lie_in_the_cache(self) -> bool:
@@ -127,6 +130,24 @@ class VirtualTokens:
         """PEFT's; keys and values lie in a cache that also holds the documents chosen."""
         prompt = super().get_prompt(*args, **kwargs)  # type: ignore[misc]
         return _into(MSACache(config=self.base_model.config), prompt) if isinstance(prompt, Cache) else prompt
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's.
+
+        Raises:
+            ValueError: for a cache that holds an earlier turn, whose virtual tokens PEFT would not count.
+        """
+        for name in CACHE_NAMES:
+            if (cache := kwargs.get(name)) is not None and cache.get_seq_length():
+                raise ValueError(
+                    "A learned prompt goes on from no cache, since the mask of its tokens leaves out virtual ones; "
+                    f"pass the whole history without `{name}`."
+                )
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            # PEFT leaves a method on the model where the class has its own.
+            vars(self.base_model).pop("prepare_inputs_for_generation", None)
 
     def prepare_inputs_for_generation(
         self, *args: Any, inputs_embeds: Tensor | None = None, padding_id: int | None = None, **kwargs: Any

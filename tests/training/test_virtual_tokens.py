@@ -1,6 +1,7 @@
 """Prompts that PEFT learns, before the questions of a memory: virtual tokens that are seen and do not route."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from steps import assert_same_gradients, gradients, step
 from torch import Tensor
 
 from msa_hf import MSACache
+from msa_hf.compat_msa import CACHE
 
 # PEFT asks a model for a property by the name that the newer transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -171,3 +173,30 @@ def test_a_learned_prompt_saves_and_loads(kind, tmp_path) -> None:
     with torch.no_grad():
         assert torch.equal(loaded(**batch, memory=made.bank).logits, wrapped(**batch, memory=made.bank).logits)
     assert type(get_peft_model(made.base, CONFIGS[kind]())) is PeftModelForCausalLM
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_a_learned_prompt_stands_aside_and_can_be_copied(kind) -> None:
+    """Disabled, or where the model inside is asked, it is not there; a copy and a pickle are models of their own."""
+    made, wrapped = prompted(kind)
+    batch = batch_of(tokens(6, 3, 9, seed=5))
+    found = wrapped.generate(**batch, memory=made.bank, **EXACTLY)
+    plain = made.model.generate(**batch, memory=made.bank, **EXACTLY)
+    with wrapped.disable_adapter():
+        assert torch.equal(wrapped.generate(**batch, memory=made.bank, **EXACTLY), plain)
+    assert torch.equal(wrapped.base_model.generate(**batch, memory=made.bank, **EXACTLY), plain)
+    twins = [copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))]
+    with torch.no_grad():
+        for weight in wrapped.base_model.parameters():
+            weight.zero_()
+    for twin in twins:
+        assert torch.equal(twin.generate(**batch, memory=made.bank, **EXACTLY), found)
+
+
+def test_a_later_turn_of_a_learned_prompt_is_refused() -> None:
+    """Its cache counts virtual tokens, the mask does not."""
+    made, wrapped = prompted("prompt")
+    batch = batch_of(tokens(6, 3, seed=5))
+    cache = wrapped.generate(**batch, memory=made.bank, **EXACTLY, return_dict_in_generate=True)[CACHE]
+    with pytest.raises(ValueError, match="pass the whole history without"):
+        wrapped.generate(**batch, **EXACTLY, **{CACHE: cache})
