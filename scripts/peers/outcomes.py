@@ -26,7 +26,7 @@ class Outcomes:
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             message = crash.message if crash is not None else str(report.longrepr)
-            tests[parts[-1]] = " ".join(message.split())[:300] or "failed"
+            tests[parts[-1]] = " ".join(message.split())[:600] or "failed"
         elif report.when == "call" and report.passed:
             tests.setdefault(parts[-1], PASSED)
 

@@ -5,6 +5,7 @@ name on the hub are replaced by the tiny one.
 """
 
 import atexit
+import inspect
 import os
 import shutil
 import tempfile
@@ -78,7 +79,7 @@ def _tests_on(form: str) -> type:
             def renewed(*args: Any, _test: Any = test, **kwargs: Any) -> Any:
                 return _test(*args, **kwargs)
 
-            renewed.__signature__ = __import__("inspect").signature(test)  # type: ignore[attr-defined]
+            renewed.__signature__ = inspect.signature(test)  # type: ignore[attr-defined]
             renewed.pytestmark = [_on(mark, form).mark for mark in getattr(test, "pytestmark", [])]  # type: ignore[attr-defined]
             members[name] = renewed
     return type(f"Test{FAMILY}_{form}", (suite.TestDecoderModels,), members)
