@@ -25,9 +25,10 @@ FORMAT_VERSION = 1
 ID_FIELD = "id"  # of a document's metadata
 DIGITS = 18  # a longer number is no id: it would not fit an int64
 
-# Template -> the fields it must have; it may have no others.
+# Template -> the fields it must have; it may have no others. A document may have its id too, and must where the model is
+# to name it from the memory.
 TEMPLATES = {
-    "document": {"id", "text"},
+    "document": {"text"},
     "id_format": {"id"},
     "block_item": {"id", "text"},
     "restated": {"question"},
@@ -102,7 +103,8 @@ class Protocol:
         object.__setattr__(self, "prompt", tuple((str(text), bool(routes)) for text, routes in self.prompt))
         object.__setattr__(self, "special_tokens", tuple(self.special_tokens))
         for name, wanted in TEMPLATES.items():
-            if (found := _fields_of(getattr(self, name))) != wanted:
+            found = _fields_of(getattr(self, name)) - ({"id"} if name == "document" else set())
+            if found != wanted:
                 raise ValueError(f"`{name}` must have the fields {sorted(wanted)}, got {sorted(found)}.")
         if set().union(*(_fields_of(text) for text, _ in self.prompt)) != {"question"}:
             raise ValueError("`prompt` must have the field ['question'] in one of its pieces, and no other.")

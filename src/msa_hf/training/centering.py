@@ -1,0 +1,79 @@
+"""Routers set in closed form from a sample of documents, for a start above chance without training.
+
+Hidden states of a language model share a large mean and have few directions of large variance, so the cosines of any
+two lie close together and a few documents are near to everything. Routers have no bias, but can leave a direction out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention_msa import EncodingPass
+from ..chunks_msa import pool_chunks
+from ..retrofit_msa import attention_layers, head_shape
+from .contrastive import TokenRows, _run, _similarity
+
+HOW = ("center", "whiten")
+
+
+@dataclass
+class _StatesPass(EncodingPass):
+    """An encoding that keeps the mean hidden state of every chunk: layer -> [C, hidden] float32."""
+
+    states: dict[int, Tensor] = field(default_factory=dict)
+
+    def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
+        super().enter(module, hidden_states)
+        layer: Any = module.layer_idx
+        self.states[layer] = pool_chunks(hidden_states, self.lengths, self.config.chunk_size)
+
+
+@torch.no_grad()
+def center_routers(model: Any, documents: Sequence[TokenRows], how: str = "center", smallest: float = 1e-3) -> None:
+    """Change the routers of every memory layer by the statistics of what they see of documents.
+
+    Args:
+        model: with a memory and router projections.
+        documents: a sample, some thousands.
+        how: `"center"` leaves the mean's direction out of the routers as they are; `"whiten"` replaces them by the
+            principal directions around the mean, scaled to equal variance, dealt out to the heads in turn.
+        smallest: share of the largest variance that is added to all before they are made equal.
+
+    Raises:
+        ValueError: for another `how`, and for a model without router projections.
+    """
+    if how not in HOW:
+        raise ValueError(f"`how` must be one of {HOW}, got {how!r}.")
+    if model.config.shared_router:
+        raise ValueError("A model with `shared_router` has no router projections to change.")
+    seen: dict[int, list[Tensor]] = {}
+    for rows in documents:
+        encoding = _StatesPass(model.config, rows.lengths, _similarity(model.config), stop=True)
+        _run(model, rows, torch.arange(rows.ids.shape[1], device=rows.ids.device), encoding)
+        for layer, states in encoding.states.items():
+            seen.setdefault(layer, []).append(states)
+    layers = attention_layers(model)
+    for layer, parts in seen.items():
+        module: Any = layers[layer]
+        states = torch.cat(parts).double()
+        mean = states.mean(0)
+        direction = mean / mean.norm()
+        heads, groups, dim = head_shape(module, model.config)
+        if how == "center":
+            for router in (module.router_q_proj, module.router_k_proj):
+                weight = router.weight.double()
+                router.weight.copy_(weight - torch.outer(weight @ direction, direction))
+            continue
+        states = states - mean
+        values, vectors = torch.linalg.eigh(states.T @ states / len(states))
+        order = values.argsort(descending=True)[: groups * dim]
+        scaled = vectors[:, order].T * (values[order] + smallest * values.max()).rsqrt()[:, None]
+        scaled = scaled - torch.outer(scaled @ direction, direction)
+        dealt = scaled.unflatten(0, (dim, groups)).transpose(0, 1)  # [G, D, hidden]
+        module.router_k_proj.weight.copy_(dealt.flatten(0, 1))
+        module.router_q_proj.weight.copy_(dealt.repeat_interleave(heads // groups, dim=0).flatten(0, 1))

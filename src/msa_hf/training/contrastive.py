@@ -1,0 +1,236 @@
+"""Routers trained on pools of thousands of documents, in the memory that a few hundred need.
+
+The loss sees all documents of a pool, but what a backward keeps is that of one part of it: the pool is encoded without
+a graph, the loss gives the gradients of its routing keys, and each part is encoded again to carry them on (gradient
+caching: Gao et al., arXiv 2101.06983). Encoding and routing are the library's own passes, so that a bank encoded with
+the trained weights routes as trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention_msa import AttendingPass, EncodingDone, EncodingPass, chunks_of
+from ..cache_msa import Context
+from ..memory_msa import LayerMemory
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Right-padded token rows.
+
+    Attributes:
+        ids: [N, L] int64.
+        lengths: [N] int64, at least 1.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """[N, L] bool, tokens that are there."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
+
+
+@dataclass
+class RoutingPass(AttendingPass):
+    """Routes questions and ends with the last memory layer's scores: nothing behind them is computed."""
+
+    def _gather(self, module: Any, *args: Any, **kwargs: Any) -> Context:
+        if module.layer_idx == self.config.memory_layers[-1]:
+            raise EncodingDone
+        return super()._gather(module, *args, **kwargs)
+
+
+class Temperatures(nn.Module):
+    """Learned temperatures of the scores: one of the layers' sum, one of each layer; [1 + layers] float32.
+
+    Args:
+        layers: memory layers.
+        first: at the beginning.
+        lowest: below which they do not fall.
+    """
+
+    def __init__(self, layers: int, first: float = 0.05, lowest: float = 0.005) -> None:
+        super().__init__()
+        self.lowest = lowest
+        self.logarithm = nn.Parameter(torch.full((1 + layers,), first).log())
+
+    def forward(self) -> Tensor:
+        return self.logarithm.exp().clamp(min=self.lowest)
+
+
+def encode_rows(model: Any, rows: TokenRows) -> dict[int, LayerMemory]:
+    """`model.encode_batch` of rows, with gradients where they are enabled, as it routes in training."""
+    encoding = EncodingPass(model.config, rows.lengths, _similarity(model.config), stop=True)
+    _run(model, rows, torch.arange(rows.ids.shape[1], device=rows.ids.device), encoding)
+    return encoding.finish()
+
+
+def route_rows(model: Any, questions: TokenRows, pool: Mapping[int, LayerMemory], lengths: Tensor) -> dict[int, Tensor]:
+    """Layer -> scores [Q, N] float32 of a pool's documents, as the library's routing computes them.
+
+    Args:
+        questions: whose tokens all route.
+        pool: layer -> what the memory layers hold of the documents, in order.
+        lengths: [N] int64, tokens of the documents.
+    """
+    config = model.config
+    routing = RoutingPass(
+        config=config,
+        similarity=_similarity(config),
+        layers=dict(pool),
+        offsets=chunks_of(lengths, config.chunk_size),
+        prefix={},
+        routing_mask=questions.mask,
+        keep_document_scores=True,
+    )
+    positions = torch.arange(questions.ids.shape[1], device=questions.ids.device) + config.first_position
+    _run(model, questions, positions, routing)
+    found = routing.finish()
+    return {layer: item.document_scores for layer, item in found.items() if item.document_scores is not None}
+
+
+def _similarity(config: Any) -> str:
+    return config.training_similarity or config.similarity
+
+
+def _run(model: Any, rows: TokenRows, positions: Tensor, memory_pass: Any) -> None:
+    with contextlib.suppress(EncodingDone):
+        model.run_base(
+            backbone_only=True,
+            input_ids=rows.ids,
+            attention_mask=torch.ones_like(rows.ids),  # padding stands where causal attention does not look
+            position_ids=positions.expand(rows.ids.shape),
+            use_cache=False,
+            memory_pass=memory_pass,
+        )
+
+
+def soft_targets(positives: Tensor, teacher: Tensor | None, share: Tensor | float = 0.0) -> Tensor:
+    """Where a question's probability should lie: [Q, N] float32, rows that sum to 1.
+
+    Args:
+        positives: [Q, N] bool, at least one per row; they share evenly.
+        teacher: [Q, N] logits of a teacher, None for none.
+        share: of the teacher, per question ([Q]) or of all.
+    """
+    hard = positives / positives.sum(1, keepdim=True).clamp(min=1)
+    if teacher is None:
+        return hard
+    share = torch.as_tensor(share, device=hard.device, dtype=hard.dtype).reshape(-1, 1)
+    return (1 - share) * hard + share * teacher.softmax(1)
+
+
+def pool_loss(
+    scores: Mapping[int, Tensor],
+    targets: Tensor,
+    temperatures: Tensor,
+    layer_weight: float = 0.5,
+    document_weight: float = 0.0,
+) -> Tensor:
+    """Cross entropy of the targets with the scores, summed over layers and of each layer alone.
+
+    Args:
+        scores: layer -> [Q, N] float32.
+        targets: [Q, N], of `soft_targets`.
+        temperatures: [1 + layers], of `Temperatures`.
+        layer_weight: weight of the mean over single layers beside the sum's loss; not counted where there is one layer.
+        document_weight: weight of the other direction: among all questions those that a document answers. It keeps
+            single documents from being near to every question.
+
+    Returns:
+        Scalar float32.
+    """
+    total = torch.stack(list(scores.values())).sum(0) / temperatures[0]
+    loss = -(targets * total.log_softmax(1)).sum(1).mean()
+    if document_weight:
+        owned = targets * (targets > 0.2)
+        share = owned.sum(0)
+        asked = share > 0
+        backward = -(owned / share.clamp(min=1e-6) * total.log_softmax(0)).sum(0)
+        loss = loss + document_weight * backward[asked].mean()
+    if layer_weight and len(scores) > 1:
+        single = [
+            -(targets * (item / temperature).log_softmax(1)).sum(1).mean()
+            for item, temperature in zip(scores.values(), temperatures[1:], strict=True)
+        ]
+        loss = loss + layer_weight * torch.stack(single).mean()
+    return loss
+
+
+@dataclass(frozen=True)
+class PoolResult:
+    """What a step found.
+
+    Attributes:
+        loss: scalar float32, detached.
+        hits: share of the questions whose best-scored document has the largest target.
+        pool: layer -> what memory layers hold of the pool, detached, for losses that read from it.
+        lengths: [N] int64 of the pool's documents, in its order.
+    """
+
+    loss: Tensor
+    hits: Tensor
+    pool: dict[int, LayerMemory]
+    lengths: Tensor
+
+
+def contrastive_step(
+    model: Any,
+    documents: Sequence[TokenRows],
+    questions: Sequence[TokenRows],
+    targets: Tensor,
+    temperatures: Temperatures,
+    layer_weight: float = 0.5,
+    document_weight: float = 0.0,
+) -> PoolResult:
+    """Add the gradients of one pool's loss to those of the model.
+
+    Args:
+        model: with a memory, no dropout and no prefix.
+        documents: parts of the pool; one part's graph is held at a time.
+        questions: parts of the questions; the graphs of all are held.
+        targets: [Q, N], questions and documents in the order of the parts.
+        temperatures, layer_weight, document_weight: as `pool_loss` takes them.
+    """
+    with torch.no_grad():
+        parts = [encode_rows(model, rows) for rows in documents]
+    layers = list(parts[0])
+    lengths = torch.cat([rows.lengths for rows in documents])
+    leaves = {
+        layer: LayerMemory(
+            torch.cat([part[layer].routing_keys for part in parts]).requires_grad_(),
+            torch.cat([part[layer].content for part in parts]).requires_grad_(layer != layers[-1]),
+        )
+        for layer in layers
+    }
+    asked = [route_rows(model, rows, leaves, lengths) for rows in questions]
+    scores = {layer: torch.cat([item[layer] for item in asked]) for layer in layers}
+    loss = pool_loss(scores, targets, temperatures(), layer_weight, document_weight)
+    loss.backward()
+    with torch.no_grad():
+        total = torch.stack(list(scores.values())).sum(0)
+        best = total.argmax(1, keepdim=True)
+        hits = (targets.gather(1, best).squeeze(1) >= targets.amax(1)).float().mean()
+    start = 0
+    for rows, part in zip(documents, parts, strict=True):
+        stop = start + part[layers[0]].routing_keys.shape[0]
+        again = encode_rows(model, rows)
+        tensors, gradients = [], []
+        for layer, leaf in leaves.items():
+            for made, kept in ((again[layer].routing_keys, leaf.routing_keys), (again[layer].content, leaf.content)):
+                if kept.grad is not None and made.requires_grad:
+                    tensors.append(made)
+                    gradients.append(kept.grad[start:stop])
+        torch.autograd.backward(tensors, gradients)
+        start = stop
+    pool = {layer: LayerMemory(leaf.routing_keys.detach(), leaf.content.detach()) for layer, leaf in leaves.items()}
+    return PoolResult(loss.detach(), hits, pool, lengths)

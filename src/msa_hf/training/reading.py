@@ -1,0 +1,79 @@
+"""Rows in which a question is read together with texts, so that a model whose routers train goes on to answer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention_msa import AttendingPass, chunks_of
+from ..generation import Protocol
+from ..memory_msa import LayerMemory
+from .contrastive import _similarity
+from .data import IGNORED
+from .transcripts import TranscriptCollator
+
+MOST_ID = 100_000  # above the numbers that documents get in training rows
+
+
+@dataclass(frozen=True)
+class ReadingRow:
+    """One transcript up to its answer: token ids, labels (`IGNORED` but for the answer), and which tokens route."""
+
+    ids: list[int]
+    labels: list[int]
+    routes: list[bool]
+
+
+def reading_row(
+    tokenizer: Any, protocol: Protocol, question: str, texts: Sequence[str], answer: str, pick: random.Random
+) -> ReadingRow:
+    """The transcript of a question that read `texts` in this order, under random ids, and its answer as labels."""
+    numbers = pick.sample(range(MOST_ID), len(texts))
+    rounds = [list(zip(numbers, texts, strict=True))] if texts else []
+    segments = protocol.transcript(tokenizer, question, rounds, answer=answer)
+    ids, labels, routes = TranscriptCollator._tokens(segments, len(rounds))
+    written = len(segments[-1].input_ids)
+    return ReadingRow(ids, [IGNORED] * (len(ids) - written) + labels[-written:], routes)
+
+
+def reading_loss(
+    model: Any, ids: Tensor, labels: Tensor, routes: Tensor, pool: Mapping[int, LayerMemory], lengths: Tensor
+) -> Tensor:
+    """The language-model loss of answers, with a pool as the memory.
+
+    Args:
+        ids, labels, routes: [B, T] int64, int64 and bool, right-padded.
+        pool: layer -> what the memory layers hold, of which no gradient is wanted.
+        lengths: [N] int64, tokens of the pool's documents.
+
+    Returns:
+        Scalar float32, the mean over labelled tokens.
+    """
+    config = model.config
+    attending = AttendingPass(
+        config=config,
+        similarity=_similarity(config),
+        layers=dict(pool),
+        offsets=chunks_of(lengths, config.chunk_size),
+        prefix={},
+        routing_mask=routes,
+        keep_document_scores=True,
+    )
+    positions = torch.arange(ids.shape[1], device=ids.device) + config.first_position
+    output = model.run_base(
+        backbone_only=True,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=positions.expand(ids.shape),
+        use_cache=False,
+        memory_pass=attending,
+    )
+    attending.finish()
+    wanted = labels[:, 1:] != IGNORED
+    logits = model.get_output_embeddings()(output.last_hidden_state[:, :-1][wanted])
+    return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted])

@@ -1,0 +1,126 @@
+"""Pools of documents: gradient caching, routing as the library's, compiled layers."""
+
+import pytest
+import torch
+from families import base_model
+from torch import Tensor
+
+from msa_hf import MSAForCausalLM
+from msa_hf.training.compiling import compiled_layers
+from msa_hf.training.contrastive import (
+    Temperatures,
+    TokenRows,
+    contrastive_step,
+    encode_rows,
+    pool_loss,
+    route_rows,
+    soft_targets,
+)
+
+QUESTIONS, DOCUMENTS = 5, 9
+
+
+def rows_of(lengths: list[int], seed: int) -> TokenRows:
+    torch.manual_seed(seed)
+    ids = torch.randint(3, 128, (len(lengths), max(lengths)))
+    counts = torch.tensor(lengths)
+    return TokenRows(ids.masked_fill(torch.arange(ids.shape[1]) >= counts[:, None], 0), counts)
+
+
+def part(rows: TokenRows, start: int, stop: int) -> TokenRows:
+    return TokenRows(rows.ids[start:stop], rows.lengths[start:stop])
+
+
+@pytest.fixture(params=["last", "max"])
+def model(request: pytest.FixtureRequest) -> MSAForCausalLM:
+    """Two memory layers, so that routing in the second sees what the first attended to."""
+    made = MSAForCausalLM.from_base(
+        base_model("llama"), chunk_size=4, top_k=3, query_reduction=request.param, score_bias=True
+    )
+    assert len(made.config.memory_layers) > 1
+    return made.eval()
+
+
+@pytest.fixture
+def documents() -> TokenRows:
+    return rows_of([3, 4, 9, 12, 5, 8, 1, 11, 7], 0)
+
+
+@pytest.fixture
+def questions() -> TokenRows:
+    return rows_of([4, 2, 6, 5, 3], 1)
+
+
+def targets() -> Tensor:
+    torch.manual_seed(2)
+    positives = torch.zeros(QUESTIONS, DOCUMENTS, dtype=torch.bool)
+    positives[torch.arange(QUESTIONS), torch.tensor([0, 3, 4, 8, 2])] = True
+    positives[1, 6] = True
+    return soft_targets(positives, torch.randn(QUESTIONS, DOCUMENTS), torch.tensor([0.0, 0.2, 0.5, 1.0, 0.3]))
+
+
+def test_soft_targets_share_between_positives_and_teacher() -> None:
+    found = targets()
+    torch.testing.assert_close(found.sum(1), torch.ones(QUESTIONS))
+    assert found[0].tolist() == [1.0] + [0.0] * 8
+    assert found[1, 3] > 0.4 and found[1, 6] > 0.4
+
+
+def test_scores_are_those_of_the_library(model, documents, questions) -> None:
+    bank = model.encode_documents(
+        [row[:length].tolist() for row, length in zip(documents.ids, documents.lengths, strict=True)],
+        show_progress=False,
+    )
+    with torch.no_grad():
+        found = route_rows(model, questions, encode_rows(model, documents), documents.lengths)
+        for number in range(QUESTIONS):
+            ids = questions.ids[number : number + 1, : questions.lengths[number]]
+            routing = model(input_ids=ids, memory=bank, output_document_scores=True).routing
+            for layer, scores in found.items():
+                torch.testing.assert_close(scores[number], routing[layer].document_scores[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("document_weight", [0.0, 0.3])
+def test_cached_gradients_are_those_of_the_whole_pool(model, documents, questions, document_weight: float) -> None:
+    temperatures = Temperatures(len(model.config.memory_layers))
+    wanted = targets()
+    scores = route_rows(model, questions, encode_rows(model, documents), documents.lengths)
+    loss = pool_loss(scores, wanted, temperatures(), 0.5, document_weight)
+    loss.backward()
+    expected = {name: item.grad.clone() for name, item in model.named_parameters() if item.grad is not None}
+    scale = temperatures.logarithm.grad.clone()
+    model.zero_grad(set_to_none=True)
+    temperatures.zero_grad()
+
+    result = contrastive_step(
+        model,
+        [part(documents, 0, 2), part(documents, 2, 3), part(documents, 3, 9)],
+        [part(questions, 0, 3), part(questions, 3, 5)],
+        wanted,
+        temperatures,
+        0.5,
+        document_weight,
+    )
+    torch.testing.assert_close(result.loss, loss.detach())
+    torch.testing.assert_close(temperatures.logarithm.grad, scale)
+    got = {name: item.grad for name, item in model.named_parameters() if item.grad is not None}
+    assert got.keys() == expected.keys()
+    assert any("router_k_proj" in name for name in got) and any("router_score_bias" in name for name in got)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_compiled_layers_compute_the_same_and_leave_no_trace(model, documents, questions) -> None:
+    with torch.no_grad():
+        before = route_rows(model, questions, encode_rows(model, documents), documents.lengths)
+        with compiled_layers(model, backend="eager"):
+            inside = route_rows(model, questions, encode_rows(model, documents), documents.lengths)
+        for layer, scores in before.items():
+            torch.testing.assert_close(inside[layer], scores)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_compiled_layers_refuse_a_prefix() -> None:
+    model = MSAForCausalLM.from_base(base_model("llama"), prefix_token_ids=[5, 6])
+    with pytest.raises(ValueError, match="prefix"), compiled_layers(model):
+        pass
