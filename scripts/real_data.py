@@ -1,8 +1,8 @@
 """Real questions and real text from a directory: passages, questions, and what a question wants to find.
 
-The directory holds one folder per set with `documents.jsonl.xz` (`key`, `title`, `text`) and the files
-`questions.train.jsonl.xz` and `questions.dev.jsonl.xz` (`question`, `answers`, `gold`: keys of all documents needed), and a
-folder `wikipedia` with `part-NN.jsonl.xz` (`key`, `title`, `text`) of further text in which nothing of it is to be found.
+The directory holds one folder per set with `documents.jsonl.xz` (`key`, `title`, `text`) and two files of questions,
+`questions.train.jsonl.xz` and `questions.dev.jsonl.xz` (`question`, `answers`, `gold`: keys of all documents needed). A
+folder `wikipedia` holds `part-NN.jsonl.xz` (`key`, `title`, `text`): further text, in which none of it is to be found.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from msa_hf import MSAForCausalLM
 from msa_hf.generation import Protocol
 from msa_hf.memory_msa import LayerMemory
+from msa_hf.training import peft_config
 from msa_hf.training.centering import center_routers
 from msa_hf.training.compiling import compiled_layers
 from msa_hf.training.contrastive import (
@@ -62,9 +63,10 @@ SHARES = {
     "squadshifts_amazon": 0.07,
 }
 MEASURED = ("nq", "squad11", "squadshifts_newwiki", "fairytaleqa", "multihop")
+BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NOT_FOUND = "not in memory"
 PROTOCOL = Protocol(
-    document="{text}",
+    document="{text}{id!s:.0}",  # routers choose; no model reads ids from this memory
     prompt=(("{question}\n", True),),
     id_format="[{id}]",
     ids_end="\n",
@@ -570,8 +572,8 @@ def trained_weights(arguments: argparse.Namespace, model: Any) -> TrainedWeights
 
 @torch.no_grad()
 def encode_all(model: Any, flat: Flat, budget: int) -> dict[int, LayerMemory]:
-    """What the memory layers keep of all passages, in order; of the last layer, which nothing attends to while questions
-    are routed, only the routing keys."""
+    """What the memory layers keep of all passages, in order; of the last layer, to which nothing attends while
+    questions are routed, only the routing keys."""
     size, last = model.config.chunk_size, model.config.memory_layers[-1]
     parts: dict[int, list[LayerMemory]] = {layer: [] for layer in model.config.memory_layers}
     owners = []
@@ -749,7 +751,8 @@ def routers(arguments: argparse.Namespace) -> None:
             if step <= 3 or step % arguments.log_every == 0:
                 rate = tokens / (time.time() - since)
                 log(
-                    f"step {step}: loss {np.mean(losses[-arguments.log_every :]):.3f} hits {float(result.hits):.3f} read {read}",
+                    f"step {step}: loss {np.mean(losses[-arguments.log_every :]):.3f}",
+                    f"hits {float(result.hits):.3f} read {read}",
                     f"norm {norm:.2f} tau {temperatures()[0].item():.4f} pool {len(pool)} questions {len(numbers)}",
                     f"{rate / 1000:.0f}k tokens/s; {pairs} pairs; {time.time() - start:.0f} s",
                 )
@@ -774,6 +777,43 @@ def routers(arguments: argparse.Namespace) -> None:
         log(f"end, step {step}:", shown(figures))
         report(step, recall=figures)
     save(work / f"{arguments.name}.done", step)
+
+
+# adapter --------------------------------------------------------------------------------------------------------------
+
+
+def adapter(arguments: argparse.Namespace) -> None:
+    """Write what was trained as an adapter for PEFT, with the protocol."""
+    from peft import get_peft_model
+
+    checkpoint = torch.load(Path(arguments.work, f"{arguments.name}.pt"), map_location="cpu", weights_only=False)
+    made = argparse.Namespace(**{**checkpoint["arguments"], "base": arguments.base})
+    model = fresh_model(made, torch.device("cpu")).float()
+    weights = trained_weights(made, model)
+    weights.load_state_dict({name: value.float() for name, value in checkpoint["weights"].items()})
+    last, count = model.config.memory_layers[-1], model.config.num_hidden_layers
+    upper = rf"layers\.(?:{'|'.join(map(str, range(last, count)))})\..+"
+    alpha = round(weights.alpha_per_rank * made.rank)
+    configuration = peft_config(
+        model,
+        r=made.rank,
+        lora_alpha=alpha,
+        target_modules="all-linear",
+        rank_pattern={upper: made.upper_rank},
+        alpha_pattern={upper: round(weights.alpha_per_rank * made.upper_rank)},
+    )
+    for item in weights.low_rank.values():
+        item.weight.data.copy_(item.base)
+    tuned: Any = get_peft_model(model, configuration)
+    for name, item in weights.low_rank.items():
+        layer = tuned.base_model.model.get_submodule(name)
+        layer.lora_A["default"].weight.data.copy_(item.down)
+        layer.lora_B["default"].weight.data.copy_(item.up)
+    tuned.peft_config["default"].base_model_name_or_path = BASE_NAME
+    tuned.to(torch.bfloat16).save_pretrained(arguments.out)
+    PROTOCOL.save_pretrained(arguments.out)
+    Path(arguments.out, "README.md").unlink(missing_ok=True)  # PEFT's own
+    log("wrote", arguments.out, sum(path.stat().st_size for path in Path(arguments.out).iterdir()), "bytes")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -856,6 +896,11 @@ def main() -> None:
     made.add_argument("--log-every", type=int, default=20)
     made.add_argument("--measure-every", type=float, default=120.0)
     made.add_argument("--no-compile", dest="compile", action="store_false")
+
+    made = command("adapter", adapter)
+    made.add_argument("--base", required=True)
+    made.add_argument("--name", default="routers")
+    made.add_argument("--out", required=True)
 
     arguments = parser.parse_args()
     arguments.run(arguments)

@@ -28,7 +28,7 @@ from .chosen_msa import Chosen, score_chosen, scores_at
 from .chunks_msa import chunk_counts, gather_documents, pool_documents
 from .gradients_msa import join_routers, tie
 from .memory_msa import LayerMemory
-from .routing_msa import NO_SCORE, LayerRouting, route_documents, score_documents, select_documents
+from .routing_msa import NO_SCORE, LayerRouting, last_routing_tokens, route_documents, score_documents, select_documents
 
 # Name of a base implementation -> the name under which ours, standing on it, is registered. Transformers gives special
 # meaning to names that contain "sdpa" or "flash", so ours do not.
@@ -384,6 +384,8 @@ class AttendingPass:
         else:
             router_query = self.router_queries.pop(layer).unflatten(-1, (-1, query.shape[-1]))
         router_query, mask = router_query.to(device), mask.to(device)
+        if self.config.query_reduction == "last":
+            mask = last_routing_tokens(mask)
         offsets, operations = self._offsets_on(device), self.operations or OPERATIONS
         reductions = {
             "similarity": self.similarity,
@@ -452,8 +454,9 @@ class AttendingPass:
             return True
         if self.config.score_bias and torch.is_grad_enabled() and router_query.requires_grad:
             return True  # the chosen ones' scores carry a gradient
-        reductions = (self.config.head_reduction, self.config.query_reduction, self.config.chunk_reduction)
-        return reductions != ("mean", "max", "max")
+        # The last token of each sample alone is what the routing mask holds where it counts alone.
+        over_tokens = "max" if self.config.query_reduction == "last" else self.config.query_reduction
+        return (self.config.head_reduction, over_tokens, self.config.chunk_reduction) != ("mean", "max", "max")
 
     def _look_for_nan(self, layer: int, router_query: Tensor, mask: Tensor, scores: Tensor | None = None) -> None:
         """Note whether router queries or scores are none; looked at in the end, so that no layer waits for the

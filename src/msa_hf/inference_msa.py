@@ -35,7 +35,7 @@ from .options_msa import GenerationOptions, bind_positional, cache_for, leave_ou
 from .origin_msa import BankOrigin, default_fields, state_configuration
 from .positions_msa import equivalent_length, in_positions_of
 from .retrofit_msa import renumber_memory_layers
-from .routing_msa import LayerRouting
+from .routing_msa import LayerRouting, last_routing_tokens
 from .samples_msa import one_adapter
 from .trial_msa import refuse_unseen
 from .wrapping_msa import input_device, is_entered_by_its_call, is_sharded
@@ -272,6 +272,8 @@ class MemoryMixin:
             padding = ~attention_mask[:, past:].bool().to(inputs.device)
             kwargs["input_ids"] = inputs.masked_fill(nowhere & padding, 0)
         routing_mask = self._routing_tokens(routing_mask, attention_mask, batch, length, past, inputs.device)
+        if routing_mask is not None and self.config.query_reduction == "last":
+            routing_mask = last_routing_tokens(routing_mask)
         if routing_mask is not None and memory is None:
             raise ValueError(
                 "This turn has routing tokens but no `memory`; pass the bank, or an all-false routing_mask."

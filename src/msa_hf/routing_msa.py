@@ -126,6 +126,12 @@ def pack_routing_tokens(queries: Tensor, routing_mask: Tensor, last_only: bool =
     return packed, torch.arange(width, device=queries.device) < counts[:, None]
 
 
+def last_routing_tokens(routing_mask: Tensor) -> Tensor:
+    """[B, T] bool -> the last routing token of each sample alone, which `"last"` and `"max"` treat alike."""
+    later = routing_mask.flip(1).long().cumsum(1).flip(1)
+    return routing_mask & (later == 1)
+
+
 def tile_elements(device: torch.device) -> int:
     """Scores that may be held at once on a device."""
     return TILE_ELEMENTS if device.type == "cpu" else TILE_ELEMENTS * ACCELERATOR_TILES

@@ -277,3 +277,13 @@ def test_ids_live_in_the_bank(tokenizer, tmp_path) -> None:
     assert loaded.documents[2].text == TEXTS[2]
     wrapped = whole(tokenizer, f"<|im_start|>[102]. {TEXTS[2]}[102]<|im_end|>")
     assert loaded.documents[2].tokens == len(wrapped)
+
+
+def test_an_id_can_be_written_with_no_characters() -> None:
+    """Where routers choose, no id need be read from the memory; it stays among the metadata. Conversions count."""
+    tokenizer = byte_tokenizer()
+    plain = dataclasses.replace(COMPACT, document="{text}{id!s:.0}")
+    row = plain.document_row(7, "Ann came.", tokenizer)
+    assert tokenizer.decode(row["input_ids"]) == "Ann came." and row["metadata"] == {"id": 7}
+    assert Protocol.from_dict(plain.to_dict()) == plain
+    assert tokenizer.decode(COMPACT.encode(tokenizer, "{id!r:>4}", id=7)) == "   7"

@@ -154,8 +154,23 @@ def test_where_all_scores_are_needed_routing_is_plain(arguments, backend) -> Non
     assert_same_answers(ours, theirs, batch_of(QUESTIONS)["attention_mask"].bool())
 
 
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
+def test_the_last_token_of_each_sample_routes_through_the_operation(backend) -> None:
+    """What the last token chooses is what the maximum over it alone does; plain scores tell the same."""
+    found = setup(query_reduction="last")
+    with plain_pytorch():
+        theirs = ask(found)
+        scored = ask(found, output_document_scores=True)
+    with use_backend(backend), Called() as called:
+        ours = ask(found)
+    assert called.of(backend) == {"route_documents", "gather_documents"}
+    mask = batch_of(QUESTIONS)["attention_mask"].bool()
+    assert_same_answers(ours, theirs, mask)
+    assert_same_answers(ours, scored, mask)
+
+
 @pytest.mark.parametrize(
-    "reductions", [{"head_reduction": "max"}, {"query_reduction": "last"}, {"chunk_reduction": "mean"}], ids=str
+    "reductions", [{"head_reduction": "max"}, {"query_reduction": "mean"}, {"chunk_reduction": "mean"}], ids=str
 )
 def test_other_reductions_route_plainly(reductions) -> None:
     """The operation knows the default reductions alone."""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Rows of a sample that may be exchanged without knowing how many are really there; above, the device is waited for.
 MOST_UNKNOWN_ROWS = 4096
+# Of "last" the routing mask has one token per sample, which "max" treats alike.
+DEFAULT_REDUCTIONS = (("mean", "max", "max"), ("mean", "last", "max"))
 HEADS, QUERIES, CHUNKS = ("mean", "max"), ("max", "mean", "last"), ("max", "mean")
 # What processes tell each other before a forward, in this order.
 FLAGS, SIZES = ("active", "all_scores", "forced"), ("batch", "tokens", "heads", "k", "columns")
@@ -47,7 +49,7 @@ def header_of(
         "tokens": int(routing_mask.sum(1).max()),
         "heads": config.num_attention_heads,
         "k": k,
-        "all_scores": int(all_scores or (forced is None and reductions != ("mean", "max", "max"))),
+        "all_scores": int(all_scores or (forced is None and reductions not in DEFAULT_REDUCTIONS)),
         "forced": int(forced is not None),
         "columns": max(k, 0 if forced is None else forced.shape[1]),
         "head": HEADS.index(reductions[0]),

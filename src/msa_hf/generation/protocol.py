@@ -23,12 +23,12 @@ from ..tokenizing_msa import plain_markers, tokenize_texts
 PROTOCOL_FILE = "memory_protocol.json"
 FORMAT_VERSION = 1
 ID_FIELD = "id"  # of a document's metadata
+FORMATTER = string.Formatter()
 DIGITS = 18  # a longer number is no id: it would not fit an int64
 
-# Template -> the fields it must have; it may have no others. A document may have its id too, and must where the model is
-# to name it from the memory.
+# Template -> the fields it must have; it may have no others.
 TEMPLATES = {
-    "document": {"text"},
+    "document": {"id", "text"},
     "id_format": {"id"},
     "block_item": {"id", "text"},
     "restated": {"question"},
@@ -69,7 +69,8 @@ class Protocol:
     and the last block.
 
     Attributes:
-        document: how a document is encoded, of `{id}` and `{text}`.
+        document: how a document is encoded, of `{id}` and `{text}`. Where no model is to name it from the memory, an id
+            of no characters can be written as `{id!s:.0}`.
         prompt: pieces of the prompt, of `{question}`, each with whether its tokens route.
         id_format: how the model names a document, of `{id}`; ends with a character that is no digit.
         ids_end: ends the ids of a round.
@@ -103,8 +104,7 @@ class Protocol:
         object.__setattr__(self, "prompt", tuple((str(text), bool(routes)) for text, routes in self.prompt))
         object.__setattr__(self, "special_tokens", tuple(self.special_tokens))
         for name, wanted in TEMPLATES.items():
-            found = _fields_of(getattr(self, name)) - ({"id"} if name == "document" else set())
-            if found != wanted:
+            if (found := _fields_of(getattr(self, name))) != wanted:
                 raise ValueError(f"`{name}` must have the fields {sorted(wanted)}, got {sorted(found)}.")
         if set().union(*(_fields_of(text) for text, _ in self.prompt)) != {"question"}:
             raise ValueError("`prompt` must have the field ['question'] in one of its pieces, and no other.")
@@ -144,7 +144,7 @@ class Protocol:
         markers: list[list[int]] = []  # behind every text but the last
         text = ""
         for template, values in pieces:
-            for literal, name, specification, _ in string.Formatter().parse(template):
+            for literal, name, specification, conversion in FORMATTER.parse(template):
                 start = 0
                 for found in spoken.finditer(literal):
                     texts.append(text + literal[start : found.start()])
@@ -152,7 +152,7 @@ class Protocol:
                     text, start = "", found.end()
                 text += literal[start:]
                 if name is not None:
-                    text += format(values[name], specification or "")
+                    text += format(FORMATTER.convert_field(values[name], conversion), specification or "")
         texts.append(text)
         spelt = any(re.search(_any_of(special).pattern, text, re.IGNORECASE) for text in texts)
         own = [self._special_id(tokenizer, token) for token in self.special_tokens] if spelt else []

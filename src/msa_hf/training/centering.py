@@ -7,7 +7,6 @@ two lie close together and a few documents are near to everything. Routers have 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,11 +20,12 @@ from .contrastive import TokenRows, _run, _similarity
 HOW = ("center", "whiten")
 
 
-@dataclass
 class _StatesPass(EncodingPass):
     """An encoding that keeps the mean hidden state of every chunk: layer -> [C, hidden] float32."""
 
-    states: dict[int, Tensor] = field(default_factory=dict)
+    def __init__(self, config: Any, lengths: Tensor, similarity: str) -> None:
+        super().__init__(config, lengths, similarity, stop=True)
+        self.states: dict[int, Tensor] = {}
 
     def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
         super().enter(module, hidden_states)
@@ -53,7 +53,7 @@ def center_routers(model: Any, documents: Sequence[TokenRows], how: str = "cente
         raise ValueError("A model with `shared_router` has no router projections to change.")
     seen: dict[int, list[Tensor]] = {}
     for rows in documents:
-        encoding = _StatesPass(model.config, rows.lengths, _similarity(model.config), stop=True)
+        encoding = _StatesPass(model.config, rows.lengths, _similarity(model.config))
         _run(model, rows, torch.arange(rows.ids.shape[1], device=rows.ids.device), encoding)
         for layer, states in encoding.states.items():
             seen.setdefault(layer, []).append(states)
@@ -70,10 +70,10 @@ def center_routers(model: Any, documents: Sequence[TokenRows], how: str = "cente
                 router.weight.copy_(weight - torch.outer(weight @ direction, direction))
             continue
         states = states - mean
+        states = states - torch.outer(states @ direction, direction)
         values, vectors = torch.linalg.eigh(states.T @ states / len(states))
         order = values.argsort(descending=True)[: groups * dim]
         scaled = vectors[:, order].T * (values[order] + smallest * values.max()).rsqrt()[:, None]
-        scaled = scaled - torch.outer(scaled @ direction, direction)
         dealt = scaled.unflatten(0, (dim, groups)).transpose(0, 1)  # [G, D, hidden]
         module.router_k_proj.weight.copy_(dealt.flatten(0, 1))
         module.router_q_proj.weight.copy_(dealt.repeat_interleave(heads // groups, dim=0).flatten(0, 1))

@@ -39,7 +39,6 @@ class TokenRows:
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
 
-@dataclass
 class RoutingPass(AttendingPass):
     """Routes questions and ends with the last memory layer's scores: nothing behind them is computed."""
 

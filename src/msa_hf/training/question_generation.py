@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat_msa import CACHE, cache_of
 from .data import IGNORED
 
 
@@ -60,13 +61,15 @@ def sample_questions(
     """
     count, kinds = passages.shape[0], len(tags)
     output = model(input_ids=passages, use_cache=True, logits_to_keep=1)
-    cache = output.past_key_values
+    cache = cache_of(output)
+    if cache is None:
+        raise ValueError("The model returned no cache of what it read; questions cannot be sampled from it.")
     cache.batch_repeat_interleave(kinds)
     ids = torch.tensor([list(tag) for tag in tags], device=passages.device).repeat(count, 1)
     found = torch.full((count * kinds, max_tokens), end, dtype=torch.long, device=passages.device)
     done = torch.zeros(count * kinds, dtype=torch.bool, device=passages.device)
     for place in range(max_tokens):
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits[:, -1]
         drawn = _nucleus(logits.float(), top_p)
         drawn = drawn.masked_fill(done, end)
         found[:, place] = drawn
@@ -78,7 +81,7 @@ def sample_questions(
 
 
 def _nucleus(logits: Tensor, top_p: float, most: int = 64) -> Tensor:
-    """[N, V] -> [N] tokens drawn from the smallest set whose probabilities reach `top_p`, among the `most` likeliest."""
+    """[N, V] -> [N] tokens, drawn from the smallest set among the `most` likeliest that has `top_p` of their mass."""
     values, tokens = logits.topk(min(most, logits.shape[1]), dim=1)
     shares = values.softmax(1)
     kept = shares.cumsum(1) - shares < top_p

@@ -26,7 +26,7 @@ class LowRank:
         scale: of the product.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     base: Tensor
     down: nn.Parameter
     up: nn.Parameter
@@ -67,8 +67,9 @@ class TrainedWeights:
             down = torch.empty(rank, weight.shape[1], device=weight.device)
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))  # as PEFT starts
             up = torch.zeros(weight.shape[0], rank, device=weight.device)
+            base = weight.detach().float().clone()  # a copy, also of a weight in float32
             self.low_rank[name] = LowRank(
-                weight.requires_grad_(), weight.detach().float(), nn.Parameter(down), nn.Parameter(up), alpha_per_rank
+                weight.requires_grad_(), base, nn.Parameter(down), nn.Parameter(up), alpha_per_rank
             )
         self.whole: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         for name in whole:
