@@ -15,6 +15,8 @@ TILE_ELEMENTS = 1 << 22
 ACCELERATOR_TILES = 16
 # Chunks per tile: wide enough for an efficient matrix product, small enough that keys in 16 bit are widened piecemeal.
 TILE_CHUNKS = 8192
+# Up to so many documents a choice is padded to `top_k`, however few there are.
+PADDED_COLUMNS = 4096
 # Stands for "no score": finite, so that it survives a division by the temperature without turning into NaN.
 NO_SCORE = -1e30
 # Beside a squared norm, inside the root: the gradient at zero is finite.
@@ -26,8 +28,8 @@ class LayerRouting:
     """What one memory layer chose.
 
     Attributes:
-        documents: [B, k] int64, positions in the bank, best first; -1 where fewer documents were there. k is `top_k`,
-            or the number of documents where that is less.
+        documents: [B, k] int64, positions in the bank, best first; -1 where fewer documents were there. k is
+            `columns(top_k, documents)`.
         scores: [B, k] float32, scores of `documents`; -inf beside -1.
         document_scores: [B, N] float32, scores of all documents (differentiable in training), -inf for documents that
             a sample cannot see; None unless training or asked for with `output_document_scores=True`.
@@ -36,6 +38,11 @@ class LayerRouting:
     documents: Tensor
     scores: Tensor
     document_scores: Tensor | None = None
+
+
+def columns(top_k: int, documents: int) -> int:
+    """How many documents a layer's choice has room for: `top_k`, but above `PADDED_COLUMNS` no more than there are."""
+    return max(min(top_k, max(documents, PADDED_COLUMNS)), 1)
 
 
 def normalize_heads(vectors: Tensor) -> Tensor:

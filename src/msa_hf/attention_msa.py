@@ -28,7 +28,15 @@ from .chosen_msa import Chosen, score_chosen, scores_at
 from .chunks_msa import chunk_counts, gather_documents, pool_documents
 from .gradients_msa import join_routers, tie
 from .memory_msa import LayerMemory
-from .routing_msa import NO_SCORE, LayerRouting, last_routing_tokens, route_documents, score_documents, select_documents
+from .routing_msa import (
+    NO_SCORE,
+    LayerRouting,
+    columns,
+    last_routing_tokens,
+    route_documents,
+    score_documents,
+    select_documents,
+)
 
 # Name of a base implementation -> the name under which ours, standing on it, is registered. Transformers gives special
 # meaning to names that contain "sdpa" or "flash", so ours do not.
@@ -440,9 +448,8 @@ class AttendingPass:
         return context
 
     def _document_count(self) -> int:
-        """Documents to choose: `top_k`, or as many as there are, and room for one where there are none."""
         assert self.offsets is not None
-        return max(min(self.config.top_k, self.offsets.shape[0] - 1), 1)
+        return columns(self.config.top_k, self.offsets.shape[0] - 1)
 
     def _needs_all_scores(self, router_query: Tensor) -> bool:
         """Whether the scores of all documents are asked for, or another choice than the `top_k` best by default."""

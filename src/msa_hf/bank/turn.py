@@ -16,7 +16,7 @@ from .. import attention_msa
 from ..chosen_msa import Chosen, score_chosen, scores_at
 from ..chunks_msa import chunk_rows
 from ..ops.gather_documents import most_rows
-from ..routing_msa import NO_SCORE, score_documents, select_documents
+from ..routing_msa import NO_SCORE, columns, score_documents, select_documents
 
 if TYPE_CHECKING:
     from .parallel import ShardedBank
@@ -36,8 +36,8 @@ DIFFERENT = "different"
 def header_of(
     config: Any, inputs: Tensor, routing_mask: Tensor, forced: Tensor | None, all_scores: bool, rows: int
 ) -> dict[str, int]:
-    """What a process says about its turn; `rows` are those of the whole bank, of which no more can be chosen."""
-    k = max(min(config.top_k, rows), 1)
+    """What a process says about its turn; `rows` are those of the whole bank."""
+    k = columns(config.top_k, rows)
     digest = hashlib.sha256()
     for tensor in (inputs, routing_mask, forced):
         if tensor is not None and not tensor.is_floating_point():  # embeddings may differ in their last digits
