@@ -1,0 +1,61 @@
+"""The adapter of SmolLM2: complete, of the base's shapes, small, and with a protocol that a tokenizer can follow."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from scripted import byte_tokenizer
+
+from msa_hf.generation import Protocol
+
+CARD = Path(__file__).parents[2] / "model_cards" / "msa-hf-smollm2-135m"
+HIDDEN, KEYS, MIDDLE, LAYERS, MEMORY_LAYER = 576, 192, 1536, 30, 18
+LINEAR = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KEYS, HIDDEN),
+    "self_attn.v_proj": (KEYS, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (MIDDLE, HIDDEN),
+    "mlp.up_proj": (MIDDLE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, MIDDLE),
+}
+
+
+@pytest.fixture(scope="module")
+def shapes() -> dict[str, tuple[int, ...]]:
+    with safe_open(CARD / "adapter_model.safetensors", "pt") as file:
+        assert {str(file.get_slice(name).get_dtype()) for name in file.keys()} == {"BF16"}  # noqa: SIM118
+        assert all(bool(file.get_tensor(name).isfinite().all()) for name in file.keys())  # noqa: SIM118
+        return {
+            name.removeprefix("base_model.model.model.layers."): tuple(file.get_slice(name).get_shape())
+            for name in file.keys()  # noqa: SIM118
+        }
+
+
+def test_every_layer_has_its_updates_and_the_memory_layer_its_routers(shapes: dict[str, tuple[int, ...]]) -> None:
+    router = f"{MEMORY_LAYER}.self_attn.router"
+    expected = {
+        f"{router}_q_proj.weight": (HIDDEN, HIDDEN),
+        f"{router}_k_proj.weight": (KEYS, HIDDEN),
+        f"{router}_score_bias.weight": (1,),
+    }
+    for layer in range(LAYERS):
+        rank = 24 if layer < MEMORY_LAYER else 8
+        for name, (out, into) in LINEAR.items():
+            expected[f"{layer}.{name}.lora_A.weight"] = (rank, into)
+            expected[f"{layer}.{name}.lora_B.weight"] = (out, rank)
+    assert shapes == expected
+    configuration = json.loads((CARD / "adapter_config.json").read_text())
+    assert configuration["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert sum(path.stat().st_size for path in CARD.iterdir()) < 20e6
+
+
+def test_its_protocol_routes_by_the_line_break_behind_the_question() -> None:
+    protocol, tokenizer = Protocol.from_pretrained(CARD), byte_tokenizer(("<|im_end|>",))
+    ids, routes = Protocol.join(protocol.transcript(tokenizer, "Who came?"))
+    assert tokenizer.decode(ids) == "Who came?\n" and all(routes)
+    assert tokenizer.decode(protocol.encode(tokenizer, protocol.document, id=3, text="Ann came.")) == "Ann came."
+    segments = protocol.transcript(tokenizer, "Who came?", [[(3, "Ann came.")]], answer="Ann")
+    text = tokenizer.decode(Protocol.join(segments)[0])
+    assert text == "Who came?\n[3]\n[3]\nAnn came.\n---\nQuestion: Who came?\nAnswer: Ann<|im_end|>"

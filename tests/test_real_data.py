@@ -1,0 +1,66 @@
+"""Real text from a directory: passages that lose nothing, what questions want, and rows of tokens."""
+
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+LINES = 'One came. Two left!  Three "stayed." ' * 20 + "\nA line\n" + "x" * 130 + " " + "word " * 60
+
+
+@pytest.fixture
+def data(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import real_data
+
+    return real_data
+
+
+@pytest.mark.parametrize("longest", [40, 100, 10_000])
+def test_passages_hold_all_words_in_order_and_are_short(data: Any, longest: int) -> None:
+    pieces = data.split_passages(LINES, longest)
+    assert "".join("".join(pieces).split()) == "".join(LINES.split())
+    assert max(map(len, pieces)) <= longest and all(piece == piece.strip() != "" for piece in pieces)
+    if longest == 100:  # sentences end passages where they can
+        assert all(piece[-1] in '.!"' for piece in pieces[:5])
+    assert data.split_passages(" \n ") == []
+
+
+def test_questions_want_the_passages_that_hold_their_answer(data: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    documents = [
+        {"key": "a", "title": "Ann", "text": "Ann came early. " * 60 + "She left on Friday."},
+        {"key": "b", "title": "", "text": "Bo stayed."},
+    ]
+    questions = [{"question": "When did Ann leave?", "answers": ["friday"], "gold": ["a", "b"]}]
+    for name, rows in (("documents", documents), ("questions.train", questions)):
+        with lzma.open(folder / f"{name}.jsonl.xz", "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    passages = data.read_passages(tmp_path)
+    assert [text.split("\n")[0] for text in passages.texts] == ["Ann", "Ann", "Bo stayed."]
+    found = data.read_questions(tmp_path, "train")
+    assert [item["set"] for item in found] == ["notes"] and data.read_questions(tmp_path, "dev") == []
+    # The answer stands in the second passage of a; none of b holds it, so all of b count.
+    assert data.wanted_passages(found[0], passages, data.passages_of(passages)) == [[1], [2]]
+    assert len(data.read_passages(tmp_path, limit=1).texts) == 2
+
+
+def test_rows_come_back_padded_and_every_one_in_a_part(data: Any) -> None:
+    import train_real
+
+    rows = [[5], [6, 7, 8], [9, 10], [11] * 9, [12, 13]]
+    flat = train_real.Flat.joined([train_real.Flat.of(rows[:2]), train_real.Flat.of(rows[2:])])
+    found = flat.rows(torch.tensor([3, 1]), multiple=4)
+    assert found.ids.shape == (2, 12) and found.lengths.tolist() == [9, 3]
+    assert found.ids[1].tolist() == [6, 7, 8] + [0] * 9
+    seen = []
+    for places, part in flat.parts(torch.tensor([0, 2, 3, 4]), budget=4):
+        for place, ids, length in zip(places.tolist(), part.ids, part.lengths, strict=True):
+            assert ids[:length].tolist() == rows[place]
+            seen.append(place)
+    assert sorted(seen) == [0, 2, 3, 4]
