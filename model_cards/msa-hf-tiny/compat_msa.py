@@ -19,6 +19,8 @@ NEWEST_TESTED = "5.24"  # the newest minor release that the tests of this code r
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(BaseModelOutputWithPast)})
 
+PEFT_CACHE = "past_key_values"  # what PEFT, up to 0.21, asks a base's inputs for, whatever transformers says
+
 
 def rename_cache(arguments: dict[str, Any]) -> Cache | None:
     """Put the cache among the keyword arguments of a call under the name that this transformers knows, in place.

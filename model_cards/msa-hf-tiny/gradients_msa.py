@@ -61,13 +61,15 @@ def tie(anchor: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     return list(_Tie.apply(anchor, *tensors))
 
 
-def join_routers(module: nn.Module, hidden_states: Tensor) -> Tensor:
-    """The input [B, T, hidden] of a memory layer's attention, through which its routers' weights get a gradient.
+def join_routers(module: nn.Module, states: Tensor) -> Tensor:
+    """`states` inside a memory layer's attention, through which the weights of its routers get a gradient.
 
-    Bit for bit the same; itself where no gradient is computed or the routers are not trained.
+    Bit for bit the same, and so are gradients, where the states have no other reader: queries have none, while hidden
+    states may be read by what stands beside the attention, and sums of several gradients depend on their order. Itself
+    where no gradient is computed or the routers are not trained.
     """
     if not torch.is_grad_enabled():
-        return hidden_states
+        return states
     routers = [module.get_submodule(name) for name in ROUTER_MODULES if hasattr(module, name)]
     weights = [weight for router in routers for weight in router.parameters() if weight.requires_grad]
-    return _Join.apply(hidden_states, *weights) if weights else hidden_states
+    return _Join.apply(states, *weights) if weights else states

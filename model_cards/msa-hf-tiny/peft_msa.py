@@ -20,7 +20,7 @@ from transformers import Cache
 from transformers.utils import is_peft_available
 
 from .cache_msa import MSACache
-from .compat_msa import CACHE, CACHE_NAMES, rename_cache
+from .compat_msa import CACHE, CACHE_NAMES, PEFT_CACHE, rename_cache
 
 TABLES = "TRANSFORMERS_MODELS_TO_"  # so open the names of PEFT's tables of modules
 MODEL_TYPE = "msa"
@@ -81,7 +81,7 @@ class VirtualTokens:
         inputs = type(self.base_model).prepare_inputs_for_generation(self.base_model, *args, **kwargs)
         cache = rename_cache(inputs)
         inputs.pop(CACHE, None)
-        inputs["past_key_values"] = cache  # the name that PEFT asks for
+        inputs[PEFT_CACHE] = cache
         if not self._lie_in_the_cache:
             inputs.pop("position_ids", None)  # PEFT would leave them out, with a warning
         return inputs

@@ -74,16 +74,12 @@ class MemoryPass(Protocol):
         """Compute the attention of a layer; `states` are query, key, value, attention_mask."""
 
 
-def enter_memory_layer(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def enter_memory_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of memory layers: the attention function itself does not see the hidden states."""
-    named = "hidden_states" in kwargs
-    hidden_states = join_routers(module, kwargs["hidden_states"] if named else args[0])
     memory_pass = kwargs.get("memory_pass")
     if memory_pass is not None:
-        memory_pass.enter(module, hidden_states)
-    return (args, {**kwargs, "hidden_states": hidden_states}) if named else ((hidden_states, *args[1:]), kwargs)
+        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        memory_pass.enter(module, join_routers(module, hidden_states))
 
 
 def _eager_of(module: nn.Module) -> AttentionFunction:
@@ -100,7 +96,7 @@ def memory_eager(
 ) -> AttentionOutput:
     """Attention with a memory over the base's eager attention."""
     memory_pass: MemoryPass | None = kwargs.pop("memory_pass", None)
-    base = _eager_of(module)
+    base, query = _eager_of(module), join_routers(module, query)
     if memory_pass is None:
         return base(module, query, key, value, attention_mask, **kwargs)
     return memory_pass.attend(base, module, query, key, value, attention_mask, **kwargs)
@@ -111,7 +107,7 @@ def memory_fused(
 ) -> AttentionOutput:
     """Attention with a memory over PyTorch's scaled_dot_product_attention."""
     memory_pass: MemoryPass | None = kwargs.pop("memory_pass", None)
-    base = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    base, query = ALL_ATTENTION_FUNCTIONS["sdpa"], join_routers(module, query)
     if memory_pass is None:
         return base(module, query, key, value, attention_mask, **kwargs)
     return memory_pass.attend(base, module, query, key, value, attention_mask, **kwargs)

@@ -20,7 +20,7 @@ import torch
 import transformers
 from setups import FEW, Setup, assert_same, batch_of, samples_of, setup, tokens
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import msa_hf
 from msa_hf import MSACache, MSAForCausalLM, compat_msa
@@ -146,8 +146,8 @@ def test_a_decoding_function_gets_the_cache_by_this_version_s_name() -> None:
 def test_a_training_step_takes_no_cache_by_any_name() -> None:
     made = setup()
     for name in CACHE_NAMES:
-        with pytest.raises(ValueError, match="no cache"):
-            made.model(torch.tensor([[5, 6]]), documents=[[3, 4]], **{name: MSACache(config=made.model.config)})
+        with pytest.raises(ValueError, match="takes no cache"):
+            made.model(torch.tensor([[5, 6]]), documents=[[3, 4]], **{name: DynamicCache(config=made.model.config)})
 
 
 def test_two_caches_are_refused() -> None:
@@ -200,7 +200,7 @@ def test_a_lost_cache_raises(monkeypatch, lose, questions) -> None:
 @pytest.mark.parametrize("version, told", [("5.17.0", 0), (f"{NEWEST_TESTED}.9", 0), ("5.99.0.dev0", 1), ("6.0.0", 1)])
 def test_an_untested_version_is_named_once(monkeypatch, caplog, version, told) -> None:
     """One line where transformers is newer than the newest tested, however many models are made."""
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(compat_msa.transformers, "__version__", version)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     compat_msa.logger.warning_once.cache_clear()
     with caplog.at_level(logging.WARNING, compat_msa.logger.name):
@@ -277,7 +277,7 @@ import sys
 sys.modules["msa_hf"] = None  # what cannot be imported is not installed
 import torch
 from pathlib import Path
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 directory = Path(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
 assert type(model).__module__.startswith("transformers_modules")
