@@ -26,7 +26,7 @@ from .adapters_msa import (
     place_modules,
     place_parameters,
 )
-from .weights_msa import HALF_STEPS, AdapterRecord, WeightsRecord
+from .weights_msa import HALF_STEPS, AdapterRecord, WeightsRecord, only_asks
 
 SAMPLES = 64  # values per parameter that a fingerprint looks at
 KEPT = 8  # of these, as many as a record keeps
@@ -292,7 +292,7 @@ def _read(model: Any) -> WeightsRecord:
     active = [
         replace(adapter, path=adapter.path.removeprefix(backbone))
         for adapter in active_adapters(model, skip=head)
-        if not adapter.path.endswith(".router_score_bias")
+        if not only_asks(adapter.path)
     ]
     adapted, adapter_dtype = _adapted(active, {item.name: item.tensor.numel() for item in placed}, values)
     names = "\n".join(f"{item.name} {tuple(item.tensor.shape)}" for item in placed)
@@ -307,6 +307,7 @@ def _read(model: Any) -> WeightsRecord:
         adapters=_adapter_records(active),
         adapted=None if adapted is None else _little_endian(adapted),
         adapter_dtype=adapter_dtype,
+        states=_digest([item for item in placed if not only_asks(item.name)], samples),
         names=tuple((name, len(kept)) for name, kept in values.items()),
         older=older,
     )

@@ -15,6 +15,8 @@ HALF_STEPS = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "fl
 SMALLEST_HALF = 2.0**-25  # by which float16 moves a number too small for its full precision
 SAME_FREQUENCY = 2.0**-16  # share of a frequency: above what devices differ by, below what a cast does to it
 OTHER_FREQUENCIES = "the rotary frequencies have other values than in the model that made the bank"
+# Weights that ask a bank and do not make it: documents are encoded without them.
+ASKING_MODULES = frozenset({"router_q_proj", "router_score_bias"})
 SLACK = 1.01  # the bounds above are reached, and compared in float64
 
 
@@ -50,6 +52,8 @@ class WeightsRecord:
         adapters: active ones, in the order of their fingerprints.
         adapted: `values` with what the adapters add; None where there are none, or where it is not that simple.
         adapter_dtype: of the least precise adapter in `adapted`.
+        states: as `fingerprint`, without the weights that only ask (`ASKING_MODULES`), so that a bank stays good while
+            these are trained; None in banks that were made without it.
         names: name and number of `values` of each parameter; only of a model at hand.
         older: the fingerprint that earlier versions took, of all adapters that are loaded; None where none is.
     """
@@ -64,6 +68,7 @@ class WeightsRecord:
     adapters: tuple[AdapterRecord, ...] = ()
     adapted: bytes | None = None
     adapter_dtype: str = "float32"
+    states: str | None = None
     names: tuple[tuple[str, int], ...] = field(default=(), compare=False, repr=False)
     older: str | None = field(default=None, compare=False, repr=False)
 
@@ -86,6 +91,8 @@ class WeightsRecord:
         if self.adapted is not None:
             record["adapted"] = base64.b64encode(self.adapted).decode()
             record["adapter_dtype"] = self.adapter_dtype
+        if self.states is not None:
+            record["states"] = self.states
         return record
 
     @classmethod
@@ -136,6 +143,7 @@ class WeightsRecord:
             adapters=adapters,
             adapted=adapted,
             adapter_dtype="float32" if adapted is None else text(record, "adapter_dtype"),
+            states=None if record.get("states") is None else text(record, "states"),
         )
 
     def describe_dtypes(self) -> str:
@@ -157,7 +165,7 @@ def weight_differences(bank: WeightsRecord, model: WeightsRecord) -> list[str]:
     """
     lines = []
     plain = bank.parameters == model.parameters and not bank.quantized and not model.quantized
-    same = bank.fingerprint == model.fingerprint
+    same = bank.fingerprint == model.fingerprint or (bank.states is not None and bank.states == model.states)
     same = same or (plain and _rounds_otherwise(bank, model) and not _unequal(bank, model).any())
     adapters = {item.fingerprint for item in bank.adapters} != {item.fingerprint for item in model.adapters}
     if not same and plain and (bank.adapters or model.adapters) and not _unequal_adapted(bank, model).any():
@@ -234,7 +242,17 @@ def _unequal(bank: WeightsRecord, model: WeightsRecord) -> np.ndarray:
     scale = np.maximum(np.abs(ours), np.abs(theirs))
     allowed = sum(_bounds(record, model.names, scale) for record in (bank, model))
     known = bank.dtype_of_values(model.names) == model.dtype_of_values(model.names)
-    return np.abs(ours - theirs) > np.where(known, 0.0, allowed)
+    return (np.abs(ours - theirs) > np.where(known, 0.0, allowed)) & ~_only_ask(model.names)
+
+
+def only_asks(name: str) -> bool:
+    """Whether a parameter takes no part in encoding documents."""
+    return not ASKING_MODULES.isdisjoint(name.split("."))
+
+
+def _only_ask(names: Sequence[tuple[str, int]]) -> np.ndarray:
+    """[n] bool, the values of parameters that take no part in encoding documents."""
+    return np.repeat([only_asks(name) for name, _ in names], [count for _, count in names])
 
 
 def _unequal_adapted(bank: WeightsRecord, model: WeightsRecord) -> np.ndarray:
@@ -251,7 +269,7 @@ def _unequal_adapted(bank: WeightsRecord, model: WeightsRecord) -> np.ndarray:
     for record, (plain, whole) in zip((bank, model), sides, strict=True):
         step = HALF_STEPS.get(record.adapter_dtype, 0.0)
         allowed += 2 * _bounds(record, model.names, scale) + 16 * step * np.abs(whole - plain)
-    return np.abs(sides[0][1] - sides[1][1]) > allowed
+    return (np.abs(sides[0][1] - sides[1][1]) > allowed) & ~_only_ask(model.names)
 
 
 def _adapter_line(bank: WeightsRecord, model: WeightsRecord) -> str:

@@ -297,12 +297,23 @@ def test_weights_that_change_after_the_bank_was_accepted(change: Callable[[Any],
     ask(made.model, made.bank)
 
 
-def test_the_routers_count_and_the_head_and_score_biases_do_not() -> None:
+def test_router_keys_count_and_what_only_asks_does_not(tmp_path: Path) -> None:
+    """Router queries may be trained on with the bank at hand, in any dtype; documents are encoded without them."""
     made = setup(score_bias=True)
+    bank = stored(made.bank, tmp_path / "bank")
+    before = ask(made.model, bank)
     with torch.no_grad():
         made.model.lm_head.weight.add_(1.0)
         made.model.model.layers[2].self_attn.router_score_bias.weight.add_(1.0)
-    ask(made.model, made.bank)
+        made.model.model.layers[3].self_attn.router_q_proj.weight.normal_()
+    assert not torch.equal(ask(made.model, bank).routing[3].scores, before.routing[3].scores)
+    load = saved(made, tmp_path / "model")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        ask(load(dtype=dtype), bank)
+    again = encode(made.model, made)
+    for layer, memory in made.bank.layers.items():
+        assert torch.equal(memory.routing_keys, again.layers[layer].routing_keys)
+        assert torch.equal(memory.content, again.layers[layer].content)
     with torch.no_grad():
         made.model.model.layers[2].self_attn.router_k_proj.weight.add_(1.0)
     assert "layers.2.self_attn.router_k_proj.weight" in refusal(made.model, made.bank)
@@ -472,6 +483,7 @@ def test_routers_that_an_adapter_replaces() -> None:
         ask(model, made.bank)
     with torch.no_grad():
         made.model.model.layers[2].self_attn.router_score_bias.modules_to_save["default"].weight.add_(1.0)
+        made.model.model.layers[2].self_attn.router_q_proj.modules_to_save["default"].weight.add_(1.0)
     ask(model, bank)
     ask(model.merge_and_unload(), bank)
 
@@ -773,7 +785,7 @@ def test_numbers_of_values_that_do_not_fit_are_unequal() -> None:
     """A record may come from a damaged or malicious manifest; it is another model then, not an error."""
     weights = setup().model.memory_origin().weights
     assert weights is not None
-    half = {**weights.to_dict(), "fingerprint": "0" * 64, "dtypes": ["float16"]}
+    half = {**weights.to_dict(), "fingerprint": "0" * 64, "states": "0" * 64, "dtypes": ["float16"]}
     assert weight_differences(WeightsRecord.from_dict(half), weights) == []
     for change in ({"values": ""}, {"values": "AAAAAA=="}, {"dtypes": ["float16"] * 3}, {"dtypes": []}):
         odd = WeightsRecord.from_dict({**half, **change})
