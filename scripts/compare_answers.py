@@ -25,7 +25,7 @@ def main() -> None:
         record = json.loads(line) if line else {}
         if record.get("question") != asked["question"]:
             raise SystemExit(f"error: no answer to question {number}: {asked['question']}")
-        same = exact_match(record["answer"], asked["answer"])
+        same = any(exact_match(record["answer"], right) for right in (asked["answer"], *asked.get("also", [])))
         right += same
         print(f"\n{number}. {asked['question']} ({asked['kind'].replace('_', '-')})")
         print(f"   answer    {record['answer'] or '(none)'}")

@@ -19,6 +19,7 @@ from msa_hf.generation import COMPACT
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples" / "quickstart"
+NOTES = ROOT / "examples" / "notes"
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -114,10 +115,20 @@ def test_it_encodes_and_asks_and_compares(checkpoint: Path, tmp_path: Path) -> N
     assert [document.key for document in bank.documents] == [row["key"] for row in rows(EXAMPLES / "documents.jsonl")]
 
 
+def test_everyday_notes_are_asked_about(checkpoint: Path, tmp_path: Path) -> None:
+    done = quickstart("--real", "--no-install", "--model", checkpoint, "--dir", tmp_path / "bank")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\d+ of 20 answers are right\.$", done.stdout, flags=re.MULTILINE)
+    assert len(MemoryBank.from_pretrained(tmp_path / "bank").documents) == 40
+    texts = {row["key"]: row["text"] for row in rows(NOTES / "documents.jsonl")}
+    for row in rows(NOTES / "questions.jsonl"):
+        assert any(answer.lower() in texts[row["positives"][0]].lower() for answer in (row["answer"], *row["also"]))
+
+
 def compared(tmp_path: Path, answers: list[dict[str, Any]]) -> subprocess.CompletedProcess[str]:
     """What is shown of two questions."""
     questions = [
-        {"question": "Who?", "answer": "Ann", "kind": "one_hop", "positives": ["a"]},
+        {"question": "Who?", "answer": "Anna", "also": ["Ann"], "kind": "one_hop", "positives": ["a"]},
         {"question": "When?", "answer": "1900", "kind": "two_hop", "positives": ["b", "c"]},
     ]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
@@ -139,7 +150,7 @@ def test_answers_are_judged(tmp_path: Path) -> None:
         "",
         "1. Who? (one-hop)",
         "   answer    Ann.",
-        "   expected  Ann (right)",
+        "   expected  Anna (right)",
         "   source    [4] a (score 0.500, round 1, needed)",
         "   source    [7] b (not routed, round 2)",
         "   time      1.50 s",

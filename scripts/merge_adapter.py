@@ -1,0 +1,42 @@
+"""Make one checkpoint of a plain model and an adapter that gives it a memory, for `msa-hf encode` and `msa-hf ask`.
+
+    python scripts/merge_adapter.py --base build/real/base --adapter model_cards/msa-hf-smollm2-135m --out build/model
+
+The adapter's directory holds, beside what PEFT saved, `memory.json` (the fields of the memory) and the protocol.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from msa_hf import MSAForCausalLM
+from msa_hf.generation import Protocol
+
+
+def merge(base: str, adapter: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the checkpoint, its tokenizer and its protocol to `out`."""
+    fields = json.loads((adapter / "memory.json").read_text(encoding="utf-8"))
+    model = MSAForCausalLM.from_base(base, dtype=torch.float32, **fields)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    merged.to(dtype).save_pretrained(out)
+    AutoTokenizer.from_pretrained(base).save_pretrained(out)
+    Protocol.from_pretrained(adapter).save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="a directory or a Hub id")
+    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    merge(arguments.base, arguments.adapter, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
