@@ -125,6 +125,22 @@ def test_retrofit_copies_routers_by_default(place: Path) -> None:
     assert torch.equal(weights[f"{attention}.router_q_proj.weight"], weights[f"{attention}.q_proj.weight"])
 
 
+def test_retrofit_whitens_routers_by_documents(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": " ".join(f"word{(7 * row + word) % 50}" for word in range(12))} for row in range(30)]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--whiten", str(tmp_path / "docs.jsonl"), "--memory-layers", "3", "--chunk-size", "4")
+    assert main(["retrofit", str(place / "base"), str(tmp_path / "out"), *options]) == 0
+    assert "whitened, not trained" in capsys.readouterr().out
+    made, _ = loaded(tmp_path / "out")
+    assert made.config.query_reduction == "mean"
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    query, key = (weights[f"model.layers.3.self_attn.router_{name}_proj.weight"] for name in ("q", "k"))
+    torch.testing.assert_close(query.unflatten(0, (2, 2, -1))[:, 0].flatten(0, 1), key)  # heads share their group's
+    few = refusal(capsys, "retrofit", place / "base", tmp_path / "few", "--whiten", place / "docs")
+    assert "take more or longer documents" in few and not (tmp_path / "few").exists()
+    assert "no such file" in refusal(capsys, "retrofit", place / "base", tmp_path / "few", "--whiten", tmp_path / "no")
+
+
 def test_retrofit_chooses_positions(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Once for all texts, where the base's depend on the longest of a batch; elsewhere there is nothing to choose."""
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}

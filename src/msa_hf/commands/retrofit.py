@@ -8,10 +8,14 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from ..corpus_files import Corpus
 from ..modeling_msa import MSAForCausalLM
+from ..training.centering import center_routers, sample_rows
 from ..user_errors import UserError, reported
 from .loading import checkpoint, new_directory
 from .options import command, positive
+
+SAMPLE = 2_000  # documents that routers are set from, at most
 
 
 def layer_list(text: str) -> list[int]:
@@ -39,6 +43,12 @@ def add_to(commands: Any) -> None:
     )
     made.add_argument("--similarity", choices=("cosine", "dot"), default="cosine")
     made.add_argument("--router-init", choices=("copy", "random"), default="copy")
+    made.add_argument(
+        "--whiten",
+        metavar="DOCS",
+        help="set the routers in closed form from documents like those to come (a folder, .jsonl or saved dataset): "
+        "above chance without training, by the mean of a question's tokens",
+    )
     made.add_argument("--score-bias", action="store_true", help="let scores weigh the documents in the attention")
 
 
@@ -59,8 +69,20 @@ def run(args: argparse.Namespace) -> int:
             **({} if args.rope_length is None else {"rope_length": args.rope_length}),
         )
         tokenizer = AutoTokenizer.from_pretrained(args.base)
+    if args.whiten is not None:
+        whiten(model, tokenizer, Corpus(args.whiten))
     with reported():
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-    print(f"{out}: memory in layers {', '.join(map(str, model.config.memory_layers))}; the routers are untrained")
+    state = "untrained" if args.whiten is None else "whitened, not trained"
+    print(f"{out}: memory in layers {', '.join(map(str, model.config.memory_layers))}; the routers are {state}")
     return 0
+
+
+def whiten(model: Any, tokenizer: Any, corpus: Corpus) -> None:
+    """Set the routers of `model` from documents spread evenly over `corpus`; questions route by their tokens' mean."""
+    places = range(0, len(corpus), -(-len(corpus) // SAMPLE))
+    texts = (row[corpus.text_column] for place in places for row in corpus.read(place, place + 1))
+    with reported():
+        center_routers(model.eval(), sample_rows(tokenizer, texts), "whiten")
+    model.config.query_reduction = "mean"

@@ -5,23 +5,37 @@ with every checkpoint, so that it trains where this package is not installed. No
 or run a model, and it may use the libraries of the extra `train`.
 """
 
+from .centering import center_routers
+from .compiling import compiled_layers
+from .contrastive import Temperatures, TokenRows, contrastive_step
 from .data import QuestionCollator
 from .diagnosis import Diagnosis, diagnose, router_recall
 from .monitor import CollapsedError, CollapseGuard, RouterMonitor
 from .peft import peft_config
+from .question_generation import sample_questions
 from .schedule import MemoryTrainer, RouterWarmup
 from .sharpen import sharpen_score_bias
+from .teacher import EmbeddingTeacher
+from .weights import TrainedWeights
 
 __all__ = [
     "CollapseGuard",
     "CollapsedError",
     "Diagnosis",
+    "EmbeddingTeacher",
     "MemoryTrainer",
     "QuestionCollator",
     "RouterMonitor",
     "RouterWarmup",
+    "Temperatures",
+    "TokenRows",
+    "TrainedWeights",
+    "center_routers",
+    "compiled_layers",
+    "contrastive_step",
     "diagnose",
     "peft_config",
     "router_recall",
+    "sample_questions",
     "sharpen_score_bias",
 ]

@@ -6,7 +6,7 @@ two lie close together and a few documents are near to everything. Routers have 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,31 @@ from torch import Tensor, nn
 from ..attention_msa import EncodingPass
 from ..chunks_msa import pool_chunks
 from ..retrofit_msa import attention_layers, head_shape
+from ..tokenizing_msa import tokenize
 from .contrastive import TokenRows, _run, _similarity
 
 HOW = ("center", "whiten")
+
+
+def sample_rows(
+    tokenizer: Any, texts: Iterable[str], max_tokens: int = 512, batch_tokens: int = 16_384
+) -> list[TokenRows]:
+    """Texts as rows for `center_routers`, shortest first; texts without a token are left out.
+
+    Args:
+        max_tokens: of a text, cut behind them.
+        batch_tokens: per batch, padding included.
+    """
+    rows = sorted((ids for text in texts if (ids := tokenize(tokenizer, text)[:max_tokens])), key=len)
+    found: list[TokenRows] = []
+    start = 0
+    for stop in range(1, len(rows) + 1):
+        if stop == len(rows) or len(rows[stop]) * (stop + 1 - start) > batch_tokens:
+            batch = [torch.tensor(ids) for ids in rows[start:stop]]
+            lengths = torch.tensor([len(ids) for ids in batch])
+            found.append(TokenRows(torch.nn.utils.rnn.pad_sequence(batch, batch_first=True), lengths))
+            start = stop
+    return found
 
 
 class _StatesPass(EncodingPass):
@@ -45,7 +67,8 @@ def center_routers(model: Any, documents: Sequence[TokenRows], how: str = "cente
         smallest: share of the largest variance that is added to all before they are made equal.
 
     Raises:
-        ValueError: for another `how`, and for a model without router projections.
+        ValueError: for another `how`, a model without router projections, and where whitening has fewer chunks than
+            directions to tell apart.
     """
     if how not in HOW:
         raise ValueError(f"`how` must be one of {HOW}, got {how!r}.")
@@ -69,6 +92,11 @@ def center_routers(model: Any, documents: Sequence[TokenRows], how: str = "cente
                 weight = router.weight.double()
                 router.weight.copy_(weight - torch.outer(weight @ direction, direction))
             continue
+        if len(states) < groups * dim:
+            raise ValueError(
+                f"The documents have {len(states)} chunks together, but the routers of layer {layer} have "
+                f"{groups * dim} directions to tell apart; take more or longer documents."
+            )
         states = states - mean
         states = states - torch.outer(states @ direction, direction)
         values, vectors = torch.linalg.eigh(states.T @ states / len(states))
