@@ -59,16 +59,19 @@ class Passages:
         texts: as they are encoded.
         documents: for every passage, the place of its document.
         keys: of the documents.
+        articles: for every passage, what its document was cut out of; the document itself where it was not.
     """
 
     texts: list[str] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    articles: list[str] = field(default_factory=list)
 
     def add(self, row: dict[str, Any]) -> None:
         for piece in split_passages(row["text"]):
             self.texts.append(passage_text(row.get("title") or "", piece))
             self.documents.append(len(self.keys))
+            self.articles.append(row.get("article") or row["key"])
         self.keys.append(row["key"])
 
 

@@ -64,6 +64,7 @@ SHARES = {
 }
 MEASURED = ("nq", "squad11", "squadshifts_newwiki", "fairytaleqa", "multihop")
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MEMORY_FIELDS = ("memory_layers", "query_reduction", "score_bias", "aux_temperature")
 NOT_FOUND = "not in memory"
 PROTOCOL = Protocol(
     document="{text}{id!s:.0}",  # routers choose; no model reads ids from this memory
@@ -177,6 +178,8 @@ def prepare(arguments: argparse.Namespace) -> None:
         extra: dict[str, Any] = {}
         if name == "sets":
             extra = prepare_questions(arguments, tokenizer, passages)
+        numbers = {article: number for number, article in enumerate(dict.fromkeys(passages.articles))}
+        extra["articles"] = torch.tensor([numbers[article] for article in passages.articles])
         save(work / f"{name}.pt", {"tokens": flat.tokens, "lengths": flat.lengths, **extra})
         log("prepared", name, len(texts), "passages", int(flat.lengths.sum()), "tokens")
 
@@ -439,6 +442,29 @@ def teach(arguments: argparse.Namespace) -> None:
 # routers --------------------------------------------------------------------------------------------------------------
 
 
+class Siblings:
+    """Passages by article.
+
+    Args:
+        articles: [N] int64, the article of every passage, numbered from 0 without gaps.
+    """
+
+    def __init__(self, articles: Tensor) -> None:
+        self.articles, self.order = articles, articles.argsort(stable=True)
+        self.counts = torch.bincount(articles)
+        self.first = self.counts.cumsum(0) - self.counts
+
+    def draw(self, places: Tensor) -> Tensor:
+        """For every place another one of its article at random; itself where there is no other."""
+        article = self.articles[places]
+        place_in_order = torch.empty_like(self.order)
+        place_in_order[self.order] = torch.arange(len(self.order), device=self.order.device)
+        count = self.counts[article]
+        step = 1 + (torch.rand(len(places), device=places.device) * (count - 1)).long()
+        within = (place_in_order[places] - self.first[article] + step.clamp(max=(count - 1).clamp(min=0))) % count
+        return self.order[self.first[article] + within]
+
+
 class Pools:
     """Draws the pools of steps: labelled questions with near-misses, and groups of neighbours with asked questions."""
 
@@ -490,6 +516,7 @@ class Pools:
         self.place_of_owner[self.owners] = torch.arange(len(self.owners), device=where)
         self.allowed = torch.ones(len(self.passages.lengths), dtype=torch.bool, device=where)
         self.allowed[data["held_out"].to(where)] = False
+        self.siblings = Siblings(data["articles"].to(where))
         self.pick = random.Random(arguments.seed)
         log(
             len(self.asked),
@@ -520,7 +547,9 @@ class Pools:
         scores[gold[:, 0], gold[:, 1]] = -1
         best = scores.topk(min(arguments.near, scores.shape[1]), dim=1).indices
         misses = best.gather(1, torch.randint(best.shape[1], (len(chosen), arguments.misses), device=where)).flatten()
-        pool = torch.unique(torch.cat([gold[:, 1], misses]))
+        # Others of the same article, which are what a passage is most easily taken for.
+        others = self.siblings.draw(gold[:, 1].repeat(arguments.siblings))
+        pool = torch.unique(torch.cat([gold[:, 1], misses, others[self.allowed[others]]]))
         # Groups of neighbours that all have questions.
         room = max(arguments.pool - len(pool), 0)
         seeds = torch.randint(len(self.owners), (max(room // arguments.group, 1),), device=where)
@@ -536,7 +565,7 @@ class Pools:
         asked = self.asked[torch.minimum(number, stop - 1)]
         numbers = torch.cat([labelled, asked])
         positives = torch.zeros(len(numbers), len(pool), dtype=torch.bool, device=where)
-        positives[gold[:, 0], torch.searchsorted(pool, gold[:, 1])] = True
+        positives[gold[:, 0], torch.searchsorted(pool, gold[:, 1].contiguous())] = True
         positives[len(labelled) + torch.arange(len(asked), device=where), with_question] = True
         share = torch.full((len(numbers),), arguments.soft_asked, device=where)
         share[: len(labelled)] = arguments.soft_labelled
@@ -812,6 +841,8 @@ def adapter(arguments: argparse.Namespace) -> None:
     tuned.peft_config["default"].base_model_name_or_path = BASE_NAME
     tuned.to(torch.bfloat16).save_pretrained(arguments.out)
     PROTOCOL.save_pretrained(arguments.out)
+    fields = {name: getattr(model.config, name) for name in MEMORY_FIELDS}
+    Path(arguments.out, "memory.json").write_text(json.dumps(fields) + "\n")
     Path(arguments.out, "README.md").unlink(missing_ok=True)  # PEFT's own
     log("wrote", arguments.out, sum(path.stat().st_size for path in Path(arguments.out).iterdir()), "bytes")
 
@@ -879,6 +910,9 @@ def main() -> None:
     made.add_argument("--pool", type=int, default=4_096)
     made.add_argument("--labelled", type=int, default=640)
     made.add_argument("--misses", type=int, default=1)
+    made.add_argument(
+        "--siblings", type=int, default=1, help="passages of the same article for each gold one; 0 as measured"
+    )
     made.add_argument("--near", type=int, default=40)
     made.add_argument("--group", type=int, default=8)
     made.add_argument(

@@ -64,3 +64,17 @@ def test_rows_come_back_padded_and_every_one_in_a_part(data: Any) -> None:
             assert ids[:length].tolist() == rows[place]
             seen.append(place)
     assert sorted(seen) == [0, 2, 3, 4]
+
+
+def test_siblings_are_others_of_the_same_article(data: Any) -> None:
+    import train_real
+
+    articles = torch.tensor([0, 1, 0, 2, 1, 0])
+    siblings = train_real.Siblings(articles)
+    torch.manual_seed(0)
+    places = torch.arange(6).repeat(50)
+    drawn = siblings.draw(places)
+    assert torch.equal(articles[drawn], articles[places])
+    alone = places == 3
+    assert torch.equal(drawn[alone], places[alone]) and not bool((drawn == places)[~alone].any())
+    assert set(drawn[places == 0].tolist()) == {2, 5}
