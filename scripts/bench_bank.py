@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from msa_hf.bank import OpenBank
-from msa_hf.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory, MemoryBank
+from msa_hf.model.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory, MemoryBank
 
 GROUPS, DIM, LAYER = 2, 4, 0
 CHANGED = 1000

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "models")
 from families import FAMILIES, base_model
 
 from msa_hf import MSAForCausalLM
-from msa_hf.routing_msa import score_documents, select_documents
+from msa_hf.model.routing_msa import score_documents, select_documents
 
 # A bfloat16 error of the model with memory may be this many times the base's own.
 ALLOWED = 3.0

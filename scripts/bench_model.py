@@ -19,7 +19,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from msa_hf import MemoryBank, MSAForCausalLM
-from msa_hf.memory_msa import Document, DocumentTable, LayerMemory
+from msa_hf.model.memory_msa import Document, DocumentTable, LayerMemory
 
 SHAPES: dict[str, dict[str, Any]] = {
     "4b": {

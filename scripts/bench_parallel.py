@@ -28,9 +28,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from msa_hf import MemoryBank
-from msa_hf.bank.parallel import ShardedBank, shares
-from msa_hf.bank.ranks import Ranks
-from msa_hf.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory
+from msa_hf.bank.sharded.bank import ShardedBank, shares
+from msa_hf.bank.sharded.collectives import Ranks
+from msa_hf.model.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory
 
 CHUNK = 64
 BLOCK = 1 << 16  # chunks made at once, from one seed

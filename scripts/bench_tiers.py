@@ -43,12 +43,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from msa_hf import MemoryBank, MSAForCausalLM
 from msa_hf.bank import TieredBank, place_bank
-from msa_hf.bank.free_memory import Tiers, measured_tiers
-from msa_hf.bank.plan import Choice, DoesNotFit, Reserves
-from msa_hf.bank.rows import Rows, placed_rows
-from msa_hf.bank.shapes import GB
-from msa_hf.bank.sources import BankSource, source_of
-from msa_hf.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory
+from msa_hf.bank.tiered.hardware import Tiers, measured_tiers
+from msa_hf.bank.tiered.plan import Choice, DoesNotFit, Reserves
+from msa_hf.bank.tiered.rows import Rows, placed_rows
+from msa_hf.bank.tiered.shapes import GB
+from msa_hf.bank.tiered.sources import BankSource, source_of
+from msa_hf.model.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory
 from msa_hf.ops import BACKENDS, use_backend
 
 CHUNK = 64

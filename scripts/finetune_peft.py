@@ -15,8 +15,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from msa_hf.data.questions import DataError, read_documents, read_questions
 from msa_hf.training import CollapsedError
-from msa_hf.training.data import DataError, read_documents, read_questions
 from msa_hf.training.finetune import make_trainer, prepare, protocol_of, train
 from msa_hf.training.settings import SettingError, TrainingError, add_options, settings_of
 

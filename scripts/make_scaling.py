@@ -21,10 +21,10 @@ import torch
 from computed_tables import run, table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from msa_hf.bank.free_memory import RATES, Tiers
-from msa_hf.bank.plan import Choice, Placement, Reserves, plan_placement
-from msa_hf.bank.shapes import GB, BankShape
-from msa_hf.configuration_msa import default_memory_layers
+from msa_hf.bank.tiered.hardware import RATES, Tiers
+from msa_hf.bank.tiered.plan import Choice, Placement, Reserves, plan_placement
+from msa_hf.bank.tiered.shapes import GB, BankShape
+from msa_hf.model.configuration_msa import default_memory_layers
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "scaling.md"

@@ -30,18 +30,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from msa_hf import MSAForCausalLM
 from msa_hf.generation import Protocol
-from msa_hf.memory_msa import LayerMemory
+from msa_hf.model.memory_msa import LayerMemory
 from msa_hf.training import peft_config
 from msa_hf.training.centering import center_routers
 from msa_hf.training.compiling import compiled_layers
-from msa_hf.training.contrastive import (
-    Temperatures,
-    TokenRows,
-    contrastive_step,
-    encode_rows,
-    route_rows,
-    soft_targets,
-)
+from msa_hf.training.contrastive import Temperatures, TokenRows, contrastive_step, encode_rows, route_rows, soft_targets
 from msa_hf.training.question_generation import by_length, question_row, sample_questions
 from msa_hf.training.reading import reading_loss, reading_row
 from msa_hf.training.teacher import EmbeddingTeacher

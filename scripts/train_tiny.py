@@ -7,7 +7,7 @@
 
 First a plain Qwen3 learns to read: texts in the prompt, questions about them. Then it gets a memory and learns the
 whole protocol: to route, to name documents from their pooled keys and values, to read what is appended, and to answer.
-Every batch is a small corpus of its own, made by `msa_hf.evaluation.corpora`, so no name is ever seen twice; most are
+Every batch is a small corpus of its own, made by `msa_hf.synthetic.corpora`, so no name is ever seen twice; most are
 as crowded with near-misses as a corpus many times as large. Last, the score biases are fitted to a bank that is as
 crowded as one of a million documents.
 """
@@ -35,9 +35,9 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from msa_hf import MSAForCausalLM
 from msa_hf.evaluation import UNANSWERABLE, Corpus, Question, make_corpus
-from msa_hf.evaluation.corpora import QuestionKind
-from msa_hf.evaluation.prose import prose_documents
 from msa_hf.generation import COMPACT
+from msa_hf.synthetic.corpora import QuestionKind
+from msa_hf.synthetic.prose import prose_documents
 from msa_hf.training import CollapseGuard, diagnose, router_recall, sharpen_score_bias
 
 VOCABULARY = 8192

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from msa_hf.checkpoint_msa import copy_code
+from msa_hf.model.checkpoint_msa import copy_code
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 

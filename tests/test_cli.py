@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from msa_hf import MemoryBank, MSAForCausalLM
-from msa_hf.bank import tiers
-from msa_hf.bank.free_memory import Tiers
+from msa_hf.bank.tiered import bank as tiers
+from msa_hf.bank.tiered.hardware import Tiers
 from msa_hf.cli import main
 from msa_hf.generation import COMPACT, PUBLISHED, MemoryInterleave
 
@@ -331,7 +331,7 @@ def test_a_full_disk_is_one_line(
     def full(*arguments: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr("msa_hf.bank.encoding.publish_file", full)
+    monkeypatch.setattr("msa_hf.bank.encode_corpus.publish_file", full)
     monkeypatch.setattr(MSAForCausalLM, "save_pretrained", full)
     for command in (("encode", place / "plain", place / "docs"), ("retrofit", place / "base")):
         assert "No space left on device" in refusal(capsys, *command, tmp_path / "out")
@@ -552,7 +552,7 @@ def test_an_interrupt_exits_with_130(place: Path, monkeypatch: pytest.MonkeyPatc
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("msa_hf.commands.ask.load", interrupt)
+    monkeypatch.setattr("msa_hf.cli.ask.load", interrupt)
     assert main(["ask", str(place / "plain"), str(place / "plain-bank"), QUESTION]) == 130
 
 

@@ -10,10 +10,9 @@ from scripted import COMPACT, TEXTS, Script, byte_tokenizer, memory_model
 from transformers import AutoTokenizer
 
 from msa_hf import MSAForCausalLM
-from msa_hf.cli import main
-from msa_hf.commands import evaluate
+from msa_hf.cli import evaluate, main
+from msa_hf.evaluation.diagnosis import read_judged
 from msa_hf.training import diagnose
-from msa_hf.training.diagnosis import read_judged
 
 QUESTIONS = [
     {"question": "How far is the amber?", "answer": "10 miles", "positives": ["amber.txt"], "kind": "far"},

@@ -8,10 +8,10 @@ import pytest
 from families import base_model
 
 from msa_hf import MSAForCausalLM
-from msa_hf.checkpoint_msa import REMOTE_FILES
 from msa_hf.cli import main
+from msa_hf.model.checkpoint_msa import REMOTE_FILES
 
-PACKAGE = Path(__file__).parents[1] / "src" / "msa_hf"
+PACKAGE = Path(__file__).parents[1] / "src" / "msa_hf" / "model"
 
 
 @pytest.fixture(scope="module")

@@ -33,47 +33,8 @@ from .wrapping_msa import without_outer_hook
 
 logger = logging.get_logger(__name__)
 
-# What a checkpoint carries so that it loads with trust_remote_code where this package is not installed.
-REMOTE_FILES = tuple(
-    f"{name}_msa.py"
-    for name in (
-        "adapters",
-        "attention",
-        "attention_config",
-        "cache",
-        "checkpoint",
-        "chosen",
-        "chunks",
-        "compat",
-        "configuration",
-        "drafting",
-        "encoding",
-        "fingerprint",
-        "gradients",
-        "inference",
-        "losses",
-        "memory",
-        "modeling",
-        "modes",
-        "options",
-        "origin",
-        "outputs",
-        "packing",
-        "quantized",
-        "peft",
-        "positions",
-        "retrofit",
-        "routing",
-        "samples",
-        "splitting",
-        "storage",
-        "tokenizing",
-        "training",
-        "trial",
-        "weights",
-        "wrapping",
-    )
-)
+# What a checkpoint carries so that it loads with trust_remote_code where this package is not installed: this folder.
+REMOTE_FILES = tuple(sorted(path.name for path in Path(__file__).parent.glob("*_msa.py")))
 # Published checkpoints keep each router projection in a one-element Sequential.
 PUBLISHED_NAMES = {r"router_q_proj\.0\.": "router_q_proj.", r"router_k_proj\.0\.": "router_k_proj."}
 # What continuous batching, which has no memory, puts in the place of the two attention implementations.

@@ -2,12 +2,13 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from . import moved as moved  # modules by their old names, for one release
 from . import ops as ops  # the model uses them from here on
-from .cache_msa import MSACache
-from .configuration_msa import MSAConfig
-from .memory_msa import Document, MemoryBank
-from .modeling_msa import MSAForCausalLM, MSAModel
-from .routing_msa import LayerRouting
+from .model.cache_msa import MSACache
+from .model.configuration_msa import MSAConfig
+from .model.memory_msa import Document, MemoryBank
+from .model.modeling_msa import MSAForCausalLM, MSAModel
+from .model.routing_msa import LayerRouting
 
 __version__ = "0.1.0"
 

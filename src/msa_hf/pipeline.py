@@ -9,7 +9,7 @@ from transformers import Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .generation import PUBLISHED, Answer, MemoryInterleave, Protocol
-from .modeling_msa import MSAForCausalLM
+from .model.modeling_msa import MSAForCausalLM
 
 TASK = "memory-text-generation"
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from msa_hf.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory, MemoryBank
+from msa_hf.model.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory, MemoryBank
 
 CHUNK, GROUPS, DIM, LAYERS = 4, 2, 4, (1, 3)
 ORIGIN = BankOrigin("f" * 64, None, "qwen3", CHUNK, LAYERS, "cosine", False, (5, 6))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from msa_hf.bank.shapes import BankShape
+from msa_hf.bank.tiered.shapes import BankShape
 
 ROOT = Path(__file__).parents[2]
 TINY = """

@@ -20,10 +20,10 @@ import torch
 from churn import State, apply, commit, event
 from fake_model import CHUNK, LAYERS, FakeModel, contents, vectors
 
-from msa_hf import storage_msa
 from msa_hf.bank import BankDamaged, OpenBank
-from msa_hf.memory_msa import MemoryBank
-from msa_hf.storage_msa import BankFormatError
+from msa_hf.model import storage_msa
+from msa_hf.model.memory_msa import MemoryBank
+from msa_hf.model.storage_msa import BankFormatError
 
 resource = pytest.importorskip("resource")
 KILLS = 200

@@ -28,11 +28,11 @@ from test_durability import fast_directory, files_of, named  # noqa: F401
 from test_parallel import FORK, together
 
 from msa_hf.bank import BankLocked, OpenBank, RankFailed
-from msa_hf.bank.encoding import FOLDER, Encoded, connected, encode_bank
+from msa_hf.bank.encode_corpus import FOLDER, Encoded, connected, encode_bank
 from msa_hf.cli import main
-from msa_hf.corpus_files import Corpus
-from msa_hf.memory_msa import BankOrigin, MemoryBank
-from msa_hf.storage_msa import BankFormatError
+from msa_hf.data.documents import Corpus
+from msa_hf.model.memory_msa import BankOrigin, MemoryBank
+from msa_hf.model.storage_msa import BankFormatError
 from msa_hf.user_errors import UserError
 
 LONGEST = 60  # tokens

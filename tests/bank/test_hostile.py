@@ -14,10 +14,10 @@ from fake_model import FakeModel, contents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from msa_hf import storage_msa
 from msa_hf.bank import OpenBank
-from msa_hf.memory_msa import MemoryBank
-from msa_hf.storage_msa import BankFormatError, manifest_checksum
+from msa_hf.model import storage_msa
+from msa_hf.model.memory_msa import MemoryBank
+from msa_hf.model.storage_msa import BankFormatError, manifest_checksum
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats(allow_nan=False) | st.text(max_size=8),

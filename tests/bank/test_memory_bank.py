@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from msa_hf.memory_msa import (
+from msa_hf.model.memory_msa import (
     BankOrigin,
     Document,
     DocumentTable,

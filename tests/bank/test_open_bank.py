@@ -16,11 +16,11 @@ from fake_model import ORIGIN, FakeModel, contents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from msa_hf import storage_msa
 from msa_hf.bank import BankDamaged, BankLocked, OpenBank
-from msa_hf.bank.segments import Segment
+from msa_hf.bank.store.segments import Segment
 from msa_hf.generation import COMPACT, DocumentIds
-from msa_hf.memory_msa import BankOrigin, Document, DocumentTable, MemoryBank
+from msa_hf.model import storage_msa
+from msa_hf.model.memory_msa import BankOrigin, Document, DocumentTable, MemoryBank
 
 PLACES = [pytest.param(False, id="memory"), pytest.param(True, id="directory")]
 
@@ -439,7 +439,7 @@ def test_a_commit_costs_what_it_changes(tmp_path: Path, monkeypatch: pytest.Monk
             written.append(entry["bytes"])
             return entry
 
-        monkeypatch.setattr("msa_hf.bank.writing.publish_file", counted)
+        monkeypatch.setattr("msa_hf.bank.store.writing.publish_file", counted)
         bank.add([{"key": f"new {row}", "text": f"text {row}"} for row in range(40)])
         for row in range(3):
             bank.delete(str(row))

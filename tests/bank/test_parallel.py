@@ -25,12 +25,13 @@ from scripted import COMPACT, bank_of, byte_tokenizer, memory_model
 from setups import Setup, assert_same, batch_of, setup, tokens
 
 from msa_hf import MemoryBank, MSACache
-from msa_hf.bank import RankFailed, ShardedBank, parallel, shard_bank
-from msa_hf.bank.parallel import shares
-from msa_hf.bank.turn import merge, pack
+from msa_hf.bank import RankFailed, ShardedBank, shard_bank
+from msa_hf.bank.sharded import bank as parallel
+from msa_hf.bank.sharded.bank import shares
+from msa_hf.bank.sharded.session import merge, pack
 from msa_hf.cli import main
 from msa_hf.generation import MemoryInterleave
-from msa_hf.routing_msa import select_documents
+from msa_hf.model.routing_msa import select_documents
 
 LIMIT = 40.0  # seconds until a test's processes count as hung
 FORK = get_context("fork")  # the models are made once, in this process
@@ -436,7 +437,7 @@ def test_content_arrives_to_the_bit(dtype: torch.dtype) -> None:
 def test_rows_are_bounded_or_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """With documents too long for a bound on rows, the same answers come from counted rows."""
     made_ = made()
-    monkeypatch.setattr("msa_hf.bank.turn.MOST_UNKNOWN_ROWS", 1)
+    monkeypatch.setattr("msa_hf.bank.sharded.session.MOST_UNKNOWN_ROWS", 1)
 
     def work(rank: int) -> Any:
         with shard_bank(made_.bank) as memory:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from families import base_model
 
-from msa_hf import MSAForCausalLM, cli
-from msa_hf.bank import free_memory
-from msa_hf.bank.free_memory import RATES, TIERS, Rates, Tiers, free_host_memory, measured_tiers
-from msa_hf.bank.plan import Choice, DoesNotFit, Placement, Reserves, plan_placement
-from msa_hf.bank.shapes import FORMATS, GB, BankShape
+from msa_hf import MSAForCausalLM
+from msa_hf.bank.tiered import hardware as free_memory
+from msa_hf.bank.tiered.hardware import RATES, TIERS, Rates, Tiers, free_host_memory, measured_tiers
+from msa_hf.bank.tiered.plan import Choice, DoesNotFit, Placement, Reserves, plan_placement
+from msa_hf.bank.tiered.shapes import FORMATS, GB, BankShape
+from msa_hf.cli import command_line as cli
 from msa_hf.ops.quantise import quantise_keys
 
 SHAPE = BankShape.for_tokens(100_000_000, [(8, 128)] * 18)  # the 4B shape

@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from msa_hf import storage_msa
-from msa_hf.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory, MemoryBank
-from msa_hf.storage_msa import BankFormatError, manifest_checksum, parse_size
+from msa_hf.model import storage_msa
+from msa_hf.model.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory, MemoryBank
+from msa_hf.model.storage_msa import BankFormatError, manifest_checksum, parse_size
 
 CHUNK = 4
 GROUPS, DIM = 2, 4

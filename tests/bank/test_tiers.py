@@ -18,15 +18,17 @@ from setups import PREFIX, Setup, assert_same, batch_of, setup, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msa_hf import MemoryBank
-from msa_hf.bank import place_bank, rows, tiers
-from msa_hf.bank.free_memory import Tiers
-from msa_hf.bank.hot_documents import HotDocuments
-from msa_hf.bank.plan import Choice, DoesNotFit, Reserves
-from msa_hf.bank.rows import Rows, Staging, pinned, placed_rows
-from msa_hf.bank.shapes import BankShape
-from msa_hf.bank.sources import source_of
+from msa_hf.bank import place_bank
+from msa_hf.bank.tiered import bank as tiers
+from msa_hf.bank.tiered import rows
+from msa_hf.bank.tiered.hardware import Tiers
+from msa_hf.bank.tiered.lru_cache import HotDocuments
+from msa_hf.bank.tiered.plan import Choice, DoesNotFit, Reserves
+from msa_hf.bank.tiered.rows import Rows, Staging, pinned, placed_rows
+from msa_hf.bank.tiered.shapes import BankShape
+from msa_hf.bank.tiered.sources import source_of
 from msa_hf.generation import MemoryInterleave
-from msa_hf.memory_msa import LayerMemory
+from msa_hf.model.memory_msa import LayerMemory
 from msa_hf.ops import quantise_keys, route_documents
 
 AMPLE = Tiers(10**12, 10**12, 10**12)  # with a device of the CPU: host memory plays the device
@@ -523,7 +525,7 @@ def test_auto_takes_the_widest_that_fits(logged: bool, caplog: pytest.LogCapture
     shape = BankShape.of(made_.bank)
     made_.bank.save_pretrained(tmp_path)
     free = Tiers(shape.key_bytes("fp8") + shape.index_bytes, 0, 10**9)
-    with caplog.at_level("INFO" if logged else "WARNING", "msa_hf.bank.tiers"):
+    with caplog.at_level("INFO" if logged else "WARNING", "msa_hf.bank.tiered.bank"):
         memory = place_bank(tmp_path, tiers=free, reserves=NONE, verify=False)
     plan = memory.plan
     assert (plan.keys, plan.keys_on, plan.content, plan.content_on) == ("fp8", "device", "fp32", "disk")

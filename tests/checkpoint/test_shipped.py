@@ -24,10 +24,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import msa_hf
-from msa_hf import attention_msa, chunks_msa
-from msa_hf.checkpoint_msa import REMOTE_FILES
 from msa_hf.evaluation import Question, exact_match, make_corpus
 from msa_hf.generation import Answer, DocumentIds, MemoryInterleave, Protocol
+from msa_hf.model import attention_msa, chunks_msa
+from msa_hf.model.checkpoint_msa import REMOTE_FILES
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "model_cards" / "msa-hf-tiny"
@@ -319,7 +319,7 @@ def test_the_directory_is_a_complete_repository() -> None:
 
 
 def test_the_code_in_it_is_that_of_the_package() -> None:
-    source = Path(msa_hf.__file__).parent
+    source = Path(msa_hf.__file__).parent / "model"
     assert {name for name in files() if name.endswith(".py")} == set(REMOTE_FILES)
     assert [name for name in REMOTE_FILES if files()[name].read_bytes() != (source / name).read_bytes()] == []
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import pytest
 
 from msa_hf.evaluation import UNANSWERABLE, Corpus, make_corpus
-from msa_hf.evaluation import values as value_lists
-from msa_hf.evaluation.names import FORMS, KINDS
-from msa_hf.evaluation.templates import ATTRIBUTES, LEADS
+from msa_hf.synthetic import values as value_lists
+from msa_hf.synthetic.names import FORMS, KINDS
+from msa_hf.synthetic.templates import ATTRIBUTES, LEADS
 
 PROSE = [f"Real prose, item {number}, without any name." for number in range(7)]
 EVERY_KIND = ("one_hop", "two_hop", "unanswerable")

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from msa_hf.evaluation import words as module
-from msa_hf.evaluation.hashing import Permutation, derive_key, random_below
-from msa_hf.evaluation.names import FORMS, KINDS, PERSON, Names
-from msa_hf.evaluation.words import WORDS, Split, Words
+from msa_hf.synthetic import words as module
+from msa_hf.synthetic.hashing import Permutation, derive_key, random_below
+from msa_hf.synthetic.names import FORMS, KINDS, PERSON, Names
+from msa_hf.synthetic.words import WORDS, Split, Words
 
 
 def every_name(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from msa_hf.evaluation import make_corpus
-from msa_hf.evaluation.names import FORMS
+from msa_hf.synthetic.names import FORMS
 
 NOUNS = {form.replace("{}", "").strip(): kind for kind, forms in FORMS.items() for form in forms}
 WORD = re.compile(r"([A-Z]?[^aeiouAEIOU]*[aeiouAEIOU])([^aeiou]+[aeiou])([^aeiou]+[aeiou][^aeiou]*)")

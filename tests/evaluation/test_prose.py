@@ -5,7 +5,8 @@ import sysconfig
 
 import pytest
 
-from msa_hf.evaluation import prose, prose_documents
+from msa_hf.evaluation import prose_documents
+from msa_hf.synthetic import prose
 
 DOCSTRING = """Reads the ``table`` of a :class:`~pkg.Reader` from disk. It returns *nothing* at all when there is no
     file.

@@ -7,9 +7,9 @@ import torch
 from families import base_model
 
 from msa_hf import MemoryBank, MSAForCausalLM
-from msa_hf.attention_msa import OPERATIONS
 from msa_hf.evaluation import quantised_recall
-from msa_hf.memory_msa import LayerMemory
+from msa_hf.model.attention_msa import OPERATIONS
+from msa_hf.model.memory_msa import LayerMemory
 from msa_hf.ops import quantise_keys
 
 K, DOCUMENTS = 4, 37

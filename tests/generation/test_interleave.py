@@ -16,7 +16,7 @@ from transformers.generation import BaseStreamer
 from msa_hf import Document, MSACache
 from msa_hf.generation import Answer, MemoryInterleave, Protocol, memory_interleave
 from msa_hf.generation.constrained import IdAutomaton, TokenTexts
-from msa_hf.memory_msa import DocumentTable, MemoryBank
+from msa_hf.model.memory_msa import DocumentTable, MemoryBank
 
 TOKENIZER = byte_tokenizer()
 QUESTIONS = ["Where is the amber?", "How far off is the reef, in miles?", "Which one is it?"]

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from msa_hf import MSAForCausalLM
-from msa_hf.losses_msa import auxiliary_loss, router_loss
-from msa_hf.routing_msa import normalize_heads, score_documents
+from msa_hf.model.losses_msa import auxiliary_loss, router_loss
+from msa_hf.model.routing_msa import normalize_heads, score_documents
 
 CASES = sorted(Path(os.environ.get("MSA_HF_GOLDENS", Path(__file__).parent / "cases")).glob("*.json"))
 STATES = {"atol": 5e-5, "rtol": 0.0}

@@ -9,7 +9,7 @@ from setups import setup
 from torch import Tensor
 from transformers import LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaList, TemperatureLogitsWarper
 
-from msa_hf.compat_msa import CACHE
+from msa_hf.model.compat_msa import CACHE
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7], [11, 12, 13, 14, 11, 12, 13, 14]])
 PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8])

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from msa_hf import MSAConfig, MSAForCausalLM, MSAModel
-from msa_hf.attention_msa import OPERATIONS
+from msa_hf.model.attention_msa import OPERATIONS
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 
@@ -204,7 +204,7 @@ def test_attention_weights_of_a_long_prompt_are_those_of_one_piece(monkeypatch: 
     made = setup("qwen3", "eager")
     with torch.no_grad():
         whole = made.model(IDS, memory=made.bank, output_attentions=True)
-        monkeypatch.setattr("msa_hf.attention_msa.LOGIT_ELEMENTS", 1)
+        monkeypatch.setattr("msa_hf.model.attention_msa.LOGIT_ELEMENTS", 1)
         pieces = made.model(IDS, memory=made.bank, output_attentions=True)
     for one, other in zip(whole.attentions, pieces.attentions, strict=True):
         torch.testing.assert_close(one, other)

@@ -8,9 +8,9 @@ import torch
 from reference import NEVER, naive_attention
 from torch import Tensor
 
-from msa_hf import attention_msa
-from msa_hf.attention_msa import ScoreBias, context_attention, fused_context_attention
-from msa_hf.cache_msa import Context
+from msa_hf.model import attention_msa
+from msa_hf.model.attention_msa import ScoreBias, context_attention, fused_context_attention
+from msa_hf.model.cache_msa import Context
 
 HEADS = 4
 DIM = 6

@@ -39,7 +39,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 import msa_hf
 from msa_hf import MSAConfig, MSAForCausalLM, MSAModel
-from msa_hf.checkpoint_msa import REMOTE_FILES
+from msa_hf.model.checkpoint_msa import REMOTE_FILES
 
 MEMORY: dict[str, Any] = {"chunk_size": 4, "top_k": 2, "prefix_token_ids": [3, 4]}
 SHARD = "24KB"
@@ -277,7 +277,7 @@ def test_saving_over_the_directory_it_was_loaded_from(tmp_path: Path) -> None:
     (tmp_path / REMOTE_FILES[0]).write_text("# left by an older release\n")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     loaded.save_pretrained(tmp_path)
-    source = Path(msa_hf.__file__).parent
+    source = Path(msa_hf.__file__).parent / "model"
     assert not [name for name in REMOTE_FILES if (tmp_path / name).read_bytes() != (source / name).read_bytes()]
     assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
@@ -362,7 +362,7 @@ def test_directory_holds_no_pickle(tmp_path: Path) -> None:
 
 def test_remote_files_are_the_package_s() -> None:
     """No module that a checkpoint needs is forgotten, and none is listed that is not there."""
-    package = Path(msa_hf.__file__).parent
+    package = Path(msa_hf.__file__).parent / "model"
     assert sorted(REMOTE_FILES) == sorted(path.name for path in package.glob("*_msa.py"))
 
 
@@ -687,7 +687,7 @@ def test_remote_tokenizer(remote: Any) -> None:
 def test_package_and_remote_code_in_one_process(remote: Any) -> None:
     """A package imported after remote code was used works beside it; banks pass from one to the other."""
     root, report = remote
-    assert report["late"] == ["msa_hf.modeling_msa", True]
+    assert report["late"] == ["msa_hf.model.modeling_msa", True]
     assert_same_behaviour(load_file(root / REMOTE_FAMILIES[0] / "late.safetensors"), shared_behaviour("qwen3"))
     found = load_file(root / REMOTE_FAMILIES[0] / "both_classes.safetensors")
     assert_same_behaviour(found, shared_behaviour(REMOTE_FAMILIES[-1]))

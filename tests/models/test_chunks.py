@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import naive_chunks
 
-from msa_hf.chunks_msa import chunk_counts, chunk_rows, pool_chunks
+from msa_hf.model.chunks_msa import chunk_counts, chunk_rows, pool_chunks
 
 SIZES = [1, 2, 3, 4, 64]
 

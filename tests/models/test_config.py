@@ -12,7 +12,7 @@ from families import FAMILIES, base_config, base_model
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from msa_hf import MSAConfig, MSAForCausalLM
-from msa_hf.configuration_msa import AUTO_MAP, CHOICES, FIELDS
+from msa_hf.model.configuration_msa import AUTO_MAP, CHOICES, FIELDS
 
 GOLDENS = sorted((Path(__file__).parents[1] / "goldens" / "cases").glob("*.json"))
 CUSTOM: dict[str, Any] = {

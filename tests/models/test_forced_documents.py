@@ -10,13 +10,13 @@ import torch
 from setups import Setup, assert_same, batch_of, setup, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msa_hf import routing_msa
 from msa_hf.bank import place_bank, shard_bank
-from msa_hf.bank.free_memory import Tiers
-from msa_hf.bank.plan import Choice, Reserves
-from msa_hf.bank.rows import Rows
-from msa_hf.chosen_msa import Chosen, score_chosen, scores_at
-from msa_hf.routing_msa import NO_SCORE, normalize_heads, score_documents
+from msa_hf.bank.tiered.hardware import Tiers
+from msa_hf.bank.tiered.plan import Choice, Reserves
+from msa_hf.bank.tiered.rows import Rows
+from msa_hf.model import routing_msa
+from msa_hf.model.chosen_msa import Chosen, score_chosen, scores_at
+from msa_hf.model.routing_msa import NO_SCORE, normalize_heads, score_documents
 
 QUESTIONS = tokens(6, 3, 9, seed=5)
 REDUCTIONS = list(product(("mean", "max"), ("max", "mean", "last"), ("max", "mean")))

@@ -13,8 +13,8 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, Logits
 from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 
 from msa_hf import MSACache, MSAForCausalLM
-from msa_hf.cache_msa import MSAQuantizedCache
-from msa_hf.compat_msa import cache_of
+from msa_hf.model.cache_msa import MSAQuantizedCache
+from msa_hf.model.compat_msa import cache_of
 
 STEPS = 8
 EXACTLY: dict[str, Any] = {"min_new_tokens": STEPS, "max_new_tokens": STEPS, "do_sample": False}

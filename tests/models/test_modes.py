@@ -8,7 +8,7 @@ import pytest
 import torch
 from setups import setup, tokens
 
-from msa_hf.modes_msa import evaluating
+from msa_hf.model.modes_msa import evaluating
 
 
 def modes(model: Any) -> dict[str, bool]:

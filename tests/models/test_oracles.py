@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from msa_hf import MSAModel
-from msa_hf.routing_msa import NO_SCORE
+from msa_hf.model.routing_msa import NO_SCORE
 
 QUESTIONS = tokens(9, 1, 5, seed=2)
 ROUTES = [[False] * 2 + [True] * 5 + [False] * 2, [True], [True, False, True, True, False]]

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from msa_hf import MemoryBank, MSAForCausalLM, fingerprint_msa, origin_msa
-from msa_hf.fingerprint_msa import model_fingerprint
-from msa_hf.origin_msa import FIRST_FIELDS, BankOrigin, default_fields, state_configuration
+from msa_hf import MemoryBank, MSAForCausalLM
+from msa_hf.model import fingerprint_msa, origin_msa
+from msa_hf.model.fingerprint_msa import model_fingerprint
+from msa_hf.model.origin_msa import FIRST_FIELDS, BankOrigin, default_fields, state_configuration
+from msa_hf.model.weights_msa import WeightsRecord, weight_differences
 from msa_hf.training import peft_config
-from msa_hf.weights_msa import WeightsRecord, weight_differences
 
 QUESTION = batch_of([[4, 5, 6, 7]])
 
@@ -657,7 +658,7 @@ def test_bitsandbytes(bits: int, tmp_path: Path) -> None:
 
 def as_of_old(directory: Path, fingerprint: str | None = None) -> None:
     """Take out of a manifest what earlier versions did not write."""
-    from msa_hf.storage_msa import manifest_checksum
+    from msa_hf.model.storage_msa import manifest_checksum
 
     manifest = manifest_of(directory)
     del manifest["made_with"]
@@ -752,7 +753,7 @@ def test_a_bank_that_an_earlier_version_made_with_adapters(tmp_path: Path, monke
     ],
 )
 def test_a_manifest_that_says_it_wrongly(path: list[str], value: Any, said: str, tmp_path: Path) -> None:
-    from msa_hf.storage_msa import BankFormatError, manifest_checksum
+    from msa_hf.model.storage_msa import BankFormatError, manifest_checksum
 
     made = setup()
     made.bank.save_pretrained(tmp_path)
@@ -769,7 +770,7 @@ def test_a_manifest_that_says_it_wrongly(path: list[str], value: Any, said: str,
 
 
 def test_fields_that_a_later_version_adds_are_ignored(tmp_path: Path) -> None:
-    from msa_hf.storage_msa import manifest_checksum
+    from msa_hf.model.storage_msa import manifest_checksum
 
     made = setup()
     made.bank.save_pretrained(tmp_path)

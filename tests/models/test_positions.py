@@ -15,7 +15,7 @@ from setups import batch_of, tokens
 from torch import Tensor
 
 from msa_hf import MemoryBank, MSAConfig, MSAForCausalLM, MSAModel
-from msa_hf.positions_msa import equivalent_length, position_limit
+from msa_hf.model.positions_msa import equivalent_length, position_limit
 
 # Beyond 32 tokens other frequencies are due, by LongRoPE's threshold or because the base knows no more positions.
 SHORT, LONG = tokens(20, 30, seed=5), tokens(100, seed=6)

@@ -10,8 +10,8 @@ from reference import NEVER, naive_choice, naive_scores
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msa_hf import routing_msa
-from msa_hf.routing_msa import NO_SCORE, normalize_heads, reduce_chunks, score_documents, select_documents
+from msa_hf.model import routing_msa
+from msa_hf.model.routing_msa import NO_SCORE, normalize_heads, reduce_chunks, score_documents, select_documents
 
 FORMS = list(itertools.product(("cosine", "dot"), ("mean", "max"), ("max", "mean", "last"), ("max", "mean")))
 TILES = {"one tile": (1 << 22, 8192), "one number at a time": (1, 1), "odd tiles": (17, 3), "many chunks": (5, 100)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msa_hf.routing_msa import score_documents, select_documents
+from msa_hf.model.routing_msa import score_documents, select_documents
 
 CHUNKS, GROUPS, HEADS, DIM, LAYERS = 15_625, 8, 32, 128, 18
 MOST_ELEMENTS = 1 << 24

@@ -11,8 +11,8 @@ from setups import setup
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from msa_hf import MSAForCausalLM
-from msa_hf.cache_msa import MSACache
-from msa_hf.trial_msa import refuse_untouchable
+from msa_hf.model.cache_msa import MSACache
+from msa_hf.model.trial_msa import refuse_untouchable
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 

@@ -23,8 +23,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import msa_hf
-from msa_hf import MSACache, MSAForCausalLM, compat_msa
-from msa_hf.compat_msa import CACHE, CACHE_NAMES, NEWEST_TESTED, cache_of
+from msa_hf import MSACache, MSAForCausalLM
+from msa_hf.model import compat_msa
+from msa_hf.model.compat_msa import CACHE, CACHE_NAMES, NEWEST_TESTED, cache_of
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = tokens(9, 2, 5, seed=12)

@@ -11,7 +11,7 @@ from setups import FEW, Setup, assert_same, batch_of, setup, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msa_hf import attention_msa
+from msa_hf.model import attention_msa
 from msa_hf.ops import BACKENDS, adapters, use_backend
 
 OPERATIONS = ("gather_documents", "pool_chunks", "route_documents")

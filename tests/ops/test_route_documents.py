@@ -14,8 +14,8 @@ import torch
 from battery import FLOATING, NEVER, around, error_of, offsets_of, places, poisoned_memory, split_up, surrounded
 from torch import Tensor
 
+from msa_hf.model.routing_msa import reduce_queries
 from msa_hf.ops import BackendError, dispatch, quantise_keys, route_documents
-from msa_hf.routing_msa import reduce_queries
 
 PLACES = places("route_documents")
 QUANTISED = ("int8", "fp8")

@@ -8,9 +8,9 @@ from scripted import COMPACT, TEXTS, bank_of, byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from msa_hf import MSAForCausalLM
+from msa_hf.evaluation.prompting import Writer
 from msa_hf.generation import MemoryInterleave
 from msa_hf.training import diagnose
-from msa_hf.training.asking import Writer
 
 TOKENIZER = byte_tokenizer()
 QUESTIONS = ["Where?", "How far off is the reef, in miles, from the fjord by the heath and the inlet of the marsh?"]

@@ -11,10 +11,11 @@ import torch
 from scripted import COMPACT, PUBLISHED, TEXTS, Script, bank_of, byte_tokenizer, memory_model
 from torch import nn
 
+from msa_hf.data.questions import DataError
+from msa_hf.evaluation import diagnosis
+from msa_hf.evaluation.diagnosis import read_judged
 from msa_hf.generation import MemoryInterleave, Protocol
-from msa_hf.training import diagnose, diagnosis, router_recall
-from msa_hf.training.data import DataError
-from msa_hf.training.diagnosis import read_judged
+from msa_hf.training import diagnose, router_recall
 
 UNKNOWN = "The memory does not say."
 QUESTIONS: list[dict[str, Any]] = [

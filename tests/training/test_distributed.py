@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from msa_hf.gradients_msa import ROUTER_MODULES
+from msa_hf.model.gradients_msa import ROUTER_MODULES
 from msa_hf.training import peft_config
 
 # PEFT asks a model for a property by the name that the newer transformers has deprecated.

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from msa_hf import MSAForCausalLM
+from msa_hf.data.questions import DataError, read_documents, read_questions
 from msa_hf.training import QuestionCollator, router_recall
-from msa_hf.training.data import DataError, read_documents, read_questions
 
 # PEFT asks a model for a property by the name that the newer transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

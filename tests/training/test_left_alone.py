@@ -9,7 +9,7 @@ import pytest
 import torch
 from scripted import COMPACT, TEXTS, bank_of, byte_tokenizer, memory_model
 
-from msa_hf.commands.ask import generated
+from msa_hf.cli.ask import generated
 from msa_hf.generation import MemoryInterleave, memory_interleave
 from msa_hf.training import RouterMonitor, diagnose, router_recall
 

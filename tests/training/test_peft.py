@@ -25,7 +25,7 @@ from steps import Step, assert_same_gradients, gradients, step
 from torch import Tensor, nn
 
 from msa_hf import MemoryBank, MSAForCausalLM
-from msa_hf.retrofit_msa import ROUTER_MODULES, attention_layers
+from msa_hf.model.retrofit_msa import ROUTER_MODULES, attention_layers
 from msa_hf.training import peft_config
 
 # PEFT asks a model for a property by the name that the newer transformers has deprecated.

@@ -7,9 +7,10 @@ import pytest
 import torch
 from scripted import COMPACT, bank_of, byte_tokenizer, memory_model
 
-from msa_hf.attention_msa import ScoreBias
-from msa_hf.memory_msa import model_fingerprint
-from msa_hf.training import sharpen, sharpen_score_bias
+from msa_hf.evaluation import sharpen
+from msa_hf.model.attention_msa import ScoreBias
+from msa_hf.model.memory_msa import model_fingerprint
+from msa_hf.training import sharpen_score_bias
 
 QUESTIONS = [{"question": "How far is the amber?", "answer": "10 miles", "positives": ["0"]}]
 

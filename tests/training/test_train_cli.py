@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from msa_hf import MSAForCausalLM
 from msa_hf.cli import main
-from msa_hf.retrofit_msa import ROUTER_MODULES
+from msa_hf.model.retrofit_msa import ROUTER_MODULES
 from msa_hf.training import CollapsedError, CollapseGuard, finetune, router_recall
 from msa_hf.training.finetune import make_trainer, prepare, split, train
 from msa_hf.training.settings import Settings

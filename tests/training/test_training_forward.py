@@ -15,10 +15,10 @@ from steps import DOCUMENTS, Question, Step, assert_same_gradients, assert_same_
 from torch import Tensor
 from transformers import BatchEncoding
 
-from msa_hf import attention_msa
-from msa_hf.attention_msa import AttendingPass, EncodingPass, PrefixPass
-from msa_hf.losses_msa import auxiliary_loss, router_loss
-from msa_hf.routing_msa import score_documents
+from msa_hf.model import attention_msa
+from msa_hf.model.attention_msa import AttendingPass, EncodingPass, PrefixPass
+from msa_hf.model.losses_msa import auxiliary_loss, router_loss
+from msa_hf.model.routing_msa import score_documents
 
 FAMILIES = [
     ("qwen3", "sdpa"),

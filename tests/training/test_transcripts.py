@@ -20,10 +20,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from msa_hf import MSAForCausalLM
 from msa_hf.cli import main
+from msa_hf.data.questions import DataError, read_questions
 from msa_hf.generation import COMPACT, Protocol
 from msa_hf.generation.protocol import PROTOCOL_FILE
 from msa_hf.training import QuestionCollator, finetune, router_recall
-from msa_hf.training.data import DataError, read_questions
 from msa_hf.training.finetune import make_trainer, split
 from msa_hf.training.transcripts import DISTRACTORS, TranscriptCollator
 

@@ -21,7 +21,7 @@ from steps import assert_same_gradients, gradients, step
 from torch import Tensor
 
 from msa_hf import MSACache
-from msa_hf.compat_msa import CACHE
+from msa_hf.model.compat_msa import CACHE
 
 # PEFT asks a model for a property by the name that the newer transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

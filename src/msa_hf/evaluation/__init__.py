@@ -1,8 +1,8 @@
 """Judging a model with a memory: corpora to ask about, and whether an answer is right."""
 
-from .corpora import UNANSWERABLE, Corpus, Fact, Question, make_corpus
+from ..synthetic.corpora import UNANSWERABLE, Corpus, Fact, Question, make_corpus
+from ..synthetic.prose import prose_documents
 from .metrics import exact_match, normalise_answer
-from .prose import prose_documents
 from .quantised import quantised_recall
 
 __all__ = [

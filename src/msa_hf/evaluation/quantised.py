@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import attention_msa
-from ..memory_msa import MemoryBank
+from ..model import attention_msa
+from ..model.memory_msa import MemoryBank
 from ..ops import recall_of_candidates
 
 

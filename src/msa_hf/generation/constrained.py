@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..tokenizing_msa import tokenize
+from ..model.tokenizing_msa import tokenize
 from .protocol import Protocol
 
 LEAF = ""  # the key under which a node of the trie says what ends there: an id, or None for a marker

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..compat_msa import CACHE, cache_of
-from ..configuration_msa import full_attention_layers
+from ..model.compat_msa import CACHE, cache_of
+from ..model.configuration_msa import full_attention_layers
 from . import protocol
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers.generation import BaseStreamer
 
-from ..compat_msa import CACHE, CACHE_NAMES
-from ..configuration_msa import full_attention_layers
-from ..modes_msa import evaluating
-from ..positions_msa import position_limit
+from ..model.compat_msa import CACHE, CACHE_NAMES
+from ..model.configuration_msa import full_attention_layers
+from ..model.modes_msa import evaluating
+from ..model.positions_msa import position_limit
 from .constrained import IdAutomaton, TokenTexts
 from .feed import Feed
 from .protocol import PUBLISHED, DocumentIds, Protocol, Segment

@@ -17,8 +17,8 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from ..splitting_msa import split_text
-from ..tokenizing_msa import plain_markers, tokenize_texts
+from ..model.splitting_msa import split_text
+from ..model.tokenizing_msa import plain_markers, tokenize_texts
 
 PROTOCOL_FILE = "memory_protocol.json"
 FORMAT_VERSION = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import attention_msa, chunks_msa
+from ..model import attention_msa, chunks_msa
 from .gather_documents import gather_documents, most_rows
 from .pool_chunks import pool_chunks
 from .route_documents import route_documents

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import chunks_msa
+from ..model import chunks_msa
 from .dispatch import alignment, choose, operator
 
 

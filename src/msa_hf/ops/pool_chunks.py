@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import chunks_msa
-from ..routing_msa import NORM_EPSILON, normalize_heads
+from ..model import chunks_msa
+from ..model.routing_msa import NORM_EPSILON, normalize_heads
 from .dispatch import alignment, choose, operator, size_class
 from .quantise import quantise_keys
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunks_msa import chunk_rows
-from ..routing_msa import NO_SCORE, TILE_ELEMENTS, pack_routing_tokens, select_documents
+from ..model.chunks_msa import chunk_rows
+from ..model.routing_msa import NO_SCORE, TILE_ELEMENTS, pack_routing_tokens, select_documents
 from .dispatch import alignment, choose, operator, size_class
 
 

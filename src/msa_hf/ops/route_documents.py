@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..routing_msa import NO_SCORE, pack_routing_tokens, reduce_chunks, reduce_queries, score_chunks, select_documents
+from ..model.routing_msa import (
+    NO_SCORE,
+    pack_routing_tokens,
+    reduce_chunks,
+    reduce_queries,
+    score_chunks,
+    select_documents,
+)
 from .dispatch import alignment, choose, operator, size_class
 from .rescore_documents import rescore_documents
 

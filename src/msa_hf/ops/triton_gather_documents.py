@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import chunks_msa
+from ..model import chunks_msa
 from .gather_documents import result_dtype
 from .triton_pool_chunks import both, from_float8, rounded
 

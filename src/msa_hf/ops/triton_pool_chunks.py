@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..routing_msa import NORM_EPSILON
+from ..model.routing_msa import NORM_EPSILON
 from .pool_chunks import chunk_spans
 from .quantise import quantise_keys
 

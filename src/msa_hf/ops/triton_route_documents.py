@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..routing_msa import NO_SCORE, reduce_chunks, select_documents
+from ..model.routing_msa import NO_SCORE, reduce_chunks, select_documents
 from .triton_pool_chunks import INTERPRETED, both, from_float8, with_dense_rows
 
 TOKENS = 128  # per program at most

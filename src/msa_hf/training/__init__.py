@@ -5,16 +5,16 @@ with every checkpoint, so that it trains where this package is not installed. No
 or run a model, and it may use the libraries of the extra `train`.
 """
 
+from ..data.questions import QuestionCollator
+from ..evaluation.diagnosis import Diagnosis, diagnose, router_recall
+from ..evaluation.sharpen import sharpen_score_bias
 from .centering import center_routers
 from .compiling import compiled_layers
 from .contrastive import Temperatures, TokenRows, contrastive_step
-from .data import QuestionCollator
-from .diagnosis import Diagnosis, diagnose, router_recall
 from .monitor import CollapsedError, CollapseGuard, RouterMonitor
 from .peft import peft_config
 from .question_generation import sample_questions
 from .schedule import MemoryTrainer, RouterWarmup
-from .sharpen import sharpen_score_bias
 from .teacher import EmbeddingTeacher
 from .weights import TrainedWeights
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention_msa import EncodingPass
-from ..chunks_msa import pool_chunks
-from ..retrofit_msa import attention_layers, head_shape
-from ..tokenizing_msa import tokenize
+from ..model.attention_msa import EncodingPass
+from ..model.chunks_msa import pool_chunks
+from ..model.retrofit_msa import attention_layers, head_shape
+from ..model.tokenizing_msa import tokenize
 from .contrastive import TokenRows, _run, _similarity
 
 HOW = ("center", "whiten")

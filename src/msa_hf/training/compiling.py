@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..retrofit_msa import attention_layers
+from ..model.retrofit_msa import attention_layers
 
 
 def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention_msa import AttendingPass, EncodingDone, EncodingPass, chunks_of
-from ..cache_msa import Context
-from ..memory_msa import LayerMemory
+from ..model.attention_msa import AttendingPass, EncodingDone, EncodingPass, chunks_of
+from ..model.cache_msa import Context
+from ..model.memory_msa import LayerMemory
 
 
 @dataclass(frozen=True)

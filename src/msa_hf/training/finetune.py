@@ -19,12 +19,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
-from ..configuration_msa import MSAConfig
+from ..data.questions import QuestionCollator
 from ..generation import Protocol
-from ..modeling_msa import MSAForCausalLM
-from ..positions_msa import position_limit
+from ..model.configuration_msa import MSAConfig
+from ..model.modeling_msa import MSAForCausalLM
+from ..model.positions_msa import position_limit
 from .curve import Curve, summary
-from .data import QuestionCollator
 from .monitor import CollapseGuard, RouterMonitor
 from .peft import peft_config
 from .schedule import MemoryTrainer, RouterWarmup

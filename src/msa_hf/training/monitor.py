@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..evaluation.diagnosis import router_recall
 from ..generation import Protocol
-from ..tokenizing_msa import tokenize
-from .diagnosis import router_recall
+from ..model.tokenizing_msa import tokenize
 
 
 class CollapsedError(RuntimeError):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..retrofit_msa import FUSED_PROJECTIONS, ROUTER_MODULES, attention_layers
+from ..model.retrofit_msa import FUSED_PROJECTIONS, ROUTER_MODULES, attention_layers
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat_msa import CACHE, cache_of
-from .data import IGNORED
+from ..data.questions import IGNORED
+from ..model.compat_msa import CACHE, cache_of
 
 
 def question_row(

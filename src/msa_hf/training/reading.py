@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention_msa import AttendingPass, chunks_of
+from ..data.questions import IGNORED
 from ..generation import Protocol
-from ..memory_msa import LayerMemory
+from ..model.attention_msa import AttendingPass, chunks_of
+from ..model.memory_msa import LayerMemory
 from .contrastive import _similarity
-from .data import IGNORED
 from .transcripts import TranscriptCollator
 
 MOST_ID = 100_000  # above the numbers that documents get in training rows

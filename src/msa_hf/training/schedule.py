@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
 
-from ..retrofit_msa import ROUTER_MODULES
+from ..model.retrofit_msa import ROUTER_MODULES
 
 WARMUP, MAIN = "warm-up", "main"
 PARTS = ("lm_loss", "aux_loss")

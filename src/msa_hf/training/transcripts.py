@@ -6,9 +6,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..data.questions import IGNORED, _pad, draw_pool, rounds_of
 from ..generation import Protocol
 from ..generation.protocol import Segment
-from .data import IGNORED, _pad, draw_pool, rounds_of
 
 DISTRACTORS = 3  # at most so many documents that a round names in vain
 LEAST_IDS = 10_000  # numbers to draw ids from, so that those of small corpora are as varied as those of large ones

@@ -1,0 +1,558 @@
+"""Encoding a corpus into a bank on disk, part by part, in any number of processes, and going on after an interruption.
+
+The corpus is cut into parts of about as much text each, which depends on the corpus alone. A part is encoded by itself:
+its files and a record, named after everything that they depend on, are put into a folder of the bank's directory and
+stay there. Whoever finds the record of a part does not encode it, whichever process of whichever run did. Once all
+parts are there, one process moves their files beside the manifest and writes that one. Until then a bank that lies in
+the directory stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from tqdm.auto import tqdm
+
+from ..data.documents import Corpus
+from ..generation.protocol import ID_FIELD
+from ..model.encoding_msa import _Item, _Reader
+from ..model.memory_msa import BankOrigin, MemoryBank
+from ..model.positions_msa import position_limit
+from ..model.splitting_msa import LimitTooSmall, split_text
+from ..model.storage_msa import (
+    LEFTOVER,
+    MANIFEST,
+    OWN_FILE,
+    BankFormatError,
+    checked_file,
+    chunk_ranges,
+    commit_manifest,
+    data_files,
+    index_payload,
+    publish_file,
+    publish_prefix,
+    pyarrow,
+    read_manifest,
+    referenced_files,
+    remove_files,
+    remove_leftover,
+    sync,
+    table_schema,
+)
+from .sharded.collectives import RankFailed, Ranks
+from .store.changes import text_digest
+from .store.lock import WriterLock
+from .store.opening import empty_manifest, remove_unnamed
+
+logger = logging.getLogger(__name__)
+FOLDER = ".encoding"  # in the bank's directory: the parts of a run that is not complete
+PART_SIZE = 10**6  # bytes of text: about 250,000 tokens of English
+MAX_SHARD_BYTES = 10**9
+TIMEOUT = timedelta(hours=1)
+VERSION = 1  # of what a part is made of; grows when this file makes something else of the same documents
+
+Record = dict[str, Any]  # of a part: what the manifest will say of it, and `part`
+
+
+@dataclass(frozen=True)
+class Part:
+    """Documents `first` up to `end` (excluded) of a corpus, and the name of what they are encoded to."""
+
+    first: int
+    end: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What `encode_bank` did.
+
+    Attributes:
+        documents, tokens, chunks: of the bank.
+        parts: how many there are, and `found` of them had been encoded before.
+        own: documents of the corpus that this process encoded.
+    """
+
+    documents: int
+    tokens: int
+    chunks: int
+    parts: int
+    found: int
+    own: int
+
+
+# Processes ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def connected(timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
+    """The processes that a launcher started, connected over gloo; one where none did.
+
+    Args:
+        timeout: of every wait for another process; must exceed the time that a part takes.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if launched:
+        dist.init_process_group("gloo", timeout=timeout)
+    ranks = Ranks(None, timeout)
+    try:
+        yield ranks
+        _part_with(ranks)
+    finally:
+        ranks.close()
+        if launched:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def agreed(ranks: Ranks) -> Iterator[None]:
+    """A block that every process goes through: where it raises in one, that one's error ends it in all.
+
+    Raises:
+        RankFailed: naming the process that raised, and its error; or where a process died.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    try:
+        told = ranks.everyone(None if error is None else f"{type(error).__name__}: {error}")
+    except RankFailed:
+        if error is not None:
+            raise error from None
+        raise
+    if any(text is not None for text in told):
+        _part_with(ranks)
+    if error is not None:
+        raise error
+    for rank, text in enumerate(told):
+        if text is not None:
+            raise RankFailed(f"Process {rank} failed: {text}")
+
+
+def _part_with(ranks: Ranks) -> None:
+    """Wait until all have what was told last: who leaves earlier breaks the connections that others still read from."""
+    with contextlib.suppress(RankFailed):
+        ranks.everyone(None)
+
+
+# Encoding -------------------------------------------------------------------------------------------------------------
+
+
+def encode_bank(
+    corpus: Corpus,
+    model: Any,
+    directory: Path,
+    tokenizer: Any,
+    protocol: Any = None,
+    *,
+    ranks: Ranks,
+    too_long: str = "error",
+    part_size: int = PART_SIZE,
+    batch_tokens: int = 16384,
+    show_progress: bool = True,
+) -> Encoded:
+    """Encode a corpus into a bank of format version 2, together with the other processes, which all call this.
+
+    Parts that an interrupted run encoded from the same documents, with the same model and settings, are taken over; so
+    are those of the bank in `directory`, if this made it. Other parts in the folder are left alone until the bank is
+    complete, and removed then. Ids are the documents' numbers in the corpus. With `too_long="split"`, the pieces of
+    document i of N have the ids i, i + N, i + 2 N, ..., so that none depends on how others were cut.
+
+    The bank does not depend on the number of processes or on interruptions. It depends on `part_size` in the order of
+    a last digit, as on `batch_tokens`: both decide which documents are encoded in one batch.
+
+    Args:
+        directory: made where missing; of a file system that all processes share. A bank there is replaced in the end.
+        protocol: how documents are wrapped with their ids; None: texts are encoded as they are.
+        ranks: of `connected()`.
+        too_long: `"error"`, or `"split"` to store documents above the model's limit in parts `key#0`, `key#1`, ...
+        part_size: bytes of text that are kept at a time, by whole documents.
+        batch_tokens: tokens per batch, padding included.
+
+    Raises:
+        BankLocked: where another writer has the directory open.
+        BankFormatError: where the directory holds a manifest that cannot be read.
+        ValueError: for a document that cannot be encoded, naming it, and where the processes have other documents,
+            models, settings or directories.
+        RankFailed: where another process failed. What was encoded stays, as after any error.
+    """
+    folder = directory / FOLDER
+    lock: WriterLock | None = None
+    try:
+        with agreed(ranks):
+            encoder = _Encoder(corpus, model, tokenizer, protocol, too_long, batch_tokens)
+            parts = encoder.parts(part_size)
+        names = ranks.everyone(_digest([part.name for part in parts]))
+        with agreed(ranks):
+            if len(set(names)) > 1:
+                raise ValueError(
+                    "The processes do not have the same documents, model and settings: give all of them the same "
+                    "command, and all machines the same files."
+                )
+        mark = f".run-{uuid.uuid4().hex}.tmp"
+        with agreed(ranks):
+            if ranks.rank == 0:
+                directory.mkdir(parents=True, exist_ok=True)
+                lock = WriterLock(directory)
+                referenced_files(directory)  # else the end would refuse, after all the work
+                folder.mkdir(exist_ok=True)
+                _tidy(folder)
+                (folder / mark).touch()
+        mark = ranks.everyone(mark)[0]
+        with agreed(ranks):
+            if not (folder / mark).exists():
+                raise ValueError(
+                    f"{directory.absolute()} is not the directory that process 0 has: it must lie on a file system "
+                    "that all machines share."
+                )
+            found = _find(directory, parts[ranks.rank :: ranks.size])
+        records = {name: record for mine in ranks.everyone(found) for name, record in mine.items()}
+        found_parts = len(records)
+        own = _encode_parts(encoder, folder, parts, records, ranks, show_progress)
+        with agreed(ranks):
+            if ranks.rank == 0:
+                _commit(directory, model, encoder.origin, [records[part.name] for part in parts])
+        documents, tokens, chunks = (
+            sum(record[name] for record in records.values()) for name in ("documents", "tokens", "chunks")
+        )
+        return Encoded(documents, tokens, chunks, len(parts), found_parts, own)
+    finally:
+        if lock is not None:
+            (folder / mark).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # where nothing was encoded
+            lock.release()
+
+
+def _encode_parts(
+    encoder: _Encoder,
+    folder: Path,
+    parts: list[Part],
+    records: dict[str, Record],
+    ranks: Ranks,
+    show_progress: bool,
+) -> int:
+    """Encode what has no record, a part in every process at a time; adds the records.
+
+    Returns:
+        documents of the corpus that this process encoded.
+    """
+    left = [part for part in parts if part.name not in records]
+    there = len(encoder.corpus) - sum(part.end - part.first for part in left)
+    others = {path.stem for path in folder.glob("*.json")} - {part.name for part in parts}
+    if others and ranks.rank == 0:
+        logger.warning(
+            "%s: %d parts of an interrupted run are of other documents, another model or other settings; they are "
+            "removed when this run is complete.",
+            folder,
+            len(others),
+        )
+    progress = tqdm(
+        total=len(encoder.corpus),
+        initial=there,
+        desc="Encoding documents" + (f" ({there} were there)" if there else ""),
+        unit="doc",
+        disable=not show_progress or ranks.rank > 0,
+    )
+    own = tokens = 0
+    started = time.perf_counter()
+    with progress:
+        for start in range(0, len(left), ranks.size):
+            turn = left[start : start + ranks.size]
+            record: Record | None = None
+            with agreed(ranks):
+                if ranks.rank < len(turn):
+                    part = turn[ranks.rank]
+                    record = encoder.encode(part, folder, progress)
+                    own += part.end - part.first
+            for rank, (part, theirs) in enumerate(zip(turn, ranks.everyone(record), strict=False)):
+                records[part.name] = theirs
+                tokens += theirs["tokens"]
+                progress.update(part.end - part.first if rank != ranks.rank else 0)
+            progress.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s")
+    return own
+
+
+@dataclass
+class _Row:
+    """A document, or a piece of one, on its way into a table."""
+
+    item: _Item
+    id: int
+    metadata: str | None
+    digest: bytes
+
+
+class _Encoder:
+    """Makes parts of a corpus, and of a part the files of a segment."""
+
+    def __init__(
+        self, corpus: Corpus, model: Any, tokenizer: Any, protocol: Any, too_long: str, batch_tokens: int
+    ) -> None:
+        if too_long not in ("error", "split"):
+            raise ValueError(f"`too_long` must be 'error' or 'split', got {too_long!r}.")
+        self.corpus, self.model, self.tokenizer, self.protocol = corpus, model, tokenizer, protocol
+        self.batch_tokens, self.split = batch_tokens, too_long == "split"
+        self.origin: BankOrigin = model.memory_origin(tokenizer)
+        positions = position_limit(model.config)
+        self.limit = np.iinfo(np.int64).max if positions is None else positions
+        self.reader = _Reader(
+            tokenizer=tokenizer,
+            limit=self.limit,
+            too_long=too_long if protocol is None else "error",
+            chunk_size=model.config.chunk_size,
+            add_special_tokens=False,
+            text_column=corpus.text_column,
+            key_column=corpus.key_column,
+            vocabulary=model.config.vocab_size,
+        )
+        self.settings = {
+            "version": VERSION,
+            "origin": self.origin.to_dict(),
+            "dtype": str(model.dtype),
+            "protocol": None if protocol is None else protocol.to_dict(),
+            "columns": [corpus.text_column, corpus.key_column],
+            "limit": self.limit,
+            "documents": len(corpus) if self.split else None,  # of which the ids of pieces depend
+        }
+
+    def parts(self, size: int) -> list[Part]:
+        """Cut the corpus into parts of at least `size` bytes of text, the last one aside."""
+        parts, first, held = [], 0, 0
+        for number, length in enumerate(self.corpus.sizes):
+            held += length
+            if held >= size or number + 1 == len(self.corpus):
+                content = self.corpus.digest(first, number + 1).hex()
+                parts.append(Part(first, number + 1, _digest([self.settings, first, content])))
+                first, held = number + 1, 0
+        return parts
+
+    def encode(self, part: Part, folder: Path, progress: Any) -> Record:
+        """Encode a part, and put its files and its record into `folder`."""
+        rows: list[_Row] = []
+
+        def read() -> Iterator[dict[str, Any]]:
+            for number, document in enumerate(self.corpus.read(part.first, part.end), start=part.first):
+                for row in self._rows(number, document):
+                    rows.append(row)
+                    yield {"key": row.item.key, "input_ids": row.item.ids}
+                progress.update()
+
+        # Without the tokenizer, whose fingerprint would be taken for every part.
+        options: dict[str, Any] = {"batch_tokens": self.batch_tokens, "bank_device": "cpu", "show_progress": False}
+        bank = self.model.encode_documents(read(), None, **options)
+        record = {"part": part.name, **_publish(folder, part.first, bank, rows)}
+        _write_record(folder / f"{part.name}.json", record)
+        return record
+
+    def _rows(self, number: int, document: dict[str, Any]) -> Iterator[_Row]:
+        """Document `number` of the corpus, as one row or in pieces."""
+        key = document.get(self.corpus.key_column)
+        document[self.corpus.key_column] = key = str(number if key is None else key)
+        given = document.get("input_ids") if self.protocol is None else None
+        pieces = self.reader.items(number, document) if self.protocol is None else self._wrapped(number, document)
+        for piece, item in enumerate(pieces):
+            if item.key != key and item.key in self.corpus.keys:
+                raise ValueError(
+                    f"Document {number} (key {key!r}) is stored in parts, of which one gets the key {item.key!r}, "
+                    f"which is that of {self.corpus.keys[item.key]}; rename one of them."
+                )
+            metadata = dict(item.metadata or {})
+            if self.protocol is not None:
+                del metadata[ID_FIELD]  # the table has a column for it
+            wrapping = "" if self.protocol is None else self.protocol.document
+            yield _Row(
+                item,
+                number + piece * len(self.corpus),
+                json.dumps(metadata, ensure_ascii=False, allow_nan=False) if metadata else None,
+                text_digest(wrapping, item.key, item.text, given),
+            )
+
+    def _wrapped(self, number: int, document: dict[str, Any]) -> Iterator[_Item]:
+        """A document with its id around it, in pieces with ids of their own where it is too long."""
+        values = dict(document)
+        text, key = values.pop(self.corpus.text_column), values.pop(self.corpus.key_column)
+        if set(values) == {"metadata"} and isinstance(values["metadata"], Mapping | None):
+            values = dict(values["metadata"] or {})
+
+        def item(id: int, text: str, key: str, metadata: Mapping[str, Any]) -> _Item:
+            row = self.protocol.document_row(id, text, self.tokenizer, key, metadata)
+            row[self.corpus.text_column], row[self.corpus.key_column] = row.pop("text"), row.pop("key")
+            return next(iter(self.reader.items(number, row)))
+
+        if self.split:
+            ids = self.protocol.encode(self.tokenizer, self.protocol.document, id=number, text=text)
+            if len(ids) > self.limit:
+                largest = number + len(text) * len(self.corpus)
+                empty = self.protocol.encode(
+                    self.tokenizer, self.protocol.document, id=10 ** len(str(largest)), text=""
+                )
+                try:
+                    for piece, (words, _) in enumerate(split_text(self.tokenizer, text, self.limit - len(empty))):
+                        id = number + piece * len(self.corpus)
+                        yield item(id, words, f"{key}#{piece}", {**values, "part": piece})
+                except LimitTooSmall as error:
+                    raise ValueError(f"Document {number} (key {key!r}) cannot be split: {error}.") from None
+                return
+        yield item(number, text, key, values)
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _publish(folder: Path, first: int, bank: MemoryBank, rows: list[_Row]) -> Record:
+    """Write the files of a segment, named after its first document, which no other segment has."""
+    size = bank.origin.chunk_size
+    lengths = [len(row.item.ids) for row in rows]
+    chunks = [-(-length // size) for length in lengths]
+    columns: dict[str, list[Any]] = {
+        "key": [row.item.key for row in rows],
+        "text": [row.item.text for row in rows],
+        "metadata": [row.metadata for row in rows],
+        "tokens": lengths,
+        "chunks": chunks,
+        "id": [row.id for row in rows],
+        "version": [None] * len(rows),
+        "digest": [row.digest for row in rows],
+    }
+    created: list[Path] = []  # what an error leaves, the next run removes
+    row_bytes = sum(tensor[0].nbytes for item in bank.layers.values() for tensor in (item.routing_keys, item.content))
+    tensors = []
+    for start, end in chunk_ranges(np.concatenate([[0], np.cumsum(chunks)]), max(MAX_SHARD_BYTES // row_bytes, 1)):
+        content = {}
+        for layer, memory in bank.layers.items():
+            content[f"layers.{layer}.routing_keys"] = memory.routing_keys[start:end]
+            content[f"layers.{layer}.content"] = memory.content[start:end]
+        entry = publish_file(folder, f"chunks-{first:010d}-{start:010d}", content, created)
+        tensors.append({**entry, "chunks": [start, end]})
+    table = pyarrow().table(columns, schema=table_schema(2))
+    return {
+        "documents": len(rows),
+        "chunks": sum(chunks),
+        "tokens": sum(lengths),
+        "next_id": max(row.id for row in rows) + 1,
+        "tensors": tensors,
+        "table": publish_file(folder, f"documents-{first:010d}", table, created),
+        "index": publish_file(folder, f"index-{first:010d}", index_payload(columns["key"]), created),
+    }
+
+
+def _write_record(path: Path, record: Record) -> None:
+    """From here on the part is there, whatever happens."""
+    temporary = path.with_name(f".record-{uuid.uuid4().hex}.tmp")
+    temporary.write_text(json.dumps(record), encoding="utf-8")
+    sync(temporary)
+    sync(path.parent)  # the names of its files, before anything refers to them
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def _find(directory: Path, parts: list[Part]) -> dict[str, Record]:
+    """The records of those parts that are there, every file of them as it was written."""
+    found: dict[str, Record] = {}
+    named: dict[str, Record] = {}
+    if (directory / MANIFEST).exists():
+        for segment in read_manifest(directory)["segments"]:
+            if isinstance(note := segment.get("part"), dict) and isinstance(name := note.get("part"), str):
+                first, end = segment["documents"]
+                counts = {field: note.get(field) for field in ("tokens", "next_id")}
+                named[name] = {**segment, **counts, "part": name, "documents": end - first}
+    for part in parts:
+        for record in (_read_record(directory / FOLDER / f"{part.name}.json"), named.get(part.name)):
+            if record is not None and _is_whole(directory, part, record):
+                found[part.name] = record
+                break
+    return found
+
+
+def _read_record(path: Path) -> Record | None:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _is_whole(directory: Path, part: Part, record: Record) -> bool:
+    try:
+        entries = _entries(record)
+        counts = [record[name] for name in ("documents", "chunks", "tokens", "next_id")]
+        if record["part"] != part.name or any(type(count) is not int for count in counts):
+            return False
+        for entry in entries:
+            if not OWN_FILE.fullmatch(entry["file"]):
+                return False
+            place = directory / FOLDER if (directory / FOLDER / entry["file"]).exists() else directory
+            checked_file(place, entry, verify=True)
+    except (BankFormatError, KeyError, TypeError):
+        return False
+    return True
+
+
+def _entries(record: Record) -> list[dict[str, Any]]:
+    return [*record["tensors"], record["table"], record["index"]]
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what processes left that were killed while they wrote a part."""
+    named: set[str] = set()
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(KeyError, TypeError):
+            named.update(entry["file"] for entry in _entries(_read_record(path) or {}))
+    if count := remove_unnamed(folder, named):
+        logger.warning("%s: removed %d files of parts that an interrupted run did not complete.", folder, count)
+
+
+def _commit(directory: Path, model: Any, origin: BankOrigin, records: list[Record]) -> None:
+    """Make the parts the bank that lies in `directory`."""
+    # What its tensors look like is learnt by encoding one token.
+    like = model.encode_documents([[0]], None, bank_device="cpu", show_progress=False)
+    segments: list[dict[str, Any]] = []
+    rows = 0
+    for record in records:
+        for entry in _entries(record):
+            if (directory / FOLDER / entry["file"]).exists():
+                os.replace(directory / FOLDER / entry["file"], directory / entry["file"])
+        note = {name: record[name] for name in ("part", "tokens", "next_id")}
+        files = {name: record[name] for name in ("chunks", "tensors", "table", "index")}
+        segments.append({"documents": [rows, rows + record["documents"]], **files, "part": note})
+        rows += record["documents"]
+    manifest = {
+        **empty_manifest(like, origin),
+        "next_id": max(record["next_id"] for record in records),
+        "counts": {
+            "documents": rows,
+            "chunks": sum(record["chunks"] for record in records),
+            "tokens": sum(record["tokens"] for record in records),
+        },
+        "prefix": publish_prefix(directory, like.prefix, []),
+        "segments": segments,
+    }
+    commit_manifest(directory, manifest)
+    shutil.rmtree(directory / FOLDER, ignore_errors=True)
+    # The old bank's files, and what a commit left that did not come to its end.
+    left = {path.name for path in directory.iterdir()} - {entry["file"] for entry in data_files(manifest)}
+    remove_files(directory, left)
+    for name in left:
+        if LEFTOVER.fullmatch(name):
+            remove_leftover(directory / name)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

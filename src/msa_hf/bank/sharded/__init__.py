@@ -1,0 +1,1 @@
+"""A bank that several processes share (docs/parallel.md)."""

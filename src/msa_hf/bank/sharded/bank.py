@@ -1,0 +1,304 @@
+"""Memory Parallel: a bank whose documents lie in several processes, each of which runs the whole model.
+
+Every process has a share of the documents, a run of them that follow each other: their routing keys and their content.
+The table of documents is everywhere. In a layer each process scores its own documents, one exchange of the `k` best
+tells all of them the same best of all, and one exchange of content gives everyone the rows of those. Neither waits for
+the device: numbers of rows are bounded by what the bank's longest documents have.
+
+Processes talk twice more per forward that routes, by messages of the hosts: before it they agree on what it is, after
+it they hear whether all came through. Generating a token exchanges nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ...model.memory_msa import DocumentTable, LayerMemory, MemoryBank
+from ...model.origin_msa import check_origin
+from ...model.storage_msa import (
+    DTYPES,
+    check_shard,
+    layer_shapes,
+    read_deletions,
+    read_manifest,
+    read_prefix,
+    read_table,
+    shard_layers,
+)
+from ..store.opening import origin_of
+from .collectives import RankFailed, Ranks
+from .session import DIFFERENT, HEADER, SAME, Turn, header_of
+
+TIMEOUT = timedelta(minutes=10)
+
+
+class ShardedBank(MemoryBank):
+    """A bank whose documents lie in several processes; `shard_bank` makes one.
+
+    `model.forward`, `generate` and `MemoryInterleave` take it as they take any bank. `documents`, `offsets` and
+    `prefix` are those of the whole bank, `layers` hold this process' chunks alone.
+
+    Use it in a `with` block: at its end a process waits for the others, and serves their questions meanwhile; an error
+    inside reaches all of them.
+
+    Attributes:
+        rank, size: of this process, and how many there are.
+        rows: [W + 1], first row of each process' documents, and the end.
+    """
+
+    def __init__(
+        self, layers: dict[int, LayerMemory], whole: MemoryBank, rows: list[int], ranks: Ranks, inputs: str
+    ) -> None:
+        counts = whole.num_chunks, whole.num_tokens
+        super().__init__(layers, whole.offsets, whole.prefix, whole.documents, whole.origin, counts, whole.next_id)
+        self.rows = rows
+        self.inputs = inputs
+        self._ranks = ranks
+        self._bounds: dict[int, int] = {}
+        self._local: dict[torch.device, Tensor] = {}
+
+    @property
+    def rank(self) -> int:
+        return self._ranks.rank
+
+    @property
+    def size(self) -> int:
+        return self._ranks.size
+
+    @property
+    def own_rows(self) -> slice:
+        """The rows of `documents` that lie here."""
+        return slice(self.rows[self.rank], self.rows[self.rank + 1])
+
+    @property
+    def own_chunks(self) -> tuple[int, int]:
+        """First and end of the chunks that lie here."""
+        return int(self.offsets[self.own_rows.start]), int(self.offsets[self.own_rows.stop])
+
+    def local_offsets(self, device: torch.device) -> Tensor:
+        """[n + 1] int64, chunks of the documents here, counted from the first of them."""
+        if device not in self._local:
+            mine = self.offsets[self.own_rows.start : self.own_rows.stop + 1]
+            self._local[device] = (mine - mine[0]).to(device)
+        return self._local[device]
+
+    def most_rows(self, documents: int) -> int:
+        """The most chunks that so many documents have together."""
+        if documents not in self._bounds:
+            chunks = self.offsets.diff()
+            self._bounds[documents] = int(chunks.topk(min(documents, len(chunks))).values.sum())
+        return self._bounds[documents]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ShardedBank:
+        """This process' part on another device or in another dtype."""
+        moved = copy.copy(self)
+        moved.layers = {layer: memory.to(device, dtype) for layer, memory in self.layers.items()}
+        moved.prefix = {
+            layer: (keys.to(device, dtype), values.to(device, dtype)) for layer, (keys, values) in self.prefix.items()
+        }
+        moved._visible = None
+        return moved
+
+    def save_pretrained(self, directory: str | Path, max_shard_size: int | str = "4GB") -> None:
+        """Not of a part: save the whole bank."""
+        raise ValueError("This process holds a part of the bank; save the whole one before it is shared.")
+
+    def turn(self, config: Any, inputs: Tensor, routing_mask: Tensor, forced: Tensor | None, all_scores: bool) -> Turn:
+        """What all processes do together in a forward that routes; `MSAForCausalLM` asks for it.
+
+        Raises:
+            ValueError: where scores would need a gradient, or all processes together make no sense.
+            RankFailed: where another process failed.
+        """
+        header = header_of(config, inputs, routing_mask, forced, all_scores, self.documents.num_rows)
+        if torch.is_grad_enabled() and (config.score_bias or header["all_scores"] or header["forced"]):
+            raise ValueError(
+                "Scores of documents in other processes carry no gradient: call the model under `torch.no_grad()`."
+            )
+        return Turn(self, header, routing_mask, forced)
+
+    def finish(self) -> None:
+        """Wait until all processes are through, doing this one's part of what they ask meanwhile, and disconnect.
+
+        Raises:
+            RankFailed: where another process failed.
+            ValueError: with `inputs="same"`, where another one goes on.
+        """
+        while not self._ranks.closed:
+            turn = Turn(self, dict.fromkeys(HEADER, 0), None)
+            if not turn.active:
+                break
+            with turn:
+                turn.serve()
+        self._ranks.close()
+
+    def __enter__(self) -> ShardedBank:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self.finish()
+        except BaseException as failed:
+            error = failed
+            raise
+        finally:
+            if error is not None:
+                self._ranks.fail(error)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, rank={self.rank} of {self.size})"
+
+
+# Sharing a bank -------------------------------------------------------------------------------------------------------
+
+
+def shard_bank(
+    bank: Any,
+    group: Any = None,
+    *,
+    inputs: str = SAME,
+    timeout: timedelta = TIMEOUT,
+    model: Any = None,
+    tokenizer: Any = None,
+    device: torch.device | str | None = None,
+    verify: bool = True,
+) -> ShardedBank:
+    """Share a bank among the processes of `torch.distributed`; all of them call this.
+
+    Args:
+        bank: the whole bank, the same in all processes, of which each keeps its part; or a directory, of whose tensors
+            each reads its part alone.
+        group: the processes that share it; default all.
+        inputs: `"same"`: all processes give the model the same inputs, and split the work of each forward.
+            `"different"`: each has its own; any numbers of samples, of tokens and of forwards.
+        timeout: how long a process waits for another, in any exchange and while that one does something else.
+        model, tokenizer: as `MemoryBank.from_pretrained`; for a directory.
+        device: where this process' part goes. Default: where the bank lies; for a directory, the model's device.
+        verify: as `MemoryBank.from_pretrained`; a process looks at the files that it reads.
+
+    Returns:
+        A `ShardedBank`, to be used in a `with` block.
+
+    Raises:
+        ValueError: where the processes have different banks, and what `MemoryBank.from_pretrained` raises; in all of
+            them, if one has to.
+        RankFailed: where another process failed.
+        RuntimeError: where the processes are not connected.
+    """
+    if inputs not in (SAME, DIFFERENT):
+        raise ValueError(f'`inputs` must be "same" or "different", got {inputs!r}.')
+    ranks = Ranks(group, timeout)
+    error: Exception | None = None
+    shared: ShardedBank | None = None
+    digest = ""
+    try:
+        if isinstance(bank, str | os.PathLike):
+            if device is None and model is not None:
+                device = model.device
+            shared = _read(Path(bank), ranks, inputs, model, tokenizer, device, verify)
+        else:
+            shared = _part(bank.snapshot() if hasattr(bank, "snapshot") else bank, ranks, inputs, device)
+        digest = _digest(shared)
+    except Exception as failed:  # raised below, after the others know
+        error = failed
+    states = ranks.everyone((digest, inputs, None if error is None else f"{type(error).__name__}: {error}"))
+    if error is not None:
+        ranks.close()
+        raise error
+    problem = next((f"Process {rank}: {text}" for rank, (*_, text) in enumerate(states) if text is not None), None)
+    if problem is not None:
+        ranks.close()
+        raise RankFailed(problem)
+    if len(set(states)) > 1:
+        ranks.close()
+        raise ValueError("The processes have different banks, or differ in `inputs`; all must share the same one.")
+    assert shared is not None
+    return shared
+
+
+def shares(offsets: Tensor, parts: int) -> list[int]:
+    """Cut documents with chunks at `offsets` [R + 1] into `parts` runs of about as many chunks: [parts + 1] rows."""
+    wanted = [int(offsets[-1]) * part // parts for part in range(parts)]
+    cuts = torch.searchsorted(offsets, torch.tensor(wanted)).tolist()
+    return [*cuts, len(offsets) - 1]
+
+
+def _part(bank: MemoryBank, ranks: Ranks, inputs: str, device: Any) -> ShardedBank:
+    rows = shares(bank.offsets, ranks.size)
+    first, end = int(bank.offsets[rows[ranks.rank]]), int(bank.offsets[rows[ranks.rank + 1]])
+    target = bank.device if device is None else torch.empty(0, device=device).device
+    layers = {}
+    for layer, memory in bank.layers.items():
+        # Copies, so that the whole bank can be let go of.
+        parts = (tensor[first:end].to(target, copy=True) for tensor in (memory.routing_keys, memory.content))
+        layers[layer] = LayerMemory(*parts)
+    shared = ShardedBank(layers, bank, rows, ranks, inputs)
+    return shared if target == bank.device else shared.to(target)
+
+
+def _read(
+    directory: Path, ranks: Ranks, inputs: str, model: Any, tokenizer: Any, device: Any, verify: bool
+) -> ShardedBank:
+    manifest = read_manifest(directory)
+    origin = origin_of(directory, manifest)
+    if model is not None:
+        check_origin(origin, model.memory_origin(tokenizer))
+    documents = DocumentTable(read_table(directory, manifest, verify), read_deletions(directory, manifest)[0])
+    offsets = torch.from_numpy(np.concatenate([[0], documents.counts("chunks").cumsum()]))
+    rows = shares(offsets, ranks.size)
+    first, end = int(offsets[rows[ranks.rank]]), int(offsets[rows[ranks.rank + 1]])
+    target = torch.empty(0, device=device or "cpu").device
+    prefix = read_prefix(directory, manifest, target, verify)
+
+    options: dict[str, Any] = {"dtype": DTYPES[manifest["dtype"]][0], "device": target}
+    shapes = layer_shapes(manifest)
+    layers = {
+        layer: LayerMemory(
+            torch.empty(end - first, groups * dim, **options), torch.empty(end - first, 2, groups, dim, **options)
+        )
+        for layer, (groups, dim) in shapes.items()
+    }
+    base = 0
+    for segment in manifest["segments"]:
+        for shard in segment["tensors"]:
+            start, stop = (base + edge for edge in shard["chunks"])
+            low, high = max(start, first), min(stop, end)
+            if low >= high:
+                continue
+            path = check_shard(directory, shard, manifest, verify)
+            with safe_open(path, framework="pt", device=str(target)) as file:
+                for layer in shard_layers(shard, shapes):
+                    for name, whole in (
+                        ("routing_keys", layers[layer].routing_keys),
+                        ("content", layers[layer].content),
+                    ):
+                        stored = file.get_slice(f"layers.{layer}.{name}")
+                        whole[low - first : high - first] = stored[low - start : high - start]
+        base += segment["chunks"]
+    visible = documents.visible_rows()
+    counts = int(documents.counts("chunks")[visible].sum()), int(documents.counts("tokens")[visible].sum())
+    whole_bank = MemoryBank(layers, offsets, prefix, documents, origin, counts, manifest.get("next_id"))
+    return ShardedBank(layers, whole_bank, rows, ranks, inputs)
+
+
+def _digest(bank: ShardedBank) -> str:
+    """What the parts of one bank have in common."""
+    digest = hashlib.sha256(json.dumps(bank.origin.to_dict(), sort_keys=True).encode())
+    digest.update(bank.offsets.numpy().tobytes() + bank.documents.deleted.tobytes() + str(bank.dtype).encode())
+    step = max(len(bank.documents) // 64, 1)
+    for position in range(0, len(bank.documents), step):
+        digest.update(bank.documents[position].key.encode() + b"\0")
+    return digest.hexdigest()

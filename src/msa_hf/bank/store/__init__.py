@@ -1,0 +1,1 @@
+"""A bank that changes: documents are added, replaced and deleted, one commit after the other (docs/bank_format.md)."""

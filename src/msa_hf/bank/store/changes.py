@@ -1,0 +1,171 @@
+"""What a commit does to each key that it touches, worked out before anything is encoded or written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...model.storage_msa import BankFormatError, key_hash, pyarrow, table_schema
+from .state import State
+
+MAX_VERSION = 2**62
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a key: its version, and the document where there is one."""
+
+    version: int | None = None
+    id: int | None = None
+    digest: bytes | None = None
+    metadata: str | None = None
+    exists: bool = False
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a commit does to a key.
+
+    Attributes:
+        known: the key after it.
+        row: the row that goes, None where there was none.
+        text, input_ids: what is encoded; `copy` instead: the row's tensors are taken over.
+    """
+
+    known: Known
+    row: int | None
+    text: str | None = None
+    input_ids: Any = None
+    copy: bool = False
+
+
+class Changes:
+    """The changes of one commit, in the order in which keys were first touched.
+
+    Args:
+        committed: what the bank knows of a key, and its row there.
+        next_id: the first id that no document ever had.
+        protocol: what wraps the texts, None for nothing.
+    """
+
+    def __init__(self, committed: Callable[[str], tuple[Known, int | None]], next_id: int, protocol: Any) -> None:
+        self._committed = committed
+        self._protocol = protocol
+        self.next_id = next_id
+        self.of_keys: dict[str, Change] = {}
+
+    def known(self, key: str) -> tuple[Known, int | None]:
+        """What is known of a key, in the changes or else in the bank; and its row there."""
+        if key in self.of_keys:
+            return self.of_keys[key].known, self.of_keys[key].row
+        return self._committed(key)
+
+    def put(
+        self, key: str, text: str | None, tokens: Any, version: int | None, metadata: Mapping[str, Any] | None
+    ) -> bool:
+        """Put a document in, or in the place of the one with its key; returns whether anything changed."""
+        known, row = self.known(key)
+        if _is_late(known, version):
+            return False
+        if not isinstance(text, str | None):
+            raise TypeError(f"Document {key!r}: its text is a {type(text).__name__}.")
+        if self._protocol is not None and tokens is not None:
+            raise ValueError(f"Document {key!r} has `input_ids`, but it is this bank's protocol that wraps the texts.")
+        if (text is None and tokens is None) or (self._protocol is not None and not text):
+            raise ValueError(f"Document {key!r} has no text; leave it out.")
+        try:
+            encoded = json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False) if metadata else None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Document {key!r}: its metadata cannot be written as JSON: {error}.") from error
+        digest = text_digest("" if self._protocol is None else self._protocol.document, key, text, tokens)
+        same = known.exists and known.digest == digest
+        version = known.version if version is None else version
+        if same and encoded == known.metadata and version == known.version:
+            return False
+        id = known.id if known.exists else self.next_id
+        assert id is not None
+        if not known.exists:
+            self.next_id += 1
+        # An unchanged text whose row is in the bank keeps its tensors; else what is pending is encoded once anyway.
+        copied = same and (key not in self.of_keys or self.of_keys[key].copy)
+        self.of_keys[key] = Change(Known(version, id, digest, encoded, True), row, text, tokens, copied)
+        return True
+
+    def delete(self, key: str, version: int | None) -> bool:
+        """Delete a document; returns whether there was one."""
+        known, row = self.known(key)
+        if _is_late(known, version) or (not known.exists and version is None):
+            return False
+        version = known.version if version is None else version
+        self.of_keys[key] = Change(Known(version), row)
+        return known.exists
+
+    def written(self) -> dict[str, Change]:
+        """Those that write a document: first those that encode it, then those that copy its tensors."""
+        there = {key: change for key, change in self.of_keys.items() if change.known.exists}
+        return dict(sorted(there.items(), key=lambda item: item[1].copy))  # stable: else in order
+
+    def gone(self) -> np.ndarray:
+        """Rows that go, ascending."""
+        return np.array(sorted(item.row for item in self.of_keys.values() if item.row is not None), np.int64)
+
+    def deleted_versions(self) -> dict[tuple[int, int], int]:
+        """Versions of the deleted keys that have one, by the hash of the key."""
+        return {
+            key_hash(key): change.known.version
+            for key, change in self.of_keys.items()
+            if not change.known.exists and change.known.version is not None
+        }
+
+
+def committed(state: State, versions: Mapping[tuple[int, int], int], key: str) -> tuple[Known, int | None]:
+    """What a bank knows of a key, and its row; `versions` are those of deleted keys."""
+    row = state.find(key)
+    if row is None:
+        return Known(versions.get(key_hash(key))), None
+    segment, place = state.place(row)
+    try:
+        found = segment.fields(place, ["version", "id", "digest", "metadata"])
+    except ValueError as error:
+        raise BankFormatError(f"{segment.record['table']['file']}: row {place}: {error}.") from error
+    return Known(**found, exists=True), row
+
+
+def table_of(changes: Mapping[str, Change], tokens: list[int], chunk_size: int) -> Any:
+    """The `pyarrow.Table` of written documents, which have so many tokens."""
+    columns: dict[str, list[Any]] = {field.name: [] for field in table_schema(2)}
+    for (key, change), count in zip(changes.items(), tokens, strict=True):
+        known = change.known
+        row = (key, change.text, known.metadata, count, -(-count // chunk_size), known.id, known.version, known.digest)
+        for column, value in zip(columns.values(), row, strict=True):
+            column.append(value)
+    return pyarrow().table(columns, schema=table_schema(2))
+
+
+def text_digest(wrapping: str, key: str, text: str | None, tokens: Any) -> bytes:
+    """Of what is encoded: the text with what wraps it (`Protocol.document`, or nothing), or token ids.
+
+    Raises:
+        ValueError: for a text that is not Unicode, naming the document.
+    """
+    digest = hashlib.sha256(json.dumps([wrapping, text is None, tokens is None]).encode())
+    try:
+        digest.update((text or "").encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"Document {key!r}: its text is not Unicode ({error.reason}).") from error
+    if tokens is not None:
+        digest.update(np.asarray(tokens, np.int64).tobytes())
+    return digest.digest()
+
+
+def _is_late(known: Known, version: int | None) -> bool:
+    if version is None:
+        return False
+    if type(version) is not int or not 0 <= version <= MAX_VERSION:
+        raise ValueError(f"`version` must be an integer from 0 to 2^62, got {version!r:.80}.")
+    return known.version is not None and version <= known.version

@@ -1,0 +1,61 @@
+"""Verification: every file of a bank is read and compared with its SHA-256."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...model.storage_msa import BankFormatError, checked_file, data_files
+from .segments import Damage, Segment, damage_of
+from .state import State
+
+
+def find_damage(directory: Path, state: State, known: Mapping[str, Damage]) -> list[Damage]:
+    """What is damaged; rows that are lost for it are marked in their segments.
+
+    Args:
+        known: damage that was found before, by file: its rows are marked already.
+    """
+    found: list[Damage] = []
+
+    def note(segment: Segment, file: str, rows: list[int]) -> None:
+        cause = causes.pop(file)
+        found.append(known.get(file) or damage_of(segment, (file, cause, rows), state.deleted))
+
+    causes = {
+        entry["file"]: cause
+        for entry in data_files(state.manifest)
+        if (cause := cause_of_damage(directory, entry)) is not None
+    }
+    for segment in state.segments:
+        record = segment.record
+        if (file := record["table"]["file"]) in causes:
+            note(segment, file, segment.lose_rows(0, len(segment)))
+        for shard, entry in zip(segment.shards, record["tensors"], strict=True):
+            if (file := entry["file"]) in causes:
+                shard.file = None
+                note(segment, file, segment.lose_chunks(*entry["chunks"]))
+        if "index" in record and (file := record["index"]["file"]) in causes:
+            if not segment.lost.all():
+                segment.rebuild_index()
+            note(segment, file, [])
+    return found + [Damage(file, cause) for file, cause in causes.items()]  # what can be done without
+
+
+def are_intact(directory: Path, segments: Iterable[Segment]) -> bool:
+    """Whether tables and tensors are what was written: to copy damage would give it a checksum of its own."""
+    return all(
+        cause_of_damage(directory, entry) is None
+        for segment in segments
+        for entry in (*segment.record["tensors"], segment.record["table"])
+    )
+
+
+def cause_of_damage(directory: Path, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a file, None where it is what was written."""
+    try:
+        checked_file(directory, entry, verify=True)
+    except BankFormatError as error:
+        return str(error)
+    return None

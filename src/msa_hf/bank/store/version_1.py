@@ -1,0 +1,43 @@
+"""Banks of format version 1, whose documents have no ids of their own: what their first commit makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ...generation.protocol import DocumentIds
+from ...model.memory_msa import DocumentTable
+from ...model.storage_msa import FORMAT_VERSION, BankFormatError
+from .segments import Segment, with_ids
+
+
+def as_version_2(manifest: dict[str, Any], segments: Sequence[Segment]) -> dict[str, Any]:
+    """A manifest of format version 1 as the first commit will write it, its documents with the ids they have."""
+    first = 0
+    given: list[int | None] = []
+    for segment in segments:
+        documents = DocumentTable(segment.table.drop_columns(["id", "version", "digest"]))
+        numbers = [DocumentIds.of(first + row, document) for row, document in enumerate(documents)]
+        own = [
+            first + row == number and (document.metadata or {}).get("id") != number
+            for row, (number, document) in enumerate(zip(numbers, documents, strict=True))
+        ]
+        given += [None if mine else number for mine, number in zip(own, numbers, strict=True)]
+        first += len(segment)
+    stored = [number for number in given if number is not None]
+    if len(set(stored)) < len(stored):
+        raise BankFormatError("Two documents have the same id in their metadata: encode them again.")
+    taken, next_id = set(stored), max([first - 1, *stored]) + 1
+    ids = np.empty(first, np.int64)
+    for position, number in enumerate(given):
+        if number is None and position in taken:  # a stored id has the right of way
+            number, next_id = next_id, next_id + 1
+        ids[position] = position if number is None else number
+    first = 0
+    for segment in segments:
+        plain = segment.table.drop_columns(["id", "version", "digest"])
+        segment.table = with_ids(plain, ids[first : first + len(segment)])
+        first += len(segment)
+    return {**manifest, "format_version": FORMAT_VERSION, "generation": 0, "next_id": next_id, "deletions": []}

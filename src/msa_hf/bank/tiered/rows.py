@@ -1,0 +1,215 @@
+"""Rows of chunks where they lie: one tensor of a tier, or the mapped parts of files; and how they get there."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ...ops.quantise import quantise_keys
+
+# Numbers that move at once while a bank is placed; a few times as many bytes are needed beside its final place.
+MOVED_ELEMENTS = 1 << 24
+QUANTISED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+PORTABLE, MAPPED = 1, 2  # flags of cudaHostRegister: for every device, and to be read by its kernels
+FLOATING = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Rows:
+    """Rows [C, ...] of the chunks of a bank, in one tensor or in parts that follow each other.
+
+    Args:
+        parts: at least one.
+        device: where they are used.
+        scales: [C] or [C, 2] float32 of 8-bit numbers beside the only part, None for others.
+
+    Attributes:
+        whole: the only part, None where there are several.
+    """
+
+    def __init__(self, parts: Sequence[Tensor], device: torch.device, scales: Tensor | None = None) -> None:
+        self.parts = list(parts)
+        self.device = device
+        self.scales = scales
+        self.whole = self.parts[0] if len(self.parts) == 1 else None
+        starts = [0]
+        for part in self.parts:
+            starts.append(starts[-1] + len(part))
+        self.starts = torch.tensor(starts)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((int(self.starts[-1]), *self.parts[0].shape[1:]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.parts, *([] if self.scales is None else [self.scales])))
+
+    def select(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Rows [n] int64 on the CPU, ascending -> numbers [n, ...], and scales where there are any, on the device."""
+        edges = torch.searchsorted(rows, self.starts).tolist()
+        found = [
+            _index(part, rows[first:end] - start)
+            for part, start, first, end in zip(self.parts, self.starts.tolist(), edges[:-1], edges[1:], strict=False)
+            if end > first
+        ]
+        numbers = torch.cat(found) if len(found) > 1 else found[0] if found else self.parts[0][:0]
+        scales = () if self.scales is None else (self.scales.index_select(0, rows.to(self.scales.device)),)
+        return tuple(tensor.to(self.device) for tensor in (numbers, *scales))
+
+    def between(self, first: int, end: int) -> tuple[Tensor, Tensor | None]:
+        """Numbers and scales of the rows from `first` to `end`, on the device."""
+        edges = self.starts.tolist()
+        found = [
+            part[max(first - start, 0) : max(min(end, stop) - start, 0)]
+            for part, start, stop in zip(self.parts, edges[:-1], edges[1:], strict=True)
+            if start < end and first < stop
+        ]
+        moved = [part.to(self.device, non_blocking=True) for part in found or [self.parts[0][:0]]]
+        scales = None if self.scales is None else self.scales[first:end].to(self.device, non_blocking=True)
+        return torch.cat(moved) if len(moved) > 1 else moved[0], scales
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """The numbers, so many rows at a time, on the device; as `Tensor.split` one empty piece of none."""
+        count = int(self.starts[-1])
+        for first in range(0, max(count, 1), size):
+            yield self.between(first, min(first + size, count))[0]
+
+
+def _index(part: Tensor, rows: Tensor) -> Tensor:
+    rows = rows.to(part.device)
+    if part.dtype == torch.float8_e4m3fn:  # index_select does not know it
+        return part.view(torch.uint8).index_select(0, rows).view(part.dtype)
+    return part.index_select(0, rows)
+
+
+def placed_rows(parts: Sequence[Tensor], form: str, device: torch.device, *, on_device: bool) -> Rows:
+    """Read rows piece by piece into one tensor of a tier, in the format wanted.
+
+    Args:
+        parts: routing keys [c, E] or content [c, 2, G, D] that follow each other, on the CPU; at least one.
+        form: "fp32", "bf16", "fp16", "fp8" or "int8"; 8-bit numbers have a scale per key and value.
+        device: where the rows are used, and converted.
+        on_device: put them there; else in host memory, locked into place ("pinned") where `device` is a GPU.
+    """
+    dtype = FLOATING.get(form) or QUANTISED[form]
+    count, shape = sum(map(len, parts)), parts[0].shape[1:]
+    on_gpu = device.type == "cuda"
+    place = device if on_device else torch.device("cpu")
+    locked = not on_device and on_gpu
+
+    def empty(size: tuple[int, ...], kind: torch.dtype) -> Tensor:
+        return pinned(size, kind) if locked else torch.empty(size, dtype=kind, device=place)
+
+    numbers = empty((count, *shape), dtype)
+    vectors = shape[:-2] if len(shape) > 1 else ()  # () for routing keys, (2,) for content
+    scales = empty((count, *vectors), torch.float32) if form in QUANTISED else None
+    width = math.prod(shape[len(vectors) :])
+    step, start = max(MOVED_ELEMENTS // max(math.prod(shape), 1), 1), 0
+    # What stays in host memory as it is does not go through the device.
+    through = on_device or scales is not None
+    staging = Staging(device, step * math.prod(shape), parts[0].dtype) if on_gpu and through else None
+    for part in parts:
+        for piece in part.split(step):
+            rows = slice(start, start + len(piece))
+            moved = piece if staging is None else staging.moved(piece)
+            if scales is not None:
+                flat = moved.to(device).reshape(len(piece) * math.prod(vectors), width)
+                narrow, factors = quantise_keys(flat, dtype)
+                numbers[rows].copy_(narrow.view(piece.shape), non_blocking=on_gpu)
+                scales[rows].copy_(factors.view(len(piece), *vectors), non_blocking=on_gpu)
+            else:
+                numbers[rows].copy_(moved)
+            start += len(piece)
+    if staging is not None:
+        torch.cuda.synchronize(device)  # what goes back to host memory is there now
+    return Rows([numbers], device, scales)
+
+
+class Staging:
+    """The way of pieces to a GPU from memory that is not locked, such as mapped files.
+
+    A copy from such memory waits until it is through, and the driver makes it with one thread. Here all threads fill
+    one of two locked buffers while the GPU reads the other.
+
+    Args:
+        device: the GPU.
+        size: most numbers of a piece.
+        dtype: of the pieces.
+    """
+
+    def __init__(self, device: torch.device, size: int, dtype: torch.dtype) -> None:
+        self.device = device
+        self.buffers = [_buffer(size, dtype) for _ in range(2)]
+        self.read = [torch.cuda.Event() for _ in self.buffers]
+        self.turn = 0
+
+    def moved(self, piece: Tensor) -> Tensor:
+        """The piece on the GPU, in the order of its current stream."""
+        if piece.is_pinned():
+            return piece.to(self.device, non_blocking=True)
+        buffer, read = self.buffers[self.turn], self.read[self.turn]
+        self.turn = (self.turn + 1) % len(self.buffers)
+        read.synchronize()  # of an event that was not recorded yet: at once
+        staged = buffer[: piece.numel()].view(piece.shape)
+        staged.copy_(piece)
+        moved = staged.to(self.device, non_blocking=True)
+        read.record(torch.cuda.current_stream(self.device))
+        return moved
+
+
+def _buffer(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype, pin_memory=True)  # PyTorch's own: it keeps them for the next one
+
+
+def pinned(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of zeros in locked host memory, which the device reads directly.
+
+    Of exactly its bytes: PyTorch's own pinned memory comes in powers of two, up to twice as much.
+
+    Raises:
+        MemoryError: where the system does not lock so much.
+    """
+    count = math.prod(size)
+    if not count:
+        return torch.empty(size, dtype=dtype)
+    memory = _Locked(count * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(size)
+
+
+class _Locked(mmap.mmap):
+    """Anonymous memory, locked for the GPU as long as a tensor uses it."""
+
+    address: int | None
+
+    def __new__(cls, size: int) -> _Locked:
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        self = super().__new__(cls, -1, size, **private)
+        self.address = None
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer pages to lock
+            with contextlib.suppress(OSError):
+                self.madvise(mmap.MADV_HUGEPAGE)
+        whole = torch.frombuffer(self, dtype=torch.uint8)
+        whole.zero_()  # all threads touch its pages, which locking would do with one
+        address = whole.data_ptr()
+        status = int(torch.cuda.cudart().cudaHostRegister(address, size, PORTABLE | MAPPED))
+        if status:
+            raise MemoryError(
+                f"The driver does not lock {size:,} bytes of host memory (error {status}): raise the limit of locked "
+                "memory (`ulimit -l`), or leave content on disk."
+            )
+        self.address = address
+        return self
+
+    def __del__(self) -> None:
+        if self.address is not None:
+            with contextlib.suppress(Exception):  # the driver may be gone at the end of the process
+                torch.cuda.cudart().cudaHostUnregister(self.address)

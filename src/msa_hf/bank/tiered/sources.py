@@ -1,0 +1,184 @@
+"""What is read to place a bank: its documents at once, its tensors part by part, from wherever they lie now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ...model.memory_msa import BankOrigin, DocumentTable, LayerMemory, MemoryBank
+from ...model.origin_msa import check_origin
+from ...model.storage_msa import (
+    DTYPES,
+    MANIFEST,
+    RESTORE,
+    BankFormatError,
+    check_shard,
+    check_side_files,
+    data_files,
+    layer_shapes,
+    read_deletions,
+    read_manifest,
+    read_prefix,
+    read_table,
+    shard_layers,
+)
+from ..store.opening import origin_of
+
+
+@dataclass(frozen=True)
+class BankSource:
+    """A bank whose tensors can be read one layer and one part after the other.
+
+    Attributes:
+        documents, offsets, prefix, origin, counts, next_id: as `MemoryBank`; the prefix on any device.
+        dtype: of all tensors.
+        shapes: memory layer -> (groups, head_dim).
+        parts: memory layer -> its chunks, in order and without gaps, on the CPU: views, or maps of files that are read
+            when they are looked at.
+        directory: where it lies, None in memory.
+        bytes: of the files in the directory, 0 in memory.
+        model: that is known to have made it, or None.
+    """
+
+    documents: DocumentTable
+    offsets: Tensor
+    prefix: Mapping[int, tuple[Tensor, Tensor]]
+    origin: BankOrigin
+    counts: tuple[int, int]
+    next_id: int | None
+    dtype: torch.dtype
+    shapes: dict[int, tuple[int, int]]
+    parts: Callable[[int], list[LayerMemory]]
+    directory: Path | None = None
+    bytes: int = 0
+    model: Any = None
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of all rows, those of deleted documents too."""
+        return int(self.offsets[-1])
+
+
+def source_of(bank: Any, model: Any = None, tokenizer: Any = None, verify: bool = True) -> BankSource:
+    """The source of a `MemoryBank`, of an `OpenBank` as it is now, or of a directory.
+
+    Args:
+        model, tokenizer, verify: as `MemoryBank.from_pretrained`, for a directory.
+
+    Raises:
+        TypeError: for what is no bank.
+        ValueError: for a bank that is a part, has been placed, or does not lie in host memory; and what
+            `MemoryBank.from_pretrained` raises.
+    """
+    if isinstance(bank, str | Path):
+        return _of_directory(Path(bank), model, tokenizer, verify)
+    if hasattr(bank, "snapshot"):
+        return _of_memory(bank.snapshot()) if bank.directory is None else _of_open(bank)
+    if not isinstance(bank, MemoryBank):
+        raise TypeError(f"`bank` must be a MemoryBank, an OpenBank or a directory, got {type(bank).__name__}.")
+    if hasattr(bank, "turn"):
+        raise ValueError(f"A {type(bank).__name__} is shared or placed already; place the bank that it was made from.")
+    if bank.device.type != "cpu":
+        raise ValueError(
+            f"The bank lies on {bank.device}, where it would take up the memory that it is placed in: place "
+            '`bank.to("cpu")`, or encode with `bank_device="cpu"`.'
+        )
+    return _of_memory(bank)
+
+
+def _of_memory(bank: MemoryBank) -> BankSource:
+    return BankSource(
+        bank.documents,
+        bank.offsets,
+        bank.prefix,
+        bank.origin,
+        (bank.num_chunks, bank.num_tokens),
+        bank.next_id,
+        bank.dtype,
+        {layer: _shape(memory) for layer, memory in bank.layers.items()},
+        lambda layer: [bank.layers[layer]],
+    )
+
+
+def _shape(memory: LayerMemory) -> tuple[int, int]:
+    groups, dim = memory.content.shape[2:]
+    return groups, dim
+
+
+def _of_open(bank: Any) -> BankSource:
+    """Of the files that it has open: they may be removed meanwhile."""
+    with bank._mutex:
+        state, prefix = bank.state, bank._whole_prefix()
+    shapes, dtype = layer_shapes(state.manifest), DTYPES[state.manifest["dtype"]][0]
+
+    def parts(layer: int) -> list[LayerMemory]:
+        found = []
+        for segment in state.segments:
+            for shard in segment.shards:
+                if layer in shard.layers and shard.file is not None:
+                    found.append(LayerMemory(*segment.tensors(shard, layer)))
+                elif layer in shard.layers:  # damaged: nothing of it is ever chosen
+                    found.append(_zeros(shard.end - shard.first, shapes[layer], dtype))
+        return found
+
+    return BankSource(
+        DocumentTable(state.table, state.hidden, state.find),
+        torch.from_numpy(state.offsets),
+        prefix,
+        bank.origin,
+        (state.chunks, state.tokens),
+        state.manifest["next_id"],
+        dtype,
+        shapes,
+        parts,
+        bank.directory,
+        sum(entry["bytes"] for entry in data_files(state.manifest)),
+        bank.model,
+    )
+
+
+def _of_directory(directory: Path, model: Any, tokenizer: Any, verify: bool) -> BankSource:
+    manifest = read_manifest(directory)
+    origin = origin_of(directory, manifest)
+    if model is not None:
+        check_origin(origin, model.memory_origin(tokenizer))
+    table = read_table(directory, manifest, verify)
+    check_side_files(directory, manifest, verify)
+    prefix = read_prefix(directory, manifest, torch.device("cpu"), verify)
+    shapes, dtype = layer_shapes(manifest), DTYPES[manifest["dtype"]][0]
+    files: dict[int, list[Any]] = {layer: [] for layer in shapes}
+    for segment in manifest["segments"]:
+        for shard in segment["tensors"]:
+            # Opened now: who replaces the bank may remove them.
+            file = safe_open(check_shard(directory, shard, manifest, verify), framework="pt")
+            for layer in shard_layers(shard, shapes):
+                files[layer].append(file)
+
+    def parts(layer: int) -> list[LayerMemory]:
+        names = f"layers.{layer}.routing_keys", f"layers.{layer}.content"
+        return [LayerMemory(*(file.get_tensor(name) for name in names)) for file in files[layer]]
+
+    try:
+        documents = DocumentTable(table, read_deletions(directory, manifest)[0])
+        offsets = torch.from_numpy(np.concatenate([[0], documents.counts("chunks").cumsum()]))
+        nothing = {layer: _zeros(int(offsets[-1]), shape, dtype) for layer, shape in shapes.items()}
+        bank = MemoryBank(nothing, offsets, prefix, documents, origin, next_id=manifest.get("next_id"))  # compares
+    except BankFormatError:
+        raise
+    except ValueError as error:
+        raise BankFormatError(f"{directory / MANIFEST}: the bank contradicts itself: {error} {RESTORE}.") from error
+    size = sum(entry["bytes"] for entry in data_files(manifest))
+    return replace(_of_memory(bank), parts=parts, directory=directory, bytes=size, model=model)
+
+
+def _zeros(chunks: int, shape: tuple[int, int], dtype: torch.dtype) -> LayerMemory:
+    """Chunks that take up no memory."""
+    (groups, dim), zero = shape, torch.zeros((), dtype=dtype)
+    return LayerMemory(zero.expand(chunks, groups * dim), zero.expand(chunks, 2, groups, dim))

@@ -1,0 +1,167 @@
+"""`msa-hf bank add | delete | compact | verify | stat`: a bank is changed and looked after."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..bank import BankDamaged, BankLocked, OpenBank
+from ..data.documents import Corpus
+from ..user_errors import UserError, reported
+from .loading import load, new_directory, protocol_of
+from .options import add_model_options, command, positive
+
+
+def add_to(commands: Any) -> None:
+    """The commands and their options."""
+    made = commands.add_parser("bank", help="Change a bank, and look after it.", description="Change a bank.")
+    banks = made.add_subparsers(required=True, metavar="COMMAND")
+
+    made = command(banks, "add", add, "Add documents, or put them in the place of those with their keys.")
+    made.add_argument("model", metavar="MODEL", help="the checkpoint that made the bank")
+    made.add_argument("bank", metavar="BANK", help="made where there is none")
+    made.add_argument("source", metavar="SOURCE", help="documents as `encode` takes them; unchanged ones cost nothing")
+    add_model_options(made)
+    made.add_argument("--batch-tokens", type=positive, default=16384, help="tokens per batch (default: 16384)")
+    made.add_argument("--commit-every", type=positive, default=10_000, help="documents per commit (default: 10000)")
+    made.add_argument("--text-column", help="field of the text (default: text)")
+    made.add_argument("--key-column", help="field of the key (default: key)")
+    made.add_argument("--version-column", help="field of an integer; what is not newer than the bank's is left out")
+
+    made = command(banks, "delete", delete, "Delete documents; `compact` removes them from the files.")
+    made.add_argument("bank", metavar="BANK")
+    made.add_argument("keys", metavar="KEY", nargs="*")
+    made.add_argument("--keys-from", metavar="FILE", help="a file with a key per line; - for the standard input")
+    made.add_argument("--missing-ok", action="store_true", help="pass over keys that no document has")
+
+    made = command(
+        banks, "compact", compact, "Remove deleted documents from the files, and put small segments together."
+    )
+    made.add_argument("bank", metavar="BANK")
+
+    made = command(banks, "verify", verify, "Compare every file with its checksum; exit code 1 where one is damaged.")
+    made.add_argument("bank", metavar="BANK")
+    made.add_argument("--discard-damaged", action="store_true", help="give up the documents in damaged files")
+    made.add_argument("--json", action="store_true", help="one JSON object")
+
+    made = command(banks, "stat", stat, "Show the numbers of a bank, deleted documents and segments among them.")
+    made.add_argument("bank", metavar="BANK")
+    made.add_argument("--json", action="store_true", help="one JSON object")
+
+
+@contextlib.contextmanager
+def opened(directory: str | Path, model: Any = None, *made_with: Any, **options: Any) -> Iterator[OpenBank]:
+    """A bank as `OpenBank` opens it, without a model where none is given."""
+    with reported():
+        try:
+            with OpenBank(model, directory, *made_with, **options) as bank:
+                yield bank
+        except (BankLocked, BankDamaged) as error:
+            raise UserError(str(error)) from error
+
+
+def add(args: argparse.Namespace) -> int:
+    """`msa-hf bank add`."""
+    directory = new_directory(args.bank)
+    with reported():
+        corpus = Corpus(args.source, args.text_column, args.key_column)
+    for number, row in enumerate(corpus):  # before the model is loaded
+        if row.get(corpus.key_column) is None:
+            raise UserError(f"document {number} has no {corpus.key_column!r}, by which a bank knows it (--key-column)")
+        if args.version_column is not None and type(row.get(args.version_column)) is not int:
+            raise UserError(f"document {number}: {args.version_column!r} (--version-column) is not an integer")
+    model, tokenizer = load(args.model, args.device, args.dtype)
+    protocol = protocol_of(args.protocol, args.model)
+    options = {"batch_tokens": args.batch_tokens, "show_progress": True}
+    counts = Counter[str]()
+    rows = iter(corpus)
+    with opened(directory, model, tokenizer, protocol, encode_options=options) as bank:
+        while batch := list(itertools.islice(rows, args.commit_every)):
+            outcomes = Counter[str]()
+            with bank.batch():
+                for row in batch:
+                    key, text = str(row.pop(corpus.key_column)), row.pop(corpus.text_column)
+                    version = None if args.version_column is None else row.pop(args.version_column)
+                    known = key in bank
+                    changed = bank.upsert(key, text, version, row)
+                    outcomes["unchanged" if not changed else "replaced" if known else "added"] += 1
+            counts += outcomes
+        done = ", ".join(f"{counts[name]} {name}" for name in ("added", "replaced", "unchanged"))
+        print(f"{directory}: {done}; {len(bank)} documents")
+    return 0
+
+
+def delete(args: argparse.Namespace) -> int:
+    """`msa-hf bank delete`."""
+    keys = list(args.keys)
+    if args.keys_from is not None:
+        text = sys.stdin.read() if args.keys_from == "-" else Path(args.keys_from).read_text(encoding="utf-8")
+        keys += text.splitlines()
+    if not keys:
+        raise UserError("no keys: name documents, or a file of them with --keys-from")
+    with opened(args.bank) as bank:
+        missing = [key for key in keys if key not in bank]
+        if missing and not args.missing_ok:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(
+                f"no document of {args.bank} has the key {missing[0]!r}{more}; nothing was deleted "
+                "(--missing-ok passes over such keys)"
+            )
+        with bank.batch():
+            deleted = sum(bank.delete(key) for key in keys)
+        print(f"{args.bank}: {deleted} deleted, {len(bank)} documents left; `compact` removes them from the files")
+    return 0
+
+
+def compact(args: argparse.Namespace) -> int:
+    """`msa-hf bank compact`."""
+    with opened(args.bank) as bank:
+        before = bank.stat()
+        done = bank.compact()
+        after = bank.stat()
+    if not done:
+        print(f"{args.bank}: nothing to do")
+        return 0
+    removed = f"{before['deleted']} deleted documents removed"
+    print(f"{args.bank}: {removed}, {before['segments']} -> {after['segments']} segments, ", end="")
+    print(f"{before['bytes']} -> {after['bytes']} bytes")
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """`msa-hf bank verify`."""
+    with opened(args.bank, read_only=not args.discard_damaged) as bank:
+        found = bank.verify()
+        given_up = bank.discard_damaged() if args.discard_damaged else 0
+    if args.json:
+        damaged = [{**asdict(item), "documents": item.documents} for item in found]
+        print(json.dumps({"damaged": damaged, "given_up": given_up}, ensure_ascii=False))
+        return 1 if found else 0
+    for item in found:
+        print(f"{item.file}: {item.cause}; documents left out: {item.documents}")
+        for key in item.keys:
+            print(f"  {'(its key is lost too)' if key is None else key}")
+    print(f"{args.bank}: {len(found)} damaged files" if found else f"{args.bank}: every file is as it was written")
+    if given_up:
+        print(f"{args.bank}: {given_up} documents given up")
+    return 1 if found else 0
+
+
+def stat(args: argparse.Namespace) -> int:
+    """`msa-hf bank stat`."""
+    with opened(args.bank, read_only=True) as bank:
+        record = bank.stat()
+    if args.json:
+        print(json.dumps(record))
+        return 0
+    for name, value in record.items():
+        print(f"{name.replace('_', ' ')}: {value}")
+    return 0

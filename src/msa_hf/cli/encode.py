@@ -1,0 +1,95 @@
+"""`msa-hf encode`: documents become a bank."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+from ..bank import BankLocked, RankFailed
+from ..bank.encode_corpus import PART_SIZE, TIMEOUT, agreed, connected, encode_bank
+from ..data.documents import Corpus
+from ..model.storage_msa import MANIFEST, read_manifest
+from ..user_errors import UserError, reported
+from .loading import load, new_directory, protocol_of
+from .options import add_model_options, command, positive
+
+
+def add_to(commands: Any) -> None:
+    """The command and its options."""
+    made = command(
+        commands,
+        "encode",
+        run,
+        "Encode documents into a memory bank. Run again after an interruption it goes on where it stopped; under "
+        "`accelerate launch` or `torchrun`, as `-m msa_hf.encode`, all processes share the work.",
+    )
+    made.add_argument("model", metavar="MODEL", help="a checkpoint with a memory: directory or Hub id")
+    made.add_argument(
+        "source", metavar="SOURCE", help="a folder of .txt and .md, a .jsonl, or what datasets.save_to_disk saved"
+    )
+    made.add_argument(
+        "bank", metavar="BANK", help="directory for the bank; one that lies there is replaced when this one is complete"
+    )
+    add_model_options(made)
+    made.add_argument("--batch-tokens", type=positive, default=16384, help="tokens per batch (default: 16384)")
+    made.add_argument(
+        "--part-size",
+        type=positive,
+        default=PART_SIZE,
+        metavar="BYTES",
+        help="text that is encoded and kept at a time; what an interruption costs, per process (default: 1000000)",
+    )
+    made.add_argument(
+        "--timeout",
+        type=positive,
+        default=int(TIMEOUT.total_seconds()),
+        metavar="SECONDS",
+        help="of waiting for another process; must exceed the time a part takes (default: 3600)",
+    )
+    made.add_argument(
+        "--too-long", choices=("error", "split"), default="error", help="what to do with a document above the limit"
+    )
+    made.add_argument("--text-column", help="field of the text (default: text)")
+    made.add_argument("--key-column", help="field of the key (default: key, or the document's number)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`msa-hf encode`."""
+    try:
+        with reported(), connected(timedelta(seconds=args.timeout)) as ranks:
+            with agreed(ranks):
+                out = new_directory(args.bank)
+                with reported():
+                    if (out / MANIFEST).exists():
+                        read_manifest(out)  # before the model is loaded
+                    corpus = Corpus(args.source, args.text_column, args.key_column)
+                if corpus.skipped and ranks.rank == 0:
+                    names = f"{len(corpus.skipped)} empty files, such as {min(corpus.skipped)}"
+                    print(f"msa-hf: skipping {names}", file=sys.stderr)
+                model, tokenizer = load(args.model, args.device, args.dtype)
+                protocol = protocol_of(args.protocol, args.model)
+            start = time.perf_counter()
+            done = encode_bank(
+                corpus,
+                model,
+                out,
+                tokenizer,
+                protocol,
+                ranks=ranks,
+                too_long=args.too_long,
+                part_size=args.part_size,
+                batch_tokens=args.batch_tokens,
+            )
+            seconds = time.perf_counter() - start
+    except RankFailed as error:
+        raise UserError(f"{error} What was encoded is kept: the same command goes on from there.") from error
+    except BankLocked as error:
+        raise UserError(str(error)) from error
+    if ranks.rank == 0:
+        there = f", {done.found} of {done.parts} parts were there" if done.found else ""
+        counts = f"{done.documents} documents, {done.tokens} tokens, {done.chunks} chunks"
+        print(f"{out}: {counts}{there}, {seconds:.1f} s")
+    return 0

@@ -1,0 +1,58 @@
+"""`msa-hf inspect`: what a bank holds and was made with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..model.memory_msa import MemoryBank
+from ..user_errors import reported
+from .options import at_least, command
+
+SHOWN_TEXT = 80  # characters of a document's text
+
+
+def add_to(commands: Any) -> None:
+    """The command and its options."""
+    made = command(commands, "inspect", run, "Show what a bank holds and was made with.")
+    made.add_argument("bank", metavar="BANK")
+    made.add_argument("--documents", type=at_least(0), default=5, help="documents to show (default: 5)")
+    made.add_argument("--verify", action="store_true", help="compare the checksum of every file, which reads them all")
+    made.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`msa-hf inspect`."""
+    with reported():
+        bank = MemoryBank.from_pretrained(args.bank, verify=args.verify)
+        size = sum(path.stat().st_size for path in Path(args.bank).iterdir() if path.is_file())
+        shown = bank.documents[: args.documents]
+    record: dict[str, Any] = {
+        "documents": len(bank),
+        "tokens": bank.num_tokens,
+        "chunks": bank.num_chunks,
+        "dtype": str(bank.dtype).removeprefix("torch."),
+        "bytes": size,
+        "origin": bank.origin.to_dict(),
+    }
+    documents: list[dict[str, Any]] = [
+        {"key": item.key, "tokens": item.tokens, "chunks": item.chunks, "metadata": item.metadata, "text": item.text}
+        for item in shown
+    ]
+    if args.json:
+        print(json.dumps({**record, "first_documents": documents}, ensure_ascii=False))
+        return 0
+    origin = record.pop("origin")
+    for name in ("configuration_defaults", "weights"):
+        origin.pop(name, None)
+    if (weights := bank.origin.weights) is not None:
+        origin["weights"] = ", ".join([weights.describe_dtypes(), *weights.quantized])
+        origin["adapters"] = ", ".join(adapter.name for adapter in weights.adapters) or "none"
+    for name, value in {**record, **origin}.items():
+        print(f"{name.replace('_', ' ')}: {value}")
+    for item in documents:
+        text = " ".join((item["text"] or "").split())
+        print(f"  {item['key']} ({item['tokens']} tokens): {text[:SHOWN_TEXT]}{'...' if text[SHOWN_TEXT:] else ''}")
+    return 0

@@ -1,0 +1,56 @@
+"""What commands are given by name: checkpoints, protocols, and directories to save to."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from ..generation import COMPACT, PUBLISHED, Protocol
+from ..model.modeling_msa import MSAForCausalLM
+from ..user_errors import UserError, reported
+
+PROTOCOLS: dict[str, Protocol | None] = {"compact": COMPACT, "published": PUBLISHED, "none": None}
+
+
+def checkpoint(name: str) -> str:
+    """A directory or a Hub id; a path that does not exist is neither."""
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"{name}: not a directory")
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
+        raise UserError(f"{name}: no such directory")
+    return name
+
+
+def load(name: str, device: Any, dtype: str) -> tuple[Any, Any]:
+    """A model with a memory, and its tokenizer."""
+    checkpoint(name)
+    with reported(foreign=True, subject=name):
+        model = MSAForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+        return model, AutoTokenizer.from_pretrained(name)
+
+
+def protocol_of(choice: str, name: str) -> Protocol | None:
+    """The protocol that was asked for, or the checkpoint's own; None for plain text."""
+    if choice == "auto":
+        try:
+            with reported():
+                protocol: Protocol | None = Protocol.from_pretrained(name)
+        except UserError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            protocol = None
+    else:
+        protocol = PROTOCOLS[choice]
+    return protocol
+
+
+def new_directory(name: str) -> Path:
+    """A directory to save to."""
+    path = Path(name)
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(f"{name}: not a directory")
+    return path

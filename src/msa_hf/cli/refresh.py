@@ -1,0 +1,49 @@
+"""`msa-hf refresh`: the code inside saved checkpoints becomes that of this package."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..model.checkpoint_msa import copy_code
+from ..model.configuration_msa import MSAConfig
+from ..user_errors import UserError, reported
+from .options import command
+
+
+def add_to(commands: Any) -> None:
+    """The command and its options."""
+    made = command(commands, "refresh", run, "Bring the code inside saved checkpoints up to that of this package.")
+    made.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a directory that save_pretrained() wrote")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`msa-hf refresh`."""
+    directories = [Path(name) for name in args.checkpoints]
+    for directory in directories:  # all are looked at before the first is changed
+        require_code(directory)
+    for directory in directories:
+        with reported():
+            changed = copy_code(directory)
+        print(f"{directory}: {len(changed)} files changed" if changed else f"{directory}: up to date")
+    return 0
+
+
+def require_code(directory: Path) -> None:
+    """Refuse a directory that is no checkpoint with a memory and code of its own.
+
+    Raises:
+        UserError: naming what the directory lacks.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{directory}: no checkpoint ({error.strerror}: config.json)") from error
+    except ValueError as error:
+        raise UserError(f"{directory}: config.json is not JSON ({error})") from error
+    if not isinstance(config, dict) or config.get("model_type") != MSAConfig.model_type:
+        raise UserError(f"{directory}: not a checkpoint with a memory; `msa-hf retrofit` makes one")
+    if not config.get("auto_map"):
+        raise UserError(f"{directory}: carries no code; load it with msa_hf installed and save it again")

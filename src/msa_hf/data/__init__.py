@@ -1,0 +1,1 @@
+"""Readers of users' documents."""

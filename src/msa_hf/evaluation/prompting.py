@@ -1,0 +1,147 @@
+"""Putting questions to a model as a diagnosis does: with the memory or without, with given texts in the prompt."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from ..data.questions import SEPARATOR, _pad, question_ids
+from ..generation import DocumentIds, MemoryInterleave, Protocol
+from ..model.memory_msa import MemoryBank
+from ..model.positions_msa import in_positions_of, position_limit
+
+
+def text_of(bank: MemoryBank, position: int) -> str:
+    """The text of a document.
+
+    Raises:
+        ValueError: where it was not stored, naming the document.
+    """
+    document = bank.documents[position]
+    if document.text is None:
+        raise ValueError(f"Document {document.key!r} was stored without its text, which is to be read.")
+    return document.text
+
+
+def prompt_of(
+    tokenizer: Any,
+    question: str,
+    protocol: Protocol | None,
+    rounds: Sequence[Sequence[tuple[int, str]]] = (),
+) -> tuple[list[int], list[bool]]:
+    """A question as it is put, behind rounds of (id, text) pairs that were read, and which of its tokens route: as the
+    protocol says, or as `QuestionCollator`."""
+    if protocol is not None:
+        return Protocol.join(protocol.transcript(tokenizer, question, rounds))
+    ids = question_ids(tokenizer, question)
+    return ids, [True] * len(ids)
+
+
+def require_bm25s() -> Any:
+    try:
+        import bm25s
+    except ImportError as error:
+        raise ImportError("The condition 'bm25' needs bm25s: pip install msa-hf[eval]") from error
+    return bm25s
+
+
+class BM25:
+    """The documents of a bank, ranked by their words."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.module, self.size = require_bm25s(), len(texts)
+        self.index = self.module.BM25()
+        self.index.index(self._words(texts), show_progress=False)
+
+    def _words(self, texts: list[str]) -> Any:
+        return self.module.tokenize(texts, stopwords=None, show_progress=False)
+
+    def best(self, question: str, count: int) -> list[int]:
+        found, _ = self.index.retrieve(self._words([question]), k=min(count, self.size), show_progress=False)
+        return found[0].tolist()
+
+
+class Writer:
+    """Has a model answer prompts, with the memory or without."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, bank: MemoryBank, protocol: Protocol | None, max_new_tokens: int
+    ) -> None:
+        self.model, self.tokenizer, self.bank, self.protocol = model, tokenizer, bank, protocol
+        self.max_new_tokens = max_new_tokens
+        self.ids = DocumentIds(bank)
+        self.asker: MemoryInterleave | None = None
+        if protocol is not None:  # the answer stage, so that the conditions differ in nothing else
+            self.asker = MemoryInterleave(model, tokenizer, bank, protocol, max_new_tokens=max_new_tokens)
+            self.options = self.asker._answer_options(None, {})
+        else:
+            config = copy.deepcopy(model.generation_config)
+            config.update(do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
+            config.max_length, config.max_new_tokens, config.return_dict_in_generate = None, max_new_tokens, False
+            if config.eos_token_id is None:
+                config.eos_token_id = tokenizer.eos_token_id
+            pads = (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+            config.pad_token_id = next(pad for pad in pads if pad is not None)
+            self.options = {"generation_config": config}
+        config = self.options["generation_config"]
+        self.pad = config.pad_token_id
+        stops = config.eos_token_id
+        self.stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+        positions = position_limit(model.config)
+        self.room = None if positions is None else positions - model.config.first_position - max_new_tokens
+
+    def prompt(self, question: str, rounds: Sequence[Sequence[int]]) -> tuple[tuple[list[int], list[bool]], int]:
+        """The tokens that an answer follows, which of them route, and how many texts were left out for lack of room."""
+        left, dropped = [list(group) for group in rounds if group], 0
+        while True:
+            ids, routes = self._prompt(question, left)
+            if self.room is None or len(ids) <= self.room:
+                return (ids, routes), dropped
+            if not left:
+                raise ValueError(
+                    f"The question {question[:60]!r} has {len(ids)} tokens with its prompt, but {self.room} fit beside "
+                    f"an answer of {self.max_new_tokens}."
+                )
+            left[-1].pop()
+            left = left if left[-1] else left[:-1]
+            dropped += 1
+
+    def _prompt(self, question: str, rounds: Sequence[Sequence[int]]) -> tuple[list[int], list[bool]]:
+        if self.protocol is None:
+            texts = [text_of(self.bank, position) for group in rounds for position in group]
+            return prompt_of(self.tokenizer, SEPARATOR.join([*texts, question]), None)
+        pairs = [[(self.ids.id_of(position), text_of(self.bank, position)) for position in group] for group in rounds]
+        return Protocol.join(self.protocol.transcript(self.tokenizer, question, pairs, closed=True))
+
+    def write(
+        self,
+        prompts: Sequence[tuple[list[int], list[bool]]],
+        memory: bool = False,
+        forced: Sequence[Sequence[int]] | None = None,
+    ) -> list[str]:
+        """Answers to prompts; with the memory, which the forced documents replace where they are given."""
+        device = self.model.device
+        prefix = [] if memory else list(self.model.config.prefix_token_ids)
+        rows = [prefix + ids for ids, _ in prompts]
+        inputs: dict[str, Any] = {
+            "input_ids": _pad(rows, self.pad, left=True).to(device),
+            "attention_mask": _pad([[1] * len(row) for row in rows], 0, left=True).to(device),
+        }
+        if memory:
+            routes = _pad([[int(item) for item in routes] for _, routes in prompts], 0, left=True)
+            inputs |= {"memory": self.bank, "routing_mask": routes.bool().to(device)}
+        if forced is not None:
+            inputs["force_documents"] = _pad([list(row) for row in forced], -1).to(device)
+        with in_positions_of(self.model.config):  # also without the memory, so that no answer depends on its batch
+            output = self.model.generate(**inputs, **self.options)
+        return [self._answer(row) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    def _answer(self, tokens: list[int]) -> str:
+        if self.asker is not None:
+            stop = self.asker._end_of(tokens, self.stops)
+            shown = tokens[:stop] if self.asker._answer_end is not None else tokens[: stop + 1]
+            assert self.protocol is not None
+            return self.protocol.answer_text(self.asker._decode(shown, skip_special_tokens=True))
+        stop = next((place for place, token in enumerate(tokens) if token in self.stops), len(tokens))
+        return self.tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()

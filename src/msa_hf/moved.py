@@ -1,0 +1,101 @@
+"""Modules that stand in another place since 0.2: the old names work for one release, with a DeprecationWarning."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+PACKAGE = __name__.rpartition(".")[0]
+MOVED = {
+    "bank.buffers": "bank.store.buffers",
+    "bank.changes": "bank.store.changes",
+    "bank.compaction": "bank.store.compaction",
+    "bank.encoding": "bank.encode_corpus",
+    "bank.free_memory": "bank.tiered.hardware",
+    "bank.growing": "bank.store.growing",
+    "bank.hot_documents": "bank.tiered.lru_cache",
+    "bank.lock": "bank.store.lock",
+    "bank.open_bank": "bank.store.open_bank",
+    "bank.opening": "bank.store.opening",
+    "bank.parallel": "bank.sharded.bank",
+    "bank.plan": "bank.tiered.plan",
+    "bank.ranks": "bank.sharded.collectives",
+    "bank.rows": "bank.tiered.rows",
+    "bank.segments": "bank.store.segments",
+    "bank.shapes": "bank.tiered.shapes",
+    "bank.sources": "bank.tiered.sources",
+    "bank.state": "bank.store.state",
+    "bank.tiers": "bank.tiered.bank",
+    "bank.turn": "bank.sharded.session",
+    "bank.verification": "bank.store.verification",
+    "bank.version_1": "bank.store.version_1",
+    "bank.writing": "bank.store.writing",
+    "commands": "cli",
+    "commands.ask": "cli.ask",
+    "commands.bank": "cli.bank",
+    "commands.doctor": "cli.doctor",
+    "commands.encode": "cli.encode",
+    "commands.evaluate": "cli.evaluate",
+    "commands.inspect": "cli.inspect",
+    "commands.loading": "cli.loading",
+    "commands.options": "cli.options",
+    "commands.plan": "cli.plan",
+    "commands.refresh": "cli.refresh",
+    "commands.retrofit": "cli.retrofit",
+    "commands.train": "cli.train",
+    "corpus_files": "data.documents",
+    "evaluation.corpora": "synthetic.corpora",
+    "evaluation.hashing": "synthetic.hashing",
+    "evaluation.names": "synthetic.names",
+    "evaluation.prose": "synthetic.prose",
+    "evaluation.templates": "synthetic.templates",
+    "evaluation.values": "synthetic.values",
+    "evaluation.words": "synthetic.words",
+    "evaluation.world": "synthetic.world",
+    "training.asking": "evaluation.prompting",
+    "training.data": "data.questions",
+    "training.diagnosis": "evaluation.diagnosis",
+    "training.sharpen": "evaluation.sharpen",
+}
+
+
+def _travels(name: str) -> bool:
+    """Whether a module of the model lay in the package itself before."""
+    return "." not in name and importlib.util.find_spec(f"{PACKAGE}.model.{name}") is not None
+
+
+class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds modules of this package by their old names; what is imported is the module in its new place."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        package, _, old = fullname.partition(".")
+        if package != PACKAGE or not (old in MOVED or (old.endswith("_msa") and _travels(old))):
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        old = spec.name.partition(".")[2]
+        new = f"{PACKAGE}.{MOVED.get(old, f'model.{old}')}"
+        warnings.warn(
+            f"`{spec.name}` is `{new}` now; the old name goes with the next release.", DeprecationWarning, stacklevel=2
+        )
+        module = importlib.import_module(new)
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The import system has put the old name's spec into the module, which was complete before.
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
+
+
+# Before the others, which would find a module of a package that moved as a whole a second time.
+sys.meta_path.insert(0, MovedModules())
