@@ -92,7 +92,7 @@ def main() -> None:
     work, out, where = Path(arguments.work), Path(arguments.out), device()
     out.mkdir(parents=True, exist_ok=True)
     names = source_names(arguments.parts)
-    loaded = [torch.load(work / f"{name}.pt", weights_only=False) for name in names]
+    loaded = [torch.load(work / f"{name}.pt", weights_only=True) for name in names]
     flat = Flat.joined([Flat(item["tokens"], item["lengths"]) for item in loaded]).to(where)
     dev = loaded[0]["dev"]
     ends = flat.lengths.cumsum(0)
@@ -105,7 +105,7 @@ def main() -> None:
     report: dict[str, Any] = {"sizes": sizes}
     systems: dict[str, dict[str, np.ndarray]] = {}
     if arguments.name:
-        checkpoint = torch.load(work / f"{arguments.name}.pt", weights_only=False)
+        checkpoint = torch.load(work / f"{arguments.name}.pt", weights_only=True)
         made = argparse.Namespace(**{**checkpoint["arguments"], "base": arguments.base})
         model = fresh_model(made, where)
         trained_weights(made, model).load_state_dict(
@@ -124,8 +124,8 @@ def main() -> None:
     taught = [work / f"{name}.teacher.pt" for name in names]
     have = next((place for place, path in enumerate(taught) if not path.exists()), len(taught))
     if have:
-        first = torch.load(taught[0], weights_only=False)
-        near = torch.cat([first["passages"], *(torch.load(path, weights_only=False) for path in taught[1:have])])
+        first = torch.load(taught[0], weights_only=True)
+        near = torch.cat([first["passages"], *(torch.load(path, weights_only=True) for path in taught[1:have])])
         within = {name: min(limit, len(near)) for name, limit in limits.items()}
         systems["teacher"] = teacher_best(near.to(where), first["dev"].to(where), within)
         report["teacher_passages"] = within

@@ -209,8 +209,8 @@ def prepare_questions(arguments: argparse.Namespace, tokenizer: Any, passages: A
 def prepare_reading(arguments: argparse.Namespace) -> None:
     """Rows that read, from what was prepared."""
     work = Path(arguments.work)
-    data = torch.load(wait_for(work / "sets.pt"), weights_only=False)
-    texts = torch.load(work / "sets.texts", weights_only=False)
+    data = torch.load(wait_for(work / "sets.pt"), weights_only=True)
+    texts = torch.load(work / "sets.texts", weights_only=True)
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
     held_out = set(data["held_out"].tolist())
     rows = reading_rows(data["train"]["questions"], texts, tokenizer, held_out, arguments.reading)
@@ -270,14 +270,14 @@ def questions(arguments: argparse.Namespace) -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype).to(where)
     tags = [tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in TAGS]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    data = torch.load(wait_for(work / "sets.pt"), weights_only=False)
+    data = torch.load(wait_for(work / "sets.pt"), weights_only=True)
     ranks = linear_ranks(model, dict.fromkeys(range(model.config.num_hidden_layers), 64))
     weights = TrainedWeights(model, ranks)
     learn_to_ask(arguments, model, weights, data, tags, end, where)
     log("taught to ask in", round(time.time() - start), "s")
 
     names = source_names(arguments.parts)[1:]
-    loaded = [torch.load(wait_for(work / f"{name}.pt"), weights_only=False) for name in names]
+    loaded = [torch.load(wait_for(work / f"{name}.pt"), weights_only=True) for name in names]
     counts = torch.tensor([len(item["lengths"]) for item in loaded])
     flat = Flat.joined([Flat(item["tokens"], item["lengths"]) for item in loaded]).to(where)
     # Cut to few lengths, so that many passages have the same.
@@ -413,14 +413,14 @@ def teach(arguments: argparse.Namespace) -> None:
         if (work / f"{name}.teacher.pt").exists() or (name == "sets" and arguments.only_parts):
             continue
         if name == "asked":
-            texts = torch.load(wait_for(work / "asked.pt"), weights_only=False)["texts"]
+            texts = torch.load(wait_for(work / "asked.pt"), weights_only=True)["texts"]
         else:
             wait_for(work / f"{name}.pt")
-            texts = torch.load(work / f"{name}.texts", weights_only=False)
+            texts = torch.load(work / f"{name}.texts", weights_only=True)
         start = time.time()
         found: Any = teacher.embed(texts).cpu()
         if name == "sets":
-            data = torch.load(work / "sets.pt", weights_only=False)
+            data = torch.load(work / "sets.pt", weights_only=True)
             found = {
                 "passages": found,
                 **{
@@ -464,17 +464,17 @@ class Pools:
     def __init__(self, arguments: argparse.Namespace, where: torch.device) -> None:
         self.arguments, self.where = arguments, where
         work = Path(arguments.work)
-        data = torch.load(wait_for(work / "sets.pt"), weights_only=False)
-        asked = torch.load(wait_for(work / "asked.pt"), weights_only=False)
+        data = torch.load(wait_for(work / "sets.pt"), weights_only=True)
+        asked = torch.load(wait_for(work / "asked.pt"), weights_only=True)
         names = asked["names"]
-        loaded = [data, *(torch.load(wait_for(work / f"{name}.pt"), weights_only=False) for name in names)]
+        loaded = [data, *(torch.load(wait_for(work / f"{name}.pt"), weights_only=True) for name in names)]
         self.passages = Flat.joined([Flat(item["tokens"], item["lengths"]) for item in loaded]).to(where)
         firsts = np.cumsum([0, *(len(item["lengths"]) for item in loaded)])
-        taught = torch.load(wait_for(work / "sets.teacher.pt"), weights_only=False)
+        taught = torch.load(wait_for(work / "sets.teacher.pt"), weights_only=True)
         self.near = torch.cat(
             [
                 taught["passages"],
-                *(torch.load(wait_for(work / f"{name}.teacher.pt"), weights_only=False) for name in names),
+                *(torch.load(wait_for(work / f"{name}.teacher.pt"), weights_only=True) for name in names),
             ]
         ).to(where)
         # Questions: labelled ones first, then asked ones.
@@ -482,7 +482,7 @@ class Pools:
         self.questions = Flat.joined(
             [Flat(train["tokens"], train["lengths"]), Flat(asked["tokens"], asked["lengths"])]
         ).to(where)
-        asked_near = torch.load(wait_for(work / "asked.teacher.pt"), weights_only=False)
+        asked_near = torch.load(wait_for(work / "asked.teacher.pt"), weights_only=True)
         self.questions_near = torch.cat([taught["train"], asked_near]).to(where)
         self.labelled = len(train["lengths"])
         self.wanted = [sorted({place for group in item["wanted"] for place in group}) for item in train["questions"]]
@@ -647,7 +647,7 @@ def measure(
 def untrained(arguments: argparse.Namespace) -> None:
     """Recall of routers that were not trained: as copied, centered and whitened, by what the question's tokens do."""
     where, work = device(), Path(arguments.work)
-    data = torch.load(wait_for(work / "sets.pt"), weights_only=False)
+    data = torch.load(wait_for(work / "sets.pt"), weights_only=True)
     sets = Flat(data["tokens"], data["lengths"]).to(where)
     for how in ("copy", "center", "whiten"):
         model = fresh_model(arguments, where)
@@ -672,7 +672,7 @@ def routers(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     torch.set_float32_matmul_precision("high")
     model = fresh_model(arguments, where)
-    data = torch.load(wait_for(work / "sets.pt"), weights_only=False)
+    data = torch.load(wait_for(work / "sets.pt"), weights_only=True)
     dev, sets = data["dev"], Flat(data["tokens"], data["lengths"]).to(where)
     if arguments.first != "copy":
         sample = torch.randperm(len(sets.lengths), device=where)[:4096]
@@ -681,11 +681,11 @@ def routers(arguments: argparse.Namespace) -> None:
     curve = (work / f"{arguments.name}.curve.jsonl").open("a")
     temperatures = Temperatures(len(model.config.memory_layers)).to(where)
     if arguments.start:
-        state = torch.load(arguments.start, weights_only=False)
+        state = torch.load(arguments.start, weights_only=True)
         weights.load_state_dict({name: value.to(where).float() for name, value in state["weights"].items()})
         temperatures.load_state_dict(state["temperatures"])
     pools = Pools(arguments, where)
-    reading = torch.load(wait_for(work / "reading.pt"), weights_only=False)
+    reading = torch.load(wait_for(work / "reading.pt"), weights_only=True)
     read_ids = Flat(reading["tokens"], reading["lengths"]).to(where)
     read_labels = Flat(reading["labels"], reading["lengths"]).to(where)
     read_routes = reading["routes"].to(where)
@@ -808,7 +808,7 @@ def adapter(arguments: argparse.Namespace) -> None:
     """Write what was trained as an adapter for PEFT, with the protocol."""
     from peft import get_peft_model
 
-    checkpoint = torch.load(Path(arguments.work, f"{arguments.name}.pt"), map_location="cpu", weights_only=False)
+    checkpoint = torch.load(Path(arguments.work, f"{arguments.name}.pt"), map_location="cpu", weights_only=True)
     made = argparse.Namespace(**{**checkpoint["arguments"], "base": arguments.base})
     model = fresh_model(made, torch.device("cpu")).float()
     weights = trained_weights(made, model)

@@ -38,7 +38,7 @@ class PlacedParameter:
     tensor: Tensor
 
     def current(self) -> Tensor:
-        """What the owner holds under that name now."""
+        """The tensor that the owner holds under that name now."""
         return dict((*self.owner.named_parameters(recurse=False), *self.owner.named_buffers(recurse=False)))[self.local]
 
 
@@ -61,7 +61,7 @@ class ActiveAdapter:
 
     @property
     def is_plain_lora(self) -> bool:
-        """Whether all that it does is to add `scaling * B @ A` to the weight of a linear layer."""
+        """Tell whether all that it does is to add `scaling * B @ A` to the weight of a linear layer."""
         layer: Any = self.layer
         if type(layer) is not _peft("tuners.lora").Linear or self.name in layer.lora_variant:
             return False
@@ -83,7 +83,7 @@ class ActiveAdapter:
         return float(scaling[self.name]) if isinstance(scaling, dict) and self.name in scaling else None
 
     def settings(self) -> list[str]:
-        """What changes its effect besides its parameters, as text."""
+        """The settings that change its effect besides its parameters, as text."""
         layer: Any = self.layer
         lora = isinstance(layer, _peft("tuners.lora").LoraLayer)
         found = []
@@ -108,7 +108,7 @@ class ActiveAdapter:
         return sorted(found, key=lambda item: item.name)
 
     def changes_nothing(self) -> bool:
-        """Whether it adds exactly zero, as a LoRA does that was not trained, or replaces a module by an equal one."""
+        """Tell whether it adds exactly zero, as an untrained LoRA does, or replaces a module by an equal one."""
         if replaced := self.replaced():
             before = {f"{self.path}.{name}": weight for name, weight in _wrapped(self.layer).named_parameters()}
             return replaced.keys() == before.keys() and all(_same(before[name], replaced[name]) for name in before)
@@ -213,7 +213,7 @@ def active_adapters(module: nn.Module, path: str = "", skip: nn.Module | None = 
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
-    """Whether two parameters hold the same numbers; where these are not at hand, they do not."""
+    """Tell whether two parameters hold the same numbers; where these are not at hand, they do not."""
     if first.is_meta or second.is_meta or first.shape != second.shape or first.device != second.device:
         return False
     start = slice(64)  # tells most apart without reading all

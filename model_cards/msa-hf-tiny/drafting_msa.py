@@ -18,7 +18,7 @@ from .options_msa import GenerationOptions
 
 
 def has_memory(assistant: Any) -> bool:
-    """Whether an assistant is a model that can draw on a bank."""
+    """Tell whether an assistant is a model that can draw on a bank."""
     return hasattr(assistant, "memory_origin")
 
 
@@ -78,7 +78,7 @@ def drafting_arguments(arguments: dict[str, Any], ours: Collection[str]) -> dict
 
 
 def memory_arguments(arguments: dict[str, Any], input_ids: Tensor, device: torch.device) -> dict[str, Any]:
-    """What an assistant with a memory sees besides: the bank itself, and tensors on its device."""
+    """The arguments of an assistant with a memory besides: the bank itself, and tensors on its device."""
     mask: Any = arguments.get("attention_mask")  # None where it hides nothing
     given = {
         "memory": arguments["memory"],

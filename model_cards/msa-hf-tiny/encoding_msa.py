@@ -157,7 +157,7 @@ def _refuse_nan(layers: dict[int, LayerMemory], batch: list[_Item], lengths: Ten
 
 
 class _Fields(NamedTuple):
-    """What a user gave as document `number`; at least one of text and token ids."""
+    """Document `number` as a user gave it; at least one of text and token ids."""
 
     number: int
     key: str

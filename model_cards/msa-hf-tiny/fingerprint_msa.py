@@ -59,7 +59,7 @@ def fingerprint_of(record: WeightsRecord) -> str:
 
 
 def read_weights(model: nn.Module) -> WeightsRecord:
-    """What the origin of a bank keeps of a model's weights.
+    """Read what the origin of a bank keeps of a model's weights.
 
     They are read again only where a sample of them, or which adapters are active, is not as it was. Offloaded weights
     do not take part in that: whoever writes to them where they lie loads the model anew.
@@ -132,7 +132,7 @@ def _is_quantized(tensor: Tensor) -> bool:
 
 
 def _kind(tensor: Any) -> str:
-    """What a quantized tensor says about itself besides its numbers: its class, blocks, how inputs are rounded."""
+    """The description of a quantized tensor besides its numbers: its class, blocks, how inputs are rounded."""
     if hasattr(tensor, "full_tensor") or not hasattr(tensor, "__tensor_flatten__"):
         return ""
     _, context = tensor.__tensor_flatten__()

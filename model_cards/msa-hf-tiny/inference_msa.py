@@ -368,7 +368,7 @@ class MemoryMixin:
 
 
 class GeneratingMixin(MemoryMixin):
-    """What the causal LM does besides: generating with a memory."""
+    """The causal LM's part of it: generating with a memory."""
 
     def generate(
         self,
@@ -616,7 +616,7 @@ def refuse_padding_only(attention_mask: Tensor | None) -> None:
 
 
 def attends(kwargs: dict[str, Any]) -> bool:
-    """Whether a forward call has a memory, given now or kept in its cache."""
+    """Tell whether a forward call has a memory, given now or kept in its cache."""
     if kwargs.get("memory") is not None:
         return True
     contexts = getattr(rename_cache(kwargs), "contexts", None)

@@ -1,4 +1,4 @@
-"""What PEFT is told of models with a memory; the one place that writes into PEFT's tables.
+"""The entries for models with a memory in PEFT's tables; the one place that writes into PEFT's tables.
 
 PEFT finds the modules that a method adapts by `model_type`. That is `msa` on every base, so the entry is set anew to
 that of the base each time PEFT asks a configuration for its fields, which it does before it looks the entry up
@@ -70,7 +70,7 @@ class VirtualTokens:
 
     @property
     def base_model_prepare_inputs_for_generation(self) -> Any:
-        """What PEFT calls for the base's part of a step's inputs."""
+        """The function that PEFT calls for the base's part of a step's inputs."""
         return self._prepare_base
 
     @base_model_prepare_inputs_for_generation.setter
@@ -88,7 +88,7 @@ class VirtualTokens:
 
     @property
     def _lie_in_the_cache(self) -> bool:
-        """Whether the virtual tokens are keys and values; else they are embeddings."""
+        """Tell whether the virtual tokens are keys and values; else they are embeddings."""
         types: Any = importlib.import_module("peft").PeftType
         return self.active_peft_config.peft_type in (types.PREFIX_TUNING, types.CARTRIDGE)
 

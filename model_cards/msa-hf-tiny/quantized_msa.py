@@ -17,7 +17,7 @@ QUANTIZATION_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
 
 
 def is_quantized_checkpoint(config: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether a load with the keyword `arguments` reads or makes quantised weights, or reads a GGUF file."""
+    """Tell whether a load with the keyword `arguments` reads or makes quantised weights, or reads a GGUF file."""
     asked = any(arguments.get(name) is not None for name in ("gguf_file", "quantization_config"))
     return asked or getattr(config, "quantization_config", None) is not None
 
@@ -32,7 +32,7 @@ def refuse_bare_gguf(name_or_path: Any) -> None:
 
 
 def is_plain(weight: Tensor) -> bool:
-    """Whether a parameter holds numbers of at least 16 bits that mean what they are."""
+    """Tell whether a parameter holds numbers of at least 16 bits that mean what they are."""
     whole = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "full_tensor")  # or spread over devices
     return whole and weight.is_floating_point() and weight.element_size() > 1
 

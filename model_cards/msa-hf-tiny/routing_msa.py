@@ -41,7 +41,7 @@ class LayerRouting:
 
 
 def columns(top_k: int, documents: int) -> int:
-    """How many documents a layer's choice has room for: `top_k`, but above `PADDED_COLUMNS` no more than there are."""
+    """The room of a layer's choice: `top_k` documents, but above `PADDED_COLUMNS` no more than there are."""
     return max(min(top_k, max(documents, PADDED_COLUMNS)), 1)
 
 

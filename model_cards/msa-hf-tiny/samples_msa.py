@@ -1,4 +1,4 @@
-"""What PEFT hands its layers for each sample of a batch, in runs over other sequences than the batch's.
+"""The arguments that PEFT hands its layers for each sample of a batch, in runs over other sequences than the batch's.
 
 `adapter_names`, aLoRA's `alora_offsets` and Poly's `task_ids` reach the layers by hooks that know nothing of a training
 step's documents. As PEFT itself does for encoders, a further hook puts in their place what the sequences of a run need.

@@ -1,4 +1,4 @@
-"""What a bank's origin keeps of the weights, and where those of two models differ."""
+"""The weights as a bank's origin keeps them, and where those of two models differ."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class WeightsRecord:
 
 
 def weight_differences(bank: WeightsRecord, model: WeightsRecord) -> list[str]:
-    """Where the weights that made a bank and those of a model at hand differ: one line per kind, empty where nowhere.
+    """List where the weights that made a bank and those of a model at hand differ: a line per kind, empty if nowhere.
 
     Weights are the same if their fingerprints are, or if dtypes differ so that these cannot be, and every value kept
     may be the other one rounded. On equal weights the active adapters must be equal; on others, what weights and
@@ -189,12 +189,12 @@ def frequency_differences(bank: WeightsRecord, model: WeightsRecord) -> list[str
 
 
 def frequencies_were_rounded(bank: WeightsRecord, model: WeightsRecord) -> bool:
-    """Whether the frequencies of positions differ by what a cast does to them."""
+    """Tell whether the frequencies of positions differ by what a cast does to them."""
     return _frequencies_within(bank, model, rounded=False) is False and not frequency_differences(bank, model)
 
 
 def _frequencies_within(bank: WeightsRecord, model: WeightsRecord, rounded: bool) -> bool | None:
-    """Whether frequencies are equal, up to how devices compute them or, `rounded`, to how those of one were rounded.
+    """Tell whether frequencies are equal, up to how devices compute or, if `rounded`, how those of one were rounded.
 
     None where one of the two does not know them.
     """
@@ -215,7 +215,7 @@ def _frequencies_within(bank: WeightsRecord, model: WeightsRecord, rounded: bool
 
 
 def _rounds_otherwise(bank: WeightsRecord, model: WeightsRecord) -> bool:
-    """Whether equal weights may have unequal fingerprints, which look at values rounded to bfloat16: by float16."""
+    """Tell whether equal weights may have unequal fingerprints, which see values rounded to bfloat16: by float16."""
     count = len(model.names)
     dtypes = [record.dtypes * count if len(record.dtypes) == 1 else record.dtypes for record in (bank, model)]
     pairs = zip(*dtypes, strict=False)
@@ -228,7 +228,7 @@ def _values(content: bytes, names: Sequence[tuple[str, int]]) -> np.ndarray | No
 
 
 def _bounds(record: WeightsRecord, names: Sequence[tuple[str, int]], scale: np.ndarray) -> np.ndarray:
-    """How far values of about `scale` may lie from those that were rounded to the dtypes of `record`."""
+    """Bound how far values of about `scale` may lie from those that were rounded to the dtypes of `record`."""
     dtypes = record.dtype_of_values(names)
     steps = np.array([HALF_STEPS.get(kind, 0.0) for kind in dtypes])
     return SLACK * (steps * scale + np.where(dtypes == "float16", SMALLEST_HALF, 0.0))
@@ -246,7 +246,7 @@ def _unequal(bank: WeightsRecord, model: WeightsRecord) -> np.ndarray:
 
 
 def only_asks(name: str) -> bool:
-    """Whether a parameter takes no part in encoding documents."""
+    """Tell whether a parameter takes no part in encoding documents."""
     return not ASKING_MODULES.isdisjoint(name.split("."))
 
 

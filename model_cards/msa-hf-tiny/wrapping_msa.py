@@ -11,7 +11,7 @@ from torch import nn
 
 
 def has_come_and_go_weights(model: nn.Module) -> bool:
-    """Whether weights are there only while what wraps a module knows that it runs.
+    """Tell whether weights are there only while what wraps a module knows that it runs.
 
     Such a model must be entered through its own call and left through its end: an exception would leave weights
     behind, and a call of an inner module would not find those that the outer one looks after.
@@ -20,7 +20,7 @@ def has_come_and_go_weights(model: nn.Module) -> bool:
 
 
 def is_entered_by_its_call(model: nn.Module) -> bool:
-    """Whether every run must go through the model's own call and to its end.
+    """Tell whether every run must go through the model's own call and to its end.
 
     Its weights come and go, or hooks on the whole model look at what goes in, as PEFT's Shadow adapters do.
     """
@@ -28,7 +28,7 @@ def is_entered_by_its_call(model: nn.Module) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `torch.distributed.fsdp.fully_shard` was applied to the model or a part of it."""
+    """Tell whether `torch.distributed.fsdp.fully_shard` was applied to the model or a part of it."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
     from torch.distributed.fsdp import FSDPModule

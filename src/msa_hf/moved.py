@@ -66,7 +66,7 @@ MOVED = {
 
 
 def _travels(name: str) -> bool:
-    """Whether a module of the model lay in the package itself before."""
+    """Tell whether a module of the model lay in the package itself before."""
     return "." not in name and importlib.util.find_spec(f"{PACKAGE}.model.{name}") is not None
 
 

@@ -1,4 +1,4 @@
-"""Whether an answer is the right one."""
+"""Tell whether an answer is the right one."""
 
 import re
 import string
@@ -19,6 +19,6 @@ def normalise_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answer: str) -> bool:
-    """Whether the prediction is the answer, up to `normalise_answer`. An empty prediction never is."""
+    """Tell whether the prediction is the answer, up to `normalise_answer`. An empty prediction never is."""
     normalised = normalise_answer(prediction)
     return bool(normalised) and normalised == normalise_answer(answer)

@@ -52,7 +52,7 @@ class Segment:
 
     @property
     def generated(self) -> bool:
-        """Whether it is the model that writes these tokens, so that training puts labels on them."""
+        """Tell whether it is the model that writes these tokens, so that training puts labels on them."""
         return self.kind in ("ids", "end", "answer")
 
 

@@ -155,7 +155,7 @@ class PrefixPass:
 
     @staticmethod
     def tied(states: dict[int, tuple[Tensor, Tensor]], output: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """What was recorded, tied to the output of its run (see `tie`)."""
+        """The recorded states, tied to the output of its run (see `tie`)."""
         tensors = iter(tie(output, [tensor for pair in states.values() for tensor in pair]))
         return {layer: (next(tensors), next(tensors)) for layer in states}
 
@@ -211,7 +211,7 @@ class EncodingPass:
 
     @staticmethod
     def tied(layers: dict[int, LayerMemory], output: Tensor) -> dict[int, LayerMemory]:
-        """What was recorded, tied to the output of its run (see `tie`)."""
+        """The recorded states, tied to the output of its run (see `tie`)."""
         tensors = iter(tie(output, [part for item in layers.values() for part in (item.routing_keys, item.content)]))
         return {layer: LayerMemory(next(tensors), next(tensors)) for layer in layers}
 
@@ -326,7 +326,7 @@ class AttendingPass:
 
     @staticmethod
     def tied(routing: dict[int, LayerRouting], output: Tensor) -> dict[int, LayerRouting]:
-        """What was recorded, with the scores of all documents tied to the output of its run (see `tie`)."""
+        """The recorded routing, with the scores of all documents tied to the output of its run (see `tie`)."""
         scored = {layer: item.document_scores for layer, item in routing.items() if item.document_scores is not None}
         # Copies, because FSDP warns of views in what a model returns.
         tensors = {layer: item.clone() for layer, item in zip(scored, tie(output, list(scored.values())), strict=True)}
@@ -448,7 +448,7 @@ class AttendingPass:
         return columns(self.config.top_k, self.offsets.shape[0] - 1)
 
     def _needs_all_scores(self, router_query: Tensor) -> bool:
-        """Whether the scores of all documents are asked for, or another choice than the `top_k` best by default."""
+        """Tell whether the scores of all documents are asked for, or not the `top_k` best by default."""
         if self.keep_document_scores:
             return True
         if self.force_documents is not None:

@@ -1,4 +1,4 @@
-"""What a bank was made with: everything that its keys, values and routing keys depend on."""
+"""The origin of a bank: everything that its keys, values and routing keys depend on."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ UNLIMITED_POSITIONS = frozenset({"default", "linear", "llama3"})
 
 @dataclass(frozen=True)
 class BankOrigin:
-    """What a bank was made with, or what a model would make one with.
+    """The origin of a bank, or the one that a model would give it.
 
     A new field is one more attribute here with the default None, which stands for "not known" and is not compared.
 
@@ -135,7 +135,7 @@ class BankOrigin:
         require("weights", isinstance(self.weights, WeightsRecord | None), "a record of weights or null")
 
     def differences(self, other: BankOrigin) -> list[str]:
-        """Where the origin of a bank (this) and of a model (`other`) differ: one line each, empty where nowhere.
+        """List where the origin of a bank (this) and of a model (`other`) differ: one line each, empty where nowhere.
 
         What is not known of one of them is not compared.
         """
@@ -187,7 +187,7 @@ class BankOrigin:
         return [line]
 
     def matches_only_as_of_old(self, model: BankOrigin) -> bool:
-        """Whether a bank of an earlier version has the fingerprint that this version took of all adapters loaded."""
+        """Tell whether a bank of an earlier version has the fingerprint that this one took of all adapters loaded."""
         if self.weights is not None or model.weights is None or self.model_fingerprint == model.model_fingerprint:
             return False
         return self.model_fingerprint == model.weights.older
@@ -350,7 +350,7 @@ def _configuration_differences(kind: str, bank: Mapping[str, Any], model: Mappin
 
 
 def _defaults_of(kind: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What this transformers completes the fields of a configuration to; empty where it does not take them."""
+    """The defaults to which this transformers completes a configuration; empty where it does not take them."""
     if kind not in CONFIG_MAPPING:
         return {}
     try:

@@ -186,7 +186,7 @@ def _document(number: int, document: Any, device: torch.device) -> Tensor:
 
 
 def right_padded(mask: Tensor) -> bool:
-    """Whether padding stands behind the tokens in every row of a mask [N, L]."""
+    """Tell whether padding stands behind the tokens in every row of a mask [N, L]."""
     return bool((mask.long().diff(dim=1) <= 0).all())
 
 

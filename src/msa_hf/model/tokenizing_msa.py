@@ -176,7 +176,7 @@ def _tokenize_slowly(tokenizer: Any, text: str, add_special_tokens: bool, marker
 
 
 def _names(tokenizer: Any) -> set[str]:
-    """What a tokenizer itself calls special tokens."""
+    """The special tokens that a tokenizer itself calls so."""
     return {str(token) for token in getattr(tokenizer, "all_special_tokens", ())}
 
 

@@ -25,7 +25,7 @@ TOKENS = 2
 
 @dataclass
 class Call:
-    """What a layer called the attention interface with: shapes, and that of its mask where it has one."""
+    """The arguments with which a layer called the attention interface: shapes, and that of a mask."""
 
     query: torch.Size
     key: torch.Size

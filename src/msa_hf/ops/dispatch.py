@@ -77,7 +77,7 @@ class Backend:
     also: Callable[[], tuple[str, ...]] = tuple
 
     def runs_on(self, device: str) -> bool:
-        """Whether it is for this kind of device."""
+        """Tell whether it is for this kind of device."""
         return not self.devices or device in self.devices
 
     def refuses(self, operation: str, device: str, features: dict[str, Any]) -> str | None:

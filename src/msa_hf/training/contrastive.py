@@ -114,7 +114,7 @@ def _run(model: Any, rows: TokenRows, positions: Tensor, memory_pass: Any) -> No
 
 
 def soft_targets(positives: Tensor, teacher: Tensor | None, share: Tensor | float = 0.0) -> Tensor:
-    """Where a question's probability should lie: [Q, N] float32, rows that sum to 1.
+    """The distribution over documents that a question should have: [Q, N] float32, rows that sum to 1.
 
     Args:
         positives: [Q, N] bool, at least one per row; they share evenly.
@@ -167,7 +167,7 @@ def pool_loss(
 
 @dataclass(frozen=True)
 class PoolResult:
-    """What a step found.
+    """The findings of a step.
 
     Attributes:
         loss: scalar float32, detached.

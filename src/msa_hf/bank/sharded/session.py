@@ -36,7 +36,7 @@ DIFFERENT = "different"
 def header_of(
     config: Any, inputs: Tensor, routing_mask: Tensor, forced: Tensor | None, all_scores: bool, rows: int
 ) -> dict[str, int]:
-    """What a process says about its turn; `rows` are those of the whole bank."""
+    """The message of a process about its turn; `rows` are those of the whole bank."""
     k = columns(config.top_k, rows)
     digest = hashlib.sha256()
     for tensor in (inputs, routing_mask, forced):

@@ -62,7 +62,7 @@ class WriterLock:
 
     @property
     def held(self) -> bool:
-        """Whether this process has the lock."""
+        """Tell whether this process has the lock."""
         return self._descriptor >= 0 and self._process == os.getpid()
 
     def release(self) -> None:

@@ -44,7 +44,7 @@ def find_damage(directory: Path, state: State, known: Mapping[str, Damage]) -> l
 
 
 def are_intact(directory: Path, segments: Iterable[Segment]) -> bool:
-    """Whether tables and tensors are what was written: to copy damage would give it a checksum of its own."""
+    """Tell whether tables and tensors are what was written: to copy damage would give it a checksum of its own."""
     return all(
         cause_of_damage(directory, entry) is None
         for segment in segments
