@@ -72,8 +72,8 @@ def refuse_drafts(options: GenerationOptions) -> None:
 
 
 def drafting_arguments(arguments: dict[str, Any], ours: Collection[str]) -> dict[str, Any]:
-    """What any assistant may see of a model's keyword `arguments`: not those of a memory (`ours`), nor positions, which
-    leave room for a prefix and documents."""
+    """A model's keyword `arguments` that any assistant may see: without those of a memory (`ours`), and without
+    positions, which leave room for a prefix and documents."""
     return {name: value for name, value in arguments.items() if name not in (*ours, "position_ids")}
 
 
