@@ -1,8 +1,8 @@
 """Tools to train a memory with.
 
-The model's own training forward is not here but in `msa_hf.model` (training_msa.py, packing_msa.py, losses_msa.py), which
-travels with every checkpoint, so that it trains where this package is not installed. Nothing in this package is needed to load
-or run a model, and it may use the libraries of the extra `train`.
+The model's own training forward is not here but in `msa_hf.model` (training_msa.py, packing_msa.py, losses_msa.py),
+which travels with every checkpoint, so that it trains where this package is not installed. Nothing in this package is
+needed to load or run a model, and it may use the libraries of the extra `train`.
 """
 
 from ..data.questions import QuestionCollator
