@@ -21,7 +21,7 @@ inline bool is_floating(ScalarType type) {
          type == ScalarType::Double;
 }
 
-inline bool is_quantised(ScalarType type) { return type == ScalarType::Char || type == ScalarType::Float8_e4m3fn; }
+inline bool is_quantized(ScalarType type) { return type == ScalarType::Char || type == ScalarType::Float8_e4m3fn; }
 
 inline std::string shape_of(const Tensor& tensor) {
   std::string text = "[";
@@ -57,9 +57,9 @@ inline void check_route_documents(const Tensor& queries, const Tensor& routing_m
   STD_TORCH_CHECK(is_floating(queries.scalar_type()), op, ": `queries` must be floating, got ", shape_of(queries));
   check_tensor(op, "routing_mask", routing_mask, {queries.size(0), queries.size(1)}, ScalarType::Bool);
   check_tensor(op, "keys", keys, {-1, queries.size(2)}, std::nullopt);
-  STD_TORCH_CHECK(is_floating(keys.scalar_type()) || is_quantised(keys.scalar_type()), op,
+  STD_TORCH_CHECK(is_floating(keys.scalar_type()) || is_quantized(keys.scalar_type()), op,
                   ": `keys` must be floating, int8 or float8_e4m3fn, got ", shape_of(keys));
-  STD_TORCH_CHECK(is_quantised(keys.scalar_type()) == scales.has_value(), op,
+  STD_TORCH_CHECK(is_quantized(keys.scalar_type()) == scales.has_value(), op,
                   ": `scales` belong to int8 and float8_e4m3fn keys, and only to them; the keys are ", shape_of(keys));
   if (scales) check_tensor(op, "scales", *scales, {keys.size(0)}, ScalarType::Float);
   check_tensor(op, "offsets", offsets, {-1}, ScalarType::Long);
@@ -85,7 +85,7 @@ inline void check_pool_chunks(const Tensor& keys, const Tensor& values, const Te
   STD_TORCH_CHECK(token_offsets.size(0) >= 1, op, ": `token_offsets` must begin with 0");
   STD_TORCH_CHECK(chunk_size >= 1, op, ": `chunk_size` must be at least 1, got ", chunk_size);
   STD_TORCH_CHECK(chunks >= 0, op, ": `chunks` must not be negative, got ", chunks);
-  STD_TORCH_CHECK(!routing_dtype || is_quantised(*routing_dtype), op,
+  STD_TORCH_CHECK(!routing_dtype || is_quantized(*routing_dtype), op,
                   ": `routing_dtype` must be int8, float8_e4m3fn or None, got ",
                   torch::headeronly::toString(routing_dtype.value_or(ScalarType::Float)));
   check_device(op, "keys", keys, values);
@@ -121,10 +121,10 @@ inline void check_gather_documents(const Tensor& documents, const Tensor& offset
   check_tensor(op, "offsets", offsets, {-1}, ScalarType::Long);
   STD_TORCH_CHECK(offsets.size(0) >= 1, op, ": `offsets` must begin with 0");
   check_tensor(op, "content", content, {-1, 2, -1, -1}, std::nullopt);
-  const bool quantised = content.scalar_type() == ScalarType::Float8_e4m3fn;
-  STD_TORCH_CHECK(quantised || is_floating(content.scalar_type()), op,
+  const bool quantized = content.scalar_type() == ScalarType::Float8_e4m3fn;
+  STD_TORCH_CHECK(quantized || is_floating(content.scalar_type()), op,
                   ": `content` must be floating or float8_e4m3fn, got ", shape_of(content));
-  STD_TORCH_CHECK(quantised == scales.has_value(), op,
+  STD_TORCH_CHECK(quantized == scales.has_value(), op,
                   ": `scales` belong to float8_e4m3fn content, and only to it; this is ", shape_of(content));
   if (scales) check_tensor(op, "scales", *scales, {content.size(0), 2}, ScalarType::Float);
   STD_TORCH_CHECK(!dtype || is_floating(*dtype), op, ": `dtype` must be floating, got ",

@@ -18,7 +18,7 @@
 
 STABLE_TORCH_LIBRARY(msa_hf, m) {
   // Score every document for every sample and choose the k best.
-  //   queries       [B, T, E] floating: heads reduced, normalised where the similarity is cosine
+  //   queries       [B, T, E] floating: heads reduced, normalized where the similarity is cosine
   //   routing_mask  [B, T] bool: the tokens that route
   //   keys          [C, E] float32, bfloat16, float16; or int8, float8_e4m3fn with
   //   scales        [C] float32, not negative: the value of a number is scale * number
@@ -36,19 +36,19 @@ STABLE_TORCH_LIBRARY(msa_hf, m) {
   //   token_offsets              [N + 1] int64: the tokens of document i are token_offsets[i] up to token_offsets[i + 1]
   //   chunk_size                 tokens per chunk; chunks start with the document, the last may be partial
   //   chunks                     C, the sum of ceil(length / chunk_size): given, so that no device has to be waited for
-  //   normalise                  L2-normalise routing keys per head, epsilon 1e-12 inside the root
+  //   normalize                  L2-normalize routing keys per head, epsilon 1e-12 inside the root
   //   routing_dtype              None (that of router_keys), or int8 or float8_e4m3fn: one scale per chunk
   // Returns content [C, 2, G, D] in the dtype of values, routing_keys [C, G * D], and scales [C] float32, empty where
-  // nothing was quantised. Sums are taken in float32 (float64 for float64).
+  // nothing was quantized. Sums are taken in float32 (float64 for float64).
   m.def(
       "pool_chunks(Tensor keys, Tensor values, Tensor router_keys, Tensor token_offsets, int chunk_size, "
-      "SymInt chunks, bool normalise, ScalarType? routing_dtype=None) -> "
+      "SymInt chunks, bool normalize, ScalarType? routing_dtype=None) -> "
       "(Tensor content, Tensor routing_keys, Tensor scales)");
-  // The derivative of the above, without quantisation: gradients of content and routing_keys to those of keys, values
-  // and router_keys. `router_keys` are those of the forward call; they matter only where it normalised.
+  // The derivative of the above, without quantization: gradients of content and routing_keys to those of keys, values
+  // and router_keys. `router_keys` are those of the forward call; they matter only where it normalized.
   m.def(
       "pool_chunks_backward(Tensor grad_content, Tensor grad_routing_keys, Tensor router_keys, Tensor token_offsets, "
-      "int chunk_size, bool normalise) -> (Tensor grad_keys, Tensor grad_values, Tensor grad_router_keys)");
+      "int chunk_size, bool normalize) -> (Tensor grad_keys, Tensor grad_values, Tensor grad_router_keys)");
 
   // Copy the chunks of chosen documents into one context per sample.
   //   documents  [B, k] int64: positions, -1 for none; rows come in ascending order of documents

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from msa_hf.bank import OpenBank
+from msa_hf.bank import BankStore
 from msa_hf.model.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory, MemoryBank
 
 GROUPS, DIM, LAYER = 2, 4, 0
@@ -71,14 +71,14 @@ def measure(count: int, directory: Path) -> dict[str, Any]:
     """All figures of one size, milliseconds."""
     figures: dict[str, Any] = {"documents": count}
     step = 250_000
-    bank = OpenBank(Synthetic(), directory)
+    bank = BankStore(Synthetic(), directory)
     figures["build"] = sum(
         timed(lambda first=first: bank.add(documents(first, min(first + step, count))))[0]
         for first in range(0, count, step)
     )
     bank.close()
     figures["bytes"] = sum(path.stat().st_size for path in directory.iterdir())
-    figures["open"], bank = timed(lambda: OpenBank(Synthetic(), directory))
+    figures["open"], bank = timed(lambda: BankStore(Synthetic(), directory))
 
     def change(first: int) -> None:
         for row in range(first, first + CHANGED):

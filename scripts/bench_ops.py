@@ -38,7 +38,7 @@ from msa_hf.ops import (
     BackendError,
     gather_documents,
     pool_chunks,
-    quantise_keys,
+    quantize_keys,
     recall_of_candidates,
     route_documents,
 )
@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUPS, DIM, CHUNK, TOP = 8, 128, 64, 16  # the shape of a 4B model, one layer
 PER_DOCUMENT = 16  # chunks of a document that is gathered
 SIZE = GROUPS * DIM
-# Sample x tokens -> what is asked for: share of copy bandwidth or of the matrix product's rate in bf16; for quantised
+# Sample x tokens -> what is asked for: share of copy bandwidth or of the matrix product's rate in bf16; for quantized
 # keys share of copy bandwidth on the smaller keys, or so many times the rate of the bf16 call.
 QUERIES: dict[tuple[int, int], tuple[str, float, str, float]] = {
     (1, 32): ("copy", 0.93, "copy", 0.80),
@@ -70,7 +70,7 @@ class Row:
         ceiling: which one `share` is of: "copy", "matmul" or "bus" (or "times": as fast as the exact call so often).
         goal, reached: what is asked for, None where nothing is.
         agrees: share of the results that are those of the PyTorch reference (documents), or the largest error.
-        recall: of the exact best documents, with quantised keys.
+        recall: of the exact best documents, with quantized keys.
         peak_MB: memory that the call took beyond its inputs, results included.
     """
 
@@ -296,21 +296,21 @@ def plain_route(queries: Tensor, keys: Tensor, offsets: Tensor, k: int) -> tuple
 
 
 def route(bench: Bench, sizes: list[tuple[int, list[int]]]) -> None:
-    """Every query shape on exact and quantised keys, for few and many documents."""
+    """Every query shape on exact and quantized keys, for few and many documents."""
     for chunks, counts in sizes:
         keys = bench.unit(chunks)
-        quantised = {name: quantise_keys(keys, name) for name in ("fp8", "int8")}
+        quantized = {name: quantize_keys(keys, name) for name in ("fp8", "int8")}
         for documents in counts:
             offsets = offsets_of(chunks, documents, bench.device)
             for (batch, tokens), asked in QUERIES.items():
-                route_case(bench, keys, quantised, offsets, batch, tokens, asked)
-        del keys, quantised
+                route_case(bench, keys, quantized, offsets, batch, tokens, asked)
+        del keys, quantized
 
 
 def route_case(
     bench: Bench,
     keys: Tensor,
-    quantised: dict[str, tuple[Tensor, Tensor]],
+    quantized: dict[str, tuple[Tensor, Tensor]],
     offsets: Tensor,
     batch: int,
     tokens: int,
@@ -341,7 +341,7 @@ def route_case(
             continue
         # A share of "times" is the exact call's time over this one's.
         bench.ceilings["times"] = (chunks * (SIZE + 4.0)) / (row.ms * 1e-3)
-        for name, (numbers, scales) in quantised.items():
+        for name, (numbers, scales) in quantized.items():
             row = Row("route_documents", f"{case}, {name} and scored again", backend, 0.0, flops=flops)
             row.bytes, row.ceiling = chunks * (SIZE + 4.0), asked[2]
             again = partial(
@@ -382,18 +382,18 @@ def recall_of_checkpoint(bench: Bench, checkpoint: Path, count: int) -> dict[str
     from transformers.utils import logging
 
     from msa_hf import MSAForCausalLM
-    from msa_hf.evaluation import make_corpus, quantised_recall
-    from msa_hf.generation import Protocol
+    from msa_hf.evaluation import make_corpus, quantized_recall
+    from msa_hf.generation import PromptProtocol
 
     logging.disable_progress_bar()
     model = MSAForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).to(bench.device).eval()
-    tokenizer, protocol = AutoTokenizer.from_pretrained(checkpoint), Protocol.from_pretrained(checkpoint)
+    tokenizer, protocol = AutoTokenizer.from_pretrained(checkpoint), PromptProtocol.from_pretrained(checkpoint)
     corpus = make_corpus(count, seed=7, split="test")
     rows = [protocol.document_row(place, text, tokenizer) for place, text in enumerate(corpus.texts())]
     bank = model.encode_documents(rows, tokenizer, show_progress=False)
     questions = [question.text for question in corpus.questions(64, "one_hop", seed=1)]
     inputs = tokenizer(questions, return_tensors="pt", padding=True).to(bench.device)
-    return quantised_recall(model, bank.to(bench.device), inputs, backend=bench.backends[0])
+    return quantized_recall(model, bank.to(bench.device), inputs, backend=bench.backends[0])
 
 
 # Pooling --------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class Alone(Ranks):
 
 
 def keys_of(layer: int, first: int, end: int, width: int, device: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Normalised random routing keys of the chunks from `first` to `end`."""
+    """Normalized random routing keys of the chunks from `first` to `end`."""
     keys = torch.empty(end - first, width, device=device, dtype=dtype)
     for block in range(first // BLOCK, -(-end // BLOCK)):
         pick = torch.Generator(device).manual_seed(layer * 1_000_003 + block)

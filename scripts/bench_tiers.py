@@ -44,7 +44,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from msa_hf import MemoryBank, MSAForCausalLM
 from msa_hf.bank import TieredBank, place_bank
 from msa_hf.bank.tiered.hardware import Tiers, measured_tiers
-from msa_hf.bank.tiered.plan import Choice, DoesNotFit, Reserves
+from msa_hf.bank.tiered.plan import DoesNotFit, PlacementOptions, Reserves
 from msa_hf.bank.tiered.rows import Rows, placed_rows
 from msa_hf.bank.tiered.shapes import GB
 from msa_hf.bank.tiered.sources import BankSource, source_of
@@ -54,17 +54,17 @@ from msa_hf.ops import BACKENDS, use_backend
 CHUNK = 64
 BLOCK = 1 << 15  # chunks that are made at once
 SETUPS = {
-    "bf16": Choice("bf16", "device", "fp8", "host"),
-    "fp8": Choice("fp8", "device", "fp8", "host", exact_on="host"),
-    "int8": Choice("int8", "device", "fp8", "host", exact_on="host"),
-    "24gb": Choice("fp8", "host", "fp8", "host"),
+    "bf16": PlacementOptions("bf16", "device", "fp8", "host"),
+    "fp8": PlacementOptions("fp8", "device", "fp8", "host", exact_on="host"),
+    "int8": PlacementOptions("int8", "device", "fp8", "host", exact_on="host"),
+    "24gb": PlacementOptions("fp8", "host", "fp8", "host"),
 }
 LIMITS = {"24gb": 24 * GB}
 SLOW = 0.2  # seconds of a run
 
 
 def random_layer(args: argparse.Namespace, seed: int) -> LayerMemory:
-    """Normalised routing keys and content of all chunks, in host memory."""
+    """Normalized routing keys and content of all chunks, in host memory."""
     pick = torch.Generator(args.device).manual_seed(seed)
     keys = torch.empty(args.chunks, args.groups * args.head_dim, dtype=torch.bfloat16)
     content = torch.empty(args.chunks, 2, args.groups, args.head_dim, dtype=torch.bfloat16)

@@ -2,7 +2,7 @@
 
     python scripts/eval_tiny.py model_cards/msa-hf-tiny --documents 1000 10000 100000 1000000 --out results.json
 
-For every bank: recall of the routers in the first and the second round, and of quantised routing keys; answers with
+For every bank: recall of the routers in the first and the second round, and of quantized routing keys; answers with
 what the model finds by itself, with one round, with forced gold documents, with gold texts in the prompt, with BM25's
 texts, without a memory; ids named freely and constrained; and the ways to select documents beside each other, the first
 of them under all conditions. What was measured before is kept when the file is there already, so that banks can be
@@ -34,9 +34,9 @@ import transformers
 from transformers import AutoTokenizer
 
 from msa_hf import MemoryBank, MSAForCausalLM
-from msa_hf.bank import OpenBank
-from msa_hf.evaluation import UNANSWERABLE, Corpus, Question, make_corpus, quantised_recall
-from msa_hf.generation import MemoryInterleave, Protocol
+from msa_hf.bank import BankStore
+from msa_hf.evaluation import UNANSWERABLE, Corpus, Question, make_corpus, quantized_recall
+from msa_hf.generation import MemoryInterleave, PromptProtocol
 from msa_hf.training import Diagnosis, diagnose, router_recall
 
 KINDS = ("one_hop", "two_hop", "unanswerable")
@@ -53,14 +53,18 @@ SELECTIONS: dict[str, dict[str, Any]] = {
 
 
 @cache
-def writer(checkpoint: str, prose: Path, documents: int) -> tuple[Corpus, Any, Protocol]:
+def writer(checkpoint: str, prose: Path, documents: int) -> tuple[Corpus, Any, PromptProtocol]:
     texts = json.loads(prose.read_text())[:1000]
     corpus = make_corpus(documents, seed=SEED, split="test", prose=texts, prose_share=0.2)
-    return corpus, AutoTokenizer.from_pretrained(checkpoint).backend_tokenizer, Protocol.from_pretrained(checkpoint)
+    return (
+        corpus,
+        AutoTokenizer.from_pretrained(checkpoint).backend_tokenizer,
+        PromptProtocol.from_pretrained(checkpoint),
+    )
 
 
 def part(checkpoint: str, prose: Path, documents: int, start: int) -> list[dict[str, Any]]:
-    """Documents start .. start + PART - 1 as `Protocol.document_row` makes them, tokenized many at a time."""
+    """Documents start .. start + PART - 1 as `PromptProtocol.document_row` makes them, tokenized many at a time."""
     corpus, tokenizer, protocol = writer(checkpoint, prose, documents)
     texts = corpus.texts(start, min(start + PART, documents))
     wrapped = [protocol.document.format(id=start + place, text=text) for place, text in enumerate(texts)]
@@ -89,7 +93,7 @@ def encode(model: Any, tokenizer: Any, size: int, pool: Pool | None, arguments: 
         return model.encode_documents(make(), tokenizer, **options)
     directory = arguments.bank / str(size)
     directory.mkdir(parents=True, exist_ok=True)
-    with OpenBank(model, directory, tokenizer, device=model.device, encode_options=options) as bank:
+    with BankStore(model, directory, tokenizer, device=model.device, encode_options=options) as bank:
         rows = make(len(bank))
         while batch := list(islice(rows, COMMIT)):
             bank.add(batch)
@@ -127,7 +131,7 @@ def figures(diagnosis: Diagnosis) -> dict[str, Any]:
     }
 
 
-def measure(model: Any, tokenizer: Any, protocol: Protocol, size: int, pool: Pool | None, arguments: Any) -> Any:
+def measure(model: Any, tokenizer: Any, protocol: PromptProtocol, size: int, pool: Pool | None, arguments: Any) -> Any:
     """All figures of a bank of `size` documents."""
     seconds: dict[str, float] = {}
     started = time.time()
@@ -183,7 +187,7 @@ def measure(model: Any, tokenizer: Any, protocol: Protocol, size: int, pool: Poo
         asker.ask(question.text)
         times.append(time.perf_counter() - start)
     some = tokenizer([question.text for question in questions[::9]], return_tensors="pt", padding=True)
-    result["quantised"] = quantised_recall(model, bank, some.to(model.device))
+    result["quantized"] = quantized_recall(model, bank, some.to(model.device))
     result["seconds"]["one question, median"] = round(statistics.median(times), 4)
     result["bank_bytes"] = sum(
         part.numel() * part.element_size()
@@ -236,7 +240,7 @@ def main() -> None:
         for module in model.modules():
             if type(module).__name__.endswith(("RMSNorm", "MLP")):
                 module.compile(dynamic=True)
-    protocol = Protocol.from_pretrained(arguments.checkpoint)
+    protocol = PromptProtocol.from_pretrained(arguments.checkpoint)
     report: dict[str, Any] = {"banks": []}
     if arguments.out is not None and arguments.out.exists():
         report = json.loads(arguments.out.read_text())

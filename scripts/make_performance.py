@@ -87,10 +87,10 @@ def routing(machine: str) -> str:
     lines = []
     for case in cases:
         query, chunks, documents = case.split(", ")
-        quantised = {kind: rows.get((f"{case}, {kind} and scored again", native)) for kind in ("fp8", "int8")}
-        recalls = [row["recall"] for row in quantised.values() if row is not None]
+        quantized = {kind: rows.get((f"{case}, {kind} and scored again", native)) for kind in ("fp8", "int8")}
+        recalls = [row["recall"] for row in quantized.values() if row is not None]
         line = [query, chunks.removesuffix(" chunks"), documents.removesuffix(" documents")]
-        line += [with_goal(rows.get((f"{case}, bf16", native))), *map(with_goal, quantised.values())]
+        line += [with_goal(rows.get((f"{case}, bf16", native))), *map(with_goal, quantized.values())]
         line += [f"{min(recalls):.4f}" if recalls else ""]
         if machine == "gpu":
             triton = [rows.get((f"{case}, {kind}", "triton")) for kind in ("bf16", "fp8 and scored again")]

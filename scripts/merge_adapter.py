@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from msa_hf import MSAForCausalLM
-from msa_hf.generation import Protocol
+from msa_hf.generation import PromptProtocol
 
 
 def merge(base: str, adapter: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -26,7 +26,7 @@ def merge(base: str, adapter: Path, out: Path, dtype: torch.dtype = torch.bfloat
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     merged.to(dtype).save_pretrained(out)
     AutoTokenizer.from_pretrained(base).save_pretrained(out)
-    Protocol.from_pretrained(adapter).save_pretrained(out)
+    PromptProtocol.from_pretrained(adapter).save_pretrained(out)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@
     python scripts/train_real.py adapter   --base build/real/base --work build/real --out build/real/adapter
 
 DATA is a directory as `real_data.py` describes it. The base learns to ask questions about passages, asks two about each
-of some hundred thousand, and is then trained to route these and the labelled ones over pools of thousands of passages,
+of some hundred thousand, and is then trained to route these and the labeled ones over pools of thousands of passages,
 with the similarities of an embedding model as soft labels. Every stage keeps what it made in the work directory.
 """
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from msa_hf import MSAForCausalLM
-from msa_hf.generation import Protocol
+from msa_hf.generation import PromptProtocol
 from msa_hf.model.memory_msa import LayerMemory
 from msa_hf.training import peft_config
 from msa_hf.training.centering import center_routers
@@ -45,7 +45,7 @@ LONGEST_QUESTION = 48
 SAME_LENGTH = 8  # passages that questions are asked about are cut to a multiple of so many tokens
 TAGS = ("\nQuery:", "\nQuestion:")  # search queries, and questions asked with the passage in view
 SEARCHED = ("nq",)  # sets of search queries
-# Share of the labelled questions of a step.
+# Share of the labeled questions of a step.
 SHARES = {
     "squad11": 0.28,
     "squadshifts_newwiki": 0.22,
@@ -59,7 +59,7 @@ MEASURED = ("nq", "squad11", "squadshifts_newwiki", "fairytaleqa", "multihop")
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MEMORY_FIELDS = ("memory_layers", "query_reduction", "score_bias", "aux_temperature")
 NOT_FOUND = "not in memory"
-PROTOCOL = Protocol(
+PROTOCOL = PromptProtocol(
     document="{text}{id!s:.0}",  # routers choose; no model reads ids from this memory
     prompt=(("{question}\n", True),),
     id_format="[{id}]",
@@ -221,7 +221,7 @@ def prepare_reading(arguments: argparse.Namespace) -> None:
 def reading_rows(
     questions: list[dict[str, Any]], texts: list[str], tokenizer: Any, kept_out: set[int], count: int
 ) -> dict[str, Any]:
-    """Rows that read: the gold passages among up to three neighbours or others; every tenth without gold passages."""
+    """Rows that read: the gold passages among up to three neighbors or others; every tenth without gold passages."""
     pick = random.Random(1)
     ids: list[list[int]] = []
     labels: list[list[int]] = []
@@ -459,7 +459,7 @@ class Siblings:
 
 
 class Pools:
-    """Draws the pools of steps: labelled questions with near-misses, and groups of neighbours with asked questions."""
+    """Draws the pools of steps: labeled questions with near-misses, and groups of neighbors with asked questions."""
 
     def __init__(self, arguments: argparse.Namespace, where: torch.device) -> None:
         self.arguments, self.where = arguments, where
@@ -477,14 +477,14 @@ class Pools:
                 *(torch.load(wait_for(work / f"{name}.teacher.pt"), weights_only=True) for name in names),
             ]
         ).to(where)
-        # Questions: labelled ones first, then asked ones.
+        # Questions: labeled ones first, then asked ones.
         train = data["train"]
         self.questions = Flat.joined(
             [Flat(train["tokens"], train["lengths"]), Flat(asked["tokens"], asked["lengths"])]
         ).to(where)
         asked_near = torch.load(wait_for(work / "asked.teacher.pt"), weights_only=True)
         self.questions_near = torch.cat([taught["train"], asked_near]).to(where)
-        self.labelled = len(train["lengths"])
+        self.labeled = len(train["lengths"])
         self.wanted = [sorted({place for group in item["wanted"] for place in group}) for item in train["questions"]]
         short = (train["lengths"] <= LONGEST_QUESTION).tolist()
         self.of_set = {
@@ -495,13 +495,13 @@ class Pools:
         places = asked["places"] + torch.from_numpy(firsts)[1:][asked["sources"]]
         places = places.to(where)
         # An asked question whose own passage the teacher finds far from it asks something else.
-        fit = (self.questions_near[self.labelled :] * self.near[places]).sum(1).float()
+        fit = (self.questions_near[self.labeled :] * self.near[places]).sum(1).float()
         fit = (fit > fit.quantile(arguments.drop)) if len(fit) < 10_000_000 else fit > 0
         numbers = fit.nonzero().squeeze(1)
-        numbers = numbers[self.questions.lengths[self.labelled + numbers] <= LONGEST_QUESTION]
+        numbers = numbers[self.questions.lengths[self.labeled + numbers] <= LONGEST_QUESTION]
         # Passages with questions: asked[first[i] : first[i + 1]] are those of passage owners[i].
         order = places[numbers].argsort(stable=True)
-        self.asked = numbers[order] + self.labelled
+        self.asked = numbers[order] + self.labeled
         self.owners, counts = torch.unique_consecutive(places[numbers][order], return_counts=True)
         self.first = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         self.owners_near = self.near[self.owners]
@@ -516,8 +516,8 @@ class Pools:
             "asked questions about",
             len(self.owners),
             "passages;",
-            self.labelled,
-            "labelled ones;",
+            self.labeled,
+            "labeled ones;",
             len(self.passages.lengths),
             "passages in all",
         )
@@ -528,14 +528,14 @@ class Pools:
         names = list(self.of_set)
         chosen = [
             self.pick.choice(self.of_set[name])
-            for name in self.pick.choices(names, [SHARES[name] for name in names], k=arguments.labelled)
+            for name in self.pick.choices(names, [SHARES[name] for name in names], k=arguments.labeled)
         ]
         chosen = list(dict.fromkeys(chosen))
         pairs = [(row, place) for row, number in enumerate(chosen) for place in self.wanted[number][:6]]
-        labelled = torch.tensor(chosen, device=where)
+        labeled = torch.tensor(chosen, device=where)
         gold = torch.tensor(pairs, device=where)
-        # Near-misses of labelled questions, among the teacher's best.
-        scores = self.questions_near[labelled] @ self.near.T
+        # Near-misses of labeled questions, among the teacher's best.
+        scores = self.questions_near[labeled] @ self.near.T
         scores.masked_fill_(~self.allowed, -1)
         scores[gold[:, 0], gold[:, 1]] = -1
         best = scores.topk(min(arguments.near, scores.shape[1]), dim=1).indices
@@ -543,7 +543,7 @@ class Pools:
         # Others of the same article, which are what a passage is most easily taken for.
         others = self.siblings.draw(gold[:, 1].repeat(arguments.siblings))
         pool = torch.unique(torch.cat([gold[:, 1], misses, others[self.allowed[others]]]))
-        # Groups of neighbours that all have questions.
+        # Groups of neighbors that all have questions.
         room = max(arguments.pool - len(pool), 0)
         seeds = torch.randint(len(self.owners), (max(room // arguments.group, 1),), device=where)
         scores = self.owners_near[seeds] @ self.owners_near.T
@@ -556,12 +556,12 @@ class Pools:
         first, stop = self.first[owner[with_question]], self.first[owner[with_question] + 1]
         number = first + (torch.rand(len(first), device=where) * (stop - first)).long()
         asked = self.asked[torch.minimum(number, stop - 1)]
-        numbers = torch.cat([labelled, asked])
+        numbers = torch.cat([labeled, asked])
         positives = torch.zeros(len(numbers), len(pool), dtype=torch.bool, device=where)
         positives[gold[:, 0], torch.searchsorted(pool, gold[:, 1].contiguous())] = True
-        positives[len(labelled) + torch.arange(len(asked), device=where), with_question] = True
+        positives[len(labeled) + torch.arange(len(asked), device=where), with_question] = True
         share = torch.full((len(numbers),), arguments.soft_asked, device=where)
-        share[: len(labelled)] = arguments.soft_labelled
+        share[: len(labeled)] = arguments.soft_labeled
         return pool, numbers, positives, share
 
     def teacher_logits(self, numbers: Tensor, pool: Tensor) -> Tensor:
@@ -901,7 +901,7 @@ def main() -> None:
     made.add_argument("--router-rate", type=float, default=1e-3)
     made.add_argument("--warmup", type=int, default=20)
     made.add_argument("--pool", type=int, default=4_096)
-    made.add_argument("--labelled", type=int, default=640)
+    made.add_argument("--labeled", type=int, default=640)
     made.add_argument("--misses", type=int, default=1)
     made.add_argument(
         "--siblings", type=int, default=1, help="passages of the same article for each gold one; 0 as measured"
@@ -912,7 +912,7 @@ def main() -> None:
         "--drop", type=float, default=0.1, help="share of the asked questions that fit their passage least"
     )
     made.add_argument("--soft-asked", type=float, default=0.4)
-    made.add_argument("--soft-labelled", type=float, default=0.2)
+    made.add_argument("--soft-labeled", type=float, default=0.2)
     made.add_argument("--soft-temperature", type=float, default=0.04)
     made.add_argument("--layer-weight", type=float, default=0.5)
     made.add_argument("--document-weight", type=float, default=0.2)

@@ -164,9 +164,9 @@ class Row:
     routes: list[bool]
     positives: list[int]
 
-    def add(self, ids: list[int], labelled: bool = False, routes: bool = False) -> None:
+    def add(self, ids: list[int], labeled: bool = False, routes: bool = False) -> None:
         self.ids += ids
-        self.labels += ids if labelled else [UNLABELLED] * len(ids)
+        self.labels += ids if labeled else [UNLABELLED] * len(ids)
         self.routes += [routes] * len(ids)
 
 
@@ -320,7 +320,7 @@ class Rows:
         rows = []
         for question, asked in zip(questions, coded, strict=True):
             row = self.opened(asked)
-            row.add(self.pieces.named(list(question.rounds[0])), labelled=True)
+            row.add(self.pieces.named(list(question.rounds[0])), labeled=True)
             row.positives = list(question.rounds[0])
             rows.append(row)
         return rows
@@ -343,7 +343,7 @@ class Rows:
             row.add(self.pieces.block(chosen), routes=True)
             second = list(question.rounds[1]) if len(question.rounds) > 1 else []
             wanted = found if missed is not None else second
-            row.add(self.following(wanted), labelled=True)
+            row.add(self.following(wanted), labeled=True)
             row.positives = wanted or found
             rows.append(row)
         return rows
@@ -365,10 +365,10 @@ class Rows:
             for number, (found, chosen) in enumerate(blocks):
                 # Ids of documents that nothing but chance put there cannot be learnt.
                 exact = self.memory and found == chosen
-                row.add(self.pieces.named(chosen), labelled=exact)
+                row.add(self.pieces.named(chosen), labeled=exact)
                 row.add(self.pieces.block(chosen), routes=number == len(blocks) - 1)
                 read += chosen
-            row.add([self.pieces.symbols["<|answer|>"]], labelled=missed is None and self.memory)
+            row.add([self.pieces.symbols["<|answer|>"]], labeled=missed is None and self.memory)
             row.add([*asked, self.pieces.symbols["\n"]])
             row.positives = [place for place in question.positives if place in read]
             rows.append(row)
@@ -377,17 +377,17 @@ class Rows:
             for number, (place, fact) in enumerate(self.draw.sample(stated, min(6, len(stated)))):
                 further.append((row, place if number == 0 else None, self.draw.choice(fact.questions), fact.answer))
         for row, said in zip(rows, encode_all(self.tokenizer, [f" {answer}" for answer in answers]), strict=True):
-            row.add([*said, self.pieces.symbols["<|end|>"]], labelled=True)
+            row.add([*said, self.pieces.symbols["<|end|>"]], labeled=True)
         again = encode_all(self.tokenizer, [text for _, _, text, _ in further])
         said = encode_all(self.tokenizer, [f" {text}" for _, _, _, text in further])
         for (row, place, _, _), asked, answer in zip(further, again, said, strict=True):
             row.add(asked)
             if place is not None:  # which of the texts says it
                 row.add([self.pieces.symbols["<|ids|>"]])
-                row.add(self.pieces.named([place]), labelled=True)
+                row.add(self.pieces.named([place]), labeled=True)
             else:
                 row.add([self.pieces.symbols["\n"]])
-                row.add([*answer, self.pieces.symbols["<|end|>"]], labelled=True)
+                row.add([*answer, self.pieces.symbols["<|end|>"]], labeled=True)
         return rows
 
     dense = reading

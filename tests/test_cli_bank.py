@@ -9,7 +9,7 @@ import pytest
 from test_cli import place, refusal  # noqa: F401
 
 from msa_hf import MemoryBank
-from msa_hf.bank import OpenBank
+from msa_hf.bank import BankStore
 from msa_hf.cli import main
 
 
@@ -107,7 +107,7 @@ def test_verify_names_the_damaged_file_and_gives_up_its_documents_when_told(
     bank: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "every file is as it was written" in run(capsys, "verify", bank)
-    with OpenBank(None, bank) as opened:
+    with BankStore(None, bank) as opened:
         opened.delete("tea.md")
     path = min(bank.glob("chunks-*"))
     data = path.read_bytes()
@@ -140,7 +140,7 @@ def test_mistakes(
         name, *rest = command.split()
         assert "not a bank" in refusal(capsys, "bank", name, tmp_path / "nowhere", *rest)
     assert not (tmp_path / "nowhere").exists()
-    with OpenBank(None, bank):
+    with BankStore(None, bank):
         assert "process" in refusal(capsys, "bank", "compact", bank)
     other = main(["retrofit", str(place / "base"), str(tmp_path / "other"), "--chunk-size", "8"])
     assert other == 0 and "chunk_size" in refusal(capsys, "bank", "add", tmp_path / "other", bank, place / "docs")

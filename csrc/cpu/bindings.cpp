@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor> route_at(const Tensor& queries, const Tensor& routing
 }
 
 std::tuple<Tensor, Tensor, Tensor> pool(const Tensor& keys, const Tensor& values, const Tensor& router_keys,
-                                        const Tensor& token_offsets, int64_t chunk_size, int64_t chunks, bool normalise,
+                                        const Tensor& token_offsets, int64_t chunk_size, int64_t chunks, bool normalize,
                                         std::optional<ScalarType> routing_dtype) {
   check_pool_chunks(keys, values, router_keys, token_offsets, chunk_size, chunks, routing_dtype);
   const int64_t groups = values.size(1), dim = values.size(2);
@@ -165,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> pool(const Tensor& keys, const Tensor& values
   call.chunks = chunks;
   call.groups = groups;
   call.dim = dim;
-  call.normalise = normalise;
+  call.normalize = normalize;
   call.content = content.mutable_data_ptr();
   call.type = type_of(content);
   call.routing_keys = routing_keys.mutable_data_ptr();
@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> pool(const Tensor& keys, const Tensor& values
 
 std::tuple<Tensor, Tensor, Tensor> pool_backward(const Tensor& grad_content, const Tensor& grad_routing_keys,
                                                  const Tensor& router_keys, const Tensor& token_offsets,
-                                                 int64_t chunk_size, bool normalise) {
+                                                 int64_t chunk_size, bool normalize) {
   check_pool_chunks_backward(grad_content, grad_routing_keys, router_keys, token_offsets, chunk_size);
   const char* op = "pool_chunks_backward";
   const int64_t tokens = router_keys.size(0), groups = router_keys.size(1), dim = router_keys.size(2);
@@ -209,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_backward(const Tensor& grad_content, con
   call.chunks = needed;
   call.groups = groups;
   call.dim = dim;
-  call.normalise = normalise;
+  call.normalize = normalize;
   cpu::pool_chunks_backward(call, threads());
   return {grads[0], grads[1], grads[2]};
 }

@@ -61,7 +61,7 @@ struct Pool {
   Rows keys, values, router_keys;
   const int64_t* token_offsets;  // [count + 1]
   int64_t count, chunk_size, chunks, groups, dim;
-  bool normalise;
+  bool normalize;
   void* content;  // [chunks, 2, groups, dim]
   Type type;
   void* routing_keys;  // [chunks, groups * dim]
@@ -75,12 +75,12 @@ struct PoolBackward {
   Type content_type;
   const void* grad_routing_keys;  // [chunks, groups * dim]
   Type routing_type;
-  Rows router_keys;                                   // read where `normalise`
+  Rows router_keys;                                   // read where `normalize`
   void *grad_keys, *grad_values, *grad_router_keys;  // [tokens, groups, dim] of `type`
   Type type;
   const int64_t* token_offsets;
   int64_t count, chunk_size, chunks, groups, dim;
-  bool normalise;
+  bool normalize;
 };
 // Gradients of tokens that no document has are left as they are.
 void pool_chunks_backward(const PoolBackward& pool, const Threads& threads);

@@ -1,4 +1,4 @@
-// Numbers of 8 and 16 bits to float32 and back, by their bits: needs nothing of the processor, and compilers vectorise it.
+// Numbers of 8 and 16 bits to float32 and back, by their bits: needs nothing of the processor, and compilers vectorize it.
 //
 // Everything here is static: each file that includes this compiles it for its own instruction set.
 
@@ -146,7 +146,7 @@ static inline void narrow(const float* source, int64_t count, Type type, void* t
       break;
     }
     default:
-      break;  // quantised numbers are written with their scale, in pool.cpp
+      break;  // quantized numbers are written with their scale, in pool.cpp
   }
 }
 

@@ -85,9 +85,9 @@ Real inverse_norm(const Real* vector, int64_t dim) {
   return Real(1) / std::sqrt(total + Real(kEpsilon));
 }
 
-// The scale of a routing key, as quantise.quantise_keys chooses it; the numbers are written to `target`.
+// The scale of a routing key, as quantize.quantize_keys chooses it; the numbers are written to `target`.
 template <class Real>
-float quantise(const Real* key, int64_t width, Type type, void* target) {
+float quantize(const Real* key, int64_t width, Type type, void* target) {
   const float limit = type == Type::i8 ? 127.0f : 448.0f;
   float largest = 0.0f;
   for (int64_t i = 0; i < width; ++i) largest = std::max(largest, std::fabs(static_cast<float>(key[i])));
@@ -133,14 +133,14 @@ void forward(const Pool& pool, const Threads& threads) {
         narrow(sums.data(), width, pool.type, target);
       }
       mean(pool.router_keys, span, pool.groups, pool.dim, sums.data());
-      for (int64_t group = 0; pool.normalise && group < pool.groups; ++group) {
+      for (int64_t group = 0; pool.normalize && group < pool.groups; ++group) {
         Real* head = sums.data() + group * pool.dim;
         const Real factor = inverse_norm(head, pool.dim);
         for (int64_t i = 0; i < pool.dim; ++i) head[i] *= factor;
       }
       char* target = static_cast<char*>(pool.routing_keys) + chunk * width * size_of(pool.routing_type);
       if (pool.scales != nullptr) {
-        pool.scales[chunk] = quantise(sums.data(), width, pool.routing_type, target);
+        pool.scales[chunk] = quantize(sums.data(), width, pool.routing_type, target);
       } else {
         narrow(sums.data(), width, pool.routing_type, target);
       }
@@ -173,7 +173,7 @@ void backward(const PoolBackward& pool, const Threads& threads) {
       }
       widen(static_cast<const char*>(pool.grad_routing_keys) + chunk * width * size_of(pool.routing_type),
             pool.routing_type, width, gradient.data());
-      if (pool.normalise) {
+      if (pool.normalize) {
         // y = r * mean, r = (|mean|^2 + epsilon)^(-1/2):  d mean = r * (g - y * <y, g>).
         mean(pool.router_keys, span, pool.groups, pool.dim, unit.data());
         for (int64_t group = 0; group < pool.groups; ++group) {

@@ -240,7 +240,7 @@ class TileScorer final : public Scorer {
     std::vector<std::pair<int64_t, int64_t>> tokens;  // sample and token; of one sample alone in the first ones
   };
 
-  // To the nearest bfloat16, for finite numbers; without a branch, so that the loop below is vectorised.
+  // To the nearest bfloat16, for finite numbers; without a branch, so that the loop below is vectorized.
   static float rounded(float value) {
     const uint32_t bits = as_bits(value);
     return as_float((bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u);

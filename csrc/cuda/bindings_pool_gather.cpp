@@ -98,7 +98,7 @@ std::optional<Tensor> count_chunks(Chunking& chunking, const Tensor& offsets, co
 }
 
 std::tuple<Tensor, Tensor, Tensor> pool(const Tensor& keys, const Tensor& values, const Tensor& router_keys,
-                                        const Tensor& token_offsets, int64_t chunk_size, int64_t chunks, bool normalise,
+                                        const Tensor& token_offsets, int64_t chunk_size, int64_t chunks, bool normalize,
                                         std::optional<ScalarType> routing_dtype) {
   const char* op = "pool_chunks";
   check_pool_chunks(keys, values, router_keys, token_offsets, chunk_size, chunks, routing_dtype);
@@ -122,14 +122,14 @@ std::tuple<Tensor, Tensor, Tensor> pool(const Tensor& keys, const Tensor& values
   call.routing = routing_keys.mutable_data_ptr();
   call.routing_format = format_of(routing_keys.scalar_type(), op);
   call.scales = routing_dtype ? static_cast<float*>(scales.mutable_data_ptr()) : nullptr;
-  call.normalise = normalise;
+  call.normalize = normalize;
   check(pool_chunks_forward(call, place.stream), op);
   return {content, routing_keys, scales};
 }
 
 std::tuple<Tensor, Tensor, Tensor> pool_backward(const Tensor& grad_content, const Tensor& grad_routing_keys,
                                                  const Tensor& router_keys, const Tensor& token_offsets,
-                                                 int64_t chunk_size, bool normalise) {
+                                                 int64_t chunk_size, bool normalize) {
   const char* op = "pool_chunks_backward";
   check_pool_chunks_backward(grad_content, grad_routing_keys, router_keys, token_offsets, chunk_size);
   const int64_t tokens = router_keys.size(0), groups = router_keys.size(1), dim = router_keys.size(2);
@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_backward(const Tensor& grad_content, con
   call.grad_keys = states_of(grads[0], grads[0].mutable_data_ptr());
   call.grad_values = states_of(grads[1], grads[1].mutable_data_ptr());
   call.grad_router_keys = states_of(grads[2], grads[2].mutable_data_ptr());
-  call.normalise = normalise;
+  call.normalize = normalize;
   check(pool_chunks_backward(call, place.stream), op);
   return {grads[0], grads[1], grads[2]};
 }

@@ -228,8 +228,8 @@ const char* refusal(const GatherCall& call) {
   if (call.width < 0 || call.groups <= 0 || call.dim <= 0) return "rows without heads or numbers";
   if (int64_t{2} * call.groups * call.dim > 1 << 24) return "rows of more than 2^24 numbers";
   // Content without chunks has no scales either: memory of no bytes may have no address.
-  const bool scaled = call.scales != nullptr, quantised = call.content_format == Format::float8_e4m3;
-  if (quantised ? !scaled && call.chunks > 0 : scaled) return "scales belong to float8 content, and only to it";
+  const bool scaled = call.scales != nullptr, quantized = call.content_format == Format::float8_e4m3;
+  if (quantized ? !scaled && call.chunks > 0 : scaled) return "scales belong to float8 content, and only to it";
   return nullptr;
 }
 

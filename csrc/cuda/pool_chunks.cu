@@ -3,12 +3,12 @@
 // Threads stand side by side along a row of G * D numbers, 16 bytes each, every one with UNROLL loads in flight. Two
 // kernels go forward, and where both can be taken they give the same bits:
 //   pool_columns_kernel  where blocks cover a row exactly and no head lies in two warps: a thread keeps its columns in
-//                        registers from the first load to the store; only the maximum of quantised router keys is taken
+//                        registers from the first load to the store; only the maximum of quantized router keys is taken
 //                        across warps
 //   pool_forward_kernel  any other shape, one block per (chunk, tensor): where a row is shorter than the block, several
-//                        rows are read at a time; the sums are joined, normalised and quantised in shared memory
+//                        rows are read at a time; the sums are joined, normalized and quantized in shared memory
 //
-// Bytes per token in 16 bit: 6 * G * D read; per chunk 6 * G * D written (less where router keys are quantised).
+// Bytes per token in 16 bit: 6 * G * D read; per chunk 6 * G * D written (less where router keys are quantized).
 
 #include <algorithm>
 #include <cfloat>
@@ -237,7 +237,7 @@ __device__ __forceinline__ void store_numbers(void* data, int64_t index, Format 
 }
 
 // One block per (chunk, tensor, piece of THREADS * VEC columns), the router keys' before all others: what follows their
-// sums takes longest. Quantised router keys are one piece.
+// sums takes longest. Quantized router keys are one piece.
 //
 // AHEAD: the blocks that start with the kernel do not wait for the offsets to ask memory for rows. They ask for those
 // that are theirs if no document before ends with a part of a chunk, and otherwise soon another block's.
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
     return;
   }
 
-  if (call.normalise) {
+  if (call.normalize) {
 #pragma unroll
     for (int i = 0; i < VEC; ++i) row[thread * VEC + i] = mean[i];
     __syncwarp();
@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
   __syncthreads();
   for (int head = warp; head < chunking.groups; head += THREADS / 32) {
     float factor = 1.0f;
-    if (call.normalise) {
+    if (call.normalize) {
       float square = 0.0f;
       for (int i = lane; i < chunking.dim; i += 32) {
         const float x = sums[head * chunking.dim + i];
@@ -411,7 +411,7 @@ __device__ __forceinline__ void zero_outside(
 }
 
 // One block per (chunk, tensor): the gradient of the chunk's mean, written to all its tokens. Where the forward
-// normalised, the mean of the router keys is taken again; those blocks, which read before they write, start first.
+// normalized, the mean of the router keys is taken again; those blocks, which read before they write, start first.
 template <typename T, int VEC, int THREADS, int UNROLL>
 __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
     pool_backward_kernel(const PoolBackward call, int vectors, int lines) {
@@ -439,7 +439,7 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
   const Format format = content ? call.grad_content_format : call.grad_routing_format;
   const int64_t start = (content ? chunk * kContent + part : chunk) * width;
   for (int i = thread; i < width; i += THREADS) gradient[i] = load_as_float(source, start + i, format);
-  if (!content && call.normalise) {
+  if (!content && call.normalize) {
     sum_rows<T, VEC, THREADS, UNROLL>(call.router_keys, chunking, place, vectors, lines, sums);
     __syncthreads();
     for (int i = thread; i < width; i += THREADS) {
@@ -607,7 +607,7 @@ static cudaError_t forward_of(const PoolForward& call, cudaStream_t stream) {
 
 template <typename T>
 static cudaError_t backward_of(const PoolBackward& call, cudaStream_t stream) {
-  const TokenStates& read = call.normalise ? call.router_keys : call.grad_router_keys;
+  const TokenStates& read = call.normalize ? call.router_keys : call.grad_router_keys;
   return are_wide<T>({&read, &call.grad_keys, &call.grad_values, &call.grad_router_keys}, call.chunking)
              ? launch_pool_backward<T, 16 / sizeof(T), 128, 8>(call, stream)
              : launch_pool_backward<T, 1, 128, 8>(call, stream);

@@ -1,6 +1,6 @@
 // Launchers of pool_chunks and gather_documents: plain pointers and numbers, no torch.
 //
-// All return the first CUDA error they meet. Nothing here allocates, synchronises or reads device memory on the host,
+// All return the first CUDA error they meet. Nothing here allocates, synchronizes or reads device memory on the host,
 // so every launch can be captured in a graph. Strides and offsets count elements, never bytes.
 #pragma once
 
@@ -50,20 +50,20 @@ struct PoolForward {
   void* routing = nullptr;  // [C, G * D]
   Format routing_format = Format::float32;
   float* scales = nullptr;  // [C], where routing_format is int8 or float8: value = scale * number
-  bool normalise = false;
+  bool normalize = false;
 };
 
 // Gradients of all three inputs. Packed tokens that belong to no document get zero; padding is not written.
 struct PoolBackward {
   Chunking chunking;
-  TokenStates router_keys;  // of the forward; read only where it normalised
+  TokenStates router_keys;  // of the forward; read only where it normalized
   Format input = Format::float32;
   const void* grad_content = nullptr;  // [C, 2, G, D]
   Format grad_content_format = Format::float32;
   const void* grad_routing = nullptr;  // [C, G * D]
   Format grad_routing_format = Format::float32;
   TokenStates grad_keys, grad_values, grad_router_keys;  // in the format of the input
-  bool normalise = false;
+  bool normalize = false;
 };
 
 cudaError_t pool_chunks_forward(const PoolForward& call, cudaStream_t stream);

@@ -1,8 +1,8 @@
 // route_documents: what is done before and after the scores of chunks, and which kernel takes them.
 //
 //   scan      which tokens route: a list of columns, every sample's padded to a multiple of 8 by repeating its last token
-//             (a maximum does not change), so that eight neighbouring columns belong to one sample
-//   largest   largest absolute value of every sample's queries, where they are quantised with the keys
+//             (a maximum does not change), so that eight neighboring columns belong to one sample
+//   largest   largest absolute value of every sample's queries, where they are quantized with the keys
 //   pack      the columns' queries, in the keys' type: rounded to 8 bits for 8-bit keys (one scale per sample: a relative
 //             error of at most 2^-4 per number for e4m3, 1/254 of the largest for int8); for 16-bit keys and queries that
 //             hold more, as two terms, whose sum has a relative error of about 2^-17 (bf16) or 2^-22 (f16)
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kPackThreads)
   if (column >= columns) return;
   const int row = lists.rows[column];
   float factor = 1.0f;
-  if (is_quantised(PACKED) && row >= 0) {
+  if (is_quantized(PACKED) && row >= 0) {
     const float most = lists.largest[lists.groups[column / kGroup]];
     // As a scale below the smallest normal number would overflow, such queries count as zero.
     factor = most > 1e-30f ? largest_of(PACKED) / most : 0.0f;
@@ -300,8 +300,8 @@ Plan plan(const Call& call, Choice choice) {
   if (call.samples * round_up(call.tokens, kGroup) >= LIMIT / 2) return refuse("more than 2^30 query tokens");
   if (call.chunks >= LIMIT - 4096 || call.documents >= LIMIT) return refuse("more than 2^31 chunks or documents");
   if (call.width < 1 || call.width >= LIMIT / 4) return refuse("the width of the keys");
-  if (is_quantised(call.key_type) != (call.scales != nullptr)) return refuse("scales belong to 8-bit keys");
-  if (is_quantised(call.query_type)) return refuse("queries must be float32, bfloat16 or float16");
+  if (is_quantized(call.key_type) != (call.scales != nullptr)) return refuse("scales belong to 8-bit keys");
+  if (is_quantized(call.query_type)) return refuse("queries must be float32, bfloat16 or float16");
 
   const Machine here = machine();
   const int64_t columns = call.samples * round_up(call.tokens, kGroup) + (call.tokens == 0 ? kGroup : 0);
@@ -319,7 +319,7 @@ Plan plan(const Call& call, Choice choice) {
     no_tensor_cores = "keys do not begin at a multiple of 16 bytes";
   const char* no_wgmma = no_tensor_cores;
   int shape = -1;
-  const bool many_keys = is_quantised(call.key_type) && call.samples > 1 && call.tokens < 256;
+  const bool many_keys = is_quantized(call.key_type) && call.samples > 1 && call.tokens < 256;
   if (no_wgmma == nullptr && (here.capability != 90 || !compiled(call.key_type).wgmma))
     no_wgmma = "needs a device of compute capability 9.0 and code compiled for sm_90a";
   if (no_wgmma == nullptr) {
@@ -354,7 +354,7 @@ Plan plan(const Call& call, Choice choice) {
 template <Type QUERY, Type PACKED>
 static cudaError_t launch_pack(const Call& call, const Plan& plan, const Lists& lists, void* packed, cudaStream_t stream) {
   const int warps = kPackThreads / 32;
-  if (is_quantised(PACKED)) {
+  if (is_quantized(PACKED)) {
     const int64_t rows = call.samples * call.tokens;
     const cudaError_t error =
         launch(largest_kernel<QUERY>, dim3(static_cast<unsigned>((rows + warps - 1) / warps)), kPackThreads, 0, 1, stream,
@@ -426,8 +426,8 @@ cudaError_t route_documents(
     score.factors = call.scales;
     score.sink.scores = static_cast<float*>(place(at.scores));
     score.sink.pitch = at.pitch;
-    const bool quantised = is_quantised(call.key_type) && plan.path != Path::plain;
-    score.sink.largest = quantised ? lists.largest : nullptr;
+    const bool quantized = is_quantized(call.key_type) && plan.path != Path::plain;
+    score.sink.largest = quantized ? lists.largest : nullptr;
     score.sink.inverse_largest = 1.0f / largest_of(call.key_type);
     score.chunks = call.chunks;
     score.width = static_cast<int>(call.width);

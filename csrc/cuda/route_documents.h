@@ -1,6 +1,6 @@
 // Launchers of route_documents: plain pointers, a stream and a workspace; no torch.
 //
-// Nothing here allocates, synchronises or reads device memory on the host, so every call can be captured in a graph.
+// Nothing here allocates, synchronizes or reads device memory on the host, so every call can be captured in a graph.
 #pragma once
 
 #include <cuda_runtime_api.h>

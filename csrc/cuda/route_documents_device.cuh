@@ -70,9 +70,9 @@ struct Number<Type::s8> {
     return static_cast<int8_t>(fminf(fmaxf(rintf(x), -127.0f), 127.0f));
   }
 };
-// The largest number of a quantised type: that of a sample's largest absolute value.
+// The largest number of a quantized type: that of a sample's largest absolute value.
 __host__ __device__ constexpr float largest_of(Type type) { return type == Type::e4m3 ? 448.0f : type == Type::s8 ? 127.0f : 1.0f; }
-__host__ __device__ constexpr bool is_quantised(Type type) { return type == Type::e4m3 || type == Type::s8; }
+__host__ __device__ constexpr bool is_quantized(Type type) { return type == Type::e4m3 || type == Type::s8; }
 
 template <Type TYPE>
 struct Accumulator {
@@ -277,7 +277,7 @@ __host__ __device__ constexpr uint64_t tile_descriptor(uint32_t address) {
 struct Sink {
   float* scores;          // [samples, pitch]
   int64_t pitch;
-  const float* largest;   // [samples] largest absolute value of a sample's queries, where they were quantised
+  const float* largest;   // [samples] largest absolute value of a sample's queries, where they were quantized
   float inverse_largest;  // of the type, so that largest * inverse_largest is a query's scale
 };
 

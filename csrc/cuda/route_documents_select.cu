@@ -47,7 +47,7 @@ __device__ __forceinline__ float warp_max(float value) {
   return value;
 }
 
-// A warp takes GROUPS groups of neighbouring documents, for `samples_each` samples one after the other.
+// A warp takes GROUPS groups of neighboring documents, for `samples_each` samples one after the other.
 template <int GROUPS>
 __global__ void __launch_bounds__(kReduceThreads, 4) reduce_kernel(const Select p, int samples_each) {
   MSA_HF_SHARED(shared);

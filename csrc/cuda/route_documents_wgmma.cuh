@@ -1,4 +1,4 @@
-// Warpgroup matrix products, one specialisation per type and number of columns; written by a script, not by hand:
+// Warpgroup matrix products, one specialization per type and number of columns; written by a script, not by hand:
 //   for n in 32 64 128 192 256: an asm statement with n / 2 accumulators, two descriptors and the predicate scale_d.
 #pragma once
 

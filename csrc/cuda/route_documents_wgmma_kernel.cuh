@@ -284,7 +284,7 @@ cudaError_t launch_wgmma_shape(const Score& score, int shape, cudaStream_t strea
     return cudaErrorInvalidValue;
   } else {
     if (shape != INDEX) return launch_wgmma_shape<TYPE, INDEX + 1>(score, shape, stream);
-    if constexpr (!is_quantised(TYPE) && kShapes[INDEX].resident) {
+    if constexpr (!is_quantized(TYPE) && kShapes[INDEX].resident) {
       if (score.terms == 2) return launch_wgmma<TYPE, INDEX, 2>(score, stream);
     }
     return launch_wgmma<TYPE, INDEX, 1>(score, stream);

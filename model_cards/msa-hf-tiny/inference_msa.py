@@ -197,12 +197,13 @@ class MemoryMixin:
         _accepted_banks.setdefault(bank, weakref.WeakKeyDictionary())[cast(nn.Module, self)] = self.memory_origin()
 
     def open_memory(self, directory: Any = None, tokenizer: Any = None, protocol: Any = None, **options: Any) -> Any:
-        """Open a bank that documents can be added to and deleted from; see `msa_hf.bank.OpenBank`.
+        """Open a bank that documents can be added to and deleted from; see `msa_hf.bank.BankStore`.
 
         Args:
             directory: a bank of this model, or where a new one is made. None: one that lies in memory alone.
             tokenizer: of the texts.
-            protocol: how documents are wrapped, as `msa_hf.generation.Protocol`; None: texts are encoded as they are.
+            protocol: how documents are wrapped, as `msa_hf.generation.PromptProtocol`; None: texts are encoded as they
+                are.
 
         Raises:
             ImportError: where the package is not installed: a checkpoint's own code only reads banks.
@@ -211,7 +212,7 @@ class MemoryMixin:
             module = importlib.import_module("msa_hf.bank")
         except ImportError as error:
             raise ImportError("A bank that can be changed needs the package: `pip install msa-hf`.") from error
-        return module.OpenBank(self, directory, tokenizer, protocol, **options)
+        return module.BankStore(self, directory, tokenizer, protocol, **options)
 
     @torch.compiler.disable
     def _check_bank(self, bank: MemoryBank) -> None:

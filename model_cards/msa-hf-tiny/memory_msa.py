@@ -36,7 +36,7 @@ from .storage_msa import (
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """What one memory layer keeps of the corpus; the chunks of a document are neighbours.
+    """What one memory layer keeps of the corpus; the chunks of a document are neighbors.
 
     Attributes:
         routing_keys: [C, G * D], one routing key per chunk; the groups lie one after the other.

@@ -71,7 +71,7 @@ class MSAForCausalLM(GeneratingMixin, TrainingMixin, CheckpointMixin, PreTrained
             positive_docs: [B, P] int64 document numbers (of the row or the pool, from 0), -1 for none.
             labels: [B, T], -100 for none.
             answer_mask: [B, T] bool, labels that count a second time, with `answer_loss_weight`.
-            num_items_in_batch: labelled tokens of all micro-batches together.
+            num_items_in_batch: labeled tokens of all micro-batches together.
 
         Returns:
             The base's output without a memory, else `MSACausalLMOutput`.

@@ -69,7 +69,7 @@ def cache_for(options: GenerationOptions, config: PreTrainedConfig, device: torc
 
     Raises:
         ValueError: for a kind that cannot keep them, with the reason and the remedy.
-        ImportError: where what quantises is not installed.
+        ImportError: where what quantizes is not installed.
     """
     kind = options["cache_implementation"]
     refuse_fixed_cache(kind)

@@ -78,7 +78,7 @@ class BankOrigin:
         base_model_type: `model_type` of the base decoder.
         chunk_size: tokens per chunk.
         memory_layers: ascending.
-        similarity: `"cosine"` (routing keys are normalised) or `"dot"`.
+        similarity: `"cosine"` (routing keys are normalized) or `"dot"`.
         shared_router: routing keys are the pooled attention keys.
         prefix_token_ids: the template prefix.
         configuration: fields of the base's configuration that its states depend on, as JSON values; None in banks of

@@ -108,7 +108,7 @@ def query_key_weights(module: nn.Module, config: PreTrainedConfig, dtype: torch.
 
 
 def attach_routers(model: nn.Module, config: Any) -> None:
-    """Give the memory layers of `model` their routers (uninitialised) and hooks, all attention layers our functions.
+    """Give the memory layers of `model` their routers (uninitialized) and hooks, all attention layers our functions.
 
     `router_q_proj` [H * D, hidden] and `router_k_proj` [G * D, hidden] are plain linear layers without bias on the
     attention module, in its dtype and on its device; `router_score_bias` one scalar where `config.score_bias`.

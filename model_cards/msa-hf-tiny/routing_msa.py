@@ -46,7 +46,7 @@ def columns(top_k: int, documents: int) -> int:
 
 
 def normalize_heads(vectors: Tensor) -> Tensor:
-    """L2-normalise the last dimension in float32 (float64 stays); zero vectors stay zero."""
+    """L2-normalize the last dimension in float32 (float64 stays); zero vectors stay zero."""
     vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     return vectors * torch.rsqrt(vectors.square().sum(-1, keepdim=True) + NORM_EPSILON)
 
@@ -81,7 +81,7 @@ def score_documents(
     Args:
         queries: [B, T, H, D] router queries, any floating dtype.
         routing_mask: [B, T] bool, the tokens that route.
-        routing_keys: [C, G * D] router keys of the chunks, already L2-normalised per head for `"cosine"`.
+        routing_keys: [C, G * D] router keys of the chunks, already L2-normalized per head for `"cosine"`.
         offsets: [N + 1] int64, chunks of document i are `offsets[i]:offsets[i + 1]`.
         similarity: `"cosine"` or `"dot"` (times `D ** -0.5`).
         head_reduction: `"mean"` or `"max"`.

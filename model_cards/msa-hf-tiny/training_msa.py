@@ -152,7 +152,7 @@ class TrainingMixin(MemoryMixin):
         return result if return_dict is not False else result.to_tuple()
 
     def _language_loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Any) -> Tensor:
-        """The base's loss; 0 where nothing is labelled."""
+        """The base's loss; 0 where nothing is labeled."""
         count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         return cast(Any, self).loss_function(
             logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=count.clamp(min=1)

@@ -67,7 +67,7 @@ class TrialPass:
 def refuse_untouchable(model: Any) -> None:
     """Run a model with a memory on two tokens, and refuse it where its memory layers cannot see a memory.
 
-    A model whose weights are not all at hand, or are quantised (layers of bitsandbytes change when they first run), is
+    A model whose weights are not all at hand, or are quantized (layers of bitsandbytes change when they first run), is
     tried as a twin without weights; where the computation depends on numbers, so that the twin cannot run, the first
     use of the model tells.
 

@@ -1,4 +1,4 @@
-"""Modules that stand in another place since 0.2: the old names work for one release, with a DeprecationWarning."""
+"""Modules and names that changed since 0.1: the old ones work for one release, with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import importlib.machinery
 import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 PACKAGE = __name__.rpartition(".")[0]
 MOVED = {
@@ -18,10 +19,10 @@ MOVED = {
     "bank.compaction": "bank.store.compaction",
     "bank.encoding": "bank.encode_corpus",
     "bank.free_memory": "bank.tiered.hardware",
-    "bank.growing": "bank.store.growing",
+    "bank.growing": "bank.store.growable_array",
     "bank.hot_documents": "bank.tiered.lru_cache",
     "bank.lock": "bank.store.lock",
-    "bank.open_bank": "bank.store.open_bank",
+    "bank.open_bank": "bank.store.bank_store",
     "bank.opening": "bank.store.opening",
     "bank.parallel": "bank.sharded.bank",
     "bank.plan": "bank.tiered.plan",
@@ -36,6 +37,8 @@ MOVED = {
     "bank.verification": "bank.store.verification",
     "bank.version_1": "bank.store.version_1",
     "bank.writing": "bank.store.writing",
+    "bank.store.growing": "bank.store.growable_array",
+    "bank.store.open_bank": "bank.store.bank_store",
     "commands": "cli",
     "commands.ask": "cli.ask",
     "commands.bank": "cli.bank",
@@ -50,6 +53,10 @@ MOVED = {
     "commands.retrofit": "cli.retrofit",
     "commands.train": "cli.train",
     "corpus_files": "data.documents",
+    "evaluation.quantised": "evaluation.quantized",
+    "generation.custom_generate": "generation.generate_hook",
+    "generation.feed": "generation.transcript_feeder",
+    "ops.quantise": "ops.quantize",
     "evaluation.corpora": "synthetic.corpora",
     "evaluation.hashing": "synthetic.hashing",
     "evaluation.names": "synthetic.names",
@@ -63,6 +70,27 @@ MOVED = {
     "training.diagnosis": "evaluation.diagnosis",
     "training.sharpen": "evaluation.sharpen",
 }
+
+
+def renamed(module: str, names: dict[str, str]) -> Callable[[str], Any]:
+    """A `__getattr__` for a module that finds its old names.
+
+    Args:
+        module: its `__name__`.
+        names: old name -> new one, both of this module.
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"`{module}.{name}` is `{names[name]}` now; the old name goes with the next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(sys.modules[module], names[name])
+
+    return find
 
 
 def _travels(name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .generation import PUBLISHED, Answer, MemoryInterleave, Protocol
+from .generation import PUBLISHED, Answer, MemoryInterleave, PromptProtocol
 from .model.modeling_msa import MSAForCausalLM
 
 TASK = "memory-text-generation"
@@ -36,7 +36,7 @@ class MemoryTextGenerationPipeline(Pipeline):
         self,
         *args: Any,
         memory: Any = None,
-        protocol: Protocol = PUBLISHED,
+        protocol: PromptProtocol = PUBLISHED,
         interleave: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:

@@ -51,7 +51,7 @@ def commit(bank: Any, changes: list[tuple[str, str | None, int]]) -> None:
 
 
 def write(directory: str, first: int) -> None:
-    with OpenBank(FakeModel(), directory) as bank:
+    with BankStore(FakeModel(), directory) as bank:
         for number in itertools.count(first):
             commit(bank, event(number))
             os.write(1, f"ack {number}\n".encode())
@@ -61,10 +61,10 @@ if __name__ == "__main__":
     import torch
     from fake_model import FakeModel
 
-    from msa_hf.bank import OpenBank
+    from msa_hf.bank import BankStore
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as warm, OpenBank(FakeModel(), warm) as first_bank:
+    with tempfile.TemporaryDirectory() as warm, BankStore(FakeModel(), warm) as first_bank:
         for number in range(20):  # what is imported on first use is there before the first fork
             commit(first_bank, event(number))
     for line in sys.stdin:

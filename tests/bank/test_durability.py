@@ -20,7 +20,7 @@ import torch
 from churn import State, apply, commit, event
 from fake_model import CHUNK, LAYERS, FakeModel, contents, vectors
 
-from msa_hf.bank import BankDamaged, OpenBank
+from msa_hf.bank import BankDamaged, BankStore
 from msa_hf.model import storage_msa
 from msa_hf.model.memory_msa import MemoryBank
 from msa_hf.model.storage_msa import BankFormatError
@@ -81,7 +81,7 @@ def test_a_killed_writer_loses_nothing_it_acknowledged(fast_directory: Path, cap
                 assert int(line[1]) == number
                 state, number = apply(state, event(number)), number + 1
             caplog.clear()
-            with OpenBank(FakeModel(), bank_directory) as bank:
+            with BankStore(FakeModel(), bank_directory) as bank:
                 found = texts(bank.snapshot())
                 later = apply(state, event(number))
                 if found != living(state):
@@ -98,7 +98,7 @@ def test_what_a_library_leaves_of_its_own_is_removed_too(
     fast_directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """safetensors writes to a file with a name of its own choice, beside the one it was asked for."""
-    with OpenBank(FakeModel(), fast_directory) as bank:
+    with BankStore(FakeModel(), fast_directory) as bank:
         bank.add([{"key": "kept", "text": "as it was"}])
 
     def killed(tensors: object, path: Path) -> None:
@@ -109,12 +109,12 @@ def test_what_a_library_leaves_of_its_own_is_removed_too(
     if child == 0:
         monkeypatch.setattr(storage_msa, "save_file", killed)
         try:
-            with OpenBank(FakeModel(), fast_directory) as bank:
+            with BankStore(FakeModel(), fast_directory) as bank:
                 bank.add([{"key": "new", "text": "never acknowledged"}])
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    with OpenBank(FakeModel(), fast_directory) as bank:
+    with BankStore(FakeModel(), fast_directory) as bank:
         assert texts(bank.snapshot()) == {"kept": "as it was"}
     assert "removed 1 files of an interrupted write" in caplog.text
     assert set(files_of(fast_directory)) == named(fast_directory)
@@ -156,7 +156,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, place: int, half: bool) -> Callable
     return lambda: calls
 
 
-def changes(bank: OpenBank) -> None:
+def changes(bank: BankStore) -> None:
     with bank.batch():
         bank.add([{"key": "new", "text": "something new"}, {"key": "more", "text": "and more"}])
         bank.upsert("kept", "changed text", 5)
@@ -167,8 +167,8 @@ BEFORE = {"kept": "as it was", "gone": "to be deleted", "still": "untouched"}
 AFTER = {"kept": "changed text", "new": "something new", "more": "and more", "still": "untouched"}
 
 
-def prepared(directory: Path) -> OpenBank:
-    bank = OpenBank(FakeModel(), directory)
+def prepared(directory: Path) -> BankStore:
+    bank = BankStore(FakeModel(), directory)
     bank.add([{"key": key, "text": text, "version": 1} for key, text in BEFORE.items()])
     bank.snapshot()  # with tensors in memory, which must stay in step
     return bank
@@ -203,7 +203,7 @@ def test_an_error_at_any_write_leaves_the_last_commit(tmp_path: Path, half: bool
             bank.upsert("further", "after the error")
             after = {**after, "further": "after the error"}
             assert texts(bank.snapshot()) == after
-        with OpenBank(FakeModel(), directory) as bank:
+        with BankStore(FakeModel(), directory) as bank:
             assert texts(bank.snapshot()) == after and bank.verify() == []
     assert place > 15
 
@@ -232,7 +232,7 @@ def mixed(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
     """A bank of several segments and shards, with deletions."""
     directory = tmp_path / "mixed"
     expected = {f"k{row}": f"document {row} " + "y" * row for row in range(12)}
-    with OpenBank(FakeModel(), directory, max_shard_size=1000) as bank:
+    with BankStore(FakeModel(), directory, max_shard_size=1000) as bank:
         for first in range(0, 12, 4):
             bank.add([{"key": key, "text": text} for key, text in list(expected.items())[first : first + 4]])
         for key in ("k1", "k6"):
@@ -255,7 +255,7 @@ def test_verify_finds_any_flipped_byte_and_the_rest_stays_usable(
             continue
         for position in {0, 8, len(data) // 2, len(data) - 1, *(pick.randrange(len(data)) for _ in range(6))}:
             path.write_bytes(data[:position] + bytes([data[position] ^ 1 << pick.randrange(8)]) + data[position + 1 :])
-            with OpenBank(FakeModel(), directory, read_only=True) as bank:
+            with BankStore(FakeModel(), directory, read_only=True) as bank:
                 caplog.clear()
                 (damage,) = bank.verify()
                 assert damage.file == path.name
@@ -270,7 +270,7 @@ def test_verify_finds_any_flipped_byte_and_the_rest_stays_usable(
                 left_out += lost
         path.write_bytes(data)
     assert left_out
-    with OpenBank(FakeModel(), directory, read_only=True) as bank:
+    with BankStore(FakeModel(), directory, read_only=True) as bank:
         assert bank.verify() == [] and texts(bank.snapshot()) == expected
 
 
@@ -279,7 +279,7 @@ def test_compaction_does_not_pass_damage_on(mixed: tuple[Path, dict[str, str]]) 
     directory, expected = mixed
     path = max(directory.glob("chunks-*"))
     data = path.read_bytes()
-    with OpenBank(FakeModel(), directory) as bank:
+    with BankStore(FakeModel(), directory) as bank:
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         before = {file.name: file.read_bytes() for file in directory.iterdir()}
         with pytest.raises(BankDamaged, match=path.name):
@@ -287,13 +287,13 @@ def test_compaction_does_not_pass_damage_on(mixed: tuple[Path, dict[str, str]]) 
         assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
         assert len(bank) < len(expected)
     path.write_bytes(data)
-    with OpenBank(FakeModel(), directory) as bank:
+    with BankStore(FakeModel(), directory) as bank:
         assert bank.compact() and texts(bank.snapshot()) == expected and bank.verify() == []
 
 
 def test_a_damaged_manifest_is_found(mixed: tuple[Path, dict[str, str]]) -> None:
     directory, expected = mixed
-    with OpenBank(FakeModel(), directory, read_only=True) as bank:
+    with BankStore(FakeModel(), directory, read_only=True) as bank:
         path = directory / "manifest.json"
         data = path.read_bytes()
         place = data.index(b'"generation"') + 3
@@ -308,7 +308,7 @@ def test_a_damaged_bank_is_written_to_only_after_a_decision(mixed: tuple[Path, d
     directory, expected = mixed
     path = next(path for path in sorted(directory.iterdir()) if path.name.startswith(kind))
     path.write_bytes(path.read_bytes()[:-1] + b"\0\0")  # the wrong size: seen when it is opened
-    with OpenBank(FakeModel(), directory) as bank:
+    with BankStore(FakeModel(), directory) as bank:
         found = texts(bank.snapshot())
         lost = len(expected) - len(found)
         assert lost > 0 and found.items() <= expected.items()
@@ -326,7 +326,7 @@ def test_what_can_be_done_without_is_made_anew(mixed: tuple[Path, dict[str, str]
     for path in directory.iterdir():
         if path.name.startswith(("index", "prefix")):
             path.write_bytes(path.read_bytes() + b"x")
-    with OpenBank(FakeModel(), directory) as bank:
+    with BankStore(FakeModel(), directory) as bank:
         assert texts(bank.snapshot()) == expected
         bank.upsert("k3", "found by its key")
         assert bank.compact() and bank.verify() == []
@@ -338,11 +338,11 @@ def test_deletions_survive_one_damaged_place_and_not_two(mixed: tuple[Path, dict
     path = next(path for path in directory.iterdir() if path.name.startswith("deletions"))
     data = path.read_bytes()
     path.write_bytes(b"\0" * (len(data) // 2) + data[len(data) // 2 :])
-    with OpenBank(FakeModel(), directory, read_only=True) as bank:
+    with BankStore(FakeModel(), directory, read_only=True) as bank:
         assert texts(bank.snapshot()) == expected
     path.write_bytes(bytes(len(data)))
     with pytest.raises(BankFormatError, match=f"{path.name}.*damaged in both of its copies"):
-        OpenBank(FakeModel(), directory, read_only=True)
+        BankStore(FakeModel(), directory, read_only=True)
 
 
 # --- erasure ----------------------------------------------------------------------------------------------------------
@@ -364,7 +364,7 @@ def test_after_compacting_no_file_holds_anything_of_a_deleted_document(tmp_path:
         everything = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
         return sum(any(trace in data for data in everything) for trace in traces)
 
-    with OpenBank(FakeModel(), tmp_path) as bank:
+    with BankStore(FakeModel(), tmp_path) as bank:
         bank.add([{"key": "a", "text": "first"}, secret, {"key": "b", "text": replaced}])
         assert found() == len(traces), "this test can find them"
         old = bank.snapshot()
@@ -385,17 +385,17 @@ def test_after_compacting_no_file_holds_anything_of_a_deleted_document(tmp_path:
         shutil.copy(copy / name, tmp_path / name)
     (tmp_path / f".documents-0000000000-{'a' * 32}.tmp").write_bytes(secret["text"].encode())
     assert found() > 0
-    OpenBank(FakeModel(), tmp_path).close()
+    BankStore(FakeModel(), tmp_path).close()
     assert found() == 0
 
 
 def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     tmp_path.joinpath("README.md").write_text("mine")
     tmp_path.joinpath("model-00001-0123456789abcdef.safetensors").write_text("mine")
-    with OpenBank(FakeModel(), tmp_path) as bank:
+    with BankStore(FakeModel(), tmp_path) as bank:
         bank.add(["one"])
         bank.compact()
-    OpenBank(FakeModel(), tmp_path).close()
+    BankStore(FakeModel(), tmp_path).close()
     assert {"README.md", "model-00001-0123456789abcdef.safetensors"} <= set(files_of(tmp_path))
 
 
@@ -408,7 +408,7 @@ def test_events_of_the_churn_exercise_everything() -> None:
         late += sum(version <= state.get(key, (-1, None))[0] for key, _, version in event(number))
         state = apply(state, event(number))
     assert late > 20 and compactions > 20 and 2 < len(living(state)) < 8
-    bank = OpenBank(FakeModel())
+    bank = BankStore(FakeModel())
     for number in range(60):
         commit(bank, event(number))
     assert bank.stat()["generation"] > 40
@@ -429,7 +429,7 @@ def test_a_committed_manifest_is_flushed_after_what_it_names(tmp_path: Path, mon
         events.append(("rename", target.name if ("flush", source.name) in events else "unflushed"))
         replace(source, target)
 
-    with OpenBank(FakeModel(), tmp_path) as bank:
+    with BankStore(FakeModel(), tmp_path) as bank:
         monkeypatch.setattr(os, "fsync", record_fsync)
         monkeypatch.setattr(os, "replace", record_replace)
         for action in (lambda: bank.add(["one", "two"]), lambda: bank.delete("0", 1), bank.compact):
@@ -438,4 +438,4 @@ def test_a_committed_manifest_is_flushed_after_what_it_names(tmp_path: Path, mon
             assert ("rename", "unflushed") not in events
             assert events[-3:] == [("flush", "directory"), ("rename", "manifest.json"), ("flush", "directory")]
     renamed = json.loads((tmp_path / "manifest.json").read_text())
-    assert renamed["generation"] == 3 and torch.is_tensor(OpenBank(FakeModel(), tmp_path).snapshot().offsets)
+    assert renamed["generation"] == 3 and torch.is_tensor(BankStore(FakeModel(), tmp_path).snapshot().offsets)

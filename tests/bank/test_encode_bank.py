@@ -27,7 +27,7 @@ from scripted import COMPACT, byte_tokenizer, memory_model
 from test_durability import fast_directory, files_of, named  # noqa: F401
 from test_parallel import FORK, together
 
-from msa_hf.bank import BankLocked, OpenBank, RankFailed
+from msa_hf.bank import BankLocked, BankStore, RankFailed
 from msa_hf.bank.encode_corpus import FOLDER, Encoded, connected, encode_bank
 from msa_hf.cli import main
 from msa_hf.data.documents import Corpus
@@ -393,7 +393,7 @@ def test_the_bank_that_was_there_stays_until_the_new_one_is_complete(tmp_path: P
     before = content_of(bank)
     interrupted(written(source, rows), bank, log)
     assert content_of(bank) == before
-    with OpenBank(Model(log), bank) as writer:
+    with BankStore(Model(log), bank) as writer:
         assert [document.key for document in writer.snapshot().documents] == [row["key"] for row in old]
         with pytest.raises(BankLocked, match="is open for writing in process"):
             encode(source, bank, log)
@@ -446,7 +446,7 @@ def test_pieces_have_ids_that_do_not_depend_on_other_documents(tmp_path: Path, p
     assert [len(ids) for ids in wrapped] == [item.tokens for item in documents] and max(map(len, wrapped)) <= LONGEST
     expected = FakeModel().encode_documents([{"input_ids": ids} for ids in wrapped])
     assert torch.equal(MemoryBank.from_pretrained(tmp_path / "1").layers[1].content, expected.layers[1].content)
-    with OpenBank(Model(tmp_path / "log"), tmp_path / "1", tokenizer, protocol) as opened:
+    with BankStore(Model(tmp_path / "log"), tmp_path / "1", tokenizer, protocol) as opened:
         assert not any(opened.upsert(item.key, item.text, metadata=item.metadata) for item in documents)
         assert opened.add(["a new one"]) == [max(item.id for item in documents) + 1]
 

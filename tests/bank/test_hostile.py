@@ -14,7 +14,7 @@ from fake_model import FakeModel, contents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from msa_hf.bank import OpenBank
+from msa_hf.bank import BankStore
 from msa_hf.model import storage_msa
 from msa_hf.model.memory_msa import MemoryBank
 from msa_hf.model.storage_msa import BankFormatError, manifest_checksum
@@ -42,7 +42,7 @@ def sign(directory: Path, manifest: Any) -> None:
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     directory = tmp_path_factory.mktemp("original")
-    with OpenBank(FakeModel(), directory, max_shard_size=600) as bank:
+    with BankStore(FakeModel(), directory, max_shard_size=600) as bank:
         bank.add([{"key": f"k{row}", "text": f"text {row} " + "z" * row, "n": row} for row in range(4)])
         bank.delete("k1", 3)
         bank.upsert("k2", "another text", 2)
@@ -92,7 +92,7 @@ def use(directory: Path, verify: bool) -> None:
 
 
 def opened_bank(directory: Path) -> MemoryBank:
-    bank = OpenBank(FakeModel(), directory, read_only=True)
+    bank = BankStore(FakeModel(), directory, read_only=True)
     bank.get("k2")
     return bank.snapshot()
 
@@ -184,7 +184,7 @@ def test_deletions_that_name_rows_twice_or_none_of_them(bank_copy: Path, origina
         entry = storage_msa.publish_file(bank_copy, "deletions-9", payload, [])
         manifest["deletions"] = [{**entry, "rows": 2, "keys": 0}]
         sign(bank_copy, manifest)
-        for read in (MemoryBank.from_pretrained, lambda directory: OpenBank(FakeModel(), directory, read_only=True)):
+        for read in (MemoryBank.from_pretrained, lambda directory: BankStore(FakeModel(), directory, read_only=True)):
             with pytest.raises(BankFormatError, match="name documents twice, or none of these"):
                 read(bank_copy)
 
@@ -200,9 +200,9 @@ def test_links_out_of_the_directory_are_not_followed(bank_copy: Path, tmp_path: 
                 MemoryBank.from_pretrained(bank_copy)
             if path.name.startswith("deletions"):
                 with pytest.raises(BankFormatError, match="a link that leaves the directory"):
-                    OpenBank(FakeModel(), bank_copy, read_only=True)
+                    BankStore(FakeModel(), bank_copy, read_only=True)
             else:
-                bank = OpenBank(FakeModel(), bank_copy, read_only=True)
+                bank = BankStore(FakeModel(), bank_copy, read_only=True)
                 (damage,) = bank._damage.values()
                 assert damage.file == path.name and "a link that leaves the directory" in damage.cause
                 assert contents(bank.snapshot()).items() <= everything.items()

@@ -15,10 +15,10 @@ from families import base_model
 from msa_hf import MSAForCausalLM
 from msa_hf.bank.tiered import hardware as free_memory
 from msa_hf.bank.tiered.hardware import RATES, TIERS, Rates, Tiers, free_host_memory, measured_tiers
-from msa_hf.bank.tiered.plan import Choice, DoesNotFit, Placement, Reserves, plan_placement
+from msa_hf.bank.tiered.plan import DoesNotFit, Placement, PlacementOptions, Reserves, plan_placement
 from msa_hf.bank.tiered.shapes import FORMATS, GB, BankShape
 from msa_hf.cli import command_line as cli
-from msa_hf.ops.quantise import quantise_keys
+from msa_hf.ops.quantize import quantize_keys
 
 SHAPE = BankShape.for_tokens(100_000_000, [(8, 128)] * 18)  # the 4B shape
 NONE = Reserves(0, 0, 0, 0, 0)
@@ -42,10 +42,10 @@ def put(shape: BankShape, device: int | None, host: int, disk: int, **options: A
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
 @pytest.mark.parametrize("groups, dim", [(1, 1), (3, 5), (2, 64), (8, 128)])
-def test_bytes_are_those_of_quantised_keys(kind: str, groups: int, dim: int) -> None:
+def test_bytes_are_those_of_quantized_keys(kind: str, groups: int, dim: int) -> None:
     """Also for an odd number of 4-bit numbers."""
     keys = torch.randn(7, groups * dim)
-    assert BankShape(3, 7, ((groups, dim),)).key_bytes(kind) == bytes_of(*quantise_keys(keys, kind))
+    assert BankShape(3, 7, ((groups, dim),)).key_bytes(kind) == bytes_of(*quantize_keys(keys, kind))
 
 
 @pytest.mark.parametrize("dtype, own", [(torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")])
@@ -262,7 +262,7 @@ def test_every_remedy_is_enough_and_one_less_is_not() -> None:
     assert "int4 routing keys" in message
     plan_placement(SHAPE, TOO_SMALL, key_formats=["int4"])
     assert "routing keys in host memory" in message
-    plan_placement(SHAPE, TOO_SMALL, placement=Choice(keys_on="host"))
+    plan_placement(SHAPE, TOO_SMALL, placement=PlacementOptions(keys_on="host"))
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -294,15 +294,15 @@ def test_content_that_fits_nowhere_asks_for_narrower_content_or_more_room() -> N
 
 def test_an_explicit_choice_is_kept_or_refused() -> None:
     tiers = Tiers(141 * GB, 137 * GB, 64 * GB)
-    chosen = Choice(keys="fp8", content="fp8", content_on="host")
+    chosen = PlacementOptions(keys="fp8", content="fp8", content_on="host")
     assert placed(plan_placement(SHAPE, tiers, placement=chosen)) == ("fp8", "device", "fp8", "host")
-    assert "content wherever it fits" in refused(SHAPE, tiers, placement=Choice(content_on="disk"))
+    assert "content wherever it fits" in refused(SHAPE, tiers, placement=PlacementOptions(content_on="disk"))
 
 
 def test_exact_keys_beside_narrow_ones_take_room() -> None:
     """Of the bank's own width, in host memory; none beside keys of that width themselves."""
     own = SHAPE.key_bytes("bf16")
-    chosen = Choice(keys="fp8", content="fp8", content_on="host", exact_on="host")
+    chosen = PlacementOptions(keys="fp8", content="fp8", content_on="host", exact_on="host")
     room = SHAPE.content_bytes("fp8") + Reserves().host
     found = plan_placement(SHAPE, Tiers(141 * GB, room + own, 0), placement=chosen)
     assert found.free("host") == 0 and ("exact keys", "bf16", "host", own) in found.parts
@@ -316,7 +316,7 @@ def test_keys_of_some_layers_stay_on_the_device_beside_streamed_ones() -> None:
     """As many as were asked for, or as fit to the byte; their time is the device's, the others' that of the bus."""
     layer, layers = SHAPE.key_bytes("fp8", slice(1)), len(SHAPE.layers)
     assert layer * layers == SHAPE.key_bytes("fp8")
-    chosen = Choice(keys="fp8", keys_on="host", content="fp8", content_on="host", resident=None)
+    chosen = PlacementOptions(keys="fp8", keys_on="host", content="fp8", content_on="host", resident=None)
     for fit in (0, 1, 7, layers):
         room = SHAPE.index_bytes + fit * layer
         for device, expected in ((room, fit), (room + layer - 1, fit), (room - 1, fit - 1)):
@@ -347,18 +347,18 @@ def test_keys_of_some_layers_stay_on_the_device_beside_streamed_ones() -> None:
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"placement": Choice(keys_on="disk")}, "every question reads all"),
-        ({"placement": Choice(keys_on="host", resident=19)}, "from 0 to the 18 layers"),
-        ({"placement": Choice(keys_on="host", resident=-1)}, "from 0 to the 18 layers"),
-        ({"placement": Choice(resident=2)}, "keys_on='host'"),
-        ({"placement": Choice(keys_on="device", resident=None)}, "keys_on='host'"),
-        ({"placement": Choice(keys="fp32")}, "bf16; fp32 would add bytes"),
-        ({"placement": Choice(keys="fp16")}, "bf16; fp16 would add bytes"),
-        ({"placement": Choice(content="int4")}, "int4"),
-        ({"placement": Choice(content="int8")}, "int8"),
-        ({"placement": Choice(content_on="gpu")}, "gpu"),
-        ({"placement": Choice(exact_on="disk")}, "exact_on.*disk"),
-        ({"placement": "host"}, "'auto' or a Choice"),
+        ({"placement": PlacementOptions(keys_on="disk")}, "every question reads all"),
+        ({"placement": PlacementOptions(keys_on="host", resident=19)}, "from 0 to the 18 layers"),
+        ({"placement": PlacementOptions(keys_on="host", resident=-1)}, "from 0 to the 18 layers"),
+        ({"placement": PlacementOptions(resident=2)}, "keys_on='host'"),
+        ({"placement": PlacementOptions(keys_on="device", resident=None)}, "keys_on='host'"),
+        ({"placement": PlacementOptions(keys="fp32")}, "bf16; fp32 would add bytes"),
+        ({"placement": PlacementOptions(keys="fp16")}, "bf16; fp16 would add bytes"),
+        ({"placement": PlacementOptions(content="int4")}, "int4"),
+        ({"placement": PlacementOptions(content="int8")}, "int8"),
+        ({"placement": PlacementOptions(content_on="gpu")}, "gpu"),
+        ({"placement": PlacementOptions(exact_on="disk")}, "exact_on.*disk"),
+        ({"placement": "host"}, "'auto' or a PlacementOptions"),
         ({"key_formats": []}, "at least one"),
         ({"key_formats": ["bf16", "q8"]}, "q8"),
         ({"content_formats": ["fp32"]}, "fp32"),
@@ -372,7 +372,7 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], said: str) -> None:
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
-    for choice in (Choice(keys_on="device"), Choice(content_on="device")):
+    for choice in (PlacementOptions(keys_on="device"), PlacementOptions(content_on="device")):
         with pytest.raises(ValueError, match="there is no device"):
             plan_placement(SHAPE, Tiers(None, 10**15, 10**15), placement=choice)
 
@@ -421,7 +421,7 @@ def test_dictionary_says_what_is_printed() -> None:
 def test_routing_is_bound_by_bytes_or_by_products(keys: str, bytes_per_number: int) -> None:
     """By hand, with rates that are no real device's: 1e12 bytes and 1e14 operations per second."""
     tiers = Tiers(10**12, 10**12, 10**12, Rates("x", copy=1e12, matmul=1e14))
-    found = plan_placement(SHAPE, tiers, placement=Choice(keys=keys))
+    found = plan_placement(SHAPE, tiers, placement=PlacementOptions(keys=keys))
     scales = 4 if keys == "fp8" else 0
     by_bytes = 18 * 1_562_500 * (1024 * bytes_per_number + scales) / 1e12
     assert found.routing_seconds(1) == pytest.approx(by_bytes, rel=1e-12)
@@ -434,7 +434,7 @@ def test_products_of_keys_in_8_bits_have_a_rate_of_their_own() -> None:
         shape = replace(SHAPE, dtype="fp16") if keys == "fp16" else SHAPE
         for narrow in (4e14, None):
             tiers = Tiers(10**12, 10**12, 10**12, Rates("x", copy=1e15, matmul=1e14, narrow_matmul=narrow))
-            found = plan_placement(shape, tiers, placement=Choice(keys=keys))
+            found = plan_placement(shape, tiers, placement=PlacementOptions(keys=keys))
             rate = wanted if narrow else 1e14
             assert found.routing_seconds(1024) == pytest.approx(18 * 2 * 1024 * 1024 * 1_562_500 / rate, rel=1e-12)
 
@@ -450,7 +450,7 @@ def test_layers_are_bound_one_by_one() -> None:
 def test_known_routing_figures_of_an_h200() -> None:
     """18 layers of 100M tokens: floors of 13.4 ms for 32 tokens (6.7 ms with fp8 keys), 18 x 1.04 ms for 256."""
     tiers = Tiers(141 * GB, 137 * GB, 64 * GB, RATES["H200"])
-    wide, narrow = (plan_placement(SHAPE, tiers, placement=Choice(keys=keys)) for keys in ("bf16", "fp8"))
+    wide, narrow = (plan_placement(SHAPE, tiers, placement=PlacementOptions(keys=keys)) for keys in ("bf16", "fp8"))
     assert 1e3 * wide.routing_seconds(32) == pytest.approx(13.4, rel=0.02)
     assert 1e3 * narrow.routing_seconds(32) == pytest.approx(6.7, rel=0.02)
     assert 1e3 * wide.routing_seconds(256) == pytest.approx(18 * 1.04, rel=0.02)
@@ -463,7 +463,7 @@ def test_fetching_follows_the_tier() -> None:
     size = 16 * 16 * 2 * 2048 * 18
     shape = BankShape(1000, 16_000, ((8, 128),) * 18)
     for tier, speed in (("device", 2e9), ("host", 1e9), ("disk", 1e8)):
-        found = plan_placement(shape, tiers, placement=Choice(content_on=tier))
+        found = plan_placement(shape, tiers, placement=PlacementOptions(content_on=tier))
         assert found.fetch_seconds(16) == pytest.approx(size / speed, rel=1e-12)
         assert found.fetch_seconds(2000) == pytest.approx(shape.content_bytes("bf16") / speed, rel=1e-12)
 
@@ -477,7 +477,7 @@ def test_times_are_not_stated_where_rates_are_not_known(rates: Rates | None) -> 
 
 def test_keys_in_host_memory_travel_over_the_link() -> None:
     tiers = Tiers(10**12, 10**12, 10**12, RATES["H200"])
-    found = plan_placement(SHAPE, tiers, placement=Choice(keys_on="host"))
+    found = plan_placement(SHAPE, tiers, placement=PlacementOptions(keys_on="host"))
     assert found.routing_seconds(32) == pytest.approx(57.6e9 / 55.5e9)
 
 

@@ -22,14 +22,14 @@ from msa_hf.bank import place_bank
 from msa_hf.bank.tiered import bank as tiers
 from msa_hf.bank.tiered import rows
 from msa_hf.bank.tiered.hardware import Tiers
-from msa_hf.bank.tiered.lru_cache import HotDocuments
-from msa_hf.bank.tiered.plan import Choice, DoesNotFit, Reserves
+from msa_hf.bank.tiered.lru_cache import DocumentLRU
+from msa_hf.bank.tiered.plan import DoesNotFit, PlacementOptions, Reserves
 from msa_hf.bank.tiered.rows import Rows, Staging, pinned, placed_rows
 from msa_hf.bank.tiered.shapes import BankShape
 from msa_hf.bank.tiered.sources import source_of
 from msa_hf.generation import MemoryInterleave
 from msa_hf.model.memory_msa import LayerMemory
-from msa_hf.ops import quantise_keys, route_documents
+from msa_hf.ops import quantize_keys, route_documents
 
 AMPLE = Tiers(10**12, 10**12, 10**12)  # with a device of the CPU: host memory plays the device
 NONE = Reserves(0, 0, 0, 0, 0)
@@ -135,7 +135,9 @@ def with_deletions(made_: Setup, directory: Path) -> tuple[Any, Any]:
 Origin = Callable[[Setup, Path], tuple[Any, Any]]
 ORIGINS: list[Origin] = [in_memory, in_one_file, in_many_files, loaded, opened, opened_in_memory, with_deletions]
 each_origin = pytest.mark.parametrize("origin", ORIGINS, ids=lambda origin: origin.__name__)
-CONTENTS = [Choice(content_on=tier, cache=budget) for tier in ("device", "host", "disk") for budget in (0, 1 << 12)]
+CONTENTS = [
+    PlacementOptions(content_on=tier, cache=budget) for tier in ("device", "host", "disk") for budget in (0, 1 << 12)
+]
 each_content = pytest.mark.parametrize(
     "choice",
     [*CONTENTS, "auto"],
@@ -198,7 +200,7 @@ def test_streamed_keys_find_the_same_documents(
     longest = int(whole.offsets.diff().max())
     for keys in ("fp32", "fp8", "int8"):
         routed.clear()
-        memory = place_bank(bank, device, Choice(keys=keys, keys_on="host"), tiers=AMPLE, model=made_.model)
+        memory = place_bank(bank, device, PlacementOptions(keys=keys, keys_on="host"), tiers=AMPLE, model=made_.model)
         assert_close(answer(made_, memory), answer(made_, whole))
         assert sum(map(len, routed)) == 2 * int(whole.offsets[-1]), "every layer's keys, once"
         assert all(part.nbytes <= at_once or len(part) <= longest for part in routed)
@@ -215,7 +217,7 @@ def test_layers_that_stay_on_the_device_are_not_streamed(
 ) -> None:
     made_ = made(device)
     bank, whole = origin(made_, tmp_path)
-    choice = Choice(keys=keys, keys_on="host", resident=resident)
+    choice = PlacementOptions(keys=keys, keys_on="host", resident=resident)
     memory = place_bank(bank, device, choice, tiers=AMPLE, model=made_.model)
     streamed = [layer.routing_keys.streamed for layer in memory.layers.values()]
     assert memory.plan.resident == (2 if resident is None else resident)
@@ -234,7 +236,7 @@ def test_exact_scores_are_of_queries_that_were_not_rounded(
     """Narrow keys meet narrow queries on a GPU; what decides among their candidates is in the bank's own dtype."""
     monkeypatch.setattr(sys.modules["msa_hf.ops.route_documents"], "NARROWING", ("cpu",))
     made_ = made()
-    memory = place_bank(made_.bank, placement=Choice(keys=keys, keys_on=on), tiers=AMPLE, model=made_.model)
+    memory = place_bank(made_.bank, placement=PlacementOptions(keys=keys, keys_on=on), tiers=AMPLE, model=made_.model)
     assert_close(answer(made_, memory), answer(made_, made_.bank))
 
 
@@ -255,9 +257,9 @@ def test_the_host_does_not_look_up_candidates_that_the_device_reads_itself(
             layer: LayerMemory(memory.routing_keys.pin_memory(), memory.content)
             for layer, memory in bank.layers.items()
         }
-    memory = place_bank(bank, device, Choice(keys=keys, content_on="device"), tiers=AMPLE, model=made_.model)
+    memory = place_bank(bank, device, PlacementOptions(keys=keys, content_on="device"), tiers=AMPLE, model=made_.model)
     expected = answer(made_, made_.bank.to(device))
-    monkeypatch.setattr(tiers, "Chosen", refused)
+    monkeypatch.setattr(tiers, "DocumentRows", refused)
     assert_close(answer(made_, memory), expected)
 
 
@@ -276,7 +278,7 @@ def test_exact_keys_are_put_where_the_device_reads_them(
     bank.save_pretrained(tmp_path, max_shard_size=1)
     source = source_of(tmp_path)
     assert len(source.parts(2)) > 2
-    choice = Choice(keys=keys, keys_on=on, content_on="device", exact_on="host")
+    choice = PlacementOptions(keys=keys, keys_on=on, content_on="device", exact_on="host")
     memory = place_bank(source, device, choice, tiers=AMPLE, model=made_.model)
     shape = BankShape.of(bank)
     assert ("exact keys", "fp32", "host", shape.key_bytes("fp32")) in memory.plan.parts
@@ -285,7 +287,7 @@ def test_exact_keys_are_put_where_the_device_reads_them(
         assert torch.equal(exact.whole, bank.layers[layer].routing_keys)
         assert device == "cpu" or exact.whole.is_pinned()
     expected = answer(made_, bank.to(device))
-    monkeypatch.setattr(tiers, "Chosen", refused)
+    monkeypatch.setattr(tiers, "DocumentRows", refused)
     assert_close(answer(made_, memory), expected)
     wide = place_bank(source, device, replace(choice, keys="fp32"), tiers=AMPLE, model=made_.model)
     assert all(item.routing_keys.exact is None for item in wide.layers.values())
@@ -293,7 +295,7 @@ def test_exact_keys_are_put_where_the_device_reads_them(
 
 def test_exact_keys_that_are_there_are_not_copied() -> None:
     bank = made().bank
-    kept = place_bank(bank, placement=Choice(keys="fp8", exact_on="host"), tiers=AMPLE)
+    kept = place_bank(bank, placement=PlacementOptions(keys="fp8", exact_on="host"), tiers=AMPLE)
     for layer, memory in bank.layers.items():
         assert kept.layers[layer].routing_keys.exact.whole.data_ptr() == memory.routing_keys.data_ptr()
 
@@ -309,7 +311,12 @@ def test_more_documents_than_there_are(top_k: int, tmp_path: Path) -> None:
         gone.delete(str(place))
     for item in (bank, empty, gone):
         theirs = answer(made_, item.snapshot())
-        for choice in (Choice(), Choice(keys="fp8"), Choice(keys_on="host"), Choice(content_on="disk")):
+        for choice in (
+            PlacementOptions(),
+            PlacementOptions(keys="fp8"),
+            PlacementOptions(keys_on="host"),
+            PlacementOptions(content_on="disk"),
+        ):
             memory = place_bank(item, placement=replace(choice, cache=100), tiers=AMPLE)
             assert_close(answer(made_, memory), theirs)
         missing = (theirs.routing[2].documents < 0).any() or top_k != 50
@@ -333,7 +340,11 @@ def test_other_configurations(fields: dict[str, Any], tmp_path: Path) -> None:
     made_ = made(**fields)
     made_.bank.save_pretrained(tmp_path, max_shard_size=1500)
     expected = answer(made_, made_.bank)
-    for choice in (Choice(content_on="disk"), Choice(keys="fp8"), Choice(keys="int8", keys_on="host")):
+    for choice in (
+        PlacementOptions(content_on="disk"),
+        PlacementOptions(keys="fp8"),
+        PlacementOptions(keys="int8", keys_on="host"),
+    ):
         for bank in (made_.bank, tmp_path):
             assert_close(answer(made_, place_bank(bank, placement=choice, tiers=AMPLE)), expected)
 
@@ -341,7 +352,7 @@ def test_other_configurations(fields: dict[str, Any], tmp_path: Path) -> None:
 def test_scores_of_all_documents_carry_their_gradient() -> None:
     made_ = made(score_bias=True)
     gradients = []
-    for memory in (made_.bank, place_bank(made_.bank, placement=Choice(keys="fp8"), tiers=AMPLE)):
+    for memory in (made_.bank, place_bank(made_.bank, placement=PlacementOptions(keys="fp8"), tiers=AMPLE)):
         made_.model.zero_grad()
         made_.model(**questions(), memory=memory).logits.float().logsumexp(-1).sum().backward()
         gradients.append({name: p.grad for name, p in made_.model.named_parameters() if "router_q" in name})
@@ -353,7 +364,7 @@ def test_scores_of_all_documents_carry_their_gradient() -> None:
 
 def narrowed(content: torch.Tensor, kind: str) -> torch.Tensor:
     """Every key and value as it is when it comes back from fewer bits."""
-    numbers, scales = quantise_keys(content.flatten(0, 1).flatten(1), kind)
+    numbers, scales = quantize_keys(content.flatten(0, 1).flatten(1), kind)
     return (numbers.float() * scales[:, None]).view(content.shape).to(content.dtype)
 
 
@@ -374,7 +385,7 @@ def test_content_in_eight_bits(dtype: torch.dtype, on: str, budget: int, tmp_pat
     expected = answer(made_, oracle)
     assert not torch.equal(expected.logits, answer(made_, bank).logits)
     for item in (bank, tmp_path):
-        memory = place_bank(item, placement=Choice(content="fp8", content_on=on, cache=budget), tiers=AMPLE)
+        memory = place_bank(item, placement=PlacementOptions(content="fp8", content_on=on, cache=budget), tiers=AMPLE)
         for _ in range(2):
             assert_equal(answer(made_, memory), expected)
     for tier_layer in memory.layers.values():
@@ -410,8 +421,8 @@ def test_narrow_keys_choose_the_same_documents(keys: str, on: str, tmp_path: Pat
     bank.save_pretrained(tmp_path, max_shard_size=20_000)
     layer = min(bank.layers)  # of later ones the queries differ, if only in their last bits
     for item in (bank, tmp_path):
-        exact = place_bank(item, placement=Choice(keys=keys, keys_on=on), tiers=AMPLE)
-        narrow = place_bank(item, placement=Choice(keys=keys, keys_on=on), tiers=AMPLE, candidates=0)
+        exact = place_bank(item, placement=PlacementOptions(keys=keys, keys_on=on), tiers=AMPLE)
+        narrow = place_bank(item, placement=PlacementOptions(keys=keys, keys_on=on), tiers=AMPLE, candidates=0)
         differences = 0.0
         for seed in range(8):
             expected = answer(made_, bank, seed)
@@ -426,25 +437,25 @@ def test_candidates_are_counted() -> None:
     made_, bank = made(), large_bank()
     layer = min(bank.layers)
     keys = bank.layers[layer].routing_keys
-    numbers, scales = quantise_keys(keys, "int8")
+    numbers, scales = quantize_keys(keys, "int8")
     draw = torch.Generator().manual_seed(1)
     heads, dim = made_.model.config.num_attention_heads, bank.layers[layer].content.shape[3]
     queries = torch.randn(5, 4, heads, dim, generator=draw)
     mask = torch.rand(5, 4, generator=draw) < 0.7
     mask[0] = False  # chooses nothing
     for wanted in (3, 4, 9, 500):
-        memory = place_bank(bank, placement=Choice(keys="int8"), tiers=AMPLE, candidates=wanted)
+        memory = place_bank(bank, placement=PlacementOptions(keys="int8"), tiers=AMPLE, candidates=wanted)
         operation = memory.turn().operations["route_documents"]
         documents, scores = operation(queries, mask, memory.layers[layer].routing_keys, bank.offsets, 3)
         options: dict[str, Any] = {"scales": scales, "exact_keys": keys, "candidates": wanted}
         expected = route_documents(queries, mask, numbers, bank.offsets, 3, **options)
         assert torch.equal(documents, expected[0])
         torch.testing.assert_close(scores, expected[1], atol=1e-6, rtol=1e-6)
-    memory = place_bank(bank, placement=Choice(keys="int8"), tiers=AMPLE, candidates=2)
+    memory = place_bank(bank, placement=PlacementOptions(keys="int8"), tiers=AMPLE, candidates=2)
     with pytest.raises(ValueError, match="at least the 3 documents of `top_k`, or 0, got 2"):
         answer(made_, memory)
     with pytest.raises(ValueError, match="at least 0, got -1"):
-        place_bank(bank, placement=Choice(keys="int8"), tiers=AMPLE, candidates=-1)
+        place_bank(bank, placement=PlacementOptions(keys="int8"), tiers=AMPLE, candidates=-1)
 
 
 # The cache ------------------------------------------------------------------------------------------------------------
@@ -453,7 +464,7 @@ def test_candidates_are_counted() -> None:
 def test_the_cache_keeps_what_was_used_last() -> None:
     """Against a list of documents in the order of their use."""
     draw, order, sizes = random.Random(4), [], [2, 1, 4, 3, 6, 7, 2]
-    hot = HotDocuments(budget=6 * 4)
+    hot = DocumentLRU(budget=6 * 4)
     hits = misses = 0
     for _ in range(300):
         asked = draw.sample(range(len(sizes)), draw.randint(0, 3))
@@ -479,7 +490,7 @@ def test_the_cache_keeps_what_was_used_last() -> None:
 
 def test_use_of_the_cache_can_be_read() -> None:
     made_ = made()
-    memory = place_bank(made_.bank, placement=Choice(content_on="host", cache=1 << 20), tiers=AMPLE)
+    memory = place_bank(made_.bank, placement=PlacementOptions(content_on="host", cache=1 << 20), tiers=AMPLE)
     assert memory.cache == tiers.CacheUse(0, 0, 0, 1 << 20)
     routing = answer(made_, memory).routing
     distinct = {layer: found.documents[found.documents >= 0].unique() for layer, found in routing.items()}
@@ -489,8 +500,8 @@ def test_use_of_the_cache_can_be_read() -> None:
     assert memory.cache == tiers.CacheUse(0, count, used, 1 << 20)
     answer(made_, memory)
     assert memory.cache == tiers.CacheUse(count, count, used, 1 << 20)
-    assert place_bank(made_.bank, placement=Choice(content_on="host"), tiers=AMPLE).cache is None
-    on_device = place_bank(made_.bank, placement=Choice(cache=1 << 20), tiers=AMPLE)
+    assert place_bank(made_.bank, placement=PlacementOptions(content_on="host"), tiers=AMPLE).cache is None
+    on_device = place_bank(made_.bank, placement=PlacementOptions(cache=1 << 20), tiers=AMPLE)
     assert on_device.plan.content_on == "device" and on_device.cache is None, "content there needs no cache"
 
 
@@ -514,7 +525,7 @@ def test_a_bank_that_cannot_fit_is_refused_before_it_is_read() -> None:
     with pytest.raises(DoesNotFit, match=f"Routing keys need {keys:,} bytes as fp32.*It would fit with: .*less in"):
         place_bank(untouchable(bank), "cpu", tiers=replace(small, device=small.device + 10), reserves=Reserves(10**6))
     with pytest.raises(DoesNotFit, match="no cache"):
-        choice = Choice(content_on="host", cache=10**6)
+        choice = PlacementOptions(content_on="host", cache=10**6)
         place_bank(untouchable(bank), "cpu", choice, tiers=Tiers(10**6, 10**6, 0), reserves=NONE)
 
 
@@ -540,7 +551,7 @@ def test_the_bytes_are_those_of_the_plan(tmp_path: Path) -> None:
     made_.bank.save_pretrained(tmp_path, max_shard_size=1500)
     for keys in ("fp32", "bf16", "fp8", "int8"):
         for content in ("fp32", "bf16", "fp16", "fp8"):
-            memory = place_bank(tmp_path, placement=Choice(keys, "device", content, "host"), tiers=AMPLE)
+            memory = place_bank(tmp_path, placement=PlacementOptions(keys, "device", content, "host"), tiers=AMPLE)
             sizes = dict(zip(("routing keys", "content"), (part[3] for part in memory.plan.parts), strict=False))
             layers: Any = memory.layers.values()
             assert sum(layer.routing_keys.rows.nbytes for layer in layers) == sizes["routing keys"]
@@ -548,19 +559,19 @@ def test_the_bytes_are_those_of_the_plan(tmp_path: Path) -> None:
 
 
 def test_a_choice_is_json() -> None:
-    choice = Choice("fp8", "host", "fp8", "disk", 10**9)
-    assert Choice(**json.loads(json.dumps(asdict(choice)))) == choice
+    choice = PlacementOptions("fp8", "host", "fp8", "disk", 10**9)
+    assert PlacementOptions(**json.loads(json.dumps(asdict(choice)))) == choice
 
 
 @pytest.mark.parametrize(
     "choice, options, message",
     [
-        (Choice(keys="int4"), {}, "int4 routing keys.*cannot score.*choose fp8 or int8"),
-        (Choice(content="fp8", content_on="disk"), {}, "the bank's files hold fp32: choose fp32"),
-        (Choice(cache=10), {"tiers": Tiers(None, 10**9, 0)}, "bytes on a device, got 10; device: None"),
-        (Choice(cache=-1), {}, "bytes on a device, got -1"),
-        (Choice(keys="fp64"), {}, "fp64"),
-        ("device", {}, "'auto' or a Choice"),
+        (PlacementOptions(keys="int4"), {}, "int4 routing keys.*cannot score.*choose fp8 or int8"),
+        (PlacementOptions(content="fp8", content_on="disk"), {}, "the bank's files hold fp32: choose fp32"),
+        (PlacementOptions(cache=10), {"tiers": Tiers(None, 10**9, 0)}, "bytes on a device, got 10; device: None"),
+        (PlacementOptions(cache=-1), {}, "bytes on a device, got -1"),
+        (PlacementOptions(keys="fp64"), {}, "fp64"),
+        ("device", {}, "'auto' or a PlacementOptions"),
         ("auto", {"device": "meta", "tiers": Tiers(None, 10**12, 0)}, "pass `tiers="),
     ],
 )
@@ -574,7 +585,7 @@ def test_what_can_not_be_placed(tmp_path: Path) -> None:
     memory = place_bank(made_.bank, tiers=AMPLE)
     with pytest.raises(ValueError, match="TieredBank is shared or placed already"):
         place_bank(memory, tiers=AMPLE)
-    with pytest.raises(TypeError, match="must be a MemoryBank, an OpenBank or a directory, got list"):
+    with pytest.raises(TypeError, match="must be a MemoryBank, an BankStore or a directory, got list"):
         place_bank([made_.bank], tiers=AMPLE)
     with pytest.raises(ValueError, match=r'place `bank.to\("cpu"\)`'):
         place_bank(made_.bank.to("meta"), tiers=AMPLE)
@@ -631,7 +642,7 @@ def test_placing_content_on_disk_reads_none_of_it(opened: bool, tmp_path: Path) 
     if opened:
         item = made().model.open_memory(tmp_path, read_only=True)
     assert resident(tmp_path) < size / 20 if opened else size > 10**7
-    memory = place_bank(item, placement=Choice(content_on="disk"), tiers=AMPLE, verify=False)
+    memory = place_bank(item, placement=PlacementOptions(content_on="disk"), tiers=AMPLE, verify=False)
     assert size / 5 < resident(tmp_path) < size / 2, "keys, a third, were read, and content was not"
     content: Any = memory.layers[2].content
     content.gather(torch.tensor([[0]]), bank.offsets)
@@ -643,8 +654,8 @@ def test_a_placed_bank_is_a_snapshot(tmp_path: Path) -> None:
     made_ = made()
     bank = changed(made_, tmp_path)
     expected = answer(made_, bank.snapshot())
-    placed = [place_bank(bank, placement=Choice(keys="fp8", content_on="disk"), tiers=AMPLE)]
-    placed += [place_bank(tmp_path, placement=Choice(content_on="disk"), tiers=AMPLE)]
+    placed = [place_bank(bank, placement=PlacementOptions(keys="fp8", content_on="disk"), tiers=AMPLE)]
+    placed += [place_bank(tmp_path, placement=PlacementOptions(content_on="disk"), tiers=AMPLE)]
     bank.delete("5")
     bank.add([{"key": "new", "input_ids": tokens(5, seed=8)[0]}])
     bank.compact()
@@ -664,7 +675,11 @@ def test_documents_of_damaged_files_are_left_out(tmp_path: Path) -> None:
     bank = made_.model.open_memory(tmp_path, read_only=True)
     whole = bank.snapshot()
     assert 0 < len(whole) < len(made_.documents) - len(GONE)
-    for choice in (Choice(content_on="disk"), Choice(keys="fp8", content_on="host"), Choice(keys_on="host")):
+    for choice in (
+        PlacementOptions(content_on="disk"),
+        PlacementOptions(keys="fp8", content_on="host"),
+        PlacementOptions(keys_on="host"),
+    ):
         assert_close(answer(made_, place_bank(bank, placement=choice, tiers=AMPLE)), answer(made_, whole))
 
 
@@ -687,7 +702,7 @@ def test_rows_are_moved_in_pieces(
             assert found.scales.shape == (16, *shape[:-2])
             values = values * found.scales.view(16, *shape[:-2], *(1,) * (2 if len(shape) > 1 else 1))
             flat = expected.reshape(16 * (shape[0] if len(shape) > 1 else 1), -1)
-            numbers, scales = quantise_keys(flat, form)
+            numbers, scales = quantize_keys(flat, form)
             expected = (numbers.float() * scales[:, None]).view(whole.shape)
         assert torch.equal(values, expected)
         for chosen in ([], [0], [15], [0, 2, 3, 4, 15], list(range(16))):
@@ -728,7 +743,7 @@ def test_little_is_made_beside_the_final_place(form: str, monkeypatch: pytest.Mo
     bank = large_bank(40)
     groups, dim = bank.layers[2].content.shape[2:]
     with Made() as noted:
-        memory = place_bank(bank, placement=Choice(form, "device", form, "host"), tiers=AMPLE)
+        memory = place_bank(bank, placement=PlacementOptions(form, "device", form, "host"), tiers=AMPLE)
     parts = [part for layer in memory.layers.values() for part in (layer.routing_keys.rows, layer.content.rows)]
     assert all(part.whole.numel() in noted.finals and part.whole.numel() > 1000 for part in parts)
     # What the documents and the prefix have is the same for any placement.
@@ -816,8 +831,10 @@ def test_memory_is_locked_as_long_as_it_is_used(monkeypatch: pytest.MonkeyPatch)
 # Generation -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("choice", [Choice(content_on="disk"), Choice(keys="fp8", content_on="host", cache=1 << 12)])
-def test_generation_and_memory_interleave(choice: Choice, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "choice", [PlacementOptions(content_on="disk"), PlacementOptions(keys="fp8", content_on="host", cache=1 << 12)]
+)
+def test_generation_and_memory_interleave(choice: PlacementOptions, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     model = memory_model(tokenizer, COMPACT, "qwen3")
     bank = bank_of(model, tokenizer, COMPACT)

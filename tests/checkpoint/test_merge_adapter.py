@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from scripted import byte_tokenizer
 
 from msa_hf import MSAForCausalLM
-from msa_hf.generation import COMPACT, Protocol
+from msa_hf.generation import COMPACT, PromptProtocol
 from msa_hf.training import peft_config
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def test_the_checkpoint_routes_and_speaks_as_base_and_adapter_do(
 
     merge_adapter.merge(str(base), adapter, out, torch.float32)
     merged = MSAForCausalLM.from_pretrained(out).eval()
-    assert Protocol.from_pretrained(out) == COMPACT and merged.config.query_reduction == "last"
+    assert PromptProtocol.from_pretrained(out) == COMPACT and merged.config.query_reduction == "last"
     apart = PeftModel.from_pretrained(MSAForCausalLM.from_base(str(base), **FIELDS), adapter).eval()
     texts = ["Ann came.", "Bo left early."]
     ids = torch.tensor([tokenizer("Who came?", add_special_tokens=False)["input_ids"]])

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import msa_hf
 from msa_hf.evaluation import Question, exact_match, make_corpus
-from msa_hf.generation import Answer, DocumentIds, MemoryInterleave, Protocol
+from msa_hf.generation import Answer, DocumentIds, MemoryInterleave, PromptProtocol
 from msa_hf.model import attention_msa, chunks_msa
 from msa_hf.model.checkpoint_msa import REMOTE_FILES
 
@@ -69,7 +69,7 @@ class Setup:
 
     model: Any
     tokenizer: Any
-    protocol: Protocol
+    protocol: PromptProtocol
     bank: Any
     questions: dict[str, list[Question]]
 
@@ -106,7 +106,7 @@ class Setup:
                 for group in (question.rounds if rounds else ())
             ]
             segments = self.protocol.transcript(self.tokenizer, question.text, texts, closed=True)
-            found.append(Protocol.join(segments))
+            found.append(PromptProtocol.join(segments))
         return found
 
 
@@ -175,7 +175,7 @@ def rows() -> list[dict[str, str]]:
 def setup(rows: list[dict[str, str]]) -> Setup:
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, trust_remote_code=True, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    protocol = Protocol.from_pretrained(CHECKPOINT)
+    protocol = PromptProtocol.from_pretrained(CHECKPOINT)
     bank = model.encode_documents(protocol.encode_corpus(rows, tokenizer), tokenizer, show_progress=False)
     corpus = make_corpus(DOCUMENTS, seed=SEED, split="test", prose=["-"], prose_share=PROSE_SHARE)
     questions = {

@@ -7,7 +7,7 @@ import pytest
 from safetensors import safe_open
 from scripted import byte_tokenizer
 
-from msa_hf.generation import Protocol
+from msa_hf.generation import PromptProtocol
 
 CARD = Path(__file__).parents[2] / "model_cards" / "msa-hf-smollm2-135m"
 HIDDEN, KEYS, MIDDLE, LAYERS, MEMORY_LAYER = 576, 192, 1536, 30, 18
@@ -52,10 +52,10 @@ def test_every_layer_has_its_updates_and_the_memory_layer_its_routers(shapes: di
 
 
 def test_its_protocol_routes_by_the_line_break_behind_the_question() -> None:
-    protocol, tokenizer = Protocol.from_pretrained(CARD), byte_tokenizer(("<|im_end|>",))
-    ids, routes = Protocol.join(protocol.transcript(tokenizer, "Who came?"))
+    protocol, tokenizer = PromptProtocol.from_pretrained(CARD), byte_tokenizer(("<|im_end|>",))
+    ids, routes = PromptProtocol.join(protocol.transcript(tokenizer, "Who came?"))
     assert tokenizer.decode(ids) == "Who came?\n" and all(routes)
     assert tokenizer.decode(protocol.encode(tokenizer, protocol.document, id=3, text="Ann came.")) == "Ann came."
     segments = protocol.transcript(tokenizer, "Who came?", [[(3, "Ann came.")]], answer="Ann")
-    text = tokenizer.decode(Protocol.join(segments)[0])
+    text = tokenizer.decode(PromptProtocol.join(segments)[0])
     assert text == "Who came?\n[3]\n[3]\nAnn came.\n---\nQuestion: Who came?\nAnswer: Ann<|im_end|>"

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from msa_hf import MemoryBank, MSAForCausalLM
-from msa_hf.generation import COMPACT, PUBLISHED, Protocol
+from msa_hf.generation import COMPACT, PUBLISHED, PromptProtocol
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|object_ref_end|>", *COMPACT.special_tokens)
 # Ids straddle these: "][", "[1" and "7][" hold the end of one id, or the beginning of another.
@@ -36,7 +36,7 @@ def byte_tokenizer(special: Sequence[str] = SPECIAL) -> PreTrainedTokenizerFast:
     )
 
 
-def memory_model(tokenizer: Any, protocol: Protocol, family: str = "qwen3", **fields: Any) -> Any:
+def memory_model(tokenizer: Any, protocol: PromptProtocol, family: str = "qwen3", **fields: Any) -> Any:
     """A tiny model with random weights large enough that what it sees matters."""
     windows = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
     config = AutoConfig.for_model(
@@ -66,7 +66,9 @@ def memory_model(tokenizer: Any, protocol: Protocol, family: str = "qwen3", **fi
     return MSAForCausalLM.from_base(base, **fields)
 
 
-def bank_of(model: Any, tokenizer: Any, protocol: Protocol, texts: Sequence[str] = TEXTS, **kwargs: Any) -> MemoryBank:
+def bank_of(
+    model: Any, tokenizer: Any, protocol: PromptProtocol, texts: Sequence[str] = TEXTS, **kwargs: Any
+) -> MemoryBank:
     """`texts`, wrapped and encoded."""
     return model.encode_documents(protocol.encode_corpus(texts, tokenizer, **kwargs), tokenizer, show_progress=False)
 
@@ -74,7 +76,7 @@ def bank_of(model: Any, tokenizer: Any, protocol: Protocol, texts: Sequence[str]
 class Script:
     """Overrides a model's logits, sample by sample, so that it says what it is told; all else is computed for real.
 
-    A sample is recognised by its question, a stage by the rounds that its transcript holds. While a script is on, every
+    A sample is recognized by its question, a stage by the rounds that its transcript holds. While a script is on, every
     forward is also checked against what was fed before: as many tokens as the attention mask shows.
 
     Args:
@@ -92,7 +94,7 @@ class Script:
         self,
         model: Any,
         tokenizer: Any,
-        protocol: Protocol,
+        protocol: PromptProtocol,
         says: dict[str, Sequence[Emission]],
         answers: dict[str, Emission] | None = None,
     ) -> None:

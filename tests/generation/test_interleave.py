@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStrea
 from transformers.generation import BaseStreamer
 
 from msa_hf import Document, MSACache
-from msa_hf.generation import Answer, MemoryInterleave, Protocol, memory_interleave
+from msa_hf.generation import Answer, MemoryInterleave, PromptProtocol, memory_interleave
 from msa_hf.generation.constrained import IdAutomaton, TokenTexts
 from msa_hf.model.memory_msa import DocumentTable, MemoryBank
 
@@ -28,13 +28,13 @@ each_selection = pytest.mark.parametrize("select", ["generate", "constrained", "
 each_way = pytest.mark.parametrize("reuse", [False, True], ids=["again", "reuse"])
 
 
-def made(name: str = "compact", family: str = "qwen3") -> tuple[Any, Any, Protocol]:
+def made(name: str = "compact", family: str = "qwen3") -> tuple[Any, Any, PromptProtocol]:
     """A model, a bank of 18 documents, and their protocol; the same ones every time."""
     return _made(name, family)
 
 
 @cache
-def _made(name: str, family: str) -> tuple[Any, Any, Protocol]:
+def _made(name: str, family: str) -> tuple[Any, Any, PromptProtocol]:
     protocol = PROTOCOLS[name]
     model = memory_model(TOKENIZER, protocol, family)
     return model, bank_of(model, TOKENIZER, protocol), protocol
@@ -204,7 +204,9 @@ def test_the_opening_and_the_end_are_no_part_of_the_answer() -> None:
 def test_an_end_that_is_no_token() -> None:
     """The answer ends where its text does, whatever is generated for the rest of the batch."""
     model, bank, _ = made()
-    protocol = Protocol(**{**COMPACT.to_dict(), "answer_end": " THE END", "special_tokens": COMPACT.special_tokens[:3]})
+    protocol = PromptProtocol(
+        **{**COMPACT.to_dict(), "answer_end": " THE END", "special_tokens": COMPACT.special_tokens[:3]}
+    )
     interleave = MemoryInterleave(model, TOKENIZER, bank, protocol, select="generate", max_new_tokens=40)
     answers = {ONE: "Yes. THE END. No.", TWO: "Twenty miles or so. THE END"}
     with script(interleave, {question: ["<|answer|>"] for question in answers}, answers):
@@ -390,7 +392,7 @@ def test_constrained_lets_the_model_choose() -> None:
 )
 def test_the_automaton_allows_what_can_still_become_valid(candidates, limit, id_format) -> None:
     """Along every path that its tokens can take: exactly the tokens of the vocabulary that continue a valid text."""
-    protocol = Protocol(**{**COMPACT.to_dict(), "id_format": id_format, "retrieval_end": "<End>"})
+    protocol = PromptProtocol(**{**COMPACT.to_dict(), "id_format": id_format, "retrieval_end": "<End>"})
     texts = TokenTexts(protocol, TOKENIZER)
     vocabulary = {number: TOKENIZER.decode([number]) for number in range(len(TOKENIZER))}
     names = {id: id_format.format(id=id) for id in candidates}

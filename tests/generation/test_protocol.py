@@ -8,7 +8,7 @@ import pytest
 from scripted import COMPACT, PUBLISHED, TEXTS, bank_of, byte_tokenizer, memory_model
 
 from msa_hf import Document, MemoryBank
-from msa_hf.generation import DocumentIds, Protocol
+from msa_hf.generation import DocumentIds, PromptProtocol
 
 QUESTION = "Where is the {quarry}?"
 both = pytest.mark.parametrize("protocol", [PUBLISHED, COMPACT], ids=["published", "compact"])
@@ -168,7 +168,7 @@ def test_a_protocol_that_cannot_work_is_refused(changes, problem) -> None:
 @both
 def test_saving_and_loading(protocol, tmp_path) -> None:
     protocol.save_pretrained(tmp_path / "model")
-    assert Protocol.from_pretrained(tmp_path / "model") == protocol
+    assert PromptProtocol.from_pretrained(tmp_path / "model") == protocol
 
 
 @pytest.mark.parametrize(
@@ -186,12 +186,12 @@ def test_a_damaged_file_is_refused(damage, problem, tmp_path) -> None:
     file = tmp_path / "memory_protocol.json"
     file.write_text(json.dumps(damage(json.loads(file.read_text()))))
     with pytest.raises(ValueError, match=problem):
-        Protocol.from_pretrained(tmp_path)
+        PromptProtocol.from_pretrained(tmp_path)
 
 
 def test_a_checkpoint_without_a_protocol(tmp_path) -> None:
     with pytest.raises(OSError, match=r"memory_protocol\.json"):
-        Protocol.from_pretrained(tmp_path)
+        PromptProtocol.from_pretrained(tmp_path)
 
 
 # Documents and their ids ----------------------------------------------------------------------------------------------
@@ -285,5 +285,5 @@ def test_an_id_can_be_written_with_no_characters() -> None:
     plain = dataclasses.replace(COMPACT, document="{text}{id!s:.0}")
     row = plain.document_row(7, "Ann came.", tokenizer)
     assert tokenizer.decode(row["input_ids"]) == "Ann came." and row["metadata"] == {"id": 7}
-    assert Protocol.from_dict(plain.to_dict()) == plain
+    assert PromptProtocol.from_dict(plain.to_dict()) == plain
     assert tokenizer.decode(COMPACT.encode(tokenizer, "{id!r:>4}", id=7)) == "   7"

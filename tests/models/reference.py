@@ -67,7 +67,7 @@ def naive_scores(
 
     Args:
         queries: [T, H, D] router queries of the routing tokens, in order.
-        keys: of every document, router keys [c, G, D], pooled and not normalised.
+        keys: of every document, router keys [c, G, D], pooled and not normalized.
 
     Returns:
         One score per document; -inf without a routing token.
@@ -192,7 +192,7 @@ class Reference:
     def turn(
         self, ids: Sequence[int], routes: Sequence[bool] | None = None, force: Sequence[int] | None = None
     ) -> Turn:
-        """Feed the next tokens.
+        """TranscriptFeeder the next tokens.
 
         Args:
             ids: token ids.

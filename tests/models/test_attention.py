@@ -10,7 +10,7 @@ from torch import Tensor
 
 from msa_hf.model import attention_msa
 from msa_hf.model.attention_msa import ScoreBias, context_attention, fused_context_attention
-from msa_hf.model.cache_msa import Context
+from msa_hf.model.cache_msa import MemoryContext
 
 HEADS = 4
 DIM = 6
@@ -28,7 +28,7 @@ def states(groups: int, length: int, seen: int, rows: int, batch: int = 3, seed:
     valid = torch.tensor(VALID)[:batch, :rows] if rows <= 4 else torch.rand(batch, rows, generator=generator) < 0.7
     keys, values = rand(batch, groups, rows, DIM), rand(batch, groups, rows, DIM)
     absent = ~valid[:, None, :, None]
-    context = Context(keys.masked_fill(absent, 50.0), values.masked_fill(absent, 1e4), valid, prefix_length=0)
+    context = MemoryContext(keys.masked_fill(absent, 50.0), values.masked_fill(absent, 1e4), valid, prefix_length=0)
     return {
         "query": rand(batch, HEADS, length, DIM),
         "key": rand(batch, groups, seen, DIM),
@@ -118,7 +118,7 @@ def test_bias_of_rows(tiles) -> None:
     inputs = states(2, 7, 7, rows=4, seed=2)
     context = inputs["context"]
     bias = torch.randn(3, 4).masked_fill(~context.valid, 1e6)
-    inputs["context"] = Context(context.keys, context.values, context.valid, 0, bias)
+    inputs["context"] = MemoryContext(context.keys, context.values, context.valid, 0, bias)
     check(inputs)
     check(inputs, softcap=0.7)
 
@@ -137,7 +137,7 @@ def test_gradients(attention, tiles) -> None:
     inputs = states(2, 3, 4, rows=4, seed=3)
     context = inputs["context"]
     bias = torch.randn(3, 4)
-    inputs["context"] = Context(context.keys, context.values, context.valid, 0, bias)
+    inputs["context"] = MemoryContext(context.keys, context.values, context.valid, 0, bias)
     leaves = [inputs["query"], inputs["key"], inputs["value"], context.keys, context.values, bias]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -178,7 +178,7 @@ def test_bfloat16_is_as_good_as_pytorch() -> None:
     everything = torch.ones_like(context.valid)
     keys, values = torch.randn_like(context.keys).bfloat16(), torch.randn_like(context.values).bfloat16()
     low = {name: inputs[name].bfloat16() for name in ("query", "key", "value")}
-    low |= {"attention_mask": None, "context": Context(keys, values, everything, 0)}
+    low |= {"attention_mask": None, "context": MemoryContext(keys, values, everything, 0)}
     exact = expected(low)
     visible = torch.cat([torch.ones(5, 33, dtype=torch.bool), torch.ones(5, 5, dtype=torch.bool).tril()], 1)
     torchs = torch.nn.functional.scaled_dot_product_attention(
@@ -212,7 +212,7 @@ def test_fused_kernels_keep_the_digits_of_a_bias(dim, device) -> None:
     def run(attention: Any, dtype: torch.dtype, where: str) -> list[Tensor]:
         leaves = [leaf.bfloat16().to(where, dtype) for leaf in exact[:5]] + [bias.to(where)]
         query, key, value, keys, values, added = [leaf.requires_grad_() for leaf in leaves]
-        context = Context(keys, values, valid.to(where), 0, added)
+        context = MemoryContext(keys, values, valid.to(where), 0, added)
         found = attention(query, key, value, None, context)
         return [found.detach(), *torch.autograd.grad((found * weights.to(where, dtype)).sum(), leaves)]
 

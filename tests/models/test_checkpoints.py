@@ -60,7 +60,7 @@ PROMPT["input_ids"][1, :2] = 17
 
 
 def with_memory(family: str, **overrides: Any) -> Any:
-    """A retrofitted tiny model whose routers differ from what any initialisation gives, as trained ones do."""
+    """A retrofitted tiny model whose routers differ from what any initialization gives, as trained ones do."""
     memory = {name: overrides.pop(name) for name in ("score_bias", "shared_router") if name in overrides}
     model = MSAForCausalLM.from_base(base_model(family, **overrides), **MEMORY, **memory)
     generator = torch.Generator().manual_seed(7)
@@ -80,7 +80,7 @@ def shared_model(family: str) -> Any:
 
 
 @torch.no_grad()
-def behaviour(model: Any, bank: Any = None) -> dict[str, Tensor]:
+def behavior(model: Any, bank: Any = None) -> dict[str, Tensor]:
     """All that a model computes: alone, as an encoder, on a memory, and generating."""
     model.eval()
     bank = model.encode_documents(DOCUMENTS, show_progress=False) if bank is None else bank
@@ -113,12 +113,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @functools.cache
-def shared_behaviour(family: str) -> dict[str, Tensor]:
-    """`behaviour` of `shared_model`."""
-    return behaviour(shared_model(family))
+def shared_behavior(family: str) -> dict[str, Tensor]:
+    """`behavior` of `shared_model`."""
+    return behavior(shared_model(family))
 
 
-def assert_same_behaviour(ours: dict[str, Tensor], theirs: dict[str, Tensor], relative: float = 1e-5) -> None:
+def assert_same_behavior(ours: dict[str, Tensor], theirs: dict[str, Tensor], relative: float = 1e-5) -> None:
     """Integers equal; floating-point numbers to `relative` of the largest."""
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
@@ -166,7 +166,7 @@ def test_round_trip(family: str, loader: Any, saved: Any) -> None:
     assert_same_weights(loaded, model)
     assert loaded.config == model.config
     assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
-    assert_same_behaviour(behaviour(loaded), shared_behaviour(family))
+    assert_same_behavior(behavior(loaded), shared_behavior(family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -177,12 +177,12 @@ def test_auto_model_is_the_backbone(family: str, saved: Any) -> None:
     assert isinstance(backbone, MSAModel) and backbone.base_class is type(model.base_model)
     expected = {
         name: value
-        for name, value in shared_behaviour(family).items()
+        for name, value in shared_behavior(family).items()
         if name.startswith(("bank", "routing", "last_hidden_state"))
     }
-    assert_same_behaviour(behaviour(backbone), expected)
+    assert_same_behavior(behavior(backbone), expected)
     bank = model.encode_documents(DOCUMENTS, show_progress=False)
-    assert_same_behaviour(behaviour(backbone, bank), expected)
+    assert_same_behavior(behavior(backbone, bank), expected)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt_neox", "gemma2"])
@@ -193,7 +193,7 @@ def test_headless_model_round_trip(family: str, tmp_path: Path) -> None:
     loaded = AutoModel.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     assert_same_weights(loaded, model)
-    assert_same_behaviour(behaviour(loaded), behaviour(model))
+    assert_same_behavior(behavior(loaded), behavior(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -221,7 +221,7 @@ def test_tied_weights_stay_tied(family: str, tmp_path: Path) -> None:
         assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
         assert loaded.config.tie_word_embeddings
         assert_same_weights(loaded, model)
-    assert_same_behaviour(behaviour(loaded), behaviour(model))
+    assert_same_behavior(behavior(loaded), behavior(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -243,7 +243,7 @@ def test_bfloat16_round_trip(family: str, saved: Any, tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     assert_same_weights(loaded, model)
     # Equal weights: only the order of float32 sums may tip the rounding of a result to the 8 bits of bfloat16.
-    assert_same_behaviour(behaviour(loaded), behaviour(model), relative=2**-7)
+    assert_same_behavior(behavior(loaded), behavior(model), relative=2**-7)
 
 
 @pytest.mark.parametrize("option", ["score_bias", "shared_router"])
@@ -256,7 +256,7 @@ def test_options_of_the_memory_are_saved(option: str, tmp_path: Path) -> None:
     assert getattr(loaded.config, option) is True
     assert any("router" in name for name in saved_names(tmp_path)) is (option == "score_bias")
     assert_same_weights(loaded, model)
-    assert_same_behaviour(behaviour(loaded), behaviour(model))
+    assert_same_behavior(behavior(loaded), behavior(model))
 
 
 def test_saving_what_was_loaded_changes_no_file(tmp_path: Path) -> None:
@@ -299,11 +299,11 @@ def test_published_layout_is_saved_in_ours(tmp_path: Path) -> None:
         published, prefix_token_ids=MEMORY["prefix_token_ids"], output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert_same_behaviour(behaviour(loaded), shared_behaviour("qwen3"))
+    assert_same_behavior(behavior(loaded), shared_behavior("qwen3"))
     loaded.save_pretrained(tmp_path / "ours")
     assert "msa_config" not in json.loads((tmp_path / "ours" / "config.json").read_text())
     assert sorted(saved_names(tmp_path / "ours")) == sorted(model.state_dict())
-    assert_same_behaviour(behaviour(MSAForCausalLM.from_pretrained(tmp_path / "ours")), shared_behaviour("qwen3"))
+    assert_same_behavior(behavior(MSAForCausalLM.from_pretrained(tmp_path / "ours")), shared_behavior("qwen3"))
 
 
 def test_generation_options_stay_the_base_s(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_memory_layers_can_be_added_on_loading(saved: Any) -> None:
 
 
 def test_a_score_bias_added_on_loading_keeps_the_routers(saved: Any) -> None:
-    """What the checkpoint lacks is initialised, and nothing beside it."""
+    """What the checkpoint lacks is initialized, and nothing beside it."""
     loaded, info = MSAForCausalLM.from_pretrained(saved("qwen3"), score_bias=True, output_loading_info=True)
     assert all("router_score_bias" in name for name in info["missing_keys"])
     trained = routers(shared_model("qwen3"))
@@ -388,8 +388,8 @@ def test_base_class_loads_the_checkpoint(family: str, saved: Any) -> None:
     expected = base_model(family)
     with torch.no_grad():
         theirs = expected(**PROMPT).logits[PROMPT["attention_mask"].bool()]
-    assert_same_behaviour({"logits": logits}, {"logits": theirs})
-    assert_same_behaviour({"logits": logits}, {"logits": shared_behaviour(family)["logits_alone"]})
+    assert_same_behavior({"logits": logits}, {"logits": theirs})
+    assert_same_behavior({"logits": logits}, {"logits": shared_behavior(family)["logits_alone"]})
 
 
 # From a base checkpoint -----------------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ def test_from_base_by_path_equals_the_live_model(family: str, limit: str, tmp_pa
     assert_same_weights(loaded, live)
     assert loaded.config == live.config
     assert loaded.generation_config.to_dict() == live.generation_config.to_dict()
-    assert_same_behaviour(behaviour(loaded), behaviour(live))
+    assert_same_behavior(behavior(loaded), behavior(live))
 
 
 def capture(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -460,8 +460,8 @@ def test_copied_routers_are_the_layer_s_own_projections(family: str) -> None:
 
 @pytest.mark.parametrize("source", ["live", "path", "fresh"])
 @pytest.mark.parametrize("family", ["qwen3", "phi3", "gpt_neox"])
-def test_random_routers_come_from_the_initialiser(family: str, source: str, tmp_path: Path) -> None:
-    """`"random"` has the initialiser's deviation, and resembles neither the projections nor another layer."""
+def test_random_routers_come_from_the_initializer(family: str, source: str, tmp_path: Path) -> None:
+    """`"random"` has the initializer's deviation, and resembles neither the projections nor another layer."""
     base = base_model(family, hidden_size=64, initializer_range=0.05)
     copied = routers(MSAForCausalLM.from_base(copy.deepcopy(base), router_init="copy"))
     torch.manual_seed(5)
@@ -559,7 +559,7 @@ REMOTE_SCRIPT = textwrap.dedent(
     blocked = Blocked()
     sys.meta_path.insert(0, blocked)
     root, source, families = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-    behaviour_source = (root / "behaviour.py").read_text()
+    behavior_source = (root / "behavior.py").read_text()
 
     import torch
     from safetensors.torch import load_file, save_file
@@ -569,12 +569,12 @@ REMOTE_SCRIPT = textwrap.dedent(
     inputs = load_file(root / "prompt.safetensors")
     scope = {"torch": torch, "Any": object, "Tensor": torch.Tensor, "PROMPT": inputs}
     scope["DOCUMENTS"] = json.loads((root / "documents.json").read_text())
-    exec(behaviour_source, scope)
-    behaviour = scope["behaviour"]
+    exec(behavior_source, scope)
+    behavior = scope["behavior"]
     report = {}
 
     def keep(family, name, model, bank=None):
-        save_file(behaviour(model, bank), root / family / f"{name}.safetensors")
+        save_file(behavior(model, bank), root / family / f"{name}.safetensors")
 
     for family in families:
         saved = root / family / "model"
@@ -620,7 +620,7 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     root = tmp_path_factory.mktemp("remote")
     save_file(PROMPT, root / "prompt.safetensors")
     (root / "documents.json").write_text(json.dumps(DOCUMENTS))
-    (root / "behaviour.py").write_text(inspect.getsource(behaviour))
+    (root / "behavior.py").write_text(inspect.getsource(behavior))
     for family in REMOTE_FAMILIES:
         model = shared_model(family)
         model.save_pretrained(root / family / "model")
@@ -647,27 +647,27 @@ def test_remote_code_without_the_package(family: str, remote: Any) -> None:
     assert report[family]["parameters"] == sorted(model.state_dict())
     written = json.loads((root / family / "model" / "config.json").read_text())
     assert {name: report[family]["config"][name] for name in written} == written
-    assert_same_behaviour(load_file(root / family / "encoded_here.safetensors"), shared_behaviour(family))
+    assert_same_behavior(load_file(root / family / "encoded_here.safetensors"), shared_behavior(family))
 
 
 @pytest.mark.parametrize("family", REMOTE_FAMILIES)
 def test_remote_headless_model(family: str, remote: Any) -> None:
     """AutoModel with remote code is the backbone."""
     found = load_file(remote[0] / family / "backbone.safetensors")
-    assert_same_behaviour(found, {name: shared_behaviour(family)[name] for name in found})
+    assert_same_behavior(found, {name: shared_behavior(family)[name] for name in found})
 
 
 @pytest.mark.parametrize("family", REMOTE_FAMILIES)
 def test_remote_code_reads_a_bank_made_by_the_package(family: str, remote: Any) -> None:
     """Saved here, loaded there: no encoding, same routing, logits and tokens."""
-    assert_same_behaviour(load_file(remote[0] / family / "loaded_bank.safetensors"), shared_behaviour(family))
+    assert_same_behavior(load_file(remote[0] / family / "loaded_bank.safetensors"), shared_behavior(family))
 
 
 @pytest.mark.parametrize("family", REMOTE_FAMILIES)
 def test_saving_a_remote_code_model_again(family: str, remote: Any) -> None:
     """The directory is as complete as the first: it loads there, and here, and holds the same files."""
     root, _ = remote
-    assert_same_behaviour(load_file(root / family / "again.safetensors"), shared_behaviour(family))
+    assert_same_behavior(load_file(root / family / "again.safetensors"), shared_behavior(family))
     again = {path.name: path.read_bytes() for path in (root / family / "again").iterdir()}
     shared_model(family).save_pretrained(root / family / "here")
     here = {path.name: path.read_bytes() for path in (root / family / "here").iterdir()}
@@ -676,7 +676,7 @@ def test_saving_a_remote_code_model_again(family: str, remote: Any) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(root / family / "again")
     assert type(loaded) is type(shared_model(family))
     bank = loaded.load_memory(root / family / "remote_bank")
-    assert_same_behaviour(behaviour(loaded, bank), shared_behaviour(family))
+    assert_same_behavior(behavior(loaded, bank), shared_behavior(family))
 
 
 def test_remote_tokenizer(remote: Any) -> None:
@@ -688,9 +688,9 @@ def test_package_and_remote_code_in_one_process(remote: Any) -> None:
     """A package imported after remote code was used works beside it; banks pass from one to the other."""
     root, report = remote
     assert report["late"] == ["msa_hf.model.modeling_msa", True]
-    assert_same_behaviour(load_file(root / REMOTE_FAMILIES[0] / "late.safetensors"), shared_behaviour("qwen3"))
+    assert_same_behavior(load_file(root / REMOTE_FAMILIES[0] / "late.safetensors"), shared_behavior("qwen3"))
     found = load_file(root / REMOTE_FAMILIES[0] / "both_classes.safetensors")
-    assert_same_behaviour(found, shared_behaviour(REMOTE_FAMILIES[-1]))
+    assert_same_behavior(found, shared_behavior(REMOTE_FAMILIES[-1]))
 
 
 @pytest.mark.parametrize("trust", [True, False])
@@ -705,4 +705,4 @@ def test_package_wins_over_remote_code(trust: bool, tmp_path: Path, monkeypatch:
     backbone = AutoModel.from_pretrained(tmp_path / "model", trust_remote_code=trust)
     assert type(config) is MSAConfig and type(model) is type(shared_model("qwen3"))
     assert isinstance(backbone, MSAModel)
-    assert_same_behaviour(behaviour(model), shared_behaviour("qwen3"))
+    assert_same_behavior(behavior(model), shared_behavior("qwen3"))

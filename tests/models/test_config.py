@@ -48,7 +48,7 @@ def make_config(family: str = "qwen3", **fields: Any) -> MSAConfig:
 
 
 def test_defaults_are_the_paper_s() -> None:
-    """Every field has the value that the paper or the published behaviour gives it."""
+    """Every field has the value that the paper or the published behavior gives it."""
     config = make_config()
     assert {name: getattr(config, name) for name in FIELDS} == {
         "base_model_type": "qwen3",
@@ -364,7 +364,7 @@ def test_every_published_key_is_covered() -> None:
     ],
 )
 def test_published_similarity(method: str, similarity: str, loss: str) -> None:
-    """Inference is by cosine for `INFONCE` alone, training always: the published behaviour, kept apart."""
+    """Inference is by cosine for `INFONCE` alone, training always: the published behavior, kept apart."""
     config = MSAConfig(**QWEN3, msa_config={"aux_loss_method": method})
     assert (config.similarity, config.training_similarity, config.aux_loss) == (similarity, "cosine", loss)
 

@@ -15,7 +15,7 @@ from msa_hf.bank.tiered.hardware import Tiers
 from msa_hf.bank.tiered.plan import Choice, Reserves
 from msa_hf.bank.tiered.rows import Rows
 from msa_hf.model import routing_msa
-from msa_hf.model.chosen_msa import Chosen, score_chosen, scores_at
+from msa_hf.model.chosen_msa import DocumentRows, score_chosen, scores_at
 from msa_hf.model.routing_msa import NO_SCORE, normalize_heads, score_documents
 
 QUESTIONS = tokens(6, 3, 9, seed=5)
@@ -195,7 +195,7 @@ def test_random_sizes(names: tuple[str, str, str], monkeypatch: pytest.MonkeyPat
         options = {"similarity": pick.choice(["cosine", "dot"]), **dict(zip(NAMES, names, strict=True))}
 
         theirs = scores_at(score_documents(queries, mask, keys, offsets, **options), forced)
-        ours = score_chosen(queries, mask, keys, Chosen(forced, offsets), **options)
+        ours = score_chosen(queries, mask, keys, DocumentRows(forced, offsets), **options)
         assert ours.shape == (batch, wide)
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         known = mask.any(1, keepdim=True) & (forced >= 0)

@@ -127,7 +127,7 @@ def test_offloading_needs_a_device_to_offload_from() -> None:
 
 
 def test_quantized_cache() -> None:
-    """The keys and values of the tokens seen are quantised, the memory's are not: the contexts of every layer stay."""
+    """The keys and values of the tokens seen are quantized, the memory's are not: the contexts of every layer stay."""
     made = setup(*PLAIN, base={"scale": 0.15})
     options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
     try:
@@ -140,7 +140,7 @@ def test_quantized_cache() -> None:
     found = made.model.generate(
         PROMPT, memory=made.bank, return_dict_in_generate=True, output_logits=True, **EXACTLY, **options
     )
-    assert torch.equal(found.logits[0], exact.logits[0])  # the prompt sees what is not quantised yet
+    assert torch.equal(found.logits[0], exact.logits[0])  # the prompt sees what is not quantized yet
     error = (found.logits[1] - exact.logits[1]).abs().max() / exact.logits[1].abs().max()
     assert 0 < error < 0.1
     plain = made.model.generate(PROMPT, return_dict_in_generate=True, output_logits=True, **EXACTLY)

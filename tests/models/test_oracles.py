@@ -274,7 +274,7 @@ def test_the_headless_model_follows_the_definition(family, attention) -> None:
 
 @few
 def test_a_loss_with_a_memory(family, attention) -> None:
-    """`labels` beside a memory: the mean cross-entropy of the logits over the labelled tokens, also as `lm_loss`."""
+    """`labels` beside a memory: the mean cross-entropy of the logits over the labeled tokens, also as `lm_loss`."""
     made, batch = setup(family, attention), batch_of(QUESTIONS, ROUTES)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     output = ask(made, batch, labels=labels)

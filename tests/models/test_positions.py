@@ -115,7 +115,7 @@ def fits(model: Any, document: list[int]) -> bool:
     return limit is None or len(document) <= limit
 
 
-def neighbour(model: Any) -> list[int]:
+def neighbor(model: Any) -> list[int]:
     """The longest document that the model takes, up to 100 tokens."""
     return LONG[0][: min(100, position_limit(model.config) or 100)]
 
@@ -129,8 +129,8 @@ def last_logits(model: Any, questions: list[list[int]], bank: MemoryBank, **opti
 def test_a_document_is_the_same_beside_a_long_one(case: str) -> None:
     model = made(case)
     alone = contents(encode(model, SHORT[0]))
-    assert_same(contents(encode(model, SHORT[0], neighbour(model))), alone)
-    assert_same(contents(encode(model, neighbour(model), SHORT[0]), 1), alone)
+    assert_same(contents(encode(model, SHORT[0], neighbor(model))), alone)
+    assert_same(contents(encode(model, neighbor(model), SHORT[0]), 1), alone)
 
 
 @each
@@ -192,7 +192,7 @@ def test_training_on_a_pool(case: str) -> None:
         )
         return output.logits.detach(), weight.grad.clone()
 
-    for ours, alone in zip(step(SHORT[0], neighbour(model)), step(SHORT[0]), strict=True):
+    for ours, alone in zip(step(SHORT[0], neighbor(model)), step(SHORT[0]), strict=True):
         torch.testing.assert_close(ours, alone, atol=1e-4, rtol=1e-3)
 
 
@@ -223,7 +223,7 @@ def test_nothing_that_ran_before_counts(case: str) -> None:
     inputs, long = torch.tensor([SHORT[0][:9]]), torch.tensor(tokens(140, seed=7))
     with torch.no_grad():
         wanted = model(inputs, memory=bank).logits
-        encode(model, neighbour(model))
+        encode(model, neighbor(model))
         torch.testing.assert_close(model(inputs).logits, base(inputs).logits, atol=0, rtol=0)
         model(long)
         torch.testing.assert_close(model(inputs, memory=bank).logits, wanted, atol=0, rtol=0)

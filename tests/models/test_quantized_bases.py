@@ -1,4 +1,4 @@
-"""Bases whose weights are not plain numbers: quantised layers, and GGUF files."""
+"""Bases whose weights are not plain numbers: quantized layers, and GGUF files."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def assert_copied(model: Any, tolerance: float) -> None:
 
 
 class RowsOfBytes(nn.Module):
-    """A linear layer that keeps whole numbers and a scale per row, as packages that quantise do."""
+    """A linear layer that keeps whole numbers and a scale per row, as packages that quantize do."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def in_bytes(model: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["qwen3", "phi3", "gpt_neox"])
-def test_routers_start_from_quantised_projections(family: str, dtype: torch.dtype) -> None:
+def test_routers_start_from_quantized_projections(family: str, dtype: torch.dtype) -> None:
     """Also where query, key and value are one matrix; a layer's own bias is not part of it."""
     plain = MSAForCausalLM.from_base(base_model(family).to(dtype), **MEMORY)
     model = MSAForCausalLM.from_base(in_bytes(base_model(family).to(dtype)), **MEMORY)

@@ -38,7 +38,7 @@ def why_not(operation: str, backend: str, device: str) -> str | None:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory that PyTorch hands out uninitialised holds NaN (integers: the largest), so that what a kernel does not
+    """Memory that PyTorch hands out uninitialized holds NaN (integers: the largest), so that what a kernel does not
     write is seen."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

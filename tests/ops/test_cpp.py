@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from msa_hf.ops import dispatch, quantise_keys
+from msa_hf.ops import dispatch, quantize_keys
 
 REASON = dispatch.load_extension()
 if REASON is not None:
@@ -35,7 +35,7 @@ def unit(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def keys_of(kind: str, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
-    return (vectors.to(FLOATING[kind]), None) if kind in FLOATING else quantise_keys(vectors, kind)
+    return (vectors.to(FLOATING[kind]), None) if kind in FLOATING else quantize_keys(vectors, kind)
 
 
 def offsets_of(lengths: Tensor) -> Tensor:

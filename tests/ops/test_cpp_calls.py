@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from msa_hf.ops import dispatch, quantise_keys
+from msa_hf.ops import dispatch, quantize_keys
 
 REASON = dispatch.load_extension()
 if REASON is not None:
@@ -65,7 +65,7 @@ def test_gather_documents_reads_nothing_beside(documents: list[list[int]], width
 
 
 def awkward(generator: torch.Generator) -> Tensor:
-    """Numbers of every size, ties between neighbours of each format, the ends of each, and what is no number."""
+    """Numbers of every size, ties between neighbors of each format, the ends of each, and what is no number."""
     bits = torch.randint(-(2**31), 2**31 - 1, (40000,), generator=generator).to(torch.int32)
     ties = (bits & ~0x1FFF) | 0x1000, (bits & ~0xFFFF) | 0x8000, bits & ~0xFFFFF | 0x80000
     sizes = torch.randn(20000, generator=generator) * 2.0 ** torch.randint(-30, 18, (20000,), generator=generator)
@@ -86,13 +86,13 @@ def test_rounds_as_torch_does(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_quantises_as_quantise_keys_does(dtype: torch.dtype) -> None:
+def test_quantizes_as_quantize_keys_does(dtype: torch.dtype) -> None:
     """Bit for bit: the same scale, the same rounding; also of chunks of zeros and of numbers below the normal ones."""
     generator = torch.Generator().manual_seed(1)
     states = torch.randn(500, 2, 33, generator=generator) * 2.0 ** torch.randint(-9, 9, (500, 2, 33))
     states[3], states[4], states[5] = 0.0, 1e-42, 1e-30
     offsets = torch.arange(501)
     _, numbers, scales = OPS.pool_chunks(states, states, states, offsets, 1, 500, False, dtype)
-    expected, factors = quantise_keys(states.flatten(1), dtype)
+    expected, factors = quantize_keys(states.flatten(1), dtype)
     assert scales.equal(factors)
     assert numbers.view(torch.int8).equal(expected.view(torch.int8))

@@ -165,18 +165,18 @@ def test_a_width_below_the_rows_is_refused_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("quantised", [True, False])
-def test_opcheck(place, quantised) -> None:
+@pytest.mark.parametrize("quantized", [True, False])
+def test_opcheck(place, quantized) -> None:
     """Schema, fake and autograd registration are what torch.library asks for."""
     backend, device = place
     case, scales = random_case(3), None
-    if quantised:
+    if quantized:
         case.content, scales = case.content.to(torch.float8_e4m3fn), torch.rand(case.content.shape[:2]).to(device)
     name = dispatch.BACKENDS[backend].namespace
     arguments: tuple[Any, ...] = (case.documents.to(device), offsets_of(case.counts).to(device))
     arguments += (case.content.to(device), scales, case.most + 2, None)
     # The other two checks compute with the inputs, which PyTorch cannot in float8.
-    some: dict[str, Any] = {"test_utils": ("test_autograd_registration", "test_faketensor")} if quantised else {}
+    some: dict[str, Any] = {"test_utils": ("test_autograd_registration", "test_faketensor")} if quantized else {}
     torch.library.opcheck(dispatch.operator("gather_documents", name).default, arguments, **some)
 
 
@@ -238,12 +238,12 @@ def test_contradictions_are_refused(change, said) -> None:
 
 @pytest.mark.parametrize("place", places("gather_documents", "cuda"))
 @pytest.mark.parametrize("pinned", [True, False])
-@pytest.mark.parametrize("quantised", [True, False])
-def test_content_in_host_memory(place, pinned, quantised) -> None:
+@pytest.mark.parametrize("quantized", [True, False])
+def test_content_in_host_memory(place, pinned, quantized) -> None:
     """Content that lies in host memory, pinned or not, arrives as from the device, or is refused with the reason."""
     case = random_case(4, torch.bfloat16)
     device = place[1]
-    if quantised:
+    if quantized:
         case.content, case.dtype = case.content.to(torch.float8_e4m3fn), torch.bfloat16
         case.scales = torch.rand(case.content.shape[:2]) + 0.1
     features = {"content": case.content.dtype, "dtype": torch.bfloat16, "source": "pinned" if pinned else "host"}

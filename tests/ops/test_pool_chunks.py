@@ -15,7 +15,7 @@ from msa_hf.ops import dispatch, pool_chunks
 PLACES = places("pool_chunks")
 SHAPES = ((1, 8), (2, 8), (8, 16), (1, 64), (8, 128), (3, 40), (2, 256), (32, 64))
 SIZES = (1, 2, 3, 16, 63, 64, 65, 128)
-# Half of the largest step between neighbouring numbers: of int8 in units of the scale, of float8 relative to the number
+# Half of the largest step between neighboring numbers: of int8 in units of the scale, of float8 relative to the number
 # or, below 2^-6, in units of the scale.
 HALF_STEPS = {torch.int8: (0.5, 0.0), torch.float8_e4m3fn: (2.0**-10, 2.0**-4)}
 
@@ -43,9 +43,9 @@ class Case:
         parts = [part for document in states.split(self.counts) for part in document.split(self.size) if len(part)]
         return torch.stack([part.mean(0) for part in parts]) if parts else states.new_empty(0, *states.shape[1:])
 
-    def expected(self, dtype: torch.dtype, normalise: bool) -> tuple[Tensor, Tensor]:
+    def expected(self, dtype: torch.dtype, normalize: bool) -> tuple[Tensor, Tensor]:
         keys, values, router_keys = (self.means(states.to(dtype)) for states in self.states)
-        if normalise:
+        if normalize:
             router_keys = router_keys / (router_keys.square().sum(-1, keepdim=True) + 1e-12).sqrt()
         return torch.stack([keys, values], 1), router_keys.flatten(1)
 
@@ -87,18 +87,18 @@ def close_as_pytorch(found: Tensor, inexact: Tensor, exact: Tensor) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("seed", range(10))
-def test_random_sizes(place, dtype, normalise, seed) -> None:
+def test_random_sizes(place, dtype, normalize, seed) -> None:
     """Means over the real tokens of each chunk; nothing beside the tensors is read, all of the result is written."""
     case = random_case(seed, dtype)
-    content, routing_keys, scales = case.run(place, normalise=normalise)
+    content, routing_keys, scales = case.run(place, normalize=normalize)
     assert content.dtype == routing_keys.dtype == dtype and scales is None
     for found, inexact, exact in zip(
         (content, routing_keys),
-        case.expected(torch.float32, normalise),
-        case.expected(torch.float64, normalise),
+        case.expected(torch.float32, normalize),
+        case.expected(torch.float64, normalize),
         strict=True,
     ):
         if exact.numel():
@@ -128,15 +128,15 @@ def test_any_strides(place, form, seed) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("kind", HALF_STEPS, ids=str)
 @pytest.mark.parametrize("seed", range(4))
-def test_quantised_routing_keys(place, kind, normalise, seed) -> None:
+def test_quantized_routing_keys(place, kind, normalize, seed) -> None:
     """Scale times number is the mean, rounded to the nearest; the largest number of a chunk uses the whole range."""
     case = random_case(100 + seed, (torch.float32, torch.bfloat16)[seed % 2])
-    content, numbers, scales = case.run(place, normalise=normalise, routing_dtype=kind)
-    plain, _, _ = case.run(place, normalise=normalise)
-    _, exact = case.expected(torch.float64, normalise)
+    content, numbers, scales = case.run(place, normalize=normalize, routing_dtype=kind)
+    plain, _, _ = case.run(place, normalize=normalize)
+    _, exact = case.expected(torch.float64, normalize)
     assert torch.equal(content, plain) and numbers.dtype == kind and numbers.shape == exact.shape
     assert scales.dtype == torch.float32 and scales.shape == exact.shape[:1]
     largest = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}[kind]
@@ -177,29 +177,29 @@ def test_the_same_inputs_give_the_same_bits(place) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("seed", range(4))
-def test_gradients(place, dtype, normalise, seed) -> None:
+def test_gradients(place, dtype, normalize, seed) -> None:
     """Gradients are those of the definition in float64, rounded to the inputs' dtype."""
     backend, device = place
     case = random_case(200 + seed, dtype)
     if not case.chunks:
         case = random_case(300 + seed, dtype)
     generator = torch.Generator().manual_seed(seed)
-    shapes = [item.shape for item in case.expected(torch.float32, normalise)]
+    shapes = [item.shape for item in case.expected(torch.float32, normalize)]
     weights = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
     def gradients(kind: torch.dtype) -> tuple[Tensor, ...]:
         leaves = [states.to(kind).requires_grad_() for states in case.states]
-        expected = Case(*leaves, case.counts, case.size).expected(kind, normalise)
+        expected = Case(*leaves, case.counts, case.size).expected(kind, normalize)
         total = sum((item * weight.to(kind)).sum() for item, weight in zip(expected, weights, strict=True))
         return torch.autograd.grad(total, leaves)
 
     leaves = [surrounded(states, device).requires_grad_() for states in case.states]
     with poisoned_memory():
         found = pool_chunks(
-            *leaves, offsets_of(case.counts).to(device), case.size, normalise=normalise, backend=backend
+            *leaves, offsets_of(case.counts).to(device), case.size, normalize=normalize, backend=backend
         )
         total = sum((item * weight.to(device)).sum() for item, weight in zip(found[:2], weights, strict=True))
         ours = torch.autograd.grad(total, leaves)
@@ -209,8 +209,8 @@ def test_gradients(place, dtype, normalise, seed) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("normalise", [True, False])
-def test_gradcheck(place, normalise) -> None:
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradcheck(place, normalize) -> None:
     """The derivative is that of the forward, numerically in float64, also of views and of one output alone."""
     backend, device = place
     if not takes(place, "pool_chunks", states=torch.float64, multiple=1, width=8, routing_dtype=None):
@@ -222,7 +222,7 @@ def test_gradcheck(place, normalise) -> None:
     offsets = offsets_of([4, 0, 1, 4]).to(device)
 
     def pool(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        content, routing_keys, _ = pool_chunks(*inputs, offsets, 3, normalise=normalise, chunks=5, backend=backend)
+        content, routing_keys, _ = pool_chunks(*inputs, offsets, 3, normalize=normalize, chunks=5, backend=backend)
         return content, routing_keys
 
     assert torch.autograd.gradcheck(pool, leaves)
@@ -240,7 +240,7 @@ def test_gradients_of_zeros_are_finite(place) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_quantised_keys_have_no_derivative(place) -> None:
+def test_quantized_keys_have_no_derivative(place) -> None:
     """A backward through rounding raises, and says what is the matter."""
     backend, device = place
     leaves = [torch.randn(5, 2, 8, device=device, requires_grad=True) for _ in range(3)]

@@ -8,7 +8,7 @@ import torch
 from battery import FLOATING, NEVER, error_of, offsets_of, places, poisoned_memory, split_up, surrounded
 from torch import Tensor
 
-from msa_hf.ops import dispatch, quantise_keys, rescore_documents, route_documents, use_backend
+from msa_hf.ops import dispatch, quantize_keys, rescore_documents, route_documents, use_backend
 
 PLACES = places("rescore_documents")
 WIDTHS = (8, 24, 64, 128, 136, 1024)
@@ -148,12 +148,12 @@ def test_opcheck(place) -> None:
 
 
 def test_a_backend_without_it_leaves_it_to_the_next() -> None:
-    """Routing with exact keys behind quantised ones on a backend asked for, which cannot score candidates again."""
+    """Routing with exact keys behind quantized ones on a backend asked for, which cannot score candidates again."""
     if dispatch.BACKENDS["cpp"].probe("route_documents") is not None:
         pytest.skip("no extension")
     queries, mask = torch.randn(2, 3, 16), torch.ones(2, 3, dtype=torch.bool)
     keys, offsets = torch.randn(30, 16), offsets_of([10, 5, 15])
-    numbers, scales = quantise_keys(keys, "int8")
+    numbers, scales = quantize_keys(keys, "int8")
     expected = route_documents(queries, mask, keys, offsets, 3, backend="pytorch")
     with use_backend("cpp"):
         found = route_documents(queries, mask, numbers, offsets, 3, scales=scales, exact_keys=keys)
@@ -163,12 +163,12 @@ def test_a_backend_without_it_leaves_it_to_the_next() -> None:
 
 @pytest.mark.parametrize("place", places("rescore_documents", "cuda"))
 def test_in_a_graph(place) -> None:
-    """The quantised call with its exact scores, captured once and replayed with other queries: no look at the host."""
+    """The quantized call with its exact scores, captured once and replayed with other queries: no look at the host."""
     backend, device = place
     if backend == "pytorch":
         return  # the reference waits for the device
     case = Case(2, torch.bfloat16)
-    numbers, scales = (item.to(device) for item in quantise_keys(case.keys, "int8"))
+    numbers, scales = (item.to(device) for item in quantize_keys(case.keys, "int8"))
     queries, mask = case.queries.nan_to_num().to(device), case.mask.to(device)
     keys, offsets = case.keys.to(device), offsets_of(case.counts).to(device)
 

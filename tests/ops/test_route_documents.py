@@ -15,10 +15,10 @@ from battery import FLOATING, NEVER, around, error_of, offsets_of, places, poiso
 from torch import Tensor
 
 from msa_hf.model.routing_msa import reduce_queries
-from msa_hf.ops import BackendError, dispatch, quantise_keys, route_documents
+from msa_hf.ops import BackendError, dispatch, quantize_keys, route_documents
 
 PLACES = places("route_documents")
-QUANTISED = ("int8", "fp8")
+QUANTIZED = ("int8", "fp8")
 WIDTHS = (8, 16, 24, 40, 64, 96, 128, 136, 256, 264, 512, 1024)
 # Multiplications that a case may cost; an interpreter takes its time.
 PRODUCTS = 1 << (21 if dispatch.BACKENDS["triton"].also() else 27)
@@ -64,14 +64,14 @@ class Case:
 
     def tolerance(self, device: str) -> float:
         """A few times the error of PyTorch's float32 product of the same numbers. On a GPU float32 queries may be
-        rounded to the keys' 16 bits, and quantised keys may meet queries quantised alike; tensor cores add the products
+        rounded to the keys' 16 bits, and quantized keys may meet queries quantized alike; tensor cores add the products
         of 16 columns to a float32 sum and cut off what does not fit, one unit in the last place at most each time."""
         keys = self.keys.float() if self.scales is None else self.keys.float() * self.scales[:, None]
         queries = self.queries.float()
         possible = self.exact > NEVER
         errors = [error_of(self.scores(queries, keys)[possible], self.exact[possible])]
         if device == "cuda" and self.scales is not None:
-            numbers, scales = quantise_keys(queries.nan_to_num().flatten(0, 1), self.keys.dtype)
+            numbers, scales = quantize_keys(queries.nan_to_num().flatten(0, 1), self.keys.dtype)
             rounded = (numbers.float() * scales[:, None]).view_as(queries)
             errors.append(error_of(self.scores(rounded, keys)[possible], self.exact[possible]))
         elif device == "cuda":
@@ -131,7 +131,7 @@ class Case:
 def random_case(
     seed: int,
     dtype: torch.dtype = torch.float32,
-    quantised: str | None = None,
+    quantized: str | None = None,
     integers: bool = False,
     width: int | None = None,
 ) -> Case:
@@ -152,8 +152,8 @@ def random_case(
         keys = torch.nn.functional.normalize(torch.randn(chunks, width, generator=generator), dim=1)
     scales = None
     keys = keys.to(dtype)
-    if quantised is not None:
-        keys, scales = quantise_keys(keys, quantised)
+    if quantized is not None:
+        keys, scales = quantize_keys(keys, quantized)
     mask = torch.rand(batch, length, generator=generator) < pick.choice([0.05, 0.6, 1.0])
     if batch > 1:
         mask[pick.randrange(batch)] = False
@@ -175,11 +175,11 @@ def test_random_sizes(place, dtype, seed) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("quantised", QUANTISED)
+@pytest.mark.parametrize("quantized", QUANTIZED)
 @pytest.mark.parametrize("seed", range(8))
-def test_random_sizes_of_quantised_keys(place, quantised, seed) -> None:
+def test_random_sizes_of_quantized_keys(place, quantized, seed) -> None:
     """Scores are those of scale times number."""
-    case = random_case(100 + seed, pick_dtype(seed), quantised)
+    case = random_case(100 + seed, pick_dtype(seed), quantized)
     case.check(*case.run(place), case.tolerance(place[1]))
 
 
@@ -263,11 +263,11 @@ def test_nothing_to_choose(place) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", QUANTISED)
-def test_quantised_keys_of_no_documents(place, kind) -> None:
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_keys_of_no_documents(place, kind) -> None:
     """Memory of no bytes may have no address: that the keys have scales is known all the same."""
     backend, device = place
-    numbers, scales = quantise_keys(torch.empty(0, 16, device=device), kind)
+    numbers, scales = quantize_keys(torch.empty(0, 16, device=device), kind)
     queries, mask = torch.randn(2, 3, 16, device=device), torch.ones(2, 3, dtype=torch.bool, device=device)
     offsets, exact = torch.zeros(1, dtype=torch.int64, device=device), torch.empty(0, 16, device=device)
     for options in ({}, {"exact_keys": exact}):
@@ -328,12 +328,12 @@ def test_router_queries_with_heads(place, similarity) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("seed", range(4))
-def test_exact_scores_after_quantised_candidates(place, kind, seed) -> None:
-    """With every document a candidate, quantised keys with exact ones behind them answer as the exact ones alone."""
+def test_exact_scores_after_quantized_candidates(place, kind, seed) -> None:
+    """With every document a candidate, quantized keys with exact ones behind them answer as the exact ones alone."""
     exact = random_case(700 + seed, torch.bfloat16)
-    numbers, scales = quantise_keys(exact.keys, kind)
+    numbers, scales = quantize_keys(exact.keys, kind)
     documents, scores = exact.run(
         place,
         keys=numbers.to(place[1]),
@@ -344,14 +344,14 @@ def test_exact_scores_after_quantised_candidates(place, kind, seed) -> None:
     exact.check(documents, scores, exact.tolerance(place[1]))
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_exact_scores_are_of_queries_that_were_not_rounded(kind, monkeypatch) -> None:
-    """Quantised keys meet 16-bit queries on a GPU; exact ones meet the queries as they are."""
+    """Quantized keys meet 16-bit queries on a GPU; exact ones meet the queries as they are."""
     monkeypatch.setattr(sys.modules["msa_hf.ops.route_documents"], "NARROWING", ("cpu",))
     generator = torch.Generator().manual_seed(9)
     queries, keys = torch.randn(2, 5, 4, 16, generator=generator), torch.randn(60, 32, generator=generator)
     mask, offsets = torch.ones(2, 5, dtype=torch.bool), offsets_of([1] * 60)
-    numbers, scales = quantise_keys(keys, kind)
+    numbers, scales = quantize_keys(keys, kind)
     exact = route_documents(queries, mask, keys, offsets, 60)
     found = route_documents(queries, mask, numbers, offsets, 60, scales=scales, exact_keys=keys, candidates=60)
     assert torch.equal(found[0], exact[0])
@@ -362,7 +362,7 @@ def test_exact_scores_are_of_queries_that_were_not_rounded(kind, monkeypatch) ->
 def test_the_scores_of_candidates_are_exact(place) -> None:
     """Four candidates a document by default: the best document is found, with its exact score."""
     case = random_case(800, torch.float32, width=128)
-    numbers, scales = quantise_keys(case.keys, "int8")
+    numbers, scales = quantize_keys(case.keys, "int8")
     device = place[1]
     documents, scores = case.run(
         place, keys=numbers.to(device), scales=scales.to(device), exact_keys=case.keys.to(device)
@@ -375,10 +375,10 @@ def test_the_scores_of_candidates_are_exact(place) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("quantised", [None, "int8"])
-def test_opcheck(place, quantised) -> None:
+@pytest.mark.parametrize("quantized", [None, "int8"])
+def test_opcheck(place, quantized) -> None:
     """Schema, fake and autograd registration are what torch.library asks for."""
-    case = random_case(900, quantised=quantised, width=32)
+    case = random_case(900, quantized=quantized, width=32)
     backend, device = place
     name = dispatch.BACKENDS[backend].namespace
     scales = None if case.scales is None else case.scales.to(device)

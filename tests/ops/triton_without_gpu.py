@@ -50,7 +50,7 @@ def compile_launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: An
 
 def calls() -> None:
     """Every operation, in all dtypes that it takes."""
-    from msa_hf.ops import quantise_keys
+    from msa_hf.ops import quantize_keys
     from msa_hf.ops.triton_gather_documents import gather_documents
     from msa_hf.ops.triton_pool_chunks import pool_chunks, pool_chunks_backward
     from msa_hf.ops.triton_route_documents import route_documents
@@ -60,11 +60,11 @@ def calls() -> None:
     for dtype in floating:
         states = torch.zeros(10, 2, 16, dtype=dtype)
         for routing in (None, *narrow):
-            for normalise in (True, False):
-                pool_chunks(states, states, states, torch.tensor([0, 4, 10]), 2, 5, normalise, routing)
-        for normalise in (True, False):
+            for normalize in (True, False):
+                pool_chunks(states, states, states, torch.tensor([0, 4, 10]), 2, 5, normalize, routing)
+        for normalize in (True, False):
             pool_chunks_backward(
-                states.new_zeros(5, 2, 2, 16), states.new_zeros(5, 32), states, torch.tensor([0, 4, 10]), 2, normalise
+                states.new_zeros(5, 2, 2, 16), states.new_zeros(5, 32), states, torch.tensor([0, 4, 10]), 2, normalize
             )
         content = torch.zeros(5, 2, 2, 16, dtype=dtype)
         for wanted in floating:
@@ -77,7 +77,7 @@ def calls() -> None:
             for kind in floating:
                 route_documents(queries, mask, keys.to(kind), None, offsets, None, 1)
             for kind in narrow:
-                route_documents(queries, mask, *quantise_keys(keys, kind), offsets, None, 1)
+                route_documents(queries, mask, *quantize_keys(keys, kind), offsets, None, 1)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ DOCUMENTS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 4 * CHUNK + 1)
 
 @dataclass
 class Question:
-    """A question with its tail (which does not route) and its answer (whose tokens are labelled)."""
+    """A question with its tail (which does not route) and its answer (whose tokens are labeled)."""
 
     text: list[int]
     tail: list[int]

@@ -15,7 +15,7 @@ def sample() -> list[TokenRows]:
 
 
 def keys_of(model: MSAForCausalLM) -> torch.Tensor:
-    """Routing keys before they are normalised, [C, G, D]."""
+    """Routing keys before they are normalized, [C, G, D]."""
     model.config.similarity = "dot"
     with torch.no_grad():
         keys = torch.cat([encode_rows(model, rows)[2].routing_keys for rows in sample()])

@@ -14,7 +14,7 @@ from torch import nn
 from msa_hf.data.questions import DataError
 from msa_hf.evaluation import diagnosis
 from msa_hf.evaluation.diagnosis import read_judged
-from msa_hf.generation import MemoryInterleave, Protocol
+from msa_hf.generation import MemoryInterleave, PromptProtocol
 from msa_hf.training import diagnose, router_recall
 
 UNKNOWN = "The memory does not say."
@@ -152,7 +152,7 @@ def test_gold_documents_are_attended_to_and_read_round_by_round(read: SimpleName
     assert [sorted(row) for row in read.reader.forced] == [[-1, 0], [-1, 1], [2, 7], [4]]
     rounds = [[(place, TEXTS[place])] for place in (2, 7)]
     segments = COMPACT.transcript(read.reader.tokenizer, QUESTIONS[2]["question"], rounds, closed=True)
-    assert read.reader.routes[2] == Protocol.join(segments)[1]
+    assert read.reader.routes[2] == PromptProtocol.join(segments)[1]
     wanted = f"[2]<|docs|>[2] {TEXTS[2]}\n<|ids|>[7]<|docs|>[7] {TEXTS[7]}\n<|ids|><|answer|>Is the cedar"
     shown = [row for rows in read.reader.transcripts for row in rows]
     assert sum(wanted in row for row in shown) == 3  # routed by itself, forced, and as text alone
@@ -169,7 +169,7 @@ def test_recall_after_rounds_that_were_read(compact: SimpleNamespace) -> None:
     """What the routers choose behind the texts of the first round, and whether the second document is among it."""
     model, tokenizer, bank = compact.model, compact.tokenizer, compact.bank
     rounds = [[(2, TEXTS[2])]]
-    ids, routes = Protocol.join(COMPACT.transcript(tokenizer, QUESTIONS[2]["question"], rounds))
+    ids, routes = PromptProtocol.join(COMPACT.transcript(tokenizer, QUESTIONS[2]["question"], rounds))
     with torch.no_grad():
         output = model(torch.tensor([ids]), memory=bank, routing_mask=torch.tensor([routes]))
     ranks = {layer: item.documents[0].tolist() for layer, item in output.routing.items()}
@@ -177,7 +177,7 @@ def test_recall_after_rounds_that_were_read(compact: SimpleNamespace) -> None:
         found = router_recall(model, tokenizer, bank, QUESTIONS, k=k, protocol=COMPACT, rounds_read=1)
         assert found["first_layers"] == {layer: float(7 in chosen[:k]) for layer, chosen in ranks.items()}
         assert found["questions"] == 1
-    ids, routes = Protocol.join(COMPACT.transcript(tokenizer, QUESTIONS[2]["question"]))
+    ids, routes = PromptProtocol.join(COMPACT.transcript(tokenizer, QUESTIONS[2]["question"]))
     with torch.no_grad():
         before = model(torch.tensor([ids]), memory=bank, routing_mask=torch.tensor([routes])).routing
     assert any(before[layer].documents[0].tolist() != chosen for layer, chosen in ranks.items())  # or nothing is shown
@@ -263,7 +263,7 @@ def test_a_protocols_prompts_are_its_transcripts(condition: str) -> None:
     for question, prediction in zip(QUESTIONS, found.predictions[condition], strict=False):
         places = [int(key) for key in question["positives"]]
         rounds = [] if condition == "no_memory" else [[(place, TEXTS[place])] for place in places]
-        ids, routes = Protocol.join(PUBLISHED.transcript(tokenizer, question["question"], rounds, closed=True))
+        ids, routes = PromptProtocol.join(PUBLISHED.transcript(tokenizer, question["question"], rounds, closed=True))
         if condition == "forced_gold":
             rows = [PUBLISHED.document_row(place, TEXTS[place], tokenizer) for place in places]
             gold = model.encode_documents(rows, tokenizer, show_progress=False)
@@ -303,7 +303,9 @@ def test_without_a_protocol_texts_and_question_stand_on_lines(compact: SimpleNam
 def test_texts_that_do_not_fit_are_left_out_and_counted(compact: SimpleNamespace) -> None:
     """Of two documents, with room for one; the last is left out, and does not count as read."""
     model, tokenizer = compact.model, compact.tokenizer
-    length = len(Protocol.join(COMPACT.transcript(tokenizer, "Is the cedar by the dune?", [[(2, TEXTS[2])]], True))[0])
+    length = len(
+        PromptProtocol.join(COMPACT.transcript(tokenizer, "Is the cedar by the dune?", [[(2, TEXTS[2])]], True))[0]
+    )
     positions = model.config.max_position_embeddings
     try:
         model.config.max_position_embeddings = model.config.first_position + length + 4
@@ -537,7 +539,7 @@ def test_recall_with_a_protocol_is_that_of_the_first_round(compact: SimpleNamesp
     top_k = model.config.top_k
     chosen: dict[int, list[list[int]]] = {layer: [] for layer in model.config.memory_layers}
     for item in questions:
-        ids, routes = Protocol.join(COMPACT.prompt_segments(tokenizer, item["question"]))
+        ids, routes = PromptProtocol.join(COMPACT.prompt_segments(tokenizer, item["question"]))
         with torch.no_grad():
             output = model(
                 input_ids=torch.tensor([ids]),

@@ -25,7 +25,7 @@ from msa_hf.training import peft_config
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 # What a loss may leave out: the routers, those of layers without auxiliary loss, the scalars of the score bias, ...
-BATCHES = ("plain", "unlabelled positives", "no positives", "pool", "packed", "bank")
+BATCHES = ("plain", "unlabeled positives", "no positives", "pool", "packed", "bank")
 MODELS: dict[str, dict[str, Any]] = {
     "default": {},
     "bias": {"score_bias": True},
@@ -52,7 +52,7 @@ def batch(kind: str, model: Any) -> dict[str, Any]:
         return {**questions, "memory": model.encode_documents(step().documents, show_progress=False)}
     if kind == "packed":
         return step().packed()
-    absent = {"unlabelled positives": ("labels", "answer_mask"), "no positives": ("positive_docs",)}.get(kind, ())
+    absent = {"unlabeled positives": ("labels", "answer_mask"), "no positives": ("positive_docs",)}.get(kind, ())
     return {name: value for name, value in made.items() if name not in absent}
 
 
@@ -90,7 +90,7 @@ def test_ddp_trains_on_any_batches(options, adapters, one_process) -> None:
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=1e-3)
     for kind in BATCHES:
-        if kind == "unlabelled positives":
+        if kind == "unlabeled positives":
             continue  # without a loss of the language, weights of the base get no gradient either
         optimizer.zero_grad()
         wrapped(**batch(kind, model)).loss.backward()
@@ -127,7 +127,7 @@ def test_fsdp_has_the_gradients_of_one_process(options, checkpointing, one_proce
     model = sharded(model, checkpointing)
     for kind, arguments in inputs.items():
         found = whole(gradients(model, model(**arguments).loss))
-        if kind == "unlabelled positives":  # FSDP makes zeros of what one process leaves out
+        if kind == "unlabeled positives":  # FSDP makes zeros of what one process leaves out
             found = {name: gradient for name, gradient in found.items() if name in expected[kind]}
         assert_same_gradients(found, expected[kind])
     found = whole(gradients(model, model(**scored).routing[3].document_scores.square().sum()))

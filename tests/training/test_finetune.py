@@ -207,8 +207,8 @@ def test_rows_hold_question_and_answer_with_labels_on_the_answer(side) -> None:
     mask = batch["attention_mask"].bool()
     texts = [tokenizer.decode(ids[real]) for ids, real in zip(batch["input_ids"], mask, strict=True)]
     assert texts == ["who likes name0 thing0 <eos>", "who who likes name3 thing1 likes thing2 <eos>"]
-    labelled = [tokenizer.decode(row[row != -100]) for row in batch["labels"]]
-    assert labelled == ["thing0 <eos>", "thing1 likes thing2 <eos>"]
+    labeled = [tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+    assert labeled == ["thing0 <eos>", "thing1 likes thing2 <eos>"]
     marked = batch["labels"] != -100
     assert torch.equal(batch["labels"][marked], batch["input_ids"][marked]) and bool(mask[marked].all())
     assert mask[0].tolist() == ([False] * 3 + [True] * 5 if side == "left" else [True] * 5 + [False] * 3)

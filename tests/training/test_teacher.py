@@ -11,7 +11,7 @@ from msa_hf.training.teacher import EmbeddingTeacher
 WORDS = ["[PAD]", "[UNK]", "one", "two", "three", "four", "five"]
 
 
-def test_embeddings_are_normalised_means_whatever_the_batch(tmp_path: Path) -> None:
+def test_embeddings_are_normalized_means_whatever_the_batch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16

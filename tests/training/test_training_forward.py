@@ -452,7 +452,7 @@ def test_each_loss_comes_with_its_argument() -> None:
     assert torch.equal(model(**batch, labels=labels["labels"], return_dict=False)[0], language.loss)
 
 
-def test_nothing_labelled_is_no_loss() -> None:
+def test_nothing_labeled_is_no_loss() -> None:
     """A micro-batch without a label or without an answer lends 0, not NaN."""
     model, batch = trainable(), step().pool()
     batch["answer_mask"][:] = False
@@ -587,7 +587,7 @@ def test_the_language_loss_of_a_whole_batch_is_its_mean() -> None:
 
 
 def test_the_auxiliary_loss_weighs_samples_by_their_labels() -> None:
-    """With `num_items_in_batch` each sample counts by its share of the labelled tokens that have a prediction."""
+    """With `num_items_in_batch` each sample counts by its share of the labeled tokens that have a prediction."""
     generator = torch.Generator().manual_seed(0)
     config = trainable().config
     scores = {layer: torch.rand(3, 4, generator=generator) for layer in config.aux_layers}

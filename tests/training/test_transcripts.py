@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from msa_hf import MSAForCausalLM
 from msa_hf.cli import main
 from msa_hf.data.questions import DataError, read_questions
-from msa_hf.generation import COMPACT, Protocol
+from msa_hf.generation import COMPACT, PromptProtocol
 from msa_hf.generation.protocol import PROTOCOL_FILE
 from msa_hf.training import QuestionCollator, finetune, router_recall
 from msa_hf.training.finetune import make_trainer, split
@@ -297,7 +297,7 @@ def test_a_checkpoints_own_protocol_is_trained(choice, kind, place, tmp_path, mo
     assert (out / PROTOCOL_FILE).exists() == (choice == "auto")
     protocol = PROTOCOL if choice == "auto" else None
     if protocol is not None:
-        assert Protocol.from_pretrained(out) == protocol
+        assert PromptProtocol.from_pretrained(out) == protocol
     questions = read_questions(place / "q.jsonl", DOCUMENTS)
     tokenizer, model = AutoTokenizer.from_pretrained(out), MSAForCausalLM.from_pretrained(place / "base").eval()
     rows: Any = [{"key": key, "text": text} for key, text in DOCUMENTS.items()]
@@ -340,4 +340,4 @@ def test_the_script_trains_the_protocol_too(place, tmp_path) -> None:
     places = {"base": place / "base", "documents": place / "d.jsonl", "questions": place / "q.jsonl"}
     options = {**places, "output": tmp_path / "out", "steps": 1, "eval-questions": 0, "rank": 4}
     assert script().main([str(item) for name, value in options.items() for item in (f"--{name}", value)]) == 0
-    assert Protocol.from_pretrained(tmp_path / "out") == PROTOCOL
+    assert PromptProtocol.from_pretrained(tmp_path / "out") == PROTOCOL

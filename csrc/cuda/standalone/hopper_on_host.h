@@ -86,7 +86,7 @@ struct Block {
     at(address + 7);
     if (address % 8 != 0) fail("an mbarrier that is not aligned");
     const auto found = phases.find(address);
-    if (found == phases.end()) fail("an mbarrier that was not initialised");
+    if (found == phases.end()) fail("an mbarrier that was not initialized");
     return found->second;
   }
 };

@@ -262,7 +262,7 @@ void check_pool(int number) {
     layout.longest = std::max(layout.longest, length);
   }
   layout.tokens = token_offsets.back() + outside;
-  const bool normalise = draw(0, common ? 4 : 1), zeros = draw(0, 7) == 0;
+  const bool normalize = draw(0, common ? 4 : 1), zeros = draw(0, 7) == 0;
   if (number % 50 == 7) {  // rows longer than the block, and more shared memory than comes without asking
     layout.groups = 64;
     layout.dim = 128;
@@ -277,11 +277,11 @@ void check_pool(int number) {
   char description[400];
   std::snprintf(description, sizeof description,
                 "pool %d: input %s content %s routing %s P=%d %s %s N=%ld longest=%ld G=%ld D=%ld padding=%ld shift=%zu "
-                "behind=%ld outside=%ld normalise=%d zeros=%d",
+                "behind=%ld outside=%ld normalize=%d zeros=%d",
                 number, name_of(input), name_of(content_format), name_of(routing_format), chunk_size,
                 layout.packed ? "packed" : "padded", layout.head_major ? "head-major" : "token-major",
                 long(layout.documents), long(layout.longest), long(layout.groups), long(layout.dim),
-                long(layout.padding), shift, long(behind), long(outside), normalise, zeros);
+                long(layout.padding), shift, long(behind), long(outside), normalize, zeros);
 
   // What is no token holds NaN (all bits set).
   std::vector<Buffer> states;
@@ -336,7 +336,7 @@ void check_pool(int number) {
   call.routing = routing.at();
   call.routing_format = routing_format;
   call.scales = bytes_of(routing_format) == 1 ? static_cast<float*>(scales.at()) : nullptr;
-  call.normalise = normalise;
+  call.normalize = normalize;
   CHECK_CUDA(pool_chunks_forward(call, nullptr));
   CHECK_CUDA(cudaDeviceSynchronize());
   content.download();
@@ -362,7 +362,7 @@ void check_pool(int number) {
     }
     std::vector<double> key(means[2].begin() + chunk * width, means[2].begin() + (chunk + 1) * width);
     double slack = sloppy, most = 0.0;
-    for (int64_t head = 0; normalise && head < layout.groups; ++head) {
+    for (int64_t head = 0; normalize && head < layout.groups; ++head) {
       double square = 1e-12;
       for (int64_t i = 0; i < layout.dim; ++i) square += key[head * layout.dim + i] * key[head * layout.dim + i];
       for (int64_t i = 0; i < layout.dim; ++i) key[head * layout.dim + i] /= std::sqrt(square);
@@ -419,7 +419,7 @@ void check_pool(int number) {
   back.grad_keys = layout.states(grads[0].at());
   back.grad_values = layout.states(grads[1].at());
   back.grad_router_keys = layout.states(grads[2].at());
-  back.normalise = normalise;
+  back.normalize = normalize;
   CHECK_CUDA(pool_chunks_backward(back, nullptr));
   CHECK_CUDA(cudaDeviceSynchronize());
   for (int part = 0; part < 3; ++part) {
@@ -434,7 +434,7 @@ void check_pool(int number) {
           double along = 0.0, square = 1e-12, factor = 1.0;
           const double* mean = &means[2][chunk * width + head * layout.dim];
           const int64_t start = chunk * width + head * layout.dim;
-          if (part == 2 && normalise) {
+          if (part == 2 && normalize) {
             for (int64_t i = 0; i < layout.dim; ++i) square += mean[i] * mean[i];
             factor = 1.0 / std::sqrt(square);
             for (int64_t i = 0; i < layout.dim; ++i) {
@@ -447,14 +447,14 @@ void check_pool(int number) {
               want = decode(grad_content.host.data(), (chunk * 2 + part) * width + head * layout.dim + i, input);
             } else {
               want = decode(grad_routing.host.data(), start + i, input);
-              if (normalise) want = factor * (want - mean[i] * factor * along);
+              if (normalize) want = factor * (want - mean[i] * factor * along);
             }
             want /= rows;
             const int64_t index = index_of(view, document, token_offsets[document], token, head, i);
             touched[index] = 1;
             const double got = decode(grads[part].host.data(), index, input);
             double limit = 1.01 * rounding_of(input) * std::abs(want) + 1e-6 * (1 + factor) * (1 + std::abs(along)) / rows;
-            if (part == 2 && normalise) {
+            if (part == 2 && normalize) {
               limit += 4 * sloppy * factor * factor * (1 + std::abs(along)) * std::sqrt(layout.dim) / rows;
             }
             if (input == Format::float16) limit += 1e-7;
@@ -620,18 +620,18 @@ void check_gather(int number, StagingRing& ring) {
   call.values = values.at();
   call.valid = static_cast<bool*>(valid.at());
   call.slots = static_cast<int64_t*>(slots.at());
-  const bool quantised = content_format == Format::float8_e4m3;
+  const bool quantized = content_format == Format::float8_e4m3;
   if (source == Source::device) {
     call.content = content.at();
-    call.scales = quantised ? static_cast<float*>(scales.at()) : nullptr;
+    call.scales = quantized ? static_cast<float*>(scales.at()) : nullptr;
     CHECK_CUDA(gather_documents(call, nullptr));
   } else if (source == Source::pinned) {
     call.content = pinned;
-    call.scales = quantised ? static_cast<float*>(pinned_scales) : nullptr;
+    call.scales = quantized ? static_cast<float*>(pinned_scales) : nullptr;
     CHECK_CUDA(gather_documents(call, nullptr));
   } else {
     call.content = content.host.data();
-    call.scales = quantised ? scales.as<float>() : nullptr;
+    call.scales = quantized ? scales.as<float>() : nullptr;
     CHECK_CUDA(ring.gather(call, nullptr, nullptr));
   }
   CHECK_CUDA(cudaDeviceSynchronize());
@@ -652,7 +652,7 @@ void check_gather(int number, StagingRing& ring) {
             float want = 0.0f;
             if (real) {
               want = decode(content.host.data(), (chunk * 2 + part) * groups * dim + head * dim + i, content_format);
-              if (quantised) want *= scales.as<float>()[chunk * 2 + part];
+              if (quantized) want *= scales.as<float>()[chunk * 2 + part];
             }
             encode(number_of.data(), 0, output_format, want);
             want = decode(number_of.data(), 0, output_format);
@@ -761,24 +761,24 @@ void time_pool(double copy) {
       call.input = call.content_format = call.routing_format = Format::bfloat16;
       call.content = empty(chunks * kWidth * 4);
       call.routing = empty(chunks * kWidth * 2);
-      call.normalise = true;
+      call.normalize = true;
       calls[0].push_back(call);
       PoolForward padded = call;
       for (TokenStates* part : {&padded.keys, &padded.values}) {
         *part = {part->data, int64_t{kGroups} * kDocument * kDim, kDim, int64_t{kDocument} * kDim, false};
       }
       calls[1].push_back(padded);
-      PoolForward quantised = call;
-      quantised.routing_format = Format::float8_e4m3;
-      quantised.scales = static_cast<float*>(empty(chunks * 4));
-      calls[2].push_back(quantised);
+      PoolForward quantized = call;
+      quantized.routing_format = Format::float8_e4m3;
+      quantized.scales = static_cast<float*>(empty(chunks * 4));
+      calls[2].push_back(quantized);
       PoolBackward back;
       back.chunking = call.chunking;
       back.input = back.grad_content_format = back.grad_routing_format = Format::bfloat16;
       back.router_keys = call.router_keys;
       back.grad_content = call.content;
       back.grad_routing = call.routing;
-      back.normalise = true;
+      back.normalize = true;
       TokenStates* grads[3] = {&back.grad_keys, &back.grad_values, &back.grad_router_keys};
       for (TokenStates* grad : grads) *grad = {empty(tokens * kWidth * 2), 0, kWidth, kDim, true};
       backs.push_back(back);
@@ -866,7 +866,7 @@ void time_gather(double copy, double bus) {
                 return gather(pinned, turn++);
               }),
               bytes, bus, 0.0, "GB/s");
-    auto quantised = [&](const void* content, int i) {
+    auto quantized = [&](const void* content, int i) {
       GatherCall one = call;
       one.documents = chosen_at + static_cast<int64_t>(i % kSets) * batch * k;
       one.content = content;
@@ -875,9 +875,9 @@ void time_gather(double copy, double bus) {
       return gather_documents(one, nullptr);
     };
     print_row(label + " of fp8 from device memory (read + written)",
-              time_ms(kSets, 9, [&](int i) { return quantised(on_device, i); }), 1.5 * bytes, copy, 0.0, "");
+              time_ms(kSets, 9, [&](int i) { return quantized(on_device, i); }), 1.5 * bytes, copy, 0.0, "");
     print_row(label + " of fp8 from pinned host memory (bytes read)",
-              time_ms(kSets, 9, [&](int i) { return quantised(pinned, i); }), bytes / 2, bus, 0.0, "");
+              time_ms(kSets, 9, [&](int i) { return quantized(pinned, i); }), bytes / 2, bus, 0.0, "");
     auto staged = [&](int i) {
       GatherCall one = call;
       one.documents = chosen_at + static_cast<int64_t>(i % kSets) * batch * k;

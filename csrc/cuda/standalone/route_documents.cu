@@ -209,12 +209,12 @@ Case some_case(Random& random, Type key_type, bool small) {
   }
   c.queries.resize(rows * c.width);
   c.keys.resize(c.chunks * c.width);
-  if (is_quantised(key_type)) c.scales.resize(c.chunks);
+  if (is_quantized(key_type)) c.scales.resize(c.chunks);
   for (float& scale : c.scales) scale = c.exact ? 0.5f : 0.001f * random.between(1, 50);
   if (c.exact) {
     for (int64_t i = 0; i < rows; i++)
       for (int64_t j = 0; j < c.width; j++) c.queries[i * c.width + j] = 4.0f * (random.below(3) - 1);
-    // Every sample's largest is 4, so that queries are whole after quantisation too.
+    // Every sample's largest is 4, so that queries are whole after quantization too.
     for (int64_t b = 0; b < c.samples; b++)
       for (int64_t t = 0; t < c.tokens; t++) c.queries[(b * c.tokens + t) * c.width] = 4.0f;
     for (float& x : c.keys) x = static_cast<float>(random.below(3) - 1);
@@ -239,7 +239,7 @@ std::vector<float> effective_queries(const Case& c, bool plain, int terms) {
       if (c.mask[i / c.width]) most = std::max(most, std::fabs(c.queries[i]));
     for (int64_t i = begin; i < end; i++) {
       if (plain) continue;
-      if (is_quantised(c.key_type)) {
+      if (is_quantized(c.key_type)) {
         const float factor = most > 1e-30f ? largest_of(c.key_type) / most : 0.0f;
         out[i] = rounded(c.key_type, c.queries[i] * factor) * (most * (1.0f / largest_of(c.key_type)));
       } else {

@@ -53,7 +53,7 @@ from ..model.storage_msa import (
     sync,
     table_schema,
 )
-from .sharded.collectives import RankFailed, Ranks
+from .sharded.collectives import Collectives, RankFailed
 from .store.changes import text_digest
 from .store.lock import WriterLock
 from .store.opening import empty_manifest, remove_unnamed
@@ -99,7 +99,7 @@ class Encoded:
 
 
 @contextlib.contextmanager
-def connected(timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
+def connected(timeout: timedelta = TIMEOUT) -> Iterator[Collectives]:
     """The processes that a launcher started, connected over gloo; one where none did.
 
     Args:
@@ -108,7 +108,7 @@ def connected(timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if launched:
         dist.init_process_group("gloo", timeout=timeout)
-    ranks = Ranks(None, timeout)
+    ranks = Collectives(None, timeout)
     try:
         yield ranks
         _part_with(ranks)
@@ -119,7 +119,7 @@ def connected(timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
 
 
 @contextlib.contextmanager
-def agreed(ranks: Ranks) -> Iterator[None]:
+def agreed(ranks: Collectives) -> Iterator[None]:
     """A block that every process goes through: where it raises in one, that one's error ends it in all.
 
     Raises:
@@ -145,7 +145,7 @@ def agreed(ranks: Ranks) -> Iterator[None]:
             raise RankFailed(f"Process {rank} failed: {text}")
 
 
-def _part_with(ranks: Ranks) -> None:
+def _part_with(ranks: Collectives) -> None:
     """Wait until all have what was told last: who leaves earlier breaks the connections that others still read from."""
     with contextlib.suppress(RankFailed):
         ranks.everyone(None)
@@ -161,7 +161,7 @@ def encode_bank(
     tokenizer: Any,
     protocol: Any = None,
     *,
-    ranks: Ranks,
+    ranks: Collectives,
     too_long: str = "error",
     part_size: int = PART_SIZE,
     batch_tokens: int = 16384,
@@ -245,7 +245,7 @@ def _encode_parts(
     folder: Path,
     parts: list[Part],
     records: dict[str, Record],
-    ranks: Ranks,
+    ranks: Collectives,
     show_progress: bool,
 ) -> int:
     """Encode what has no record, a part in every process at a time; adds the records.

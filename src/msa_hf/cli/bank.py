@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..bank import BankDamaged, BankLocked, OpenBank
+from ..bank import BankDamaged, BankLocked, BankStore
 from ..data.documents import Corpus
 from ..user_errors import UserError, reported
 from .loading import load, new_directory, protocol_of
@@ -58,11 +58,11 @@ def add_to(commands: Any) -> None:
 
 
 @contextlib.contextmanager
-def opened(directory: str | Path, model: Any = None, *made_with: Any, **options: Any) -> Iterator[OpenBank]:
-    """A bank as `OpenBank` opens it, without a model where none is given."""
+def opened(directory: str | Path, model: Any = None, *made_with: Any, **options: Any) -> Iterator[BankStore]:
+    """A bank as `BankStore` opens it, without a model where none is given."""
     with reported():
         try:
-            with OpenBank(model, directory, *made_with, **options) as bank:
+            with BankStore(model, directory, *made_with, **options) as bank:
                 yield bank
         except (BankLocked, BankDamaged) as error:
             raise UserError(str(error)) from error

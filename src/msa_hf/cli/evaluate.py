@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.documents import Corpus
 from ..evaluation.diagnosis import CONDITIONS, checked_conditions, diagnose, read_judged
-from ..generation import Protocol
+from ..generation import PromptProtocol
 from ..generation.interleave import SELECTIONS
 from ..model.memory_msa import MemoryBank
 from ..model.storage_msa import MANIFEST
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def encoded(corpus: Corpus, model: Any, tokenizer: Any, protocol: Protocol | None) -> MemoryBank:
+def encoded(corpus: Corpus, model: Any, tokenizer: Any, protocol: PromptProtocol | None) -> MemoryBank:
     """Documents as a bank in memory, wrapped as the protocol says."""
     columns: dict[str, Any] = {"text_column": corpus.text_column, "key_column": corpus.key_column}
     if protocol is None:

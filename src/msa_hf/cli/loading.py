@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ..generation import COMPACT, PUBLISHED, Protocol
+from ..generation import COMPACT, PUBLISHED, PromptProtocol
 from ..model.modeling_msa import MSAForCausalLM
 from ..user_errors import UserError, reported
 
-PROTOCOLS: dict[str, Protocol | None] = {"compact": COMPACT, "published": PUBLISHED, "none": None}
+PROTOCOLS: dict[str, PromptProtocol | None] = {"compact": COMPACT, "published": PUBLISHED, "none": None}
 
 
 def checkpoint(name: str) -> str:
@@ -33,12 +33,12 @@ def load(name: str, device: Any, dtype: str) -> tuple[Any, Any]:
         return model, AutoTokenizer.from_pretrained(name)
 
 
-def protocol_of(choice: str, name: str) -> Protocol | None:
+def protocol_of(choice: str, name: str) -> PromptProtocol | None:
     """The protocol that was asked for, or the checkpoint's own; None for plain text."""
     if choice == "auto":
         try:
             with reported():
-                protocol: Protocol | None = Protocol.from_pretrained(name)
+                protocol: PromptProtocol | None = PromptProtocol.from_pretrained(name)
         except UserError as error:
             if not isinstance(error.__cause__, OSError):
                 raise

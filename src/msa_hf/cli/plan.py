@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bank.tiered.hardware import RATES, TIERS, Rates, Tiers, measured_tiers
-from ..bank.tiered.plan import Choice, Placement, Reserves, plan_placement
+from ..bank.tiered.plan import Placement, PlacementOptions, Reserves, plan_placement
 from ..bank.tiered.shapes import CONTENT_FORMATS, GB, KEY_FORMATS, BankShape
 from ..user_errors import reported
 from .options import command
@@ -59,7 +59,7 @@ def resident(text: str) -> int | None:
     return None if text == "fit" else int(text)
 
 
-def placement(text: str) -> str | Choice:
+def placement(text: str) -> str | PlacementOptions:
     """An argument type: "auto", or where keys and content lie, such as fp8@device,bf16@host."""
     if text == "auto":
         return text
@@ -68,7 +68,7 @@ def placement(text: str) -> str | Choice:
         raise argparse.ArgumentTypeError(
             f"must be auto, or keys and content such as fp8@device,bf16@host, got {text!r}"
         )
-    return Choice(*placed(keys), *placed(content))
+    return PlacementOptions(*placed(keys), *placed(content))
 
 
 def add_to(commands: Any) -> None:
@@ -165,7 +165,7 @@ def planned(args: argparse.Namespace) -> Placement:
     return plan_placement(
         shape,
         tiers,
-        placement=Choice(keys, keys_on, content, content_on, resident=args.resident),
+        placement=PlacementOptions(keys, keys_on, content, content_on, resident=args.resident),
         content_formats=args.content_formats,
         reserves=Reserves(weights, args.activations, args.kv_cache, args.host_reserve, args.disk_reserve),
         gpus=args.gpus,

@@ -1,9 +1,10 @@
 """Judging a model with a memory: corpora to ask about, and whether an answer is right."""
 
+from ..moved import renamed
 from ..synthetic.corpora import UNANSWERABLE, Corpus, Fact, Question, make_corpus
 from ..synthetic.prose import prose_documents
-from .metrics import exact_match, normalise_answer
-from .quantised import quantised_recall
+from .metrics import exact_match, normalize_answer
+from .quantized import quantized_recall
 
 __all__ = [
     "UNANSWERABLE",
@@ -12,7 +13,9 @@ __all__ = [
     "Question",
     "exact_match",
     "make_corpus",
-    "normalise_answer",
+    "normalize_answer",
     "prose_documents",
-    "quantised_recall",
+    "quantized_recall",
 ]
+
+__getattr__ = renamed(__name__, {"quantised_recall": "quantized_recall", "normalise_answer": "normalize_answer"})

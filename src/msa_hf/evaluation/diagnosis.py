@@ -11,7 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..data.questions import DataError, _pad, _rows, _text
-from ..generation import DocumentIds, MemoryInterleave, Protocol
+from ..generation import DocumentIds, MemoryInterleave, PromptProtocol
 from ..generation.interleave import ROUTER_DOCUMENTS
 from ..model.memory_msa import MemoryBank
 from ..model.modes_msa import evaluating
@@ -45,7 +45,7 @@ def router_recall(
     questions: Sequence[Mapping[str, Any]],
     k: int | None = None,
     batch_size: int = 16,
-    protocol: Protocol | None = None,
+    protocol: PromptProtocol | None = None,
     rounds_read: int = 0,
 ) -> dict[str, Any]:
     """How many of the documents that answer them routers find for questions as they are first put, or later.
@@ -344,7 +344,7 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 # Asking ---------------------------------------------------------------------------------------------------------------
 
 
-def checked_conditions(conditions: Sequence[str] | None, protocol: Protocol | None) -> list[str]:
+def checked_conditions(conditions: Sequence[str] | None, protocol: PromptProtocol | None) -> list[str]:
     """The conditions in the order in which they are measured; None: all that make sense, but `"ids"`.
 
     Raises:
@@ -368,7 +368,7 @@ def diagnose(
     tokenizer: Any,
     bank: MemoryBank,
     questions: Sequence[Mapping[str, Any]],
-    protocol: Protocol | None = None,
+    protocol: PromptProtocol | None = None,
     conditions: Sequence[str] | None = None,
     k: int | None = None,
     batch_size: int = 8,
@@ -469,7 +469,7 @@ class _Run:
         model: Any,
         tokenizer: Any,
         bank: MemoryBank,
-        protocol: Protocol | None,
+        protocol: PromptProtocol | None,
         questions: Sequence[_Question],
         interleave: Mapping[str, Any],
         batch_size: int,

@@ -9,7 +9,7 @@ _INSIDE_NUMBERS = re.compile(r"(?<=\d)([.,])(?=\d)")
 _PUNCTUATION = str.maketrans({mark: " " for mark in string.punctuation + "“”‘’„«»–—…"})
 
 
-def normalise_answer(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """An answer without case, articles, punctuation and surplus white space. A decimal point stays, and a comma between
     digits joins them: "The Oskel Lantern." is "oskel lantern", "48,200" is "48200", and "4.2" is not "42"."""
     text = unicodedata.normalize("NFKC", text).lower()
@@ -19,6 +19,6 @@ def normalise_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answer: str) -> bool:
-    """Tell whether the prediction is the answer, up to `normalise_answer`. An empty prediction never is."""
-    normalised = normalise_answer(prediction)
-    return bool(normalised) and normalised == normalise_answer(answer)
+    """Tell whether the prediction is the answer, up to `normalize_answer`. An empty prediction never is."""
+    normalized = normalize_answer(prediction)
+    return bool(normalized) and normalized == normalize_answer(answer)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data.questions import SEPARATOR, _pad, question_ids
-from ..generation import DocumentIds, MemoryInterleave, Protocol
+from ..generation import DocumentIds, MemoryInterleave, PromptProtocol
 from ..model.memory_msa import MemoryBank
 from ..model.positions_msa import in_positions_of, position_limit
 
@@ -27,13 +27,13 @@ def text_of(bank: MemoryBank, position: int) -> str:
 def prompt_of(
     tokenizer: Any,
     question: str,
-    protocol: Protocol | None,
+    protocol: PromptProtocol | None,
     rounds: Sequence[Sequence[tuple[int, str]]] = (),
 ) -> tuple[list[int], list[bool]]:
     """A question as it is put, behind rounds of (id, text) pairs that were read, and which of its tokens route: as the
     protocol says, or as `QuestionCollator`."""
     if protocol is not None:
-        return Protocol.join(protocol.transcript(tokenizer, question, rounds))
+        return PromptProtocol.join(protocol.transcript(tokenizer, question, rounds))
     ids = question_ids(tokenizer, question)
     return ids, [True] * len(ids)
 
@@ -66,7 +66,7 @@ class Writer:
     """Has a model answer prompts, with the memory or without."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, bank: MemoryBank, protocol: Protocol | None, max_new_tokens: int
+        self, model: Any, tokenizer: Any, bank: MemoryBank, protocol: PromptProtocol | None, max_new_tokens: int
     ) -> None:
         self.model, self.tokenizer, self.bank, self.protocol = model, tokenizer, bank, protocol
         self.max_new_tokens = max_new_tokens
@@ -112,7 +112,7 @@ class Writer:
             texts = [text_of(self.bank, position) for group in rounds for position in group]
             return prompt_of(self.tokenizer, SEPARATOR.join([*texts, question]), None)
         pairs = [[(self.ids.id_of(position), text_of(self.bank, position)) for position in group] for group in rounds]
-        return Protocol.join(self.protocol.transcript(self.tokenizer, question, pairs, closed=True))
+        return PromptProtocol.join(self.protocol.transcript(self.tokenizer, question, pairs, closed=True))
 
     def write(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..generation import Protocol
+from ..generation import PromptProtocol
 from ..model.attention_msa import ScoreBias
 from ..model.memory_msa import MemoryBank
 from .diagnosis import diagnose
@@ -18,7 +18,7 @@ def sharpen_score_bias(
     tokenizer: Any,
     bank: MemoryBank,
     questions: Sequence[Mapping[str, Any]],
-    protocol: Protocol,
+    protocol: PromptProtocol,
     factors: Sequence[float] = FACTORS,
     slack: float = 0.005,
     **options: Any,

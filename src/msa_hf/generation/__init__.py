@@ -1,23 +1,26 @@
 """Asking a memory: Memory Interleave (paper, 3.5), the protocol it speaks and the trace it leaves."""
 
-from .custom_generate import memory_interleave
+from ..moved import renamed
+from .generate_hook import memory_interleave
 from .interleave import Answer, MemoryInterleave, Source
-from .protocol import COMPACT, PUBLISHED, DocumentIds, Protocol, Segment
-from .trace import Choice, Dropped, Round, Stage, Trace
+from .protocol import COMPACT, PUBLISHED, DocumentIds, PromptProtocol, Segment
+from .trace import Dropped, Round, RoutedDocument, Stage, Trace
 
 __all__ = [
     "COMPACT",
     "PUBLISHED",
     "Answer",
-    "Choice",
     "DocumentIds",
     "Dropped",
     "MemoryInterleave",
-    "Protocol",
+    "PromptProtocol",
     "Round",
+    "RoutedDocument",
     "Segment",
     "Source",
     "Stage",
     "Trace",
     "memory_interleave",
 ]
+
+__getattr__ = renamed(__name__, {"Choice": "RoutedDocument", "Protocol": "PromptProtocol"})

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..model.tokenizing_msa import tokenize
-from .protocol import Protocol
+from .protocol import PromptProtocol
 
 LEAF = ""  # the key under which a node of the trie says what ends there: an id, or None for a marker
 # How vocabularies spell a space or a line break.
@@ -27,7 +27,7 @@ class TokenTexts:
         tokenizer: of the model.
     """
 
-    def __init__(self, protocol: Protocol, tokenizer: Any) -> None:
+    def __init__(self, protocol: PromptProtocol, tokenizer: Any) -> None:
         words = protocol.id_format.format(id=0) + protocol.ids_end + protocol.retrieval_end
         alphabet = {*words, *string.digits, *STAND_INS}
         names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -59,7 +59,7 @@ class IdAutomaton:
         may_end: whether it may name none; without candidates it may in any case.
     """
 
-    protocol: Protocol
+    protocol: PromptProtocol
     candidates: Sequence[int]
     limit: int
     may_end: bool = True

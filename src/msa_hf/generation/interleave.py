@@ -18,10 +18,10 @@ from ..model.configuration_msa import full_attention_layers
 from ..model.modes_msa import evaluating
 from ..model.positions_msa import position_limit
 from .constrained import IdAutomaton, TokenTexts
-from .feed import Feed
-from .protocol import PUBLISHED, DocumentIds, Protocol, Segment
+from .protocol import PUBLISHED, DocumentIds, PromptProtocol, Segment
 from .streaming import AnswerStreamer
-from .trace import Choice, Dropped, Round, Stage, Trace
+from .trace import Dropped, Round, RoutedDocument, Stage, Trace
+from .transcript_feeder import TranscriptFeeder
 
 SELECTIONS = ("generate", "constrained", "router")
 LAYER_SCORES = ("mean", "max")
@@ -30,7 +30,7 @@ ROUTER_DOCUMENTS = 1
 
 
 @dataclass(frozen=True)
-class Source(Choice):
+class Source(RoutedDocument):
     """A document that was read for an answer; `score` is the routers' of the round it was read in, None where no layer
     had chosen it."""
 
@@ -81,7 +81,7 @@ class MemoryInterleave:
 
     Transcripts are canonical: whatever tokens the model chose to name documents with, the transcript goes on with the
     protocol's own spelling of those that were read. Hence all three selections, and training with
-    `Protocol.transcript`, make the same sequences.
+    `PromptProtocol.transcript`, make the same sequences.
 
     **Reuse of keys and values.** Every round routes anew, and behind the first memory layer the states of all tokens
     depend on the documents chosen. So the published procedure, which is the default here, prefills the longer
@@ -124,7 +124,7 @@ class MemoryInterleave:
         model: Any,
         tokenizer: Any,
         bank: Any,
-        protocol: Protocol = PUBLISHED,
+        protocol: PromptProtocol = PUBLISHED,
         max_rounds: int = 3,
         select: str = "router",
         documents_per_round: int | None = None,
@@ -246,7 +246,7 @@ class MemoryInterleave:
         return self.max_context_tokens - taken - options["generation_config"].max_new_tokens
 
     def _ask(self, samples: list[_Sample], streamer: Any, options: dict[str, Any]) -> list[Answer]:
-        feed = Feed(self.model, self.bank, self._pad_id, samples, self.reuse_cache)
+        feed = TranscriptFeeder(self.model, self.bank, self._pad_id, samples, self.reuse_cache)
         for number in range(self.max_rounds):
             active = [sample for sample in samples if not sample.ended]
             if not active:
@@ -256,7 +256,7 @@ class MemoryInterleave:
             sample.segments += sample.closing
         return self._answer(feed, samples, streamer, options)
 
-    def _round(self, feed: Feed, samples: list[_Sample], number: int, options: dict[str, Any]) -> None:
+    def _round(self, feed: TranscriptFeeder, samples: list[_Sample], number: int, options: dict[str, Any]) -> None:
         start = time.perf_counter()
         logits, routing, fed = feed.prefill(samples)
         chosen = {
@@ -298,7 +298,9 @@ class MemoryInterleave:
         for item, tokens in zip(rounds, written, strict=True):
             item.stages["select"] = Stage(len(tokens), seconds)
 
-    def _choices(self, documents: list[int], scores: list[float], names: dict[int, tuple[int, str]]) -> list[Choice]:
+    def _choices(
+        self, documents: list[int], scores: list[float], names: dict[int, tuple[int, str]]
+    ) -> list[RoutedDocument]:
         """What a layer chose; `names` keeps ids and keys that were looked up, as the layers choose much the same."""
         chosen = []
         for position, score in zip(documents, scores, strict=True):
@@ -306,12 +308,12 @@ class MemoryInterleave:
                 if position not in names:
                     document = self.bank.documents[position]
                     names[position] = (DocumentIds.of(position, document), document.key)
-                chosen.append(Choice(position, *names[position], score))
+                chosen.append(RoutedDocument(position, *names[position], score))
         return chosen
 
-    def _combined(self, chosen: dict[int, list[Choice]]) -> list[Choice]:
+    def _combined(self, chosen: dict[int, list[RoutedDocument]]) -> list[RoutedDocument]:
         """The union of what the layers chose, best first; equal scores by position."""
-        names: dict[int, Choice] = {}
+        names: dict[int, RoutedDocument] = {}
         by_layer: list[dict[int, float]] = []
         for documents in chosen.values():
             names |= {choice.position: choice for choice in documents}
@@ -323,10 +325,10 @@ class MemoryInterleave:
                 return max(scores[position] for scores in by_layer if position in scores)
             return sum(scores.get(position, low) for scores, low in zip(by_layer, lowest, strict=True)) / len(by_layer)
 
-        union = [Choice(item.position, item.id, item.key, score(position)) for position, item in names.items()]
+        union = [RoutedDocument(item.position, item.id, item.key, score(position)) for position, item in names.items()]
         return sorted(union, key=lambda item: (-(item.score or 0.0), item.position))
 
-    def _candidates(self, sample: _Sample, item: Round) -> list[Choice]:
+    def _candidates(self, sample: _Sample, item: Round) -> list[RoutedDocument]:
         return [choice for choice in item.combined if not (self.exclude_read and choice.position in sample.read)]
 
     def _routed(self, sample: _Sample, item: Round, logits: Tensor, number: int) -> tuple[list[int], str | None]:
@@ -373,7 +375,7 @@ class MemoryInterleave:
             return
         sample.segments += self._appended(found)
         sample.documents += [source for source, _ in found]
-        item.read = [Choice(source.position, source.id, source.key, source.score) for source, _ in found]
+        item.read = [RoutedDocument(source.position, source.id, source.key, source.score) for source, _ in found]
         item.text = self.protocol.block_text((source.id, text) for source, text in found)
 
     def _appended(self, documents: list[tuple[Source, str]]) -> list[Segment]:
@@ -385,7 +387,9 @@ class MemoryInterleave:
 
     # Naming -----------------------------------------------------------------------------------------------------------
 
-    def _write(self, feed: Feed, logits: Tensor, samples: list[_Sample], rounds: list[Round]) -> list[list[int]]:
+    def _write(
+        self, feed: TranscriptFeeder, logits: Tensor, samples: list[_Sample], rounds: list[Round]
+    ) -> list[list[int]]:
         """What the model writes to name documents, greedily: per sample the tokens up to and with the marker."""
         markers = (self.protocol.ids_end, self.protocol.retrieval_end)
         stops = self._stop_ids(None)
@@ -481,7 +485,9 @@ class MemoryInterleave:
             options["tokenizer"] = self.tokenizer
         return {**options, "generation_config": config}
 
-    def _answer(self, feed: Feed, samples: list[_Sample], streamer: Any, options: dict[str, Any]) -> list[Answer]:
+    def _answer(
+        self, feed: TranscriptFeeder, samples: list[_Sample], streamer: Any, options: dict[str, Any]
+    ) -> list[Answer]:
         start = time.perf_counter()
         config = options["generation_config"]
         stops = config.eos_token_id or []

@@ -1,4 +1,4 @@
-"""`Protocol`: the words between a model and its memory, as data.
+"""`PromptProtocol`: the words between a model and its memory, as data.
 
 How a document is wrapped for encoding, how a question is put, how documents are named, how their texts are handed back
 and how the answer begins and ends. Training and inference build their token sequences here, so that they cannot differ.
@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 
 from ..model.splitting_msa import split_text
 from ..model.tokenizing_msa import plain_markers, tokenize_texts
+from ..moved import renamed
 
 PROTOCOL_FILE = "memory_protocol.json"
 FORMAT_VERSION = 1
@@ -57,7 +58,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Protocol:
+class PromptProtocol:
     """Prompts, markers and the wrapping of documents.
 
     Templates are `str.format` strings; a literal brace is doubled. Only the templates' own words can become markers,
@@ -350,7 +351,7 @@ class Protocol:
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Protocol:
+    def from_dict(cls, record: Mapping[str, Any]) -> PromptProtocol:
         """The inverse of `to_dict`.
 
         Raises:
@@ -370,7 +371,7 @@ class Protocol:
         Path(directory, PROTOCOL_FILE).write_text(text, encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **hub: Any) -> Protocol:
+    def from_pretrained(cls, name_or_path: str | Path, **hub: Any) -> PromptProtocol:
         """Read the protocol of a checkpoint, from a directory or the Hub.
 
         Raises:
@@ -483,7 +484,7 @@ def _stored_id(document: Any) -> int | None:
 
 
 # The protocol of the published checkpoints (arXiv 2603.23516).
-PUBLISHED = Protocol(
+PUBLISHED = PromptProtocol(
     prefix="<|im_start|>user\n",
     document="<|im_start|>[{id}]. {text}[{id}]<|im_end|>",
     prompt=(
@@ -507,7 +508,7 @@ PUBLISHED = Protocol(
 )
 
 # For models trained from scratch: four special tokens, no instructions, every id on a line or between brackets.
-COMPACT = Protocol(
+COMPACT = PromptProtocol(
     document="[{id}] {text}\n[{id}]",
     prompt=(("{question}", True), ("<|ids|>", False)),
     id_format="[{id}]",
@@ -520,3 +521,5 @@ COMPACT = Protocol(
     answer_end="<|end|>",
     special_tokens=("<|ids|>", "<|docs|>", "<|answer|>", "<|end|>"),
 )
+
+__getattr__ = renamed(__name__, {"Protocol": "PromptProtocol"})

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers.generation import BaseStreamer
 
-from .protocol import Protocol
+from .protocol import PromptProtocol
 
 
 class AnswerStreamer(BaseStreamer):
@@ -21,7 +21,7 @@ class AnswerStreamer(BaseStreamer):
         stops: tokens that end the answer.
     """
 
-    def __init__(self, inner: BaseStreamer, tokenizer: Any, protocol: Protocol, stops: Sequence[int]) -> None:
+    def __init__(self, inner: BaseStreamer, tokenizer: Any, protocol: PromptProtocol, stops: Sequence[int]) -> None:
         self.inner, self.tokenizer, self.stops = inner, tokenizer, set(stops)
         self.opening = protocol.answer_opening.strip()
         self.held: list[Tensor] = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 
+from ..moved import renamed
+
 SHOWN_TEXT = 300  # characters of an appended text that `explain` shows
 
 
@@ -17,7 +19,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Choice:
+class RoutedDocument:
     """A document, with the router's score where a router chose it."""
 
     position: int
@@ -55,12 +57,12 @@ class Round:
         stages: `"prefill"` and `"select"`.
     """
 
-    chosen: dict[int, list[Choice]]
-    combined: list[Choice]
+    chosen: dict[int, list[RoutedDocument]]
+    combined: list[RoutedDocument]
     generated: str = ""
     named: list[int] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
-    read: list[Choice] = field(default_factory=list)
+    read: list[RoutedDocument] = field(default_factory=list)
     text: str = ""
     ended: str = ""
     stages: dict[str, Stage] = field(default_factory=dict)
@@ -119,8 +121,8 @@ class Trace:
         return text
 
 
-def _listed(documents: list[Choice]) -> str:
-    def name(item: Choice) -> str:
+def _listed(documents: list[RoutedDocument]) -> str:
+    def name(item: RoutedDocument) -> str:
         key = "" if item.key == str(item.id) else f" {item.key}"
         return f"[{item.id}]{key}" + ("" if item.score is None else f" ({item.score:.3f})")
 
@@ -129,3 +131,6 @@ def _listed(documents: list[Choice]) -> str:
 
 def _cost(name: str, stage: Stage) -> str:
     return f"  {name}: {stage.tokens} tokens, {stage.seconds * 1000:.1f} ms"
+
+
+__getattr__ = renamed(__name__, {"Choice": "RoutedDocument"})

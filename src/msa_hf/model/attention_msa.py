@@ -23,8 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_msa import Context
-from .chosen_msa import Chosen, score_chosen, scores_at
+from .cache_msa import MemoryContext
+from .chosen_msa import DocumentRows, score_chosen, scores_at
 from .chunks_msa import chunk_counts, gather_documents, pool_documents
 from .gradients_msa import join_routers, tie
 from .memory_msa import LayerMemory
@@ -269,7 +269,7 @@ class AttendingPass:
         keep_document_scores: report the scores of all documents.
         operations: instead of `OPERATIONS`, for a memory whose `layers` are not all of it; with `score_documents` and
             `score_chosen`.
-        contexts: layer -> `Context` of the turns before; those of this turn are written there where `keep_contexts`.
+        contexts: layer -> `MemoryContext` of the turns before; those of this turn are written there if `keep_contexts`.
 
     Attributes:
         routing: layer -> `LayerRouting`, the result.
@@ -288,7 +288,7 @@ class AttendingPass:
         force_documents: Tensor | None = None,
         keep_document_scores: bool = False,
         operations: dict[str, Callable[..., Any]] | None = None,
-        contexts: dict[int, Context] | None = None,
+        contexts: dict[int, MemoryContext] | None = None,
         keep_contexts: bool = False,
     ) -> None:
         self.config = config
@@ -308,7 +308,7 @@ class AttendingPass:
         self.router_queries: dict[int, Tensor] = {}
         self.not_finite: dict[int, Tensor] = {}
         self.moved_offsets: dict[torch.device, Tensor] = {}
-        self.moved_forced: dict[torch.device, Chosen] = {}
+        self.moved_forced: dict[torch.device, DocumentRows] = {}
         self.recording = True
 
     def finish(self) -> dict[int, LayerRouting]:
@@ -368,7 +368,7 @@ class AttendingPass:
             return context_attention_and_weights(query, key, value, attention_mask, context, **options)
         return context_attention(query, key, value, attention_mask, context, **options), None
 
-    def _prefix_context(self, layer: int, query: Tensor, dtype: torch.dtype) -> Context | None:
+    def _prefix_context(self, layer: int, query: Tensor, dtype: torch.dtype) -> MemoryContext | None:
         """The prefix alone: the context of layers without memory."""
         if layer not in self.prefix:
             return None
@@ -376,9 +376,11 @@ class AttendingPass:
             states.to(query.device, dtype).expand(query.shape[0], *states.shape[-3:]) for states in self.prefix[layer]
         )
         valid = torch.ones(query.shape[0], keys.shape[2], dtype=torch.bool, device=query.device)
-        return Context(keys, values, valid, prefix_length=keys.shape[2])
+        return MemoryContext(keys, values, valid, prefix_length=keys.shape[2])
 
-    def _route(self, module: nn.Module, query: Tensor, dtype: torch.dtype, previous: Context | None) -> Context:
+    def _route(
+        self, module: nn.Module, query: Tensor, dtype: torch.dtype, previous: MemoryContext | None
+    ) -> MemoryContext:
         layer, mask = module.layer_idx, self.routing_mask
         assert mask is not None and self.offsets is not None
         memory = self.layers[layer]
@@ -469,7 +471,7 @@ class AttendingPass:
             found = (mask & ~router_query.detach().isfinite().flatten(2).all(2)).any()
             self.not_finite[layer] = found if scores is None else found | scores.detach().isnan().any()
 
-    def _forced_on(self, device: torch.device) -> Chosen:
+    def _forced_on(self, device: torch.device) -> DocumentRows:
         """`force_documents`, of which none is hidden, looked up once for all layers that lie on one device."""
         if device not in self.moved_forced:
             assert self.force_documents is not None and self.offsets is not None
@@ -478,7 +480,7 @@ class AttendingPass:
                 places = documents.clamp(min=0).to(self.visible.device)
                 visible = self.visible.expand(len(documents), -1).gather(1, places)
                 documents = documents.masked_fill(~visible.to(documents.device), -1)
-            found = next(iter(self.moved_forced.values()), None) or Chosen(documents, self.offsets.cpu())
+            found = next(iter(self.moved_forced.values()), None) or DocumentRows(documents, self.offsets.cpu())
             self.moved_forced[device] = found.to(device)
         return self.moved_forced[device]
 
@@ -505,7 +507,7 @@ class AttendingPass:
         scores: Tensor,
         query: Tensor,
         dtype: torch.dtype,
-    ) -> Context:
+    ) -> MemoryContext:
         operations = self.operations or OPERATIONS
         gather = gather_documents if memory.content.requires_grad else operations["gather_documents"]
         keys, values, valid, slots = gather(documents, offsets, memory.content)
@@ -524,7 +526,7 @@ class AttendingPass:
             valid = torch.cat([prefix.valid, valid], dim=1)
             if bias is not None:
                 bias = torch.nn.functional.pad(bias, (prefix_length, 0))
-        return Context(keys, values, valid, prefix_length, bias, documents.to(query.device))
+        return MemoryContext(keys, values, valid, prefix_length, bias, documents.to(query.device))
 
 
 def chunks_of(lengths: Tensor, chunk_size: int) -> Tensor:
@@ -542,7 +544,7 @@ def fused_context_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    context: Context,
+    context: MemoryContext,
     *,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -582,7 +584,7 @@ def fused_context_attention(
 
 
 def _with_row_bias(
-    query: Tensor, keys: Tensor, values: Tensor, context: Context, scaling: float
+    query: Tensor, keys: Tensor, values: Tensor, context: MemoryContext, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [B, H, T, D], keys and values [B, H, R + S, D] with further dimensions, in which every query's products
     with the R rows of the context get their bias, or one that hides rows without content."""
@@ -602,7 +604,7 @@ def _with_row_bias(
     )
 
 
-def _joined_mask(mask: Tensor, context: Context, query: Tensor) -> Tensor:
+def _joined_mask(mask: Tensor, context: MemoryContext, query: Tensor) -> Tensor:
     """[B, 1, T, R + S] for rows and own tokens, from that of the own tokens: boolean where nothing is added."""
     length = query.shape[2]
     rows = context.valid[:, None, None, :].expand(-1, 1, length, -1)
@@ -625,7 +627,7 @@ def context_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    context: Context,
+    context: MemoryContext,
     *,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -657,7 +659,7 @@ def context_attention(
 
 
 def context_attention_and_weights(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, context: Context, **options: Any
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, context: MemoryContext, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """`context_attention`, and the weights [B, H, T, S] of the own tokens.
 
@@ -674,7 +676,7 @@ def _attend_in_pieces(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    context: Context,
+    context: MemoryContext,
     *,
     scaling: float | None,
     softcap: float | None,

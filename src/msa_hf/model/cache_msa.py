@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, QuantizedCache
 
 
 @dataclass(frozen=True)
-class Context:
+class MemoryContext:
     """What stands before a layer's own tokens: the rows of the prefix, then those of the chosen documents.
 
     Attributes:
@@ -34,13 +34,13 @@ class Context:
         """[B] int64, memory rows of each sample, the prefix not counted."""
         return self.valid[:, self.prefix_length :].sum(1)
 
-    def index(self, samples: Tensor) -> Context:
+    def index(self, samples: Tensor) -> MemoryContext:
         """The contexts of `samples` [B'] int64, in that order."""
 
         def pick(tensor: Tensor) -> Tensor:
             return tensor.index_select(0, samples.to(tensor.device))
 
-        return Context(
+        return MemoryContext(
             pick(self.keys),
             pick(self.values),
             pick(self.valid),
@@ -49,7 +49,7 @@ class Context:
             None if self.documents is None else pick(self.documents),
         )
 
-    def where(self, samples: Tensor, other: Context) -> Context:
+    def where(self, samples: Tensor, other: MemoryContext) -> MemoryContext:
         """This context for `samples` ([B] bool), `other` for the rest: a turn in which only some samples route."""
         width = max(self.keys.shape[2], other.keys.shape[2])
 
@@ -75,7 +75,7 @@ class Context:
                 for item in (self.documents, other.documents)
             )
             documents = torch.where(samples[:, None].to(mine.device), mine, theirs)
-        return Context(
+        return MemoryContext(
             choose(self.keys, other.keys, 2),
             choose(self.values, other.values, 2),
             choose(self.valid, other.valid, 1),
@@ -92,12 +92,12 @@ class KeepsContexts(Cache):
     may have its own number of rows, and decoding never copies them.
 
     Attributes:
-        contexts: layer index -> `Context`.
+        contexts: layer index -> `MemoryContext`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.contexts: dict[int, Context] = {}
+        self.contexts: dict[int, MemoryContext] = {}
 
     def _index_contexts(self, samples: Tensor) -> None:
         self.contexts = {layer: context.index(samples) for layer, context in self.contexts.items()}
@@ -126,5 +126,5 @@ class MSACache(KeepsContexts, DynamicCache):
 
 
 class MSAQuantizedCache(KeepsContexts, QuantizedCache):
-    """A `QuantizedCache` with the documents chosen. Keys and values of the tokens seen are quantised, memory rows are
+    """A `QuantizedCache` with the documents chosen. Keys and values of the tokens seen are quantized, memory rows are
     not."""

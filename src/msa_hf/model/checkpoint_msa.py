@@ -230,7 +230,7 @@ class CheckpointMixin:
             chunk_size: tokens per chunk.
             top_k: documents per memory layer.
             router_init: `"copy"` starts the routers from each layer's own query and key projections, `"random"` from
-                the model's initialiser.
+                the model's initializer.
             similarity: `"cosine"` or `"dot"`.
             kwargs: other memory fields of `MSAConfig`; for a checkpoint also arguments of `from_pretrained`.
 
@@ -254,7 +254,7 @@ class CheckpointMixin:
                 base_config = AutoConfig.from_pretrained(name_or_path_or_model, **hub, **changed)
         config = cls._config_on(base_config, own)
         if is_quantized_checkpoint(base_config, kwargs):
-            # What loads such weights knows the base's modules, and would look for quantised routers too.
+            # What loads such weights knows the base's modules, and would look for quantized routers too.
             for name in implementations_in(kwargs.get("attn_implementation", "sdpa")):
                 check_holds_memory(name)
             base = cls.base_mapping[type(base_config)]

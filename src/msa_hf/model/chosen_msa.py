@@ -9,7 +9,7 @@ from torch import Tensor
 from .routing_msa import NO_SCORE, score_documents
 
 
-class Chosen:
+class DocumentRows:
     """The rows of documents that were chosen, as the host sees them; waits for the device that holds `documents`.
 
     Args:
@@ -39,14 +39,16 @@ class Chosen:
         each = torch.nn.functional.pad(counts, (0, 1))[places]  # none, -1, counts from the end
         self.width = int(each.sum(1).max()) if each.numel() else 0
 
-    def to(self, device: torch.device) -> "Chosen":
+    def to(self, device: torch.device) -> "DocumentRows":
         """The same for another device."""
         moved = copy.copy(self)
         moved.documents, moved.offsets = self.documents.to(device), self.offsets.to(device)
         return moved
 
 
-def score_chosen(queries: Tensor, routing_mask: Tensor, routing_keys: Tensor, chosen: Chosen, **options: Any) -> Tensor:
+def score_chosen(
+    queries: Tensor, routing_mask: Tensor, routing_keys: Tensor, chosen: DocumentRows, **options: Any
+) -> Tensor:
     """Scores of documents that were chosen, each sample's own: `score_documents` that reads their keys alone.
 
     Args:
@@ -62,7 +64,7 @@ def score_chosen(queries: Tensor, routing_mask: Tensor, routing_keys: Tensor, ch
     )
 
 
-def score_rows(queries: Tensor, routing_mask: Tensor, keys: Tensor, chosen: Chosen, **options: Any) -> Tensor:
+def score_rows(queries: Tensor, routing_mask: Tensor, keys: Tensor, chosen: DocumentRows, **options: Any) -> Tensor:
     """`score_chosen` from the keys [m, G * D] of `chosen.rows`."""
     if not chosen.distinct:
         return queries.new_full(chosen.documents.shape, NO_SCORE, dtype=torch.float32)

@@ -39,7 +39,7 @@ def pool_chunks(states: Tensor, lengths: Tensor, chunk_size: int) -> Tensor:
 
 
 def pool_documents(
-    keys: Tensor, values: Tensor, router_keys: Tensor, lengths: Tensor, chunk_size: int, normalise: bool
+    keys: Tensor, values: Tensor, router_keys: Tensor, lengths: Tensor, chunk_size: int, normalize: bool
 ) -> tuple[Tensor, Tensor]:
     """What a memory layer keeps of right-padded documents.
 
@@ -48,7 +48,7 @@ def pool_documents(
         router_keys: [N, L, G, D].
         lengths: [N] int64, tokens of each document.
         chunk_size: tokens per chunk.
-        normalise: L2-normalise the routing keys.
+        normalize: L2-normalize the routing keys.
 
     Returns:
         content [C, 2, G, D] and routing keys [C, G * D] in the dtype of `values`.
@@ -57,7 +57,7 @@ def pool_documents(
         pool_chunks(states, lengths, chunk_size)
         for states in (keys.transpose(1, 2), values.transpose(1, 2), router_keys)
     )
-    if normalise:
+    if normalize:
         routing_keys = normalize_heads(routing_keys)
     content = torch.stack([pooled_keys, pooled_values], dim=1).to(values.dtype)
     return content, routing_keys.flatten(1).to(values.dtype)

@@ -170,7 +170,7 @@ class MSAConfig(PreTrainedConfig):
         base = CONFIG_MAPPING[own["base_model_type"]](**kwargs)
         has_defaults = not getattr(base, "has_no_defaults_at_init", False)
         _refuse_misspelt_fields(kwargs, set(type(base)().to_dict()) if has_defaults else set())
-        # The base configuration has validated and standardised its fields; ours lie beside them.
+        # The base configuration has validated and standardized its fields; ours lie beside them.
         self.__dict__.update(base.__dict__)
         for name in BASE_CLASS_ATTRIBUTES:
             if hasattr(type(base), name):

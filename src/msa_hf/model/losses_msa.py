@@ -89,7 +89,7 @@ def auxiliary_loss(
 ) -> Tensor:
     """Mean of `router_loss` over (layer of `config.aux_layers`, sample with positives).
 
-    Under gradient accumulation (`num_items_in_batch`, the labelled tokens of all micro-batches together) each sample
+    Under gradient accumulation (`num_items_in_batch`, the labeled tokens of all micro-batches together) each sample
     counts by its share of those tokens instead, so that the micro-batches' losses add up to the same whatever their
     size. Tokens are counted as the language-model loss counts them: the first of a row has no prediction.
 

@@ -1,4 +1,4 @@
-"""Bases whose weights are not plain numbers: quantised ones, and those that were read from a GGUF file."""
+"""Bases whose weights are not plain numbers: quantized ones, and those that were read from a GGUF file."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from .gradients_msa import ROUTER_MODULES
 
-# Under which of these a quantisation configuration lists modules that stay as they are.
+# Under which of these a quantization configuration lists modules that stay as they are.
 SKIPPED_MODULES = ("modules_to_not_convert", "llm_int8_skip_modules")
 QUANTIZATION_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
 
 
 def is_quantized_checkpoint(config: Any, arguments: Mapping[str, Any]) -> bool:
-    """Tell whether a load with the keyword `arguments` reads or makes quantised weights, or reads a GGUF file."""
+    """Tell whether a load with the keyword `arguments` reads or makes quantized weights, or reads a GGUF file."""
     asked = any(arguments.get(name) is not None for name in ("gguf_file", "quantization_config"))
     return asked or getattr(config, "quantization_config", None) is not None
 
@@ -41,7 +41,7 @@ def is_plain(weight: Tensor) -> bool:
 def effective_weight(linear: Any, layer: Any, name: str, dtype: torch.dtype) -> Tensor:
     """The matrix [out, in] that a linear layer multiplies by, plain, whatever it is kept as.
 
-    Layers that are quantised, or whose weights accelerate has put elsewhere, are asked for it: the images of the unit
+    Layers that are quantized, or whose weights accelerate has put elsewhere, are asked for it: the images of the unit
     vectors, in the `dtype` in which the model computes, are its columns.
 
     Raises:
@@ -51,7 +51,7 @@ def effective_weight(linear: Any, layer: Any, name: str, dtype: torch.dtype) -> 
     if is_plain(weight) and not weight.is_meta:
         return weight
     problem = (
-        f"Layer {layer}: `{name}` is {'offloaded' if weight.is_meta else 'quantised'}, so routers cannot be copied "
+        f"Layer {layer}: `{name}` is {'offloaded' if weight.is_meta else 'quantized'}, so routers cannot be copied "
         "from it. Retrofit the plain model first, or pass router_init='random'."
     )
     if weight.is_meta and not hasattr(linear, "_hf_hook"):
@@ -70,8 +70,8 @@ def effective_weight(linear: Any, layer: Any, name: str, dtype: torch.dtype) -> 
 def note_plain_routers(model: Any) -> None:
     """Have a model that was given routers be saved and loaded as what it is.
 
-    Its routers are not quantised, whatever the rest is. A model whose weights were read from a GGUF file as plain
-    numbers is not quantised at all.
+    Its routers are not quantized, whatever the rest is. A model whose weights were read from a GGUF file as plain
+    numbers is not quantized at all.
     """
     quantizer, config = getattr(model, "hf_quantizer", None), model.config
     marked = getattr(config, "quantization_config", None)

@@ -12,7 +12,7 @@ from .route_documents import route_documents
 
 
 def pool_documents(
-    keys: Tensor, values: Tensor, router_keys: Tensor, lengths: Tensor, chunk_size: int, normalise: bool
+    keys: Tensor, values: Tensor, router_keys: Tensor, lengths: Tensor, chunk_size: int, normalize: bool
 ) -> tuple[Tensor, Tensor]:
     """`chunks_msa.pool_documents` of packed documents."""
     padded = keys.transpose(1, 2), values.transpose(1, 2), router_keys
@@ -32,7 +32,7 @@ def pool_documents(
         packed_router_keys,
         torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
         chunk_size,
-        normalise=normalise,
+        normalize=normalize,
         chunks=sum(-(-count // chunk_size) for count in counts),
     )
     return content.to(values.dtype), routing_keys.to(values.dtype)

@@ -41,10 +41,10 @@ SCHEMAS = {
     "rescore_documents": "(Tensor queries, Tensor routing_mask, Tensor exact_keys, Tensor offsets, Tensor candidates, "
     "int k) -> (Tensor documents, Tensor scores)",
     "pool_chunks": "(Tensor keys, Tensor values, Tensor router_keys, Tensor token_offsets, int chunk_size, "
-    "SymInt chunks, bool normalise, ScalarType? routing_dtype=None) -> "
+    "SymInt chunks, bool normalize, ScalarType? routing_dtype=None) -> "
     "(Tensor content, Tensor routing_keys, Tensor scales)",
     "pool_chunks_backward": "(Tensor grad_content, Tensor grad_routing_keys, Tensor router_keys, Tensor token_offsets, "
-    "int chunk_size, bool normalise) -> (Tensor grad_keys, Tensor grad_values, Tensor grad_router_keys)",
+    "int chunk_size, bool normalize) -> (Tensor grad_keys, Tensor grad_values, Tensor grad_router_keys)",
     "gather_documents": "(Tensor documents, Tensor offsets, Tensor content, Tensor? scales, SymInt width, "
     "ScalarType? dtype=None) -> (Tensor keys, Tensor values, Tensor valid, Tensor slots)",
 }

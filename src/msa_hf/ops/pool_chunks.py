@@ -11,7 +11,7 @@ from torch import Tensor
 from ..model import chunks_msa
 from ..model.routing_msa import NORM_EPSILON, normalize_heads
 from .dispatch import alignment, choose, operator, size_class
-from .quantise import quantise_keys
+from .quantize import quantize_keys
 
 
 def pool_chunks(
@@ -21,7 +21,7 @@ def pool_chunks(
     token_offsets: Tensor,
     chunk_size: int,
     *,
-    normalise: bool = True,
+    normalize: bool = True,
     routing_dtype: torch.dtype | None = None,
     chunks: int | None = None,
     backend: str | None = None,
@@ -33,7 +33,7 @@ def pool_chunks(
         token_offsets: [N + 1] int64, tokens of document i are `token_offsets[i]:token_offsets[i + 1]`. A document
             without tokens has no chunks.
         chunk_size: tokens per chunk.
-        normalise: L2-normalise the routing keys per head; zero vectors stay zero.
+        normalize: L2-normalize the routing keys per head; zero vectors stay zero.
         routing_dtype: of the routing keys: `torch.int8` or `torch.float8_e4m3fn` with scales, which have no
             derivative; None for the inputs'.
         chunks: how many there are together, where the caller knows; else one look at the device.
@@ -41,7 +41,7 @@ def pool_chunks(
 
     Returns:
         content [C, 2, G, D], the mean key and value of each chunk, in the inputs' dtype; routing keys [C, G * D]; their
-        scales [C] float32, None where they are not quantised.
+        scales [C] float32, None where they are not quantized.
 
     Raises:
         ValueError: for tensors that contradict each other.
@@ -70,7 +70,7 @@ def pool_chunks(
         routing_dtype=routing_dtype,
     )
     content, routing_keys, scales = operator("pool_chunks", namespace)(
-        keys, values, router_keys, token_offsets, chunk_size, chunks, normalise, routing_dtype
+        keys, values, router_keys, token_offsets, chunk_size, chunks, normalize, routing_dtype
     )
     return content, routing_keys, None if routing_dtype is None else scales
 
@@ -100,20 +100,20 @@ def reference_pool_chunks(
     token_offsets: Tensor,
     chunk_size: int,
     chunks: int,
-    normalise: bool,
+    normalize: bool,
     routing_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     spans = chunk_spans(token_offsets, chunk_size, chunks)
     mean_keys, mean_values, mean_router_keys = (
         _means(states, *spans, chunk_size) for states in (keys, values, router_keys)
     )
-    if normalise:
+    if normalize:
         mean_router_keys = normalize_heads(mean_router_keys)
     content = torch.stack([mean_keys, mean_values], dim=1).to(values.dtype)
     routing_keys = mean_router_keys.flatten(1)
     if routing_dtype is None:
         return content, routing_keys.to(router_keys.dtype), routing_keys.new_empty(0, dtype=torch.float32)
-    numbers, scales = quantise_keys(routing_keys, routing_dtype)
+    numbers, scales = quantize_keys(routing_keys, routing_dtype)
     return content, numbers, scales
 
 
@@ -124,7 +124,7 @@ def fake_pool_chunks(
     token_offsets: Tensor,
     chunk_size: int,
     chunks: int,
-    normalise: bool,
+    normalize: bool,
     routing_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups, dim = values.shape[1:]
@@ -142,12 +142,12 @@ def reference_pool_chunks_backward(
     router_keys: Tensor,
     token_offsets: Tensor,
     chunk_size: int,
-    normalise: bool,
+    normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(router_keys.dtype, torch.float32)
     start, lengths = chunk_spans(token_offsets, chunk_size, grad_content.shape[0])
     grad_router = grad_routing_keys.to(wide).unflatten(1, router_keys.shape[1:])
-    if normalise:
+    if normalize:
         # y = r * mean, r = (|mean|^2 + epsilon)^(-1/2):  d mean = r * (g - y * <y, g>).
         mean = _means(router_keys, start, lengths, chunk_size)
         root = torch.rsqrt(mean.square().sum(-1, keepdim=True) + NORM_EPSILON)
@@ -182,13 +182,13 @@ def derivative_pool_chunks(namespace: str) -> tuple[Callable[..., Any], Callable
     """Backward and setup_context of `namespace::pool_chunks`; the backward runs in the same namespace if it can."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, _, router_keys, token_offsets, chunk_size, _, normalise, *rest = inputs
+        _, _, router_keys, token_offsets, chunk_size, _, normalize, *rest = inputs
         ctx.save_for_backward(router_keys, token_offsets)
-        ctx.chunk_size, ctx.normalise, ctx.quantised = chunk_size, normalise, bool(rest) and rest[0] is not None
+        ctx.chunk_size, ctx.normalize, ctx.quantized = chunk_size, normalize, bool(rest) and rest[0] is not None
 
     def backward(ctx: Any, grad_content: Tensor, grad_routing_keys: Tensor, _: Any) -> tuple[Any, ...]:
         router_keys, token_offsets = ctx.saved_tensors
-        if ctx.quantised:
+        if ctx.quantized:
             raise RuntimeError(
                 f"{namespace}::pool_chunks is inference only with a `routing_dtype`: rounding has no derivative."
             )
@@ -207,7 +207,7 @@ def derivative_pool_chunks(namespace: str) -> tuple[Callable[..., Any], Callable
             router_keys,
             token_offsets,
             ctx.chunk_size,
-            ctx.normalise,
+            ctx.normalize,
         )
         return *grads, None, None, None, None, None
 

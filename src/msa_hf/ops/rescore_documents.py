@@ -1,4 +1,4 @@
-"""Exact scores of candidates that quantised routing keys found, and the best of them."""
+"""Exact scores of candidates that quantized routing keys found, and the best of them."""
 
 from __future__ import annotations
 

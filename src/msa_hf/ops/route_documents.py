@@ -18,7 +18,7 @@ from ..model.routing_msa import (
 from .dispatch import alignment, choose, operator, size_class
 from .rescore_documents import rescore_documents
 
-QUANTISED = (torch.int8, torch.float8_e4m3fn)
+QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 # Devices whose matrix units want queries of 16 bits beside keys of 16 or fewer.
 NARROWING = ("cuda",)
 
@@ -48,11 +48,11 @@ def route_documents(
         keys: [C, E] routing keys, floating; or int8 or float8_e4m3fn with `scales`.
         offsets: [N + 1] int64, chunks of document i are `offsets[i]:offsets[i + 1]`; each has at least one.
         k: how many.
-        scales: [C] float32, a key is `scale * number`; for quantised keys.
+        scales: [C] float32, a key is `scale * number`; for quantized keys.
         alive: [N] bool, documents that may be chosen; None for all.
         similarity: `"cosine"` or `"dot"`, which says how [B, T, H, D] queries are reduced.
-        exact_keys: [C, E] floating, on any device; with quantised keys, the scores of the candidates are taken again
-            from these. Without them the scores are those of the quantised keys.
+        exact_keys: [C, E] floating, on any device; with quantized keys, the scores of the candidates are taken again
+            from these. Without them the scores are those of the quantized keys.
         candidates: documents whose scores are taken again, at least `k` (default `4 * k`).
         backend: `"cuda"`, `"triton"`, `"cpp"` or `"pytorch"`; default the best that takes the call.
 
@@ -105,7 +105,7 @@ def reduced(queries: Tensor, width: int, similarity: str) -> Tensor:
 def narrowed(queries: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, T, E] queries as keys of a dtype are scored with on their device."""
     if queries.device.type in NARROWING and dtype != torch.float32:
-        queries = queries.to(torch.bfloat16 if dtype in QUANTISED else dtype)
+        queries = queries.to(torch.bfloat16 if dtype in QUANTIZED else dtype)
     return queries
 
 
@@ -133,7 +133,7 @@ def _check(
         f"`keys` must be [C, {queries.shape[2]}] like `queries`, got {list(keys.shape)}.",
     )
     require(
-        (keys.dtype in QUANTISED) == (scales is not None),
+        (keys.dtype in QUANTIZED) == (scales is not None),
         f"`scales` belong to int8 and float8_e4m3fn keys, and only to them; the keys are {keys.dtype}.",
     )
     if scales is not None:

@@ -25,7 +25,7 @@ def _gather(
     width,
     groups,
     dim,
-    QUANTISED: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64)  # sample * width + row
@@ -36,7 +36,7 @@ def _gather(
     real = tl.load(valid + place) != 0
     source = tl.load(rows + place) * 2 + part
     numbers = tl.load(content + source * size + element, mask=both(inside, real), other=0)
-    if QUANTISED:
+    if QUANTIZED:
         numbers = from_float8(numbers) * tl.load(scales + source, mask=real, other=0.0)
     if numbers.dtype != keys.dtype.element_ty:
         numbers = rounded(numbers.to(tl.float32), keys.dtype.element_ty)
@@ -78,7 +78,7 @@ def gather_documents(
                 width,
                 groups,
                 dim,
-                QUANTISED=scales is not None,
+                QUANTIZED=scales is not None,
                 BLOCK=min(BLOCK, triton.next_power_of_2(groups * dim)),
             )
     return keys, values, valid, slots

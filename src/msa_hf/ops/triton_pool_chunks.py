@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..model.routing_msa import NORM_EPSILON
 from .pool_chunks import chunk_spans
-from .quantise import quantise_keys
+from .quantize import quantize_keys
 
 ROWS = 32  # tokens that a program reads at once
 # Kernels run on the CPU only where Triton interprets them, for tests. It has no arithmetic in bfloat16.
@@ -73,7 +73,7 @@ def _pool(
     groups,
     dim,
     epsilon,
-    NORMALISE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
 ):
@@ -95,7 +95,7 @@ def _pool(
         tl.store(place, rounded(value, content.dtype.element_ty), mask=real)
     else:
         mean = _mean(router_keys, start, length, head, router_token, router_head, dim, ROWS, DIM)
-        if NORMALISE:
+        if NORMALIZE:
             mean = mean / tl.sqrt(tl.sum(mean * mean, 0) + epsilon)
         router_place = routing_keys + (chunk * groups + head) * dim + column
         tl.store(router_place, rounded(mean, routing_keys.dtype.element_ty), mask=real)
@@ -128,7 +128,7 @@ def _pool_backward(
     groups,
     dim,
     epsilon,
-    NORMALISE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
 ):
@@ -149,7 +149,7 @@ def _pool_backward(
     else:
         place = (chunk * groups + head) * dim + column
         gradient = tl.load(grad_routing_keys + place, mask=real, other=0.0).to(tl.float32)
-        if NORMALISE:
+        if NORMALIZE:
             # y = r * mean, r = (|mean|^2 + epsilon)^(-1/2):  d mean = r * (g - y * <y, g>).
             mean = _mean(router_keys, start, length, head, router_token, router_head, dim, ROWS, DIM)
             root = 1.0 / tl.sqrt(tl.sum(mean * mean, 0) + epsilon)
@@ -170,12 +170,12 @@ def pool_chunks(
     token_offsets: Tensor,
     chunk_size: int,
     chunks: int,
-    normalise: bool,
+    normalize: bool,
     routing_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups, dim = values.shape[1:]
     content = values.new_empty(chunks, 2, groups, dim)
-    # Scales are of whole chunks, so quantising follows as a pass of its own, over a chunk_size-th of the bytes.
+    # Scales are of whole chunks, so quantizing follows as a pass of its own, over a chunk_size-th of the bytes.
     routing_keys = values.new_empty(chunks, groups * dim, dtype=torch.float32 if routing_dtype else values.dtype)
     if routing_keys.numel():
         keys, values, router_keys = (with_dense_rows(states) for states in (keys, values, router_keys))
@@ -194,13 +194,13 @@ def pool_chunks(
                 groups,
                 dim,
                 NORM_EPSILON,
-                NORMALISE=normalise,
+                NORMALIZE=normalize,
                 ROWS=ROWS,
                 DIM=triton.next_power_of_2(dim),
             )
     if routing_dtype is None:
         return content, routing_keys, values.new_empty(0, dtype=torch.float32)
-    numbers, scales = quantise_keys(routing_keys, routing_dtype)
+    numbers, scales = quantize_keys(routing_keys, routing_dtype)
     return content, numbers, scales
 
 
@@ -210,7 +210,7 @@ def pool_chunks_backward(
     router_keys: Tensor,
     token_offsets: Tensor,
     chunk_size: int,
-    normalise: bool,
+    normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, groups, dim = router_keys.shape
     # Zero, for tokens of no document.
@@ -235,7 +235,7 @@ def pool_chunks_backward(
                 groups,
                 dim,
                 NORM_EPSILON,
-                NORMALISE=normalise,
+                NORMALIZE=normalize,
                 ROWS=ROWS,
                 DIM=triton.next_power_of_2(dim),
             )

@@ -34,7 +34,7 @@ def _scores(
     query_token,
     key_stride,
     no_score,
-    QUANTISED: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     FLOAT8: tl.constexpr,  # keys are bits of float8_e4m3fn
     WIDE: tl.constexpr,  # float32 products
     SAMPLES: tl.constexpr,
@@ -73,7 +73,7 @@ def _scores(
             if WIDE:
                 products = tl.dot(query.to(tl.float32), key.to(tl.float32), products, input_precision="ieee")
             else:
-                if QUANTISED:
+                if QUANTIZED:
                     key = key.to(query.dtype)
                 # Tensor cores cut sums off where float32 would round them, always towards zero. So they sum a few
                 # numbers, and these sums are added outside. A limit other than 0 keeps the compiler from joining both.
@@ -84,7 +84,7 @@ def _scores(
         else:
             found = tl.max(tl.reshape(products, (SAMPLES, TOKENS, CHUNKS)), 1)
         best = tl.maximum(best, found)
-    if QUANTISED:  # not negative, so the maximum may be taken before
+    if QUANTIZED:  # not negative, so the maximum may be taken before
         factors = tl.load(scales + chunk, mask=present, other=0.0)
         best = tl.where(best > no_score, best * factors[None, :], no_score)
     row = first_sample + tl.arange(0, SAMPLES)
@@ -101,8 +101,8 @@ def score_chunks(queries: Tensor, routing_mask: Tensor, keys: Tensor, scales: Te
         return scores
     queries, keys = with_dense_rows(queries), with_dense_rows(keys)
     # 16-bit products are exact in float32 where both sides have the type; anything else is taken in float32.
-    quantised, float8 = scales is not None, keys.dtype == torch.float8_e4m3fn
-    wide = queries.dtype == torch.float32 or not (quantised or keys.dtype == queries.dtype) or INTERPRETED
+    quantized, float8 = scales is not None, keys.dtype == torch.float8_e4m3fn
+    wide = queries.dtype == torch.float32 or not (quantized or keys.dtype == queries.dtype) or INTERPRETED
     width = min(max(triton.next_power_of_2(tokens), 16), TOKENS)
     samples = min(TOKENS // width, triton.next_power_of_2(batch))
     grid = (triton.cdiv(chunks, CHUNKS) * triton.cdiv(batch, samples),)
@@ -121,7 +121,7 @@ def score_chunks(queries: Tensor, routing_mask: Tensor, keys: Tensor, scales: Te
             queries.stride(1),
             keys.stride(0),
             NO_SCORE,
-            QUANTISED=quantised,
+            QUANTIZED=quantized,
             FLOAT8=float8,
             WIDE=wide,
             SAMPLES=samples,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.attention_msa import AttendingPass, EncodingDone, EncodingPass, chunks_of
-from ..model.cache_msa import Context
+from ..model.cache_msa import MemoryContext
 from ..model.memory_msa import LayerMemory
 
 
@@ -42,7 +42,7 @@ class TokenRows:
 class RoutingPass(AttendingPass):
     """Routes questions and ends with the last memory layer's scores: nothing behind them is computed."""
 
-    def _gather(self, module: Any, *args: Any, **kwargs: Any) -> Context:
+    def _gather(self, module: Any, *args: Any, **kwargs: Any) -> MemoryContext:
         if module.layer_idx == self.config.memory_layers[-1]:
             raise EncodingDone
         return super()._gather(module, *args, **kwargs)

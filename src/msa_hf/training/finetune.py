@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
 from ..data.questions import QuestionCollator
-from ..generation import Protocol
+from ..generation import PromptProtocol
 from ..model.configuration_msa import MSAConfig
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.positions_msa import position_limit
@@ -63,7 +63,7 @@ class Prepared:
     training: list[Mapping[str, Any]]
     held_out: list[Mapping[str, Any]]
     collator: Any
-    protocol: Protocol | None
+    protocol: PromptProtocol | None
     record: dict[str, Any]
     checkpoint: Path | None
     notes: list[str]
@@ -99,7 +99,7 @@ def prepare(
     settings: Settings,
     documents: Mapping[str, str],
     questions: Sequence[Mapping[str, Any]],
-    protocol: Protocol | None = None,
+    protocol: PromptProtocol | None = None,
 ) -> Prepared:
     """Load the model and check the data, before anything is computed or written.
 
@@ -225,14 +225,14 @@ def _check_output(settings: Settings) -> None:
         raise SettingError("output", "{} {}: holds {}; give another directory", output, kind)
 
 
-def protocol_of(base: str) -> Protocol | None:
+def protocol_of(base: str) -> PromptProtocol | None:
     """The protocol that lies beside a checkpoint; None where there is none.
 
     Raises:
         SettingError: for one that is damaged.
     """
     try:
-        return Protocol.from_pretrained(base)
+        return PromptProtocol.from_pretrained(base)
     except OSError:
         return None
     except ValueError as error:

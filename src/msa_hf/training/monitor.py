@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..evaluation.diagnosis import router_recall
-from ..generation import Protocol
+from ..generation import PromptProtocol
 from ..model.tokenizing_msa import tokenize
 
 
@@ -144,7 +144,7 @@ class RouterMonitor(TrainerCallback):
         questions: Sequence[Mapping[str, Any]],
         every: int = 100,
         guard: CollapseGuard | None = None,
-        protocol: Protocol | None = None,
+        protocol: PromptProtocol | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"`every` must be at least 1, got {every}.")

@@ -167,7 +167,7 @@ def _attention_targets(model: nn.Module, adaptable: set[str]) -> list[str]:
 
 
 def _is_adaptable(module: nn.Module) -> bool:
-    # Quantised layers are no nn.Linear, but say what they map as it does.
+    # Quantized layers are no nn.Linear, but say what they map as it does.
     return isinstance(module, nn.Embedding) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.questions import IGNORED
-from ..generation import Protocol
+from ..generation import PromptProtocol
 from ..model.attention_msa import AttendingPass, chunks_of
 from ..model.memory_msa import LayerMemory
 from .contrastive import _similarity
@@ -30,7 +30,7 @@ class ReadingRow:
 
 
 def reading_row(
-    tokenizer: Any, protocol: Protocol, question: str, texts: Sequence[str], answer: str, pick: random.Random
+    tokenizer: Any, protocol: PromptProtocol, question: str, texts: Sequence[str], answer: str, pick: random.Random
 ) -> ReadingRow:
     """The transcript of a question that read `texts` in this order, under random ids, and its answer as labels."""
     numbers = pick.sample(range(MOST_ID), len(texts))
@@ -52,7 +52,7 @@ def reading_loss(
         lengths: [N] int64, tokens of the pool's documents.
 
     Returns:
-        Scalar float32, the mean over labelled tokens.
+        Scalar float32, the mean over labeled tokens.
     """
     config = model.config
     attending = AttendingPass(

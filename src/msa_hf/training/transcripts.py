@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..data.questions import IGNORED, _pad, draw_pool, rounds_of
-from ..generation import Protocol
+from ..generation import PromptProtocol
 from ..generation.protocol import Segment
 
 DISTRACTORS = 3  # at most so many documents that a round names in vain
@@ -19,7 +19,7 @@ class TranscriptCollator:
 
     Half of the rows end with the answer: all rounds of the question have been read, among documents that do not answer.
     The others end where a round names its documents, any round of the question. A question without positives is
-    answered at once, or after documents that do not answer. Labelled is what the model writes last; what routes is what
+    answered at once, or after documents that do not answer. Labeled is what the model writes last; what routes is what
     routes at that point: the prompt, and the last block of texts.
 
     Documents get new ids in every step, so that ids must be read from the memory; those of a bank are stable.
@@ -39,7 +39,7 @@ class TranscriptCollator:
         self,
         tokenizer: Any,
         documents: Mapping[str, str],
-        protocol: Protocol,
+        protocol: PromptProtocol,
         pool: int = 64,
         seed: int = 0,
         max_length: int | None = None,
@@ -150,7 +150,7 @@ class TranscriptCollator:
     @staticmethod
     def _tokens(segments: Sequence[Segment], rounds: int) -> tuple[list[int], list[int], list[bool]]:
         """Token ids, labels and routing of a transcript; the ids of its first `rounds` rounds are given, not learnt."""
-        ids, routes = Protocol.join(segments)
+        ids, routes = PromptProtocol.join(segments)
         labels: list[int] = []
         for segment in segments:
             given = segment.kind == "ids" and rounds > 0

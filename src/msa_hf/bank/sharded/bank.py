@@ -38,7 +38,7 @@ from ...model.storage_msa import (
     shard_layers,
 )
 from ..store.opening import origin_of
-from .collectives import RankFailed, Ranks
+from .collectives import Collectives, RankFailed
 from .session import DIFFERENT, HEADER, SAME, Turn, header_of
 
 TIMEOUT = timedelta(minutes=10)
@@ -59,7 +59,7 @@ class ShardedBank(MemoryBank):
     """
 
     def __init__(
-        self, layers: dict[int, LayerMemory], whole: MemoryBank, rows: list[int], ranks: Ranks, inputs: str
+        self, layers: dict[int, LayerMemory], whole: MemoryBank, rows: list[int], ranks: Collectives, inputs: str
     ) -> None:
         counts = whole.num_chunks, whole.num_tokens
         super().__init__(layers, whole.offsets, whole.prefix, whole.documents, whole.origin, counts, whole.next_id)
@@ -200,7 +200,7 @@ def shard_bank(
     """
     if inputs not in (SAME, DIFFERENT):
         raise ValueError(f'`inputs` must be "same" or "different", got {inputs!r}.')
-    ranks = Ranks(group, timeout)
+    ranks = Collectives(group, timeout)
     error: Exception | None = None
     shared: ShardedBank | None = None
     digest = ""
@@ -236,7 +236,7 @@ def shares(offsets: Tensor, parts: int) -> list[int]:
     return [*cuts, len(offsets) - 1]
 
 
-def _part(bank: MemoryBank, ranks: Ranks, inputs: str, device: Any) -> ShardedBank:
+def _part(bank: MemoryBank, ranks: Collectives, inputs: str, device: Any) -> ShardedBank:
     rows = shares(bank.offsets, ranks.size)
     first, end = int(bank.offsets[rows[ranks.rank]]), int(bank.offsets[rows[ranks.rank + 1]])
     target = bank.device if device is None else torch.empty(0, device=device).device
@@ -250,7 +250,7 @@ def _part(bank: MemoryBank, ranks: Ranks, inputs: str, device: Any) -> ShardedBa
 
 
 def _read(
-    directory: Path, ranks: Ranks, inputs: str, model: Any, tokenizer: Any, device: Any, verify: bool
+    directory: Path, ranks: Collectives, inputs: str, model: Any, tokenizer: Any, device: Any, verify: bool
 ) -> ShardedBank:
     manifest = read_manifest(directory)
     origin = origin_of(directory, manifest)

@@ -23,7 +23,7 @@ class RankFailed(RuntimeError):
     """Another process of a shared memory failed. The message holds its error where it could still tell it."""
 
 
-class Ranks:
+class Collectives:
     """The processes that share a memory, and how they talk.
 
     Tensors of the CPU go through gloo, others through the backend of `group`. All of it over process groups of its own,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...model import attention_msa
-from ...model.chosen_msa import Chosen, score_chosen, scores_at
+from ...model.chosen_msa import DocumentRows, score_chosen, scores_at
 from ...model.chunks_msa import chunk_rows
 from ...model.routing_msa import NO_SCORE, columns, score_documents, select_documents
 from ...ops.gather_documents import most_rows
@@ -75,7 +75,7 @@ class Given:
     forces: Tensor
     places: Tensor
     counts: np.ndarray
-    here: Chosen
+    here: DocumentRows
 
 
 class Turn:
@@ -171,7 +171,7 @@ class Turn:
             padded[: given.shape[0], : given.shape[1]] = given
             given = self.ranks.gather(padded).flatten(0, 1)
             forces = [forced_there for forced_there in forces for _ in range(self.batch)]
-        places = Chosen(given, self.bank.offsets.cpu())
+        places = DocumentRows(given, self.bank.offsets.cpu())
         distinct, rows = torch.tensor(places.distinct, dtype=torch.int64), self.bank.own_rows
         here = distinct[(distinct >= rows.start) & (distinct < rows.stop)] - rows.start
         return Given(
@@ -179,7 +179,7 @@ class Turn:
             torch.tensor(forces, dtype=torch.bool)[:, None],
             places.documents,
             np.diff(np.searchsorted(distinct.numpy(), self.bank.rows)),
-            Chosen(here.expand(given.shape[0], -1), self.bank.local_offsets(torch.device("cpu"))),
+            DocumentRows(here.expand(given.shape[0], -1), self.bank.local_offsets(torch.device("cpu"))),
         )
 
     def _everyones(self, queries: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,7 +227,7 @@ class Turn:
             return documents, scores
 
     def score_chosen(
-        self, queries: Tensor, routing_mask: Tensor, routing_keys: Tensor, chosen: Chosen, **options: str
+        self, queries: Tensor, routing_mask: Tensor, routing_keys: Tensor, chosen: DocumentRows, **options: str
     ) -> Tensor:
         """`chosen_msa.score_chosen` of the whole bank; no gradient."""
         if self.all_scores:

@@ -8,7 +8,7 @@ import torch
 
 from ...model.memory_msa import LayerMemory
 from ...model.storage_msa import layer_shapes
-from .growing import Growing
+from .growable_array import GrowableArray
 from .state import State
 
 SPARE = 16  # one part in so many is left free when tensors are read
@@ -19,7 +19,8 @@ class Buffers:
 
     def __init__(self, layers: Mapping[int, LayerMemory], length: int) -> None:
         self._layers = {
-            layer: (Growing(item.routing_keys, length), Growing(item.content, length)) for layer, item in layers.items()
+            layer: (GrowableArray(item.routing_keys, length), GrowableArray(item.content, length))
+            for layer, item in layers.items()
         }
 
     @classmethod

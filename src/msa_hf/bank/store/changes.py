@@ -148,7 +148,7 @@ def table_of(changes: Mapping[str, Change], tokens: list[int], chunk_size: int) 
 
 
 def text_digest(wrapping: str, key: str, text: str | None, tokens: Any) -> bytes:
-    """Of what is encoded: the text with what wraps it (`Protocol.document`, or nothing), or token ids.
+    """Of what is encoded: the text with what wraps it (`PromptProtocol.document`, or nothing), or token ids.
 
     Raises:
         ValueError: for a text that is not Unicode, naming the document.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...model.storage_msa import pyarrow, table_schema
-from .growing import Growing
+from .growable_array import GrowableArray
 from .segments import Segment
 
 
@@ -36,13 +36,13 @@ class State:
     chunks: int
     tokens: int
     starts: np.ndarray = field(repr=False)
-    _growing: Growing = field(repr=False)  # whose view `offsets` is; the next state's too
+    _growing: GrowableArray = field(repr=False)  # whose view `offsets` is; the next state's too
 
     @classmethod
     def of(cls, manifest: dict[str, Any], segments: tuple[Segment, ...], deleted: np.ndarray) -> State:
         """The state of a bank that was opened or written anew."""
         table = pyarrow().concat_tables([table_schema(2).empty_table(), *(item.table for item in segments)])
-        growing = Growing(np.zeros(1, np.int64))
+        growing = GrowableArray(np.zeros(1, np.int64))
         offsets = _grown(growing, segments)
         starts = _starts(segments)
         hidden = _hidden(segments, starts, deleted)
@@ -97,7 +97,7 @@ def _starts(segments: tuple[Segment, ...]) -> np.ndarray:
     return np.array([item.record["documents"][0] for item in segments], np.int64)
 
 
-def _grown(offsets: Growing, segments: tuple[Segment, ...]) -> np.ndarray:
+def _grown(offsets: GrowableArray, segments: tuple[Segment, ...]) -> np.ndarray:
     """The offsets after those of further segments were appended."""
     for item in segments:
         offsets.append(item.offsets[1:] + offsets.view(offsets.length)[-1])

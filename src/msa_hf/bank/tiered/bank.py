@@ -23,16 +23,17 @@ import torch
 from torch import Tensor
 
 from ...model import routing_msa
-from ...model.chosen_msa import Chosen, score_rows
+from ...model.chosen_msa import DocumentRows, score_rows
 from ...model.memory_msa import LayerMemory, MemoryBank
 from ...model.routing_msa import select_documents
 from ...model.storage_msa import chunk_ranges
+from ...moved import renamed
 from ...ops import gather_documents, rescore_documents, route_documents
 from ...ops.gather_documents import most_rows
 from ...ops.route_documents import narrowed, reduced
 from .hardware import Tiers, measured_tiers
-from .lru_cache import HotDocuments
-from .plan import Choice, Placement, Reserves, plan_placement
+from .lru_cache import DocumentLRU
+from .plan import Placement, PlacementOptions, Reserves, plan_placement
 from .rows import Rows, placed_rows
 from .shapes import DTYPES, NOT_ROUTED, BankShape
 from .sources import BankSource, source_of
@@ -93,7 +94,7 @@ class RoutingKeys:
         keys = self.exact.whole
         if keys is not None and (keys.device == queries.device or keys.is_pinned()):
             return rescore_documents(exact, routing_mask, keys, offsets, documents, k)
-        chosen = Chosen(documents, self.offsets)
+        chosen = DocumentRows(documents, self.offsets)
         (keys,) = self.exact.select(chosen.rows)
         places, scores = rescore_documents(exact, routing_mask, keys, chosen.offsets, chosen.documents, k)
         return _named(places, chosen), scores
@@ -124,7 +125,7 @@ class RoutingKeys:
         return documents.gather(1, places.clamp(min=0)).masked_fill(places < 0, -1), scores
 
 
-def _named(places: Tensor, chosen: Chosen) -> Tensor:
+def _named(places: Tensor, chosen: DocumentRows) -> Tensor:
     """Documents [B, k] from places among the distinct ones."""
     known = torch.tensor([*chosen.distinct, -1], device=places.device)  # -1 counts from the end
     return known[places]
@@ -144,7 +145,7 @@ class Content:
     rows: Rows
     offsets: Tensor
     dtype: torch.dtype
-    hot: HotDocuments | None = None
+    hot: DocumentLRU | None = None
     requires_grad = False
 
     def gather(self, documents: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -154,7 +155,7 @@ class Content:
             return gather_documents(
                 documents, offsets, self.rows.whole, width, scales=self.rows.scales, dtype=self.dtype
             )
-        chosen = Chosen(documents, self.offsets)
+        chosen = DocumentRows(documents, self.offsets)
         numbers, *scales = self.rows.select(chosen.rows) if self.hot is None else self._through(self.hot, chosen)
         return gather_documents(
             chosen.documents,
@@ -165,11 +166,11 @@ class Content:
             dtype=self.dtype,
         )
 
-    def _through(self, hot: HotDocuments, chosen: Chosen) -> tuple[Tensor, ...]:
+    def _through(self, hot: DocumentLRU, chosen: DocumentRows) -> tuple[Tensor, ...]:
         """The rows of the documents chosen, from the cache where they are there."""
 
         def fetch(documents: list[int]) -> list[tuple[Tensor, ...]]:
-            missing = Chosen(torch.tensor(documents)[None], self.offsets)
+            missing = DocumentRows(torch.tensor(documents)[None], self.offsets)
             columns = (tensor.split(missing.counts) for tensor in self.rows.select(missing.rows))
             return list(zip(*columns, strict=True))
 
@@ -209,7 +210,7 @@ def _score(
 
 
 def _score_chosen(
-    queries: Tensor, routing_mask: Tensor, routing_keys: RoutingKeys, chosen: Chosen, **reductions: str
+    queries: Tensor, routing_mask: Tensor, routing_keys: RoutingKeys, chosen: DocumentRows, **reductions: str
 ) -> Tensor:
     """The same from the exact keys of those documents alone, which may lie in host memory or on disk."""
     keys, *_ = (routing_keys.exact or routing_keys.rows).select(chosen.rows)
@@ -309,7 +310,7 @@ class TieredBank(MemoryBank):
 def place_bank(
     bank: Any,
     device: torch.device | str | None = None,
-    placement: str | Choice = "auto",
+    placement: str | PlacementOptions = "auto",
     *,
     model: Any = None,
     tokenizer: Any = None,
@@ -324,14 +325,14 @@ def place_bank(
     final place. Content on disk stays where the bank has it: memory mapped, if that is a directory; it is not read.
 
     Args:
-        bank: a directory; an `OpenBank`, as it is now; or a `MemoryBank` in host memory, of which is used without a
+        bank: a directory; an `BankStore`, as it is now; or a `MemoryBank` in host memory, of which is used without a
             copy what is to lie there as it is.
         device: where questions are routed (default: the model's, else the CPU).
-        placement: `"auto"`, or a `Choice`: formats, tiers, and the bytes of a cache on the device.
+        placement: `"auto"`, or a `PlacementOptions`: formats, tiers, and the bytes of a cache on the device.
         model, tokenizer: as `MemoryBank.from_pretrained`, for a directory.
         candidates: with routing keys in fewer bits than the bank's, documents whose scores are taken again from the
-            bank's own keys, which stay in host memory or mapped from disk unless `Choice.exact_on` says otherwise
-            (default: four times `top_k`). 0: none, and the scores are those of the narrow keys.
+            bank's own keys, which stay in host memory or mapped from disk unless `PlacementOptions.exact_on` says
+            otherwise (default: four times `top_k`). 0: none, and the scores are those of the narrow keys.
         tiers: what is free (default: measured now). With a device of the CPU and `Tiers` that have one, host memory
             plays the device: a rehearsal.
         reserves: what to leave free (default: `Reserves()`); 0 for weights, which are loaded by now.
@@ -363,11 +364,15 @@ def place_bank(
 
 
 def _planned(
-    source: BankSource, device: torch.device, placement: str | Choice, tiers: Tiers | None, reserves: Reserves | None
+    source: BankSource,
+    device: torch.device,
+    placement: str | PlacementOptions,
+    tiers: Tiers | None,
+    reserves: Reserves | None,
 ) -> Placement:
     own = DTYPES[str(source.dtype).removeprefix("torch.")]
     shape = BankShape(source.documents.num_rows, source.chunks, tuple(source.shapes.values()), own)
-    choice = placement if isinstance(placement, Choice) else Choice()
+    choice = placement if isinstance(placement, PlacementOptions) else PlacementOptions()
     if choice.keys in NOT_ROUTED:
         raise ValueError(f"{choice.keys} routing keys{NOT_ROUTED[choice.keys]}; choose fp8 or int8.")
     if tiers is None:
@@ -417,7 +422,7 @@ def _placed(
         streamed=has_device and keys_on == "host",
         candidates=candidates,
     )
-    hot = HotDocuments(plan.cache // len(source.shapes)) if plan.cache else None
+    hot = DocumentLRU(plan.cache // len(source.shapes)) if plan.cache else None
     return cast(Any, _Layer(found, Content(rows(content, plan.content, plan.content_on), source.offsets, dtype, hot)))
 
 
@@ -427,3 +432,6 @@ class _Layer:
 
     routing_keys: RoutingKeys
     content: Content
+
+
+__getattr__ = renamed(__name__, {"Choice": "PlacementOptions"})

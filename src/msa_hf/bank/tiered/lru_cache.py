@@ -11,7 +11,7 @@ from torch import Tensor
 Parts = tuple[Tensor, ...]  # what is kept of a document: content [c, 2, G, D], and scales [c, 2] where it has some
 
 
-class HotDocuments:
+class DocumentLRU:
     """The documents of one layer that were used last, up to a number of bytes.
 
     Which documents are here is known to the host, so a lookup has to wait for the device that chose them.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...moved import renamed
 from .hardware import TIERS, Tiers, measured_tiers
 from .shapes import AUTO_KEY_FORMATS, CONTENT_FORMATS, FORMATS, GB, KEY_FORMATS, NOT_ROUTED, BankShape, require_known
 
@@ -50,7 +51,7 @@ class Reserves:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlacementOptions:
     """An explicit placement; None leaves that part to the planner. Formats that are named here count as allowed.
 
     Attributes:
@@ -236,7 +237,7 @@ def plan_placement(
     shape: BankShape,
     tiers: Tiers | None = None,
     *,
-    placement: str | Choice = "auto",
+    placement: str | PlacementOptions = "auto",
     key_formats: Sequence[str] | None = None,
     content_formats: Sequence[str] | None = None,
     reserves: Reserves | None = None,
@@ -264,8 +265,8 @@ def plan_placement(
     if not 1 <= gpus <= MAX_GPUS:
         raise ValueError(f"`gpus` must be from 1 to {MAX_GPUS}, got {gpus}.")
     if isinstance(placement, str) and placement != "auto":
-        raise ValueError(f"`placement` must be 'auto' or a Choice, got {placement!r}.")
-    choice = placement if isinstance(placement, Choice) else Choice()
+        raise ValueError(f"`placement` must be 'auto' or a PlacementOptions, got {placement!r}.")
+    choice = placement if isinstance(placement, PlacementOptions) else PlacementOptions()
     tiers = measured_tiers() if tiers is None else tiers
     has_device = tiers.device is not None
     keys_on = ("device" if has_device else "host",) if choice.keys_on is None else (choice.keys_on,)
@@ -464,3 +465,6 @@ def _table(rows: Sequence[tuple[str, ...]], left: int) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+__getattr__ = renamed(__name__, {"Choice": "PlacementOptions"})

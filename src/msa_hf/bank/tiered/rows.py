@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ...ops.quantise import quantise_keys
+from ...ops.quantize import quantize_keys
 
 # Numbers that move at once while a bank is placed; a few times as many bytes are needed beside its final place.
 MOVED_ELEMENTS = 1 << 24
-QUANTISED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+QUANTIZED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 PORTABLE, MAPPED = 1, 2  # flags of cudaHostRegister: for every device, and to be read by its kernels
 FLOATING = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -100,7 +100,7 @@ def placed_rows(parts: Sequence[Tensor], form: str, device: torch.device, *, on_
         device: where the rows are used, and converted.
         on_device: put them there; else in host memory, locked into place ("pinned") where `device` is a GPU.
     """
-    dtype = FLOATING.get(form) or QUANTISED[form]
+    dtype = FLOATING.get(form) or QUANTIZED[form]
     count, shape = sum(map(len, parts)), parts[0].shape[1:]
     on_gpu = device.type == "cuda"
     place = device if on_device else torch.device("cpu")
@@ -111,7 +111,7 @@ def placed_rows(parts: Sequence[Tensor], form: str, device: torch.device, *, on_
 
     numbers = empty((count, *shape), dtype)
     vectors = shape[:-2] if len(shape) > 1 else ()  # () for routing keys, (2,) for content
-    scales = empty((count, *vectors), torch.float32) if form in QUANTISED else None
+    scales = empty((count, *vectors), torch.float32) if form in QUANTIZED else None
     width = math.prod(shape[len(vectors) :])
     step, start = max(MOVED_ELEMENTS // max(math.prod(shape), 1), 1), 0
     # What stays in host memory as it is does not go through the device.
@@ -123,7 +123,7 @@ def placed_rows(parts: Sequence[Tensor], form: str, device: torch.device, *, on_
             moved = piece if staging is None else staging.moved(piece)
             if scales is not None:
                 flat = moved.to(device).reshape(len(piece) * math.prod(vectors), width)
-                narrow, factors = quantise_keys(flat, dtype)
+                narrow, factors = quantize_keys(flat, dtype)
                 numbers[rows].copy_(narrow.view(piece.shape), non_blocking=on_gpu)
                 scales[rows].copy_(factors.view(len(piece), *vectors), non_blocking=on_gpu)
             else:

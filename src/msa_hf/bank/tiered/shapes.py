@@ -36,7 +36,7 @@ KEY_FORMATS = tuple(FORMATS)
 CONTENT_FORMATS = ("fp32", "bf16", "fp16", "fp8")
 # What `plan_placement` takes for granted: keys in 8 bits where they must be, content as it is.
 AUTO_KEY_FORMATS = ("fp32", "bf16", "fp16", "fp8", "int8")
-# Formats that `quantise_keys` makes and no operation scores as they lie.
+# Formats that `quantize_keys` makes and no operation scores as they lie.
 NOT_ROUTED = {"int4": " (packed: route_documents cannot score them as they lie yet)"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 

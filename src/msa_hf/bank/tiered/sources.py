@@ -67,7 +67,7 @@ class BankSource:
 
 
 def source_of(bank: Any, model: Any = None, tokenizer: Any = None, verify: bool = True) -> BankSource:
-    """The source of a `MemoryBank`, of an `OpenBank` as it is now, or of a directory.
+    """The source of a `MemoryBank`, of an `BankStore` as it is now, or of a directory.
 
     Args:
         model, tokenizer, verify: as `MemoryBank.from_pretrained`, for a directory.
@@ -82,7 +82,7 @@ def source_of(bank: Any, model: Any = None, tokenizer: Any = None, verify: bool 
     if hasattr(bank, "snapshot"):
         return _of_memory(bank.snapshot()) if bank.directory is None else _of_open(bank)
     if not isinstance(bank, MemoryBank):
-        raise TypeError(f"`bank` must be a MemoryBank, an OpenBank or a directory, got {type(bank).__name__}.")
+        raise TypeError(f"`bank` must be a MemoryBank, an BankStore or a directory, got {type(bank).__name__}.")
     if hasattr(bank, "turn"):
         raise ValueError(f"A {type(bank).__name__} is shared or placed already; place the bank that it was made from.")
     if bank.device.type != "cpu":

@@ -13,7 +13,7 @@ from ..model.memory_msa import MemoryBank
 from ..ops import recall_of_candidates
 
 
-def quantised_recall(
+def quantized_recall(
     model: Any,
     bank: MemoryBank,
     inputs: Mapping[str, Tensor],
@@ -21,13 +21,13 @@ def quantised_recall(
     candidates: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> dict[str, dict[int, float]]:
-    """Which share of the documents that exact keys choose is among the candidates that quantised keys choose.
+    """Which share of the documents that exact keys choose is among the candidates that quantized keys choose.
 
     Args:
         model: a model with a memory.
         bank: of the model, on its device.
         inputs: prompts as `model` takes them; every token that is no padding routes.
-        kinds: see `quantise_keys`.
+        kinds: see `quantize_keys`.
         candidates: how many, several. Default: 1, 2, 4 and 8 times the model's top-k, as far as the bank has so many.
         backend: of the operations; default: the first that takes the call.
 
@@ -35,7 +35,7 @@ def quantised_recall(
         kind -> candidates -> recall from 0 to 1 in the memory layer where it is lowest.
 
     Raises:
-        ValueError: where the model's configuration keeps it from routing by the operation that takes quantised keys.
+        ValueError: where the model's configuration keeps it from routing by the operation that takes quantized keys.
     """
     k = max(min(model.config.top_k, len(bank)), 1)
     if candidates is None:

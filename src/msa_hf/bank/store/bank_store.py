@@ -1,4 +1,4 @@
-"""`OpenBank`: a bank to which documents are added, in which they are replaced, and from which they are deleted."""
+"""`BankStore`: a bank to which documents are added, in which they are replaced, and from which they are deleted."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from ...model.storage_msa import (
     remove_files,
     table_schema,
 )
+from ...moved import renamed
 from .buffers import Buffers
 from .changes import Change, Changes, Known, committed, table_of
 from .compaction import compacted_in_memory, groups_of, write_compacted
@@ -52,7 +53,7 @@ class BankDamaged(RuntimeError):
     """A bank with damaged files cannot be written to before it is decided what becomes of their documents."""
 
 
-class OpenBank:
+class BankStore:
     """A bank that changes by commits, in a directory or in memory alone.
 
     Every method that changes something is one commit: when it returns, the change is on the disk as a whole; when it
@@ -187,7 +188,7 @@ class OpenBank:
         if self._lock is not None:
             self._lock.release()
 
-    def __enter__(self) -> OpenBank:
+    def __enter__(self) -> BankStore:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -298,7 +299,7 @@ class OpenBank:
     # Changes ----------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def batch(self) -> Iterator[OpenBank]:
+    def batch(self) -> Iterator[BankStore]:
         """Everything inside is one commit; where something raises, none of it happens."""
         with self._mutex:
             if self._pending is not None:
@@ -636,8 +637,11 @@ class OpenBank:
 
     def __repr__(self) -> str:
         where = "memory" if self.directory is None else repr(str(self.directory))
-        return f"OpenBank({where}, documents={len(self)}, tokens={self.state.tokens}, generation={self.generation})"
+        return f"BankStore({where}, documents={len(self)}, tokens={self.state.tokens}, generation={self.generation})"
 
 
 def _names(manifest: Mapping[str, Any]) -> set[str]:
     return {entry["file"] for entry in data_files(manifest)}
+
+
+__getattr__ = renamed(__name__, {"OpenBank": "BankStore"})

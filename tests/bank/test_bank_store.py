@@ -16,7 +16,7 @@ from fake_model import ORIGIN, FakeModel, contents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from msa_hf.bank import BankDamaged, BankLocked, OpenBank
+from msa_hf.bank import BankDamaged, BankLocked, BankStore
 from msa_hf.bank.store.segments import Segment
 from msa_hf.generation import COMPACT, DocumentIds
 from msa_hf.model import storage_msa
@@ -30,7 +30,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
     return tmp_path / "bank" if request.param else None
 
 
-def texts(bank: OpenBank | MemoryBank) -> dict[str, str]:
+def texts(bank: BankStore | MemoryBank) -> dict[str, str]:
     return {
         key: text for key, (text, *_) in contents(bank if isinstance(bank, MemoryBank) else bank.snapshot()).items()
     }
@@ -104,7 +104,7 @@ def test_any_sequence_of_events_leaves_what_a_dictionary_would(
     for item in events:
         if item[0][0] in ("upsert", "delete") and repeats.random() < 0.5:
             delivered.insert(repeats.randint(0, len(delivered)), item)
-    model, bank, kept = Dictionary(), OpenBank(FakeModel(), directory), []
+    model, bank, kept = Dictionary(), BankStore(FakeModel(), directory), []
 
     def deliver(event: Any) -> None:
         nonlocal bank
@@ -130,7 +130,7 @@ def test_any_sequence_of_events_leaves_what_a_dictionary_would(
         elif event[0] == "reopen":
             if directory is not None:
                 bank.close()
-                bank = OpenBank(FakeModel(), directory)
+                bank = BankStore(FakeModel(), directory)
         elif event[0] == "snapshot":
             snapshot = bank.snapshot()
             kept.append((snapshot, contents(snapshot)))
@@ -156,19 +156,19 @@ def test_any_sequence_of_events_leaves_what_a_dictionary_would(
 
 
 def test_a_version_is_known_over_deletion_compaction_and_reopening(tmp_path: Path) -> None:
-    with OpenBank(FakeModel(), tmp_path) as bank:
+    with BankStore(FakeModel(), tmp_path) as bank:
         assert bank.upsert("a", "first", 3) and not bank.upsert("a", "first", 3) and not bank.upsert("a", "late", 2)
         assert bank.delete("a", 5) and not bank.delete("a", 5) and not bank.upsert("a", "late", 4)
         assert not bank.delete("never seen", 7)
         bank.compact()
-    with OpenBank(FakeModel(), tmp_path) as bank:
+    with BankStore(FakeModel(), tmp_path) as bank:
         assert not bank.upsert("a", "late", 5) and not bank.upsert("never seen", "late", 6)
         assert bank.upsert("a", "back", 6) and bank.get("a").id == 1  # type: ignore[union-attr]
 
 
 def test_unchanged_text_is_not_encoded_again(place: Path | None) -> None:
     model = FakeModel()
-    with OpenBank(model, place) as bank:
+    with BankStore(model, place) as bank:
         bank.add([{"key": "a", "text": "a text"}, {"key": "b", "text": "b text"}])
         model.encoded.clear()
         assert not bank.upsert("a", "a text"), "nothing changed at all"
@@ -192,19 +192,19 @@ def test_what_wraps_a_text_counts_as_a_change(tmp_path: Path) -> None:
 
     model: Any = FakeModel()
     tokenizer = Tokenizer()
-    with OpenBank(model, tmp_path, tokenizer, COMPACT) as bank:
+    with BankStore(model, tmp_path, tokenizer, COMPACT) as bank:
         bank.add(["some text", "more"])
         assert model.encoded[-1] == str([ord(character) for character in "[1] more\n[1]"])
         model.encoded.clear()
         assert not bank.upsert("0", "some text")
         with pytest.raises(ValueError, match="this bank's protocol"):
             bank.add([[1, 2]])
-    with OpenBank(model, tmp_path, tokenizer) as bank:
+    with BankStore(model, tmp_path, tokenizer) as bank:
         assert bank.upsert("0", "some text") and model.encoded == ["some text"]
 
 
 def test_a_batch_is_one_commit_or_none(place: Path | None) -> None:
-    with OpenBank(FakeModel(), place) as bank:
+    with BankStore(FakeModel(), place) as bank:
         with bank.batch():
             bank.add(["one", "two"])
             bank.delete("0")
@@ -238,9 +238,9 @@ def test_a_batch_is_one_commit_or_none(place: Path | None) -> None:
     ],
 )
 def test_what_is_no_document_is_named_and_changes_nothing(
-    place: Path | None, change: Callable[[OpenBank], Any], error: type[Exception], message: str
+    place: Path | None, change: Callable[[BankStore], Any], error: type[Exception], message: str
 ) -> None:
-    with OpenBank(FakeModel(), place) as bank:
+    with BankStore(FakeModel(), place) as bank:
         with pytest.raises(error, match=message):
             change(bank)
         assert len(bank) == 0 and bank.generation == 0
@@ -250,7 +250,7 @@ def test_what_is_no_document_is_named_and_changes_nothing(
 
 
 def test_a_snapshot_stays_while_the_writer_goes_on(place: Path | None) -> None:
-    with OpenBank(FakeModel(), place) as bank:
+    with BankStore(FakeModel(), place) as bank:
         bank.add([f"text {number}" for number in range(6)])
         first, then = bank.snapshot(), texts(bank)
         assert bank.snapshot() is first, "without a commit it is the same"
@@ -265,11 +265,11 @@ def test_a_snapshot_stays_while_the_writer_goes_on(place: Path | None) -> None:
 
 
 def test_readers_keep_what_they_opened_until_they_refresh(tmp_path: Path) -> None:
-    with OpenBank(FakeModel(), tmp_path) as writer:
+    with BankStore(FakeModel(), tmp_path) as writer:
         writer.add([f"text {number}" for number in range(4)])
         loaded = MemoryBank.from_pretrained(tmp_path)
-        reader = OpenBank(FakeModel(), tmp_path, read_only=True)
-        late = OpenBank(FakeModel(), tmp_path, read_only=True)  # asks for its tensors when the files are gone
+        reader = BankStore(FakeModel(), tmp_path, read_only=True)
+        late = BankStore(FakeModel(), tmp_path, read_only=True)  # asks for its tensors when the files are gone
         before = texts(reader)
         writer.delete("1")
         writer.add([{"key": "new", "text": "a new one"}])
@@ -290,7 +290,7 @@ def test_readers_keep_what_they_opened_until_they_refresh(tmp_path: Path) -> Non
 def test_a_reader_that_opens_while_files_are_removed_tries_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer = OpenBank(FakeModel(), tmp_path)
+    writer = BankStore(FakeModel(), tmp_path)
     writer.add(["one", "two"])
     original, compacted = Segment.open, []
 
@@ -301,7 +301,7 @@ def test_a_reader_that_opens_while_files_are_removed_tries_again(
         return original(*arguments)
 
     monkeypatch.setattr(Segment, "open", opening)
-    reader = OpenBank(FakeModel(), tmp_path, read_only=True)
+    reader = BankStore(FakeModel(), tmp_path, read_only=True)
     assert compacted == [True] and texts(reader) == {"1": "two"} and reader.stat()["damaged"] == 0
 
 
@@ -309,18 +309,18 @@ def test_a_reader_that_opens_while_files_are_removed_tries_again(
 
 
 def test_a_second_writer_is_told_who_holds_the_bank(tmp_path: Path) -> None:
-    with OpenBank(FakeModel(), tmp_path) as bank:
+    with BankStore(FakeModel(), tmp_path) as bank:
         with pytest.raises(BankLocked, match=rf"open for writing in process {os.getpid()} on .* since 20.*read_only"):
-            OpenBank(FakeModel(), tmp_path)
+            BankStore(FakeModel(), tmp_path)
         bank.add(["still works"])
-    with OpenBank(FakeModel(), tmp_path) as bank:
+    with BankStore(FakeModel(), tmp_path) as bank:
         assert len(bank) == 1
     with pytest.raises(RuntimeError, match="is closed"):
         bank.add(["too late"])
 
 
 def test_a_forked_process_neither_holds_nor_frees_the_lock(tmp_path: Path) -> None:
-    with OpenBank(FakeModel(), tmp_path) as bank:
+    with BankStore(FakeModel(), tmp_path) as bank:
 
         def child() -> None:
             with pytest.raises(RuntimeError, match="was forked"):
@@ -333,7 +333,7 @@ def test_a_forked_process_neither_holds_nor_frees_the_lock(tmp_path: Path) -> No
         process.join(20)
         assert process.exitcode == 7
         with pytest.raises(BankLocked):
-            OpenBank(FakeModel(), tmp_path)
+            BankStore(FakeModel(), tmp_path)
 
 
 def test_the_lock_does_not_write_elsewhere(tmp_path: Path) -> None:
@@ -342,12 +342,12 @@ def test_the_lock_does_not_write_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "bank").mkdir()
     (tmp_path / "bank" / ".lock").symlink_to(outside)
     with pytest.raises(OSError):
-        OpenBank(FakeModel(), tmp_path / "bank")
+        BankStore(FakeModel(), tmp_path / "bank")
     assert outside.read_text() == "keep this"
 
 
 def test_a_bank_that_was_replaced_under_its_writer_is_not_written_over(tmp_path: Path) -> None:
-    with OpenBank(FakeModel(), tmp_path) as bank:
+    with BankStore(FakeModel(), tmp_path) as bank:
         bank.add(["one"])
         FakeModel().encode_documents([{"text": "another bank"}]).save_pretrained(tmp_path)
         with pytest.raises(RuntimeError, match="was replaced since it was opened"):
@@ -356,15 +356,15 @@ def test_a_bank_that_was_replaced_under_its_writer_is_not_written_over(tmp_path:
 
 
 def test_another_models_bank_is_refused(tmp_path: Path) -> None:
-    OpenBank(FakeModel(), tmp_path).close()
+    BankStore(FakeModel(), tmp_path).close()
 
     class Other(FakeModel):
         def memory_origin(self, tokenizer: Any = None) -> BankOrigin:
             return BankOrigin.from_dict({**ORIGIN.to_dict(), "similarity": "dot"})
 
     with pytest.raises(ValueError, match="similarity: the bank has cosine, the model dot"):
-        OpenBank(Other(), tmp_path)
-    OpenBank(FakeModel(), tmp_path).close()  # the lock is free again
+        BankStore(Other(), tmp_path)
+    BankStore(FakeModel(), tmp_path).close()  # the lock is free again
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
@@ -377,11 +377,11 @@ def test_a_bank_of_version_1_is_upgraded_by_its_first_commit(tmp_path: Path, siz
     plain.documents = DocumentTable(rows)
     plain.save_pretrained(tmp_path, max_shard_size=size)
     before = {path.name for path in tmp_path.iterdir()}
-    with OpenBank(FakeModel(), tmp_path, read_only=True) as bank:
+    with BankStore(FakeModel(), tmp_path, read_only=True) as bank:
         assert [document.id for document in bank.snapshot().documents] == [0, 7, 2, 3]
         assert {path.name for path in tmp_path.iterdir()} == before
     model = FakeModel()
-    with OpenBank(model, tmp_path) as bank:
+    with BankStore(model, tmp_path) as bank:
         assert bank.verify() == [] and bank.stat()["next_id"] == 8
         assert bank.add([{"key": "new", "text": "added"}]) == [8] and model.encoded == ["added"]
         bank.delete("k0")
@@ -391,30 +391,30 @@ def test_a_bank_of_version_1_is_upgraded_by_its_first_commit(tmp_path: Path, siz
     assert tensors <= {path.name for path in tmp_path.iterdir()}, "tensors are not written again"
     loaded = MemoryBank.from_pretrained(tmp_path)
     assert texts(loaded) == {"k1": "text 1", "k2": "text 2", "k3": "text 3", "new": "added"}
-    with OpenBank(FakeModel(), tmp_path) as bank:
+    with BankStore(FakeModel(), tmp_path) as bank:
         bank.compact()
         assert [(d.key, d.id) for d in bank.snapshot().documents] == [("k1", 7), ("k2", 2), ("k3", 3), ("new", 8)]
 
 
 def test_a_saved_snapshot_is_a_bank_without_the_deleted(tmp_path: Path) -> None:
-    bank = OpenBank(FakeModel())
+    bank = BankStore(FakeModel())
     bank.add([f"text {row} " + "z" * row for row in range(5)])
     bank.delete("1")
     bank.delete("4")
     bank.snapshot().save_pretrained(tmp_path)
     loaded = MemoryBank.from_pretrained(tmp_path)
     assert contents(loaded) == contents(bank.snapshot()) and loaded.num_chunks == int(loaded.offsets[-1])
-    with OpenBank(FakeModel(), tmp_path) as again:
+    with BankStore(FakeModel(), tmp_path) as again:
         assert again.add(["sixth"]) == [5], "also the id of the last document, which was deleted, stays taken"
 
 
 def test_deletions_are_put_together(tmp_path: Path) -> None:
-    with OpenBank(FakeModel(), tmp_path) as bank:
+    with BankStore(FakeModel(), tmp_path) as bank:
         bank.add([f"text {row}" for row in range(50)])
         for row in range(45):
             bank.delete(str(row), row)
         assert len(storage_msa.read_manifest(tmp_path)["deletions"]) < 40
-    with OpenBank(FakeModel(), tmp_path) as bank:
+    with BankStore(FakeModel(), tmp_path) as bank:
         assert len(bank) == 5 and not bank.upsert("3", "late", 3)
 
 
@@ -426,11 +426,11 @@ def test_a_commit_costs_what_it_changes(tmp_path: Path, monkeypatch: pytest.Monk
     read: list[int] = []
     original = Segment.tensors
     monkeypatch.setattr(Segment, "tensors", lambda *arguments: (read.append(1), original(*arguments))[1])
-    with OpenBank(FakeModel(), tmp_path) as bank:
+    with BankStore(FakeModel(), tmp_path) as bank:
         bank.add([f"text {row}" for row in range(2000)])
         large = sum(path.stat().st_size for path in tmp_path.iterdir())
     model = FakeModel()
-    with OpenBank(model, tmp_path) as bank:
+    with BankStore(model, tmp_path) as bank:
         written: list[int] = []
         publish = storage_msa.publish_file
 
@@ -473,14 +473,14 @@ def test_positions_count_documents_and_rows_count_deleted_ones_too() -> None:
 
 def test_a_bank_is_cared_for_without_its_model(tmp_path: Path) -> None:
     with pytest.raises(storage_msa.BankFormatError, match="not a bank"):
-        OpenBank(None, tmp_path / "none")
+        BankStore(None, tmp_path / "none")
     assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="needs a `model`"):
-        OpenBank(None)
-    with OpenBank(FakeModel(), tmp_path) as bank:
+        BankStore(None)
+    with BankStore(FakeModel(), tmp_path) as bank:
         bank.add([{"key": key, "text": f"text of {key}"} for key in "abc"])
         expected = contents(bank.snapshot())
-    with OpenBank(None, tmp_path) as bank:
+    with BankStore(None, tmp_path) as bank:
         assert bank.origin == ORIGIN and bank.verify() == []
         with pytest.raises(ValueError, match="opened without a model"):
             bank.upsert("b", "another text")
@@ -489,21 +489,21 @@ def test_a_bank_is_cared_for_without_its_model(tmp_path: Path) -> None:
         assert bank.delete("b") and bank.compact()
         del expected["b"]
         assert contents(bank.snapshot()).keys() == expected.keys()
-    with OpenBank(FakeModel(), tmp_path) as bank:
+    with BankStore(FakeModel(), tmp_path) as bank:
         found = contents(bank.snapshot())
         assert str(found) == str(expected)
 
 
 def test_without_its_model_a_damaged_prefix_is_never_replaced(tmp_path: Path) -> None:
-    with OpenBank(FakeModel(), tmp_path) as bank:
+    with BankStore(FakeModel(), tmp_path) as bank:
         bank.add([{"key": key, "text": f"text of {key}"} for key in "ab"])
     path = next(tmp_path.glob("prefix-*"))
     path.write_bytes(path.read_bytes()[:-1])
-    with OpenBank(None, tmp_path) as bank:
+    with BankStore(None, tmp_path) as bank:
         assert [item.file for item in bank.verify()] == [path.name]
         assert bank.delete("a")
         for action in (bank.snapshot, bank.compact):
             with pytest.raises(BankDamaged, match="prefix"):
                 action()
-    with OpenBank(FakeModel(), tmp_path) as bank:
+    with BankStore(FakeModel(), tmp_path) as bank:
         assert texts(bank) == {"b": "text of b"} and bank.compact() and bank.verify() == []

@@ -8,7 +8,7 @@ import torch
 from setups import Setup, assert_same, batch_of, setup, tokens
 
 from msa_hf import MemoryBank
-from msa_hf.bank import OpenBank
+from msa_hf.bank import BankStore
 
 LENGTHS = (1, 3, 4, 7, 12, 5, 9)
 GONE = (1, 4)
@@ -19,7 +19,7 @@ def made() -> Setup:
     return setup(documents=tokens(*LENGTHS))
 
 
-def changed(made: Setup, directory: Path | None) -> OpenBank:
+def changed(made: Setup, directory: Path | None) -> BankStore:
     """The documents of `made`, after others came and went between them."""
     bank = made.model.open_memory(directory)
     strange = tokens(6, 8, seed=5)

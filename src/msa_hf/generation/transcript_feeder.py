@@ -24,7 +24,7 @@ class Transcript(Protocol):
     fed: int
 
 
-class Feed:
+class TranscriptFeeder:
     """The transcripts of a batch on their way through the model.
 
     A prefill starts anew, with rows for the transcripts asked for, unless what the cache holds is still right: where no
@@ -71,7 +71,9 @@ class Feed:
             for item in transcripts:
                 item.fed = 0
         wanted = {id(item) for item in transcripts}
-        new = [protocol.Protocol.join(item.segments[item.fed :] if id(item) in wanted else []) for item in self.rows]
+        new = [
+            protocol.PromptProtocol.join(item.segments[item.fed :] if id(item) in wanted else []) for item in self.rows
+        ]
         for item in transcripts:
             item.fed = len(item.segments)
         width = max(len(ids) for ids, _ in new)
@@ -89,7 +91,7 @@ class Feed:
         return inputs, [len(new[self.row(item)][0]) for item in transcripts]
 
     def prefill(self, transcripts: list[Any]) -> tuple[Tensor, Any, list[int]]:
-        """Feed what is new, and route.
+        """TranscriptFeeder what is new, and route.
 
         Returns:
             Logits [n, vocabulary] float32 behind each of `transcripts`; routing, by `row`; new tokens of each.
@@ -101,7 +103,7 @@ class Feed:
         return self._pick(output.logits, transcripts), output.routing, counts
 
     def step(self, tokens: list[int], transcripts: list[Any]) -> Tensor:
-        """Feed one token behind each of `transcripts`; logits as from `prefill`."""
+        """TranscriptFeeder one token behind each of `transcripts`; logits as from `prefill`."""
         fed = torch.full((len(self.rows), 1), self.pad_id, dtype=torch.long, device=self.model.device)
         for token, item in zip(tokens, transcripts, strict=True):
             fed[self.row(item)] = token

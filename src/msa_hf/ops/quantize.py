@@ -15,7 +15,7 @@ LARGEST: dict[Any, float] = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0, "int
 KINDS: dict[str, Any] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": "int4"}
 
 
-def quantise_keys(keys: Tensor, kind: torch.dtype | str) -> tuple[Tensor, Tensor]:
+def quantize_keys(keys: Tensor, kind: torch.dtype | str) -> tuple[Tensor, Tensor]:
     """Numbers and scales of routing keys: `key = scale * number`, rounded to the nearest.
 
     Args:
@@ -65,7 +65,7 @@ def recall_of_candidates(
     similarity: str = "cosine",
     backend: str | None = None,
 ) -> dict[int, float]:
-    """Which share of the exact `k` best documents is among the best candidates of the quantised keys.
+    """Which share of the exact `k` best documents is among the best candidates of the quantized keys.
 
     Args:
         queries, routing_mask, keys, offsets, k, similarity, backend: as `route_documents`; `keys` exact.
@@ -76,7 +76,7 @@ def recall_of_candidates(
         candidates -> recall from 0 to 1: after exact scoring, the share of right documents.
     """
     exact, _ = route_documents(queries, routing_mask, keys, offsets, k, similarity=similarity, backend=backend)
-    numbers, scales = quantise_keys(keys, kind)
+    numbers, scales = quantize_keys(keys, kind)
     if kind == "int4":
         numbers = unpack_int4(numbers, keys.shape[1])
     found, _ = route_documents(

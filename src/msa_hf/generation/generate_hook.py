@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.generation import BaseStreamer, PrefixConstrainedLogitsProcessor
 
 from .interleave import MemoryInterleave
-from .protocol import PUBLISHED, Protocol
+from .protocol import PUBLISHED, PromptProtocol
 
 
 def _belongs_to_caller(item: Any) -> bool:
@@ -26,7 +26,7 @@ def memory_interleave(
     streamer: BaseStreamer | None = None,
     tokenizer: Any = None,
     memory: Any = None,
-    protocol: Protocol = PUBLISHED,
+    protocol: PromptProtocol = PUBLISHED,
     max_rounds: int = 3,
     select: str = "router",
     documents_per_round: int | None = None,

@@ -7,8 +7,8 @@ import torch
 from battery import NEVER, offsets_of, split_up
 from torch import Tensor
 
-from msa_hf.ops import quantise_keys, recall_of_candidates, route_documents
-from msa_hf.ops.quantise import pack_int4, unpack_int4
+from msa_hf.ops import quantize_keys, recall_of_candidates, route_documents
+from msa_hf.ops.quantize import pack_int4, unpack_int4
 
 KINDS = ("fp8", "int8", "int4")
 
@@ -21,7 +21,7 @@ def unit_keys(chunks: int, groups: int, dim: int, seed: int) -> Tensor:
 
 def numbers_of(keys: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Numbers in float64, and scales."""
-    numbers, scales = quantise_keys(keys, kind)
+    numbers, scales = quantize_keys(keys, kind)
     if kind == "int4":
         assert numbers.dtype == torch.uint8 and numbers.shape == (len(keys), -(-keys.shape[1] // 2))
         numbers = unpack_int4(numbers, keys.shape[1])
@@ -55,7 +55,7 @@ def test_zeros_and_extremes(kind) -> None:
     assert numbers.isfinite().all() and scales.isfinite().all() and (scales > 0).all()
     assert not numbers[0].any()
     torch.testing.assert_close((numbers * scales[:, None])[2:, 0], keys.double()[2:, 0], rtol=1e-5, atol=0.0)
-    assert quantise_keys(torch.empty(0, 8), kind)[1].shape == (0,)
+    assert quantize_keys(torch.empty(0, 8), kind)[1].shape == (0,)
 
 
 def test_numbers_of_four_bits_are_packed_in_pairs() -> None:
@@ -68,7 +68,7 @@ def test_numbers_of_four_bits_are_packed_in_pairs() -> None:
 
 def test_unknown_formats_are_refused() -> None:
     with pytest.raises(ValueError, match="'fp8', 'int8', 'int4'"):
-        quantise_keys(torch.zeros(1, 8), "int3")
+        quantize_keys(torch.zeros(1, 8), "int3")
 
 
 def question(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -95,7 +95,7 @@ def test_recall_grows_with_the_candidates(kind) -> None:
     recall = recall_of_candidates(queries, mask, keys, offsets, k, kind, asked)
     values = [recall[number] for number in asked]
     assert values == sorted(values) and values[-1] == 1.0
-    numbers, scales = quantise_keys(keys, kind)
+    numbers, scales = quantize_keys(keys, kind)
     if kind == "int4":
         numbers = unpack_int4(numbers, keys.shape[1])
     exact = exact_scores(queries, mask, keys, offsets)
@@ -115,7 +115,7 @@ def test_recall_on_random_unit_keys(kind) -> None:
     mask, offsets = torch.ones(4, 32, dtype=torch.bool), offsets_of([8] * 2500)
     recall = recall_of_candidates(queries, mask, keys.bfloat16(), offsets, 16, kind, [64])
     assert recall[64] >= 0.999
-    numbers, scales = quantise_keys(keys.bfloat16(), kind)
+    numbers, scales = quantize_keys(keys.bfloat16(), kind)
     documents, scores = route_documents(queries, mask, numbers, offsets, 16, scales=scales, exact_keys=keys.bfloat16())
     expected, best = route_documents(queries, mask, keys.bfloat16(), offsets, 16)
     assert torch.equal(documents, expected)

@@ -10,7 +10,7 @@ from torch import Tensor
 GROWTH = 5 / 4  # of a buffer that is full: appending costs a few copies of each row, spare room at most a quarter
 
 
-class Growing:
+class GrowableArray:
     """An array to whose end rows are added; what was handed out before stays as it is."""
 
     def __init__(self, rows: Any, length: int | None = None) -> None:
