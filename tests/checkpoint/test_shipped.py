@@ -173,7 +173,7 @@ def rows() -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def setup(rows: list[dict[str, str]]) -> Setup:
-    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, trust_remote_code=True, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()  # the package's class
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     protocol = PromptProtocol.from_pretrained(CHECKPOINT)
     bank = model.encode_documents(protocol.encode_corpus(rows, tokenizer), tokenizer, show_progress=False)
@@ -312,16 +312,36 @@ def test_the_directory_is_a_complete_repository() -> None:
     assert wanted | {"memory_protocol.json", "results.json"} <= files().keys()
     assert weights() and sum(path.stat().st_size for path in files().values()) <= MOST_BYTES
     kinds = {path.suffix for path in files().values()}
-    assert kinds <= {".md", ".json", ".jsonl", ".py", ".png", ".safetensors"}, "neither pickles nor leftovers"
+    assert kinds <= {".md", ".json", ".jsonl", ".png", ".safetensors"}, "neither pickles nor leftovers"
     index = files().get("model.safetensors.index.json")
     if index is not None:
         assert set(json.loads(index.read_text())["weight_map"].values()) == {path.name for path in weights()}
 
 
-def test_the_code_in_it_is_that_of_the_package() -> None:
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint as the Hub gets it, with its code beside the weights."""
+    made = tmp_path_factory.mktemp("hub") / "msa-hf-tiny"
+    command = [sys.executable, str(ROOT / "tools" / "publish_card.py"), str(CHECKPOINT), str(made)]
+    subprocess.run(command, check=True, capture_output=True)
+    return made
+
+
+def test_a_published_card_is_the_directory_and_the_package_s_code(published: Path) -> None:
     source = Path(msa_hf.__file__).parent / "model"
-    assert {name for name in files() if name.endswith(".py")} == set(REMOTE_FILES)
-    assert [name for name in REMOTE_FILES if files()[name].read_bytes() != (source / name).read_bytes()] == []
+    expected = {path.name: path.read_bytes() for path in (*CHECKPOINT.iterdir(), *source.glob("*_msa.py"))}
+    assert {path.name: path.read_bytes() for path in published.iterdir()} == expected
+    assert set(REMOTE_FILES) <= expected.keys() and not set(REMOTE_FILES) & files().keys(), "git keeps the code once"
+
+
+def test_publishing_writes_over_nothing(published: Path, tmp_path: Path) -> None:
+    for card, out, reason in (
+        (CHECKPOINT, published, "not an empty directory"),
+        (tmp_path, tmp_path / "new", "no che"),
+    ):
+        command = [sys.executable, str(ROOT / "tools" / "publish_card.py"), str(card), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and reason in done.stderr
 
 
 def test_the_weights_are_bfloat16() -> None:
@@ -370,12 +390,14 @@ print("\\n" + report)
 """
 
 
-def test_it_loads_where_the_package_is_missing(setup: Setup, rows: list[dict[str, str]], tmp_path: Path) -> None:
+def test_it_loads_where_the_package_is_missing(
+    setup: Setup, rows: list[dict[str, str]], published: Path, tmp_path: Path
+) -> None:
     """Its own code, in a process that cannot import the package, routes and answers as the package does."""
     documents = [row["input_ids"] for row in setup.protocol.encode_corpus(rows[:20], setup.tokenizer)]
     prompt, routes = setup.transcripts("one_hop", rounds=True)[0]
     given = {
-        "checkpoint": str(CHECKPOINT),
+        "checkpoint": str(published),
         "documents": documents,
         "prompt": prompt,
         "routes": routes,
