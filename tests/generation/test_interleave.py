@@ -317,7 +317,7 @@ def test_every_round_equals_a_computation_from_scratch(rounds, ends) -> None:
             assert [choice.position for choice in item.chosen[layer]] == found.documents[0].tolist()
             assert [choice.score for choice in item.chosen[layer]] == found.scores[0].tolist()
     ids, routes = published_transcript(rounds, closed=True)
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": sorted(interleave._stop_ids(None))}
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": sorted(interleave.answering.stop_ids())}
     whole = model.generate(torch.tensor([ids]), memory=bank, routing_mask=torch.tensor([routes]), **options)
     assert answer.token_ids == whole[0, len(ids) :].tolist()
     prefilled = [length for length in script_of.fed if length > 1][-1]
@@ -349,7 +349,7 @@ def test_a_reused_cache_equals_turns_of_a_conversation() -> None:
             torch.testing.assert_close(scores, found.scores[0], atol=1e-6, rtol=1e-5)
     ids, routes = published_transcript(rounds, closed=True)
     history = {"input_ids": torch.tensor([ids]), "routing_mask": torch.tensor([[False] * fed + routes[fed:]])}
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": sorted(interleave._stop_ids(None))}
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": sorted(interleave.answering.stop_ids())}
     whole = model.generate(**history, memory=bank, past_key_values=kept, **options)
     assert reused.token_ids == whole[0, len(ids) :].tolist()
     assert reused.trace.rounds[0].chosen == again.trace.rounds[0].chosen
@@ -710,7 +710,7 @@ def test_beams(reuse) -> None:
     for question, answer in zip((ONE, TWO), answers, strict=True):
         ids, routes = protocol.join(protocol.transcript(TOKENIZER, question, closed=True))
         inputs = {"input_ids": torch.tensor([ids]), "routing_mask": torch.tensor([routes])}
-        stops = sorted(interleave._stop_ids(None))
+        stops = sorted(interleave.answering.stop_ids())
         options = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False, "eos_token_id": stops}
         whole = model.generate(**inputs, memory=bank, **options)[0, len(ids) :].tolist()
         assert answer.token_ids == whole

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from ..data.documents import Corpus
-from ..generation.protocol import ID_FIELD
+from ..generation.document_ids import ID_FIELD
 from ..model.encoding_msa import _Item, _Reader
 from ..model.memory_msa import BankOrigin, MemoryBank
 from ..model.positions_msa import position_limit

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from ..bank import place_bank
-from ..generation import Answer, MemoryInterleave
-from ..generation.interleave import SELECTIONS
+from ..generation import SELECTORS, Answer, MemoryInterleave
 from ..model.memory_msa import MemoryBank
 from ..model.positions_msa import position_limit
 from ..model.tokenizing_msa import tokenize
@@ -30,7 +29,7 @@ def add_to(commands: Any) -> None:
     made.add_argument("bank", metavar="BANK")
     made.add_argument("questions", metavar="QUESTION", nargs="*")
     add_model_options(made)
-    made.add_argument("--select", choices=SELECTIONS, default="router", help="how documents are chosen for reading")
+    made.add_argument("--select", choices=SELECTORS, default="router", help="how documents are chosen for reading")
     made.add_argument("--max-rounds", type=at_least(0), default=3, help="of retrieval (default: 3)")
     made.add_argument(
         "--documents-per-round",

@@ -8,8 +8,7 @@ from typing import Any
 
 from ..data.documents import Corpus
 from ..evaluation.diagnosis import CONDITIONS, checked_conditions, diagnose, read_judged
-from ..generation import PromptProtocol
-from ..generation.interleave import SELECTIONS
+from ..generation import SELECTORS, PromptProtocol
 from ..model.memory_msa import MemoryBank
 from ..model.storage_msa import MANIFEST
 from ..user_errors import UserError, reported
@@ -33,7 +32,7 @@ def add_to(commands: Any) -> None:
     )
     made.add_argument("--k", type=positive, help="documents per layer that count as found (default: the model's top-k)")
     made.add_argument("--refusal", help="the answer to what the memory does not hold")
-    made.add_argument("--select", choices=SELECTIONS, default="router", help="how documents are chosen for reading")
+    made.add_argument("--select", choices=SELECTORS, default="router", help="how documents are chosen for reading")
     made.add_argument("--max-rounds", type=at_least(0), default=3, help="of retrieval (default: 3)")
     made.add_argument("--documents-per-round", type=positive, help="to read (default: 1 that the router chooses)")
     made.add_argument("--max-new-tokens", type=positive, default=64, help="of an answer (default: 64)")

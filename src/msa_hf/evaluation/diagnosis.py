@@ -11,8 +11,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..data.questions import DataError, _pad, _rows, _text
-from ..generation import DocumentIds, MemoryInterleave, PromptProtocol
-from ..generation.interleave import ROUTER_DOCUMENTS
+from ..generation import SELECTORS, DocumentIds, MemoryInterleave, PromptProtocol
+from ..generation.selectors import selector_named
 from ..model.memory_msa import MemoryBank
 from ..model.modes_msa import evaluating
 from ..model.routing_msa import select_documents
@@ -22,7 +22,6 @@ from .prompting import BM25, Writer, prompt_of, require_bm25s, text_of
 # In the order in which they are measured: what BM25 reads depends on what was routed.
 CONDITIONS = ("routed", "single_round", "forced_gold", "gold_text", "bm25", "no_memory", "ids")
 WITH_PROTOCOL = ("single_round", "ids")
-NAMING = ("generate", "constrained")
 EVERY = "all"  # what questions of all kinds together are called
 
 
@@ -427,6 +426,7 @@ def diagnose(
         raise ValueError("`questions` is empty.")
     asked = _looked_up(bank, questions, refusal)
     options = {"max_rounds": max_rounds, "documents_per_round": documents_per_round, "select": select}
+    naming = [name for name, selector in SELECTORS.items() if selector.model_names_documents]
     kinds = list(dict.fromkeys(question.kind for question in asked))
     result = Diagnosis(
         documents=len(bank),
@@ -442,11 +442,11 @@ def diagnose(
         if any(question.positives for question in asked):
             plain = [{"positives": (), **question} for question in questions]
             result.router = router_recall(model, tokenizer, bank, plain, k, batch_size, protocol)
-        total = sum(len(run.places(name)) * (len(NAMING) if name == "ids" else 1) for name in names)
+        total = sum(len(run.places(name)) * (len(naming) if name == "ids" else 1) for name in names)
         with tqdm(total=total, unit="question", disable=not show_progress) as run.progress:
             for name in names:
                 if name == "ids":
-                    result.ids = {naming: _named(asked, run.named(naming)) for naming in NAMING}
+                    result.ids = {way: _named(asked, run.named(way)) for way in naming}
                     continue
                 answers = run.answers(name)
                 result.predictions[name] = [answers.get(place) for place in range(len(asked))]
@@ -567,12 +567,11 @@ class _Run:
         """What BM25 would read for a question, by round."""
         ranking = BM25([text_of(self.bank, position) for position in range(len(self.bank))])
         per_round = self.interleave["documents_per_round"]
-        if per_round is None and self.interleave["select"] == "router":
-            per_round = ROUTER_DOCUMENTS
+        per_round = per_round or selector_named(self.interleave["select"]).documents_per_round
         if self.protocol is None:
             usual = self.model.config.top_k
         else:
-            usual = self.interleave["max_rounds"] * (per_round or ROUTER_DOCUMENTS)
+            usual = self.interleave["max_rounds"] * (per_round or 1)
         routed = self.read.get("routed", {})
 
         def rounds(place: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..data.questions import SEPARATOR, _pad, question_ids
 from ..generation import DocumentIds, MemoryInterleave, PromptProtocol
+from ..generation.answering import Answering
 from ..model.memory_msa import MemoryBank
 from ..model.positions_msa import in_positions_of, position_limit
 
@@ -71,10 +72,10 @@ class Writer:
         self.model, self.tokenizer, self.bank, self.protocol = model, tokenizer, bank, protocol
         self.max_new_tokens = max_new_tokens
         self.ids = DocumentIds(bank)
-        self.asker: MemoryInterleave | None = None
+        self.answering: Answering | None = None
         if protocol is not None:  # the answer stage, so that the conditions differ in nothing else
-            self.asker = MemoryInterleave(model, tokenizer, bank, protocol, max_new_tokens=max_new_tokens)
-            self.options = self.asker._answer_options(None, {})
+            self.answering = MemoryInterleave(model, tokenizer, bank, protocol).answering
+            self.options = self.answering.options(None, {}, max_new_tokens)
         else:
             config = copy.deepcopy(model.generation_config)
             config.update(do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
@@ -138,10 +139,7 @@ class Writer:
         return [self._answer(row) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _answer(self, tokens: list[int]) -> str:
-        if self.asker is not None:
-            stop = self.asker._end_of(tokens, self.stops)
-            shown = tokens[:stop] if self.asker._answer_end is not None else tokens[: stop + 1]
-            assert self.protocol is not None
-            return self.protocol.answer_text(self.asker._decode(shown, skip_special_tokens=True))
+        if self.answering is not None:
+            return self.answering.cut(tokens, self.stops).text
         stop = next((place for place, token in enumerate(tokens) if token in self.stops), len(tokens))
         return self.tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()

@@ -1,15 +1,20 @@
 """Asking a memory: Memory Interleave (paper, 3.5), the protocol it speaks and the trace it leaves."""
 
 from ..moved import renamed
+from .document_ids import DocumentIds
 from .generate_hook import memory_interleave
 from .interleave import Answer, MemoryInterleave, Source
-from .protocol import COMPACT, PUBLISHED, DocumentIds, PromptProtocol, Segment
-from .trace import Dropped, Round, RoutedDocument, Stage, Trace
+from .protocol import COMPACT, PUBLISHED, PromptProtocol, Segment
+from .routed_document import RoutedDocument
+from .selectors import SELECTORS, Asked, Selected, SelectionRound, Selector
+from .trace import Dropped, Round, Stage, Trace
 
 __all__ = [
     "COMPACT",
     "PUBLISHED",
+    "SELECTORS",
     "Answer",
+    "Asked",
     "DocumentIds",
     "Dropped",
     "MemoryInterleave",
@@ -17,6 +22,9 @@ __all__ = [
     "Round",
     "RoutedDocument",
     "Segment",
+    "Selected",
+    "SelectionRound",
+    "Selector",
     "Source",
     "Stage",
     "Trace",

@@ -9,10 +9,10 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..model.tokenizing_msa import tokenize
-from .protocol import PromptProtocol
+if TYPE_CHECKING:
+    from .protocol import PromptProtocol
 
 LEAF = ""  # the key under which a node of the trie says what ends there: an id, or None for a marker
 # How vocabularies spell a space or a line break.
@@ -28,6 +28,8 @@ class TokenTexts:
     """
 
     def __init__(self, protocol: PromptProtocol, tokenizer: Any) -> None:
+        from ..model.tokenizing_msa import tokenize  # transformers: the selectors' names are known without it
+
         words = protocol.id_format.format(id=0) + protocol.ids_end + protocol.retrieval_end
         alphabet = {*words, *string.digits, *STAND_INS}
         names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))

@@ -98,6 +98,6 @@ def memory_interleave(
         **{name: items for name, items in own.items() if items},
     )
     width = max(len(answer.token_ids) for answer in answers)
-    padding = interleave._pad_id if config.pad_token_id is None else config.pad_token_id
+    padding = interleave.answering.pad_id if config.pad_token_id is None else config.pad_token_id
     rows = [answer.token_ids + [padding] * (width - len(answer.token_ids)) for answer in answers]
     return torch.cat([prompts, torch.tensor(rows, dtype=torch.long, device=prompts.device)], 1)

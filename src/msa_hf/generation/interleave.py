@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from collections.abc import Sequence
@@ -10,23 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.generation import BaseStreamer
 
-from ..model.compat_msa import CACHE, CACHE_NAMES
 from ..model.configuration_msa import full_attention_layers
 from ..model.modes_msa import evaluating
 from ..model.positions_msa import position_limit
-from .constrained import IdAutomaton, TokenTexts
-from .protocol import PUBLISHED, DocumentIds, PromptProtocol, Segment
-from .streaming import AnswerStreamer
-from .trace import Dropped, Round, RoutedDocument, Stage, Trace
+from .answering import Answering
+from .combining import LAYER_SCORES, combine_layers
+from .document_ids import DocumentIds
+from .protocol import PUBLISHED, PromptProtocol, Segment
+from .routed_document import RoutedDocument
+from .selectors import Asked, SelectionRound, selector_named
+from .trace import Dropped, Round, Stage, Trace
 from .transcript_feeder import TranscriptFeeder
-
-SELECTIONS = ("generate", "constrained", "router")
-LAYER_SCORES = ("mean", "max")
-# What the router appends in a round where the caller does not say how many: what measured best (docs/experiments.md).
-ROUTER_DOCUMENTS = 1
 
 
 @dataclass(frozen=True)
@@ -136,8 +131,7 @@ class MemoryInterleave:
         reuse_cache: bool = False,
         max_context_tokens: int | None = None,
     ) -> None:
-        if select not in SELECTIONS:
-            raise ValueError(f"`select` must be one of {SELECTIONS}, got {select!r}.")
+        selector = selector_named(select)
         if layer_scores not in LAYER_SCORES:
             raise ValueError(f"`layer_scores` must be one of {LAYER_SCORES}, got {layer_scores!r}.")
         least = {"max_rounds": 0, "documents_per_round": 1, "max_id_tokens": 1, "max_new_tokens": 1}
@@ -174,9 +168,8 @@ class MemoryInterleave:
         fits = None if positions is None else positions - model.config.first_position
         limits = [limit for limit in (fits, max_context_tokens) if limit is not None]
         self.max_context_tokens = min(limits) if limits else None
-        self._texts: TokenTexts | None = None
-        end = protocol.encode(tokenizer, protocol.answer_end.replace("{", "{{").replace("}", "}}"))
-        self._answer_end: int | None = end[0] if len(end) == 1 else None
+        self._selector = selector(self)
+        self.answering = Answering(model, tokenizer, protocol)
 
     def ask(
         self,
@@ -207,7 +200,7 @@ class MemoryInterleave:
                 raise ValueError(f"A streamer takes one question at a time, got {len(texts)}.")
             if batch_size < 1:
                 raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-            options = self._answer_options(generation_config, generate_kwargs)
+            options = self.answering.options(generation_config, generate_kwargs, self.max_new_tokens)
             samples = [self._sample(number, text, options) for number, text in enumerate(texts)]
             answers: list[Answer] = []
             with evaluating(self.model):
@@ -246,7 +239,7 @@ class MemoryInterleave:
         return self.max_context_tokens - taken - options["generation_config"].max_new_tokens
 
     def _ask(self, samples: list[_Sample], streamer: Any, options: dict[str, Any]) -> list[Answer]:
-        feed = TranscriptFeeder(self.model, self.bank, self._pad_id, samples, self.reuse_cache)
+        feed = TranscriptFeeder(self.model, self.bank, self.answering.pad_id, samples, self.reuse_cache)
         for number in range(self.max_rounds):
             active = [sample for sample in samples if not sample.ended]
             if not active:
@@ -268,35 +261,39 @@ class MemoryInterleave:
         names: dict[int, tuple[int, str]] = {}
         for row, sample in enumerate(samples):
             found = {layer: self._choices(*rows[feed.row(sample)], names) for layer, rows in chosen.items()}
-            item = Round(found, self._combined(found), stages={"prefill": Stage(fed[row], seconds)})
+            item = Round(found, combine_layers(found, self.layer_scores), stages={"prefill": Stage(fed[row], seconds)})
             sample.trace.rounds.append(item)
             rounds.append(item)
 
         start = time.perf_counter()
-        if self.select == "router":
-            written: list[list[int]] = [[] for _ in samples]
-            selected = [
-                self._routed(sample, item, scores, number)
-                for sample, item, scores in zip(samples, rounds, logits, strict=True)
-            ]
-        else:
-            written = self._write(feed, logits, samples, rounds)
-            selected = []
-            for item, tokens in zip(rounds, written, strict=True):
-                item.generated = self._decode(tokens)
-                selected.append(self.protocol.named_ids(item.generated))
-        for sample, item, (ids, marker) in zip(samples, rounds, selected, strict=True):
-            self._read(sample, item, ids, number, options)
+        asked = [
+            Asked(sample.question, self._candidates(sample, item), frozenset(sample.read))
+            for sample, item in zip(samples, rounds, strict=True)
+        ]
+        selected = self._selector.select(
+            SelectionRound(
+                number,
+                asked,
+                logits,
+                step=lambda tokens: feed.step(tokens, samples),
+                rewind=feed.rewind,
+                pad_id=self.answering.pad_id,
+                stops=frozenset(self.answering.stop_ids()),
+            )
+        )
+        for sample, item, choice in zip(samples, rounds, selected, strict=True):
+            item.generated = choice.text
+            self._read(sample, item, choice.ids, number, options)
             if not item.read:
-                item.ended = "no new document" if marker != self.protocol.retrieval_end else "the model said so"
-            elif marker == self.protocol.retrieval_end:
+                item.ended = "the model said so" if choice.ended else "no new document"
+            elif choice.ended:
                 item.ended = "the model said so"
             elif number + 1 == self.max_rounds:
                 item.ended = f"max_rounds={self.max_rounds}"
             sample.ended = bool(item.ended)
         seconds = time.perf_counter() - start
-        for item, tokens in zip(rounds, written, strict=True):
-            item.stages["select"] = Stage(len(tokens), seconds)
+        for item, choice in zip(rounds, selected, strict=True):
+            item.stages["select"] = Stage(len(choice.tokens), seconds)
 
     def _choices(
         self, documents: list[int], scores: list[float], names: dict[int, tuple[int, str]]
@@ -311,40 +308,13 @@ class MemoryInterleave:
                 chosen.append(RoutedDocument(position, *names[position], score))
         return chosen
 
-    def _combined(self, chosen: dict[int, list[RoutedDocument]]) -> list[RoutedDocument]:
-        """The union of what the layers chose, best first; equal scores by position."""
-        names: dict[int, RoutedDocument] = {}
-        by_layer: list[dict[int, float]] = []
-        for documents in chosen.values():
-            names |= {choice.position: choice for choice in documents}
-            by_layer.append({choice.position: choice.score for choice in documents if choice.score is not None})
-        lowest = [min(scores.values(), default=0.0) for scores in by_layer]
-
-        def score(position: int) -> float:
-            if self.layer_scores == "max":
-                return max(scores[position] for scores in by_layer if position in scores)
-            return sum(scores.get(position, low) for scores, low in zip(by_layer, lowest, strict=True)) / len(by_layer)
-
-        union = [RoutedDocument(item.position, item.id, item.key, score(position)) for position, item in names.items()]
-        return sorted(union, key=lambda item: (-(item.score or 0.0), item.position))
-
     def _candidates(self, sample: _Sample, item: Round) -> list[RoutedDocument]:
         return [choice for choice in item.combined if not (self.exclude_read and choice.position in sample.read)]
-
-    def _routed(self, sample: _Sample, item: Round, logits: Tensor, number: int) -> tuple[list[int], str | None]:
-        """The router's ids, and the end marker instead where the model would rather say that."""
-        ids = [choice.id for choice in self._candidates(sample, item)[: self.documents_per_round or ROUTER_DOCUMENTS]]
-        if number and ids and self.router_may_end:
-            end = sample.closing[0].input_ids[0]
-            begins = {self.protocol.ids_segment(self.tokenizer, [id]).input_ids[0] for id in ids}
-            if end not in begins and bool(logits[end] > logits[list(begins)].max()):
-                return [], self.protocol.retrieval_end
-        return ids, None
 
     def _read(self, sample: _Sample, item: Round, ids: list[int], number: int, options: dict[str, Any]) -> None:
         """Append the texts of the documents named; note those that cannot be."""
         item.named = ids
-        limit = self.documents_per_round or (ROUTER_DOCUMENTS if self.select == "router" else len(ids))
+        limit = self.documents_per_round or self._selector.documents_per_round or len(ids)
         scores = {choice.position: choice.score for choice in item.combined}
         found: list[tuple[Source, str]] = []
         taken = sample.read
@@ -385,129 +355,18 @@ class MemoryInterleave:
             self.protocol.block_segment(self.tokenizer, pairs),
         ]
 
-    # Naming -----------------------------------------------------------------------------------------------------------
-
-    def _write(
-        self, feed: TranscriptFeeder, logits: Tensor, samples: list[_Sample], rounds: list[Round]
-    ) -> list[list[int]]:
-        """What the model writes to name documents, greedily: per sample the tokens up to and with the marker."""
-        markers = (self.protocol.ids_end, self.protocol.retrieval_end)
-        stops = self._stop_ids(None)
-        automata: list[IdAutomaton] = []
-        if self.select == "constrained":
-            self._texts = self._texts or TokenTexts(self.protocol, self.tokenizer)
-            for sample, item in zip(samples, rounds, strict=True):
-                ids = [choice.id for choice in self._candidates(sample, item)]
-                # How alike documents are grows with the bank: that none fits is to be said of texts that were read.
-                first = len(sample.trace.rounds) == 1
-                automata.append(IdAutomaton(self.protocol, ids, self.documents_per_round or len(ids), not first))
-        states = [automaton.start() for automaton in automata]
-        written: list[list[int]] = [[] for _ in samples]
-        writing = set(range(len(samples)))
-        for step in range(self.max_id_tokens):
-            if step:
-                logits = feed.step([tokens[-1] if tokens else self._pad_id for tokens in written], samples)
-            best = logits.argmax(-1).tolist()
-            for row in sorted(writing):
-                token = best[row]
-                if automata:
-                    assert self._texts is not None
-                    following = automata[row].allowed(states[row], self._texts)
-                    if not following:  # the vocabulary cannot spell any candidate
-                        writing.discard(row)
-                        continue
-                    numbers = list(following)
-                    token = numbers[int(logits[row, numbers].argmax())]
-                    states[row] = following[token]
-                written[row].append(token)
-                if any(marker in self._decode(written[row]) for marker in markers):
-                    writing.discard(row)
-                elif token in stops:
-                    written[row].pop()
-                    writing.discard(row)
-            if not writing:
-                break
-        feed.rewind()
-        return written
-
-    def _decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
-        return self.tokenizer.decode(
-            tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
-
-    @property
-    def _pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        known = pad is not None and 0 <= pad < self.model.config.vocab_size  # else it has no row in the embedding
-        return pad if known else next(iter(sorted(self._stop_ids(None))), 0)
-
-    def _stop_ids(self, given: Any) -> set[int]:
-        """Tokens that end a text: those given or the model's, and the protocol's end of the answer."""
-        given = self.model.generation_config.eos_token_id if given is None else given
-        stops = set(given if isinstance(given, list | tuple) else [] if given is None else [given])
-        return stops | ({self._answer_end} if self._answer_end is not None else set())
-
-    def _end_of(self, tokens: list[int], stops: Sequence[int]) -> int:
-        """Where an answer's end marker stands, or the number of its tokens."""
-        for place, token in enumerate(tokens):
-            by_text = self._answer_end is None and self.protocol.answer_end in self._decode(tokens[: place + 1])
-            if token in stops or by_text:
-                return place
-        return len(tokens)
-
-    # Answering --------------------------------------------------------------------------------------------------------
-
-    def _answer_options(self, generation_config: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """Options of `generate` for the answer stage."""
-        for name in ("memory", "routing_mask", "force_documents", "input_ids", "attention_mask", *CACHE_NAMES):
-            if given.get(name) is not None:
-                raise ValueError(f"`{name}` is set by the rounds; it cannot be passed to ask().")
-        if given.get("max_length") is not None:
-            raise ValueError("`max_length` would count the transcript; pass `max_new_tokens`.")
-        config = copy.deepcopy(self.model.generation_config if generation_config is None else generation_config)
-        if generation_config is None and "do_sample" not in given:
-            config.update(do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
-        if generation_config is None:
-            config.max_new_tokens = None  # the model's own knows nothing of answers
-        config.max_length = None
-        options = config.update(**given)
-        config.use_cache = True  # the rounds hand theirs on; Trainer saves models that say False
-        config.max_new_tokens = config.max_new_tokens or self.max_new_tokens
-        if (config.num_return_sequences or 1) > 1:
-            raise ValueError("`num_return_sequences` must be 1: a question has one answer; ask it several times.")
-        config.return_dict_in_generate = False
-        config.eos_token_id = sorted(self._stop_ids(config.eos_token_id)) or None
-        config.pad_token_id = self._pad_id if config.pad_token_id is None else config.pad_token_id
-        if self._answer_end is None:
-            stops = config.stop_strings or []
-            config.stop_strings = [*([stops] if isinstance(stops, str) else stops), self.protocol.answer_end]
-        if config.stop_strings:
-            options["tokenizer"] = self.tokenizer
-        return {**options, "generation_config": config}
-
     def _answer(
-        self, feed: TranscriptFeeder, samples: list[_Sample], streamer: Any, options: dict[str, Any]
+        self, feed: TranscriptFeeder, samples: list[_Sample], streamer: BaseStreamer | None, options: dict[str, Any]
     ) -> list[Answer]:
         start = time.perf_counter()
-        config = options["generation_config"]
-        stops = config.eos_token_id or []
         inputs, fed = feed.turn(samples)
-        if streamer is not None:
-            streamer = AnswerStreamer(streamer, self.tokenizer, self.protocol, stops)
-        width = inputs["input_ids"].shape[1]
-        if CACHE in inputs and (beams := config.num_beams or 1) > 1:
-            inputs[CACHE].batch_repeat_interleave(beams)  # generate() expands all inputs but a cache
-        output = self.model.generate(**inputs, memory=self.bank, streamer=streamer, **options)
-        rows = output[:, width:].tolist()
+        written = self.answering.write(inputs, self.bank, streamer, options)
         seconds = time.perf_counter() - start
         answers = []
-        for sample, row, count in zip(samples, rows, fed, strict=True):
-            stop = self._end_of(row, stops)
-            shown = row[:stop] if self._answer_end is not None else row[: stop + 1]
-            text = self.protocol.answer_text(self._decode(shown, skip_special_tokens=True))
-            sample.trace.answer = text
-            sample.trace.stages["answer"] = Stage(count + len(row[: stop + 1]), seconds)
-            answers.append(Answer(text, sample.documents, sample.trace, row[: stop + 1]))
+        for sample, found, count in zip(samples, written, fed, strict=True):
+            sample.trace.answer = found.text
+            sample.trace.stages["answer"] = Stage(count + len(found.token_ids), seconds)
+            answers.append(Answer(found.text, sample.documents, sample.trace, found.token_ids))
         return answers
 
 

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from ..moved import renamed
+from .routed_document import RoutedDocument
+from .selectors import SELECTORS
 
 SHOWN_TEXT = 300  # characters of an appended text that `explain` shows
 
@@ -16,16 +18,6 @@ class Stage:
 
     tokens: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class RoutedDocument:
-    """A document, with the router's score where a router chose it."""
-
-    position: int
-    id: int
-    key: str
-    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,8 +39,8 @@ class Round:
 
     Attributes:
         chosen: memory layer -> the documents it chose, best first.
-        combined: the layers' documents together, best first; what `"router"` and `"constrained"` choose from.
-        generated: what the model wrote to name documents; empty where the router chose.
+        combined: the layers' documents together, best first; what selectors choose from.
+        generated: what the model wrote to name documents; empty where a selector does without.
         named: ids that were named, in order.
         dropped: those of them that were not read, and why.
         read: those that were.
@@ -95,6 +87,8 @@ class Trace:
         Args:
             show: print it as well.
         """
+        selector = SELECTORS.get(self.select)
+        chose = f"{self.select} chose" if selector and not selector.model_names_documents else "named"
         lines = [f"Question: {self.question}"]
         for number, item in enumerate(self.rounds, start=1):
             lines.append(f"Round {number}")
@@ -102,7 +96,7 @@ class Trace:
                 lines.append(f"  layer {layer} chose {_listed(documents)}")
             if item.generated:
                 lines.append(f"  the model wrote {item.generated!r}")
-            lines.append(f"  {'router chose' if self.select == 'router' else 'named'} {item.named or 'nothing'}")
+            lines.append(f"  {chose} {item.named or 'nothing'}")
             for dropped in item.dropped:
                 lines.append(f"  dropped {dropped.id}: {dropped.reason}")
             lines.append(f"  read {_listed(item.read)}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...generation.protocol import DocumentIds
+from ...generation.document_ids import DocumentIds
 from ...model.memory_msa import DocumentTable
 from ...model.storage_msa import FORMAT_VERSION, BankFormatError
 from .segments import Segment, with_ids
