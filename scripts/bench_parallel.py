@@ -137,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     config = SimpleNamespace(
         num_attention_heads=args.heads,
         top_k=args.top_k,
+        similarity="cosine",
         head_reduction="mean",
         query_reduction="max",
         chunk_reduction="max",

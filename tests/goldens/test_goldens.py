@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from msa_hf import MSAForCausalLM
 from msa_hf.model.losses_msa import auxiliary_loss, router_loss
-from msa_hf.model.routing_msa import normalize_heads, score_documents
+from msa_hf.model.routing_msa import normalize_heads, score_documents, scoring_of
 
 CASES = sorted(Path(os.environ.get("MSA_HF_GOLDENS", Path(__file__).parent / "cases")).glob("*.json"))
 STATES = {"atol": 5e-5, "rtol": 0.0}
@@ -208,10 +208,7 @@ def test_router_queries(model, bank, case, group) -> None:
             (case[f"{group}/doc_ids"] == 0) & mask,
             bank.layer(layer).routing_keys,
             bank.offsets,
-            similarity=config.similarity,
-            head_reduction=config.head_reduction,
-            query_reduction=config.query_reduction,
-            chunk_reduction=config.chunk_reduction,
+            scoring_of(config, config.similarity),
         )
         torch.testing.assert_close(scores, case[f"{group}/layer{layer}/doc_scores"], **STATES)
 

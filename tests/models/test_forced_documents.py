@@ -16,7 +16,7 @@ from msa_hf.bank.tiered.plan import Choice, Reserves
 from msa_hf.bank.tiered.rows import Rows
 from msa_hf.model import routing_msa
 from msa_hf.model.chosen_msa import DocumentRows, score_chosen, scores_at
-from msa_hf.model.routing_msa import NO_SCORE, normalize_heads, score_documents
+from msa_hf.model.routing_msa import NO_SCORE, Scoring, normalize_heads, score_documents
 
 QUESTIONS = tokens(6, 3, 9, seed=5)
 REDUCTIONS = list(product(("mean", "max"), ("max", "mean", "last"), ("max", "mean")))
@@ -192,10 +192,10 @@ def test_random_sizes(names: tuple[str, str, str], monkeypatch: pytest.MonkeyPat
         wide = pick.choice([0, 1, len(counts)])
         forced = torch.tensor([pick.sample(range(len(counts)), wide) for _ in range(batch)], dtype=torch.long)
         forced = forced.masked_fill(torch.rand(forced.shape) < 0.3, -1).view(batch, wide)
-        options = {"similarity": pick.choice(["cosine", "dot"]), **dict(zip(NAMES, names, strict=True))}
+        scoring = Scoring(pick.choice(["cosine", "dot"]), *names)
 
-        theirs = scores_at(score_documents(queries, mask, keys, offsets, **options), forced)
-        ours = score_chosen(queries, mask, keys, DocumentRows(forced, offsets), **options)
+        theirs = scores_at(score_documents(queries, mask, keys, offsets, scoring), forced)
+        ours = score_chosen(queries, mask, keys, DocumentRows(forced, offsets), scoring)
         assert ours.shape == (batch, wide)
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         known = mask.any(1, keepdim=True) & (forced >= 0)

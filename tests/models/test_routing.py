@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msa_hf.model import routing_msa
-from msa_hf.model.routing_msa import NO_SCORE, normalize_heads, reduce_chunks, score_documents, select_documents
+from msa_hf.model.routing_msa import (
+    NO_SCORE,
+    SCORINGS,
+    Scoring,
+    normalize_heads,
+    reduce_chunks,
+    scale_heads,
+    score_documents,
+    select_documents,
+)
 
 FORMS = list(itertools.product(("cosine", "dot"), ("mean", "max"), ("max", "mean", "last"), ("max", "mean")))
 TILES = {"one tile": (1 << 22, 8192), "one number at a time": (1, 1), "odd tiles": (17, 3), "many chunks": (5, 100)}
@@ -51,10 +60,7 @@ def ours(case: dict[str, Tensor], similarity: str, head: str, query: str, chunk:
         case["routing_mask"],
         keys.flatten(1),
         case["offsets"],
-        similarity=similarity,
-        head_reduction=head,
-        query_reduction=query,
-        chunk_reduction=chunk,
+        Scoring(similarity, head, query, chunk),
     )
 
 
@@ -103,7 +109,7 @@ def test_sixteen_bit_states_are_scored_in_float32(dtype) -> None:
         keys = (normalize_heads(inputs["keys"]) if similarity == "cosine" else inputs["keys"]).to(dtype)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = score_documents(
-                inputs["queries"], inputs["routing_mask"], keys.flatten(1), inputs["offsets"], similarity=similarity
+                inputs["queries"], inputs["routing_mask"], keys.flatten(1), inputs["offsets"], Scoring(similarity)
             )
         assert found.dtype == torch.float32
         query = inputs["queries"].double()
@@ -140,9 +146,8 @@ def test_memory_is_bounded_by_the_tile(form, monkeypatch) -> None:
     queries, keys = torch.randn(batch, length, 2, 2), normalize_heads(torch.randn(chunks, 1, 2)).flatten(1)
     offsets = torch.arange(0, chunks + 1, 3)
     mask = torch.ones(batch, length, dtype=torch.bool)
-    names = ("similarity", "head_reduction", "query_reduction", "chunk_reduction")
     with LargestTensor() as largest:
-        score_documents(queries, mask, keys, offsets, **dict(zip(names, form, strict=True)))
+        score_documents(queries, mask, keys, offsets, Scoring(*form))
     assert largest.elements <= max(1 << 12, queries.numel(), batch * chunks)
 
 
@@ -226,3 +231,14 @@ def test_selection_leaves_the_graph_alone() -> None:
     """Selection is hard: it gives no gradient."""
     documents, chosen = select_documents(torch.randn(2, 5, requires_grad=True), 3)
     assert not chosen.requires_grad
+
+
+@pytest.mark.parametrize("field", SCORINGS)
+def test_a_misspelt_name_is_refused_with_those_that_there_are(field: str) -> None:
+    """Nothing falls back to another similarity or reduction."""
+    for name in SCORINGS[field]:
+        assert getattr(Scoring(**{field: name}), field) == name
+    with pytest.raises(ValueError, match=f"`{field}` must be one of .*{next(iter(SCORINGS[field]))}.*got 'cosin'"):
+        Scoring(**{field: "cosin"})
+    with pytest.raises(ValueError, match="`similarity` must be one of"):
+        scale_heads(torch.ones(1, 2), "cosin")

@@ -18,7 +18,7 @@ from transformers import BatchEncoding
 from msa_hf.model import attention_msa
 from msa_hf.model.attention_msa import AttendingPass, EncodingPass, PrefixPass
 from msa_hf.model.losses_msa import auxiliary_loss, router_loss
-from msa_hf.model.routing_msa import score_documents
+from msa_hf.model.routing_msa import Scoring, score_documents
 
 FAMILIES = [
     ("qwen3", "sdpa"),
@@ -754,28 +754,28 @@ def test_autocast_does_not_score_in_bf16(fields, monkeypatch) -> None:
     model = trainable(**fields)
     seen = []
 
-    def spy(queries: Tensor, mask: Tensor, keys: Tensor, offsets: Tensor, **kwargs: Any) -> Tensor:
-        scores = score_documents(queries, mask, keys, offsets, **kwargs)
-        seen.append((queries.detach(), mask, keys.detach(), offsets, kwargs, scores.detach()))
+    def spy(queries: Tensor, mask: Tensor, keys: Tensor, offsets: Tensor, scoring: Scoring) -> Tensor:
+        scores = score_documents(queries, mask, keys, offsets, scoring)
+        seen.append((queries.detach(), mask, keys.detach(), offsets, scoring, scores.detach()))
         return scores
 
     monkeypatch.setattr(attention_msa, "score_documents", spy)
     with torch.autocast("cpu", torch.bfloat16):
         model(**made.pool())
     assert len(seen) == 2
-    for queries, mask, keys, offsets, options, scores in seen:
+    for queries, mask, keys, offsets, scoring, scores in seen:
         assert queries.dtype == torch.bfloat16
         queries, keys = queries.double(), keys.double().unflatten(1, (-1, queries.shape[-1]))
         keys = keys.repeat_interleave(queries.shape[2] // keys.shape[1], dim=1)
-        if options["similarity"] == "cosine":
+        if scoring.similarity == "cosine":
             queries = queries / queries.norm(dim=-1, keepdim=True)
         else:
             queries = queries * queries.shape[-1] ** -0.5
         heads = torch.einsum("bthd,chd->btch", queries, keys)
-        tokens_scored = heads.amax(-1) if options["head_reduction"] == "max" else heads.mean(-1)
+        tokens_scored = heads.amax(-1) if scoring.heads == "max" else heads.mean(-1)
         chunks = tokens_scored.masked_fill(~mask[..., None], float("-inf")).amax(1)
         parts = [chunks[:, start:end] for start, end in itertools.pairwise(offsets)]
-        expected = torch.stack([p.amax(1) if options["chunk_reduction"] == "max" else p.mean(1) for p in parts], dim=1)
+        expected = torch.stack([p.amax(1) if scoring.chunks == "max" else p.mean(1) for p in parts], dim=1)
         assert scores.dtype == torch.float32
         assert_same(scores, expected, tolerance=1e-6)
 

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from ..data.documents import Corpus
 from ..model.modeling_msa import MSAForCausalLM
+from ..model.routing_msa import SIMILARITIES
 from ..training.centering import center_routers, sample_rows
 from ..user_errors import UserError, reported
 from .loading import checkpoint, new_directory
@@ -41,7 +42,7 @@ def add_to(commands: Any) -> None:
         help="of the longest text, for bases whose positions change with the length of a text, as LongRoPE and dynamic "
         "NTK (default: the longest that the base can take)",
     )
-    made.add_argument("--similarity", choices=("cosine", "dot"), default="cosine")
+    made.add_argument("--similarity", choices=tuple(SIMILARITIES), default="cosine")
     made.add_argument("--router-init", choices=("copy", "random"), default="copy")
     made.add_argument(
         "--whiten",

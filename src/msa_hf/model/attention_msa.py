@@ -30,11 +30,13 @@ from .gradients_msa import join_routers, tie
 from .memory_msa import LayerMemory
 from .routing_msa import (
     NO_SCORE,
+    SIMILARITIES,
     LayerRouting,
     columns,
     last_routing_tokens,
     route_documents,
     score_documents,
+    scoring_of,
     select_documents,
 )
 
@@ -249,7 +251,7 @@ class EncodingPass:
             router_keys,
             self.lengths.to(key.device),
             self.config.chunk_size,
-            self.similarity == "cosine",
+            SIMILARITIES[self.similarity].normalized_keys,
         )
         return LayerMemory(routing_keys, content)
 
@@ -293,6 +295,7 @@ class AttendingPass:
     ) -> None:
         self.config = config
         self.similarity = similarity
+        self.scoring = scoring_of(config, similarity)
         self.layers = layers
         self.offsets = offsets
         self.prefix = prefix
@@ -393,16 +396,10 @@ class AttendingPass:
         if self.config.query_reduction == "last":
             mask = last_routing_tokens(mask)
         offsets, operations = self._offsets_on(device), self.operations or OPERATIONS
-        reductions = {
-            "similarity": self.similarity,
-            "head_reduction": self.config.head_reduction,
-            "query_reduction": self.config.query_reduction,
-            "chunk_reduction": self.config.chunk_reduction,
-        }
         scores: Tensor | None = None
         if self._needs_all_scores(router_query):
             scores = operations.get("score_documents", score_documents)(
-                router_query, mask, memory.routing_keys, offsets, **reductions
+                router_query, mask, memory.routing_keys, offsets, self.scoring
             )
             assert scores is not None
             if bool(scores.isnan().any()):
@@ -414,7 +411,7 @@ class AttendingPass:
             documents = self.force_documents.to(device)
             if scores is None:
                 chosen_scores = operations.get("score_chosen", score_chosen)(
-                    router_query, mask, memory.routing_keys, self._forced_on(device), **reductions
+                    router_query, mask, memory.routing_keys, self._forced_on(device), self.scoring
                 )
                 self._look_for_nan(layer, router_query, mask, chosen_scores)
             else:
@@ -459,9 +456,7 @@ class AttendingPass:
             return True
         if self.config.score_bias and torch.is_grad_enabled() and router_query.requires_grad:
             return True  # the chosen ones' scores carry a gradient
-        # The last token of each sample alone is what the routing mask holds where it counts alone.
-        over_tokens = "max" if self.config.query_reduction == "last" else self.config.query_reduction
-        return (self.config.head_reduction, over_tokens, self.config.chunk_reduction) != ("mean", "max", "max")
+        return not self.scoring.has_operation
 
     def _look_for_nan(self, layer: int, router_query: Tensor, mask: Tensor, scores: Tensor | None = None) -> None:
         """Note whether router queries or scores are none; looked at in the end, so that no layer waits for the

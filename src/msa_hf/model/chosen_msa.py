@@ -1,12 +1,11 @@
 """Documents that were chosen: where their chunks lie, as the host sees it, and the scores of them alone."""
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .routing_msa import NO_SCORE, score_documents
+from .routing_msa import DEFAULT_SCORING, NO_SCORE, Scoring, score_documents
 
 
 class DocumentRows:
@@ -47,28 +46,33 @@ class DocumentRows:
 
 
 def score_chosen(
-    queries: Tensor, routing_mask: Tensor, routing_keys: Tensor, chosen: DocumentRows, **options: Any
+    queries: Tensor,
+    routing_mask: Tensor,
+    routing_keys: Tensor,
+    chosen: DocumentRows,
+    scoring: Scoring = DEFAULT_SCORING,
 ) -> Tensor:
     """Scores of documents that were chosen, each sample's own: `score_documents` that reads their keys alone.
 
     Args:
-        queries, routing_mask, options: as `score_documents`.
+        queries, routing_mask, scoring: as `score_documents`.
         routing_keys: [C, G * D] of all documents, on the device of `queries`.
         chosen: the documents, on the same device.
 
     Returns:
         [B, n] float32, differentiable; `NO_SCORE` where there is no document, and for samples without a routing token.
     """
-    return score_rows(
-        queries, routing_mask, routing_keys.index_select(0, chosen.rows.to(queries.device)), chosen, **options
-    )
+    keys = routing_keys.index_select(0, chosen.rows.to(queries.device))
+    return score_rows(queries, routing_mask, keys, chosen, scoring)
 
 
-def score_rows(queries: Tensor, routing_mask: Tensor, keys: Tensor, chosen: DocumentRows, **options: Any) -> Tensor:
+def score_rows(
+    queries: Tensor, routing_mask: Tensor, keys: Tensor, chosen: DocumentRows, scoring: Scoring = DEFAULT_SCORING
+) -> Tensor:
     """`score_chosen` from the keys [m, G * D] of `chosen.rows`."""
     if not chosen.distinct:
         return queries.new_full(chosen.documents.shape, NO_SCORE, dtype=torch.float32)
-    scores = score_documents(queries, routing_mask, keys, chosen.offsets, **options)
+    scores = score_documents(queries, routing_mask, keys, chosen.offsets, scoring)
     return scores_at(scores, chosen.documents)
 
 

@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .compat_msa import CACHE_NAMES
 from .peft_msa import teach_targets
 from .positions_msa import reach, switching_rope
+from .routing_msa import SCORINGS
 
 # The files that travel with a checkpoint (`trust_remote_code=True`); flat, importing only each other.
 AUTO_MAP = {
@@ -19,12 +20,12 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_msa.MSAForCausalLM",
 }
 
-CHOICES = {
-    "similarity": ("cosine", "dot"),
-    "training_similarity": (None, "cosine", "dot"),
-    "head_reduction": ("mean", "max"),
-    "query_reduction": ("max", "mean", "last"),
-    "chunk_reduction": ("max", "mean"),
+CHOICES: dict[str, Collection[str]] = {
+    "similarity": SCORINGS["similarity"],
+    "training_similarity": SCORINGS["similarity"],  # or None
+    "head_reduction": SCORINGS["heads"],
+    "query_reduction": SCORINGS["tokens"],
+    "chunk_reduction": SCORINGS["chunks"],
     "aux_loss": ("infonce_decoupled", "infonce", "infonce_decoupled_focal", "infonce_focal"),
 }
 COUNTS = ("chunk_size", "top_k")
@@ -207,7 +208,8 @@ class MSAConfig(PreTrainedConfig):
         Raises:
             ValueError: naming the first field that is unknown, out of range or contradicts another.
         """
-        for name, choices in CHOICES.items():
+        for name, names in CHOICES.items():
+            choices = (None, *names) if name == "training_similarity" else tuple(names)
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         for name in COUNTS:

@@ -3,8 +3,9 @@
 Plain PyTorch. Scores are accumulated and compared in float32, in tiles: never tokens x chunks at once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,9 +52,91 @@ def normalize_heads(vectors: Tensor) -> Tensor:
     return vectors * torch.rsqrt(vectors.square().sum(-1, keepdim=True) + NORM_EPSILON)
 
 
+def check_name(field: str, name: str, names: Collection[str]) -> None:
+    """Raise ValueError where `name` is not among `names`."""
+    if name not in names:
+        raise ValueError(f"`{field}` must be one of {tuple(names)}, got {name!r}.")
+
+
+def _scale_by_width(vectors: Tensor) -> Tensor:
+    return vectors * vectors.shape[-1] ** -0.5
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """A way to compare router queries and keys: an inner product of what is made of them.
+
+    Attributes:
+        scale_queries: makes vectors [..., D] of router queries [..., D], float32.
+        normalized_keys: routing keys are L2-normalized per head where they are pooled.
+    """
+
+    scale_queries: Callable[[Tensor], Tensor]
+    normalized_keys: bool
+
+
+# Every similarity; what configurations, encoding and routing know of them they read here.
+SIMILARITIES: dict[str, Similarity] = {
+    "cosine": Similarity(normalize_heads, normalized_keys=True),
+    "dot": Similarity(_scale_by_width, normalized_keys=False),  # times `D ** -0.5`
+}
+# The names that each field of `Scoring` may have.
+SCORINGS: Mapping[str, Collection[str]] = {
+    "similarity": SIMILARITIES,
+    "heads": ("mean", "max"),
+    "tokens": ("max", "mean", "last"),
+    "chunks": ("max", "mean"),
+}
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The score of a document for a sample: `s_doc = chunks_c tokens_t heads_h sim(q_t,h , r_c,g(h))` (paper, 3.2).
+
+    Attributes:
+        similarity: of a router query and a router key, a name in `SIMILARITIES`.
+        heads: the reduction over the query heads, which comes first: "mean" or "max".
+        tokens: over the tokens that route: "max", "mean" or "last".
+        chunks: over the chunks of a document: "max" or "mean".
+
+    Raises:
+        ValueError: for a name that is not in the table `SCORINGS`.
+    """
+
+    similarity: str = "cosine"
+    heads: str = "mean"
+    tokens: str = "max"
+    chunks: str = "max"
+
+    def __post_init__(self) -> None:
+        for field, names in SCORINGS.items():
+            check_name(field, vars(self)[field], names)
+
+    @property
+    def has_operation(self) -> bool:
+        """`route_documents` computes these reductions: the mean over heads, and maxima.
+
+        Of `"last"` the routing mask holds one token per sample, which `"max"` treats alike.
+        """
+        return self.heads == "mean" and self.tokens in ("max", "last") and self.chunks == "max"
+
+
+DEFAULT_SCORING = Scoring()
+
+
+def scoring_of(config: Any, similarity: str) -> Scoring:
+    """The scoring that an `MSAConfig` names, by one of its two similarities."""
+    return Scoring(similarity, config.head_reduction, config.query_reduction, config.chunk_reduction)
+
+
 def scale_heads(queries: Tensor, similarity: str) -> Tensor:
-    """Router queries [..., D] as float32 vectors whose inner products with routing keys are the similarity."""
-    return normalize_heads(queries.float()) if similarity == "cosine" else queries.float() * queries.shape[-1] ** -0.5
+    """Router queries [..., D] as float32 vectors whose inner products with routing keys are the similarity.
+
+    Raises:
+        ValueError: for a similarity that nobody knows.
+    """
+    check_name("similarity", similarity, SIMILARITIES)
+    return SIMILARITIES[similarity].scale_queries(queries.float())
 
 
 def reduce_queries(queries: Tensor, groups: int, similarity: str) -> Tensor:
@@ -67,38 +150,31 @@ def score_documents(
     routing_mask: Tensor,
     routing_keys: Tensor,
     offsets: Tensor,
-    *,
-    similarity: str = "cosine",
-    head_reduction: str = "mean",
-    query_reduction: str = "max",
-    chunk_reduction: str = "max",
+    scoring: Scoring = DEFAULT_SCORING,
 ) -> Tensor:
     """Score every document for every sample (paper, 3.2; reductions in the order heads, tokens, chunks).
 
-    `s_doc = max_c max_t mean_h sim(q_t,h , r_c,g(h))`. With the mean over heads the score is linear in the query heads,
-    so the heads of one group are averaged first and each (token, chunk) costs one inner product of G * D numbers.
+    With the mean over heads the score is linear in the query heads, so the heads of one group are averaged first and
+    each (token, chunk) costs one inner product of G * D numbers.
 
     Args:
         queries: [B, T, H, D] router queries, any floating dtype.
         routing_mask: [B, T] bool, the tokens that route.
         routing_keys: [C, G * D] router keys of the chunks, already L2-normalized per head for `"cosine"`.
         offsets: [N + 1] int64, chunks of document i are `offsets[i]:offsets[i + 1]`.
-        similarity: `"cosine"` or `"dot"` (times `D ** -0.5`).
-        head_reduction: `"mean"` or `"max"`.
-        query_reduction: `"max"`, `"mean"` or `"last"`.
-        chunk_reduction: `"max"` or `"mean"`.
+        scoring: similarity and reductions.
 
     Returns:
         [B, N] float32. Samples without a routing token score `NO_SCORE` everywhere.
     """
     with torch.autocast(queries.device.type, enabled=False):
-        queries, valid = pack_routing_tokens(queries, routing_mask, last_only=query_reduction == "last")
-        if head_reduction == "mean":
-            queries = reduce_queries(queries, routing_keys.shape[1] // queries.shape[3], similarity)
+        queries, valid = pack_routing_tokens(queries, routing_mask, last_only=scoring.tokens == "last")
+        if scoring.heads == "mean":
+            queries = reduce_queries(queries, routing_keys.shape[1] // queries.shape[3], scoring.similarity)
         else:
-            queries = scale_heads(queries, similarity)
-        chunk_scores = score_chunks(queries, valid, routing_keys, query_reduction)
-        scores = reduce_chunks(chunk_scores, offsets.to(chunk_scores.device), chunk_reduction)
+            queries = scale_heads(queries, scoring.similarity)
+        chunk_scores = score_chunks(queries, valid, routing_keys, scoring.tokens)
+        scores = reduce_chunks(chunk_scores, offsets.to(chunk_scores.device), scoring.chunks)
         return scores.masked_fill(~valid.any(1, keepdim=True), NO_SCORE)
 
 
@@ -115,7 +191,7 @@ def route_documents(
     """`select_documents` of `score_documents` with the default reductions, among the documents that are `alive` ([N]
     bool, None for all); no gradient."""
     with torch.no_grad():
-        scores = score_documents(queries, routing_mask, routing_keys, offsets, similarity=similarity)
+        scores = score_documents(queries, routing_mask, routing_keys, offsets, Scoring(similarity))
         return select_documents(scores if alive is None else scores.masked_fill(~alive, NO_SCORE), k)
 
 

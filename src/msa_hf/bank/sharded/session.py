@@ -15,7 +15,7 @@ from torch import Tensor
 from ...model import attention_msa
 from ...model.chosen_msa import DocumentRows, score_chosen, scores_at
 from ...model.chunks_msa import chunk_rows
-from ...model.routing_msa import NO_SCORE, columns, score_documents, select_documents
+from ...model.routing_msa import NO_SCORE, SCORINGS, Scoring, columns, score_documents, scoring_of, select_documents
 from ...ops.gather_documents import most_rows
 
 if TYPE_CHECKING:
@@ -23,12 +23,10 @@ if TYPE_CHECKING:
 
 # Rows of a sample that may be exchanged without knowing how many are really there; above, the device is waited for.
 MOST_UNKNOWN_ROWS = 4096
-# Of "last" the routing mask has one token per sample, which "max" treats alike.
-DEFAULT_REDUCTIONS = (("mean", "max", "max"), ("mean", "last", "max"))
-HEADS, QUERIES, CHUNKS = ("mean", "max"), ("max", "mean", "last"), ("max", "mean")
 # What processes tell each other before a forward, in this order.
 FLAGS, SIZES = ("active", "all_scores", "forced"), ("batch", "tokens", "heads", "k", "columns")
-HEADER = (*FLAGS, *SIZES, "head", "query", "chunk", "inputs")
+REDUCTIONS = ("heads", "tokens", "chunks")
+HEADER = (*FLAGS, *SIZES, *(f"reduce_{name}" for name in REDUCTIONS), "inputs")
 SAME = "same"
 DIFFERENT = "different"
 
@@ -42,19 +40,18 @@ def header_of(
     for tensor in (inputs, routing_mask, forced):
         if tensor is not None and not tensor.is_floating_point():  # embeddings may differ in their last digits
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    reductions = config.head_reduction, config.query_reduction, config.chunk_reduction
+    scoring = scoring_of(config, config.similarity)
+    reductions = {f"reduce_{name}": list(SCORINGS[name]).index(vars(scoring)[name]) for name in REDUCTIONS}
     return {
         "active": 1,
         "batch": inputs.shape[0],
         "tokens": int(routing_mask.sum(1).max()),
         "heads": config.num_attention_heads,
         "k": k,
-        "all_scores": int(all_scores or (forced is None and reductions not in DEFAULT_REDUCTIONS)),
+        "all_scores": int(all_scores or (forced is None and not scoring.has_operation)),
         "forced": int(forced is not None),
         "columns": max(k, 0 if forced is None else forced.shape[1]),
-        "head": HEADS.index(reductions[0]),
-        "query": QUERIES.index(reductions[1]),
-        "chunk": CHUNKS.index(reductions[2]),
+        **reductions,
         "inputs": int.from_bytes(digest.digest()[:7], "little"),
     }
 
@@ -126,7 +123,7 @@ class Turn:
             self.given = self._exchange_forced(forced, [bool(row["forced"]) for row in rows])
 
     def _check(self, rows: list[dict[str, int]], asking: list[dict[str, int]]) -> None:
-        fixed = ("heads", "k", "head", "query", "chunk")
+        fixed = ("heads", "k", *(f"reduce_{name}" for name in REDUCTIONS))
         for name in fixed:
             if len({row[name] for row in asking}) > 1:
                 raise ValueError(
@@ -221,20 +218,20 @@ class Turn:
         """`routing_msa.route_documents` of the whole bank."""
         with torch.no_grad():
             if self.all_scores:
-                scores = self.score_documents(queries, routing_mask, routing_keys, offsets, similarity=similarity)
+                scores = self.score_documents(queries, routing_mask, routing_keys, offsets, Scoring(similarity))
                 return select_documents(scores if alive is None else scores.masked_fill(~alive, NO_SCORE), k)
             documents, scores, _ = self._exchange(queries, routing_mask, routing_keys, similarity)
             return documents, scores
 
     def score_chosen(
-        self, queries: Tensor, routing_mask: Tensor, routing_keys: Tensor, chosen: DocumentRows, **options: str
+        self, queries: Tensor, routing_mask: Tensor, routing_keys: Tensor, chosen: DocumentRows, scoring: Scoring
     ) -> Tensor:
         """`chosen_msa.score_chosen` of the whole bank; no gradient."""
         if self.all_scores:
-            scores = self.score_documents(queries, routing_mask, routing_keys, self.bank.offsets, **options)
+            scores = self.score_documents(queries, routing_mask, routing_keys, self.bank.offsets, scoring)
             return scores_at(scores[:, chosen.distinct], chosen.documents)
         with torch.no_grad():
-            *_, scores = self._exchange(queries, routing_mask, routing_keys, options["similarity"])
+            *_, scores = self._exchange(queries, routing_mask, routing_keys, scoring.similarity)
             return scores[:, : chosen.documents.shape[1]].masked_fill(chosen.documents < 0, NO_SCORE)
 
     def _exchange(self, queries: Tensor, mask: Tensor, keys: Tensor, similarity: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -283,7 +280,7 @@ class Turn:
         found = None
         if given.counts[self.ranks.rank]:
             here = given.here.to(keys.device)
-            found = score_chosen(queries, mask, keys, here, similarity=similarity, **self._reductions)
+            found = score_chosen(queries, mask, keys, here, self._scoring(similarity))
         return scores_at(self._join(found, given.counts, queries), given.places.to(keys.device))
 
     def _join(self, found: Tensor | None, counts: np.ndarray, queries: Tensor) -> Tensor:
@@ -294,11 +291,9 @@ class Turn:
         parts = self.ranks.gather(scores)
         return torch.cat([part[:, :count] for part, count in zip(parts, counts, strict=True)], dim=1)
 
-    @property
-    def _reductions(self) -> dict[str, str]:
-        """Those of the model that asks."""
-        kinds = {"head": HEADS, "query": QUERIES, "chunk": CHUNKS}
-        return {f"{name}_reduction": kind[self.shared[name]] for name, kind in kinds.items()}
+    def _scoring(self, similarity: str) -> Scoring:
+        """That of the model that asks."""
+        return Scoring(similarity, *(list(SCORINGS[name])[self.shared[f"reduce_{name}"]] for name in REDUCTIONS))
 
     def score_documents(
         self,
@@ -306,11 +301,7 @@ class Turn:
         routing_mask: Tensor,
         routing_keys: Tensor,
         offsets: Tensor,
-        *,
-        similarity: str = "cosine",
-        head_reduction: str = "mean",
-        query_reduction: str = "max",
-        chunk_reduction: str = "max",
+        scoring: Scoring,
     ) -> Tensor:
         """`routing_msa.score_documents` of the whole bank; no gradient."""
         queries, routing_mask = self._everyones(queries.detach(), routing_mask)
@@ -322,10 +313,7 @@ class Turn:
                 routing_mask,
                 routing_keys,
                 self.bank.local_offsets(routing_keys.device),
-                similarity=similarity,
-                head_reduction=head_reduction,
-                query_reduction=query_reduction,
-                chunk_reduction=chunk_reduction,
+                scoring,
             )
         return self._own(self._join(found, counts, queries))
 
@@ -362,16 +350,16 @@ class Turn:
 
     def serve(self) -> None:
         """Do this process' part of a forward of others."""
-        options: dict[str, Any] = {"similarity": self.bank.origin.similarity}
+        similarity = self.bank.origin.similarity
         offsets = self.bank.offsets.to(self.bank.device)
         for memory in self.bank.layers.values():
             keys, content = memory.routing_keys, memory.content
             queries = keys.new_zeros(0, self.tokens, self.shared["heads"], content.shape[-1])
             mask = torch.zeros(0, self.tokens, dtype=torch.bool, device=keys.device)
             if self.all_scores:
-                self.score_documents(queries, mask, keys, offsets, **options, **self._reductions)
+                self.score_documents(queries, mask, keys, offsets, self._scoring(similarity))
             else:
-                self._exchange(queries, mask, keys, **options)
+                self._exchange(queries, mask, keys, similarity)
             documents = torch.empty(0, self.columns, dtype=torch.int64, device=keys.device)
             self.gather_documents(documents, offsets, content)
 

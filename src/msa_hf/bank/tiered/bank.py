@@ -25,7 +25,7 @@ from torch import Tensor
 from ...model import routing_msa
 from ...model.chosen_msa import DocumentRows, score_rows
 from ...model.memory_msa import LayerMemory, MemoryBank
-from ...model.routing_msa import select_documents
+from ...model.routing_msa import Scoring, select_documents
 from ...model.storage_msa import chunk_ranges
 from ...moved import renamed
 from ...ops import gather_documents, rescore_documents, route_documents
@@ -202,19 +202,19 @@ def _route(
 
 
 def _score(
-    queries: Tensor, routing_mask: Tensor, routing_keys: RoutingKeys, offsets: Tensor, **reductions: str
+    queries: Tensor, routing_mask: Tensor, routing_keys: RoutingKeys, offsets: Tensor, scoring: Scoring
 ) -> Tensor:
     """The scores of all documents are always exact: exact keys go through the device, tile by tile."""
     rows = cast(Tensor, routing_keys.exact or routing_keys.rows)  # has what is asked of a tensor: `shape`, `split`
-    return routing_msa.score_documents(queries, routing_mask, rows, offsets, **reductions)
+    return routing_msa.score_documents(queries, routing_mask, rows, offsets, scoring)
 
 
 def _score_chosen(
-    queries: Tensor, routing_mask: Tensor, routing_keys: RoutingKeys, chosen: DocumentRows, **reductions: str
+    queries: Tensor, routing_mask: Tensor, routing_keys: RoutingKeys, chosen: DocumentRows, scoring: Scoring
 ) -> Tensor:
     """The same from the exact keys of those documents alone, which may lie in host memory or on disk."""
     keys, *_ = (routing_keys.exact or routing_keys.rows).select(chosen.rows)
-    return score_rows(queries, routing_mask, keys, chosen, **reductions)
+    return score_rows(queries, routing_mask, keys, chosen, scoring)
 
 
 def _gather(documents: Tensor, offsets: Tensor, content: Content) -> tuple[Tensor, Tensor, Tensor, Tensor]:
