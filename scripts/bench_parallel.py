@@ -29,14 +29,14 @@ from accelerate import Accelerator
 
 from msa_hf import MemoryBank
 from msa_hf.bank.sharded.bank import ShardedBank, shares
-from msa_hf.bank.sharded.collectives import Ranks
+from msa_hf.bank.sharded.collectives import Collectives
 from msa_hf.model.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory
 
 CHUNK = 64
 BLOCK = 1 << 16  # chunks made at once, from one seed
 
 
-class Alone(Ranks):
+class Alone(Collectives):
     """One process that talks to nobody, though others are there."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ def keys_of(layer: int, first: int, end: int, width: int, device: Any, dtype: to
     return keys
 
 
-def bank_of(args: argparse.Namespace, ranks: Ranks, documents: DocumentTable, device: Any) -> ShardedBank:
+def bank_of(args: argparse.Namespace, ranks: Collectives, documents: DocumentTable, device: Any) -> ShardedBank:
     counts = torch.from_numpy(documents.counts("chunks"))
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     rows = shares(offsets, ranks.size)
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
             torch.cuda.empty_cache()
     if state.num_processes > 1:
         dist.barrier()
-    with bank_of(args, Ranks(None, timedelta(minutes=10)), documents, device) as bank:
+    with bank_of(args, Collectives(None, timedelta(minutes=10)), documents, device) as bank:
         shared, chosen = measure(bank, args, config, device)
     if state.process_index != 0:
         return
