@@ -103,6 +103,17 @@ def same_bank(ours: MemoryBank, theirs: MemoryBank) -> None:
         torch.testing.assert_close(ours.layers[layer].routing_keys, memory.routing_keys)
 
 
+def test_asking_untrained_routers_is_said_in_one_line(place: Path, tmp_path: Path, capsys) -> None:
+    model, tokenizer = loaded(place / "plain")
+    for state, lines in ((False, 1), (True, 0), (None, 0)):
+        model.config.routers_trained = state
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        capsys.readouterr()
+        assert main(["ask", str(tmp_path), str(place / "plain-bank"), QUESTION, "--max-new-tokens", "1"]) == 0
+        assert capsys.readouterr().err.count("routers of") == lines
+
+
 # retrofit -------------------------------------------------------------------------------------------------------------
 
 

@@ -492,3 +492,20 @@ def test_every_choice_is_accepted() -> None:
     for name, values in CHOICES.items():
         for value in values:
             assert getattr(make_config(**{name: value}), name) == value
+
+
+def test_a_configuration_says_whether_anybody_trained_the_routers(tmp_path) -> None:
+    """False from the retrofit on; nothing where nobody knows, as in checkpoints that lack the field."""
+    model = MSAForCausalLM.from_base(base_model("llama"))
+    assert model.config.routers_trained is False
+    model.save_pretrained(tmp_path)
+    assert MSAConfig.from_pretrained(tmp_path).routers_trained is False
+    assert MSAConfig.from_pretrained(tmp_path, routers_trained=True).routers_trained is True
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["routers_trained"]
+    unknown = MSAConfig.from_dict(fields)
+    assert unknown.routers_trained is None and "routers_trained" not in unknown.to_dict()
+    assert MSAForCausalLM.from_base(base_model("llama"), shared_router=True).config.routers_trained is None
+    for wrong in (1, "yes"):
+        with pytest.raises(ValueError, match="routers_trained"):
+            MSAConfig.from_dict({**fields, "routers_trained": wrong})

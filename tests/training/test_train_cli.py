@@ -133,6 +133,7 @@ def test_the_printed_expression_loads_what_was_trained(method, base, data, tmp_p
     assert_same(logits_of(loaded), at_end.logits, tolerance=1e-5 if method == "merge" else 1e-6)
     assert float((logits_of(MSAForCausalLM.from_pretrained(base)) - at_end.logits).abs().max()) > 1e-2
     start = MSAForCausalLM.from_pretrained(base).config
+    assert loaded.config.routers_trained is True and start.routers_trained is False
     assert weights_of(loaded.config) == OWN and loaded.config.use_cache is start.use_cache is True
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert ("config.json" in names) == (method != "lora") and ("adapter_config.json" in names) == (method == "lora")

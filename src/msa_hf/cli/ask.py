@@ -13,6 +13,7 @@ import torch
 
 from ..bank import place_bank
 from ..generation import SELECTORS, Answer, MemoryInterleave
+from ..model.checkpoint_msa import UNTRAINED
 from ..model.memory_msa import MemoryBank
 from ..model.positions_msa import position_limit
 from ..model.tokenizing_msa import tokenize
@@ -49,6 +50,8 @@ def add_to(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """`msa-hf ask`."""
     model, tokenizer = load(args.model, args.device, args.dtype)
+    if model.config.routers_trained is False:
+        print(f"msa-hf: the routers of {args.model} are untrained: {UNTRAINED}", file=sys.stderr)
     protocol = protocol_of(args.protocol, args.model)
     with reported():
         if args.placement is None:

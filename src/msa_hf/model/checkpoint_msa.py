@@ -39,6 +39,7 @@ REMOTE_FILES = tuple(sorted(path.name for path in Path(__file__).parent.glob("*_
 PUBLISHED_NAMES = {r"router_q_proj\.0\.": "router_q_proj.", r"router_k_proj\.0\.": "router_k_proj."}
 # What continuous batching, which has no memory, puts in the place of the two attention implementations.
 PAGED = tuple(f"paged|{name}" for name in IMPLEMENTATIONS)
+UNTRAINED = "what they choose is little better than chance until `msa-hf train` has trained them."
 # Fields of a configuration that are arguments of `from_pretrained` in their own right.
 LOADING_ARGUMENTS = {"dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config"}
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -207,7 +208,13 @@ class CheckpointMixin:
                     "what is saved with `device_map`."
                 )
             initialize_routers(model, router_init, new)
-            logger.warning(f"Routers of layers {sorted(layers)} are untrained (`router_init={router_init!r}`).")
+            # All new though said to be trained: an adapter is to bring them.
+            if not (model.config.routers_trained and sorted(layers) == model.config.memory_layers):
+                if any(name.endswith("router_k_proj") for name in missing):
+                    model.config.routers_trained = False
+                logger.warning(
+                    f"Routers of layers {sorted(layers)} are untrained (`router_init={router_init!r}`): {UNTRAINED}"
+                )
         return (model, info) if wants_info else model
 
     @classmethod
@@ -272,6 +279,8 @@ class CheckpointMixin:
             raise ValueError("The model has a memory already; load it with from_pretrained().")
         base_class = cls.base_mapping.get(type(base_config), None)
         refuse_unsupported(base_config, base_class)
+        if not own.get("shared_router") and own.get("routers_trained") is None:
+            own["routers_trained"] = False
         fields = base_config.to_dict()
         fields.pop("model_type")
         if clash := sorted(fields.keys() & own.keys()):
@@ -314,7 +323,8 @@ class CheckpointMixin:
             _replace_config(model, config, old)
             model.__class__ = base_class
             raise
-        logger.warning_once("The routers are untrained: what they choose means little until they have been trained.")
+        if config.routers_trained is False:
+            logger.warning_once(f"The routers are untrained: {UNTRAINED}")
         return model
 
     def to_base(self) -> PreTrainedModel:

@@ -43,8 +43,9 @@ FIELDS = (
     *FLAGS,
     *WEIGHTS,
 )
-# With the one that only bases have whose position scheme switches by length.
-OWN_FIELDS = (*FIELDS, "rope_length")
+# With those that are left out where they say nothing: one is of bases whose position scheme switches by length alone, the
+# other is lacking in older checkpoints.
+OWN_FIELDS = (*FIELDS, "rope_length", "routers_trained")
 
 # Class attributes by which transformers treats a base's config specially; an instance of ours answers the same.
 BASE_CLASS_ATTRIBUTES = (
@@ -92,6 +93,7 @@ class MSAConfig(PreTrainedConfig):
             are encoded beside. Default for such bases: all that the scheme reaches, which is `max_position_embeddings`,
             for dynamic NTK times its factor; less gives short texts the frequencies that the base gives them, and
             refuses longer ones. Other bases have none.
+        routers_trained: whether anybody has trained the routers; None: not known. Says, changes nothing.
         msa_config: the dictionary in which published MSA checkpoints keep these fields; translated, not stored.
         kwargs: the fields of the base configuration.
 
@@ -124,6 +126,7 @@ class MSAConfig(PreTrainedConfig):
     aux_layers: list[int]
     focal_gamma: float
     rope_length: int | None
+    routers_trained: bool | None
 
     def __init__(
         self,
@@ -147,6 +150,7 @@ class MSAConfig(PreTrainedConfig):
         aux_layers: list[int] | None = None,
         focal_gamma: float = 2.0,
         rope_length: int | None = None,
+        routers_trained: bool | None = None,
         msa_config: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -241,6 +245,8 @@ class MSAConfig(PreTrainedConfig):
             self.aux_layers = _default_aux_layers(self.memory_layers, count)
         self.aux_layers = self._layer_list("aux_layers", self.aux_layers, self.memory_layers)
 
+        if self.routers_trained not in (None, True, False) or type(self.routers_trained) is int:
+            raise ValueError(f"`routers_trained` must be true, false or null, got {self.routers_trained!r}.")
         length = self.rope_length
         if length is not None and (type(length) is not int or length < 1):
             raise ValueError(f"`rope_length` must be an integer of at least 1, got {length!r}.")
@@ -299,8 +305,9 @@ class MSAConfig(PreTrainedConfig):
         output = super().to_dict()
         for name in BASE_CLASS_ATTRIBUTES:
             output.pop(name, None)
-        if self.rope_length is None:
-            output.pop("rope_length", None)
+        for name in ("rope_length", "routers_trained"):
+            if getattr(self, name) is None:
+                output.pop(name, None)
         return output
 
 

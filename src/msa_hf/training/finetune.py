@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import is_tensorboard_available, is_wandb_available
 
 from ..data.questions import QuestionCollator
 from ..generation import PromptProtocol
@@ -170,6 +171,13 @@ def _require_libraries(settings: Settings) -> None:
             import peft  # noqa: F401
     except ImportError as error:
         raise TrainingError(f"training needs {error.name}: pip install msa-hf[train]") from error
+    if settings.report_to != "none" and not reporter_available(settings.report_to):
+        raise SettingError("report_to", "{} {}: not installed; pip install {1}", settings.report_to)
+
+
+def reporter_available(name: str) -> bool:
+    """Tell whether what `report_to` names is installed."""
+    return bool({"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}[name]())
 
 
 def split(questions: Sequence[Any], count: int | None, seed: int) -> tuple[list[Any], list[Any]]:
@@ -309,7 +317,7 @@ def make_trainer(prepared: Prepared) -> MemoryTrainer:
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or settings.steps,
         save_total_limit=1,
-        report_to="none",
+        report_to=settings.report_to,
         seed=settings.seed,
         bf16=settings.bf16,
         use_cpu=not torch.accelerator.is_available(),  # said aloud, or bf16 and several processes do not work there
@@ -386,6 +394,7 @@ def train(prepared: Prepared, trainer: MemoryTrainer, guard: CollapseGuard | Non
 def _save(prepared: Prepared, trainer: MemoryTrainer) -> str:
     """Save the result; the expression that loads it."""
     settings, model = prepared.settings, prepared.model
+    model.config.routers_trained = True
     whole = settings.method != LORA
     if settings.merge:
         whole = True
@@ -401,5 +410,5 @@ def _save(prepared: Prepared, trainer: MemoryTrainer) -> str:
     if whole:
         return f"MSAForCausalLM.from_pretrained({settings.output!r})"
     make = "from_pretrained" if _is_retrofit(settings.base) else "from_base"
-    memory = f"top_k={model.config.top_k}, chunk_size={model.config.chunk_size}"
+    memory = f"top_k={model.config.top_k}, chunk_size={model.config.chunk_size}, routers_trained=True"
     return f"PeftModel.from_pretrained(MSAForCausalLM.{make}({settings.base!r}, {memory}), {settings.output!r})"

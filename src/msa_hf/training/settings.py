@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 LORA, FULL = "lora", "full"
+REPORTERS = ("none", "tensorboard", "wandb")
 LEARNING_RATE = {LORA: 1e-4, FULL: 1e-5}
 
 
@@ -58,6 +59,7 @@ class Settings:
         seed: of everything random.
         bf16: compute in bfloat16; weights stay in float32.
         gradient_checkpointing: less memory, more time.
+        report_to: `"tensorboard"` or `"wandb"` gets what is logged; `"none"`: nothing does.
         resume: go on from the last checkpoint of an interrupted run with the same settings.
 
     Raises:
@@ -85,10 +87,13 @@ class Settings:
     bf16: bool = False
     gradient_checkpointing: bool = False
     resume: bool = False
+    report_to: str = "none"
 
     def __post_init__(self) -> None:
         if self.method not in LEARNING_RATE:
             raise SettingError("method", "{} must be one of {}, got {!r}", ", ".join(LEARNING_RATE), self.method)
+        if self.report_to not in REPORTERS:
+            raise SettingError("report_to", "{} must be one of {}, got {!r}", ", ".join(REPORTERS), self.report_to)
         if self.merge and self.method != LORA:
             raise SettingError("merge", "{} is for adapters; {!r} saves a whole checkpoint anyway", self.method)
         for name in ("steps", "pool", "batch_size", "rank", "max_length", "top_k", "chunk_size"):
@@ -115,12 +120,14 @@ class Settings:
 
     def decisive(self) -> dict[str, Any]:
         """The settings on which the course of a run depends, as JSON values."""
-        apart = {"output", "resume", "merge", "eval_every", "save_every", "gradient_checkpointing"}
+        apart = {"output", "resume", "merge", "eval_every", "save_every", "gradient_checkpointing", "report_to"}
         return {name: value for name, value in asdict(self).items() if name not in apart}
 
 
 def add_options(parser: argparse.ArgumentParser, held_out: str = "--held-out") -> None:
     """The options of both command lines; `base` and `output` are each one's own.
+
+    One that is not given leaves nothing behind, so that other kinds of runs can have other defaults.
 
     Args:
         held_out: how this command line spells that option.
@@ -131,11 +138,16 @@ def add_options(parser: argparse.ArgumentParser, held_out: str = "--held-out") -
         value = default[name].default
         shown = text if value is None else f"{text} (default: {value})"
         parser.add_argument(
-            spelled or f"--{name.replace('_', '-')}", dest=name, type=kind, default=value, metavar="N", help=shown
+            spelled or f"--{name.replace('_', '-')}",
+            dest=name,
+            type=kind,
+            default=argparse.SUPPRESS,
+            metavar="N",
+            help=shown,
         )
 
     def flag(name: str, text: str) -> None:
-        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=argparse.SUPPRESS, help=text)
 
     method = parser.add_mutually_exclusive_group()
     method.add_argument(
@@ -143,11 +155,16 @@ def add_options(parser: argparse.ArgumentParser, held_out: str = "--held-out") -
         dest="method",
         action="store_const",
         const=LORA,
-        default=LORA,
+        default=argparse.SUPPRESS,
         help="train adapters and the routers, save an adapter (default)",
     )
     method.add_argument(
-        "--full", dest="method", action="store_const", const=FULL, help="train all weights, save a checkpoint"
+        "--full",
+        dest="method",
+        action="store_const",
+        const=FULL,
+        default=argparse.SUPPRESS,
+        help="train all weights, save a checkpoint",
     )
     flag("merge", "with --lora: save a checkpoint with the adapter merged into it")
     add("steps", int, "of training")
@@ -167,6 +184,12 @@ def add_options(parser: argparse.ArgumentParser, held_out: str = "--held-out") -
     flag("bf16", "compute in bfloat16; weights stay in float32")
     flag("gradient_checkpointing", "less memory, more time")
     flag("resume", "go on with an interrupted run, from its last checkpoint")
+    parser.add_argument(
+        "--report-to",
+        choices=REPORTERS,
+        default=argparse.SUPPRESS,
+        help="what else gets the figures that are logged (default: none)",
+    )
 
 
 def settings_of(arguments: argparse.Namespace, base: str, output: str) -> Settings:
