@@ -4,7 +4,7 @@
 #   bash scripts/test.sh [--transformers VERSION] [pytest args...]
 #
 # Without --transformers: uses the active virtual environment, or else .venv in the repository root (made when it is
-# missing), and runs ruff, mypy, pytest, and, where nvcc is, compiles the CUDA kernels (scripts/check_cuda.py). All other
+# missing), and runs ruff, mypy, pytest, and, where nvcc is, compiles the CUDA kernels (tools/check_cuda.py). All other
 # arguments go to pytest.
 #
 # With --transformers VERSION: always uses an environment of its own, .venv-transformers-VERSION, because versions of
@@ -165,7 +165,7 @@ if [[ -z "$version" ]]; then
     check "ruff format --check" "$python" -m ruff format --check
     check "mypy" "$python" -m mypy src/msa_hf
     if command -v nvcc >/dev/null; then
-        check "CUDA kernels" "$python" scripts/check_cuda.py
+        check "CUDA kernels" "$python" tools/check_cuda.py
     else
         say "CUDA kernels: not compiled, there is no nvcc"
     fi

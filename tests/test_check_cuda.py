@@ -1,4 +1,4 @@
-"""scripts/check_cuda.py finds kernels that spill, that use too many registers, or whose file has no budget."""
+"""tools/check_cuda.py finds kernels that spill, that use too many registers, or whose file has no budget."""
 
 import importlib.util
 from pathlib import Path
@@ -25,7 +25,7 @@ ptxas info    : Used 168 registers, used 2 barriers
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("check_cuda", ROOT / "scripts" / "check_cuda.py")
+    spec = importlib.util.spec_from_file_location("check_cuda", ROOT / "tools" / "check_cuda.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

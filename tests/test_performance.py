@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return runpy.run_path(str(ROOT / "scripts" / "make_performance.py"))
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return runpy.run_path(str(ROOT / "tools" / "make_performance.py"))
 
 
 def test_document_is_what_was_measured(script: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ def quickstart(*arguments: object, **environment: str) -> subprocess.CompletedPr
 
 def test_the_files_are_what_the_script_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the prose that they hold: another Python has other prose."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import make_quickstart
 
     documents, questions = rows(EXAMPLES / "documents.jsonl"), rows(EXAMPLES / "questions.jsonl")

@@ -20,8 +20,8 @@ PUBLISHED = {
 @pytest.fixture(scope="module")
 def script() -> Iterator[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "scripts"))
-        yield runpy.run_path(str(ROOT / "scripts" / "make_scaling.py"))
+        patch.syspath_prepend(str(ROOT / "tools"))
+        yield runpy.run_path(str(ROOT / "tools" / "make_scaling.py"))
 
 
 def test_document_is_what_the_planner_computes(script: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""scripts/bench_tiers.py, rehearsed with a tiny bank on the CPU; and the example of docs/scaling.md."""
+"""benchmarks/bench_tiers.py, rehearsed with a tiny bank on the CPU; and the example of docs/scaling.md."""
 
 import json
 import re
@@ -19,7 +19,7 @@ TINY = """
 @pytest.mark.parametrize("own", [False, True])
 def test_rehearsal(own: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each set-up has its plan, its bytes and its times, and chooses the documents of the first."""
-    main = runpy.run_path(str(ROOT / "scripts" / "bench_tiers.py"))["main"]
+    main = runpy.run_path(str(ROOT / "benchmarks" / "bench_tiers.py"))["main"]
     options = ["--directory", str(tmp_path / "bank"), "--json", str(tmp_path / "figures.json"), "--host-memory", "20"]
     main([*TINY.split(), *options, *(["--own-exact-keys"] if own else [])])
     assert capsys.readouterr().out.count('"load_s"') == 4
@@ -46,7 +46,7 @@ def test_rehearsal(own: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_no_set_up_is_begun_late(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main = runpy.run_path(str(ROOT / "scripts" / "bench_tiers.py"))["main"]
+    main = runpy.run_path(str(ROOT / "benchmarks" / "bench_tiers.py"))["main"]
     main([*TINY.split(), "--setups", "fp8", "bf16", "--seconds", "0"])
     printed = capsys.readouterr().out
     assert printed.count('"load_s"') == 1 and "bf16: left out" in printed and "--setups bf16" in printed
@@ -55,7 +55,7 @@ def test_no_set_up_is_begun_late(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_what_does_not_fit_does_not_end_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = runpy.run_path(str(ROOT / "scripts" / "bench_tiers.py"))
+    names = runpy.run_path(str(ROOT / "benchmarks" / "bench_tiers.py"))
     monkeypatch.setitem(names["measure"].__globals__, "LIMITS", {"bf16": 10})
     with pytest.raises(SystemExit, match="enough memory for bf16"):
         names["main"]([*TINY.split(), "--json", str(tmp_path / "figures.json")])

@@ -681,7 +681,7 @@ def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_benchmark_chooses_what_one_process_chooses(tmp_path: Path) -> None:
     """A rehearsal; it compares the documents itself."""
-    bench = runpy.run_path(str(ROOT / "scripts/bench_parallel.py"))
+    bench = runpy.run_path(str(ROOT / "benchmarks/bench_parallel.py"))
     sizes = "--tokens 40000 --document-tokens 130 --question-tokens 5 --layers 2 --heads 4 --groups 2 --head-dim 8"
     options = [*sizes.split(), "--repeats", "2", "--json", str(tmp_path / "figures.json")]
     together(3, lambda rank: launched(rank, 3, lambda: bench["main"](options)))

@@ -1,4 +1,4 @@
-"""scripts/bench_ops.py: what it prints must rest on green tests and on right answers."""
+"""benchmarks/bench_ops.py: what it prints must rest on green tests and on right answers."""
 
 import importlib.util
 import sys
@@ -11,7 +11,7 @@ from battery import offsets_of
 
 from msa_hf.ops import route_documents
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_ops.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_ops.py"
 
 
 @pytest.fixture(scope="module")

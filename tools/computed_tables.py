@@ -38,7 +38,7 @@ def run(script: str, description: str | None, document: Path, tables: Tables, ar
     new = written(old, tables)
     if options.check:
         if new != old:
-            print(f"{options.document}: not what scripts/{script} writes", file=sys.stderr)
+            print(f"{options.document}: not what tools/{script} writes", file=sys.stderr)
         return int(new != old)
     options.document.write_text(new)
     return 0

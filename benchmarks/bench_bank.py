@@ -1,6 +1,6 @@
 """What changing a bank costs at several sizes: opening, adding, deleting, looking up, snapshots, compaction.
 
-    python scripts/bench_bank.py --documents 10000 100000 1000000 --directory /tmp/bench --json docs/bench_bank.json
+    python benchmarks/bench_bank.py --documents 10000 100000 1000000 --directory /tmp/bench --json docs/bench_bank.json
 
 Content is synthetic and small (one memory layer of 2 groups of 4), so that the number of documents is what is measured
 and a million of them fit on any disk. Documents are one chunk each.

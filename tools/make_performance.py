@@ -1,7 +1,7 @@
-"""Put what scripts/bench_ops.py measured into the tables of docs/performance.md, between their markers.
+"""Put what benchmarks/bench_ops.py measured into the tables of docs/performance.md, between their markers.
 
-    python scripts/make_performance.py          # write
-    python scripts/make_performance.py --check  # say whether the document is what would be written
+    python tools/make_performance.py          # write
+    python tools/make_performance.py --check  # say whether the document is what would be written
 
 Reads docs/bench_ops.json (a GPU) and docs/bench_ops_cpu.json. Text outside the markers is left as it is.
 """

@@ -1,6 +1,6 @@
 """Encoding, question and decoding speed of a model with a memory, random weights, beside its base.
 
-    python scripts/bench_model.py --json docs/bench_model.json
+    python benchmarks/bench_model.py --json docs/bench_model.json
 
 Documents are encoded for real; the bank is then repeated up to `--bank-tokens`, so that routing sees its true size.
 """

@@ -1,7 +1,7 @@
 """Time the native operations beside PyTorch, one command for every figure of docs/performance.md.
 
-    python scripts/bench_ops.py --json docs/bench_ops.json                  on a GPU, a 100M-token bank, about 3 minutes
-    python scripts/bench_ops.py --cpu --json docs/bench_ops_cpu.json        the C++ operations, 1M and 10M tokens
+    python benchmarks/bench_ops.py --json docs/bench_ops.json             on a GPU, a 100M-token bank, about 3 minutes
+    python benchmarks/bench_ops.py --cpu --json docs/bench_ops_cpu.json   the C++ operations, 1M and 10M tokens
 
 The tests of tests/ops run first, for the backends that are to be measured; where one fails nothing is printed. All
 figures are of the operations as Python calls them, medians of times between device events, with more data than the

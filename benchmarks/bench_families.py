@@ -1,6 +1,6 @@
 """Every family of the battery in bfloat16 on a GPU against float32 on the CPU, and routing at the 4B shape.
 
-    python scripts/bench_families.py --json docs/families.json
+    python benchmarks/bench_families.py --json docs/families.json
 
 Per family a small random model encodes documents, routes, attends and generates on both sides. The error of the
 logits stands beside the error that the plain base makes between the same two sides: the memory may cost a small

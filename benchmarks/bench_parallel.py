@@ -1,6 +1,6 @@
 """Routing over a bank that several processes share, beside one process that has all of it.
 
-    accelerate launch --num_processes 2 scripts/bench_parallel.py --json parallel.json
+    accelerate launch --num_processes 2 benchmarks/bench_parallel.py --json parallel.json
 
 Keys are random, made in blocks that do not depend on the number of processes, so that all must choose the same
 documents; the run fails where they do not. First process 0 routes alone over all keys, then all of them together. A
@@ -9,7 +9,7 @@ all came through. All layers share one tensor of content, which would not fit be
 
 A rehearsal without a GPU:
 
-    ACCELERATE_USE_CPU=1 torchrun --nproc-per-node 2 scripts/bench_parallel.py --tokens 1e6 --layers 3 --head-dim 32
+    ACCELERATE_USE_CPU=1 torchrun --nproc-per-node 2 benchmarks/bench_parallel.py --tokens 1e6 --layers 3 --head-dim 32
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compute the tables of docs/scaling.md with the planner and write them between their markers.
 
-    python scripts/make_scaling.py          # write
-    python scripts/make_scaling.py --check  # say whether the document is what would be written
+    python tools/make_scaling.py          # write
+    python tools/make_scaling.py --check  # say whether the document is what would be written
 
 Text outside the markers is left as it is.
 """
@@ -22,7 +22,7 @@ from computed_tables import run, table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from msa_hf.bank.tiered.hardware import RATES, Tiers
-from msa_hf.bank.tiered.plan import Choice, Placement, Reserves, plan_placement
+from msa_hf.bank.tiered.plan import Placement, PlacementOptions, Reserves, plan_placement
 from msa_hf.bank.tiered.shapes import GB, BankShape
 from msa_hf.model.configuration_msa import default_memory_layers
 
@@ -267,7 +267,7 @@ def devices() -> str:
     for name, rates in RATES.items():
         cells = []
         for keys in ("bf16", "fp8"):
-            found = plan_placement(shape, Tiers(AMPLE, AMPLE, 0, rates), placement=Choice(keys=keys))
+            found = plan_placement(shape, Tiers(AMPLE, AMPLE, 0, rates), placement=PlacementOptions(keys=keys))
             cells += [milliseconds(found.routing_seconds(count)) for count in (32, 256)]
         assert rates.copy is not None and rates.matmul is not None
         rows.append((name, f"{rates.copy / 1e12:.2f} TB/s", f"{rates.matmul / 1e12:.0f} TFLOP/s", *cells))
@@ -306,7 +306,7 @@ def checks() -> str:
     )
 
     def routed(shape: BankShape, count: int, keys: str) -> float:
-        placement = plan_placement(shape, Tiers(AMPLE, AMPLE, 0, rates), placement=Choice(keys=keys))
+        placement = plan_placement(shape, Tiers(AMPLE, AMPLE, 0, rates), placement=PlacementOptions(keys=keys))
         seconds = placement.routing_seconds(count)
         assert seconds is not None
         return 1e3 * seconds

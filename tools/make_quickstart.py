@@ -1,6 +1,6 @@
 """Make the documents and questions of `examples/quickstart`.
 
-    python scripts/make_quickstart.py
+    python tools/make_quickstart.py
 
 Everything follows from SEED; the questions are the first of each kind, whatever a model makes of them. The prose comes
 from the standard library of the running Python, so that another version of it gives other prose, and only that.

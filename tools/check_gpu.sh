@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Everything of this repository that needs an NVIDIA GPU, step by step; a step that fails does not keep the others back.
 #
-#   bash scripts/check_gpu.sh OUT [step...]
+#   bash tools/check_gpu.sh OUT [step...]
 #
 #   kernels    build the CUDA kernels without torch, check them against plain loops, time them
 #   build      build the extension for CUDA, in the checkout
 #   tests      the tests of the operations on every backend, and of models and their attention on the GPU
 #   sanitize   the kernels' checks under compute-sanitizer
-#   bench      scripts/bench_ops.py: every figure of docs/performance.md
-#   tiers      a bank in tiers: its tests on the GPU, and scripts/bench_tiers.py, which wants an H200 (docs/scaling.md)
+#   bench      benchmarks/bench_ops.py: every figure of docs/performance.md
+#   tiers      a bank in tiers: its tests on the GPU, and benchmarks/bench_tiers.py, which wants an H200 (docs/scaling.md)
 #
 # Without steps: all of them, in this order. OUT gets a log per step, and the benchmark's JSON. Needs nvcc, a torch built
 # for CUDA and pytest; the variable PYTHON chooses the interpreter (python3), HOST_MEMORY says how many GB of host memory
@@ -60,12 +60,12 @@ sanitize() {
 }
 
 bench() {
-    "$python" scripts/bench_ops.py --json "$out/bench_ops.json"
+    "$python" benchmarks/bench_ops.py --json "$out/bench_ops.json"
 }
 
 tiers() {
     "$python" -m pytest -q -p no:cacheprovider tests/bank/test_tiers.py || return 1
-    "$python" scripts/bench_tiers.py --backend cuda ${HOST_MEMORY:+--host-memory "$HOST_MEMORY"} --json "$out/bench_tiers.json"
+    "$python" benchmarks/bench_tiers.py --backend cuda ${HOST_MEMORY:+--host-memory "$HOST_MEMORY"} --json "$out/bench_tiers.json"
 }
 
 failed=()

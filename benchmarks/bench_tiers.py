@@ -1,6 +1,6 @@
 """A large bank in tiers on one GPU: loading it, its memory, routing, fetching, and the time to the first token.
 
-    python scripts/bench_tiers.py --backend cuda --json tiers.json
+    python benchmarks/bench_tiers.py --backend cuda --json tiers.json
 
 Writes a synthetic bank of 100M tokens in the shape of a 4B model and places it in four ways:
 
@@ -19,7 +19,7 @@ Figures are written as they come, and no set-up is begun after `--seconds`. On a
 64 GiB of disk all of it takes about two minutes. Where memory grows as it is used, say
 with `--host-memory` how large it may become. A rehearsal:
 
-    python scripts/bench_tiers.py --device cpu --chunks 300 --layers 2 --heads 4 --groups 2 --head-dim 8 \\
+    python benchmarks/bench_tiers.py --device cpu --chunks 300 --layers 2 --heads 4 --groups 2 --head-dim 8 \\
         --hidden-size 32 --intermediate-size 32 --vocabulary 64 --repeats 1
 """
 

@@ -1,6 +1,6 @@
 """Compile every CUDA kernel with nvcc, and hold each to its budget of registers. Needs no GPU.
 
-    python scripts/check_cuda.py [FILE ...]
+    python tools/check_cuda.py [FILE ...]
 
 Every csrc/cuda/*.cu is compiled for each of `ARCHITECTURES`. A kernel that spills registers, that uses more than
 `BUDGETS` allows its file, or whose matrix instructions the compiler had to put one after the other, is an error. The
