@@ -25,16 +25,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_msa import MemoryContext
 from .chosen_msa import DocumentRows, score_chosen, scores_at
-from .chunks_msa import chunk_counts, gather_documents, pool_documents
+from .chunks_msa import chunk_counts, gather_documents
 from .gradients_msa import join_routers, tie
 from .memory_msa import LayerMemory
+from .ops_msa import OPERATIONS
 from .routing_msa import (
     NO_SCORE,
     SIMILARITIES,
     LayerRouting,
     columns,
     last_routing_tokens,
-    route_documents,
     score_documents,
     scoring_of,
     select_documents,
@@ -53,14 +53,6 @@ SCORES_ARE_NAN = (
     "The router scores of layer {layer} are NaN: weights of its router or of the layers below hold NaN, or their dtype "
     "overflows. No documents can be chosen."
 )
-
-# The operations of a memory layer, in plain PyTorch; where the package is installed, msa_hf.ops puts its own in their
-# place, which take the same arguments.
-OPERATIONS: dict[str, Callable[..., Any]] = {
-    "route_documents": route_documents,  # has no gradient
-    "pool_documents": pool_documents,
-    "gather_documents": gather_documents,  # where `content` needs no gradient
-}
 
 AttentionOutput = tuple[Tensor, Tensor | None]
 AttentionFunction = Callable[..., AttentionOutput]
@@ -395,10 +387,10 @@ class AttendingPass:
         router_query, mask = router_query.to(device), mask.to(device)
         if self.config.query_reduction == "last":
             mask = last_routing_tokens(mask)
-        offsets, operations = self._offsets_on(device), self.operations or OPERATIONS
+        offsets, instead = self._offsets_on(device), self.operations or {}
         scores: Tensor | None = None
         if self._needs_all_scores(router_query):
-            scores = operations.get("score_documents", score_documents)(
+            scores = instead.get("score_documents", score_documents)(
                 router_query, mask, memory.routing_keys, offsets, self.scoring
             )
             assert scores is not None
@@ -410,7 +402,7 @@ class AttendingPass:
         if self.force_documents is not None:
             documents = self.force_documents.to(device)
             if scores is None:
-                chosen_scores = operations.get("score_chosen", score_chosen)(
+                chosen_scores = instead.get("score_chosen", score_chosen)(
                     router_query, mask, memory.routing_keys, self._forced_on(device), self.scoring
                 )
                 self._look_for_nan(layer, router_query, mask, chosen_scores)
@@ -419,7 +411,7 @@ class AttendingPass:
             best = chosen_scores.detach()
             best = best.masked_fill((documents < 0) | (best <= NO_SCORE), float("-inf"))
         elif scores is None:
-            documents, best = operations["route_documents"](
+            documents, best = instead.get("route_documents", OPERATIONS["route_documents"])(
                 router_query.detach(),  # has no derivative
                 mask,
                 memory.routing_keys,

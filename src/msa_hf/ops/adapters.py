@@ -1,11 +1,11 @@
-"""The operations as the model calls them; see `OPERATIONS` in attention_msa.py."""
+"""The operations as the model calls them; see `Operations` in ops_msa.py."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..model import attention_msa, chunks_msa
+from ..model.ops_msa import PLAIN, Operations, install_operations
 from .gather_documents import gather_documents, most_rows
 from .pool_chunks import pool_chunks
 from .route_documents import route_documents
@@ -49,15 +49,11 @@ def gather(
 
 def register() -> None:
     """Make the model use these."""
-    attention_msa.OPERATIONS.update(
-        route_documents=route_documents, pool_documents=pool_documents, gather_documents=gather
+    install_operations(
+        Operations(route_documents=route_documents, pool_documents=pool_documents, gather_documents=gather)
     )
 
 
 def unregister() -> None:
     """Make the model compute everything in plain PyTorch again."""
-    attention_msa.OPERATIONS.update(
-        route_documents=attention_msa.route_documents,
-        pool_documents=chunks_msa.pool_documents,
-        gather_documents=chunks_msa.gather_documents,
-    )
+    install_operations(PLAIN)

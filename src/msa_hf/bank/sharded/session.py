@@ -80,7 +80,7 @@ class Turn:
 
     Attributes:
         active: whether any process has something to route.
-        operations: those of a memory layer (`OPERATIONS` in attention_msa.py), done together. Their `offsets` count all
+        operations: those of a memory layer (`Operations` in ops_msa.py), done together. Their `offsets` count all
             chunks of the bank, the keys and content given to them are this process' own.
 
     Raises:
