@@ -162,6 +162,9 @@ def stat(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(record))
         return 0
+    indexes = record.pop("indexes")
     for name, value in record.items():
         print(f"{name.replace('_', ' ')}: {value}")
+    for name, about in indexes.items():
+        print(f"{name} index: {', '.join(f'{key} {value}' for key, value in about.items())}")
     return 0

@@ -175,6 +175,18 @@ class DocumentTable(Sequence[Document]):
             row += len(batch)
             yield from self._decode(batch if alive.all() else _validated(batch).filter(pyarrow().array(alive)))
 
+    def texts(self, first: int = 0) -> Iterator[tuple[int, str | None]]:
+        """Rows from `first` on that are documents, and their texts; nothing else of them is decoded."""
+        visible, row = self.visible_rows(), first
+        if self._table is None:
+            yield from ((row, self._documents[row].text) for row in range(first, self.num_rows) if visible[row])
+            return
+        for batch in self._table.select(["text"]).slice(first).to_batches(max_chunksize=1024):
+            alive = np.flatnonzero(visible[row : row + len(batch)])
+            found = _validated(batch).take(pyarrow().array(alive))["text"].to_pylist() if len(alive) else ()
+            yield from zip((row + alive).tolist(), found, strict=True)
+            row += len(batch)
+
     @staticmethod
     def _decode(rows: Any) -> list[Document]:
         documents = []
@@ -257,6 +269,19 @@ def _validated(rows: Any) -> Any:
     return rows
 
 
+@dataclass(frozen=True)
+class BankHome:
+    """Where a bank was loaded from.
+
+    Attributes:
+        directory: of the bank.
+        commit: its manifest's checksum then.
+    """
+
+    directory: Path
+    commit: str
+
+
 class MemoryBank:
     """Documents, encoded once by one model, ready to be routed over and attended to.
 
@@ -271,6 +296,10 @@ class MemoryBank:
         counts: chunks and tokens of the documents, from who has made sure that all parts agree; they are then not
             compared.
         next_id: the first id above all that were ever given; default: above those of the documents, if these have ids.
+
+    Attributes:
+        home: where it was loaded from, None where it was not.
+        indexes: what `search` uses beside the tensors, by name (`msa_hf.retrieval`).
 
     Raises:
         ValueError: where these contradict each other, naming what does.
@@ -292,6 +321,8 @@ class MemoryBank:
         self.documents = documents
         self.origin = origin
         self.next_id = next_id
+        self.home: BankHome | None = None
+        self.indexes: dict[str, Any] = {}
         self._visible: Tensor | None = None
         if counts is None:
             self._validate()
@@ -389,7 +420,9 @@ class MemoryBank:
         if all(layers[layer] is memory for layer, memory in self.layers.items()):
             return self
         counts = self.num_chunks, self.num_tokens
-        return MemoryBank(layers, self.offsets, prefix, self.documents, self.origin, counts, self.next_id)
+        moved = MemoryBank(layers, self.offsets, prefix, self.documents, self.origin, counts, self.next_id)
+        moved.home, moved.indexes = self.home, self.indexes
+        return moved
 
     def check(self, model_origin: BankOrigin) -> None:
         """Make sure that a model can read this bank.
@@ -467,7 +500,9 @@ class MemoryBank:
                 raise ValueError("ids of documents are not distinct numbers below `next_id`.")
             offsets = torch.from_numpy(np.concatenate([[0], documents.counts("chunks").cumsum()]))
             memories = {layer: LayerMemory(*pair) for layer, pair in layers.items()}
-            return cls(memories, offsets, prefix, documents, origin, next_id=next_id)
+            bank = cls(memories, offsets, prefix, documents, origin, next_id=next_id)
+            bank.home = BankHome(directory, manifest["checksum"])
+            return bank
         except BankFormatError:
             raise
         except ValueError as error:

@@ -32,6 +32,8 @@ from ...model.storage_msa import (
     table_schema,
 )
 from ...moved import renamed
+from ...retrieval.followers import Followers
+from ...retrieval.rows import rows_of_state
 from .buffers import Buffers
 from .changes import Change, Changes, Known, committed, table_of
 from .compaction import compacted_in_memory, groups_of, write_compacted
@@ -75,6 +77,8 @@ class BankStore:
         device: of snapshots. Default: the CPU for a directory, else the model's.
         max_shard_size: most bytes of tensors per file.
         encode_options: further arguments of `model.encode_documents`, such as `batch_tokens`.
+        lexical: keep a lexical index for `search` (docs/retrieval.md): True, or the language of its words. None: where
+            the bank has one. False: not; what lies there is left behind.
 
     Raises:
         BankLocked: where another writer has the directory open, naming it.
@@ -97,6 +101,7 @@ class BankStore:
         device: torch.device | str | None = None,
         max_shard_size: int | str = "1GB",
         encode_options: Mapping[str, Any] | None = None,
+        lexical: bool | str | None = None,
     ) -> None:
         if directory is None and read_only:
             raise ValueError("A bank in memory alone cannot be opened with `read_only`.")
@@ -128,6 +133,8 @@ class BankStore:
                 self._load()
             else:
                 self._create()
+            self._followers = Followers(self.directory, read_only, lexical)
+            self._follow()
         except BaseException:
             self.close()
             raise
@@ -194,6 +201,10 @@ class BankStore:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _follow(self) -> None:
+        """Tell what is kept beside the bank of the commit that the bank is at now."""
+        self._followers.follow(rows_of_state(self.state, self.directory))
+
     # State ------------------------------------------------------------------------------------------------------------
 
     def _adopt(self, state: State) -> None:
@@ -221,6 +232,7 @@ class BankStore:
                 offsets, counts = torch.from_numpy(state.offsets), (state.chunks, state.tokens)
                 next_id = state.manifest["next_id"]
                 bank = MemoryBank(layers, offsets, self._whole_prefix(), documents, self.origin, counts, next_id)
+                self._followers.attach(bank)
                 self._snapshot = bank
             return self._snapshot
 
@@ -241,6 +253,7 @@ class BankStore:
             old = self.state
             self._load()
             self._keep_buffers(old)
+            self._follow()
             return True
 
     def _keep_buffers(self, old: State) -> None:
@@ -294,6 +307,7 @@ class BankStore:
             "next_id": state.manifest["next_id"],
             "remembered_deletions": len(self._versions),
             "bytes": sum(entry["bytes"] for entry in files),
+            "indexes": self._followers.describe(),
         }
 
     # Changes ----------------------------------------------------------------------------------------------------------
@@ -506,6 +520,7 @@ class BankStore:
         if memories and self._buffers is not None:
             self._buffers.append(memories)
         self._adopt(state.followed_by(manifest, tuple(segments), deleted))
+        self._follow()
 
     def _write(self, write: Callable[[Path, list[Path]], None], manifest: dict[str, Any]) -> None:
         """Run what writes files and fills the manifest, and commit; where that fails, all is as before."""
@@ -537,6 +552,7 @@ class BankStore:
                 old = self.state
                 self._load()
                 self._keep_buffers(old)
+                self._follow()
                 remove_files(self.directory, _names(old.manifest) - _names(self.state.manifest))
         except BaseException:
             self._closed = True  # what lies there is not known: it must be opened again
@@ -584,6 +600,7 @@ class BankStore:
             self._damage = {}
             self._buffers = None
             self._load()
+            self._follow()
             return True
 
     def _compact_memory(self) -> bool:
@@ -592,6 +609,7 @@ class BankStore:
         assert self._buffers is not None
         state, self._buffers = compacted_in_memory(self.state, self._buffers, self.device)
         self._adopt(state)
+        self._follow()
         return True
 
     def verify(self) -> list[Damage]:

@@ -1,0 +1,225 @@
+"""The lexical index of a bank in its directory: it follows the bank's commits, and is opened by readers.
+
+    lexical.json            which files, of which commit of the bank; written after the index, which is written after
+                            the bank's own commit
+    lexical-<16 hex>/       tantivy's files
+
+After a crash the index may be behind the bank, never ahead of it unnoticed: `lexical.json` names the commit that it is
+of, the runs of rows (`CommittedRows.pieces`) and tantivy's own last commit. Where one of them differs, a writer brings
+the index up to date when it opens the bank, and a reader makes one of its own in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..model.memory_msa import MemoryBank
+from .lexical import FEW_DOCUMENTS, META, Change, LexicalIndex, LexicalSearcher, stamp_of
+from .rows import CommittedRows
+from .sidecar import read_sidecar, write_sidecar
+
+logger = logging.getLogger(__name__)
+RECORD = "lexical.json"
+KIND = "msa_hf-lexical-index"
+VERSION = 1  # of how texts become words; an index of another one is made anew
+FOLDER = re.compile(r"lexical-[0-9a-f]{16}")
+TRIES = 10  # of a reader whose files a writer removes meanwhile
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """What `lexical.json` says, None where the bank has no lexical index."""
+    record = read_sidecar(directory / RECORD, KIND)
+    if record is None and os.path.lexists(directory / RECORD):
+        return {"kind": KIND, "language": "english"}  # damaged: of no commit
+    return record
+
+
+class LexicalFollower:
+    """Keeps the lexical index of a bank that changes.
+
+    Args:
+        directory: of the bank; None: the index lies in memory.
+        language: of a new index. None: that of the index that lies there, else English.
+
+    Raises:
+        ImportError: where tantivy is missing.
+        ValueError: for a language other than that of the index that lies there.
+    """
+
+    name = "lexical"
+
+    def __init__(self, directory: Path | None = None, language: str | None = None) -> None:
+        record = None if directory is None else read_record(directory)
+        kept = None if record is None else record.get("language")
+        if language is not None and kept is not None and kept != language:
+            raise ValueError(f"The bank's lexical index is of the language {kept!r}, not {language!r}.")
+        self.directory, self.language = directory, language or kept or "english"
+        self._pieces: tuple[object, ...] = ()
+        self._left_out = 0  # rows that were when the index was recorded
+        self._hidden: np.ndarray | None = None  # rows that are known to be left out; None: not known
+        self._commit: str | None = None
+        self._folder: Path | None = None
+        self._index: LexicalIndex | None = None
+        LexicalIndex(self.language)  # refuses what cannot be, before anything changes
+        if directory is not None and record is not None:
+            self._resume(directory, record)
+
+    def _resume(self, directory: Path, record: dict[str, Any]) -> None:
+        """Go on with the index that lies there."""
+        if record.get("version") != VERSION:
+            return
+        try:
+            folder, stamp = _folder(directory, record), record["stamp"]
+            found = stamp_of(folder)
+            if found is None or found < stamp:
+                raise ValueError("files of it are missing")
+            index = LexicalIndex(self.language, folder)
+            pieces, commit, left_out = tuple(record["pieces"]), record["commit"], int(record["hidden"])
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            logger.warning("%s: the lexical index cannot be used (%s); it is made anew.", directory, error)
+            return
+        self._index, self._folder, self._pieces, self._left_out = index, folder, pieces, left_out
+        self._commit = commit if found == stamp else None
+
+    def follow(self, rows: CommittedRows) -> None:
+        """Bring the index to these rows: by what has changed, or anew where rows were moved, as compacting does."""
+        restored = len(rows.hidden) < self._left_out  # files that were damaged
+        if self._index is not None and self._commit == rows.commit != "" and not restored:
+            self._hidden = rows.hidden if self._hidden is None else self._hidden
+            return
+        known = None if self._index is None or restored else rows.rows_of_first(self._pieces)
+        if known is None:
+            self._rebuild(rows)
+        else:
+            assert self._index is not None
+            before = rows.hidden[:0] if self._hidden is None else self._hidden
+            gone = np.setdiff1d(rows.hidden, before)
+            fresh = range(known, rows.rows)
+            # A crash may have left some of the new rows in the index.
+            again = fresh if self._hidden is None else ()
+            leaving = [*gone[gone < known].tolist(), *again]
+            if leaving or len(fresh):
+                change = Change(leaving, rows.documents.texts(known), len(fresh) > FEW_DOCUMENTS)
+                self._index.apply(change)
+        self._pieces, self._hidden, self._commit = rows.pieces, rows.hidden, rows.commit
+        self._left_out = len(rows.hidden)
+        self._record(rows)
+
+    def _rebuild(self, rows: CommittedRows) -> None:
+        """Make the index anew, in files of their own."""
+        folder = None
+        if self.directory is not None:
+            folder = self.directory / f"lexical-{uuid.uuid4().hex[:16]}"
+            folder.mkdir()
+        index = LexicalIndex(self.language, folder)
+        index.apply(Change((), rows.documents.texts(), rows.rows > FEW_DOCUMENTS))
+        self._index, self._folder = index, folder
+
+    def _record(self, rows: CommittedRows) -> None:
+        if self.directory is None or self._folder is None:
+            return
+        record = {
+            "kind": KIND,
+            "version": VERSION,
+            "language": self.language,
+            "index": self._folder.name,
+            "stamp": stamp_of(self._folder),
+            "commit": rows.commit,
+            "pieces": list(rows.pieces),
+            "hidden": len(rows.hidden),
+        }
+        write_sidecar(self.directory / RECORD, record)
+        for path in self.directory.iterdir():  # of an index before, or of one that did not come to its end
+            if FOLDER.fullmatch(path.name) and path != self._folder:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def attach(self, bank: MemoryBank) -> None:
+        """Give a snapshot the index as it is now."""
+        if self._index is not None:
+            bank.indexes[self.name] = self._index.searcher()
+
+    def describe(self) -> dict[str, Any]:
+        """Language, documents and bytes of the index."""
+        size = 0
+        if self._folder is not None:
+            size = sum(path.stat().st_size for path in self._folder.iterdir())
+        documents = 0 if self._index is None else len(self._index.searcher())
+        return {"language": self.language, "documents": documents, "bytes": size}
+
+
+def open_searcher(directory: Path, rows: CommittedRows, build: bool = True) -> LexicalSearcher | None:
+    """The lexical index of a bank for reading; nothing is written in its directory. None where the bank has none.
+
+    Args:
+        build: where the index is not of these rows' commit, make one of their texts, in memory; else None then too.
+    """
+    cause = ""
+    for _ in range(TRIES):
+        record = read_record(directory)
+        if record is None:
+            return None
+        if record.get("version") != VERSION or record.get("commit") != rows.commit:
+            cause = "it is not of the commit that was opened"
+            break
+        try:
+            if len(rows.hidden) < record["hidden"]:
+                cause = "it lacks documents of files that were damaged"
+                break
+            return _opened(_folder(directory, record), record["language"], record["stamp"])
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            cause = str(error)
+    if not build:
+        return None
+    logger.warning(
+        "%s: its lexical index cannot be used (%s); one is made in memory. `msa-hf bank index` brings it up to date.",
+        directory,
+        cause,
+    )
+    return search_in_memory(rows, str((record or {}).get("language", "english")))
+
+
+def search_in_memory(rows: CommittedRows, language: str = "english") -> LexicalSearcher:
+    """A lexical index of rows, in memory alone."""
+    index = LexicalIndex(language)
+    index.apply(Change((), rows.documents.texts(), rows.rows > FEW_DOCUMENTS))
+    return index.searcher()
+
+
+def _folder(directory: Path, record: dict[str, Any]) -> Path:
+    """The folder that a record names: one of ours, beside it."""
+    if not FOLDER.fullmatch(record["index"]):
+        raise ValueError(f"{record['index']!r:.80} is no name of an index")
+    return directory / str(record["index"])
+
+
+def _opened(folder: Path, language: str, stamp: int) -> LexicalSearcher:
+    """tantivy's files as they are, by links in a folder of our own: it would make a lock beside them."""
+    with tempfile.TemporaryDirectory(prefix="msa-hf-lexical-") as links:
+        for path in folder.iterdir():
+            if not path.name.startswith("."):
+                target = Path(links) / path.name
+                if path.name == META:
+                    shutil.copyfile(path, target)
+                else:
+                    with contextlib.suppress(FileNotFoundError):
+                        _link(path, target)
+        if stamp_of(Path(links)) != stamp:
+            raise ValueError("its files are of another commit")
+        return LexicalIndex(language, Path(links)).searcher()  # it has all of them open now
+
+
+def _link(path: Path, target: Path) -> None:
+    try:
+        target.symlink_to(path.resolve())
+    except (OSError, NotImplementedError):  # a system without links, or that does not let us make them
+        shutil.copyfile(path, target)

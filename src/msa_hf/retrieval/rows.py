@@ -1,0 +1,97 @@
+"""The rows of a bank as one commit left them: what indexes that are kept with a bank are made of, and follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..model.memory_msa import DocumentTable, MemoryBank
+
+BATCH = 1024  # rows that are decoded at a time
+
+
+@dataclass(frozen=True)
+class CommittedRows:
+    """The rows of a bank after a commit.
+
+    Attributes:
+        commit: tells this state from every other one of its directory; "" of a bank in memory alone.
+        directory: of the bank, None in memory alone.
+        pieces: runs of rows in order: equal pieces, in all banks that a directory ever held, have equal rows.
+        counts: rows of each piece.
+        documents: the table, its rows and those without a document.
+    """
+
+    commit: str
+    directory: Path | None
+    pieces: tuple[object, ...]
+    counts: tuple[int, ...]
+    documents: DocumentTable
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are, those without a document too."""
+        return self.documents.num_rows
+
+    @property
+    def hidden(self) -> np.ndarray:
+        """[n] int64, rows without a document, ascending."""
+        return self.documents.deleted
+
+    def rows_of_first(self, pieces: Sequence[object]) -> int | None:
+        """How many rows these pieces have, None where the bank does not begin with them."""
+        count = len(pieces)
+        return sum(self.counts[:count]) if tuple(pieces) == self.pieces[:count] else None
+
+    def texts(self, first: int = 0) -> Iterator[tuple[int, str | None]]:
+        """Rows from `first` on that have a document, and their texts."""
+        return self.documents.texts(first)
+
+
+class StoreState(Protocol):
+    """What is asked of the state of a `BankStore`."""
+
+    @property
+    def manifest(self) -> dict[str, Any]: ...
+    @property
+    def segments(self) -> tuple[Any, ...]: ...
+    @property
+    def table(self) -> Any: ...
+    @property
+    def hidden(self) -> np.ndarray: ...
+    def find(self, key: str) -> int | None: ...
+
+
+def rows_of_state(state: StoreState, directory: Path | None) -> CommittedRows:
+    """The rows of a bank that changes, as its state has them."""
+    pieces = state.segments if directory is None else tuple(item.record["table"]["file"] for item in state.segments)
+    counts = tuple(len(segment) for segment in state.segments)
+    commit = "" if directory is None else state.manifest["checksum"]
+    return CommittedRows(commit, directory, pieces, counts, DocumentTable(state.table, state.hidden, state.find))
+
+
+def rows_of_bank(bank: MemoryBank) -> CommittedRows:
+    """The rows of a bank that does not change: one piece."""
+    return CommittedRows("", None, (bank.documents,), (bank.documents.num_rows,), bank.documents)
+
+
+class BankFollower(Protocol):
+    """Something that is kept with a bank and made of its documents: a lexical index, vectors.
+
+    A bank that changes calls it after every commit. What it keeps may be behind after a crash, and then says so itself.
+    """
+
+    name: str
+
+    def follow(self, rows: CommittedRows) -> None:
+        """Bring what is kept to these rows."""
+
+    def attach(self, bank: MemoryBank) -> None:
+        """Give a snapshot of the bank what was kept of these rows."""
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values for `stat`."""

@@ -1,0 +1,37 @@
+"""A small JSON file beside a bank's manifest that says what is kept with the bank, and of which commit it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..model.storage_msa import sync
+
+MAX_BYTES = 64 * 2**20
+
+
+def read_sidecar(path: Path, kind: str) -> dict[str, Any] | None:
+    """What a file says; None where there is none, or one that is damaged or of another `kind`: it is then made anew."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            return None
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and record.get("kind") == kind else None
+
+
+def write_sidecar(path: Path, record: Mapping[str, Any]) -> None:
+    """Put a record in the place of the file that lies there, as a whole."""
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
