@@ -16,8 +16,9 @@ from msa_hf import MSAForCausalLM
 from msa_hf.bank.tiered import hardware as free_memory
 from msa_hf.bank.tiered.hardware import RATES, TIERS, Rates, Tiers, free_host_memory, measured_tiers
 from msa_hf.bank.tiered.plan import DoesNotFit, Placement, PlacementOptions, Reserves, plan_placement
-from msa_hf.bank.tiered.shapes import FORMATS, GB, BankShape
+from msa_hf.bank.tiered.shapes import GB, BankShape
 from msa_hf.cli import command_line as cli
+from msa_hf.ops.formats import FORMATS
 from msa_hf.ops.quantize import quantize_keys
 
 SHAPE = BankShape.for_tokens(100_000_000, [(8, 128)] * 18)  # the 4B shape

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..bank.tiered.hardware import RATES, TIERS, Rates, Tiers, measured_tiers
 from ..bank.tiered.plan import Placement, PlacementOptions, Reserves, plan_placement
-from ..bank.tiered.shapes import CONTENT_FORMATS, GB, KEY_FORMATS, BankShape
+from ..bank.tiered.shapes import GB, BankShape
+from ..ops.formats import content_formats, key_formats
 from ..user_errors import reported
 from .options import command
 
@@ -87,7 +88,7 @@ def add_to(commands: Any) -> None:
     add("groups", int, "key/value heads (default: the model's)")
     add("head-dim", int, "numbers per head (default: the model's)")
     add("chunk-size", int, "tokens per chunk (default: the model's, or 64)")
-    made.add_argument("--dtype", choices=CONTENT_FORMATS, default="bf16", help="of the bank (default: bf16)")
+    made.add_argument("--dtype", choices=content_formats(), default="bf16", help="of the bank (default: bf16)")
     add(
         "device-memory",
         device_amount,
@@ -105,7 +106,7 @@ def add_to(commands: Any) -> None:
     add("kv-cache", amount, f"bytes to reserve (default: {reserves.kv_cache / GB:g}GB)", reserves.kv_cache)
     add("host-reserve", amount, f"bytes to leave in host memory (default: {reserves.host / GB:g}GB)", reserves.host)
     add("disk-reserve", amount, f"bytes to leave on disk (default: {reserves.disk / GB:g}GB)", reserves.disk)
-    for name, formats in (("keys", KEY_FORMATS), ("content", CONTENT_FORMATS)):
+    for name, formats in (("keys", key_formats()), ("content", content_formats())):
         made.add_argument(
             f"--{name}",
             type=placed,

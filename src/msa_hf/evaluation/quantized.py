@@ -11,13 +11,14 @@ from torch import Tensor
 from ..model import attention_msa
 from ..model.memory_msa import MemoryBank
 from ..ops import recall_of_candidates
+from ..ops.formats import scaled_formats
 
 
 def quantized_recall(
     model: Any,
     bank: MemoryBank,
     inputs: Mapping[str, Tensor],
-    kinds: Sequence[str] = ("fp8", "int8", "int4"),
+    kinds: Sequence[str] | None = None,
     candidates: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> dict[str, dict[int, float]]:
@@ -27,7 +28,7 @@ def quantized_recall(
         model: a model with a memory.
         bank: of the model, on its device.
         inputs: prompts as `model` takes them; every token that is no padding routes.
-        kinds: see `quantize_keys`.
+        kinds: see `quantize_keys`; default: every format with scales.
         candidates: how many, several. Default: 1, 2, 4 and 8 times the model's top-k, as far as the bank has so many.
         backend: of the operations; default: the first that takes the call.
 
@@ -37,6 +38,7 @@ def quantized_recall(
     Raises:
         ValueError: where the model's configuration keeps it from routing by the operation that takes quantized keys.
     """
+    kinds = scaled_formats() if kinds is None else kinds
     k = max(min(model.config.top_k, len(bank)), 1)
     if candidates is None:
         candidates = [count for count in (k, 2 * k, 4 * k, 8 * k) if count <= max(len(bank), k)]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..model import chunks_msa
 from .dispatch import alignment, choose, operator
+from .formats import index_rows, is_scaled, scaled_names
 
 
 def gather_documents(
@@ -50,8 +51,9 @@ def gather_documents(
         raise ValueError(f"`content` must be [C, 2, G, D], got {list(content.shape)}.")
     if content.device != documents.device and content.device.type != "cpu":
         raise ValueError(f"`content` must lie on {documents.device} or in host memory, not on {content.device}.")
-    if (content.dtype == torch.float8_e4m3fn) != (scales is not None):
-        raise ValueError(f"`scales` belong to float8_e4m3fn content, and only to it; this is {content.dtype}.")
+    if is_scaled(content.dtype, "gather_documents") != (scales is not None):
+        names = scaled_names("gather_documents")
+        raise ValueError(f"`scales` belong to {names} content, and only to it; this is {content.dtype}.")
     if scales is not None and (scales.shape != content.shape[:2] or scales.dtype != torch.float32):
         raise ValueError(f"`scales` must be [{content.shape[0]}, 2] float32.")
     if scales is not None and scales.device != content.device:
@@ -74,7 +76,7 @@ def gather_documents(
 def result_dtype(content: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is not None:
         return dtype
-    return torch.float32 if content.dtype == torch.float8_e4m3fn else content.dtype
+    return torch.float32 if is_scaled(content.dtype, "gather_documents") else content.dtype
 
 
 def most_rows(documents: Tensor, offsets: Tensor) -> int:
@@ -105,8 +107,8 @@ def reference_gather_documents(
         flat = rows.flatten().to(content.device)
         if scales is None:
             states = content.index_select(0, flat).to(device, dtype)
-        else:  # as bytes, because index_select does not know float8
-            states = content.view(torch.uint8).index_select(0, flat).to(device).view(content.dtype).float()
+        else:
+            states = index_rows(content, flat).to(device).float()
             states = (states * scales.index_select(0, flat).to(device)[..., None, None]).to(dtype)
         states = states.unflatten(0, (batch, width))
         states = torch.where(valid[..., None, None, None], states, states.new_zeros(()))

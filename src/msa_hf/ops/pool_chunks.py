@@ -11,6 +11,7 @@ from torch import Tensor
 from ..model import chunks_msa
 from ..model.routing_msa import NORM_EPSILON, normalize_heads
 from .dispatch import alignment, choose, operator, size_class
+from .formats import is_scaled, scaled_dtypes
 from .quantize import quantize_keys
 
 
@@ -56,8 +57,9 @@ def pool_chunks(
         raise ValueError(f"`token_offsets` must be [N + 1] int64 on {values.device}.")
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
-    if routing_dtype not in (None, torch.int8, torch.float8_e4m3fn):
-        raise ValueError(f"`routing_dtype` must be torch.int8, torch.float8_e4m3fn or None, got {routing_dtype}.")
+    if routing_dtype is not None and not is_scaled(routing_dtype, "pool_chunks"):
+        known = ", ".join(map(str, scaled_dtypes("pool_chunks")))
+        raise ValueError(f"`routing_dtype` must be {known} or None, got {routing_dtype}.")
     if chunks is None:
         chunks = int(chunks_msa.chunk_counts(token_offsets.diff(), chunk_size).sum())
     namespace = choose(

@@ -16,9 +16,9 @@ from ..model.routing_msa import (
     select_documents,
 )
 from .dispatch import alignment, choose, operator, size_class
+from .formats import is_scaled, scaled_names, usual_candidates
 from .rescore_documents import rescore_documents
 
-QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 # Devices whose matrix units want queries of 16 bits beside keys of 16 or fewer.
 NARROWING = ("cuda",)
 
@@ -53,7 +53,8 @@ def route_documents(
         similarity: `"cosine"` or `"dot"`, which says how [B, T, H, D] queries are reduced.
         exact_keys: [C, E] floating, on any device; with quantized keys, the scores of the candidates are taken again
             from these. Without them the scores are those of the quantized keys.
-        candidates: documents whose scores are taken again, at least `k` (default `4 * k`).
+        candidates: documents whose scores are taken again, at least `k` (default: `Format.candidates * k` of the keys'
+            format, `4 * k`).
         backend: `"cuda"`, `"triton"`, `"cpp"` or `"pytorch"`; default the best that takes the call.
 
     Returns:
@@ -76,7 +77,7 @@ def route_documents(
     if exact_keys is not None:
         if exact_keys.shape != keys.shape:
             raise ValueError(f"`exact_keys` must be {list(keys.shape)} like `keys`, got {list(exact_keys.shape)}.")
-        wanted = 4 * k if candidates is None else candidates
+        wanted = usual_candidates(keys.dtype) * k if candidates is None else candidates
         if wanted < k:
             raise ValueError(f"`candidates` must be at least k = {k}, got {candidates}.")
     namespace = choose(
@@ -105,7 +106,7 @@ def reduced(queries: Tensor, width: int, similarity: str) -> Tensor:
 def narrowed(queries: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, T, E] queries as keys of a dtype are scored with on their device."""
     if queries.device.type in NARROWING and dtype != torch.float32:
-        queries = queries.to(torch.bfloat16 if dtype in QUANTIZED else dtype)
+        queries = queries.to(torch.bfloat16 if is_scaled(dtype, "route_documents") else dtype)
     return queries
 
 
@@ -133,8 +134,8 @@ def _check(
         f"`keys` must be [C, {queries.shape[2]}] like `queries`, got {list(keys.shape)}.",
     )
     require(
-        (keys.dtype in QUANTIZED) == (scales is not None),
-        f"`scales` belong to int8 and float8_e4m3fn keys, and only to them; the keys are {keys.dtype}.",
+        is_scaled(keys.dtype, "route_documents") == (scales is not None),
+        f"`scales` belong to {scaled_names('route_documents')} keys, and only to them; the keys are {keys.dtype}.",
     )
     if scales is not None:
         require(

@@ -29,20 +29,19 @@ from ...model.routing_msa import Scoring, select_documents
 from ...model.storage_msa import chunk_ranges
 from ...moved import renamed
 from ...ops import gather_documents, rescore_documents, route_documents
+from ...ops.formats import FORMATS, join_rows, own_format, routed_formats, why_not_routed
 from ...ops.gather_documents import most_rows
 from ...ops.route_documents import narrowed, reduced
 from .hardware import Tiers, measured_tiers
 from .lru_cache import DocumentLRU
 from .plan import Placement, PlacementOptions, Reserves, plan_placement
 from .rows import Rows, placed_rows
-from .shapes import DTYPES, NOT_ROUTED, BankShape
+from .shapes import BankShape
 from .sources import BankSource, source_of
 
 logger = logging.getLogger(__name__)
 # Bytes of routing keys that are on the device at once where they are read from host memory for every question.
 STREAMED_BYTES = 1 << 28
-# Documents whose scores are taken again, as a multiple of those chosen.
-CANDIDATES = 4
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,8 @@ class RoutingKeys:
         exact: the bank's own keys, where `rows` are others.
         offsets: [R + 1] int64 on the CPU.
         streamed: `rows` lie in host memory and go through the device for every question.
-        candidates: documents whose scores are taken again from `exact`; None for four times those chosen, 0 for none.
+        candidates: documents whose scores are taken again from `exact`; 0 for none, None for `usual` times `k`.
+        usual: `Format.candidates` of `rows`.
     """
 
     rows: Rows
@@ -62,6 +62,7 @@ class RoutingKeys:
     offsets: Tensor
     streamed: bool
     candidates: int | None
+    usual: int
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +74,7 @@ class RoutingKeys:
         """`ops.route_documents`."""
         wanted = k
         if again := self.exact is not None and self.candidates != 0:
-            usual = max(min(CANDIDATES * k, offsets.shape[0] - 1), k)
+            usual = max(min(self.usual * k, offsets.shape[0] - 1), k)
             wanted = usual if self.candidates is None else self.candidates
             if wanted < k:
                 raise ValueError(f"`candidates` must be at least the {k} documents of `top_k`, or 0, got {wanted}.")
@@ -175,13 +176,7 @@ class Content:
             return list(zip(*columns, strict=True))
 
         parts = hot.take(chosen.distinct, fetch)
-        return tuple(map(_joined, zip(*parts, strict=True))) or self.rows.select(chosen.rows)
-
-
-def _joined(tensors: tuple[Tensor, ...]) -> Tensor:
-    if tensors[0].dtype == torch.float8_e4m3fn:  # as bytes, because not every version joins float8
-        return torch.cat([tensor.view(torch.uint8) for tensor in tensors]).view(torch.float8_e4m3fn)
-    return torch.cat(tensors)
+        return tuple(map(join_rows, zip(*parts, strict=True))) or self.rows.select(chosen.rows)
 
 
 # What a forward asks of its memory (`AttendingPass.operations`) -------------------------------------------------------
@@ -370,11 +365,12 @@ def _planned(
     tiers: Tiers | None,
     reserves: Reserves | None,
 ) -> Placement:
-    own = DTYPES[str(source.dtype).removeprefix("torch.")]
+    own = own_format(source.dtype).name
     shape = BankShape(source.documents.num_rows, source.chunks, tuple(source.shapes.values()), own)
     choice = placement if isinstance(placement, PlacementOptions) else PlacementOptions()
-    if choice.keys in NOT_ROUTED:
-        raise ValueError(f"{choice.keys} routing keys{NOT_ROUTED[choice.keys]}; choose fp8 or int8.")
+    if choice.keys in FORMATS and (remark := why_not_routed(choice.keys)):
+        others = " or ".join(name for name in routed_formats() if FORMATS[name].scaled)
+        raise ValueError(f"{choice.keys} routing keys{remark}; choose {others}.")
     if tiers is None:
         tiers = measured_tiers(device, source.directory or ".", source.bytes)
         if source.directory is None and device.type == "cpu":  # what stays as it is, is there already
@@ -398,7 +394,7 @@ def _placed(
 ) -> LayerMemory:
     """A layer's keys and content in their places; its keys lie on the tier `keys_on`."""
     (groups, dim), dtype = source.shapes[layer], source.dtype
-    own = DTYPES[str(dtype).removeprefix("torch.")]
+    own = own_format(dtype).name
     parts = source.parts(layer)
     keys = [part.routing_keys for part in parts] or [torch.empty(0, groups * dim, dtype=dtype)]
     content = [part.content for part in parts] or [torch.empty(0, 2, groups, dim, dtype=dtype)]
@@ -421,6 +417,7 @@ def _placed(
         source.offsets,
         streamed=has_device and keys_on == "host",
         candidates=candidates,
+        usual=FORMATS[plan.keys].candidates,
     )
     hot = DocumentLRU(plan.cache // len(source.shapes)) if plan.cache else None
     return cast(Any, _Layer(found, Content(rows(content, plan.content, plan.content_on), source.offsets, dtype, hot)))

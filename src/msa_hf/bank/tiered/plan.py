@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...moved import renamed
+from ...ops import formats
+from ...ops.formats import FORMATS, why_not_routed
 from .hardware import TIERS, Tiers, measured_tiers
-from .shapes import AUTO_KEY_FORMATS, CONTENT_FORMATS, FORMATS, GB, KEY_FORMATS, NOT_ROUTED, BankShape, require_known
+from .shapes import GB, BankShape, require_known
 
 MAX_GPUS = 2**20
 
@@ -228,8 +230,8 @@ class Placement:
                 f"{what}, all layers: " + ("not known" if seconds is None else f"{1e3 * seconds:.3g} ms, computed")
             )
         lines.append("rates: none known" if rates is None else f"rates of {rates.name}: {rates.source}")
-        if self.keys in NOT_ROUTED:
-            lines.append(f"note: {self.keys} routing keys{NOT_ROUTED[self.keys]}")
+        if remark := why_not_routed(self.keys):
+            lines.append(f"note: {self.keys} routing keys{remark}")
         return "\n".join(lines)
 
 
@@ -253,7 +255,8 @@ def plan_placement(
         shape: of the whole bank.
         tiers: what is free for one GPU's share (default: measured here).
         placement: `"auto"`, or what is chosen already.
-        key_formats: that routing keys may have (default: the bank's own, and narrower ones down to 8 bits).
+        key_formats: that routing keys may have (default: the bank's own, and narrower ones that are scored as they
+            lie).
         content_formats: that content may have (default: the bank's own). Allow `"fp8"` to halve them.
         reserves: what to leave free.
         gpus: how many share the bank; `tiers` is what each of them has.
@@ -291,10 +294,10 @@ def plan_placement(
         tiers,
         Reserves() if reserves is None else reserves,
         gpus,
-        _formats("key_formats", shape, choice.keys, key_formats, AUTO_KEY_FORMATS, KEY_FORMATS),
+        _formats("key_formats", shape, choice.keys, key_formats, formats.routed_formats(), formats.key_formats()),
         keys_on,
         content_on,
-        _formats("content_formats", shape, choice.content, content_formats, (shape.dtype,), CONTENT_FORMATS),
+        _formats("content_formats", shape, choice.content, content_formats, (shape.dtype,), formats.content_formats()),
         choice.cache,
         choice.exact_on,
         (choice.resident,) if choice.resident is not None else tuple(range(count, -1, -1)),
@@ -401,16 +404,19 @@ class _Request:
             found.append("exact keys where the bank has them")
         if self.resident != (0,) and self.holds(resident=(0,)):
             found.append("no resident layers")
-        keys, content = self.narrower(self.keys, KEY_FORMATS), self.narrower(self.content, CONTENT_FORMATS)
+        keys, content = (
+            self.narrower(self.keys, formats.key_formats()),
+            self.narrower(self.content, formats.content_formats()),
+        )
         key = next((item for item in keys if self.holds(keys=(item,))), None)
         value = next((item for item in content if self.holds(content=(item,))), None)
         if key:
-            found.append(f"{key} routing keys" + NOT_ROUTED.get(key, ""))
+            found.append(f"{key} routing keys" + why_not_routed(key))
         if value:
             found.append(f"{value} content")
         both = ((a, b) for a in keys for b in content if self.holds(keys=(a,), content=(b,)))
         if not key and not value and (pair := next(both, None)):
-            found.append(f"{pair[1]} content with {pair[0]} routing keys" + NOT_ROUTED.get(pair[0], ""))
+            found.append(f"{pair[1]} content with {pair[0]} routing keys" + why_not_routed(pair[0]))
         places = TIERS if self.tiers.device is not None else TIERS[1:]
         if self.content_on != places and self.holds(content_on=places):
             found.append("content wherever it fits")
@@ -431,8 +437,8 @@ class _Request:
         return found
 
     @staticmethod
-    def narrower(formats: tuple[str, ...], known: tuple[str, ...]) -> list[str]:
-        least = min(FORMATS[item].bits for item in formats)
+    def narrower(allowed: tuple[str, ...], known: tuple[str, ...]) -> list[str]:
+        least = min(FORMATS[item].bits for item in allowed)
         return [item for item in known if FORMATS[item].bits < least]
 
     def least_gpus(self) -> int | None:

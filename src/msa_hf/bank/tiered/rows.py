@@ -10,13 +10,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ...ops.quantize import quantize_keys
+from ...ops.formats import FORMATS, index_rows
 
 # Numbers that move at once while a bank is placed; a few times as many bytes are needed beside its final place.
 MOVED_ELEMENTS = 1 << 24
-QUANTIZED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 PORTABLE, MAPPED = 1, 2  # flags of cudaHostRegister: for every device, and to be read by its kernels
-FLOATING = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Rows:
@@ -25,7 +23,7 @@ class Rows:
     Args:
         parts: at least one.
         device: where they are used.
-        scales: [C] or [C, 2] float32 of 8-bit numbers beside the only part, None for others.
+        scales: [C] or [C, 2] float32 of quantized numbers beside the only part, None for others.
 
     Attributes:
         whole: the only part, None where there are several.
@@ -57,7 +55,7 @@ class Rows:
         """Rows [n] int64 on the CPU, ascending -> numbers [n, ...], and scales where there are any, on the device."""
         edges = torch.searchsorted(rows, self.starts).tolist()
         found = [
-            _index(part, rows[first:end] - start)
+            index_rows(part, (rows[first:end] - start).to(part.device))
             for part, start, first, end in zip(self.parts, self.starts.tolist(), edges[:-1], edges[1:], strict=False)
             if end > first
         ]
@@ -84,23 +82,16 @@ class Rows:
             yield self.between(first, min(first + size, count))[0]
 
 
-def _index(part: Tensor, rows: Tensor) -> Tensor:
-    rows = rows.to(part.device)
-    if part.dtype == torch.float8_e4m3fn:  # index_select does not know it
-        return part.view(torch.uint8).index_select(0, rows).view(part.dtype)
-    return part.index_select(0, rows)
-
-
 def placed_rows(parts: Sequence[Tensor], form: str, device: torch.device, *, on_device: bool) -> Rows:
     """Read rows piece by piece into one tensor of a tier, in the format wanted.
 
     Args:
         parts: routing keys [c, E] or content [c, 2, G, D] that follow each other, on the CPU; at least one.
-        form: "fp32", "bf16", "fp16", "fp8" or "int8"; 8-bit numbers have a scale per key and value.
+        form: a name of ops/formats.py, one number an element; quantized ones have a scale per key and value.
         device: where the rows are used, and converted.
         on_device: put them there; else in host memory, locked into place ("pinned") where `device` is a GPU.
     """
-    dtype = FLOATING.get(form) or QUANTIZED[form]
+    format = FORMATS[form]
     count, shape = sum(map(len, parts)), parts[0].shape[1:]
     on_gpu = device.type == "cuda"
     place = device if on_device else torch.device("cpu")
@@ -109,9 +100,9 @@ def placed_rows(parts: Sequence[Tensor], form: str, device: torch.device, *, on_
     def empty(size: tuple[int, ...], kind: torch.dtype) -> Tensor:
         return pinned(size, kind) if locked else torch.empty(size, dtype=kind, device=place)
 
-    numbers = empty((count, *shape), dtype)
+    numbers = empty((count, *shape), format.dtype)
     vectors = shape[:-2] if len(shape) > 1 else ()  # () for routing keys, (2,) for content
-    scales = empty((count, *vectors), torch.float32) if form in QUANTIZED else None
+    scales = empty((count, *vectors), torch.float32) if format.scaled else None
     width = math.prod(shape[len(vectors) :])
     step, start = max(MOVED_ELEMENTS // max(math.prod(shape), 1), 1), 0
     # What stays in host memory as it is does not go through the device.
@@ -123,7 +114,7 @@ def placed_rows(parts: Sequence[Tensor], form: str, device: torch.device, *, on_
             moved = piece if staging is None else staging.moved(piece)
             if scales is not None:
                 flat = moved.to(device).reshape(len(piece) * math.prod(vectors), width)
-                narrow, factors = quantize_keys(flat, dtype)
+                narrow, factors = format.quantize(flat)
                 numbers[rows].copy_(narrow.view(piece.shape), non_blocking=on_gpu)
                 scales[rows].copy_(factors.view(len(piece), *vectors), non_blocking=on_gpu)
             else:

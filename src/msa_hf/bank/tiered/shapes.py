@@ -1,4 +1,4 @@
-"""How large a bank is: documents, chunks, layers, and the formats that its keys and content may have."""
+"""How large a bank is: documents, chunks and layers, in bytes of a format."""
 
 from __future__ import annotations
 
@@ -7,38 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...ops.formats import FORMATS, content_formats, own_format
+
 GB = 10**9
-SCALE_BYTES = 4  # float32
-
-
-@dataclass(frozen=True)
-class Format:
-    """How numbers are kept: their bits, and whether each vector (a routing key, a key, a value) has a float32 scale."""
-
-    bits: int
-    scaled: bool = False
-
-    def vector_bytes(self, width: int) -> int:
-        """Bytes of a vector of `width` numbers."""
-        return -(-width * self.bits // 8) + SCALE_BYTES * self.scaled
-
-
-# Widest first; of equals the preferred one first.
-FORMATS = {
-    "fp32": Format(32),
-    "bf16": Format(16),
-    "fp16": Format(16),
-    "fp8": Format(8, scaled=True),
-    "int8": Format(8, scaled=True),
-    "int4": Format(4, scaled=True),
-}
-KEY_FORMATS = tuple(FORMATS)
-CONTENT_FORMATS = ("fp32", "bf16", "fp16", "fp8")
-# What `plan_placement` takes for granted: keys in 8 bits where they must be, content as it is.
-AUTO_KEY_FORMATS = ("fp32", "bf16", "fp16", "fp8", "int8")
-# Formats that `quantize_keys` makes and no operation scores as they lie.
-NOT_ROUTED = {"int4": " (packed: route_documents cannot score them as they lie yet)"}
-DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +42,7 @@ class BankShape:
             )
         if not self.layers or min(itertools.chain(*self.layers)) < 1:
             raise ValueError(f"`layers` must be (groups, head_dim) of at least one layer, got {list(self.layers)}.")
-        require_known("dtype", [self.dtype], CONTENT_FORMATS)
+        require_known("dtype", [self.dtype], content_formats())
 
     @classmethod
     def for_tokens(
@@ -95,7 +66,7 @@ class BankShape:
     def of(cls, bank: Any) -> BankShape:
         """The shape of a `MemoryBank`."""
         layers = tuple(tuple(memory.content.shape[2:]) for memory in bank.layers.values())
-        return cls(len(bank), bank.num_chunks, layers, DTYPES[str(bank.dtype).removeprefix("torch.")])
+        return cls(len(bank), bank.num_chunks, layers, own_format(bank.dtype).name)
 
     def key_bytes(self, format: str, layers: slice = slice(None)) -> int:
         """Bytes of the routing keys with their scales, of some layers."""
