@@ -112,7 +112,7 @@ try:
     metadata.version("msa-hf")
 except metadata.PackageNotFoundError:
     sys.exit(1)
-modules = ("torch", "pytest", "xdist", "gguf", "hypothesis", "accelerate", "peft", "datasets", "bm25s", "matplotlib", "ruff", "mypy")
+modules = ("torch", "pytest", "xdist", "gguf", "hypothesis", "accelerate", "peft", "datasets", "bm25s", "matplotlib", "pdoc", "ruff", "mypy")
 sys.exit(not all(util.find_spec(name) for name in modules) or (wanted != "" and found != wanted))
 PY
 }
