@@ -1,7 +1,7 @@
 """Draw the figures of a checkpoint's results.json as PNG: accuracy against memory size, routing per layer, training.
 
     pip install "msa-hf[plots]"
-    python tools/plot_results.py model_cards/msa-hf-tiny/results.json --out docs
+    python tools/plot_results.py model_cards/msa-hf-tiny/results.json --out model_cards/msa-hf-tiny
 
     accuracy.png   exact match of each kind of question, recall and named ids, for every size of the bank
     routing.png    recall of each memory layer, and its scores of gold documents against the best other

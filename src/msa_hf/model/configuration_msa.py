@@ -43,8 +43,8 @@ FIELDS = (
     *FLAGS,
     *WEIGHTS,
 )
-# With those that are left out where they say nothing: one is of bases whose position scheme switches by length alone, the
-# other is lacking in older checkpoints.
+# With those that are left out where they say nothing: one is of bases whose position scheme switches by length alone,
+# the other is lacking in older checkpoints.
 OWN_FIELDS = (*FIELDS, "rope_length", "routers_trained")
 
 # Class attributes by which transformers treats a base's config specially; an instance of ours answers the same.
