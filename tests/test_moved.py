@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import msa_hf
-from msa_hf.moved import MOVED
+from msa_hf.moved import MOVED, SPLIT
 
 PACKAGE = Path(msa_hf.__file__).parent
 TRAVELING = {path.stem: f"model.{path.stem}" for path in (PACKAGE / "model").glob("*_msa.py")}
@@ -22,6 +22,17 @@ def test_the_old_name_is_the_new_module(old: str) -> None:
         found = importlib.import_module(f"msa_hf.{old}")
     assert found is expected
     assert found.__name__ == found.__spec__.name == new
+
+
+@pytest.mark.parametrize("old", SPLIT)
+def test_the_old_name_of_what_was_split_has_all_of_it(old: str) -> None:
+    sys.modules.pop(f"msa_hf.{old}", None)
+    with pytest.warns(DeprecationWarning, match=f"`msa_hf.{old}` is `msa_hf.{SPLIT[old][0]}`, "):
+        found = importlib.import_module(f"msa_hf.{old}")
+    assert found.__name__ == f"msa_hf.{old}"
+    for part in SPLIT[old]:
+        module = importlib.import_module(f"msa_hf.{part}")
+        assert all(getattr(found, name) is value for name, value in vars(module).items() if name[:1].isalpha())
 
 
 def test_what_never_was_is_not_found() -> None:

@@ -16,14 +16,14 @@ PACKAGE = __name__.rpartition(".")[0]
 MOVED = {
     "bank.buffers": "bank.store.buffers",
     "bank.changes": "bank.store.changes",
-    "bank.compaction": "bank.store.compaction",
+    "bank.compaction": "bank.store.compact",
     "bank.encoding": "bank.encode_corpus",
     "bank.free_memory": "bank.tiered.hardware",
-    "bank.growing": "bank.store.growable_array",
+    "bank.growing": "bank.store.buffers",
     "bank.hot_documents": "bank.tiered.lru_cache",
     "bank.lock": "bank.store.lock",
-    "bank.open_bank": "bank.store.bank_store",
-    "bank.opening": "bank.store.opening",
+    "bank.open_bank": "bank.store.store",
+    "bank.opening": "bank.store.open",
     "bank.parallel": "bank.sharded.bank",
     "bank.plan": "bank.tiered.plan",
     "bank.ranks": "bank.sharded.collectives",
@@ -34,11 +34,18 @@ MOVED = {
     "bank.state": "bank.store.state",
     "bank.tiers": "bank.tiered.bank",
     "bank.turn": "bank.sharded.session",
-    "bank.verification": "bank.store.verification",
-    "bank.version_1": "bank.store.version_1",
-    "bank.writing": "bank.store.writing",
-    "bank.store.growing": "bank.store.growable_array",
-    "bank.store.open_bank": "bank.store.bank_store",
+    "bank.verification": "bank.store.verify",
+    "bank.version_1": "bank.store.format_v1",
+    "bank.writing": "bank.store.commit",
+    "bank.store.bank_store": "bank.store.store",
+    "bank.store.compaction": "bank.store.compact",
+    "bank.store.growable_array": "bank.store.buffers",
+    "bank.store.growing": "bank.store.buffers",
+    "bank.store.open_bank": "bank.store.store",
+    "bank.store.opening": "bank.store.open",
+    "bank.store.verification": "bank.store.verify",
+    "bank.store.version_1": "bank.store.format_v1",
+    "bank.store.writing": "bank.store.commit",
     "commands": "cli",
     "commands.ask": "cli.ask",
     "commands.bank": "cli.bank",
@@ -70,6 +77,11 @@ MOVED = {
     "training.diagnosis": "evaluation.diagnosis",
     "training.sharpen": "evaluation.sharpen",
 }
+# Modules whose content lies in several now: the old name is a module in which the names of all of them are found.
+SPLIT = {
+    "model.storage_msa": ("model.bank_format_msa", "model.bank_reader_msa", "model.bank_writer_msa", "model.arrow_msa"),
+}
+SPLIT["storage_msa"] = SPLIT["model.storage_msa"]
 
 
 def renamed(module: str, names: dict[str, str]) -> Callable[[str], Any]:
@@ -93,6 +105,21 @@ def renamed(module: str, names: dict[str, str]) -> Callable[[str], Any]:
     return find
 
 
+def _joined(name: str, parts: Sequence[str]) -> ModuleType:
+    """A module `name` in which what the modules `parts` define is found."""
+    warnings.warn(
+        f"`{name}` is {', '.join(f'`{part}`' for part in parts)} now; the old name goes with the next release.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    module = ModuleType(name)
+    for part in reversed(parts):
+        module.__dict__.update(
+            {key: value for key, value in vars(importlib.import_module(part)).items() if not key.startswith("__")}
+        )
+    return module
+
+
 def _travels(name: str) -> bool:
     """Tell whether a module of the model lay in the package itself before."""
     return "." not in name and importlib.util.find_spec(f"{PACKAGE}.model.{name}") is not None
@@ -105,12 +132,14 @@ class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         package, _, old = fullname.partition(".")
-        if package != PACKAGE or not (old in MOVED or (old.endswith("_msa") and _travels(old))):
+        if package != PACKAGE or not (old in {*MOVED, *SPLIT} or (old.endswith("_msa") and _travels(old))):
             return None
         return importlib.machinery.ModuleSpec(fullname, self)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         old = spec.name.partition(".")[2]
+        if old in SPLIT:
+            return _joined(spec.name, [f"{PACKAGE}.{new}" for new in SPLIT[old]])
         new = f"{PACKAGE}.{MOVED.get(old, f'model.{old}')}"
         warnings.warn(
             f"`{spec.name}` is `{new}` now; the old name goes with the next release.", DeprecationWarning, stacklevel=2
@@ -120,6 +149,8 @@ class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
+        if module.__name__.partition(".")[2] in SPLIT:
+            return
         # The import system has put the old name's spec into the module, which was complete before.
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state

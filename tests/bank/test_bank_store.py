@@ -19,7 +19,10 @@ from hypothesis import strategies as st
 from msa_hf.bank import BankDamaged, BankLocked, BankStore
 from msa_hf.bank.store.segments import Segment
 from msa_hf.generation import COMPACT, DocumentIds
-from msa_hf.model import storage_msa
+from msa_hf.model import bank_format_msa, bank_reader_msa
+from msa_hf.model.bank_format_msa import FileRecord
+from msa_hf.model.bank_reader_msa import Shard
+from msa_hf.model.bank_writer_msa import BankWriter
 from msa_hf.model.memory_msa import BankOrigin, Document, DocumentTable, MemoryBank
 
 PLACES = [pytest.param(False, id="memory"), pytest.param(True, id="directory")]
@@ -413,7 +416,7 @@ def test_deletions_are_put_together(tmp_path: Path) -> None:
         bank.add([f"text {row}" for row in range(50)])
         for row in range(45):
             bank.delete(str(row), row)
-        assert len(storage_msa.read_manifest(tmp_path)["deletions"]) < 40
+        assert len(bank_reader_msa.read_manifest(tmp_path)["deletions"]) < 40
     with BankStore(FakeModel(), tmp_path) as bank:
         assert len(bank) == 5 and not bank.upsert("3", "late", 3)
 
@@ -424,22 +427,22 @@ def test_deletions_are_put_together(tmp_path: Path) -> None:
 def test_a_commit_costs_what_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes written, documents encoded, and memory of snapshots, in a bank 50 times as large as the change."""
     read: list[int] = []
-    original = Segment.tensors
-    monkeypatch.setattr(Segment, "tensors", lambda *arguments: (read.append(1), original(*arguments))[1])
+    original = Shard.tensors
+    monkeypatch.setattr(Shard, "tensors", lambda *arguments: (read.append(1), original(*arguments))[1])
     with BankStore(FakeModel(), tmp_path) as bank:
         bank.add([f"text {row}" for row in range(2000)])
         large = sum(path.stat().st_size for path in tmp_path.iterdir())
     model = FakeModel()
     with BankStore(model, tmp_path) as bank:
         written: list[int] = []
-        publish = storage_msa.publish_file
+        publish = BankWriter._publish
 
-        def counted(*arguments: Any) -> dict[str, Any]:
+        def counted(*arguments: Any) -> FileRecord:
             entry = publish(*arguments)
             written.append(entry["bytes"])
             return entry
 
-        monkeypatch.setattr("msa_hf.bank.store.writing.publish_file", counted)
+        monkeypatch.setattr(BankWriter, "_publish", counted)
         bank.add([{"key": f"new {row}", "text": f"text {row}"} for row in range(40)])
         for row in range(3):
             bank.delete(str(row))
@@ -472,7 +475,7 @@ def test_positions_count_documents_and_rows_count_deleted_ones_too() -> None:
 
 
 def test_a_bank_is_cared_for_without_its_model(tmp_path: Path) -> None:
-    with pytest.raises(storage_msa.BankFormatError, match="not a bank"):
+    with pytest.raises(bank_format_msa.BankFormatError, match="not a bank"):
         BankStore(None, tmp_path / "none")
     assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="needs a `model`"):

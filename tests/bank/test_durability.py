@@ -21,9 +21,9 @@ from churn import State, apply, commit, event
 from fake_model import CHUNK, LAYERS, FakeModel, contents, vectors
 
 from msa_hf.bank import BankDamaged, BankStore
-from msa_hf.model import storage_msa
+from msa_hf.model import bank_format_msa, bank_reader_msa, bank_writer_msa
+from msa_hf.model.bank_format_msa import BankFormatError
 from msa_hf.model.memory_msa import MemoryBank
-from msa_hf.model.storage_msa import BankFormatError
 
 resource = pytest.importorskip("resource")
 KILLS = 200
@@ -35,8 +35,8 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 def named(directory: Path) -> set[str]:
     """The files that the manifest accounts for."""
-    manifest = storage_msa.read_manifest(directory)
-    return {"manifest.json", ".lock", *(entry["file"] for entry in storage_msa.data_files(manifest))}
+    manifest = bank_reader_msa.read_manifest(directory)
+    return {"manifest.json", ".lock", *(entry["file"] for entry in bank_format_msa.data_files(manifest))}
 
 
 def texts(bank: MemoryBank) -> dict[str, str]:
@@ -64,7 +64,7 @@ def test_a_killed_writer_loses_nothing_it_acknowledged(fast_directory: Path, cap
     """200 kills at random moments: the bank is what it was after the last acknowledged event, or one later."""
     pick = random.Random(0)
     command = [sys.executable, str(Path(__file__).with_name("churn.py"))]
-    path = os.pathsep.join([str(Path(storage_msa.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(bank_format_msa.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     bank_directory = fast_directory / "bank"
     state: State = {}
@@ -107,7 +107,7 @@ def test_what_a_library_leaves_of_its_own_is_removed_too(
 
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(storage_msa, "save_file", killed)
+        monkeypatch.setattr(bank_writer_msa, "save_file", killed)
         try:
             with BankStore(FakeModel(), fast_directory) as bank:
                 bank.add([{"key": "new", "text": "never acknowledged"}])
@@ -128,7 +128,7 @@ WRITES: list[tuple[Any, str]] = [
     (Path, "write_bytes"),
     (Path, "write_text"),
     (Path, "touch"),
-    (storage_msa, "save_file"),
+    (bank_writer_msa, "save_file"),
 ]
 
 

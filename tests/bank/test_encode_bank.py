@@ -31,8 +31,8 @@ from msa_hf.bank import BankLocked, BankStore, RankFailed
 from msa_hf.bank.encode_corpus import FOLDER, Encoded, connected, encode_bank
 from msa_hf.cli import main
 from msa_hf.data.documents import Corpus
+from msa_hf.model.bank_format_msa import BankFormatError
 from msa_hf.model.memory_msa import BankOrigin, MemoryBank
-from msa_hf.model.storage_msa import BankFormatError
 from msa_hf.user_errors import UserError
 
 LONGEST = 60  # tokens

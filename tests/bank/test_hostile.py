@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from msa_hf.bank import BankStore
-from msa_hf.model import storage_msa
+from msa_hf.model import bank_format_msa, bank_reader_msa, bank_writer_msa
+from msa_hf.model.bank_format_msa import BankFormatError, manifest_checksum
 from msa_hf.model.memory_msa import MemoryBank
-from msa_hf.model.storage_msa import BankFormatError, manifest_checksum
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -47,7 +47,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         bank.delete("k1", 3)
         bank.upsert("k2", "another text", 2)
         bank.upsert("new", "one more")
-    return directory, storage_msa.read_manifest(directory)
+    return directory, bank_reader_msa.read_manifest(directory)
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_fuzzed_manifests(bank_copy: Path, original: tuple[Path, dict[str, Any]]
 def test_fuzzed_files(bank_copy: Path, original: tuple[Path, dict[str, Any]], data: st.DataObject) -> None:
     """Bytes of any file changed, at its size, with hashes that agree: tables and indices that lie."""
     manifest = copy.deepcopy(original[1])
-    entry = data.draw(st.sampled_from(storage_msa.data_files(manifest)))
+    entry = data.draw(st.sampled_from(bank_format_msa.data_files(manifest)))
     path = bank_copy / entry["file"]
     before = path.read_bytes()
     content = bytearray(before)
@@ -137,7 +137,7 @@ def test_fuzzed_files(bank_copy: Path, original: tuple[Path, dict[str, Any]], da
         fresh = data.draw(st.sampled_from([b"\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0\0\0\0\0", b"\x80", b"\1\0\0\0"]))
         content[place : place + len(fresh)] = fresh[: len(content) - place]
     path.write_bytes(content)
-    entry["sha256"] = storage_msa._sha256(path)
+    entry["sha256"] = bank_reader_msa.file_digest(path)
     sign(bank_copy, manifest)
     try:
         use(bank_copy, data.draw(st.booleans()))
@@ -180,8 +180,8 @@ def test_lying_manifests(
 def test_deletions_that_name_rows_twice_or_none_of_them(bank_copy: Path, original: tuple[Path, dict[str, Any]]) -> None:
     for rows in ([0, 0], [-1, 2], [1, 2**40]):
         manifest = copy.deepcopy(original[1])
-        payload = storage_msa.deletions_payload(np.array(rows), np.empty((0, 3), np.uint64))
-        entry = storage_msa.publish_file(bank_copy, "deletions-9", payload, [])
+        payload = bank_format_msa.deletions_payload(np.array(rows), np.empty((0, 3), np.uint64))
+        entry = bank_writer_msa.BankWriter(bank_copy).content("deletions-9", payload)
         manifest["deletions"] = [{**entry, "rows": 2, "keys": 0}]
         sign(bank_copy, manifest)
         for read in (MemoryBank.from_pretrained, lambda directory: BankStore(FakeModel(), directory, read_only=True)):

@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from msa_hf.model import storage_msa
+from msa_hf.model import bank_reader_msa
+from msa_hf.model.bank_format_msa import BankFormatError, manifest_checksum, parse_size
 from msa_hf.model.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory, MemoryBank
-from msa_hf.model.storage_msa import BankFormatError, manifest_checksum, parse_size
 
 CHUNK = 4
 GROUPS, DIM = 2, 4
@@ -96,7 +96,7 @@ def replace_file(
     path = directory / entry["file"]
     path.unlink()
     write(path)
-    entry.update(bytes=path.stat().st_size, sha256=storage_msa._sha256(path))
+    entry.update(bytes=path.stat().st_size, sha256=bank_reader_msa.file_digest(path))
     sign(directory, manifest)
 
 
@@ -544,7 +544,7 @@ def test_an_edited_manifest_and_a_huge_one(saved: Path, monkeypatch: pytest.Monk
     manifest["origin"]["similarity"] = "dot"
     (saved / "manifest.json").write_text(json.dumps(manifest))
     refused(saved, "does not match its `checksum`")
-    monkeypatch.setattr(storage_msa, "MAX_MANIFEST_BYTES", 100)
+    monkeypatch.setattr(bank_reader_msa, "MAX_MANIFEST_BYTES", 100)
     refused(saved, "larger than the 100 bytes")
 
 

@@ -658,7 +658,7 @@ def test_bitsandbytes(bits: int, tmp_path: Path) -> None:
 
 def as_of_old(directory: Path, fingerprint: str | None = None) -> None:
     """Take out of a manifest what earlier versions did not write."""
-    from msa_hf.model.storage_msa import manifest_checksum
+    from msa_hf.model.bank_format_msa import manifest_checksum
 
     manifest = manifest_of(directory)
     del manifest["made_with"]
@@ -753,7 +753,7 @@ def test_a_bank_that_an_earlier_version_made_with_adapters(tmp_path: Path, monke
     ],
 )
 def test_a_manifest_that_says_it_wrongly(path: list[str], value: Any, said: str, tmp_path: Path) -> None:
-    from msa_hf.model.storage_msa import BankFormatError, manifest_checksum
+    from msa_hf.model.bank_format_msa import BankFormatError, manifest_checksum
 
     made = setup()
     made.bank.save_pretrained(tmp_path)
@@ -770,7 +770,7 @@ def test_a_manifest_that_says_it_wrongly(path: list[str], value: Any, said: str,
 
 
 def test_fields_that_a_later_version_adds_are_ignored(tmp_path: Path) -> None:
-    from msa_hf.model.storage_msa import manifest_checksum
+    from msa_hf.model.bank_format_msa import manifest_checksum
 
     made = setup()
     made.bank.save_pretrained(tmp_path)

@@ -21,42 +21,44 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from ..data.documents import Corpus
 from ..generation.document_ids import ID_FIELD
+from ..model.arrow_msa import table_of
+from ..model.bank_format_msa import (
+    LEFTOVER,
+    OWN_FILE,
+    BankFormatError,
+    FileRecord,
+    PartNote,
+    SegmentRecord,
+    ShardRecord,
+    TensorLayout,
+    TensorPair,
+    file_names,
+    new_manifest,
+)
+from ..model.bank_reader_msa import checked_file, is_bank, read_manifest, referenced_files
+from ..model.bank_writer_msa import BankWriter, remove_files, remove_leftover, remove_unnamed, write_text
 from ..model.encoding_msa import _Item, _Reader
 from ..model.memory_msa import BankOrigin, MemoryBank
 from ..model.positions_msa import position_limit
 from ..model.splitting_msa import LimitTooSmall, split_text
-from ..model.storage_msa import (
-    LEFTOVER,
-    MANIFEST,
-    OWN_FILE,
-    BankFormatError,
-    checked_file,
-    chunk_ranges,
-    commit_manifest,
-    data_files,
-    index_payload,
-    publish_file,
-    publish_prefix,
-    pyarrow,
-    read_manifest,
-    referenced_files,
-    remove_files,
-    remove_leftover,
-    sync,
-    table_schema,
-)
 from .sharded.collectives import Collectives, RankFailed
 from .store.changes import text_digest
+from .store.encoder import EncodingModel
 from .store.lock import WriterLock
-from .store.opening import empty_manifest, remove_unnamed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from ..generation.protocol import PromptProtocol
 
 logger = logging.getLogger(__name__)
 FOLDER = ".encoding"  # in the bank's directory: the parts of a run that is not complete
@@ -65,7 +67,28 @@ MAX_SHARD_BYTES = 10**9
 TIMEOUT = timedelta(hours=1)
 VERSION = 1  # of what a part is made of; grows when this file makes something else of the same documents
 
-Record = dict[str, Any]  # of a part: what the manifest will say of it, and `part`
+
+class Record(PartNote):
+    """Of a part: its name and numbers, and its files as the manifest will name them."""
+
+    documents: int
+    chunks: int
+    tensors: list[ShardRecord]
+    table: FileRecord
+    index: FileRecord
+
+
+class CorpusModel(EncodingModel, Protocol):
+    """The model that encodes a corpus."""
+
+    config: PreTrainedConfig
+    dtype: torch.dtype
+
+
+class Progress(Protocol):
+    """Of tqdm."""
+
+    def update(self, n: float | None = 1) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -156,10 +179,10 @@ def _part_with(ranks: Collectives) -> None:
 
 def encode_bank(
     corpus: Corpus,
-    model: Any,
+    model: CorpusModel,
     directory: Path,
-    tokenizer: Any,
-    protocol: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    protocol: PromptProtocol | None = None,
     *,
     ranks: Collectives,
     too_long: str = "error",
@@ -303,7 +326,13 @@ class _Encoder:
     """Makes parts of a corpus, and of a part the files of a segment."""
 
     def __init__(
-        self, corpus: Corpus, model: Any, tokenizer: Any, protocol: Any, too_long: str, batch_tokens: int
+        self,
+        corpus: Corpus,
+        model: CorpusModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        protocol: PromptProtocol | None,
+        too_long: str,
+        batch_tokens: int,
     ) -> None:
         if too_long not in ("error", "split"):
             raise ValueError(f"`too_long` must be 'error' or 'split', got {too_long!r}.")
@@ -343,11 +372,11 @@ class _Encoder:
                 first, held = number + 1, 0
         return parts
 
-    def encode(self, part: Part, folder: Path, progress: Any) -> Record:
+    def encode(self, part: Part, folder: Path, progress: Progress) -> Record:
         """Encode a part, and put its files and its record into `folder`."""
         rows: list[_Row] = []
 
-        def read() -> Iterator[dict[str, Any]]:
+        def read() -> Iterator[Mapping[str, object]]:
             for number, document in enumerate(self.corpus.read(part.first, part.end), start=part.first):
                 for row in self._rows(number, document):
                     rows.append(row)
@@ -355,18 +384,23 @@ class _Encoder:
                 progress.update()
 
         # Without the tokenizer, whose fingerprint would be taken for every part.
-        options: dict[str, Any] = {"batch_tokens": self.batch_tokens, "bank_device": "cpu", "show_progress": False}
-        bank = self.model.encode_documents(read(), None, **options)
-        record = {"part": part.name, **_publish(folder, part.first, bank, rows)}
-        _write_record(folder / f"{part.name}.json", record)
+        bank = self.model.encode_documents(
+            read(), None, batch_tokens=self.batch_tokens, bank_device="cpu", show_progress=False
+        )
+        record = _write_part(folder, part, bank, rows)
+        # From here on the part is there, whatever happens.
+        write_text(folder / f"{part.name}.json", json.dumps(record), "record")
         return record
 
-    def _rows(self, number: int, document: dict[str, Any]) -> Iterator[_Row]:
+    def _rows(self, number: int, document: dict[str, object]) -> Iterator[_Row]:
         """Document `number` of the corpus, as one row or in pieces."""
         key = document.get(self.corpus.key_column)
         document[self.corpus.key_column] = key = str(number if key is None else key)
-        given = document.get("input_ids") if self.protocol is None else None
-        pieces = self.reader.items(number, document) if self.protocol is None else self._wrapped(number, document)
+        protocol, given, wrapping = self.protocol, None, ""
+        if protocol is None:
+            given, pieces = document.get("input_ids"), self.reader.items(number, document)
+        else:
+            wrapping, pieces = protocol.document, self._wrapped(protocol, number, key, document)
         for piece, item in enumerate(pieces):
             if item.key != key and item.key in self.corpus.keys:
                 raise ValueError(
@@ -374,9 +408,8 @@ class _Encoder:
                     f"which is that of {self.corpus.keys[item.key]}; rename one of them."
                 )
             metadata = dict(item.metadata or {})
-            if self.protocol is not None:
+            if protocol is not None:
                 del metadata[ID_FIELD]  # the table has a column for it
-            wrapping = "" if self.protocol is None else self.protocol.document
             yield _Row(
                 item,
                 number + piece * len(self.corpus),
@@ -384,25 +417,25 @@ class _Encoder:
                 text_digest(wrapping, item.key, item.text, given),
             )
 
-    def _wrapped(self, number: int, document: dict[str, Any]) -> Iterator[_Item]:
+    def _wrapped(
+        self, protocol: PromptProtocol, number: int, key: str, document: Mapping[str, object]
+    ) -> Iterator[_Item]:
         """A document with its id around it, in pieces with ids of their own where it is too long."""
-        values = dict(document)
-        text, key = values.pop(self.corpus.text_column), values.pop(self.corpus.key_column)
+        values = {name: value for name, value in document.items() if name != self.corpus.key_column}
+        text = str(values.pop(self.corpus.text_column))
         if set(values) == {"metadata"} and isinstance(values["metadata"], Mapping | None):
             values = dict(values["metadata"] or {})
 
-        def item(id: int, text: str, key: str, metadata: Mapping[str, Any]) -> _Item:
-            row = self.protocol.document_row(id, text, self.tokenizer, key, metadata)
+        def item(id: int, text: str, key: str, metadata: Mapping[str, object]) -> _Item:
+            row = protocol.document_row(id, text, self.tokenizer, key, metadata)
             row[self.corpus.text_column], row[self.corpus.key_column] = row.pop("text"), row.pop("key")
             return next(iter(self.reader.items(number, row)))
 
         if self.split:
-            ids = self.protocol.encode(self.tokenizer, self.protocol.document, id=number, text=text)
+            ids = protocol.encode(self.tokenizer, protocol.document, id=number, text=text)
             if len(ids) > self.limit:
                 largest = number + len(text) * len(self.corpus)
-                empty = self.protocol.encode(
-                    self.tokenizer, self.protocol.document, id=10 ** len(str(largest)), text=""
-                )
+                empty = protocol.encode(self.tokenizer, protocol.document, id=10 ** len(str(largest)), text="")
                 try:
                     for piece, (words, _) in enumerate(split_text(self.tokenizer, text, self.limit - len(empty))):
                         id = number + piece * len(self.corpus)
@@ -416,63 +449,54 @@ class _Encoder:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _publish(folder: Path, first: int, bank: MemoryBank, rows: list[_Row]) -> Record:
-    """Write the files of a segment, named after its first document, which no other segment has."""
+def _write_part(folder: Path, part: Part, bank: MemoryBank, rows: list[_Row]) -> Record:
+    """Write the files of a part, named after its first document, which no other part has."""
     size = bank.origin.chunk_size
     lengths = [len(row.item.ids) for row in rows]
-    chunks = [-(-length // size) for length in lengths]
-    columns: dict[str, list[Any]] = {
-        "key": [row.item.key for row in rows],
-        "text": [row.item.text for row in rows],
-        "metadata": [row.metadata for row in rows],
-        "tokens": lengths,
-        "chunks": chunks,
-        "id": [row.id for row in rows],
-        "version": [None] * len(rows),
-        "digest": [row.digest for row in rows],
-    }
-    created: list[Path] = []  # what an error leaves, the next run removes
-    row_bytes = sum(tensor[0].nbytes for item in bank.layers.values() for tensor in (item.routing_keys, item.content))
-    tensors = []
-    for start, end in chunk_ranges(np.concatenate([[0], np.cumsum(chunks)]), max(MAX_SHARD_BYTES // row_bytes, 1)):
-        content = {}
-        for layer, memory in bank.layers.items():
-            content[f"layers.{layer}.routing_keys"] = memory.routing_keys[start:end]
-            content[f"layers.{layer}.content"] = memory.content[start:end]
-        entry = publish_file(folder, f"chunks-{first:010d}-{start:010d}", content, created)
-        tensors.append({**entry, "chunks": [start, end]})
-    table = pyarrow().table(columns, schema=table_schema(2))
+    table = table_of(
+        {
+            "key": [row.item.key for row in rows],
+            "text": [row.item.text for row in rows],
+            "metadata": [row.metadata for row in rows],
+            "tokens": list(lengths),
+            "chunks": [-(-length // size) for length in lengths],
+            "id": [row.id for row in rows],
+            "version": [None] * len(rows),
+            "digest": [row.digest for row in rows],
+        }
+    )
+    layers = {layer: (memory.routing_keys, memory.content) for layer, memory in bank.layers.items()}
+
+    def chunks(layer: int, start: int, end: int) -> TensorPair:
+        keys, content = layers[layer]
+        return keys[start:end], content[start:end]
+
+    with BankWriter(folder) as writer:
+        segment = writer.segment(
+            table,
+            part.first,
+            chunks,
+            TensorLayout.of_tensors(layers),
+            MAX_SHARD_BYTES,
+            lambda start: f"chunks-{part.first:010d}-{start:010d}",
+        )
     return {
+        "part": part.name,
         "documents": len(rows),
-        "chunks": sum(chunks),
+        "chunks": segment["chunks"],
         "tokens": sum(lengths),
         "next_id": max(row.id for row in rows) + 1,
-        "tensors": tensors,
-        "table": publish_file(folder, f"documents-{first:010d}", table, created),
-        "index": publish_file(folder, f"index-{first:010d}", index_payload(columns["key"]), created),
+        "tensors": segment["tensors"],
+        "table": segment["table"],
+        "index": segment["index"],
     }
-
-
-def _write_record(path: Path, record: Record) -> None:
-    """From here on the part is there, whatever happens."""
-    temporary = path.with_name(f".record-{uuid.uuid4().hex}.tmp")
-    temporary.write_text(json.dumps(record), encoding="utf-8")
-    sync(temporary)
-    sync(path.parent)  # the names of its files, before anything refers to them
-    os.replace(temporary, path)
-    sync(path.parent)
 
 
 def _find(directory: Path, parts: list[Part]) -> dict[str, Record]:
     """The records of those parts that are there, every file of them as it was written."""
+    segments = read_manifest(directory)["segments"] if is_bank(directory) else []
+    named = {record["part"]: record for record in map(_record_of, segments) if record is not None}
     found: dict[str, Record] = {}
-    named: dict[str, Record] = {}
-    if (directory / MANIFEST).exists():
-        for segment in read_manifest(directory)["segments"]:
-            if isinstance(note := segment.get("part"), dict) and isinstance(name := note.get("part"), str):
-                first, end = segment["documents"]
-                counts = {field: note.get(field) for field in ("tokens", "next_id")}
-                named[name] = {**segment, **counts, "part": name, "documents": end - first}
     for part in parts:
         for record in (_read_record(directory / FOLDER / f"{part.name}.json"), named.get(part.name)):
             if record is not None and _is_whole(directory, part, record):
@@ -481,21 +505,43 @@ def _find(directory: Path, parts: list[Part]) -> dict[str, Record]:
     return found
 
 
+def _record_of(segment: SegmentRecord) -> Record | None:
+    """The record of the part that a segment was, None of one that another writer made."""
+    try:
+        note, (first, end) = segment["part"], segment["documents"]
+        if not isinstance(note["part"], str):
+            return None
+        return {
+            "part": note["part"],
+            "documents": end - first,
+            "chunks": segment["chunks"],
+            "tokens": note["tokens"],
+            "next_id": note["next_id"],
+            "tensors": segment["tensors"],
+            "table": segment["table"],
+            "index": segment["index"],
+        }
+    except (KeyError, TypeError):  # no reader has checked these fields
+        return None
+
+
 def _read_record(path: Path) -> Record | None:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        decoded = json.loads(path.read_text(encoding="utf-8"))
+        _entries(decoded)
+        _numbers(decoded)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return record if isinstance(record, dict) else None
+    record: Record = decoded
+    return record
 
 
 def _is_whole(directory: Path, part: Part, record: Record) -> bool:
+    """Tell whether a record is of this part, and its files are what was written."""
     try:
-        entries = _entries(record)
-        counts = [record[name] for name in ("documents", "chunks", "tokens", "next_id")]
-        if record["part"] != part.name or any(type(count) is not int for count in counts):
+        if record["part"] != part.name or any(type(number) is not int for number in _numbers(record)):
             return False
-        for entry in entries:
+        for entry in _entries(record):
             if not OWN_FILE.fullmatch(entry["file"]):
                 return False
             place = directory / FOLDER if (directory / FOLDER / entry["file"]).exists() else directory
@@ -505,7 +551,11 @@ def _is_whole(directory: Path, part: Part, record: Record) -> bool:
     return True
 
 
-def _entries(record: Record) -> list[dict[str, Any]]:
+def _numbers(record: Record) -> list[int]:
+    return [record["documents"], record["chunks"], record["tokens"], record["next_id"]]
+
+
+def _entries(record: Record) -> list[FileRecord]:
     return [*record["tensors"], record["table"], record["index"]]
 
 
@@ -513,46 +563,50 @@ def _tidy(folder: Path) -> None:
     """Remove what processes left that were killed while they wrote a part."""
     named: set[str] = set()
     for path in folder.glob("*.json"):
-        with contextlib.suppress(KeyError, TypeError):
-            named.update(entry["file"] for entry in _entries(_read_record(path) or {}))
+        if (record := _read_record(path)) is not None:
+            with contextlib.suppress(KeyError, TypeError):
+                named.update(entry["file"] for entry in _entries(record))
     if count := remove_unnamed(folder, named):
         logger.warning("%s: removed %d files of parts that an interrupted run did not complete.", folder, count)
 
 
-def _commit(directory: Path, model: Any, origin: BankOrigin, records: list[Record]) -> None:
+def _commit(directory: Path, model: CorpusModel, origin: BankOrigin, records: list[Record]) -> None:
     """Make the parts the bank that lies in `directory`."""
     # What its tensors look like is learnt by encoding one token.
     like = model.encode_documents([[0]], None, bank_device="cpu", show_progress=False)
-    segments: list[dict[str, Any]] = []
-    rows = 0
-    for record in records:
-        for entry in _entries(record):
-            if (directory / FOLDER / entry["file"]).exists():
-                os.replace(directory / FOLDER / entry["file"], directory / entry["file"])
-        note = {name: record[name] for name in ("part", "tokens", "next_id")}
-        files = {name: record[name] for name in ("chunks", "tensors", "table", "index")}
-        segments.append({"documents": [rows, rows + record["documents"]], **files, "part": note})
-        rows += record["documents"]
-    manifest = {
-        **empty_manifest(like, origin),
-        "next_id": max(record["next_id"] for record in records),
-        "counts": {
-            "documents": rows,
-            "chunks": sum(record["chunks"] for record in records),
-            "tokens": sum(record["tokens"] for record in records),
-        },
-        "prefix": publish_prefix(directory, like.prefix, []),
-        "segments": segments,
-    }
-    commit_manifest(directory, manifest)
+    layers = {layer: (memory.routing_keys, memory.content) for layer, memory in like.layers.items()}
+    manifest = new_manifest(origin.to_manifest(), TensorLayout.of_tensors(layers))
+    counts = manifest["counts"]
+    with BankWriter(directory) as writer:
+        for record in records:
+            for entry in _entries(record):
+                if (path := directory / FOLDER / entry["file"]).exists():
+                    writer.adopt(path)
+            rows = counts["documents"], counts["documents"] + record["documents"]
+            manifest["segments"].append(
+                {
+                    "documents": list(rows),
+                    "chunks": record["chunks"],
+                    "tensors": record["tensors"],
+                    "table": record["table"],
+                    "index": record["index"],
+                    "part": {"part": record["part"], "tokens": record["tokens"], "next_id": record["next_id"]},
+                }
+            )
+            counts["documents"] = rows[1]
+            counts["chunks"] += record["chunks"]
+            counts["tokens"] += record["tokens"]
+        manifest["next_id"] = max(record["next_id"] for record in records)
+        manifest["prefix"] = writer.prefix(like.prefix)
+        writer.commit(manifest)
     shutil.rmtree(directory / FOLDER, ignore_errors=True)
     # The old bank's files, and what a commit left that did not come to its end.
-    left = {path.name for path in directory.iterdir()} - {entry["file"] for entry in data_files(manifest)}
+    left = {path.name for path in directory.iterdir()} - file_names(manifest)
     remove_files(directory, left)
     for name in left:
         if LEFTOVER.fullmatch(name):
             remove_leftover(directory / name)
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..bank import BankDamaged, BankLocked, BankStore
+from ..bank import BankError, BankStore
 from ..data.documents import Corpus
 from ..user_errors import UserError, reported
 from .loading import load, new_directory, protocol_of
@@ -64,7 +64,7 @@ def opened(directory: str | Path, model: Any = None, *made_with: Any, **options:
         try:
             with BankStore(model, directory, *made_with, **options) as bank:
                 yield bank
-        except (BankLocked, BankDamaged) as error:
+        except BankError as error:
             raise UserError(str(error)) from error
 
 
@@ -162,9 +162,9 @@ def stat(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(record))
         return 0
-    indexes = record.pop("indexes")
     for name, value in record.items():
-        print(f"{name.replace('_', ' ')}: {value}")
-    for name, about in indexes.items():
+        if name != "indexes":
+            print(f"{name.replace('_', ' ')}: {value}")
+    for name, about in record["indexes"].items():
         print(f"{name} index: {', '.join(f'{key} {value}' for key, value in about.items())}")
     return 0

@@ -11,7 +11,7 @@ from typing import Any
 from ..bank import BankLocked, RankFailed
 from ..bank.encode_corpus import PART_SIZE, TIMEOUT, agreed, connected, encode_bank
 from ..data.documents import Corpus
-from ..model.storage_msa import MANIFEST, read_manifest
+from ..model.bank_reader_msa import is_bank, read_manifest
 from ..user_errors import UserError, reported
 from .loading import load, new_directory, protocol_of
 from .options import add_model_options, command, positive
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             with agreed(ranks):
                 out = new_directory(args.bank)
                 with reported():
-                    if (out / MANIFEST).exists():
+                    if is_bank(out):
                         read_manifest(out)  # before the model is loaded
                     corpus = Corpus(args.source, args.text_column, args.key_column)
                 if corpus.skipped and ranks.rank == 0:

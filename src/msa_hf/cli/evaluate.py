@@ -9,8 +9,8 @@ from typing import Any
 from ..data.documents import Corpus
 from ..evaluation.diagnosis import CONDITIONS, checked_conditions, diagnose, read_judged
 from ..generation import SELECTORS, PromptProtocol
+from ..model.bank_reader_msa import is_bank
 from ..model.memory_msa import MemoryBank
-from ..model.storage_msa import MANIFEST
 from ..user_errors import UserError, reported
 from .loading import load, protocol_of
 from .options import add_model_options, at_least, command, positive
@@ -52,9 +52,8 @@ def run(args: argparse.Namespace) -> int:
             questions = read_judged(args.questions)
     except ImportError as error:
         raise UserError(f"{error}, or leave it out of --conditions") from error
-    is_bank = Path(args.bank, MANIFEST).exists()
     with reported():
-        corpus = None if is_bank else Corpus(args.bank)
+        corpus = None if is_bank(Path(args.bank)) else Corpus(args.bank)
     model, tokenizer = load(args.model, args.device, args.dtype)
     with reported():
         if corpus is None:

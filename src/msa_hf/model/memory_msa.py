@@ -15,23 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arrow_msa import pyarrow, table_schema
+from .bank_format_msa import RESTORE, BankFormatError
+from .bank_reader_msa import KnowsOrigin, open_bank
+from .bank_writer_msa import write_bank
 from .fingerprint_msa import model_fingerprint as model_fingerprint
 from .fingerprint_msa import tokenizer_fingerprint as tokenizer_fingerprint
 from .origin_msa import BankOrigin as BankOrigin
 from .origin_msa import check_origin
-from .storage_msa import (
-    MANIFEST,
-    RESTORE,
-    BankFormatError,
-    check_side_files,
-    pyarrow,
-    read_deletions,
-    read_manifest,
-    read_table,
-    read_tensors,
-    table_schema,
-    write_bank,
-)
 
 
 @dataclass(frozen=True)
@@ -445,22 +436,20 @@ class MemoryBank:
             ImportError: where pyarrow is missing.
         """
         layers = {layer: (memory.routing_keys, memory.content) for layer, memory in self.layers.items()}
-        offsets = self.offsets
         if len(self.documents.deleted):  # a copy, without them
             visible = torch.from_numpy(self.documents.visible_rows())
-            chunks = visible.repeat_interleave(offsets.diff()).nonzero()[:, 0].to(self.device)
+            chunks = visible.repeat_interleave(self.offsets.diff()).nonzero()[:, 0].to(self.device)
             layers = {layer: (keys[chunks], content[chunks]) for layer, (keys, content) in layers.items()}
-            offsets = torch.nn.functional.pad(offsets.diff()[visible].cumsum(0), (1, 0))
         table, origin, ids = self.documents.to_arrow(), self.origin.to_manifest(), self.documents.ids()
         next_id = max(self.next_id or 0, 0 if ids is None or not len(ids) else int(ids.max()) + 1)
-        write_bank(Path(directory), origin, layers, self.prefix, table, offsets, max_shard_size, next_id)
+        write_bank(Path(directory), origin, layers, self.prefix, table, max_shard_size, next_id)
 
     @classmethod
     def from_pretrained(
         cls,
         directory: str | Path,
-        model: Any = None,
-        tokenizer: Any = None,
+        model: KnowsOrigin | None = None,
+        tokenizer: object = None,
         device: torch.device | str | None = None,
         verify: bool = True,
     ) -> "MemoryBank":
@@ -480,33 +469,18 @@ class MemoryBank:
             ValueError: where another model made it, listing every difference.
             ImportError: where pyarrow is missing.
         """
-        directory = Path(directory)
-        manifest = read_manifest(directory)
-        try:
-            origin = BankOrigin.from_manifest(manifest)
-        except ValueError as error:
-            raise BankFormatError(f"{directory / MANIFEST}: {error}. {RESTORE}.") from error
-        if model is not None:
-            check_origin(origin, model.memory_origin(tokenizer))
-        table = read_table(directory, manifest, verify)
-        check_side_files(directory, manifest, verify)
+        reader = open_bank(directory, model, tokenizer, verify)
+        rows = reader.rows()
+        reader.check_side_files()
         # With its index: safetensors takes a bare "cuda" for the first device, torch for the current one.
         target = torch.empty(0, device=device or "cpu").device
-        layers, prefix = read_tensors(directory, manifest, target, verify)
-        try:
-            documents = DocumentTable(table, read_deletions(directory, manifest)[0])
-            ids, next_id = documents.ids(), manifest.get("next_id")
-            if ids is not None and len(np.unique(ids[(ids >= 0) & (ids < next_id)])) < len(ids):
-                raise ValueError("ids of documents are not distinct numbers below `next_id`.")
-            offsets = torch.from_numpy(np.concatenate([[0], documents.counts("chunks").cumsum()]))
-            memories = {layer: LayerMemory(*pair) for layer, pair in layers.items()}
-            bank = cls(memories, offsets, prefix, documents, origin, next_id=next_id)
-            bank.home = BankHome(directory, manifest["checksum"])
-            return bank
-        except BankFormatError:
-            raise
-        except ValueError as error:
-            raise BankFormatError(f"{directory / MANIFEST}: the bank contradicts itself: {error} {RESTORE}.") from error
+        layers = {layer: LayerMemory(*pair) for layer, pair in reader.tensors(target).items()}
+        prefix = reader.prefix(target)
+        with reader.contradictions():
+            documents = DocumentTable(rows.table, rows.deleted)
+            bank = cls(layers, rows.offsets, prefix, documents, reader.origin, next_id=rows.next_id)
+        bank.home = BankHome(reader.directory, reader.manifest["checksum"])
+        return bank
 
     def __repr__(self) -> str:
         size = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())

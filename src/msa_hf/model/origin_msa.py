@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
+from .bank_format_msa import OriginEntries
 from .configuration_msa import OWN_FIELDS
 from .weights_msa import WeightsRecord, frequencies_were_rounded, frequency_differences, weight_differences
 
@@ -218,7 +219,7 @@ class BankOrigin:
             values["weights"] = WeightsRecord.from_dict(values["weights"])
         return cls(**values)
 
-    def to_manifest(self) -> dict[str, Any]:
+    def to_manifest(self) -> OriginEntries:
         """The entries of a manifest: `origin`, which every reader compares, and `made_with`, which later ones do."""
         record = self.to_dict()
         first = {name: record.pop(name) for name in (*FIRST_FIELDS, ROPE_LENGTH) if name in record}

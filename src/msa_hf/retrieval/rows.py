@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..model.bank_format_msa import Manifest
 from ..model.memory_msa import DocumentTable, MemoryBank
 
 BATCH = 1024  # rows that are decoded at a time
@@ -56,7 +57,7 @@ class StoreState(Protocol):
     """What is asked of the state of a `BankStore`."""
 
     @property
-    def manifest(self) -> dict[str, Any]: ...
+    def manifest(self) -> Manifest: ...
     @property
     def segments(self) -> tuple[Any, ...]: ...
     @property

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..model.storage_msa import sync
+from ..model.bank_writer_msa import sync
 
 MAX_BYTES = 64 * 2**20
 

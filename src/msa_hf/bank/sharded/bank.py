@@ -20,24 +20,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from ...model.bank_reader_msa import KnowsOrigin, open_bank
 from ...model.memory_msa import DocumentTable, LayerMemory, MemoryBank
-from ...model.origin_msa import check_origin
-from ...model.storage_msa import (
-    DTYPES,
-    check_shard,
-    layer_shapes,
-    read_deletions,
-    read_manifest,
-    read_prefix,
-    read_table,
-    shard_layers,
-)
-from ..store.opening import origin_of
 from .collectives import Collectives, RankFailed
 from .session import DIFFERENT, HEADER, SAME, Turn, header_of
 
@@ -250,48 +237,27 @@ def _part(bank: MemoryBank, ranks: Collectives, inputs: str, device: Any) -> Sha
 
 
 def _read(
-    directory: Path, ranks: Collectives, inputs: str, model: Any, tokenizer: Any, device: Any, verify: bool
+    directory: Path,
+    ranks: Collectives,
+    inputs: str,
+    model: KnowsOrigin | None,
+    tokenizer: object,
+    device: torch.device | str | None,
+    verify: bool,
 ) -> ShardedBank:
-    manifest = read_manifest(directory)
-    origin = origin_of(directory, manifest)
-    if model is not None:
-        check_origin(origin, model.memory_origin(tokenizer))
-    documents = DocumentTable(read_table(directory, manifest, verify), read_deletions(directory, manifest)[0])
-    offsets = torch.from_numpy(np.concatenate([[0], documents.counts("chunks").cumsum()]))
-    rows = shares(offsets, ranks.size)
-    first, end = int(offsets[rows[ranks.rank]]), int(offsets[rows[ranks.rank + 1]])
+    reader = open_bank(directory, model, tokenizer, verify)
+    found = reader.rows()
+    with reader.contradictions():
+        documents = DocumentTable(found.table, found.deleted)
+    rows = shares(found.offsets, ranks.size)
+    first, end = int(found.offsets[rows[ranks.rank]]), int(found.offsets[rows[ranks.rank + 1]])
     target = torch.empty(0, device=device or "cpu").device
-    prefix = read_prefix(directory, manifest, target, verify)
-
-    options: dict[str, Any] = {"dtype": DTYPES[manifest["dtype"]][0], "device": target}
-    shapes = layer_shapes(manifest)
-    layers = {
-        layer: LayerMemory(
-            torch.empty(end - first, groups * dim, **options), torch.empty(end - first, 2, groups, dim, **options)
-        )
-        for layer, (groups, dim) in shapes.items()
-    }
-    base = 0
-    for segment in manifest["segments"]:
-        for shard in segment["tensors"]:
-            start, stop = (base + edge for edge in shard["chunks"])
-            low, high = max(start, first), min(stop, end)
-            if low >= high:
-                continue
-            path = check_shard(directory, shard, manifest, verify)
-            with safe_open(path, framework="pt", device=str(target)) as file:
-                for layer in shard_layers(shard, shapes):
-                    for name, whole in (
-                        ("routing_keys", layers[layer].routing_keys),
-                        ("content", layers[layer].content),
-                    ):
-                        stored = file.get_slice(f"layers.{layer}.{name}")
-                        whole[low - first : high - first] = stored[low - start : high - start]
-        base += segment["chunks"]
+    prefix = reader.prefix(target)
+    layers = {layer: LayerMemory(*pair) for layer, pair in reader.tensors(target, first, end).items()}
     visible = documents.visible_rows()
     counts = int(documents.counts("chunks")[visible].sum()), int(documents.counts("tokens")[visible].sum())
-    whole_bank = MemoryBank(layers, offsets, prefix, documents, origin, counts, manifest.get("next_id"))
-    return ShardedBank(layers, whole_bank, rows, ranks, inputs)
+    whole = MemoryBank(layers, found.offsets, prefix, documents, reader.origin, counts, found.next_id)
+    return ShardedBank(layers, whole, rows, ranks, inputs)
 
 
 def _digest(bank: ShardedBank) -> str:

@@ -1,66 +1,103 @@
-"""The tensors of a bank in memory."""
+"""Arrays in memory that grow at their end while views of them stay; the tensors of a bank in such arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from ...model.memory_msa import LayerMemory
-from ...model.storage_msa import layer_shapes
-from .growable_array import GrowableArray
-from .state import State
+from ...model.bank_format_msa import TensorLayout, TensorPair
+from .segments import Segment
 
+GROWTH = 5 / 4  # of a buffer that is full: appending costs a few copies of each row, spare room at most a quarter
 SPARE = 16  # one part in so many is left free when tensors are read
+
+Array = TypeVar("Array", Tensor, NDArray[np.int64])
+
+
+class GrowableArray(Generic[Array]):
+    """An array to whose end rows are added; what was handed out before stays as it is."""
+
+    def __init__(self, rows: Array, length: int | None = None) -> None:
+        self._all: Array = rows
+        self.length = len(rows) if length is None else length
+
+    def view(self, length: int) -> Array:
+        return self._all[:length]
+
+    def append(self, rows: Array) -> None:
+        needed = self.length + len(rows)
+        if needed > len(self._all):
+            room = max(needed, int(len(self._all) * GROWTH))
+            old, self._all = self._all, _room_like(self._all, room)
+            self._all[: self.length] = old[: self.length]
+        self._all[self.length : needed] = rows
+        self.length = needed
+
+
+def _room_like(rows: Array, length: int) -> Array:
+    if isinstance(rows, Tensor):
+        return rows.new_empty(length, *rows.shape[1:])
+    return np.empty((length, *rows.shape[1:]), rows.dtype)
 
 
 class Buffers:
     """Routing keys and content of all rows, in memory: what snapshots are views of."""
 
-    def __init__(self, layers: Mapping[int, LayerMemory], length: int) -> None:
+    def __init__(self, layers: Mapping[int, TensorPair], length: int) -> None:
         self._layers = {
-            layer: (GrowableArray(item.routing_keys, length), GrowableArray(item.content, length))
-            for layer, item in layers.items()
+            layer: (GrowableArray(keys, length), GrowableArray(content, length))
+            for layer, (keys, content) in layers.items()
         }
 
     @classmethod
-    def load(cls, state: State, device: torch.device, dtype: torch.dtype) -> Buffers:
-        """Read the tensors of a state; memory mapped on the CPU where they lie in one shard. What is lost is zero."""
-        total = int(state.offsets[-1])
-        room = total + total // SPARE
+    def load(cls, segments: Mapping[int, Segment], layout: TensorLayout, total: int, device: torch.device) -> Buffers:
+        """Read tensors; on the CPU those of a layer that lie in one shard stay memory mapped. What is lost is zero.
+
+        Args:
+            segments: by the number of their first chunk in the bank.
+            total: chunks of the bank.
+        """
         layers = {}
-        for layer, (groups, dim) in layer_shapes(state.manifest).items():
-            shards = [(item, shard) for item in state.segments for shard in item.shards if layer in shard.layers]
+        for layer in layout.shapes:
+            shards = [
+                (start, shard) for start, item in segments.items() for shard in item.shards if layer in shard.layers
+            ]
             if len(shards) == 1 and shards[0][1].file is not None and device.type == "cpu":
-                layers[layer] = LayerMemory(*shards[0][0].tensors(shards[0][1], layer))
+                layers[layer] = shards[0][1].tensors(layer)
                 continue
-            keys = torch.empty(room, groups * dim, dtype=dtype, device=device)
-            content = torch.empty(room, 2, groups, dim, dtype=dtype, device=device)
-            for segment, start in zip(state.segments, state.offsets[state.starts].tolist(), strict=True):
-                for shard in segment.shards:
-                    if layer not in shard.layers:
-                        continue
-                    rows = slice(start + shard.first, start + shard.end)
-                    if shard.file is None:
-                        keys[rows], content[rows] = 0, 0
-                    else:
-                        keys[rows], content[rows] = segment.tensors(shard, layer)
-            layers[layer] = LayerMemory(keys, content)
+            whole = layout.empty(layer, total + total // SPARE, device)
+            for start, shard in shards:
+                parts = layout.zeros(layer, shard.end - shard.first) if shard.file is None else shard.tensors(layer)
+                for all_rows, part in zip(whole, parts, strict=True):
+                    all_rows[start + shard.first : start + shard.end] = part
+            layers[layer] = whole
         return cls(layers, total)
 
-    def append(self, layers: Mapping[int, LayerMemory]) -> None:
-        for layer, memory in layers.items():
-            keys, content = self._layers[layer]
-            keys.append(memory.routing_keys)
-            content.append(memory.content)
+    def follow(self, old: Sequence[Segment], segments: Sequence[Segment]) -> bool:
+        """Append what was committed since; False, and nothing was done, if the tensors must be read again."""
+        fresh = segments[len(old) :]
+        if tuple(segments[: len(old)]) != tuple(old) or any(segment.lost.any() for segment in fresh):
+            return False
+        for segment in fresh:
+            for shard in segment.shards:
+                self.append({layer: shard.tensors(layer) for layer in shard.layers})
+        return True
+
+    def append(self, layers: Mapping[int, TensorPair]) -> None:
+        """Add rows at the end, of some layers or all; from any device."""
+        for layer, pair in layers.items():
+            for rows, fresh in zip(self._layers[layer], pair, strict=True):
+                rows.append(fresh)
 
     @property
     def length(self) -> int:
         return next(iter(self._layers.values()))[0].length
 
-    def view(self, chunks: int) -> dict[int, LayerMemory]:
+    def view(self, chunks: int) -> dict[int, TensorPair]:
         """The first chunks."""
-        return {
-            layer: LayerMemory(keys.view(chunks), content.view(chunks))
-            for layer, (keys, content) in self._layers.items()
-        }
+        return {layer: (keys.view(chunks), content.view(chunks)) for layer, (keys, content) in self._layers.items()}

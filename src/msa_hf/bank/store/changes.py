@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ...model.storage_msa import BankFormatError, key_hash, pyarrow, table_schema
+from ...model.arrow_msa import ArrowTable, table_of
+from ...model.bank_format_msa import KeyHash, key_hash
 from .state import State
+
+if TYPE_CHECKING:
+    from ...generation.protocol import PromptProtocol
 
 MAX_VERSION = 2**62
 
@@ -40,8 +45,31 @@ class Change:
     known: Known
     row: int | None
     text: str | None = None
-    input_ids: Any = None
+    input_ids: object = None
     copy: bool = False
+
+
+@dataclass(frozen=True)
+class GivenDocument:
+    """A document as a user gave it: nothing of it has been looked at."""
+
+    key: object
+    text: object
+    tokens: object
+    version: object
+    metadata: Mapping[str, object]
+
+    @classmethod
+    def of(cls, document: object) -> GivenDocument:
+        """From a text, token ids, or a mapping with `text` or `input_ids`, and perhaps more."""
+        if not isinstance(document, Mapping):
+            document = {"text" if isinstance(document, str) else "input_ids": document}
+        fields = dict(document)
+        key, version = fields.pop("key", None), fields.pop("version", None)
+        text, tokens = fields.pop("text", None), fields.pop("input_ids", None)
+        if set(fields) == {"metadata"}:
+            fields = fields["metadata"] or {}
+        return cls(key, text, tokens, version, fields)
 
 
 class Changes:
@@ -53,7 +81,12 @@ class Changes:
         protocol: what wraps the texts, None for nothing.
     """
 
-    def __init__(self, committed: Callable[[str], tuple[Known, int | None]], next_id: int, protocol: Any) -> None:
+    def __init__(
+        self,
+        committed: Callable[[str], tuple[Known, int | None]],
+        next_id: int,
+        protocol: PromptProtocol | None,
+    ) -> None:
         self._committed = committed
         self._protocol = protocol
         self.next_id = next_id
@@ -66,11 +99,17 @@ class Changes:
         return self._committed(key)
 
     def put(
-        self, key: str, text: str | None, tokens: Any, version: int | None, metadata: Mapping[str, Any] | None
+        self,
+        key: str,
+        text: object,
+        tokens: object,
+        version: object,
+        metadata: Mapping[str, object] | None,
     ) -> bool:
         """Put a document in, or in the place of the one with its key; returns whether anything changed."""
         known, row = self.known(key)
-        if _is_late(known, version):
+        stated = _checked_version(version)
+        if _is_late(known, stated):
             return False
         if not isinstance(text, str | None):
             raise TypeError(f"Document {key!r}: its text is a {type(text).__name__}.")
@@ -84,8 +123,8 @@ class Changes:
             raise ValueError(f"Document {key!r}: its metadata cannot be written as JSON: {error}.") from error
         digest = text_digest("" if self._protocol is None else self._protocol.document, key, text, tokens)
         same = known.exists and known.digest == digest
-        version = known.version if version is None else version
-        if same and encoded == known.metadata and version == known.version:
+        latest = known.version if stated is None else stated
+        if same and encoded == known.metadata and latest == known.version:
             return False
         id = known.id if known.exists else self.next_id
         assert id is not None
@@ -93,13 +132,13 @@ class Changes:
             self.next_id += 1
         # An unchanged text whose row is in the bank keeps its tensors; else what is pending is encoded once anyway.
         copied = same and (key not in self.of_keys or self.of_keys[key].copy)
-        self.of_keys[key] = Change(Known(version, id, digest, encoded, True), row, text, tokens, copied)
+        self.of_keys[key] = Change(Known(latest, id, digest, encoded, True), row, text, tokens, copied)
         return True
 
     def delete(self, key: str, version: int | None) -> bool:
         """Delete a document; returns whether there was one."""
         known, row = self.known(key)
-        if _is_late(known, version) or (not known.exists and version is None):
+        if _is_late(known, _checked_version(version)) or (not known.exists and version is None):
             return False
         version = known.version if version is None else version
         self.of_keys[key] = Change(Known(version), row)
@@ -110,11 +149,11 @@ class Changes:
         there = {key: change for key, change in self.of_keys.items() if change.known.exists}
         return dict(sorted(there.items(), key=lambda item: item[1].copy))  # stable: else in order
 
-    def gone(self) -> np.ndarray:
+    def gone(self) -> NDArray[np.int64]:
         """Rows that go, ascending."""
         return np.array(sorted(item.row for item in self.of_keys.values() if item.row is not None), np.int64)
 
-    def deleted_versions(self) -> dict[tuple[int, int], int]:
+    def deleted_versions(self) -> dict[KeyHash, int]:
         """Versions of the deleted keys that have one, by the hash of the key."""
         return {
             key_hash(key): change.known.version
@@ -123,31 +162,33 @@ class Changes:
         }
 
 
-def committed(state: State, versions: Mapping[tuple[int, int], int], key: str) -> tuple[Known, int | None]:
+def committed(state: State, versions: Mapping[KeyHash, int], key: str) -> tuple[Known, int | None]:
     """What a bank knows of a key, and its row; `versions` are those of deleted keys."""
     row = state.find(key)
     if row is None:
         return Known(versions.get(key_hash(key))), None
     segment, place = state.place(row)
-    try:
-        found = segment.fields(place, ["version", "id", "digest", "metadata"])
-    except ValueError as error:
-        raise BankFormatError(f"{segment.record['table']['file']}: row {place}: {error}.") from error
-    return Known(**found, exists=True), row
+    found = segment.fields(place, ["version", "id", "digest", "metadata"])
+    return Known(found["version"], found["id"], found["digest"], found["metadata"], exists=True), row
 
 
-def table_of(changes: Mapping[str, Change], tokens: list[int], chunk_size: int) -> Any:
-    """The `pyarrow.Table` of written documents, which have so many tokens."""
-    columns: dict[str, list[Any]] = {field.name: [] for field in table_schema(2)}
-    for (key, change), count in zip(changes.items(), tokens, strict=True):
-        known = change.known
-        row = (key, change.text, known.metadata, count, -(-count // chunk_size), known.id, known.version, known.digest)
-        for column, value in zip(columns.values(), row, strict=True):
-            column.append(value)
-    return pyarrow().table(columns, schema=table_schema(2))
+def written_table(changes: Mapping[str, Change], tokens: Sequence[int], chunk_size: int) -> ArrowTable:
+    """The table of written documents, which have so many tokens."""
+    return table_of(
+        {
+            "key": list(changes),
+            "text": [change.text for change in changes.values()],
+            "metadata": [change.known.metadata for change in changes.values()],
+            "tokens": list(tokens),
+            "chunks": [-(-count // chunk_size) for count in tokens],
+            "id": [change.known.id for change in changes.values()],
+            "version": [change.known.version for change in changes.values()],
+            "digest": [change.known.digest for change in changes.values()],
+        }
+    )
 
 
-def text_digest(wrapping: str, key: str, text: str | None, tokens: Any) -> bytes:
+def text_digest(wrapping: str, key: str, text: str | None, tokens: object) -> bytes:
     """Of what is encoded: the text with what wraps it (`PromptProtocol.document`, or nothing), or token ids.
 
     Raises:
@@ -163,9 +204,11 @@ def text_digest(wrapping: str, key: str, text: str | None, tokens: Any) -> bytes
     return digest.digest()
 
 
-def _is_late(known: Known, version: int | None) -> bool:
-    if version is None:
-        return False
-    if type(version) is not int or not 0 <= version <= MAX_VERSION:
+def _checked_version(version: object) -> int | None:
+    if version is not None and not (type(version) is int and 0 <= version <= MAX_VERSION):
         raise ValueError(f"`version` must be an integer from 0 to 2^62, got {version!r:.80}.")
-    return known.version is not None and version <= known.version
+    return version
+
+
+def _is_late(known: Known, version: int | None) -> bool:
+    return version is not None and known.version is not None and version <= known.version

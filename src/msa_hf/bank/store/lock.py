@@ -12,13 +12,13 @@ import weakref
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ...model.storage_msa import LOCK
+from ...model.bank_format_msa import LOCK, BankError
 
 logger = logging.getLogger(__name__)
 _held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
 
 
-class BankLocked(RuntimeError):
+class BankLocked(BankError, RuntimeError):
     """Another writer has the bank open. The message names it."""
 
 
@@ -35,7 +35,7 @@ class WriterLock:
     def __init__(self, directory: Path) -> None:
         self._path = directory / LOCK
         self._process = os.getpid()
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        flags = os.O_RDWR | os.O_CREAT | (0 if os.name == "nt" else os.O_NOFOLLOW | os.O_NONBLOCK)
         self._descriptor = os.open(self._path, flags, 0o666)
         try:
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
@@ -109,5 +109,5 @@ def _drop_in_child() -> None:
         lock.drop()
 
 
-if hasattr(os, "register_at_fork"):
+if os.name != "nt":
     os.register_at_fork(after_in_child=_drop_in_child)

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ...model.memory_msa import LayerMemory
-from ...model.storage_msa import (
+from ...model.arrow_msa import ArrowTable, TableRow, numbers_of, pyarrow, table_schema
+from ...model.bank_format_msa import (
     INDEX_ENTRY,
     BankFormatError,
-    check_shard,
-    checked_file,
-    index_payload,
+    SegmentRecord,
+    TensorPair,
+    format_error,
+    index_of,
     key_hash,
-    layer_shapes,
-    open_table,
-    pyarrow,
-    shard_layers,
-    table_schema,
 )
+from ...model.bank_reader_msa import BankReader, Shard, shard_layers
+
+NO_INDEX = np.empty((3, 0), np.uint64)
 
 
 @dataclass(frozen=True)
@@ -48,17 +46,13 @@ class Damage:
         return len(self.keys)
 
 
-@dataclass
-class Shard:
-    """Tensors of a run of chunks, in one file that is opened once: others may remove it meanwhile."""
+@dataclass(frozen=True)
+class Loss:
+    """A file of a segment, what is wrong with it, and the rows of the segment that are lost for it."""
 
-    first: int
-    end: int
-    layers: list[int]
-    file: Any  # None: damaged
-
-
-Loss = tuple[str, str, list[int]]  # a file, what is wrong with it, the rows of its segment that are lost for it
+    file: str
+    cause: str
+    rows: list[int]
 
 
 class Segment:
@@ -66,104 +60,109 @@ class Segment:
 
     Attributes:
         record: what the manifest says of it.
-        table: their `pyarrow.Table`, with the columns of format version 2.
+        table: the rows, with the columns of format version 2.
+        path: of the table's file, for messages.
+        index: see `index_of`.
         offsets: [rows + 1] int64, chunks counted within the segment.
-        shards: where the tensors lie; none in a bank without a directory.
+        shards: where the tensors lie, likewise counted; none in a bank without a directory.
         lost: [rows] bool, rows whose table or tensors are damaged.
-        stale: whether a part was made anew that the directory does not have: a table of format version 1, an index.
+        stale: a part was made anew that the directory does not have: a table of format version 1, an index.
     """
 
-    def __init__(self, record: dict[str, Any], table: Any, index: np.ndarray, stale: bool = False) -> None:
+    def __init__(self, record: SegmentRecord, table: ArrowTable, path: Path, stale: bool = False) -> None:
         self.record = record
         self.table = table
-        self.index = index
+        self.path = path
+        self.index: NDArray[np.uint64] = NO_INDEX
         self.stale = stale
         self.shards: list[Shard] = []
-        counts = table["chunks"].to_numpy().astype(np.int64)
-        if len(counts) and counts.min() < 1:
-            raise BankFormatError(f"{record['table']['file']}: a document without chunks.")
-        self.offsets = np.concatenate([[0], counts.cumsum()])
+        self.offsets: NDArray[np.int64] = np.concatenate([[0], numbers_of(table, "chunks").cumsum()])
         self.lost = np.zeros(len(table), bool)
 
     def __len__(self) -> int:
         return len(self.table)
 
     @classmethod
-    def of_table(cls, table: Any, first: int) -> Segment:
-        """A segment from row `first` of the bank, of which no file is written yet."""
-        record = {"documents": [first, first + len(table)], "chunks": 0, "tensors": [], "table": {"file": "memory"}}
-        index = np.frombuffer(index_payload(table["key"].to_pylist()), "<u8").reshape(3, -1)
-        segment = cls(record, table, index)
+    def of_table(cls, table: ArrowTable, first: int) -> Segment:
+        """A segment from row `first` of a bank that lies in memory alone."""
+        record: SegmentRecord = {
+            "documents": [first, first + len(table)],
+            "chunks": 0,
+            "tensors": [],
+            "table": {"file": "memory", "bytes": 0, "sha256": ""},
+        }
+        segment = cls(record, table, Path("memory"))
+        segment.index = index_of(table["key"].to_pylist())
         record["chunks"] = int(segment.offsets[-1])
         return segment
 
     @classmethod
-    def open(cls, directory: Path, record: dict[str, Any], manifest: Mapping[str, Any]) -> tuple[Segment, list[Loss]]:
+    def open(cls, reader: BankReader, record: SegmentRecord) -> tuple[Segment, list[Loss]]:
         """Map the files of a segment; what cannot be read is left out and told.
 
         The documents of format version 1, which have no ids, get the numbers of their rows.
         """
         losses: list[Loss] = []
-        version = manifest["format_version"]
         first, end = record["documents"]
-        stale = version == 1
+        path = reader.directory / record["table"]["file"]
+        stale = reader.manifest["format_version"] == 1
         try:
-            table = open_table(directory, record, version, verify=stale)
             if stale:
-                table = with_ids(table, np.arange(first, end))
-            segment = cls(record, table, np.empty((3, 0), np.uint64), stale)
+                table = with_ids(replace(reader, verify=True).segment_table(record), np.arange(first, end))
+            else:
+                table = reader.segment_table(record)
+            segment = cls(record, table, path, stale)
         except BankFormatError as error:
-            segment = cls.unreadable(record)
-            losses.append((record["table"]["file"], str(error), segment.lose_rows(0, end - first)))
+            segment = cls.unreadable(record, path)
+            losses.append(Loss(path.name, str(error), segment.lose_rows(0, end - first)))
         else:
-            try:
-                if stale:
-                    raise BankFormatError("format version 1 has no index")
-                path = checked_file(directory, record["index"], verify=False)
-                index = np.memmap(path, "<u8", "r").view(np.ndarray)
-                segment.index = index.reshape(INDEX_ENTRY // 8, -1)
-            except (BankFormatError, OSError, ValueError) as error:
+            if stale:
                 segment.rebuild_index()
-                if not stale:
-                    losses.append((record["index"]["file"], str(error), []))
-        for shard in record["tensors"]:
-            file = None
+            else:
+                try:
+                    segment.index = reader.segment_index(record)
+                except BankFormatError as error:
+                    segment.rebuild_index()
+                    losses.append(Loss(record["index"]["file"], str(error), []))
+        for item in record["tensors"]:
             try:
-                path = check_shard(directory, shard, manifest, verify=False)
-                file = safe_open(path, framework="pt")
-            except (BankFormatError, OSError) as error:
-                losses.append((shard["file"], str(error), segment.lose_chunks(*shard["chunks"])))
-            (start, stop), layers = shard["chunks"], shard_layers(shard, layer_shapes(manifest))
-            segment.shards.append(Shard(start, stop, layers, file))
+                shard = reader.shard(item)
+            except BankFormatError as error:
+                start, stop = item["chunks"]
+                shard = Shard(start, stop, shard_layers(item, reader.layout), None)
+                losses.append(Loss(item["file"], str(error), segment.lose_chunks(start, stop)))
+            segment.shards.append(shard)
         return segment, losses
 
     @classmethod
-    def unreadable(cls, record: dict[str, Any]) -> Segment:
+    def unreadable(cls, record: SegmentRecord, path: Path) -> Segment:
         """A segment whose table is lost: as many rows, none of which is ever looked at."""
         first, end = record["documents"]
-        if (rows := end - first) * INDEX_ENTRY != record.get("index", {}).get("bytes"):
-            raise BankFormatError(f"{record['table']['file']} is lost, and with it a bank of format version 1.")
+        if "index" not in record or (rows := end - first) * INDEX_ENTRY != record["index"]["bytes"]:
+            raise format_error(path, "cannot be read, and with it is lost what a bank of format version 1 has of ids")
         pa, schema = pyarrow(), table_schema(2)
         chunks = np.ones(rows, np.int64)
         chunks[-1] += record["chunks"] - rows
         columns = {field.name: pa.nulls(rows, field.type) for field in schema}
         columns |= {"chunks": pa.array(chunks), "tokens": pa.array(np.zeros(rows, np.int64))}
         columns |= {"key": pa.repeat("", rows), "id": pa.array(np.full(rows, -1))}
-        table = pa.table(columns).cast(schema)
-        return cls(record, table, np.empty((3, 0), np.uint64))
+        return cls(record, pa.table(columns).cast(schema), path)
 
-    def whole_table(self) -> Any:
+    def _damaged(self, error: ValueError, row: int | None = None) -> BankFormatError:
+        where = "" if row is None else f"in row {row} "
+        return format_error(self.path, f"is damaged {where}({error})")
+
+    def whole_table(self) -> ArrowTable:
         """The table, every row of it safe to follow."""
         try:
             self.table.validate(full=True)
         except ValueError as error:
-            raise BankFormatError(f"{self.record['table']['file']} is damaged ({error}).") from error
+            raise self._damaged(error) from error
         return self.table
 
     def rebuild_index(self) -> None:
         """Make the index from the table."""
-        payload = index_payload(self.whole_table()["key"].to_pylist())
-        self.index, self.stale = np.frombuffer(payload, "<u8").reshape(3, -1), True
+        self.index, self.stale = index_of(self.whole_table()["key"].to_pylist()), True
 
     def lose_chunks(self, first: int, end: int) -> list[int]:
         """Mark the documents that have chunks in [first, end) as lost; returns the rows that were not."""
@@ -182,18 +181,21 @@ class Segment:
         """The key of a row, None where it cannot be read."""
         try:
             return self.fields(row, ["key"])["key"] or None
-        except ValueError:
+        except BankFormatError:
             return None
 
-    def fields(self, row: int, columns: Sequence[str]) -> dict[str, Any]:
+    def fields(self, row: int, columns: Sequence[str]) -> TableRow:
         """Some columns of a row.
 
         Raises:
-            ValueError: where what the table says there cannot be followed.
+            BankFormatError: if what the table says there cannot be followed.
         """
         part = self.table.select(columns).slice(row, 1)
-        part.validate(full=True)
-        return part.to_pylist()[0]
+        try:
+            part.validate(full=True)
+            return part.to_pylist()[0]
+        except ValueError as error:
+            raise self._damaged(error, row) from error
 
     def rows_of(self, key: str) -> Iterator[int]:
         """Rows that have this key, lost ones left out."""
@@ -202,34 +204,25 @@ class Segment:
         place = int(np.searchsorted(halves, np.uint64(first)))
         while place < len(halves) and int(halves[place]) == first:
             row = int(self.index[2, place])
-            if int(self.index[1, place]) == second and row < len(self) and not self.lost[row]:
-                try:
-                    if self.fields(row, ["key"])["key"] == key:
-                        yield row
-                except ValueError as error:
-                    raise BankFormatError(f"{self.record['table']['file']}: row {row}: {error}.") from error
+            found = int(self.index[1, place]) == second and row < len(self) and not self.lost[row]
+            if found and self.fields(row, ["key"])["key"] == key:
+                yield row
             place += 1
 
-    def tensors(self, shard: Shard, layer: int) -> tuple[Tensor, Tensor]:
-        """Routing keys and content of a layer in a shard, memory mapped."""
-        return (
-            shard.file.get_tensor(f"layers.{layer}.routing_keys"),
-            shard.file.get_tensor(f"layers.{layer}.content"),
-        )
-
-    def gather(self, layer: int, chunks: np.ndarray) -> LayerMemory:
-        """Copies of some chunks of a layer, ascending."""
-        parts = []
+    def gather(self, layer: int, chunks: NDArray[np.int64]) -> TensorPair:
+        """Copies of some chunks of a layer, ascending: routing keys and content."""
+        keys: list[Tensor] = []
+        content: list[Tensor] = []
         for shard in self.shards:
             mine = chunks[(chunks >= shard.first) & (chunks < shard.end)] - shard.first
             if layer in shard.layers and len(mine):
                 index = torch.from_numpy(mine)
-                parts.append([tensor[index] for tensor in self.tensors(shard, layer)])
-        keys, content = (torch.cat(column) for column in zip(*parts, strict=True))
-        return LayerMemory(keys, content)
+                for column, tensor in zip((keys, content), shard.tensors(layer), strict=True):
+                    column.append(tensor[index])
+        return torch.cat(keys), torch.cat(content)
 
 
-def with_ids(table: Any, ids: np.ndarray) -> Any:
+def with_ids(table: ArrowTable, ids: NDArray[np.int64]) -> ArrowTable:
     """A table of format version 1 with the columns of version 2."""
     pa, schema = pyarrow(), table_schema(2)
     for name in ("id", "version", "digest"):
@@ -239,9 +232,8 @@ def with_ids(table: Any, ids: np.ndarray) -> Any:
     return table.cast(schema)
 
 
-def damage_of(segment: Segment, loss: Loss, deleted: np.ndarray) -> Damage:
+def damage_of(segment: Segment, loss: Loss, deleted: NDArray[np.int64]) -> Damage:
     """A loss in terms of documents: of what was deleted nothing is lost."""
-    file, cause, rows = loss
     gone = set(deleted.tolist())
     start = segment.record["documents"][0]
-    return Damage(file, cause, tuple(segment.key(row) for row in rows if start + row not in gone))
+    return Damage(loss.file, loss.cause, tuple(segment.key(row) for row in loss.rows if start + row not in gone))

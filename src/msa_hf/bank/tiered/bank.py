@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from ...model import routing_msa
+from ...model.bank_format_msa import chunk_ranges
 from ...model.chosen_msa import DocumentRows, score_rows
 from ...model.memory_msa import LayerMemory, MemoryBank
 from ...model.routing_msa import Scoring, select_documents
-from ...model.storage_msa import chunk_ranges
 from ...moved import renamed
 from ...ops import gather_documents, rescore_documents, route_documents
 from ...ops.formats import FORMATS, join_rows, own_format, routed_formats, why_not_routed

@@ -7,29 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from ...model.bank_format_msa import TensorLayout, data_files
+from ...model.bank_reader_msa import KnowsOrigin, open_bank
 from ...model.memory_msa import BankOrigin, DocumentTable, LayerMemory, MemoryBank
-from ...model.origin_msa import check_origin
-from ...model.storage_msa import (
-    DTYPES,
-    MANIFEST,
-    RESTORE,
-    BankFormatError,
-    check_shard,
-    check_side_files,
-    data_files,
-    layer_shapes,
-    read_deletions,
-    read_manifest,
-    read_prefix,
-    read_table,
-    shard_layers,
-)
-from ..store.opening import origin_of
 
 
 @dataclass(frozen=True)
@@ -115,17 +98,17 @@ def _shape(memory: LayerMemory) -> tuple[int, int]:
 def _of_open(bank: Any) -> BankSource:
     """Of the files that it has open: they may be removed meanwhile."""
     with bank._mutex:
-        state, prefix = bank.state, bank._whole_prefix()
-    shapes, dtype = layer_shapes(state.manifest), DTYPES[state.manifest["dtype"]][0]
+        state, prefix = bank.state, bank.whole_prefix()
+    layout = TensorLayout.of_manifest(state.manifest)
 
     def parts(layer: int) -> list[LayerMemory]:
         found = []
         for segment in state.segments:
             for shard in segment.shards:
                 if layer in shard.layers and shard.file is not None:
-                    found.append(LayerMemory(*segment.tensors(shard, layer)))
+                    found.append(LayerMemory(*shard.tensors(layer)))
                 elif layer in shard.layers:  # damaged: nothing of it is ever chosen
-                    found.append(_zeros(shard.end - shard.first, shapes[layer], dtype))
+                    found.append(LayerMemory(*layout.zeros(layer, shard.end - shard.first)))
         return found
 
     return BankSource(
@@ -135,8 +118,8 @@ def _of_open(bank: Any) -> BankSource:
         bank.origin,
         (state.chunks, state.tokens),
         state.manifest["next_id"],
-        dtype,
-        shapes,
+        layout.dtype,
+        layout.shapes,
         parts,
         bank.directory,
         sum(entry["bytes"] for entry in data_files(state.manifest)),
@@ -144,41 +127,19 @@ def _of_open(bank: Any) -> BankSource:
     )
 
 
-def _of_directory(directory: Path, model: Any, tokenizer: Any, verify: bool) -> BankSource:
-    manifest = read_manifest(directory)
-    origin = origin_of(directory, manifest)
-    if model is not None:
-        check_origin(origin, model.memory_origin(tokenizer))
-    table = read_table(directory, manifest, verify)
-    check_side_files(directory, manifest, verify)
-    prefix = read_prefix(directory, manifest, torch.device("cpu"), verify)
-    shapes, dtype = layer_shapes(manifest), DTYPES[manifest["dtype"]][0]
-    files: dict[int, list[Any]] = {layer: [] for layer in shapes}
-    for segment in manifest["segments"]:
-        for shard in segment["tensors"]:
-            # Opened now: who replaces the bank may remove them.
-            file = safe_open(check_shard(directory, shard, manifest, verify), framework="pt")
-            for layer in shard_layers(shard, shapes):
-                files[layer].append(file)
+def _of_directory(directory: Path, model: KnowsOrigin | None, tokenizer: object, verify: bool) -> BankSource:
+    reader = open_bank(directory, model, tokenizer, verify)
+    rows = reader.rows()
+    reader.check_side_files()
+    prefix = reader.prefix(torch.device("cpu"))
+    shards = reader.shards()  # opened now: who replaces the bank may remove them
 
     def parts(layer: int) -> list[LayerMemory]:
-        names = f"layers.{layer}.routing_keys", f"layers.{layer}.content"
-        return [LayerMemory(*(file.get_tensor(name) for name in names)) for file in files[layer]]
+        return [LayerMemory(*shard.tensors(layer)) for shard in shards if layer in shard.layers]
 
-    try:
-        documents = DocumentTable(table, read_deletions(directory, manifest)[0])
-        offsets = torch.from_numpy(np.concatenate([[0], documents.counts("chunks").cumsum()]))
-        nothing = {layer: _zeros(int(offsets[-1]), shape, dtype) for layer, shape in shapes.items()}
-        bank = MemoryBank(nothing, offsets, prefix, documents, origin, next_id=manifest.get("next_id"))  # compares
-    except BankFormatError:
-        raise
-    except ValueError as error:
-        raise BankFormatError(f"{directory / MANIFEST}: the bank contradicts itself: {error} {RESTORE}.") from error
-    size = sum(entry["bytes"] for entry in data_files(manifest))
-    return replace(_of_memory(bank), parts=parts, directory=directory, bytes=size, model=model)
-
-
-def _zeros(chunks: int, shape: tuple[int, int], dtype: torch.dtype) -> LayerMemory:
-    """Chunks that take up no memory."""
-    (groups, dim), zero = shape, torch.zeros((), dtype=dtype)
-    return LayerMemory(zero.expand(chunks, groups * dim), zero.expand(chunks, 2, groups, dim))
+    layout, chunks = reader.layout, int(rows.offsets[-1])
+    with reader.contradictions():
+        documents = DocumentTable(rows.table, rows.deleted)
+        nothing = {layer: LayerMemory(*layout.zeros(layer, chunks)) for layer in layout.shapes}
+        bank = MemoryBank(nothing, rows.offsets, prefix, documents, reader.origin, next_id=rows.next_id)  # compares
+    return replace(_of_memory(bank), parts=parts, directory=directory, bytes=reader.bytes, model=model)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from ...model.storage_msa import BankFormatError, checked_file, data_files
-from .segments import Damage, Segment, damage_of
+from ...model.bank_format_msa import data_files
+from ...model.bank_reader_msa import damage_of_file
+from .segments import Damage, Loss, Segment, damage_of
 from .state import State
 
 
@@ -21,12 +21,12 @@ def find_damage(directory: Path, state: State, known: Mapping[str, Damage]) -> l
 
     def note(segment: Segment, file: str, rows: list[int]) -> None:
         cause = causes.pop(file)
-        found.append(known.get(file) or damage_of(segment, (file, cause, rows), state.deleted))
+        found.append(known.get(file) or damage_of(segment, Loss(file, cause, rows), state.deleted))
 
     causes = {
         entry["file"]: cause
         for entry in data_files(state.manifest)
-        if (cause := cause_of_damage(directory, entry)) is not None
+        if (cause := damage_of_file(directory, entry)) is not None
     }
     for segment in state.segments:
         record = segment.record
@@ -46,16 +46,7 @@ def find_damage(directory: Path, state: State, known: Mapping[str, Damage]) -> l
 def are_intact(directory: Path, segments: Iterable[Segment]) -> bool:
     """Tell whether tables and tensors are what was written: to copy damage would give it a checksum of its own."""
     return all(
-        cause_of_damage(directory, entry) is None
+        damage_of_file(directory, entry) is None
         for segment in segments
         for entry in (*segment.record["tensors"], segment.record["table"])
     )
-
-
-def cause_of_damage(directory: Path, entry: dict[str, Any]) -> str | None:
-    """What is wrong with a file, None where it is what was written."""
-    try:
-        checked_file(directory, entry, verify=True)
-    except BankFormatError as error:
-        return str(error)
-    return None

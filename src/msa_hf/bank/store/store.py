@@ -8,51 +8,58 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ...model.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory, MemoryBank
-from ...model.origin_msa import check_origin
-from ...model.storage_msa import (
-    DTYPES,
-    FORMAT_VERSION,
+from ...model.arrow_msa import table_schema
+from ...model.bank_format_msa import (
     MANIFEST,
+    BankError,
     BankFormatError,
-    commit_manifest,
+    KeyHash,
+    Manifest,
+    TensorLayout,
+    TensorPair,
     data_files,
+    file_names,
     library_version,
+    new_manifest,
     parse_size,
-    publish_prefix,
-    read_manifest,
-    remove_created,
-    remove_files,
-    table_schema,
 )
+from ...model.bank_reader_msa import BankReader, is_bank, open_bank, read_manifest
+from ...model.bank_writer_msa import BankWriter, remove_files
+from ...model.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory, MemoryBank
 from ...moved import renamed
 from ...retrieval.followers import Followers
 from ...retrieval.rows import rows_of_state
 from .buffers import Buffers
-from .changes import Change, Changes, Known, committed, table_of
-from .compaction import compacted_in_memory, groups_of, write_compacted
+from .changes import Changes, GivenDocument, Known, committed
+from .commit import Commit, commit_of, write_commit
+from .compact import compacted_in_memory, groups_of, write_compacted
+from .encoder import DocumentEncoder, EncodingModel
 from .lock import WriterLock
-from .opening import empty_manifest, origin_of, read_contents, remove_leftovers
+from .open import read_contents, remove_leftovers
 from .segments import Damage, Segment, damage_of
-from .state import State
-from .verification import are_intact, find_damage
-from .writing import renewed_records, write_deletions, write_segment
+from .state import BankStat, State
+from .verify import are_intact, find_damage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ...generation.protocol import PromptProtocol
 
 logger = logging.getLogger(__name__)
-MERGE_DELETIONS = 32  # files of deletions that are put into one at the next deletion
 TRIES = 10  # of a reader whose files a writer removes while they are opened
 
-Memories = dict[int, LayerMemory]
 
-
-class BankDamaged(RuntimeError):
+class BankDamaged(BankError, RuntimeError):
     """A bank with damaged files cannot be written to before it is decided what becomes of their documents."""
+
+
+class BankNotWritable(BankError, RuntimeError):
+    """This `BankStore` may not write: it is closed, read only, forked, or its bank was replaced."""
 
 
 class BankStore:
@@ -88,37 +95,42 @@ class BankStore:
 
     state: State
     origin: BankOrigin
-    _prefix: dict[int, tuple[Tensor, Tensor]] | None  # None: damaged, and no model to make it again
+    _prefix: dict[int, TensorPair] | None  # None: damaged, and no model to make it again
 
     def __init__(
         self,
-        model: Any,
+        model: EncodingModel | None,
         directory: str | Path | None = None,
-        tokenizer: Any = None,
-        protocol: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        protocol: PromptProtocol | None = None,
         *,
         read_only: bool = False,
         device: torch.device | str | None = None,
         max_shard_size: int | str = "1GB",
-        encode_options: Mapping[str, Any] | None = None,
+        encode_options: Mapping[str, object] | None = None,
         lexical: bool | str | None = None,
     ) -> None:
         if directory is None and read_only:
             raise ValueError("A bank in memory alone cannot be opened with `read_only`.")
-        if directory is None and model is None:
-            raise ValueError("A bank in memory alone needs a `model`, which encodes its documents.")
+        if directory is None:
+            if model is None:
+                raise ValueError("A bank in memory alone needs a `model`, which encodes its documents.")
+            device = model.device if device is None else device
         self.model, self.tokenizer, self.protocol = model, tokenizer, protocol
         self.directory = None if directory is None else Path(directory)
         self.read_only = read_only
         self._limit = parse_size(max_shard_size)
-        self._encode_options = {"show_progress": False, **(encode_options or {})}
-        default = getattr(model, "device", "cpu") if directory is None else "cpu"
-        self.device = torch.empty(0, device=default if device is None else device).device
+        self.device = torch.empty(0, device=device or "cpu").device
+        self._encoder: DocumentEncoder | None = None
+        if model is not None:
+            options = {"show_progress": False, **(encode_options or {})}
+            self._encoder = DocumentEncoder(model, tokenizer, protocol, self.device, options)
         self._mutex = threading.RLock()
         self._pending: Changes | None = None
         self._buffers: Buffers | None = None
         self._snapshot: MemoryBank | None = None
-        self._versions: dict[tuple[int, int], int] = {}
+        self._versions: dict[KeyHash, int] = {}
+        self._opened: tuple[Segment, ...] = ()
         self._damage: dict[str, Damage] = {}
         self._lock: WriterLock | None = None
         self._closed = False
@@ -129,7 +141,7 @@ class BankStore:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._lock = WriterLock(self.directory)
                 remove_leftovers(self.directory)
-            if self.directory is not None and (read_only or (self.directory / MANIFEST).exists()):
+            if self.directory is not None and (read_only or is_bank(self.directory)):
                 self._load()
             else:
                 self._create()
@@ -143,49 +155,42 @@ class BankStore:
 
     def _create(self) -> None:
         """Begin an empty bank; what its tensors look like is learnt by encoding one token."""
-        self.origin = self.model.memory_origin(self.tokenizer)
-        like = self.model.encode_documents([[0]], self.tokenizer, bank_device=self.device, **self._encode_options)
+        assert self._encoder is not None
+        self.origin = self._encoder.model.memory_origin(self.tokenizer)
+        like = self._encoder.encode([[0]])
+        layers = {layer: (memory.routing_keys[:0], memory.content[:0]) for layer, memory in like.layers.items()}
         self._prefix = like.prefix
-        manifest = empty_manifest(like, self.origin)
-        if self.directory is not None:
-            created: list[Path] = []
-            try:
-                manifest["prefix"] = publish_prefix(self.directory, like.prefix, created)
-                commit_manifest(self.directory, manifest)
-            except BaseException:
-                remove_created(self.directory, created)
-                raise
+        manifest = new_manifest(self.origin.to_manifest(), TensorLayout.of_tensors(layers))
+        if self.directory is None:
+            self._buffers = Buffers(layers, 0)
         else:
-            empty = {layer: (memory.routing_keys[:0], memory.content[:0]) for layer, memory in like.layers.items()}
-            self._buffers = Buffers({layer: LayerMemory(*pair) for layer, pair in empty.items()}, 0)
+            with BankWriter(self.directory) as writer:
+                manifest["prefix"] = writer.prefix(like.prefix)
+                writer.commit(manifest)
         self._adopt(State.of(manifest, (), np.empty(0, np.int64)))
 
     def _load(self) -> None:
         """Open the bank as it lies in the directory now, keeping what is open already."""
         assert self.directory is not None
         for attempt in range(TRIES):
-            manifest = read_manifest(self.directory)
+            reader = open_bank(self.directory, self.model, self.tokenizer, verify=False)
             try:
-                return self._read(manifest)
+                return self._read(reader)
             except BankFormatError:
-                if attempt + 1 == TRIES or read_manifest(self.directory)["checksum"] == manifest["checksum"]:
+                checksum = reader.manifest["checksum"]
+                if attempt + 1 == TRIES or read_manifest(self.directory)["checksum"] == checksum:
                     raise  # else a writer has removed what this manifest names: its next one is there
 
-    def _read(self, manifest: dict[str, Any]) -> None:
-        assert self.directory is not None
-        origin = origin_of(self.directory, manifest)
-        if self.model is not None:
-            check_origin(origin, self.model.memory_origin(self.tokenizer))
-        opened = () if getattr(self, "state", None) is None else self.state.segments
-        contents = read_contents(self.directory, manifest, opened, self.device)
+    def _read(self, reader: BankReader) -> None:
+        contents = read_contents(reader, self._opened, self.device)
         prefix = contents.prefix
         if prefix is None and self.model is not None:
-            kind = DTYPES[manifest["dtype"]][0]
+            kind = reader.layout.dtype
             prefix = {
                 layer: (keys.to(self.device, kind), values.to(self.device, kind))
                 for layer, (keys, values) in self.model.encode_prefix().items()
             }
-        self.origin, self._prefix, self._versions = origin, prefix, contents.versions
+        self.origin, self._prefix, self._versions = reader.origin, prefix, contents.versions
         self._adopt(State.of(contents.manifest, contents.segments, contents.deleted))
         self._note(contents.damage)
 
@@ -210,6 +215,7 @@ class BankStore:
     def _adopt(self, state: State) -> None:
         """Make this the current state."""
         self.state = state
+        self._opened = state.segments
         self._snapshot = None
 
     def _note(self, damage: list[Damage]) -> None:
@@ -226,17 +232,24 @@ class BankStore:
             if self._snapshot is None:
                 state = self.state
                 if self._buffers is None:
-                    self._buffers = Buffers.load(state, self.device, DTYPES[state.manifest["dtype"]][0])
-                layers = self._buffers.view(int(state.offsets[-1]))
+                    starts = state.offsets[state.starts].tolist()
+                    segments = dict(zip(starts, state.segments, strict=True))
+                    self._buffers = Buffers.load(segments, state.layout, state.all_chunks, self.device)
+                layers = {layer: LayerMemory(*pair) for layer, pair in self._buffers.view(state.all_chunks).items()}
                 documents = DocumentTable(state.table, state.hidden, state.find)
                 offsets, counts = torch.from_numpy(state.offsets), (state.chunks, state.tokens)
                 next_id = state.manifest["next_id"]
-                bank = MemoryBank(layers, offsets, self._whole_prefix(), documents, self.origin, counts, next_id)
+                bank = MemoryBank(layers, offsets, self.whole_prefix(), documents, self.origin, counts, next_id)
                 self._followers.attach(bank)
                 self._snapshot = bank
             return self._snapshot
 
-    def _whole_prefix(self) -> dict[int, tuple[Tensor, Tensor]]:
+    def whole_prefix(self) -> dict[int, TensorPair]:
+        """Keys and values of the template prefix, per layer.
+
+        Raises:
+            BankDamaged: if its file is damaged and there is no model to make it again.
+        """
         if self._prefix is None:
             raise BankDamaged(
                 "The file of the template prefix is damaged: open the bank with its model, which makes it."
@@ -257,24 +270,9 @@ class BankStore:
             return True
 
     def _keep_buffers(self, old: State) -> None:
-        """Append to the tensors in memory what is new; where rows were moved, they are read again."""
-        if self._buffers is None:
-            return
-        segments = self.state.segments
-        if segments[: len(old.segments)] != old.segments:
+        """Append to the tensors in memory what is new since a state; where rows were moved, they are read again."""
+        if self._buffers is not None and not self._buffers.follow(old.segments, self.state.segments):
             self._buffers = None
-            return
-        for segment in segments[len(old.segments) :]:
-            if segment.lost.any():
-                self._buffers = None
-                return
-            for shard in segment.shards:
-                self._buffers.append(
-                    {
-                        layer: LayerMemory(*(part.to(self.device) for part in segment.tensors(shard, layer)))
-                        for layer in shard.layers
-                    }
-                )
 
     def __len__(self) -> int:
         return len(self.state)
@@ -292,10 +290,10 @@ class BankStore:
         """Commits that led here."""
         return self.state.manifest["generation"]
 
-    def stat(self) -> dict[str, Any]:
-        """Numbers about the bank, as JSON values."""
-        state, directory = self.state, self.directory
-        files = [] if directory is None else [*data_files(state.manifest)]
+    def stat(self) -> BankStat:
+        """Numbers about the bank."""
+        state = self.state
+        files = [] if self.directory is None else data_files(state.manifest)
         return {
             "documents": len(state),
             "deleted": len(state.deleted),
@@ -336,7 +334,7 @@ class BankStore:
                     assert self._pending is not None
                     yield self._pending
 
-    def add(self, documents: Iterable[Any]) -> list[int | None]:
+    def add(self, documents: Iterable[object]) -> list[int | None]:
         """Add documents with new keys; returns their ids, None for one whose `version` is late.
 
         Args:
@@ -351,22 +349,16 @@ class BankStore:
         ids: list[int | None] = []
         with self._changing() as changes:
             for document in documents:
-                fields = dict(document) if isinstance(document, Mapping) else None
-                if fields is None:
-                    fields = {"text" if isinstance(document, str) else "input_ids": document}
-                key, version = fields.pop("key", None), fields.pop("version", None)
-                text, tokens = fields.pop("text", None), fields.pop("input_ids", None)
-                if set(fields) == {"metadata"}:
-                    fields = fields["metadata"] or {}
-                key = str(changes.next_id if key is None else key)
+                given = GivenDocument.of(document)
+                key = str(changes.next_id if given.key is None else given.key)
                 if changes.known(key)[0].exists:
                     raise ValueError(f"The bank has a document with the key {key!r}; replace it with upsert().")
-                added = self._put(changes, key, text, tokens, version, fields)
+                added = self._put(changes, key, given.text, given.tokens, given.version, given.metadata)
                 ids.append(changes.of_keys[key].known.id if added else None)
         return ids
 
     def upsert(
-        self, key: str, text: str, version: int | None = None, metadata: Mapping[str, Any] | None = None
+        self, key: str, text: str, version: int | None = None, metadata: Mapping[str, object] | None = None
     ) -> bool:
         """Put a document in, or in the place of the one with its key, whose id it keeps.
 
@@ -390,18 +382,28 @@ class BankStore:
     def _committed(self, key: str) -> tuple[Known, int | None]:
         return committed(self.state, self._versions, key)
 
-    def _put(self, changes: Changes, *document: Any) -> bool:
+    def _put(
+        self,
+        changes: Changes,
+        key: str,
+        text: object,
+        tokens: object,
+        version: object,
+        metadata: Mapping[str, object] | None,
+    ) -> bool:
         if self.model is None:
             raise ValueError("This bank was opened without a model, which documents are encoded with.")
-        return changes.put(*document)
+        return changes.put(key, text, tokens, version, metadata)
 
     def _check_writable(self) -> None:
         if self._closed:
-            raise RuntimeError("This bank is closed.")
+            raise BankNotWritable("This bank is closed.")
         if self.read_only:
-            raise RuntimeError("This bank was opened with read_only=True.")
+            raise BankNotWritable("This bank was opened with read_only=True.")
         if self._lock is not None and not self._lock.held:
-            raise RuntimeError("This process was forked from the one that has the bank open; only that one may write.")
+            raise BankNotWritable(
+                "This process was forked from the one that has the bank open; only that one may write."
+            )
         if lost := len(self.state.hidden) - len(self.state.deleted):
             raise BankDamaged(
                 f"{lost} documents are in damaged files ({', '.join(sorted(self._damage))}). Restore these from a "
@@ -412,148 +414,60 @@ class BankStore:
 
     def _commit(self, changes: Changes) -> None:
         if changes.of_keys:
-            memories, table = self._rows(changes.written())
-            self._publish(memories, table, changes.gone(), changes.deleted_versions(), changes.next_id)
+            self._apply(commit_of(changes, self.state, self.origin, self._encoder, self._buffers))
 
-    def _rows(self, changes: Mapping[str, Change]) -> tuple[Memories, Any]:
-        """Tensors and table of the documents that a commit writes, in their order: encoded ones first."""
-        state = self.state
-        encoded = {key: change for key, change in changes.items() if not change.copy}
-        parts: list[Memories] = []
-        tokens: list[int] = []
-        if encoded:
-            rows = (self._to_encode(key, change) for key, change in encoded.items())
-            bank = self.model.encode_documents(rows, self.tokenizer, bank_device=self.device, **self._encode_options)
-            check_origin(self.origin, bank.origin)  # an adapter may have been switched, or weights changed, since
-            if len(bank) != len(encoded):
-                raise ValueError("A document was split while it was encoded; an open bank takes whole ones only.")
-            kind = DTYPES[state.manifest["dtype"]][0]
-            parts.append({layer: memory.to(dtype=kind) for layer, memory in bank.layers.items()})
-            tokens += bank.documents.counts("tokens").tolist()
-        for change in changes.values():
-            if not change.copy:
-                continue
-            assert change.row is not None
-            parts.append(self._copy(change.row))
-            segment, place = state.place(change.row)
-            tokens.append(segment.fields(place, ["tokens"])["tokens"])
-        memories = {
-            layer: LayerMemory(
-                *(
-                    torch.cat(column)
-                    for column in zip(*((part[layer].routing_keys, part[layer].content) for part in parts), strict=True)
-                )
+    def _apply(self, commit: Commit) -> None:
+        """Make what a commit does the bank, on the disk first."""
+        state, segments = self.state, self.state.segments
+        manifest, deleted = commit.manifest(state), commit.deleted(state)
+        if self.directory is None:
+            segments += (Segment.of_table(commit.table, state.rows),) if len(commit.table) else ()
+        else:
+            self._write(
+                manifest, lambda writer: write_commit(writer, manifest, state, commit, self._versions, self._limit)
             )
-            for layer in (parts[0] if parts else {})
-        }
-        return memories, table_of(changes, tokens, self.origin.chunk_size)
-
-    def _to_encode(self, key: str, change: Change) -> dict[str, Any]:
-        if self.protocol is not None:
-            return self.protocol.document_row(change.known.id, change.text, self.tokenizer, key)
-        row = {"key": key, "text": change.text, "input_ids": change.input_ids}
-        return {name: value for name, value in row.items() if value is not None}
-
-    def _copy(self, row: int) -> Memories:
-        """The tensors of a row."""
-        state = self.state
-        if self._buffers is not None:
-            chunks = slice(*state.offsets[row : row + 2].tolist())
-            return {
-                layer: LayerMemory(memory.routing_keys[chunks], memory.content[chunks])
-                for layer, memory in self._buffers.view(int(state.offsets[-1])).items()
-            }
-        segment, place = state.place(row)
-        chunks_of_row = np.arange(*segment.offsets[place : place + 2].tolist())
-        layers = [layer["layer"] for layer in state.manifest["layers"]]
-        return {layer: segment.gather(layer, chunks_of_row).to(self.device) for layer in layers}
-
-    def _publish(
-        self,
-        memories: Memories,
-        table: Any,
-        gone: np.ndarray,
-        versions: Mapping[tuple[int, int], int],
-        next_id: int,
-    ) -> None:
-        """Write a further segment and deletions, and make them the bank."""
-        state = self.state
-        deleted = np.union1d(state.deleted, gone)
-        manifest = {**state.manifest, "format_version": FORMAT_VERSION, "library_version": library_version()}
-        manifest.update(generation=state.manifest["generation"] + 1, next_id=next_id)
-        segments = list(state.segments)
-        segment, base = None, int(state.offsets[-1])
-        if len(table):
-            segment = Segment.of_table(table, state.rows)
-            segments.append(segment)
-            counts = manifest["counts"]
-            tokens = int(table["tokens"].to_numpy().sum(dtype=np.int64))
-            manifest["counts"] = {
-                "documents": counts["documents"] + len(table),
-                "chunks": base + segment.record["chunks"],
-                "tokens": counts["tokens"] + tokens,
-            }
-        if self.directory is not None:
-            merged = {**self._versions, **versions}
-
-            def part(layer: int, first: int, end: int) -> LayerMemory:
-                return LayerMemory(memories[layer].routing_keys[first:end], memories[layer].content[first:end])
-
-            def write(directory: Path, created: list[Path]) -> None:
-                manifest["segments"] = renewed_records(directory, state.segments, created)
-                if segment is not None:
-                    write_segment(directory, manifest, segment, base, part, self._limit, created)
-                    manifest["segments"].append(segment.record)
-                if len(gone) or versions:
-                    every = len(manifest["deletions"]) >= MERGE_DELETIONS
-                    entry = write_deletions(
-                        directory, manifest, deleted if every else gone, merged if every else versions, created
-                    )
-                    manifest["deletions"] = [entry] if every else [*manifest["deletions"], entry]
-
-            self._write(write, manifest)
-            if segment is not None:
+            if len(commit.table):
                 # From the files, so that the rows do not stay in memory twice.
-                segments[-1], losses = Segment.open(self.directory, segment.record, manifest)
-                self._note([damage_of(segments[-1], loss, deleted) for loss in losses])
-        self._versions.update(versions)
-        if memories and self._buffers is not None:
-            self._buffers.append(memories)
-        self._adopt(state.followed_by(manifest, tuple(segments), deleted))
+                reader = BankReader(self.directory, manifest, self.origin, verify=False)
+                segment, losses = Segment.open(reader, manifest["segments"][-1])
+                segments += (segment,)
+                self._note([damage_of(segment, loss, deleted) for loss in losses])
+        self._versions.update(commit.versions)
+        if commit.memories and self._buffers is not None:
+            self._buffers.append(commit.memories)
+        self._adopt(state.followed_by(manifest, segments, deleted))
         self._follow()
 
-    def _write(self, write: Callable[[Path, list[Path]], None], manifest: dict[str, Any]) -> None:
+    def _write(self, manifest: Manifest, write: Callable[[BankWriter], None]) -> None:
         """Run what writes files and fills the manifest, and commit; where that fails, all is as before."""
         assert self.directory is not None
         if (now := read_manifest(self.directory))["checksum"] != self.state.manifest["checksum"]:
-            raise RuntimeError(
+            raise BankNotWritable(
                 f"{self.directory} was replaced since it was opened (generation {now.get('generation')})."
             )
-        created: list[Path] = []
         try:
-            write(self.directory, created)
-            commit_manifest(self.directory, manifest)
+            with BankWriter(self.directory) as writer:
+                write(writer)
+                writer.commit(manifest)
         except BaseException:
-            self._recover(created)
+            self._recover()
             raise
         for segment, record in zip(self.state.segments, manifest["segments"], strict=False):
             # Only after the commit: a part that was made anew lies in the directory now.
             if segment.stale and record["documents"] == segment.record["documents"]:
                 segment.record, segment.stale = record, False
-        remove_files(self.directory, _names(self.state.manifest) - _names(manifest))
+        remove_files(self.directory, file_names(self.state.manifest) - file_names(manifest))
 
-    def _recover(self, created: list[Path]) -> None:
-        """After a failed commit: remove its files, and read again where the directory has the new state after all."""
+    def _recover(self) -> None:
+        """After a failed commit: read again where the directory has the new state after all."""
         assert self.directory is not None
         try:
-            with contextlib.suppress(OSError):
-                remove_created(self.directory, created)
             if read_manifest(self.directory)["checksum"] != self.state.manifest["checksum"]:
                 old = self.state
                 self._load()
                 self._keep_buffers(old)
                 self._follow()
-                remove_files(self.directory, _names(old.manifest) - _names(self.state.manifest))
+                remove_files(self.directory, file_names(old.manifest) - file_names(self.state.manifest))
         except BaseException:
             self._closed = True  # what lies there is not known: it must be opened again
             logger.exception("%s: cannot be read after a failed commit; open it again.", self.directory)
@@ -584,19 +498,21 @@ class BankStore:
             if not are_intact(self.directory, copied):
                 self.verify()  # finds what else is damaged, and leaves the documents out
                 self._check_writable()
-            manifest = {**state.manifest, "generation": state.manifest["generation"] + 1}
-            manifest["library_version"] = library_version()
+            manifest: Manifest = {
+                **state.manifest,
+                "generation": self.generation + 1,
+                "library_version": library_version(),
+                "deletions": [],
+            }
 
-            def write(directory: Path, created: list[Path]) -> None:
-                write_compacted(directory, manifest, state, groups, self._limit, created)
-                manifest["deletions"] = []
-                manifest["prefix"] = publish_prefix(directory, self._whole_prefix(), created)
+            def write(writer: BankWriter) -> None:
+                write_compacted(writer, manifest, state, groups, self._limit)
+                manifest["prefix"] = writer.prefix(self.whole_prefix())
                 if self._versions:
-                    none = np.empty(0, np.int64)
-                    entry = write_deletions(directory, manifest, none, self._versions, created)
+                    entry = writer.deletions(self.generation + 1, np.empty(0, np.int64), self._versions)
                     manifest["deletions"] = [entry]
 
-            self._write(write, manifest)
+            self._write(manifest, write)
             self._damage = {}
             self._buffers = None
             self._load()
@@ -646,7 +562,7 @@ class BankStore:
             hidden, self.state = state, replace(state, hidden=state.deleted)
             try:
                 self._check_writable()
-                self._publish({}, table_schema(2).empty_table(), lost, {}, state.manifest["next_id"])
+                self._apply(Commit(table_schema(2).empty_table(), {}, lost, {}, state.manifest["next_id"]))
             except BaseException:
                 self.state = hidden
                 raise
@@ -656,10 +572,6 @@ class BankStore:
     def __repr__(self) -> str:
         where = "memory" if self.directory is None else repr(str(self.directory))
         return f"BankStore({where}, documents={len(self)}, tokens={self.state.tokens}, generation={self.generation})"
-
-
-def _names(manifest: Mapping[str, Any]) -> set[str]:
-    return {entry["file"] for entry in data_files(manifest)}
 
 
 __getattr__ = renamed(__name__, {"OpenBank": "BankStore"})

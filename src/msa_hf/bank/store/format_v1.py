@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
 from ...generation.document_ids import DocumentIds
+from ...model.bank_format_msa import FORMAT_VERSION, Manifest, format_error
 from ...model.memory_msa import DocumentTable
-from ...model.storage_msa import FORMAT_VERSION, BankFormatError
 from .segments import Segment, with_ids
 
 
-def as_version_2(manifest: dict[str, Any], segments: Sequence[Segment]) -> dict[str, Any]:
-    """A manifest of format version 1 as the first commit will write it, its documents with the ids they have."""
+def as_version_2(path: Path, manifest: Manifest, segments: Sequence[Segment]) -> Manifest:
+    """A manifest of format version 1 as the first commit will write it, its documents with the ids they have.
+
+    Raises:
+        BankFormatError: about the manifest at `path`, if two documents have the same id.
+    """
     first = 0
     given: list[int | None] = []
     for segment in segments:
@@ -28,7 +32,7 @@ def as_version_2(manifest: dict[str, Any], segments: Sequence[Segment]) -> dict[
         first += len(segment)
     stored = [number for number in given if number is not None]
     if len(set(stored)) < len(stored):
-        raise BankFormatError("Two documents have the same id in their metadata: encode them again.")
+        raise format_error(path, "two documents have the same id in their metadata", "Encode the documents again")
     taken, next_id = set(stored), max([first - 1, *stored]) + 1
     ids = np.empty(first, np.int64)
     for position, number in enumerate(given):
