@@ -12,7 +12,7 @@ from torch import Tensor
 
 from msa_hf import doctor, ops
 from msa_hf.cli import main
-from msa_hf.ops import BACKENDS, BackendError, dispatch, limits, use_backend
+from msa_hf.ops import BACKENDS, BackendError, dispatch, use_backend
 
 SOURCES = [*(Path(__file__).parents[2] / "csrc").glob("*.cpp"), *(Path(__file__).parents[2] / "csrc").glob("*/*.cpp")]
 FEATURES = {"queries": torch.float32, "keys": torch.float32, "multiple": 8, "width": 8, "k": 4}
@@ -41,14 +41,14 @@ def test_the_battery_runs_on(operation, backend, device) -> None:
 
 @pytest.mark.skipif(not SOURCES, reason="the sources of the extension are not here")
 def test_both_languages_declare_the_same_schemas() -> None:
-    """csrc/*.cpp and dispatch.py."""
+    """csrc/*.cpp and the operations' folders."""
     declared = [
         re.sub(r'"\s*"|"', "", literals).strip()
         for path in SOURCES
         for literals in re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', path.read_text())
     ]
     public = [schema for schema in declared if not schema.startswith(("_", "build_info"))]
-    assert sorted(public) == sorted(name + schema for name, schema in dispatch.SCHEMAS.items())
+    assert sorted(public) == sorted(name + operation.schema for name, operation in dispatch.OPERATIONS.items())
 
 
 @pytest.mark.parametrize("operation", dispatch.OPERATIONS)
@@ -101,7 +101,8 @@ def test_a_limit_is_said_and_not_passed_over_in_silence(monkeypatch, caplog) -> 
     """A backend that is there but refuses the call: a warning, once, and the next one; an error where it was wanted."""
     if BACKENDS["cpp"].probe("route_documents") is not None:
         pytest.skip("the reference is the only backend for the CPU here")
-    monkeypatch.setattr(limits, "cpp_route_documents", lambda **_: "rows of 8 numbers are too short", raising=False)
+    limits = dispatch.OPERATIONS["route_documents"].limits
+    monkeypatch.setitem(limits, "cpp", lambda **_: "rows of 8 numbers are too short")
     with caplog.at_level(logging.INFO, "msa_hf.ops.dispatch"):
         for _ in range(3):
             call()

@@ -129,7 +129,7 @@ def test_tiles_of_any_size_give_the_same(elements, monkeypatch) -> None:
     """The reference bounds its memory."""
     case = Case(8)
     expected = case.run(("pytorch", "cpu"))
-    monkeypatch.setattr(sys.modules["msa_hf.ops.rescore_documents"], "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(sys.modules["msa_hf.ops.rescore_documents.reference"], "TILE_ELEMENTS", elements)
     documents, scores = case.run(("pytorch", "cpu"))
     case.check(documents, scores)
     torch.testing.assert_close(scores, expected[1])

@@ -2,13 +2,15 @@
 
 from ..moved import renamed
 from . import adapters
-from .dispatch import BACKENDS, BackendError, use_backend
-from .gather_documents import gather_documents
-from .pool_chunks import pool_chunks
+from .dispatch import BACKENDS, OPERATIONS, BackendError, use_backend
+from .gather_documents import GATHER_DOCUMENTS, gather_documents
+from .pool_chunks import POOL_CHUNKS, POOL_CHUNKS_BACKWARD, pool_chunks
 from .quantize import quantize_keys, recall_of_candidates
-from .rescore_documents import rescore_documents
-from .route_documents import route_documents
+from .rescore_documents import RESCORE_DOCUMENTS, rescore_documents
+from .route_documents import ROUTE_DOCUMENTS, route_documents
 
+for _operation in (ROUTE_DOCUMENTS, RESCORE_DOCUMENTS, POOL_CHUNKS, POOL_CHUNKS_BACKWARD, GATHER_DOCUMENTS):
+    OPERATIONS[_operation.name] = _operation
 adapters.register()
 
 __all__ = [

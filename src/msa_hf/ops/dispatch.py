@@ -1,17 +1,16 @@
-"""Which implementation of an operation runs, and why not another one.
+"""The choice of an implementation for a call, and the reasons against the others.
 
-Four backends share the schemas below; each is a namespace of torch operations:
+Four backends share an operation's schema; each is a namespace of torch operations:
 
 | backend | namespace | device | what it is |
 |---|---|---|---|
 | `cuda` | `msa_hf` | cuda | the compiled extension (csrc/cuda) |
-| `triton` | `msa_hf_triton` | cuda | `triton_<operation>.py` in this directory; on the CPU under Triton's interpreter |
+| `triton` | `msa_hf_triton` | cuda | `triton.py` of the operation's folder; on the CPU under Triton's interpreter |
 | `cpp` | `msa_hf` | cpu | the compiled extension (csrc/cpu) |
-| `pytorch` | `msa_hf_pytorch` | any | the reference, in the module of the operation |
+| `pytorch` | `msa_hf_pytorch` | any | `reference.py` of the operation's folder |
 
-The first in this order that is there and takes the call runs it. What a backend does not take it says in
-`<backend>_<operation>` of `limits.py`. Fakes and autograd are registered here for all of them, so that each works under
-torch.compile.
+The first in this order that is there and takes the call runs it. What a backend does not take, the operation says
+(`Operation.limits`). Fakes and autograd are registered here for all of them, so that each works under torch.compile.
 """
 
 from __future__ import annotations
@@ -22,33 +21,65 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Generic, NoReturn, ParamSpec, TypeVar
 
 import torch
-
-from . import limits
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# csrc/ops.cpp declares the same for the extension, and says what the arguments are; a test compares them.
-SCHEMAS = {
-    "route_documents": "(Tensor queries, Tensor routing_mask, Tensor keys, Tensor? scales, Tensor offsets, "
-    "Tensor? alive, int k) -> (Tensor documents, Tensor scores)",
-    "rescore_documents": "(Tensor queries, Tensor routing_mask, Tensor exact_keys, Tensor offsets, Tensor candidates, "
-    "int k) -> (Tensor documents, Tensor scores)",
-    "pool_chunks": "(Tensor keys, Tensor values, Tensor router_keys, Tensor token_offsets, int chunk_size, "
-    "SymInt chunks, bool normalize, ScalarType? routing_dtype=None) -> "
-    "(Tensor content, Tensor routing_keys, Tensor scales)",
-    "pool_chunks_backward": "(Tensor grad_content, Tensor grad_routing_keys, Tensor router_keys, Tensor token_offsets, "
-    "int chunk_size, bool normalize) -> (Tensor grad_keys, Tensor grad_values, Tensor grad_router_keys)",
-    "gather_documents": "(Tensor documents, Tensor offsets, Tensor content, Tensor? scales, SymInt width, "
-    "ScalarType? dtype=None) -> (Tensor keys, Tensor values, Tensor valid, Tensor slots)",
-}
-OPERATIONS = tuple(SCHEMAS)
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
+Feature = torch.dtype | int | str | bool | None
+# Given the device and the features of a call: None, or a reason that completes the sentence "route_documents cannot run
+# on the backend 'cuda': ...". Each takes what features it names, and ignores the others.
+Limit = Callable[..., str | None]
+Backward = Callable[..., tuple[Tensor | None, ...]]
+SetupContext = Callable[..., None]
+
+
+@dataclass(frozen=True, eq=False)
+class Operation(Generic[P, R_co]):
+    """An operation as all backends see it.
+
+    Attributes:
+        name: of the torch operation.
+        schema: its arguments and results; csrc declares the same and says what they are, and a test compares them.
+        folder: the package that it lies in, whose `triton.py` holds a function of its name where there is one.
+        reference: the implementation in PyTorch, which takes every call.
+        fake: the shapes and dtypes of the results, for tracing.
+        limits: backend -> what it does not take; one that is not named takes everything. Features that stand for sizes
+            are rounded (`size_class`, `alignment`), because torch.compile may not know the number.
+        derivative: namespace -> backward and setup_context, as `torch.library.register_autograd` takes them; None for
+            an operation that has none.
+    """
+
+    name: str
+    schema: str
+    folder: str
+    reference: Callable[P, R_co]
+    fake: Callable[P, R_co]
+    limits: dict[str, Limit]
+    derivative: Callable[[str], tuple[Backward, SetupContext]] | None = None
+
+    def on(self, namespace: str) -> Callable[P, R_co]:
+        """The operation of a backend's namespace."""
+        return operator(self.name, namespace)
+
+
+# Name -> operation; `msa_hf.ops` fills it.
+OPERATIONS: dict[str, Operation[..., object]] = {}
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def not_floating(*dtypes: torch.dtype) -> str | None:
+    """A reason not to take one of these dtypes, or None."""
+    wrong = [str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in FLOATING]
+    return f"it takes float32, bfloat16 and float16, not {wrong[0]}" if wrong else None
 
 
 NO_CUDA = "this machine has no CUDA device, or torch was built without CUDA"
@@ -80,13 +111,13 @@ class Backend:
         """Tell whether it is for this kind of device."""
         return not self.devices or device in self.devices
 
-    def refuses(self, operation: str, device: str, features: dict[str, Any]) -> str | None:
+    def refuses(self, operation: str, device: str, features: Mapping[str, Feature]) -> str | None:
         """Why this backend does not take a call, or None."""
         if not self.runs_on(device) and device not in self.also():
             return f"it runs on {' and '.join(self.devices)}, not on {device}"
         reason = self.probe(operation)
         if reason is None:
-            limit = getattr(limits, f"{self.name}_{operation}", None)
+            limit = OPERATIONS[operation].limits.get(self.name)
             reason = None if limit is None else limit(device=device, **features)
         return reason
 
@@ -168,21 +199,20 @@ def _probe_triton(operation: str) -> str | None:
         return "triton is not installed"
     if not torch.cuda.is_available() and not _interpreted():
         return NO_CUDA
-    name = f"{__package__}.triton_{operation}"
+    name = f"{OPERATIONS[operation].folder}.triton"
     if importlib.util.find_spec(name) is None:
         return "there is no Triton version of it"
     try:
         module = importlib.import_module(name)
     except ImportError as error:
         return f"its Triton version does not import: {error}"
-    _register("msa_hf_triton", operation, getattr(module, operation), "CompositeExplicitAutograd")
+    _register("msa_hf_triton", operation, vars(module)[operation])
     return None
 
 
 @cache
 def _probe_pytorch(operation: str) -> str | None:
-    module = importlib.import_module(f"{__package__}.{operation.removesuffix('_backward')}")
-    _register("msa_hf_pytorch", operation, getattr(module, f"reference_{operation}"), "CompositeExplicitAutograd")
+    _register("msa_hf_pytorch", operation, OPERATIONS[operation].reference)
     return None
 
 
@@ -201,30 +231,29 @@ BACKENDS = {
 _libraries: dict[str, torch.library.Library] = {}
 
 
-def _register(namespace: str, operation: str, function: Callable[..., Any], key: str) -> None:
+def _register(namespace: str, operation: str, function: Callable[..., object]) -> None:
     """Make `function` the torch operation `namespace::operation`."""
     library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
-    library.define(operation + SCHEMAS[operation])
-    library.impl(operation, function, key)
+    library.define(operation + OPERATIONS[operation].schema)
+    library.impl(operation, function, "CompositeExplicitAutograd")
     _register_derived(namespace, operation)
 
 
 def _register_derived(namespace: str, operation: str) -> None:
     """Fake and autograd of `namespace::operation`, which are the same for every backend."""
-    module = importlib.import_module(f"{__package__}.{operation.removesuffix('_backward')}")
+    described = OPERATIONS[operation]
     library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
     name = f"{namespace}::{operation}"
-    torch.library.register_fake(name, getattr(module, f"fake_{operation}"), lib=library)
-    derivative = getattr(module, f"derivative_{operation}", None)
-    if derivative is None:
-        backward, setup_context = _inference_only(name), None
+    torch.library.register_fake(name, described.fake, lib=library)
+    if described.derivative is None:
+        torch.library.register_autograd(name, _inference_only(name), lib=library)
     else:
-        backward, setup_context = derivative(namespace)
-    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
+        backward, setup_context = described.derivative(namespace)
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
 
 
-def _inference_only(name: str) -> Callable[..., Any]:
-    def backward(*_: Any) -> Any:
+def _inference_only(name: str) -> Callable[..., NoReturn]:
+    def backward(*_: object) -> NoReturn:
         raise RuntimeError(f"{name} is inference only: it has no derivative.")
 
     return backward
@@ -260,7 +289,9 @@ def _say(level: int, *words: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def choose(operation: str, device: str, backend: str | None = None, prefer: str | None = None, **features: Any) -> str:
+def choose(
+    operation: str, device: str, backend: str | None = None, prefer: str | None = None, **features: Feature
+) -> str:
     """The namespace of the backend that runs a call.
 
     Args:
@@ -296,7 +327,7 @@ def choose(operation: str, device: str, backend: str | None = None, prefer: str 
     raise AssertionError("the reference takes every call")
 
 
-def operator(operation: str, namespace: str) -> Any:
+def operator(operation: str, namespace: str) -> torch._ops.OpOverloadPacket:
     """The torch operation."""
     return getattr(getattr(torch.ops, namespace), operation)
 

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..model import chunks_msa
-from .gather_documents import result_dtype
-from .triton_pool_chunks import both, from_float8, rounded
+from ...model import chunks_msa
+from ..triton_common import both, from_float8, rounded
+from .reference import result_dtype
 
 BLOCK = 1024  # numbers that a program copies at once
 

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..model.routing_msa import NO_SCORE, reduce_chunks, select_documents
-from .triton_pool_chunks import INTERPRETED, both, from_float8, with_dense_rows
+from ...model.routing_msa import NO_SCORE, reduce_chunks, select_documents
+from ..triton_common import INTERPRETED, both, from_float8, with_dense_rows
 
 TOKENS = 128  # per program at most
 CHUNKS = 128

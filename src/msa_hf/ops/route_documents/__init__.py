@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..model.routing_msa import (
-    NO_SCORE,
-    pack_routing_tokens,
-    reduce_chunks,
-    reduce_queries,
-    score_chunks,
-    select_documents,
-)
-from .dispatch import alignment, choose, operator, size_class
-from .formats import is_scaled, scaled_names, usual_candidates
-from .rescore_documents import rescore_documents
+from ...model.routing_msa import reduce_queries
+from ..dispatch import Operation, alignment, choose, not_floating, size_class
+from ..formats import is_scaled, scaled_names, usual_candidates
+from ..rescore_documents import rescore_documents
+from . import reference
 
 # Devices whose matrix units want queries of 16 bits beside keys of 16 or fewer.
 NARROWING = ("cuda",)
@@ -90,9 +82,7 @@ def route_documents(
         width=size_class(keys.shape[1]),
         k=size_class(wanted),
     )
-    documents, scores = operator("route_documents", namespace)(
-        queries, routing_mask, keys, scales, offsets, alive, wanted
-    )
+    documents, scores = ROUTE_DOCUMENTS.on(namespace)(queries, routing_mask, keys, scales, offsets, alive, wanted)
     if exact_keys is None:
         return documents, scores
     return rescore_documents(precise, routing_mask, exact_keys, offsets, documents, k, prefer=namespace)
@@ -157,31 +147,18 @@ def _check(
     )
 
 
-def reference_route_documents(
-    queries: Tensor,
-    routing_mask: Tensor,
-    keys: Tensor,
-    scales: Tensor | None,
-    offsets: Tensor,
-    alive: Tensor | None,
-    k: int,
-) -> tuple[Tensor, Tensor]:
-    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-        batch, count = queries.shape[0], offsets.shape[0] - 1
-        if not count or not batch:
-            return select_documents(queries.new_empty(batch, count, dtype=torch.float32), k)
-        packed, valid = pack_routing_tokens(queries[:, :, None].float(), routing_mask)
-        chunk_scores = score_chunks(packed, valid, keys)
-        if scales is not None:
-            chunk_scores = chunk_scores * scales  # positive, so that maxima over tokens may be taken before
-        scores = reduce_chunks(chunk_scores, offsets, "max").masked_fill(~valid.any(1, keepdim=True), NO_SCORE)
-        if alive is not None:
-            scores = scores.masked_fill(~alive, NO_SCORE)
-        return select_documents(scores, k)
+def _limit(*, queries: torch.dtype, keys: torch.dtype, **_: object) -> str | None:
+    return not_floating(queries, *([] if keys in (torch.int8, torch.float8_e4m3fn) else [keys]))
 
 
-def fake_route_documents(
-    queries: Tensor, routing_mask: Tensor, keys: Tensor, scales: Any, offsets: Tensor, alive: Any, k: int
-) -> tuple[Tensor, Tensor]:
-    shape = queries.shape[0], k
-    return queries.new_empty(shape, dtype=torch.int64), queries.new_empty(shape, dtype=torch.float32)
+# Features: queries, keys (dtypes), multiple (the largest power of two up to 64 that divides E), width (the least power
+# of two from E), k (likewise).
+ROUTE_DOCUMENTS = Operation(
+    "route_documents",
+    "(Tensor queries, Tensor routing_mask, Tensor keys, Tensor? scales, Tensor offsets, Tensor? alive, int k) -> "
+    "(Tensor documents, Tensor scores)",
+    __name__,
+    reference.route_documents,
+    reference.fake_route_documents,
+    {"cuda": _limit, "triton": _limit},
+)
