@@ -6,7 +6,7 @@
 #
 # PYTHON: the interpreter, in whose environment the package is installed (default: python).
 # TRANSFORMERS_SOURCE: a checkout of transformers at the installed release. Its source distribution leaves out the mixins
-# of generation and export, which a checkout holds; tests/models/test_as_the_base.py covers them otherwise.
+# of generation and export, which a checkout holds; tests/model/test_as_the_base.py covers them otherwise.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)/peers"
 python="${PYTHON:-python}"

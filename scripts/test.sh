@@ -8,7 +8,7 @@
 # arguments go to pytest.
 #
 # With --transformers VERSION: always uses an environment of its own, .venv-transformers-VERSION, because versions of
-# transformers differ in the huggingface-hub they accept. Runs pytest only, on tests/models and tests/goldens unless
+# transformers differ in the huggingface-hub they accept. Runs pytest only, on tests/model and tests/goldens unless
 # the arguments name other paths.
 #
 # The variable PYTHON chooses the interpreter (3.11 or newer) that a new environment is made with.
@@ -170,7 +170,7 @@ if [[ -z "$version" ]]; then
         say "CUDA kernels: not compiled, there is no nvcc"
     fi
 elif ! names_a_path ${pytest_args[@]+"${pytest_args[@]}"}; then
-    pytest_args+=(tests/models tests/goldens)
+    pytest_args+=(tests/model tests/goldens)
 fi
 # The models are tiny and run on one thread each, so every core takes its own files.
 check "pytest" "$python" -m pytest -q -p no:cacheprovider --numprocesses auto --dist loadfile ${pytest_args[@]+"${pytest_args[@]}"}

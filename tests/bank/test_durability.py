@@ -63,7 +63,7 @@ def fast_directory(tmp_path: Path) -> Iterator[Path]:
 def test_a_killed_writer_loses_nothing_it_acknowledged(fast_directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     """200 kills at random moments: the bank is what it was after the last acknowledged event, or one later."""
     pick = random.Random(0)
-    command = [sys.executable, str(Path(__file__).with_name("churn.py"))]
+    command = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "churn.py")]
     path = os.pathsep.join([str(Path(bank_format_msa.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     bank_directory = fast_directory / "bank"

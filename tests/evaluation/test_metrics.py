@@ -2,7 +2,7 @@
 
 import pytest
 
-from msa_hf.evaluation import UNANSWERABLE, exact_match, normalise_answer
+from msa_hf.evaluation import UNANSWERABLE, exact_match, normalize_answer
 
 
 @pytest.mark.parametrize(
@@ -42,4 +42,4 @@ def test_anything_else_does(prediction: str, answer: str):
 
 @pytest.mark.parametrize("text", ["The 4.2, a Thing!", "A  the an", "x.5.y", "Ünïcode — “The” Täst"])
 def test_a_normalised_answer_stays_as_it_is(text: str):
-    assert normalise_answer(normalise_answer(text)) == normalise_answer(text)
+    assert normalize_answer(normalize_answer(text)) == normalize_answer(text)

@@ -1,4 +1,4 @@
-"""Recall of quantised routing keys, on a tiny model."""
+"""Recall of quantized routing keys, on a tiny model."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ import torch
 from families import base_model
 
 from msa_hf import MemoryBank, MSAForCausalLM
-from msa_hf.evaluation import quantised_recall
+from msa_hf.evaluation import quantized_recall
 from msa_hf.model.attention_msa import OPERATIONS
 from msa_hf.model.memory_msa import LayerMemory
-from msa_hf.ops import quantise_keys
+from msa_hf.ops import quantize_keys
 
 K, DOCUMENTS = 4, 37
 
@@ -30,11 +30,11 @@ def questions() -> dict[str, torch.Tensor]:
 def test_recall_is_the_share_that_rounded_keys_find_too() -> None:
     """Of one layer, against a bank that holds the rounded keys."""
     model, bank = model_and_bank(memory_layers=[1])
-    found = quantised_recall(model, bank, questions())
+    found = quantized_recall(model, bank, questions())
     assert {kind: list(shares) for kind, shares in found.items()} == {
         kind: [K, 2 * K, 4 * K, 8 * K] for kind in ("fp8", "int8", "int4")
     }
-    numbers, scales = quantise_keys(bank.layers[1].routing_keys, "fp8")
+    numbers, scales = quantize_keys(bank.layers[1].routing_keys, "fp8")
     layers = {1: LayerMemory(numbers.float() * scales[:, None], bank.layers[1].content)}
     rounded = MemoryBank(layers, bank.offsets, bank.prefix, bank.documents, bank.origin)
     with torch.no_grad():
@@ -50,10 +50,10 @@ def test_the_worst_layer_counts_and_routing_is_put_back(monkeypatch: pytest.Monk
     shares = iter([0.9, 0.7, 0.8])
     scripted = lambda *_, **__: {K: next(shares), DOCUMENTS: 1.0}  # noqa: E731
     model, bank = model_and_bank(memory_layers=[0, 1, 2])
-    monkeypatch.setattr("msa_hf.evaluation.quantised.recall_of_candidates", scripted)
-    assert quantised_recall(model, bank, questions(), ["fp8"]) == {"fp8": {K: 0.7, DOCUMENTS: 1.0}}
+    monkeypatch.setattr("msa_hf.evaluation.quantized.recall_of_candidates", scripted)
+    assert quantized_recall(model, bank, questions(), ["fp8"]) == {"fp8": {K: 0.7, DOCUMENTS: 1.0}}
     with pytest.raises(StopIteration):
-        quantised_recall(model, bank, questions(), ["fp8"])
+        quantized_recall(model, bank, questions(), ["fp8"])
     assert before == OPERATIONS
 
 
@@ -61,4 +61,4 @@ def test_a_model_that_scores_in_another_way_is_refused() -> None:
     model, bank = model_and_bank()
     model.config.query_reduction = "mean"
     with pytest.raises(ValueError, match="did not route"):
-        quantised_recall(model, bank, questions())
+        quantized_recall(model, bank, questions())

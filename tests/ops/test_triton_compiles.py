@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 
 def test_every_kernel_compiles_without_a_gpu() -> None:
-    program = Path(__file__).with_name("triton_without_gpu.py")
+    program = Path(__file__).parents[1] / "helpers" / "triton_without_gpu.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]

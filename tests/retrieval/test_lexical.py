@@ -3,12 +3,9 @@ died meanwhile, and nothing of what was erased."""
 
 import random
 import re
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bank"))
 from fake_model import FakeModel
 
 from msa_hf.bank import BankStore

@@ -156,7 +156,7 @@ def test_fsdp_encodes_and_generates(one_process) -> None:
 
 def test_two_processes_step_as_one_does(tmp_path) -> None:
     """Under DDP and FSDP, each with its half of the questions, one of them with a half that asks nothing of routers."""
-    script = Path(__file__).with_name("two_processes.py")
+    script = Path(__file__).parents[1] / "helpers" / "two_processes.py"
     command = [sys.executable, "-W", "ignore", str(script), str(tmp_path / "store")]
     processes = [
         subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Parameters of the published checkpoints.
 PUBLISHED = {
     "Llama 3.2 1B": 1_235_814_400,

@@ -259,7 +259,7 @@ def test_nothing_warns(caplog, monkeypatch) -> None:
 def test_all_of_this_without_the_old_names() -> None:
     """These tests pass where transformers takes no deprecated name any more, as after 5.40."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "without_old_names"]
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(ROOT / "tests" / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(
         [*command, str(Path(__file__)), "-k", "not every_version and not untested and not allows"],
         capture_output=True,

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from msa_hf.bank import place_bank, shard_bank
 from msa_hf.bank.tiered.hardware import Tiers
-from msa_hf.bank.tiered.plan import Choice, Reserves
+from msa_hf.bank.tiered.plan import PlacementOptions, Reserves
 from msa_hf.bank.tiered.rows import Rows
 from msa_hf.model import routing_msa
 from msa_hf.model.chosen_msa import DocumentRows, score_chosen, scores_at
@@ -64,7 +64,7 @@ def of_segments(made: Setup) -> Any:
 
 def placed(keys: str, on: str) -> Place:
     def place(made: Setup) -> Any:
-        choice = Choice(keys=keys, keys_on=on)
+        choice = PlacementOptions(keys=keys, keys_on=on)
         return place_bank(
             made.bank, placement=choice, tiers=Tiers(*[10**12] * 3), reserves=Reserves(0, 0, 0, 0, 0), model=made.model
         )

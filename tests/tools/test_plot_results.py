@@ -14,7 +14,7 @@ SIZES = (1_000, 10_000, 1_000_000)
 
 @pytest.fixture
 def plots(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
     import plot_results
 
     yield plot_results

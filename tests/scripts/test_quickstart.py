@@ -17,7 +17,7 @@ from msa_hf import MemoryBank, MSAForCausalLM
 from msa_hf.evaluation import UNANSWERABLE
 from msa_hf.generation import COMPACT
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "quickstart"
 NOTES = ROOT / "examples" / "notes"
 

@@ -12,10 +12,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "models"), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent))
 
-from setups import batch_of, setup, tokens  # noqa: E402
-from steps import assert_same_gradients, four, gradients  # noqa: E402
+from setups import batch_of, setup, tokens
+from steps import assert_same_gradients, four, gradients
 
 
 def halves(plain: bool) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Compiles the kernels that a call would launch, for a GPU that need not be there. Run as a program, because whether
 Triton interprets kernels is settled when it is imported:
 
-    python tests/ops/triton_without_gpu.py [capability, such as 90]
+    python tests/helpers/triton_without_gpu.py [capability, such as 90]
 """
 
 import sys
