@@ -342,7 +342,7 @@ def test_a_full_disk_is_one_line(
     def full(*arguments: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr("msa_hf.bank.encode_corpus.publish_file", full)
+    monkeypatch.setattr("msa_hf.model.bank_writer_msa.BankWriter.segment", full)
     monkeypatch.setattr(MSAForCausalLM, "save_pretrained", full)
     for command in (("encode", place / "plain", place / "docs"), ("retrofit", place / "base")):
         assert "No space left on device" in refusal(capsys, *command, tmp_path / "out")

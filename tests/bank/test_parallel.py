@@ -26,11 +26,11 @@ from setups import Setup, assert_same, batch_of, setup, tokens
 
 from msa_hf import MemoryBank, MSACache
 from msa_hf.bank import RankFailed, ShardedBank, shard_bank
-from msa_hf.bank.sharded import bank as parallel
 from msa_hf.bank.sharded.bank import shares
 from msa_hf.bank.sharded.session import merge, pack
 from msa_hf.cli import main
 from msa_hf.generation import MemoryInterleave
+from msa_hf.model.bank_reader_msa import BankReader
 from msa_hf.model.routing_msa import select_documents
 
 LIMIT = 40.0  # seconds until a test's processes count as hung
@@ -391,8 +391,8 @@ def test_from_a_directory_every_process_reads_its_part(
     whole = made_.model.load_memory(tmp_path / "bank")
     expected = answers(made_.model, whole, **questions())
     opened: list[str] = []
-    check = parallel.check_shard
-    monkeypatch.setattr(parallel, "check_shard", lambda *args: (opened.append(args[1]["file"]), check(*args))[1])
+    shard = BankReader.shard
+    monkeypatch.setattr(BankReader, "shard", lambda *args: (opened.append(args[1]["file"]), shard(*args))[1])
 
     def work(rank: int) -> Any:
         with shard_bank(tmp_path / "bank", model=made_.model) as memory:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -30,26 +29,14 @@ from tqdm.auto import tqdm
 
 from ..data.documents import Corpus
 from ..generation.document_ids import ID_FIELD
-from ..model.arrow_msa import table_of
-from ..model.bank_format_msa import (
-    LEFTOVER,
-    OWN_FILE,
-    BankFormatError,
-    FileRecord,
-    PartNote,
-    SegmentRecord,
-    ShardRecord,
-    TensorLayout,
-    TensorPair,
-    file_names,
-    new_manifest,
-)
-from ..model.bank_reader_msa import checked_file, is_bank, read_manifest, referenced_files
-from ..model.bank_writer_msa import BankWriter, remove_files, remove_leftover, remove_unnamed, write_text
+from ..model.arrow_msa import ArrowTable, table_of
+from ..model.bank_format_msa import TensorLayout, new_manifest
+from ..model.bank_reader_msa import referenced_files
 from ..model.encoding_msa import _Item, _Reader
-from ..model.memory_msa import BankOrigin, MemoryBank
+from ..model.origin_msa import BankOrigin
 from ..model.positions_msa import position_limit
 from ..model.splitting_msa import LimitTooSmall, split_text
+from .corpus_parts import FOLDER, Part, Record, commit_parts, find_parts, remove_unfinished, write_part
 from .sharded.collectives import Collectives, RankFailed
 from .store.changes import text_digest
 from .store.encoder import EncodingModel
@@ -61,21 +48,9 @@ if TYPE_CHECKING:
     from ..generation.protocol import PromptProtocol
 
 logger = logging.getLogger(__name__)
-FOLDER = ".encoding"  # in the bank's directory: the parts of a run that is not complete
 PART_SIZE = 10**6  # bytes of text: about 250,000 tokens of English
-MAX_SHARD_BYTES = 10**9
 TIMEOUT = timedelta(hours=1)
 VERSION = 1  # of what a part is made of; grows when this file makes something else of the same documents
-
-
-class Record(PartNote):
-    """Of a part: its name and numbers, and its files as the manifest will name them."""
-
-    documents: int
-    chunks: int
-    tensors: list[ShardRecord]
-    table: FileRecord
-    index: FileRecord
 
 
 class CorpusModel(EncodingModel, Protocol):
@@ -89,15 +64,6 @@ class Progress(Protocol):
     """Of tqdm."""
 
     def update(self, n: float | None = 1) -> object: ...
-
-
-@dataclass(frozen=True)
-class Part:
-    """Documents `first` up to `end` (excluded) of a corpus, and the name of what they are encoded to."""
-
-    first: int
-    end: int
-    name: str
 
 
 @dataclass(frozen=True)
@@ -235,7 +201,7 @@ def encode_bank(
                 lock = WriterLock(directory)
                 referenced_files(directory)  # else the end would refuse, after all the work
                 folder.mkdir(exist_ok=True)
-                _tidy(folder)
+                remove_unfinished(folder)
                 (folder / mark).touch()
         mark = ranks.everyone(mark)[0]
         with agreed(ranks):
@@ -244,13 +210,17 @@ def encode_bank(
                     f"{directory.absolute()} is not the directory that process 0 has: it must lie on a file system "
                     "that all machines share."
                 )
-            found = _find(directory, parts[ranks.rank :: ranks.size])
+            found = find_parts(directory, parts[ranks.rank :: ranks.size])
         records = {name: record for mine in ranks.everyone(found) for name, record in mine.items()}
         found_parts = len(records)
         own = _encode_parts(encoder, folder, parts, records, ranks, show_progress)
         with agreed(ranks):
             if ranks.rank == 0:
-                _commit(directory, model, encoder.origin, [records[part.name] for part in parts])
+                # What its tensors look like is learnt by encoding one token.
+                like = model.encode_documents([[0]], None, bank_device="cpu", show_progress=False)
+                layers = {layer: (memory.routing_keys, memory.content) for layer, memory in like.layers.items()}
+                manifest = new_manifest(encoder.origin.to_manifest(), TensorLayout.of_tensors(layers))
+                commit_parts(directory, manifest, like.prefix, [records[part.name] for part in parts])
         documents, tokens, chunks = (
             sum(record[name] for record in records.values()) for name in ("documents", "tokens", "chunks")
         )
@@ -387,10 +357,23 @@ class _Encoder:
         bank = self.model.encode_documents(
             read(), None, batch_tokens=self.batch_tokens, bank_device="cpu", show_progress=False
         )
-        record = _write_part(folder, part, bank, rows)
-        # From here on the part is there, whatever happens.
-        write_text(folder / f"{part.name}.json", json.dumps(record), "record")
-        return record
+        layers = {layer: (memory.routing_keys, memory.content) for layer, memory in bank.layers.items()}
+        return write_part(folder, part, self._table(rows), layers)
+
+    def _table(self, rows: list[_Row]) -> ArrowTable:
+        lengths = [len(row.item.ids) for row in rows]
+        return table_of(
+            {
+                "key": [row.item.key for row in rows],
+                "text": [row.item.text for row in rows],
+                "metadata": [row.metadata for row in rows],
+                "tokens": list(lengths),
+                "chunks": [-(-length // self.origin.chunk_size) for length in lengths],
+                "id": [row.id for row in rows],
+                "version": [None] * len(rows),
+                "digest": [row.digest for row in rows],
+            }
+        )
 
     def _rows(self, number: int, document: dict[str, object]) -> Iterator[_Row]:
         """Document `number` of the corpus, as one row or in pieces."""
@@ -444,168 +427,6 @@ class _Encoder:
                     raise ValueError(f"Document {number} (key {key!r}) cannot be split: {error}.") from None
                 return
         yield item(number, text, key, values)
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
-def _write_part(folder: Path, part: Part, bank: MemoryBank, rows: list[_Row]) -> Record:
-    """Write the files of a part, named after its first document, which no other part has."""
-    size = bank.origin.chunk_size
-    lengths = [len(row.item.ids) for row in rows]
-    table = table_of(
-        {
-            "key": [row.item.key for row in rows],
-            "text": [row.item.text for row in rows],
-            "metadata": [row.metadata for row in rows],
-            "tokens": list(lengths),
-            "chunks": [-(-length // size) for length in lengths],
-            "id": [row.id for row in rows],
-            "version": [None] * len(rows),
-            "digest": [row.digest for row in rows],
-        }
-    )
-    layers = {layer: (memory.routing_keys, memory.content) for layer, memory in bank.layers.items()}
-
-    def chunks(layer: int, start: int, end: int) -> TensorPair:
-        keys, content = layers[layer]
-        return keys[start:end], content[start:end]
-
-    with BankWriter(folder) as writer:
-        segment = writer.segment(
-            table,
-            part.first,
-            chunks,
-            TensorLayout.of_tensors(layers),
-            MAX_SHARD_BYTES,
-            lambda start: f"chunks-{part.first:010d}-{start:010d}",
-        )
-    return {
-        "part": part.name,
-        "documents": len(rows),
-        "chunks": segment["chunks"],
-        "tokens": sum(lengths),
-        "next_id": max(row.id for row in rows) + 1,
-        "tensors": segment["tensors"],
-        "table": segment["table"],
-        "index": segment["index"],
-    }
-
-
-def _find(directory: Path, parts: list[Part]) -> dict[str, Record]:
-    """The records of those parts that are there, every file of them as it was written."""
-    segments = read_manifest(directory)["segments"] if is_bank(directory) else []
-    named = {record["part"]: record for record in map(_record_of, segments) if record is not None}
-    found: dict[str, Record] = {}
-    for part in parts:
-        for record in (_read_record(directory / FOLDER / f"{part.name}.json"), named.get(part.name)):
-            if record is not None and _is_whole(directory, part, record):
-                found[part.name] = record
-                break
-    return found
-
-
-def _record_of(segment: SegmentRecord) -> Record | None:
-    """The record of the part that a segment was, None of one that another writer made."""
-    try:
-        note, (first, end) = segment["part"], segment["documents"]
-        if not isinstance(note["part"], str):
-            return None
-        return {
-            "part": note["part"],
-            "documents": end - first,
-            "chunks": segment["chunks"],
-            "tokens": note["tokens"],
-            "next_id": note["next_id"],
-            "tensors": segment["tensors"],
-            "table": segment["table"],
-            "index": segment["index"],
-        }
-    except (KeyError, TypeError):  # no reader has checked these fields
-        return None
-
-
-def _read_record(path: Path) -> Record | None:
-    try:
-        decoded = json.loads(path.read_text(encoding="utf-8"))
-        _entries(decoded)
-        _numbers(decoded)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    record: Record = decoded
-    return record
-
-
-def _is_whole(directory: Path, part: Part, record: Record) -> bool:
-    """Tell whether a record is of this part, and its files are what was written."""
-    try:
-        if record["part"] != part.name or any(type(number) is not int for number in _numbers(record)):
-            return False
-        for entry in _entries(record):
-            if not OWN_FILE.fullmatch(entry["file"]):
-                return False
-            place = directory / FOLDER if (directory / FOLDER / entry["file"]).exists() else directory
-            checked_file(place, entry, verify=True)
-    except (BankFormatError, KeyError, TypeError):
-        return False
-    return True
-
-
-def _numbers(record: Record) -> list[int]:
-    return [record["documents"], record["chunks"], record["tokens"], record["next_id"]]
-
-
-def _entries(record: Record) -> list[FileRecord]:
-    return [*record["tensors"], record["table"], record["index"]]
-
-
-def _tidy(folder: Path) -> None:
-    """Remove what processes left that were killed while they wrote a part."""
-    named: set[str] = set()
-    for path in folder.glob("*.json"):
-        if (record := _read_record(path)) is not None:
-            with contextlib.suppress(KeyError, TypeError):
-                named.update(entry["file"] for entry in _entries(record))
-    if count := remove_unnamed(folder, named):
-        logger.warning("%s: removed %d files of parts that an interrupted run did not complete.", folder, count)
-
-
-def _commit(directory: Path, model: CorpusModel, origin: BankOrigin, records: list[Record]) -> None:
-    """Make the parts the bank that lies in `directory`."""
-    # What its tensors look like is learnt by encoding one token.
-    like = model.encode_documents([[0]], None, bank_device="cpu", show_progress=False)
-    layers = {layer: (memory.routing_keys, memory.content) for layer, memory in like.layers.items()}
-    manifest = new_manifest(origin.to_manifest(), TensorLayout.of_tensors(layers))
-    counts = manifest["counts"]
-    with BankWriter(directory) as writer:
-        for record in records:
-            for entry in _entries(record):
-                if (path := directory / FOLDER / entry["file"]).exists():
-                    writer.adopt(path)
-            rows = counts["documents"], counts["documents"] + record["documents"]
-            manifest["segments"].append(
-                {
-                    "documents": list(rows),
-                    "chunks": record["chunks"],
-                    "tensors": record["tensors"],
-                    "table": record["table"],
-                    "index": record["index"],
-                    "part": {"part": record["part"], "tokens": record["tokens"], "next_id": record["next_id"]},
-                }
-            )
-            counts["documents"] = rows[1]
-            counts["chunks"] += record["chunks"]
-            counts["tokens"] += record["tokens"]
-        manifest["next_id"] = max(record["next_id"] for record in records)
-        manifest["prefix"] = writer.prefix(like.prefix)
-        writer.commit(manifest)
-    shutil.rmtree(directory / FOLDER, ignore_errors=True)
-    # The old bank's files, and what a commit left that did not come to its end.
-    left = {path.name for path in directory.iterdir()} - file_names(manifest)
-    remove_files(directory, left)
-    for name in left:
-        if LEFTOVER.fullmatch(name):
-            remove_leftover(directory / name)
 
 
 def _digest(value: object) -> str:
