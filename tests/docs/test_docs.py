@@ -53,3 +53,13 @@ def test_the_reference_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {"msa_hf", "msa_hf.bank", "msa_hf.model.inference_msa"} <= set(make_reference.all_modules())
     assert make_reference.main([str(tmp_path), "msa_hf.generation"]) == 0
     assert "layer_scores" in (tmp_path / "msa_hf" / "generation.html").read_text(encoding="utf-8")
+
+
+def test_the_example_of_scaling_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "scaling.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example.replace("model_cards/", f"{ROOT}/model_cards/"), "scaling.md", "exec"), names := {})
+    printed = capsys.readouterr().out
+    assert printed.endswith("\nroses\n") and re.search(r"routing keys +bf16 +host", printed)
+    plan = names["memory"].plan
+    assert (plan.keys, plan.content, plan.content_on) == ("fp8", "bf16", "disk")

@@ -42,26 +42,18 @@ def test_reads_registers_and_spills_of_every_kernel(script: Any) -> None:
     assert second == {"name": "_Z6secondPf", "architecture": "sm_90a", "registers": 168, "spilled": 24}
 
 
-def test_a_spill_is_an_error_within_the_budget_too(script: Any) -> None:
-    (line,) = script.problems(Path("some.cu"), result_of(script), 255)
-    assert "_Z6secondPf" in line and "24 bytes" in line
-
-
-def test_more_registers_than_the_budget_are_an_error(script: Any) -> None:
-    kernels = script.read_report(REPORT)[:1]
-    (line,) = script.problems(Path("some.cu"), result_of(script, kernels=kernels), 39)
-    assert "40 registers" in line and "39" in line
-    assert script.problems(Path("some.cu"), result_of(script, kernels=kernels), 40) == []
-
-
-def test_a_kernel_without_a_budget_is_an_error(script: Any) -> None:
-    assert "no budget" in script.problems(Path("some.cu"), result_of(script, kernels=[]), None)[0]
+def test_what_is_wrong_with_a_file_is_named(script: Any) -> None:
+    """A spill within the budget too, more registers than the budget, no budget, serialized matrix instructions."""
+    source, first = Path("some.cu"), script.read_report(REPORT)[:1]
+    (spill,) = script.problems(source, result_of(script), 255)
+    assert "_Z6secondPf" in spill and "24 bytes" in spill
+    (above,) = script.problems(source, result_of(script, kernels=first), 39)
+    assert "40 registers" in above and "39" in above
+    assert script.problems(source, result_of(script, kernels=first), 40) == []
+    assert "no budget" in script.problems(source, result_of(script, kernels=[]), None)[0]
     assert script.problems(Path("bindings.cpp"), result_of(script, kernels=[]), None) == []
-
-
-def test_serialized_matrix_instructions_are_an_error(script: Any) -> None:
     serialized = ["ptxas info : wgmma.mma_async instructions are serialized due to ..."]
-    assert len(script.problems(Path("some.cu"), result_of(script, kernels=[], serialized=serialized), 64)) == 1
+    assert len(script.problems(source, result_of(script, kernels=[], serialized=serialized), 64)) == 1
 
 
 def test_every_kernel_file_has_a_budget(script: Any) -> None:
