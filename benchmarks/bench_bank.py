@@ -1,4 +1,4 @@
-"""What changing a bank costs at several sizes: opening, adding, deleting, looking up, snapshots, compaction.
+"""Time and files of changing a bank at several sizes: opening, adding, deleting, looking up, snapshots, compaction.
 
     python benchmarks/bench_bank.py --documents 10000 100000 1000000 --directory /tmp/bench --json docs/bench_bank.json
 

@@ -41,7 +41,7 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def selection_agrees(ours: Any, theirs: Any) -> bool:
-    """Whether every document chosen on one side alone lies within the tie margin of the float32 cut."""
+    """Tell if every document chosen on one side alone lies within the tie margin of the float32 cut."""
     for mine, exact, scores in zip(ours.documents.cpu(), theirs.documents, theirs.document_scores, strict=True):
         cut = scores[exact[exact >= 0]].min()
         swapped = set(mine.tolist()) ^ set(exact.tolist())

@@ -289,7 +289,7 @@ def same_documents(ours: Tensor, theirs: Tensor) -> float:
 
 
 def plain_route(queries: Tensor, keys: Tensor, offsets: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """What one writes with matrix products: all scores, three reductions."""
+    """Routing as one writes it with matrix products: all scores, three reductions."""
     scores = (queries.flatten(0, 1) @ keys.T).unflatten(0, queries.shape[:2]).amax(1).float()
     best = torch.segment_reduce(scores.T.contiguous(), "max", offsets=offsets, axis=0).T
     return best.topk(min(k, best.shape[1])).indices, best
@@ -508,7 +508,7 @@ def gather_case(
 
 
 def behind_pytorch(rows: Sequence[Row]) -> Iterator[str]:
-    """Where a compiled operation takes longer, or more memory, than the reference."""
+    """Cases in which a compiled operation takes longer, or more memory, than the reference."""
     reference = {(row.operation, row.case): row for row in rows if row.backend == "pytorch"}
     for row in rows:
         other = reference.get((row.operation, row.case))

@@ -160,7 +160,7 @@ def commit() -> str:
 
 
 def tiers_of(args: argparse.Namespace, name: str, directory: Path) -> Tiers:
-    """What is free, or what a set-up is limited to. On the CPU, host memory plays the device."""
+    """Bytes that are free, or that a set-up is limited to. On the CPU, host memory plays the device."""
     free = measured_tiers(args.device, directory)
     if args.host_memory is not None:
         free = replace(free, host=max(int(args.host_memory * GB) - (anonymous_bytes() or 0), 0))

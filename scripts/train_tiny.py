@@ -399,7 +399,7 @@ class Rows:
         return row
 
     def following(self, places: list[int]) -> list[int]:
-        """What the model is to say in a round: ids, or the end of retrieval."""
+        """The text that the model is to say in a round: ids, or the end of retrieval."""
         return self.pieces.named(places) if places else [self.pieces.symbols["<|answer|>"]]
 
 

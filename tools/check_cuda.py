@@ -47,7 +47,7 @@ REGISTERS = re.compile(r"Used (?P<registers>\d+) registers")
 
 
 def torch_flags() -> list[str] | None:
-    """What setup.py compiles C++ files with; None where torch is not installed."""
+    """The flags that setup.py compiles C++ files with; None if torch is not installed."""
     spec = importlib.util.spec_from_file_location("msa_hf_setup", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     build = importlib.util.module_from_spec(spec)
@@ -98,7 +98,7 @@ def compile_file(source: Path, flags: list[str], key: str, cache: Path) -> dict[
 
 
 def problems(source: Path, result: dict[str, Any], budget: int | None) -> list[str]:
-    """What is wrong with a file, in lines."""
+    """Faults of a file, in lines."""
     if result["failed"] is not None:
         return [f"{source.name} does not compile:\n{result['failed']}"]
     lines = [f"{source.name}: {line}" for line in result["serialized"]]

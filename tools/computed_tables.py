@@ -1,4 +1,4 @@
-"""What the scripts share that write computed tables into a document: its text outside the markers is left as it is."""
+"""Writing computed tables into a document, as the make_*.py do: its text outside the markers is left as it is."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def written(text: str, tables: Tables) -> str:
 def run(script: str, description: str | None, document: Path, tables: Tables, arguments: list[str] | None) -> int:
     """The command line of the script that computes these tables; returns the exit code."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where the tables differ")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the tables differ")
     parser.add_argument("--document", type=Path, default=document)
     options = parser.parse_args(arguments)
     old = options.document.read_text()

@@ -97,7 +97,7 @@ MEASURED_ON = "Qwen3 4B"  # the shape of docs/bench_model.json
 
 @dataclass(frozen=True)
 class Model:
-    """What the tables need of a model.
+    """The sizes of a model that the tables need.
 
     Attributes:
         depth: layers.

@@ -32,7 +32,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 RESULTS = Path(__file__).parents[1] / "model_cards" / "msa-hf-tiny" / "results.json"
 KINDS = {"one_hop": "One-hop questions", "two_hop": "Two-hop questions", "unanswerable": "Unanswerable questions"}
-# Condition -> how it is called and drawn; all colours can be told apart by the colour-blind.
+# Condition -> how it is called and drawn; all colors can be told apart by the color-blind.
 CONDITIONS = {
     "routed": ("routed", "#0072B2", "-"),
     "forced_gold": ("gold documents forced", "#009E73", "--"),
@@ -47,7 +47,7 @@ RECALLS = {
     "second@16": "Recall@16, second document",
     "second@1": "Recall@1, second document",
 }
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#666666")
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#666666")
 # Columns of a training curve: "second_7@16", recall of second documents in layer 7, and those that are not drawn.
 RECALL_COLUMN = re.compile(r"(?P<which>\w+)_(?P<layer>\d+)@(?P<k>\d+)")
 NOT_DRAWN = re.compile(r"step|seconds|norm|rate|lr|tokens.*|.*distinct")
@@ -65,7 +65,7 @@ class Line:
     label: str
     x: list[float]
     y: list[float]
-    colour: str
+    color: str
     style: str = "-"
 
 
@@ -84,14 +84,14 @@ class Panel:
         return any(line.y for line in self.lines)
 
 
-def line(label: str, points: Iterable[tuple[float, Any]], colour: str, style: str = "-") -> Line:
+def line(label: str, points: Iterable[tuple[float, Any]], color: str, style: str = "-") -> Line:
     """A curve through the points that are numbers."""
     numbers = [(x, float(y)) for x, y in points if isinstance(y, int | float) and math.isfinite(y)]
-    return Line(label, [x for x, _ in numbers], [y for _, y in numbers], colour, style)
+    return Line(label, [x for x, _ in numbers], [y for _, y in numbers], color, style)
 
 
 def at(values: Any, *names: str) -> Any:
-    """What lies under the names, or None where a part is missing."""
+    """The value under the names, or None if a part is missing."""
     for name in names:
         values = values.get(name) if isinstance(values, dict) else None
     return values
@@ -134,7 +134,7 @@ def label_ends(axes: Axes, lines: Sequence[Line]) -> None:
             xytext=(6, 0),
             xycoords="axes fraction",
             textcoords="offset points",
-            color=item.colour,
+            color=item.color,
             fontsize=8,
             va="center",
             annotation_clip=False,
@@ -153,7 +153,7 @@ def draw(panels: Sequence[Panel], heading: str) -> Figure:
         for item in panel.lines:
             if item.y:
                 marker = "o" if len(item.y) <= 12 else ""
-                axes.plot(item.x, item.y, item.style, color=item.colour, marker=marker, markersize=3.5, linewidth=1.5)
+                axes.plot(item.x, item.y, item.style, color=item.color, marker=marker, markersize=3.5, linewidth=1.5)
         panel.prepare(axes)
         axes.set_title(panel.title, fontsize=10, loc="left")
         axes.set_xlabel(panel.x_label, fontsize=8)
@@ -200,7 +200,7 @@ def layers_of(bank: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 
 def hardware_of(banks: list[dict[str, Any]]) -> str:
-    """What the banks were measured on; with their sizes where that was not the same for all."""
+    """The machine that the banks were measured on; with their sizes if it was not the same for all."""
     sizes: dict[str, list[str]] = {}
     for bank in banks:
         if bank.get("hardware"):
@@ -214,15 +214,15 @@ def accuracy(results: dict[str, Any]) -> Figure:
     """Exact match, recall and ids against the size of the bank."""
     banks = banks_of(results)
 
-    def over_banks(label: str, values: Iterable[Any], colour: str, style: str = "-") -> Line:
-        return line(label, zip((bank["documents"] for bank in banks), values, strict=True), colour, style)
+    def over_banks(label: str, values: Iterable[Any], color: str, style: str = "-") -> Line:
+        return line(label, zip((bank["documents"] for bank in banks), values, strict=True), color, style)
 
     panels = [
         Panel(
             title,
             [
-                over_banks(label, [at(bank, "conditions", name, kind, "exact_match") for bank in banks], colour, style)
-                for name, (label, colour, style) in CONDITIONS.items()
+                over_banks(label, [at(bank, "conditions", name, kind, "exact_match") for bank in banks], color, style)
+                for name, (label, color, style) in CONDITIONS.items()
             ],
             "documents in the bank",
             "exact match",
@@ -236,17 +236,17 @@ def accuracy(results: dict[str, Any]) -> Figure:
         return [choose((value for value in values if value is not None), default=None) for values in found]
 
     recalls = [
-        over_banks("@16, best layer", extremes("@16", max), COLOURS[0]),
-        over_banks("@16, worst layer", extremes("@16", min), COLOURS[0], ":"),
-        over_banks("@1, best layer", extremes("@1", max), COLOURS[1]),
-        over_banks("second @16, best layer", extremes("second@16", max), COLOURS[2]),
+        over_banks("@16, best layer", extremes("@16", max), COLORS[0]),
+        over_banks("@16, worst layer", extremes("@16", min), COLORS[0], ":"),
+        over_banks("@1, best layer", extremes("@1", max), COLORS[1]),
+        over_banks("second @16, best layer", extremes("second@16", max), COLORS[2]),
     ]
     panels.append(Panel("Routing", recalls, "documents in the bank", "recall of the gold document", over_documents))
     ids = [
-        over_banks(label, [overall(at(bank, "ids", name)) for bank in banks], colour)
-        for name, label, colour in (
-            ("constrained", "over the routed ids", COLOURS[0]),
-            ("generate", "freely", COLOURS[1]),
+        over_banks(label, [overall(at(bank, "ids", name)) for bank in banks], color)
+        for name, label, color in (
+            ("constrained", "over the routed ids", COLORS[0]),
+            ("generate", "freely", COLORS[1]),
         )
     ]
     panels.append(Panel("Naming documents", ids, "documents in the bank", "right ids", over_documents))
@@ -268,7 +268,7 @@ def routing(results: dict[str, Any]) -> Figure:
         raise NothingToDraw("no bank has `recall` by `layers`")
     layers = sorted({layer for bank in banks for layer in layers_of(bank)})
     shades = pyplot.get_cmap("viridis")
-    colours = [matplotlib.colors.to_hex(shades(0.85 * place / max(len(banks) - 1, 1))) for place in range(len(banks))]
+    colors = [matplotlib.colors.to_hex(shades(0.85 * place / max(len(banks) - 1, 1))) for place in range(len(banks))]
 
     def over_layers(axes: Axes) -> None:
         axes.set_xticks(layers)
@@ -283,10 +283,10 @@ def routing(results: dict[str, Any]) -> Figure:
             line(
                 f"{short(bank['documents'])} documents{ending}",
                 [(layer, values.get(name)) for layer, values in layers_of(bank).items()],
-                colour,
+                color,
                 style,
             )
-            for bank, colour in zip(banks, colours, strict=True)
+            for bank, color in zip(banks, colors, strict=True)
         ]
 
     panels = [
@@ -333,7 +333,7 @@ def curve_panels(phase: str, rows: list[dict[str, Any]]) -> list[Panel]:
             title, label = "language-model loss", name
         group = groups.setdefault(title, [])
         points = zip(times, (row.get(name) for row in rows), strict=True)
-        group.append(line(label, points, COLOURS[len(group) % len(COLOURS)]))
+        group.append(line(label, points, COLORS[len(group) % len(COLORS)]))
 
     def over_losses(axes: Axes) -> None:
         axes.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""What fails on ours and not on the base: prints it, and leaves with 1 where no exception gives the reason.
+"""Print what fails on ours and not on the base, and leave with 1 if no exception gives the reason.
 
 python compare.py SUITE outcomes.json
 """

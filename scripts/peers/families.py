@@ -49,7 +49,7 @@ def classes(family: str, form: str) -> tuple[type, type]:
 
 
 def arguments(family: str, form: str) -> dict[str, Any]:
-    """What a configuration is made of; with a memory, every layer takes two documents."""
+    """The fields of a configuration; with a memory, every layer takes two documents."""
     kind, fields, *_ = FAMILIES[family]
     memory = {} if form == "plain" else {"base_model_type": kind, "chunk_size": 2, "top_k": 2}
     return {**COMMON, **fields, **memory}

@@ -16,7 +16,7 @@ DOCUMENTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16, 17], [18, 19, 20, 2
 
 
 def of_one_call(hook: Any) -> bool:
-    """Whether PEFT put a hook there for the samples of one call, which name their adapters or activate them."""
+    """Tell if PEFT put a hook there for the samples of one call, which name their adapters or activate them."""
     return isinstance(hook, partial) and hook.func.__module__.startswith("peft.")
 
 

@@ -23,7 +23,7 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("msa", "MSAForCausalLM")
 
 
 class SuiteInputs:
-    """What the mixins ask for: a configuration and inputs."""
+    """A configuration and inputs, as the mixins ask for."""
 
     batch_size, seq_length, is_training = 13, 7, True
     hidden_size, num_hidden_layers, num_attention_heads = (

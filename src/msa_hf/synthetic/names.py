@@ -53,8 +53,8 @@ class Names:
         split: the invented words of "train" and "test" are disjoint, whatever the seeds.
         alike: the share of entities whose name shares a part with a documented entity's.
         crowding: names are as near to each other as with so many times the entities (`Words`). Words of fewer syllables
-            have fewer neighbours at one syllable's distance, so nouns are as many fewer, four of a kind at least:
-            neighbours that share the noun are then as frequent as with so many times the entities.
+            have fewer neighbors at one syllable's distance, so nouns are as many fewer, four of a kind at least:
+            neighbors that share the noun are then as frequent as with so many times the entities.
     """
 
     def __init__(

@@ -320,7 +320,7 @@ def place_bank(
     final place. Content on disk stays where the bank has it: memory mapped, if that is a directory; it is not read.
 
     Args:
-        bank: a directory; an `BankStore`, as it is now; or a `MemoryBank` in host memory, of which is used without a
+        bank: a directory; a `BankStore`, as it is now; or a `MemoryBank` in host memory, of which is used without a
             copy what is to lie there as it is.
         device: where questions are routed (default: the model's, else the CPU).
         placement: `"auto"`, or a `PlacementOptions`: formats, tiers, and the bytes of a cache on the device.

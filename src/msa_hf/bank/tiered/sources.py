@@ -50,7 +50,7 @@ class BankSource:
 
 
 def source_of(bank: Any, model: Any = None, tokenizer: Any = None, verify: bool = True) -> BankSource:
-    """The source of a `MemoryBank`, of an `BankStore` as it is now, or of a directory.
+    """The source of a `MemoryBank`, of a `BankStore` as it is now, or of a directory.
 
     Args:
         model, tokenizer, verify: as `MemoryBank.from_pretrained`, for a directory.
