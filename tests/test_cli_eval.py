@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from msa_hf import MSAForCausalLM
 from msa_hf.cli import evaluate, main
-from msa_hf.evaluation.diagnosis import read_judged
+from msa_hf.evaluation.judged_questions import read_judged
 from msa_hf.training import diagnose
 
 QUESTIONS = [

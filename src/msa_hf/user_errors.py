@@ -37,6 +37,6 @@ def reported(foreign: bool = False, subject: str = "") -> Iterator[None]:
         raise UserError(f"{opening}{error}") from error
 
 
-def complain(error: Exception) -> None:
+def print_error(error: Exception) -> None:
     """One line on stderr."""
     print(f"msa-hf: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -13,7 +13,7 @@ from torch import nn
 
 from msa_hf.data.questions import DataError
 from msa_hf.evaluation import diagnosis
-from msa_hf.evaluation.diagnosis import read_judged
+from msa_hf.evaluation.judged_questions import read_judged
 from msa_hf.generation import MemoryInterleave, PromptProtocol
 from msa_hf.training import diagnose, router_recall
 

@@ -1,14 +1,18 @@
 """Banks that change: documents are added, replaced and deleted, one commit after the other (docs/bank_format.md); banks
 that several processes share (docs/parallel.md); and banks in tiers (docs/scaling.md)."""
 
-from ..model.bank_format_msa import BankError, BankFormatError
-from ..moved import renamed
-from .sharded.bank import ShardedBank, shard_bank
-from .sharded.collectives import RankFailed
-from .store.lock import BankLocked
-from .store.segments import Damage
-from .store.store import BankDamaged, BankNotWritable, BankStore
-from .tiered.bank import TieredBank, place_bank
+from typing import TYPE_CHECKING
+
+from ..lazy import exports
+
+if TYPE_CHECKING:
+    from ..model.bank_format_msa import BankError, BankFormatError
+    from .sharded.bank import ShardedBank, shard_bank
+    from .sharded.collectives import RankFailed
+    from .store.lock import BankLocked
+    from .store.segments import Damage
+    from .store.store import BankDamaged, BankNotWritable, BankStore
+    from .tiered.bank import TieredBank, place_bank
 
 __all__ = [
     "BankDamaged",
@@ -25,4 +29,16 @@ __all__ = [
     "shard_bank",
 ]
 
-__getattr__ = renamed(__name__, {"OpenBank": "BankStore"})
+__getattr__ = exports(
+    __name__,
+    {
+        "..model.bank_format_msa": ["BankError", "BankFormatError"],
+        ".sharded.bank": ["ShardedBank", "shard_bank"],
+        ".sharded.collectives": ["RankFailed"],
+        ".store.lock": ["BankLocked"],
+        ".store.segments": ["Damage"],
+        ".store.store": ["BankDamaged", "BankNotWritable", "BankStore"],
+        ".tiered.bank": ["TieredBank", "place_bank"],
+    },
+    old_names={"OpenBank": "BankStore"},
+)

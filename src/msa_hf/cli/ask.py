@@ -7,25 +7,27 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..bank import place_bank
-from ..generation import SELECTORS, Answer, MemoryInterleave
-from ..model.checkpoint_msa import UNTRAINED
-from ..model.memory_msa import MemoryBank
-from ..model.positions_msa import position_limit
-from ..model.tokenizing_msa import tokenize
-from ..user_errors import UserError, complain, reported
+from ..generation.selectors import SELECTORS
+from ..user_errors import UserError, print_error, reported
 from .loading import load, protocol_of
-from .options import add_model_options, at_least, command, positive
+from .options import add_model_options, at_least, device_in, positive
 from .plan import placement
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def add_to(commands: Any) -> None:
-    """The command and its options."""
-    made = command(commands, "ask", run, "Ask questions of a bank; without a question, one per line of the input.")
+    from ..generation import Answer
+    from ..model.memory_msa import MemoryBank
+    from ..model.modeling_msa import MSAForCausalLM
+
+NAME = "ask"
+HELP = "Ask questions of a bank; without a question, one per line of the input."
+
+
+def add_options(made: argparse.ArgumentParser) -> None:
+    """What it is told."""
     made.add_argument("model", metavar="MODEL", help="the checkpoint that made the bank")
     made.add_argument("bank", metavar="BANK")
     made.add_argument("questions", metavar="QUESTION", nargs="*")
@@ -49,15 +51,20 @@ def add_to(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf ask`."""
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    from ..bank import place_bank
+    from ..generation import MemoryInterleave
+    from ..model.checkpoint_msa import UNTRAINED
+
+    device = device_in(args)
+    model, tokenizer = load(args.model, device, args.dtype)
     if model.config.routers_trained is False:
         print(f"msa-hf: the routers of {args.model} are untrained: {UNTRAINED}", file=sys.stderr)
     protocol = protocol_of(args.protocol, args.model)
     with reported():
         if args.placement is None:
-            bank = model.load_memory(args.bank, tokenizer, device=args.device)
+            bank = model.load_memory(args.bank, tokenizer, device=device)
         else:
-            bank = place_bank(args.bank, args.device, args.placement, model=model, tokenizer=tokenizer)
+            bank = place_bank(args.bank, device, args.placement, model=model, tokenizer=tokenizer)
             print(bank.plan, file=sys.stderr)
         if protocol is not None:
             asker = MemoryInterleave(
@@ -81,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         except UserError as error:
             if args.questions:
                 raise
-            complain(error)  # the next line may be better
+            print_error(error)  # the next line may be better
             failed = True
             continue
         if args.json:
@@ -128,8 +135,15 @@ def answered(answer: Answer) -> dict[str, Any]:
     }
 
 
-def generated(model: Any, tokenizer: Any, bank: MemoryBank, question: str, max_new_tokens: int) -> dict[str, Any]:
+def generated(
+    model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase, bank: MemoryBank, question: str, max_new_tokens: int
+) -> dict[str, Any]:
     """What the model writes behind a plain question, and the documents that each layer routed, as JSON values."""
+    import torch
+
+    from ..model.positions_msa import position_limit
+    from ..model.tokenizing_msa import tokenize
+
     ids = tokenize(tokenizer, question, add_special_tokens=True)
     length = len(ids)
     if not length:

@@ -8,24 +8,34 @@ import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..bank import BankError, BankStore
-from ..data.documents import Corpus
 from ..user_errors import UserError, reported
 from .loading import load, new_directory, protocol_of
-from .options import add_model_options, command, positive
+from .options import add_model_options, device_in, positive
+
+if TYPE_CHECKING:
+    from ..bank import BankStore
+    from ..model.modeling_msa import MSAForCausalLM
+
+NAME = "bank"
+HELP = "Change a bank, and look after it."
 
 
-def add_to(commands: Any) -> None:
-    """The commands and their options."""
-    made = commands.add_parser("bank", help="Change a bank, and look after it.", description="Change a bank.")
+def add_options(made: argparse.ArgumentParser) -> None:
+    """What it is told: commands of its own."""
+    made.description = "Change a bank."
     banks = made.add_subparsers(required=True, metavar="COMMAND")
 
-    made = command(banks, "add", add, "Add documents, or put them in the place of those with their keys.")
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        made = banks.add_parser(name, help=text, description=text)
+        made.set_defaults(run_on_bank=run)
+        return made
+
+    made = command("add", add, "Add documents, or put them in the place of those with their keys.")
     made.add_argument("model", metavar="MODEL", help="the checkpoint that made the bank")
     made.add_argument("bank", metavar="BANK", help="made where there is none")
     made.add_argument("source", metavar="SOURCE", help="documents as `encode` takes them; unchanged ones cost nothing")
@@ -36,30 +46,38 @@ def add_to(commands: Any) -> None:
     made.add_argument("--key-column", help="field of the key (default: key)")
     made.add_argument("--version-column", help="field of an integer; what is not newer than the bank's is left out")
 
-    made = command(banks, "delete", delete, "Delete documents; `compact` removes them from the files.")
+    made = command("delete", delete, "Delete documents; `compact` removes them from the files.")
     made.add_argument("bank", metavar="BANK")
     made.add_argument("keys", metavar="KEY", nargs="*")
     made.add_argument("--keys-from", metavar="FILE", help="a file with a key per line; - for the standard input")
     made.add_argument("--missing-ok", action="store_true", help="pass over keys that no document has")
 
-    made = command(
-        banks, "compact", compact, "Remove deleted documents from the files, and put small segments together."
-    )
+    made = command("compact", compact, "Remove deleted documents from the files, and put small segments together.")
     made.add_argument("bank", metavar="BANK")
 
-    made = command(banks, "verify", verify, "Compare every file with its checksum; exit code 1 where one is damaged.")
+    made = command("verify", verify, "Compare every file with its checksum; exit code 1 where one is damaged.")
     made.add_argument("bank", metavar="BANK")
     made.add_argument("--discard-damaged", action="store_true", help="give up the documents in damaged files")
     made.add_argument("--json", action="store_true", help="one JSON object")
 
-    made = command(banks, "stat", stat, "Show the numbers of a bank, deleted documents and segments among them.")
+    made = command("stat", stat, "Show the numbers of a bank, deleted documents and segments among them.")
     made.add_argument("bank", metavar="BANK")
     made.add_argument("--json", action="store_true", help="one JSON object")
 
 
+def run(args: argparse.Namespace) -> int:
+    """`msa-hf bank COMMAND`."""
+    code: int = args.run_on_bank(args)
+    return code
+
+
 @contextlib.contextmanager
-def opened(directory: str | Path, model: Any = None, *made_with: Any, **options: Any) -> Iterator[BankStore]:
+def opened(
+    directory: str | Path, model: MSAForCausalLM | None = None, *made_with: Any, **options: Any
+) -> Iterator[BankStore]:
     """A bank as `BankStore` opens it, without a model where none is given."""
+    from ..bank import BankError, BankStore
+
     with reported():
         try:
             with BankStore(model, directory, *made_with, **options) as bank:
@@ -70,6 +88,8 @@ def opened(directory: str | Path, model: Any = None, *made_with: Any, **options:
 
 def add(args: argparse.Namespace) -> int:
     """`msa-hf bank add`."""
+    from ..data.documents import Corpus
+
     directory = new_directory(args.bank)
     with reported():
         corpus = Corpus(args.source, args.text_column, args.key_column)
@@ -78,7 +98,7 @@ def add(args: argparse.Namespace) -> int:
             raise UserError(f"document {number} has no {corpus.key_column!r}, by which a bank knows it (--key-column)")
         if args.version_column is not None and type(row.get(args.version_column)) is not int:
             raise UserError(f"document {number}: {args.version_column!r} (--version-column) is not an integer")
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = load(args.model, device_in(args), args.dtype)
     protocol = protocol_of(args.protocol, args.model)
     options = {"batch_tokens": args.batch_tokens, "show_progress": True}
     counts = Counter[str]()

@@ -8,12 +8,29 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import NoReturn, Protocol
 
-from ..user_errors import UserError, complain
+from .. import __version__
+from ..user_errors import UserError, print_error
 from . import ask, bank, doctor, encode, evaluate, inspect, plan, refresh, retrofit, train
 
-COMMANDS = (
+
+class Command(Protocol):
+    """A command: a module with these names, and a line in `COMMANDS`."""
+
+    NAME: str
+    HELP: str
+
+    def add_options(self, made: argparse.ArgumentParser) -> None:
+        """Give the command's parser its options."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do what it is for and return the exit code. Whatever takes long to import is imported here."""
+
+
+# As `msa-hf --help` lists them.
+COMMANDS: tuple[Command, ...] = (
     retrofit,
     encode,
     ask,
@@ -24,7 +41,7 @@ COMMANDS = (
     plan,
     refresh,
     doctor,
-)  # as `msa-hf --help` lists them
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,19 +51,24 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+def parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of the command line, with the options of the commands that occur in `arguments`."""
     main = Parser(prog="msa-hf", description="A memory of documents for any Hugging Face causal LM.")
+    main.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = main.add_subparsers(required=True, metavar="COMMAND")
-    for module in COMMANDS:
-        module.add_to(commands)
+    for command in COMMANDS:
+        made = commands.add_parser(command.NAME, help=command.HELP, description=command.HELP)
+        made.set_defaults(run=command.run)
+        if command.NAME in arguments:
+            command.add_options(made)
     return main
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: that of the process) and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        args = parser().parse_args(arguments)
+        args = parser(arguments).parse_args(arguments)
         code = args.run(args)
         sys.stdout.flush()
         return code
@@ -54,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UserError, OSError) as error:
-        complain(error)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)

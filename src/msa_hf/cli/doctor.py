@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from .. import doctor
-from .options import command
+NAME = "doctor"
+HELP = "Show which native operations this machine has, and why not others."
 
 
-def add_to(commands: Any) -> None:
-    """The command and its options."""
-    made = command(commands, "doctor", run, "Show which native operations this machine has, and why not others.")
+def add_options(made: argparse.ArgumentParser) -> None:
+    """What it is told."""
     made.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf doctor`."""
+    from .. import doctor
+
     doctor.report(args.json)
     return 0

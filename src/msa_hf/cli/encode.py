@@ -6,26 +6,20 @@ import argparse
 import sys
 import time
 from datetime import timedelta
-from typing import Any
 
-from ..bank import BankLocked, RankFailed
-from ..bank.encode_corpus import PART_SIZE, TIMEOUT, agreed, connected, encode_bank
-from ..data.documents import Corpus
-from ..model.bank_reader_msa import is_bank, read_manifest
 from ..user_errors import UserError, reported
 from .loading import load, new_directory, protocol_of
-from .options import add_model_options, command, positive
+from .options import add_model_options, device_in, positive
+
+NAME = "encode"
+HELP = (
+    "Encode documents into a memory bank. Run again after an interruption it goes on where it stopped; under "
+    "`accelerate launch` or `torchrun`, as `-m msa_hf.encode`, all processes share the work."
+)
 
 
-def add_to(commands: Any) -> None:
-    """The command and its options."""
-    made = command(
-        commands,
-        "encode",
-        run,
-        "Encode documents into a memory bank. Run again after an interruption it goes on where it stopped; under "
-        "`accelerate launch` or `torchrun`, as `-m msa_hf.encode`, all processes share the work.",
-    )
+def add_options(made: argparse.ArgumentParser) -> None:
+    """What it is told."""
     made.add_argument("model", metavar="MODEL", help="a checkpoint with a memory: directory or Hub id")
     made.add_argument(
         "source", metavar="SOURCE", help="a folder of .txt and .md, a .jsonl, or what datasets.save_to_disk saved"
@@ -38,14 +32,12 @@ def add_to(commands: Any) -> None:
     made.add_argument(
         "--part-size",
         type=positive,
-        default=PART_SIZE,
         metavar="BYTES",
         help="text that is encoded and kept at a time; what an interruption costs, per process (default: 1000000)",
     )
     made.add_argument(
         "--timeout",
         type=positive,
-        default=int(TIMEOUT.total_seconds()),
         metavar="SECONDS",
         help="of waiting for another process; must exceed the time a part takes (default: 3600)",
     )
@@ -58,8 +50,14 @@ def add_to(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf encode`."""
+    from ..bank import BankLocked, RankFailed
+    from ..bank.encode_corpus import PART_SIZE, TIMEOUT, agreed, connected, encode_bank
+    from ..data.documents import Corpus
+    from ..model.bank_reader_msa import is_bank, read_manifest
+
+    timeout = TIMEOUT if args.timeout is None else timedelta(seconds=args.timeout)
     try:
-        with reported(), connected(timedelta(seconds=args.timeout)) as ranks:
+        with reported(), connected(timeout) as ranks:
             with agreed(ranks):
                 out = new_directory(args.bank)
                 with reported():
@@ -69,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
                 if corpus.skipped and ranks.rank == 0:
                     names = f"{len(corpus.skipped)} empty files, such as {min(corpus.skipped)}"
                     print(f"msa-hf: skipping {names}", file=sys.stderr)
-                model, tokenizer = load(args.model, args.device, args.dtype)
+                model, tokenizer = load(args.model, device_in(args), args.dtype)
                 protocol = protocol_of(args.protocol, args.model)
             start = time.perf_counter()
             done = encode_bank(
@@ -80,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
                 protocol,
                 ranks=ranks,
                 too_long=args.too_long,
-                part_size=args.part_size,
+                part_size=args.part_size or PART_SIZE,
                 batch_tokens=args.batch_tokens,
             )
             seconds = time.perf_counter() - start

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..data.documents import Corpus
-from ..evaluation.diagnosis import CONDITIONS, checked_conditions, diagnose, read_judged
-from ..generation import SELECTORS, PromptProtocol
-from ..model.bank_reader_msa import is_bank
-from ..model.memory_msa import MemoryBank
+from ..evaluation.conditions import CONDITIONS, checked_conditions
+from ..generation.selectors import SELECTORS
 from ..user_errors import UserError, reported
 from .loading import load, protocol_of
-from .options import add_model_options, at_least, command, positive
+from .options import add_model_options, at_least, device_in, positive
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..data.documents import Corpus
+    from ..generation import PromptProtocol
+    from ..model.memory_msa import MemoryBank
+    from ..model.modeling_msa import MSAForCausalLM
+
+NAME = "eval"
+HELP = "Measure routers and answers with questions whose documents are known."
 
 
-def add_to(commands: Any) -> None:
-    """The command and its options."""
-    made = command(commands, "eval", run, "Measure routers and answers with questions whose documents are known.")
+def add_options(made: argparse.ArgumentParser) -> None:
+    """What it is told."""
     made.add_argument("model", metavar="MODEL", help="the checkpoint that made the bank")
     made.add_argument("bank", metavar="BANK", help="a bank, or documents as `encode` takes them")
     made.add_argument(
@@ -43,6 +50,12 @@ def add_to(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf eval`."""
+    from ..data.documents import Corpus
+    from ..evaluation.diagnosis import diagnose
+    from ..evaluation.judged_questions import read_judged
+    from ..model.bank_reader_msa import is_bank
+
+    device = device_in(args)
     if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
         raise UserError(f"{args.out}: not a file in a directory that is there")
     protocol = protocol_of(args.protocol, args.model)
@@ -54,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{error}, or leave it out of --conditions") from error
     with reported():
         corpus = None if is_bank(Path(args.bank)) else Corpus(args.bank)
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = load(args.model, device, args.dtype)
     with reported():
         if corpus is None:
-            bank = model.load_memory(args.bank, tokenizer, device=args.device)
+            bank = model.load_memory(args.bank, tokenizer, device=device)
         else:
             bank = encoded(corpus, model, tokenizer, protocol)
         found = diagnose(
@@ -81,7 +94,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def encoded(corpus: Corpus, model: Any, tokenizer: Any, protocol: PromptProtocol | None) -> MemoryBank:
+def encoded(
+    corpus: Corpus, model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase, protocol: PromptProtocol | None
+) -> MemoryBank:
     """Documents as a bank in memory, wrapped as the protocol says."""
     columns: dict[str, Any] = {"text_column": corpus.text_column, "key_column": corpus.key_column}
     if protocol is None:

@@ -7,16 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..model.memory_msa import MemoryBank
 from ..user_errors import reported
-from .options import at_least, command
+from .options import at_least
+
+NAME = "inspect"
+HELP = "Show what a bank holds and was made with."
 
 SHOWN_TEXT = 80  # characters of a document's text
 
 
-def add_to(commands: Any) -> None:
-    """The command and its options."""
-    made = command(commands, "inspect", run, "Show what a bank holds and was made with.")
+def add_options(made: argparse.ArgumentParser) -> None:
+    """What it is told."""
     made.add_argument("bank", metavar="BANK")
     made.add_argument("--documents", type=at_least(0), default=5, help="documents to show (default: 5)")
     made.add_argument("--verify", action="store_true", help="compare the checksum of every file, which reads them all")
@@ -25,6 +26,8 @@ def add_to(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf inspect`."""
+    from ..model.memory_msa import MemoryBank
+
     with reported():
         bank = MemoryBank.from_pretrained(args.bank, verify=args.verify)
         size = sum(path.stat().st_size for path in Path(args.bank).iterdir() if path.is_file())

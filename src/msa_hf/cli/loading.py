@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from transformers import AutoTokenizer
-
-from ..generation import COMPACT, PUBLISHED, PromptProtocol
-from ..model.modeling_msa import MSAForCausalLM
 from ..user_errors import UserError, reported
 
-PROTOCOLS: dict[str, PromptProtocol | None] = {"compact": COMPACT, "published": PUBLISHED, "none": None}
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from ..generation import PromptProtocol
+    from ..model.modeling_msa import MSAForCausalLM
+
+PROTOCOLS = ("compact", "published", "none")
 
 
 def checkpoint(name: str) -> str:
@@ -25,9 +28,13 @@ def checkpoint(name: str) -> str:
     return name
 
 
-def load(name: str, device: Any, dtype: str) -> tuple[Any, Any]:
+def load(name: str, device: torch.device, dtype: str) -> tuple[MSAForCausalLM, PreTrainedTokenizerBase]:
     """A model with a memory, and its tokenizer."""
     checkpoint(name)
+    from transformers import AutoTokenizer
+
+    from ..model.modeling_msa import MSAForCausalLM
+
     with reported(foreign=True, subject=name):
         model = MSAForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
         return model, AutoTokenizer.from_pretrained(name)
@@ -35,17 +42,17 @@ def load(name: str, device: Any, dtype: str) -> tuple[Any, Any]:
 
 def protocol_of(choice: str, name: str) -> PromptProtocol | None:
     """The protocol that was asked for, or the checkpoint's own; None for plain text."""
-    if choice == "auto":
-        try:
-            with reported():
-                protocol: PromptProtocol | None = PromptProtocol.from_pretrained(name)
-        except UserError as error:
-            if not isinstance(error.__cause__, OSError):
-                raise
-            protocol = None
-    else:
-        protocol = PROTOCOLS[choice]
-    return protocol
+    from ..generation import COMPACT, PUBLISHED, PromptProtocol
+
+    if choice != "auto":
+        return {"compact": COMPACT, "published": PUBLISHED, "none": None}[choice]
+    try:
+        with reported():
+            return PromptProtocol.from_pretrained(name)
+    except UserError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        return None
 
 
 def new_directory(name: str) -> Path:

@@ -1,27 +1,21 @@
-"""How a command is made, and the options that several of them have."""
+"""Options that several commands have."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Callable
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from .loading import PROTOCOLS
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def command(group: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-    """The parser of a command among those of `group`; what `run` returns is the exit code."""
-    made = group.add_parser(name, help=text, description=text)
-    made.set_defaults(run=run)
-    return made
-
-
-def at_least(lowest: int) -> Any:
+def at_least(lowest: int) -> Callable[[str], int]:
     """An argument type: an integer from `lowest`."""
 
     def integer(text: str) -> int:
@@ -41,6 +35,8 @@ positive = at_least(1)
 
 def device_of(text: str) -> torch.device:
     """An argument type: a device that this machine has; `cuda` is this process' own where a launcher started many."""
+    import torch
+
     try:
         device = torch.device(text)
         if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
@@ -49,6 +45,11 @@ def device_of(text: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise argparse.ArgumentTypeError(f"this machine has no device {text!r}") from None
     return device
+
+
+def device_in(args: argparse.Namespace) -> torch.device:
+    """The device that was asked for, by default the CPU."""
+    return device_of("cpu") if args.device is None else args.device
 
 
 def add_protocol_option(made: argparse.ArgumentParser) -> None:
@@ -65,5 +66,6 @@ def add_protocol_option(made: argparse.ArgumentParser) -> None:
 def add_model_options(made: argparse.ArgumentParser) -> None:
     """How a model is loaded and asked."""
     add_protocol_option(made)
-    made.add_argument("--device", type=device_of, default="cpu", help="such as cuda (default: cpu)")
+    # No default of its own: argparse would convert that before it looks at the rest, and wait for torch.
+    made.add_argument("--device", type=device_of, help="such as cuda (default: cpu)")
     made.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")

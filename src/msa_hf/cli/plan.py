@@ -4,47 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..bank.tiered.hardware import RATES, TIERS, Rates, Tiers, measured_tiers
-from ..bank.tiered.plan import Placement, PlacementOptions, Reserves, plan_placement
-from ..bank.tiered.shapes import GB, BankShape
-from ..ops.formats import content_formats, key_formats
 from ..user_errors import reported
-from .options import command
+from .sizes import amount, count, device_amount
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+if TYPE_CHECKING:
+    from ..bank.tiered.hardware import Tiers
+    from ..bank.tiered.plan import Placement, PlacementOptions
 
-
-def whole(text: str, units: dict[str, int], suffix: str, examples: str) -> int:
-    """A whole number written with a unit."""
-    match = re.fullmatch(r"(\d+)(?:\.(\d+))?\s*([A-Za-z]*)", text.removesuffix(suffix))
-    if match is None or match[3] not in units:
-        raise argparse.ArgumentTypeError(f"must be a number such as {examples}, got {text!r}")
-    decimals = match[2] or ""
-    value, rest = divmod(int(match[1] + decimals) * units[match[3]], 10 ** len(decimals))
-    if rest:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
-    return value
-
-
-def amount(text: str) -> int:
-    """An argument type: bytes or operations, such as 141GB, 128GiB, 300T."""
-    return whole(text, UNITS, "B", "141GB, 128GiB or 300T")
-
-
-def count(text: str) -> int:
-    """An argument type: tokens, such as 100M or 1B."""
-    return whole(text, COUNTS, "", "500K, 100M or 1B")
-
-
-def device_amount(text: str) -> int | None:
-    """An argument type: an amount, or "none" for no device."""
-    return None if text == "none" else amount(text)
+NAME = "plan"
+HELP = "Plan where a bank lies and what it costs, from shapes alone; needs no GPU."
 
 
 def placed(text: str) -> tuple[str | None, str | None]:
@@ -62,6 +34,8 @@ def resident(text: str) -> int | None:
 
 def placement(text: str) -> str | PlacementOptions:
     """An argument type: "auto", or where keys and content lie, such as fp8@device,bf16@host."""
+    from ..bank.tiered.plan import PlacementOptions
+
     if text == "auto":
         return text
     keys, comma, content = text.partition(",")
@@ -72,10 +46,12 @@ def placement(text: str) -> str | PlacementOptions:
     return PlacementOptions(*placed(keys), *placed(content))
 
 
-def add_to(commands: Any) -> None:
-    """The command and its options."""
-    text = "Plan where a bank lies and what it costs, from shapes alone; needs no GPU."
-    made = command(commands, "plan", run, text)
+def add_options(made: argparse.ArgumentParser) -> None:
+    """What it is told."""
+    from ..bank.tiered.hardware import RATES, TIERS
+    from ..bank.tiered.plan import Reserves
+    from ..bank.tiered.shapes import GB
+    from ..ops.formats import content_formats, key_formats
 
     def add(name: str, kind: Any, text: str, default: Any = None) -> None:
         made.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=text)
@@ -144,6 +120,9 @@ def planned(args: argparse.Namespace) -> Placement:
     Raises:
         ValueError: for options that are missing or contradict each other, and where the bank does not fit.
     """
+    from ..bank.tiered.plan import PlacementOptions, Reserves, plan_placement
+    from ..bank.tiered.shapes import BankShape
+
     layers, chunk_size = _model_layers(args.model) if args.model else ([], 64)
     groups, dim = args.groups or (layers and layers[0][0]), args.head_dim or (layers and layers[0][1])
     depth = args.layers or len(layers)
@@ -175,6 +154,8 @@ def planned(args: argparse.Namespace) -> Placement:
 
 def _tiers(args: argparse.Namespace) -> Tiers:
     """What is given, the rest as it is here."""
+    from ..bank.tiered.hardware import RATES, Rates, Tiers, measured_tiers
+
     given = {"host": args.host_memory, "disk": args.disk}
     if "device_memory" in args:
         given["device"] = args.device_memory

@@ -5,22 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-from ..model.checkpoint_msa import copy_code
-from ..model.configuration_msa import MSAConfig
 from ..user_errors import UserError, reported
-from .options import command
+
+NAME = "refresh"
+HELP = "Bring the code inside saved checkpoints up to that of this package."
 
 
-def add_to(commands: Any) -> None:
-    """The command and its options."""
-    made = command(commands, "refresh", run, "Bring the code inside saved checkpoints up to that of this package.")
+def add_options(made: argparse.ArgumentParser) -> None:
+    """What it is told."""
     made.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a directory that save_pretrained() wrote")
 
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf refresh`."""
+    from ..model.checkpoint_msa import copy_code
+
     directories = [Path(name) for name in args.checkpoints]
     for directory in directories:  # all are looked at before the first is changed
         require_code(directory)
@@ -37,6 +37,8 @@ def require_code(directory: Path) -> None:
     Raises:
         UserError: naming what the directory lacks.
     """
+    from ..model.configuration_msa import MSAConfig
+
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except OSError as error:

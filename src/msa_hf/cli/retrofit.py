@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from transformers import AutoTokenizer
-
-from ..data.documents import Corpus
-from ..model.modeling_msa import MSAForCausalLM
-from ..model.routing_msa import SIMILARITIES
-from ..training.centering import center_routers, sample_rows
 from ..user_errors import UserError, reported
 from .loading import checkpoint, new_directory
-from .options import command, positive
+from .options import positive
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..data.documents import Corpus
+    from ..model.modeling_msa import MSAForCausalLM
+
+NAME = "retrofit"
+HELP = "Give a plain model a memory and save it."
 SAMPLE = 2_000  # documents that routers are set from, at most
 
 
@@ -27,9 +29,10 @@ def layer_list(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"must be layers separated by commas, got {text!r}") from None
 
 
-def add_to(commands: Any) -> None:
-    """The command and its options."""
-    made = command(commands, "retrofit", run, "Give a plain model a memory and save it.")
+def add_options(made: argparse.ArgumentParser) -> None:
+    """What it is told."""
+    from ..model.routing_msa import SIMILARITIES
+
     made.add_argument("base", metavar="BASE", help="a checkpoint: directory or Hub id")
     made.add_argument("out", metavar="OUT", help="directory for the new checkpoint")
     made.add_argument("--memory-layers", type=layer_list, help="such as 20,24,27 (default: the upper half)")
@@ -55,6 +58,11 @@ def add_to(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf retrofit`."""
+    from transformers import AutoTokenizer
+
+    from ..data.documents import Corpus
+    from ..model.modeling_msa import MSAForCausalLM
+
     out = new_directory(args.out)
     if out.exists() and Path(checkpoint(args.base)).exists() and out.samefile(args.base):
         raise UserError(f"{args.out}: is BASE itself, which would be overwritten; give another OUT")
@@ -80,8 +88,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def whiten(model: Any, tokenizer: Any, corpus: Corpus) -> None:
+def whiten(model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> None:
     """Set the routers of `model` from documents spread evenly over `corpus`; questions route by their tokens' mean."""
+    from ..training.centering import center_routers, sample_rows
+
     places = range(0, len(corpus), -(-len(corpus) // SAMPLE))
     texts = (row[corpus.text_column] for place in places for row in corpus.read(place, place + 1))
     with reported():

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
-from ..data.documents import Corpus
-from ..data.questions import read_questions
-from ..training import CollapsedError
-from ..training.settings import SettingError, add_options, settings_of
-from ..user_errors import UserError, complain, reported
+from ..training import settings as training_settings
+from ..user_errors import UserError, print_error, reported
 from .loading import checkpoint, new_directory, protocol_of
-from .options import add_protocol_option, command
+from .options import add_protocol_option
+
+NAME = "train"
+HELP = "Train a model with a memory on your own documents and questions."
 
 
-def add_to(commands: Any) -> None:
-    """The command and its options."""
-    made = command(commands, "train", run, "Train a model with a memory on your own documents and questions.")
+def add_options(made: argparse.ArgumentParser) -> None:
+    """What it is told."""
     made.add_argument("model", metavar="MODEL", help="a checkpoint, plain or with a memory: directory or Hub id")
     made.add_argument("documents", metavar="DOCUMENTS", help="all of them, as `encode` takes its SOURCE")
     made.add_argument("questions", metavar="QUESTIONS", help="a .jsonl: question, answer, positives (document keys)")
     made.add_argument("out", metavar="OUT", help="directory for the result")
     add_protocol_option(made)
-    add_options(made)
+    training_settings.add_options(made)
 
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf train`."""
-    from ..training import finetune  # transformers.Trainer, which no other command needs
+    from ..data.documents import Corpus
+    from ..data.questions import read_questions
+    from ..training import CollapsedError, finetune
 
     names = {"base": "MODEL", "output": "OUT"}
     new_directory(args.out)
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
             for number, row in enumerate(corpus)
         }
         try:
-            settings = settings_of(args, checkpoint(args.model), args.out)
+            settings = training_settings.settings_of(args, checkpoint(args.model), args.out)
             protocol = protocol_of(args.protocol, args.model)
             prepared = finetune.prepare(settings, documents, read_questions(args.questions, documents), protocol)
             trainer = finetune.make_trainer(prepared)
@@ -47,11 +47,11 @@ def run(args: argparse.Namespace) -> int:
                 for note in prepared.notes:
                     print(f"msa-hf: {note}", file=sys.stderr)
             result = finetune.train(prepared, trainer)
-        except SettingError as error:
+        except training_settings.SettingError as error:
             option = names.get(error.setting, f"--{error.setting.replace('_', '-')}")
             raise UserError(error.said(option)) from error
         except CollapsedError as error:
-            complain(error)
+            print_error(error)
             return 1
     if result.speaks:
         print(result)

@@ -1,10 +1,14 @@
 """Judging a model with a memory: corpora to ask about, and whether an answer is right."""
 
-from ..moved import renamed
-from ..synthetic.corpora import UNANSWERABLE, Corpus, Fact, Question, make_corpus
-from ..synthetic.prose import prose_documents
-from .metrics import exact_match, normalize_answer
-from .quantized import quantized_recall
+from typing import TYPE_CHECKING
+
+from ..lazy import exports
+
+if TYPE_CHECKING:
+    from ..synthetic.corpora import UNANSWERABLE, Corpus, Fact, Question, make_corpus
+    from ..synthetic.prose import prose_documents
+    from .metrics import exact_match, normalize_answer
+    from .quantized import quantized_recall
 
 __all__ = [
     "UNANSWERABLE",
@@ -18,4 +22,13 @@ __all__ = [
     "quantized_recall",
 ]
 
-__getattr__ = renamed(__name__, {"quantised_recall": "quantized_recall", "normalise_answer": "normalize_answer"})
+__getattr__ = exports(
+    __name__,
+    {
+        "..synthetic.corpora": ["UNANSWERABLE", "Corpus", "Fact", "Question", "make_corpus"],
+        "..synthetic.prose": ["prose_documents"],
+        ".metrics": ["exact_match", "normalize_answer"],
+        ".quantized": ["quantized_recall"],
+    },
+    old_names={"quantised_recall": "quantized_recall", "normalise_answer": "normalize_answer"},
+)

@@ -2,364 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..data.questions import DataError, _pad, _rows, _text
-from ..generation import SELECTORS, DocumentIds, MemoryInterleave, PromptProtocol
+from ..generation import SELECTORS, MemoryInterleave, PromptProtocol
 from ..generation.selectors import selector_named
 from ..model.memory_msa import MemoryBank
 from ..model.modes_msa import evaluating
-from ..model.routing_msa import select_documents
-from . import exact_match
-from .prompting import BM25, Writer, prompt_of, require_bm25s, text_of
-
-# In the order in which they are measured: what BM25 reads depends on what was routed.
-CONDITIONS = ("routed", "single_round", "forced_gold", "gold_text", "bm25", "no_memory", "ids")
-WITH_PROTOCOL = ("single_round", "ids")
-EVERY = "all"  # what questions of all kinds together are called
-
-
-def positions_of(bank: MemoryBank, keys: Sequence[str]) -> list[int]:
-    """Where the documents with these keys stand, in order and once each.
-
-    Raises:
-        ValueError: naming a key that the bank does not hold.
-    """
-    try:
-        return list(dict.fromkeys(bank.documents.position(key) for key in keys))
-    except KeyError as error:
-        raise ValueError(f"`positives` names {error.args[0]!r}, which the bank does not hold.") from None
-
-
-def router_recall(
-    model: Any,
-    tokenizer: Any,
-    bank: MemoryBank,
-    questions: Sequence[Mapping[str, Any]],
-    k: int | None = None,
-    batch_size: int = 16,
-    protocol: PromptProtocol | None = None,
-    rounds_read: int = 0,
-) -> dict[str, Any]:
-    """How many of the documents that answer them routers find for questions as they are first put, or later.
-
-    Args:
-        model: a causal LM with a memory, with or without adapters.
-        tokenizer: of the model.
-        bank: documents encoded by this model as it is now; thousands of them, or the figures flatter.
-        questions: with `question` and `positives`, keys of the bank; those without positives are left out.
-        k: documents per layer (default: those that the model attends to).
-        batch_size: questions at a time.
-        protocol: whose prompt puts the question; None: the question and a line break, as `QuestionCollator` does.
-        rounds_read: with a protocol, how many rounds' documents have been read already (`rounds`, or one positive
-            each): the positives are then those of the rounds to come, and questions without any are left out. The bank
-            must hold the texts.
-
-    Returns:
-        `k`; `questions`, their number; `wanted`, the number of different documents that are the first positive of one.
-        `recall`, the mean share of a question's positives that any layer has among its k best, and `layers`, the same
-        by layer; `first` and `first_layers`, the share of questions whose first positive is found, the only one that a
-        first round can be asked for where questions take several hops. The same four for the best document alone:
-        `recall_at_1`, `layers_at_1`, `first_at_1`, `first_layers_at_1`. `distinct`, by layer, how many different
-        documents the k best of all questions are: few of them for many questions is a collapsed router.
-
-    Raises:
-        ValueError: for k < 1, no question with positives, a positive that the bank does not hold, and rounds read
-            without a protocol or without texts.
-    """
-    k = model.config.top_k if k is None else k
-    if k < 1:
-        raise ValueError(f"`k` must be at least 1, got {k}.")
-    if rounds_read and protocol is None:
-        raise ValueError("`rounds_read` needs a protocol: without one there are no rounds.")
-    asked = [question for question in questions if len(_rounds_of(question)) > rounds_read]
-    if not asked:
-        raise ValueError(
-            "`questions` holds none with positives, so nothing can be found."
-            if not rounds_read
-            else f"`questions` holds none with documents to be found after {rounds_read} rounds."
-        )
-    rounds = [[positions_of(bank, group) for group in _rounds_of(question)] for question in asked]
-    gold = [[position for group in groups[rounds_read:] for position in group] for groups in rounds]
-    layers = list(model.config.memory_layers)
-    found: dict[int, list[list[int]]] = {layer: [] for layer in layers}
-    all_scores = k > model.config.top_k
-    with evaluating(model):
-        for start in range(0, len(asked), batch_size):
-            rows = [
-                prompt_of(tokenizer, item["question"], protocol, _texts(bank, groups[:rounds_read]))
-                for item, groups in zip(
-                    asked[start : start + batch_size], rounds[start : start + batch_size], strict=True
-                )
-            ]
-            routing = model(
-                input_ids=_pad([ids for ids, _ in rows], 0, left=True).to(model.device),
-                attention_mask=_pad([[1] * len(ids) for ids, _ in rows], 0, left=True).to(model.device),
-                routing_mask=_pad([[int(item) for item in routes] for _, routes in rows], 0, left=True)
-                .bool()
-                .to(model.device),
-                memory=bank,
-                output_document_scores=all_scores,
-                use_cache=False,
-                logits_to_keep=1,
-            ).routing
-            for layer in layers:
-                chosen = routing[layer].documents[:, :k]
-                if all_scores:
-                    chosen, _ = select_documents(routing[layer].document_scores, k)
-                found[layer] += [[place for place in row if place >= 0] for row in chosen.tolist()]
-
-    def shares(best: int, wanted: Sequence[Sequence[int]]) -> tuple[float, dict[int, float]]:
-        """The mean share of the wanted documents among the best: of any layer, and by layer."""
-
-        def share(chosen: Sequence[set[int]]) -> float:
-            return sum(len(a & set(b)) / len(b) for a, b in zip(chosen, wanted, strict=True)) / len(wanted)
-
-        sets = {layer: [set(row[:best]) for row in rows] for layer, rows in found.items()}
-        union = [set().union(*row) for row in zip(*sets.values(), strict=True)]
-        return share(union), {layer: share(rows) for layer, rows in sets.items()}
-
-    result: dict[str, Any] = {
-        "k": k,
-        "questions": len(asked),
-        "wanted": len({row[0] for row in gold}),
-        "distinct": {layer: len(set().union(*rows)) for layer, rows in found.items()},
-    }
-    for ending, best in (("", k), ("_at_1", 1)):
-        result["recall" + ending], result["layers" + ending] = shares(best, gold)
-        result["first" + ending], result["first_layers" + ending] = shares(best, [row[:1] for row in gold])
-    return result
-
-
-def _rounds_of(question: Mapping[str, Any]) -> list[Sequence[str]]:
-    """Keys of the documents that each round should find."""
-    return question.get("rounds") or [[key] for key in question["positives"]]
-
-
-def _texts(bank: MemoryBank, rounds: Sequence[Sequence[int]]) -> list[list[tuple[int, str]]]:
-    """Ids and texts of documents at these positions."""
-    ids, found = DocumentIds(bank), []
-    for group in rounds:
-        found.append([(ids.id_of(position), text_of(bank, position)) for position in group])
-    return found
-
-
-# Questions ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Question:
-    """A question whose documents were looked up.
-
-    Attributes:
-        rounds: positions of the documents that answer it, by the round of retrieval that should find them.
-    """
-
-    text: str
-    answer: str | None
-    kind: str
-    rounds: tuple[tuple[int, ...], ...]
-
-    @property
-    def positives(self) -> list[int]:
-        return [position for found in self.rounds for position in found]
-
-
-def read_judged(path: str | Path) -> list[dict[str, Any]]:
-    """The questions of a JSON Lines file for `diagnose`; fields that it does not know are passed over.
-
-    Raises:
-        DataError: for a file that is missing, undecodable or empty, and a field of another type, naming file and line.
-    """
-    questions = []
-    for place, row in _rows(Path(path)):
-        question: dict[str, Any] = {"question": _text(place, row, "question")}
-        for name in ("answer", "kind"):
-            if row.get(name) is not None:
-                question[name] = _text(place, row, name)
-        if (keys := row.get("positives")) is not None:
-            if not _are_keys(keys):
-                raise DataError(f"{place}: 'positives' must be a list of document keys, got {json.dumps(keys)}")
-            question["positives"] = keys
-        if (rounds := row.get("rounds")) is not None:
-            if not isinstance(rounds, list) or not all(map(_are_keys, rounds)):
-                raise DataError(f"{place}: 'rounds' must be lists of document keys, got {json.dumps(rounds)}")
-            question["rounds"] = rounds
-        questions.append(question)
-    if not questions:
-        raise DataError(f"{path}: holds no questions")
-    return questions
-
-
-def _are_keys(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(key, str) for key in value)
-
-
-def _looked_up(bank: MemoryBank, questions: Sequence[Mapping[str, Any]], refusal: str | None) -> list[_Question]:
-    made = []
-    with_kinds = any(item.get("kind") for item in questions)
-    for item in questions:
-        keys = list(item.get("positives") or ())
-        rounds = [positions_of(bank, group) for group in item.get("rounds") or [[key] for key in keys]]
-        if sorted(position for group in rounds for position in group) != sorted(positions_of(bank, keys)):
-            raise ValueError(f"`rounds` of {item['question'][:60]!r} are not its `positives`, each in one round.")
-        answer = item.get("answer")
-        if answer is None and not keys:
-            answer = refusal
-        unanswerable = not keys or (refusal is not None and answer == refusal)
-        kind = item.get("kind") or ("other" if with_kinds else "unanswerable" if unanswerable else "answerable")
-        made.append(_Question(item["question"], answer, kind, tuple(map(tuple, rounds))))
-    return made
-
-
-# Figures --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Answers:
-    """How questions of one kind were answered under one condition; shares of them.
-
-    Attributes:
-        questions: how many there were.
-        exact: answered right, by `exact_match`.
-        empty: answered with nothing.
-        refused: answered with the refusal, rightly or not; None where the caller named none.
-        gold_read: the mean share of a question's positives whose texts were read; None where no texts are read.
-    """
-
-    questions: int
-    exact: float
-    empty: float
-    refused: float | None = None
-    gold_read: float | None = None
-
-
-@dataclass
-class Diagnosis:
-    """What `diagnose` measured.
-
-    Attributes:
-        documents, tokens: of the bank.
-        questions: kind -> how many.
-        router: what `router_recall` returned; None where no question has positives.
-        answers: condition -> kind -> figures. The kind `"all"` is all of them.
-        ids: how documents were named (`"generate"`, `"constrained"`) -> kind -> share of the questions in whose first
-            round exactly the right ids were named.
-        predictions: condition -> what was answered to each question; None where it was not asked.
-        left_out: condition -> texts that did not fit into the model's positions.
-        settings: what was asked for.
-    """
-
-    documents: int
-    tokens: int
-    questions: dict[str, int]
-    router: dict[str, Any] | None = None
-    answers: dict[str, dict[str, Answers]] = field(default_factory=dict)
-    ids: dict[str, dict[str, float]] = field(default_factory=dict)
-    predictions: dict[str, list[str | None]] = field(default_factory=dict)
-    left_out: dict[str, int] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON values; layers become strings, as keys of JSON objects are."""
-        return json.loads(self.to_json())
-
-    def to_json(self, indent: int | None = None) -> str:
-        """All of it as JSON text."""
-        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False, indent=indent)
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{count} {kind}" for kind, count in self.questions.items())
-        lines = [f"{self.documents} documents, {self.tokens} tokens; questions: {counts}"]
-        if self.router is not None:
-            lines += ["", *_router_table(self.router)]
-        if self.answers:
-            lines += ["", *self._answer_table()]
-        if self.ids:
-            lines += ["", "ids named in the first round, exactly the right ones"]
-            rows = [[name, *(_shown(found.get(kind)) for kind in self._columns())] for name, found in self.ids.items()]
-            lines += _table(["selection", *self._columns()], rows)
-        return "\n".join(lines)
-
-    def _columns(self) -> list[str]:
-        kinds = list(self.questions)
-        return [*kinds, EVERY] if len(kinds) > 1 else kinds
-
-    def _answer_table(self) -> Iterator[str]:
-        columns = self._columns()
-        rows, notes = [], []
-        for condition, found in self.answers.items():
-            total = found[EVERY]
-            rows.append(
-                [
-                    condition,
-                    *(_shown(found[kind].exact if kind in found else None) for kind in columns),
-                    *(_shown(value) for value in (total.empty, total.refused, total.gold_read)),
-                ]
-            )
-            most = max(item[EVERY].questions for item in self.answers.values())
-            if total.questions < most:
-                notes.append(f"{condition}: of {total.questions} questions; the others have no positives")
-            if self.left_out.get(condition):
-                notes.append(f"{condition}: {self.left_out[condition]} texts were left out, as they did not fit")
-        yield "exact answers by kind of question; over all of them: empty, refused, gold documents read"
-        yield from _table(["condition", *columns, "empty", "refused", "gold read"], rows)
-        yield from notes
-
-
-def _router_table(router: Mapping[str, Any]) -> Iterator[str]:
-    k = router["k"]
-    yield f"router, {router['questions']} questions as first put, {router['wanted']} documents wanted first"
-    names = ("layers", "first_layers", "layers_at_1", "first_layers_at_1")
-    rows = [
-        [str(layer), *(_shown(router[name][layer]) for name in names), str(router["distinct"][layer])]
-        for layer in router["layers"]
-    ]
-    rows.append(["any", *(_shown(router[name]) for name in ("recall", "first", "recall_at_1", "first_at_1")), ""])
-    yield from _table(["layer", f"all@{k}", f"first@{k}", "all@1", "first@1", "distinct"], rows)
-
-
-def _shown(share: float | None) -> str:
-    return "-" if share is None else f"{share:.3f}"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of columns: the first to the left, numbers to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in (header, *rows)
-    ]
-
-
-# Asking ---------------------------------------------------------------------------------------------------------------
-
-
-def checked_conditions(conditions: Sequence[str] | None, protocol: PromptProtocol | None) -> list[str]:
-    """The conditions in the order in which they are measured; None: all that make sense, but `"ids"`.
-
-    Raises:
-        ValueError: for an unknown condition, and one that needs a protocol where there is none.
-        ImportError: for `"bm25"` where bm25s is missing.
-    """
-    if conditions is None:
-        conditions = [name for name in CONDITIONS if name != "ids" and (protocol or name not in WITH_PROTOCOL)]
-    for name in conditions:
-        if name not in CONDITIONS:
-            raise ValueError(f"`conditions` must be among {', '.join(CONDITIONS)}, got {name!r}.")
-        if protocol is None and name in WITH_PROTOCOL:
-            raise ValueError(f"The condition {name!r} needs a protocol: without one there are no rounds and no ids.")
-    if "bm25" in conditions:
-        require_bm25s()
-    return [name for name in CONDITIONS if name in conditions]
+from .conditions import CONDITIONS as CONDITIONS
+from .conditions import checked_conditions
+from .judged_questions import JudgedQuestion, look_up
+from .judged_questions import read_judged as read_judged
+from .lexical import BM25
+from .metrics import exact_match
+from .prompting import Writer, text_of
+from .recall import positions_of as positions_of
+from .recall import router_recall
+from .report import EVERY, Answers, Diagnosis
 
 
 def diagnose(
@@ -424,7 +85,7 @@ def diagnose(
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     if not questions:
         raise ValueError("`questions` is empty.")
-    asked = _looked_up(bank, questions, refusal)
+    asked = look_up(bank, questions, refusal)
     options = {"max_rounds": max_rounds, "documents_per_round": documents_per_round, "select": select}
     naming = [name for name, selector in SELECTORS.items() if selector.model_names_documents]
     kinds = list(dict.fromkeys(question.kind for question in asked))
@@ -470,7 +131,7 @@ class _Run:
         tokenizer: Any,
         bank: MemoryBank,
         protocol: PromptProtocol | None,
-        questions: Sequence[_Question],
+        questions: Sequence[JudgedQuestion],
         interleave: Mapping[str, Any],
         batch_size: int,
     ) -> None:
@@ -583,7 +244,7 @@ class _Run:
         return rounds
 
 
-def _by_kind(questions: Sequence[_Question], places: Iterable[int]) -> dict[str, list[int]]:
+def _by_kind(questions: Sequence[JudgedQuestion], places: Iterable[int]) -> dict[str, list[int]]:
     """Kind -> which of the questions at these places are of it; all of them last."""
     found: dict[str, list[int]] = {}
     for place in places:
@@ -591,12 +252,12 @@ def _by_kind(questions: Sequence[_Question], places: Iterable[int]) -> dict[str,
     return {**found, EVERY: [place for group in found.values() for place in group]} if found else {}
 
 
-def _named(questions: Sequence[_Question], right: Mapping[int, bool]) -> dict[str, float]:
+def _named(questions: Sequence[JudgedQuestion], right: Mapping[int, bool]) -> dict[str, float]:
     return {kind: _mean([right[place] for place in places]) for kind, places in _by_kind(questions, right).items()}
 
 
 def _judged(
-    questions: Sequence[_Question],
+    questions: Sequence[JudgedQuestion],
     answers: Mapping[int, str],
     read: Mapping[int, Sequence[int]],
     refusal: str | None,

@@ -1,13 +1,17 @@
 """Asking a memory: Memory Interleave (paper, 3.5), the protocol it speaks and the trace it leaves."""
 
-from ..moved import renamed
-from .document_ids import DocumentIds
-from .generate_hook import memory_interleave
-from .interleave import Answer, MemoryInterleave, Source
-from .protocol import COMPACT, PUBLISHED, PromptProtocol, Segment
-from .routed_document import RoutedDocument
-from .selectors import SELECTORS, Asked, Selected, SelectionRound, Selector
-from .trace import Dropped, Round, Stage, Trace
+from typing import TYPE_CHECKING
+
+from ..lazy import exports
+
+if TYPE_CHECKING:
+    from .document_ids import DocumentIds
+    from .generate_hook import memory_interleave
+    from .interleave import Answer, MemoryInterleave, Source
+    from .protocol import COMPACT, PUBLISHED, PromptProtocol, Segment
+    from .routed_document import RoutedDocument
+    from .selectors import SELECTORS, Asked, Selected, SelectionRound, Selector
+    from .trace import Dropped, Round, Stage, Trace
 
 __all__ = [
     "COMPACT",
@@ -31,4 +35,16 @@ __all__ = [
     "memory_interleave",
 ]
 
-__getattr__ = renamed(__name__, {"Choice": "RoutedDocument", "Protocol": "PromptProtocol"})
+__getattr__ = exports(
+    __name__,
+    {
+        ".document_ids": ["DocumentIds"],
+        ".generate_hook": ["memory_interleave"],
+        ".interleave": ["Answer", "MemoryInterleave", "Source"],
+        ".protocol": ["COMPACT", "PUBLISHED", "PromptProtocol", "Segment"],
+        ".routed_document": ["RoutedDocument"],
+        ".selectors": ["SELECTORS", "Asked", "Selected", "SelectionRound", "Selector"],
+        ".trace": ["Dropped", "Round", "Stage", "Trace"],
+    },
+    old_names={"Choice": "RoutedDocument", "Protocol": "PromptProtocol"},
+)

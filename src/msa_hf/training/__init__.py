@@ -5,18 +5,25 @@ which travels with every checkpoint, so that it trains where this package is not
 needed to load or run a model, and it may use the libraries of the extra `train`.
 """
 
-from ..data.questions import QuestionCollator
-from ..evaluation.diagnosis import Diagnosis, diagnose, router_recall
-from ..evaluation.sharpen import sharpen_score_bias
-from .centering import center_routers
-from .compiling import compiled_layers
-from .contrastive import Temperatures, TokenRows, contrastive_step
-from .monitor import CollapsedError, CollapseGuard, RouterMonitor
-from .peft import peft_config
-from .question_generation import sample_questions
-from .schedule import MemoryTrainer, RouterWarmup
-from .teacher import EmbeddingTeacher
-from .weights import TrainedWeights
+from typing import TYPE_CHECKING
+
+from ..lazy import exports
+
+if TYPE_CHECKING:
+    from ..data.questions import QuestionCollator
+    from ..evaluation.diagnosis import diagnose
+    from ..evaluation.recall import router_recall
+    from ..evaluation.report import Diagnosis
+    from ..evaluation.sharpen import sharpen_score_bias
+    from .centering import center_routers
+    from .compiling import compiled_layers
+    from .contrastive import Temperatures, TokenRows, contrastive_step
+    from .monitor import CollapsedError, CollapseGuard, RouterMonitor
+    from .peft import peft_config
+    from .question_generation import sample_questions
+    from .schedule import MemoryTrainer, RouterWarmup
+    from .teacher import EmbeddingTeacher
+    from .weights import TrainedWeights
 
 __all__ = [
     "CollapseGuard",
@@ -39,3 +46,23 @@ __all__ = [
     "sample_questions",
     "sharpen_score_bias",
 ]
+
+__getattr__ = exports(
+    __name__,
+    {
+        "..data.questions": ["QuestionCollator"],
+        "..evaluation.diagnosis": ["diagnose"],
+        "..evaluation.recall": ["router_recall"],
+        "..evaluation.report": ["Diagnosis"],
+        "..evaluation.sharpen": ["sharpen_score_bias"],
+        ".centering": ["center_routers"],
+        ".compiling": ["compiled_layers"],
+        ".contrastive": ["Temperatures", "TokenRows", "contrastive_step"],
+        ".monitor": ["CollapsedError", "CollapseGuard", "RouterMonitor"],
+        ".peft": ["peft_config"],
+        ".question_generation": ["sample_questions"],
+        ".schedule": ["MemoryTrainer", "RouterWarmup"],
+        ".teacher": ["EmbeddingTeacher"],
+        ".weights": ["TrainedWeights"],
+    },
+)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..evaluation.diagnosis import router_recall
+from ..evaluation.recall import router_recall
 from ..generation import PromptProtocol
 from ..model.tokenizing_msa import tokenize
 

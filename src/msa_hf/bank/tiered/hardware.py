@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 TIERS = ("device", "host", "disk")
 
 
@@ -96,6 +94,8 @@ def measured_tiers(device: Any = None, directory: str | Path = ".", present: int
         directory: where the bank lies or will lie on disk.
         present: bytes of the bank's files that lie there already.
     """
+    import torch  # here, as the options of `msa-hf plan` are known without it
+
     free, rates = None, None
     if torch.device("cuda" if device is None else device).type == "cuda" and torch.cuda.is_available():
         free, rates = torch.cuda.mem_get_info(device)[0], rates_of(torch.cuda.get_device_name(device))

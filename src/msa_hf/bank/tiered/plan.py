@@ -17,6 +17,7 @@ from typing import Any
 from ...moved import renamed
 from ...ops import formats
 from ...ops.formats import FORMATS, why_not_routed
+from ...tables import table_lines
 from .hardware import TIERS, Tiers, measured_tiers
 from .shapes import GB, BankShape, require_known
 
@@ -208,7 +209,7 @@ class Placement:
             f"{shape.documents:,} documents, {shape.chunks:,} chunks, {len(shape.layers)} layers"
             + (f": one of {self.gpus} GPUs' shares" if self.gpus > 1 else ""),
             "",
-            *_table(rows, left=3),
+            *table_lines(rows, left=3),
             "",
         ]
         rows = [("tier", "capacity", "reserved", "bank", "free")]
@@ -217,7 +218,7 @@ class Placement:
                 numbers = (self.tiers.capacity(tier), self.reserved(tier), self.used(tier), self.free(tier))
                 rows.append((tier, *(f"{number:,}" for number in numbers)))
         lines += [
-            *_table(rows, left=1),
+            *table_lines(rows, left=1),
             "",
             f"reserved for the model: weights {reserves.weights:,}, activations {reserves.activations:,}, KV cache "
             f"{reserves.kv_cache:,}",
@@ -459,18 +460,6 @@ class _Request:
         huge = Tiers(**{**free, tier: 2**62})
         needs = [item.used(tier) + item.reserved(tier) for item in replace(self, tiers=huge).placements() if item.fits]
         return min(needs, default=None)
-
-
-def _table(rows: Sequence[tuple[str, ...]], left: int) -> list[str]:
-    """Rows as lines of aligned columns, the first `left` to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if number < left else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 __getattr__ = renamed(__name__, {"Choice": "PlacementOptions"})

@@ -1,0 +1,86 @@
+"""Questions with their answers and documents, as diagnoses take them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.questions import DataError, _rows, _text
+from ..model.memory_msa import MemoryBank
+from .recall import positions_of
+
+
+@dataclass(frozen=True)
+class JudgedQuestion:
+    """A question whose documents were looked up.
+
+    Attributes:
+        rounds: positions of the documents that answer it, by the round of retrieval that should find them.
+    """
+
+    text: str
+    answer: str | None
+    kind: str
+    rounds: tuple[tuple[int, ...], ...]
+
+    @property
+    def positives(self) -> list[int]:
+        return [position for found in self.rounds for position in found]
+
+
+def read_judged(path: str | Path) -> list[dict[str, Any]]:
+    """The questions of a JSON Lines file for `diagnose`; fields that it does not know are passed over.
+
+    Raises:
+        DataError: for a file that is missing, undecodable or empty, and a field of another type, naming file and line.
+    """
+    questions = []
+    for place, row in _rows(Path(path)):
+        question: dict[str, Any] = {"question": _text(place, row, "question")}
+        for name in ("answer", "kind"):
+            if row.get(name) is not None:
+                question[name] = _text(place, row, name)
+        if (keys := row.get("positives")) is not None:
+            if not _are_keys(keys):
+                raise DataError(f"{place}: 'positives' must be a list of document keys, got {json.dumps(keys)}")
+            question["positives"] = keys
+        if (rounds := row.get("rounds")) is not None:
+            if not isinstance(rounds, list) or not all(map(_are_keys, rounds)):
+                raise DataError(f"{place}: 'rounds' must be lists of document keys, got {json.dumps(rounds)}")
+            question["rounds"] = rounds
+        questions.append(question)
+    if not questions:
+        raise DataError(f"{path}: holds no questions")
+    return questions
+
+
+def _are_keys(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(key, str) for key in value)
+
+
+def look_up(bank: MemoryBank, questions: Sequence[Mapping[str, Any]], refusal: str | None) -> list[JudgedQuestion]:
+    """Find the documents of questions in a bank.
+
+    Args:
+        refusal: the answer of questions without positives that have none.
+
+    Raises:
+        ValueError: for a positive that the bank does not hold, and rounds that are not the positives.
+    """
+    made = []
+    with_kinds = any(item.get("kind") for item in questions)
+    for item in questions:
+        keys = list(item.get("positives") or ())
+        rounds = [positions_of(bank, group) for group in item.get("rounds") or [[key] for key in keys]]
+        if sorted(position for group in rounds for position in group) != sorted(positions_of(bank, keys)):
+            raise ValueError(f"`rounds` of {item['question'][:60]!r} are not its `positives`, each in one round.")
+        answer = item.get("answer")
+        if answer is None and not keys:
+            answer = refusal
+        unanswerable = not keys or (refusal is not None and answer == refusal)
+        kind = item.get("kind") or ("other" if with_kinds else "unanswerable" if unanswerable else "answerable")
+        made.append(JudgedQuestion(item["question"], answer, kind, tuple(map(tuple, rounds))))
+    return made

@@ -1,0 +1,29 @@
+"""A lexical baseline: BM25 over the texts of a bank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def require_bm25s() -> Any:
+    try:
+        import bm25s
+    except ImportError as error:
+        raise ImportError("The condition 'bm25' needs bm25s: pip install msa-hf[eval]") from error
+    return bm25s
+
+
+class BM25:
+    """The documents of a bank, ranked by their words."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.module, self.size = require_bm25s(), len(texts)
+        self.index = self.module.BM25()
+        self.index.index(self._words(texts), show_progress=False)
+
+    def _words(self, texts: list[str]) -> Any:
+        return self.module.tokenize(texts, stopwords=None, show_progress=False)
+
+    def best(self, question: str, count: int) -> list[int]:
+        found, _ = self.index.retrieve(self._words([question]), k=min(count, self.size), show_progress=False)
+        return found[0].tolist()
