@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from msa_hf.bank import BankStore
-from msa_hf.model.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory, MemoryBank
+from msa_hf.model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable, MemoryBank
 
 GROUPS, DIM, LAYER = 2, 4, 0
 CHANGED = 1000
@@ -45,7 +45,7 @@ class Synthetic:
         ]
         count = len(rows)
         numbers = torch.randn(count, 3 * GROUPS * DIM).to(torch.bfloat16)
-        memory = LayerMemory(
+        memory = DenseLayer(
             numbers[:, : GROUPS * DIM].contiguous(),
             numbers[:, GROUPS * DIM :].reshape(count, 2, GROUPS, DIM).contiguous(),
         )

@@ -19,7 +19,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from msa_hf import MemoryBank, MSAForCausalLM
-from msa_hf.model.memory_msa import Document, DocumentTable, LayerMemory
+from msa_hf.model.memory_msa import DenseLayer, Document, DocumentTable
 
 SHAPES: dict[str, dict[str, Any]] = {
     "4b": {
@@ -70,7 +70,7 @@ def repeated(bank: MemoryBank, times: int) -> MemoryBank:
     ]
     return MemoryBank(
         layers={
-            layer: LayerMemory(memory.routing_keys.repeat(times, 1), memory.content.repeat(times, 1, 1, 1))
+            layer: DenseLayer(memory.routing_keys.repeat(times, 1), memory.pooled_kv.repeat(times, 1, 1, 1))
             for layer, memory in bank.layers.items()
         },
         offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),

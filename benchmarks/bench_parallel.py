@@ -28,9 +28,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from msa_hf import MemoryBank
-from msa_hf.bank.sharded.bank import ShardedBank, shares
+from msa_hf.bank.sharded.bank import ShardedBank
 from msa_hf.bank.sharded.collectives import Collectives
-from msa_hf.model.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory
+from msa_hf.bank.sharded.share import shares
+from msa_hf.model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable
+from msa_hf.model.routing_msa import routing_request, scoring_of
 
 CHUNK = 64
 BLOCK = 1 << 16  # chunks made at once, from one seed
@@ -65,7 +67,7 @@ def bank_of(args: argparse.Namespace, ranks: Collectives, documents: DocumentTab
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
     content = torch.ones(end - first, 2, args.groups, args.head_dim, device=device, dtype=dtype)
     layers = {
-        layer: LayerMemory(keys_of(layer, first, end, args.groups * args.head_dim, device, dtype), content)
+        layer: DenseLayer(keys_of(layer, first, end, args.groups * args.head_dim, device, dtype), content)
         for layer in range(args.layers)
     }
     origin = BankOrigin("synthetic", None, "synthetic", CHUNK, tuple(range(args.layers)), "cosine", False, ())
@@ -73,17 +75,19 @@ def bank_of(args: argparse.Namespace, ranks: Collectives, documents: DocumentTab
     return ShardedBank(layers, whole, rows, ranks, "same")
 
 
-def turn_of(bank: ShardedBank, queries: dict[int, torch.Tensor], config: Any) -> dict[int, torch.Tensor]:
+def route_and_fetch(bank: ShardedBank, queries: dict[int, torch.Tensor], config: Any) -> dict[int, torch.Tensor]:
     """Route and fetch in every layer; the documents chosen."""
     some = next(iter(queries.values()))
     ids = torch.arange(some.shape[1])[None].expand(some.shape[:2])
     mask = torch.ones(some.shape[:2], dtype=torch.bool, device=some.device)
-    offsets, chosen = bank.offsets.to(some.device), {}
-    with bank.turn(config, ids, mask, None, False) as turn:
-        for layer, memory in bank.layers.items():
-            routed = turn.route_documents(queries[layer], mask, memory.routing_keys, offsets, config.top_k)
-            chosen[layer] = routed[0]
-            turn.gather_documents(chosen[layer], offsets, memory.content)
+    scoring = scoring_of(config, config.similarity)
+    request = routing_request(config, scoring, mask, bank.documents.num_rows, inputs=ids)
+    chosen = {}
+    with bank.session(request) as layers:
+        for layer, memory in layers.items():
+            selection = memory.route(queries[layer], mask, request.k, scoring)
+            chosen[layer] = selection.documents
+            memory.gather(selection, bank.dtype)
     return chosen
 
 
@@ -110,8 +114,10 @@ def measure(bank: ShardedBank, args: argparse.Namespace, config: Any, device: An
         pick = torch.Generator().manual_seed(length)
         shape = (args.layers, 1, length, args.heads, args.head_dim)
         queries = dict(enumerate(torch.randn(shape, generator=pick).to(device, bank.dtype)))
-        chosen[length] = {layer: found.cpu() for layer, found in turn_of(bank, queries, config).items()}
-        times[str(length)] = round(median_ms(lambda q=queries: turn_of(bank, q, config), device, args.repeats), 3)
+        chosen[length] = {layer: found.cpu() for layer, found in route_and_fetch(bank, queries, config).items()}
+        times[str(length)] = round(
+            median_ms(lambda q=queries: route_and_fetch(bank, q, config), device, args.repeats), 3
+        )
     return times, chosen
 
 

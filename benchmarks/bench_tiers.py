@@ -48,7 +48,8 @@ from msa_hf.bank.tiered.plan import DoesNotFit, PlacementOptions, Reserves
 from msa_hf.bank.tiered.rows import Rows, placed_rows
 from msa_hf.bank.tiered.shapes import GB
 from msa_hf.bank.tiered.sources import BankSource, source_of
-from msa_hf.model.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory
+from msa_hf.model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable
+from msa_hf.model.routing_msa import Scoring
 from msa_hf.ops import BACKENDS, use_backend
 
 CHUNK = 64
@@ -63,7 +64,7 @@ LIMITS = {"24gb": 24 * GB}
 SLOW = 0.2  # seconds of a run
 
 
-def random_layer(args: argparse.Namespace, seed: int) -> LayerMemory:
+def random_layer(args: argparse.Namespace, seed: int) -> DenseLayer:
     """Normalized routing keys and content of all chunks, in host memory."""
     pick = torch.Generator(args.device).manual_seed(seed)
     keys = torch.empty(args.chunks, args.groups * args.head_dim, dtype=torch.bfloat16)
@@ -74,7 +75,7 @@ def random_layer(args: argparse.Namespace, seed: int) -> LayerMemory:
         heads = torch.nn.functional.normalize(made[:, 0], dim=2)
         keys[start : start + count].copy_(heads.flatten(1))
         content[start : start + count].copy_(made[:, 1:])
-    return LayerMemory(keys, content)
+    return DenseLayer(keys, content)
 
 
 def written(args: argparse.Namespace, directory: Path) -> None:
@@ -215,9 +216,7 @@ def measure(
     figures["device_bytes"] = torch.cuda.memory_allocated() - before if cuda else None
     note(figures)
 
-    offsets = memory.offsets.to(args.device)
-    operations = memory.turn().operations
-    layers: Any = memory.layers
+    layers, scoring = memory.layers, Scoring()
     for length in args.question_tokens:
         pick = torch.Generator().manual_seed(length)
         shape = (1, length, args.heads, args.head_dim)
@@ -228,9 +227,9 @@ def measure(
             queries: dict[int, torch.Tensor] = queries, mask: torch.Tensor = mask, **changes: Any
         ) -> dict[int, torch.Tensor]:
             return {
-                layer: operations["route_documents"](
-                    queries[layer], mask, replace(item.routing_keys, **changes), offsets, args.top_k
-                )[0]
+                layer: replace(item, routing_keys=replace(item.routing_keys, **changes))
+                .route(queries[layer], mask, args.top_k, scoring)
+                .documents
                 for layer, item in layers.items()
             }
 
@@ -238,7 +237,7 @@ def measure(
 
         def fetch(chosen: dict[int, torch.Tensor] = chosen) -> None:
             for layer, item in layers.items():
-                operations["gather_documents"](chosen[layer], offsets, item.content)
+                item.pooled_kv.gather(chosen[layer], memory.layout)
 
         ids = torch.randint(3, args.vocabulary, (1, length), generator=pick).to(args.device)
         row: dict[str, Any] = {"documents": {str(layer): found[0].tolist() for layer, found in chosen.items()}}

@@ -192,7 +192,7 @@ def measure(model: Any, tokenizer: Any, protocol: PromptProtocol, size: int, poo
     result["bank_bytes"] = sum(
         part.numel() * part.element_size()
         for memory in bank.layers.values()
-        for part in (memory.routing_keys, memory.content)
+        for part in (memory.routing_keys, memory.pooled_kv)
     )
     return result
 

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from msa_hf import MSAForCausalLM
 from msa_hf.generation import PromptProtocol
-from msa_hf.model.memory_msa import LayerMemory
+from msa_hf.model.memory_msa import DenseLayer
 from msa_hf.training import peft_config
 from msa_hf.training.centering import center_routers
 from msa_hf.training.compiling import compiled_layers
@@ -593,22 +593,23 @@ def trained_weights(arguments: argparse.Namespace, model: Any) -> TrainedWeights
 
 
 @torch.no_grad()
-def encode_all(model: Any, flat: Flat, budget: int) -> dict[int, LayerMemory]:
+def encode_all(model: Any, flat: Flat, budget: int) -> dict[int, DenseLayer]:
     """What the memory layers keep of all passages, in order; of the last layer, to which nothing attends while
     questions are routed, only the routing keys."""
     size, last = model.config.chunk_size, model.config.memory_layers[-1]
-    parts: dict[int, list[LayerMemory]] = {layer: [] for layer in model.config.memory_layers}
+    parts: dict[int, list[DenseLayer]] = {layer: [] for layer in model.config.memory_layers}
     owners = []
     everything = torch.arange(len(flat.lengths), device=flat.lengths.device)
     for places, rows in flat.parts(everything, budget):
         for layer, memory in encode_rows(model, rows).items():
-            content = memory.content[:, :, :0] if layer == last else memory.content
-            parts[layer].append(LayerMemory(memory.routing_keys, content))
+            content = memory.pooled_kv[:, :, :0] if layer == last else memory.pooled_kv
+            parts[layer].append(DenseLayer(memory.routing_keys, content))
         owners.append(places.repeat_interleave((rows.lengths + size - 1) // size))
     order = torch.cat(owners).argsort(stable=True)
     return {
-        layer: LayerMemory(
-            torch.cat([part.routing_keys for part in found])[order], torch.cat([part.content for part in found])[order]
+        layer: DenseLayer(
+            torch.cat([part.routing_keys for part in found])[order],
+            torch.cat([part.pooled_kv for part in found])[order],
         )
         for layer, found in parts.items()
     }

@@ -99,7 +99,7 @@ def same_bank(ours: MemoryBank, theirs: MemoryBank) -> None:
         wanted.append(replace(document, id=number, metadata=metadata or None))
     assert list(ours.documents) == wanted
     for layer, memory in theirs.layers.items():
-        torch.testing.assert_close(ours.layers[layer].content, memory.content)
+        torch.testing.assert_close(ours.layers[layer].pooled_kv, memory.pooled_kv)
         torch.testing.assert_close(ours.layers[layer].routing_keys, memory.routing_keys)
 
 

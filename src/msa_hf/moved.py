@@ -14,6 +14,8 @@ from typing import Any
 
 PACKAGE = __name__.rpartition(".")[0]
 MOVED = {
+    "chosen_msa": "model.document_rows_msa",
+    "model.chosen_msa": "model.document_rows_msa",
     "bank.buffers": "bank.store.buffers",
     "bank.changes": "bank.store.changes",
     "bank.compaction": "bank.store.compact",

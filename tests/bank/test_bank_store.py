@@ -450,11 +450,11 @@ def test_a_commit_costs_what_it_changes(tmp_path: Path, monkeypatch: pytest.Monk
         assert bank.get("1999") is not None and read == [], "neither opening nor writing reads tensors"
         bank.snapshot()
         bank.add(["makes room"])
-        places = {layer: memory.content.data_ptr() for layer, memory in bank.snapshot().layers.items()}
+        places = {layer: memory.pooled_kv.data_ptr() for layer, memory in bank.snapshot().layers.items()}
         for row in range(5):
             bank.add([f"more {row}"])
             bank.delete(f"new {row}")
-            assert {layer: memory.content.data_ptr() for layer, memory in bank.snapshot().layers.items()} == places
+            assert {layer: memory.pooled_kv.data_ptr() for layer, memory in bank.snapshot().layers.items()} == places
 
 
 def test_positions_count_documents_and_rows_count_deleted_ones_too() -> None:

@@ -354,7 +354,7 @@ def test_after_compacting_no_file_holds_anything_of_a_deleted_document(tmp_path:
 
     def tensors(text: str) -> list[bytes]:
         memory = vectors(text, -(-len(text) // CHUNK))
-        rows = [part for layer in LAYERS for part in (memory[layer].routing_keys, memory[layer].content)]
+        rows = [part for layer in LAYERS for part in (memory[layer].routing_keys, memory[layer].pooled_kv)]
         return [row.numpy().tobytes() for part in rows for row in part]
 
     replaced = "an earlier text of another document"

@@ -130,7 +130,7 @@ def assert_bank(directory: Path, rows: list[dict[str, Any]]) -> None:
     memory = FakeModel().encode_documents([{"input_ids": list(row["text"].encode())} for row in rows])
     for layer, wanted in memory.layers.items():
         assert torch.equal(bank.layers[layer].routing_keys, wanted.routing_keys)
-        assert torch.equal(bank.layers[layer].content, wanted.content)
+        assert torch.equal(bank.layers[layer].pooled_kv, wanted.pooled_kv)
     assert all(torch.equal(bank.prefix[layer][0], keys) for layer, (keys, _) in memory.prefix.items())
     assert set(files_of(directory)) == named(directory)
 
@@ -445,7 +445,7 @@ def test_pieces_have_ids_that_do_not_depend_on_other_documents(tmp_path: Path, p
     ]
     assert [len(ids) for ids in wrapped] == [item.tokens for item in documents] and max(map(len, wrapped)) <= LONGEST
     expected = FakeModel().encode_documents([{"input_ids": ids} for ids in wrapped])
-    assert torch.equal(MemoryBank.from_pretrained(tmp_path / "1").layers[1].content, expected.layers[1].content)
+    assert torch.equal(MemoryBank.from_pretrained(tmp_path / "1").layers[1].pooled_kv, expected.layers[1].pooled_kv)
     with BankStore(Model(tmp_path / "log"), tmp_path / "1", tokenizer, protocol) as opened:
         assert not any(opened.upsert(item.key, item.text, metadata=item.metadata) for item in documents)
         assert opened.add(["a new one"]) == [max(item.id for item in documents) + 1]

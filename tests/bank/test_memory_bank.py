@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from msa_hf.model.memory_msa import (
     BankOrigin,
+    DenseLayer,
     Document,
     DocumentTable,
-    LayerMemory,
     MemoryBank,
     model_fingerprint,
     tokenizer_fingerprint,
@@ -49,7 +49,7 @@ def make_parts(lengths: list[int], groups: int = 2, dim: int = 4, dtype: torch.d
         for row, counts in enumerate(zip(lengths, chunks, strict=True))
     ]
     return {
-        "layers": {i: LayerMemory(random(total, groups * dim), random(total, 2, groups, dim)) for i in (2, 3)},
+        "layers": {i: DenseLayer(random(total, groups * dim), random(total, 2, groups, dim)) for i in (2, 3)},
         "offsets": torch.tensor([0, *chunks]).cumsum(0),
         "prefix": {layer: (random(groups, 3, dim), random(groups, 3, dim)) for layer in range(4)},
         "documents": DocumentTable(rows),
@@ -65,9 +65,9 @@ def test_counts_and_layers() -> None:
     bank = make_bank([1, 4, 5, 17])
     assert (len(bank), bank.num_chunks, bank.num_tokens) == (4, 1 + 1 + 2 + 5, 27)
     memory = bank.layer(3)
-    assert torch.equal(memory.keys, memory.content[:, 0]) and torch.equal(memory.values, memory.content[:, 1])
+    assert torch.equal(memory.keys, memory.pooled_kv[:, 0]) and torch.equal(memory.values, memory.pooled_kv[:, 1])
     # Fetching a document is one run: K and V of a chunk, then the next chunk.
-    assert memory.content[2:4].is_contiguous()
+    assert memory.pooled_kv[2:4].is_contiguous()
     with pytest.raises(KeyError, match=r"layer 1 is not a memory layer; those are \[2, 3\]"):
         bank.layer(1)
     size = 9 * (8 + 16) * 4 * 2 + 4 * 2 * 2 * 3 * 4 * 4
@@ -86,7 +86,7 @@ def test_to_returns_itself_or_converts_everything() -> None:
     assert bank.to() is bank and bank.to("cpu") is bank and bank.to(dtype=torch.float32) is bank
     half = bank.to(dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16 and half.documents is bank.documents
-    assert torch.equal(half.layer(2).content, bank.layer(2).content.bfloat16())
+    assert torch.equal(half.layer(2).pooled_kv, bank.layer(2).pooled_kv.bfloat16())
     assert {part.dtype for pair in half.prefix.values() for part in pair} == {torch.bfloat16}
     assert bank.dtype == torch.float32, "the original must not change"
     assert bank.to("meta").device.type == "meta"
@@ -134,11 +134,11 @@ def test_contradicting_parts_are_named() -> None:
     refused("`chunks` differ", offsets=torch.tensor([0, 2, 3]))
     refused(r"`layers` are \[2\], the origin's are \[2, 3\]", layers={2: good})
     for broken in (
-        LayerMemory(good.routing_keys[:-1], good.content),
-        LayerMemory(good.routing_keys[:, :-1], good.content),
-        LayerMemory(good.routing_keys, good.content[:-1]),
-        LayerMemory(good.routing_keys, good.content[:, :1]),
-        LayerMemory(good.routing_keys, good.content.flatten(2)),
+        DenseLayer(good.routing_keys[:-1], good.pooled_kv),
+        DenseLayer(good.routing_keys[:, :-1], good.pooled_kv),
+        DenseLayer(good.routing_keys, good.pooled_kv[:-1]),
+        DenseLayer(good.routing_keys, good.pooled_kv[:, :1]),
+        DenseLayer(good.routing_keys, good.pooled_kv.flatten(2)),
     ):
         refused("Layer 2: for 3 chunks", layers={**layers, 2: broken})
     refused(r"`prefix` lacks the memory layers \[3\]", prefix={layer: prefix[layer] for layer in (0, 1, 2)})

@@ -26,12 +26,12 @@ from setups import Setup, assert_same, batch_of, setup, tokens
 
 from msa_hf import MemoryBank, MSACache
 from msa_hf.bank import RankFailed, ShardedBank, shard_bank
-from msa_hf.bank.sharded.bank import shares
 from msa_hf.bank.sharded.session import merge, pack
+from msa_hf.bank.sharded.share import shares
 from msa_hf.cli import main
 from msa_hf.generation import MemoryInterleave
 from msa_hf.model.bank_reader_msa import BankReader
-from msa_hf.model.routing_msa import select_documents
+from msa_hf.model.routing_msa import Selection, routing_request, scoring_of, select_documents
 
 LIMIT = 40.0  # seconds until a test's processes count as hung
 FORK = get_context("fork")  # the models are made once, in this process
@@ -399,7 +399,7 @@ def test_from_a_directory_every_process_reads_its_part(
             first, end = memory.own_chunks
             for layer, part in memory.layers.items():
                 assert torch.equal(part.routing_keys, whole.layers[layer].routing_keys[first:end])
-                assert torch.equal(part.content, whole.layers[layer].content[first:end])
+                assert torch.equal(part.pooled_kv, whole.layers[layer].pooled_kv[first:end])
             return answers(made_.model, memory, **questions()), opened
 
     results = together(3, work)
@@ -419,8 +419,12 @@ def test_content_arrives_to_the_bit(dtype: torch.dtype) -> None:
 
     def work(rank: int) -> Any:
         with shard_bank(bank) as memory, torch.no_grad():
-            turn = memory.turn(made_.model.config, documents, documents > 0, documents, False)
-            return [turn.gather_documents(documents, offsets, part.content) for part in memory.layers.values()]
+            config, mask = made_.model.config, documents > 0
+            scoring = scoring_of(config, config.similarity)
+            request = routing_request(config, scoring, mask, len(bank), documents=documents, inputs=documents)
+            with memory.session(request) as layers:
+                rows = [layer.gather(Selection(documents, documents.float()), dtype) for layer in layers.values()]
+            return [(item.keys, item.values, item.row_mask, item.document_index) for item in rows]
 
     for result in together(3, work):
         for (keys, values, valid, slots), whole in zip(result, bank.layers.values(), strict=True):

@@ -56,7 +56,7 @@ def test_shape_of_a_bank_has_its_bytes(dtype: torch.dtype, own: str) -> None:
     shape = BankShape.of(bank)
     assert (shape.documents, shape.chunks, shape.dtype) == (3, 5, own)
     assert shape.key_bytes(own) == bytes_of(*(memory.routing_keys for memory in bank.layers.values()))
-    assert shape.content_bytes(own) == bytes_of(*(memory.content for memory in bank.layers.values()))
+    assert shape.content_bytes(own) == bytes_of(*(memory.pooled_kv for memory in bank.layers.values()))
 
 
 def test_content_in_8_bits_has_a_scale_for_each_key_and_value() -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from msa_hf.model import bank_reader_msa
 from msa_hf.model.bank_format_msa import BankFormatError, manifest_checksum, parse_size
-from msa_hf.model.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory, MemoryBank
+from msa_hf.model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable, MemoryBank
 
 CHUNK = 4
 GROUPS, DIM = 2, 4
@@ -57,7 +57,7 @@ def make_bank(lengths: list[int], dtype: torch.dtype = torch.float32, seed: int 
         )
         for row, pair in enumerate(zip(lengths, chunks, strict=True))
     ]
-    layers = {i: LayerMemory(rand(total, GROUPS * DIM), rand(total, 2, GROUPS, DIM)) for i in (1, 3)}
+    layers = {i: DenseLayer(rand(total, GROUPS * DIM), rand(total, 2, GROUPS, DIM)) for i in (1, 3)}
     # Keys and values of the prefix are interleaved views of one tensor, as a model may well hand them over.
     pairs = {layer: rand(GROUPS, 2, 2, DIM) for layer in range(4)}
     prefix = {layer: (pair[:, 0], pair[:, 1]) for layer, pair in pairs.items()}
@@ -71,7 +71,7 @@ def assert_equal(bank: MemoryBank, expected: MemoryBank) -> None:
     assert list(bank.layers) == list(expected.layers) and list(bank.prefix) == list(expected.prefix)
     for layer, memory in expected.layers.items():
         assert torch.equal(bank.layer(layer).routing_keys, memory.routing_keys)
-        assert torch.equal(bank.layer(layer).content, memory.content)
+        assert torch.equal(bank.layer(layer).pooled_kv, memory.pooled_kv)
     for layer, pair in expected.prefix.items():
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(bank.prefix[layer], pair, strict=True))
 
@@ -149,7 +149,7 @@ def test_shards_respect_the_limit_and_never_split_a_document(tmp_path: Path) -> 
     shards = manifest_of(tmp_path)["segments"][0]["tensors"]
     assert [(shard["layer"], shard["chunks"]) for shard in shards] == [(i, rows) for i in (1, 3) for rows in ranges]
     content = load_file(tmp_path / shards[1]["file"])
-    assert torch.equal(content["layers.1.content"], bank.layer(1).content[3:4])
+    assert torch.equal(content["layers.1.content"], bank.layer(1).pooled_kv[3:4])
     assert_equal(MemoryBank.from_pretrained(tmp_path), bank)
 
 
@@ -198,8 +198,8 @@ def test_several_segments_are_read(tmp_path: Path) -> None:
     bank = MemoryBank.from_pretrained(tmp_path)
     assert list(bank.documents) == [*first.documents, *second.documents]
     for layer in (1, 3):
-        joined = torch.cat([first.layer(layer).content, second.layer(layer).content])
-        assert torch.equal(bank.layer(layer).content, joined)
+        joined = torch.cat([first.layer(layer).pooled_kv, second.layer(layer).pooled_kv])
+        assert torch.equal(bank.layer(layer).pooled_kv, joined)
     assert bank.offsets.tolist() == [0, 1, 4, 6, 7, 8]
 
 

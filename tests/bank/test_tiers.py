@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from msa_hf import MemoryBank
 from msa_hf.bank import place_bank
 from msa_hf.bank.tiered import bank as tiers
+from msa_hf.bank.tiered import layer as tier_layers
 from msa_hf.bank.tiered import rows
 from msa_hf.bank.tiered.hardware import Tiers
 from msa_hf.bank.tiered.lru_cache import DocumentLRU
@@ -28,7 +29,8 @@ from msa_hf.bank.tiered.rows import Rows, Staging, pinned, placed_rows
 from msa_hf.bank.tiered.shapes import BankShape
 from msa_hf.bank.tiered.sources import source_of
 from msa_hf.generation import MemoryInterleave
-from msa_hf.model.memory_msa import LayerMemory
+from msa_hf.model.memory_msa import DenseLayer
+from msa_hf.model.routing_msa import Scoring
 from msa_hf.ops import quantize_keys, route_documents
 
 AMPLE = Tiers(10**12, 10**12, 10**12)  # with a device of the CPU: host memory plays the device
@@ -192,8 +194,8 @@ def test_streamed_keys_find_the_same_documents(
         routed.append(keys)
         return route_documents(queries, mask, keys, *args, **options)
 
-    monkeypatch.setattr(tiers, "STREAMED_BYTES", at_once)
-    monkeypatch.setattr(tiers, "route_documents", noted)
+    monkeypatch.setattr(tier_layers, "STREAMED_BYTES", at_once)
+    monkeypatch.setattr(tier_layers, "route_documents", noted)
     made_ = made(device)
     bank, whole = origin(made_, tmp_path)
     whole = whole.to(device)
@@ -254,12 +256,12 @@ def test_the_host_does_not_look_up_candidates_that_the_device_reads_itself(
     bank = copy.copy(made_.bank)
     if device == "cuda":
         bank.layers = {
-            layer: LayerMemory(memory.routing_keys.pin_memory(), memory.content)
+            layer: DenseLayer(memory.routing_keys.pin_memory(), memory.pooled_kv)
             for layer, memory in bank.layers.items()
         }
     memory = place_bank(bank, device, PlacementOptions(keys=keys, content_on="device"), tiers=AMPLE, model=made_.model)
     expected = answer(made_, made_.bank.to(device))
-    monkeypatch.setattr(tiers, "DocumentRows", refused)
+    monkeypatch.setattr(tier_layers, "DocumentRows", refused)
     assert_close(answer(made_, memory), expected)
 
 
@@ -287,7 +289,7 @@ def test_exact_keys_are_put_where_the_device_reads_them(
         assert torch.equal(exact.whole, bank.layers[layer].routing_keys)
         assert device == "cpu" or exact.whole.is_pinned()
     expected = answer(made_, bank.to(device))
-    monkeypatch.setattr(tiers, "DocumentRows", refused)
+    monkeypatch.setattr(tier_layers, "DocumentRows", refused)
     assert_close(answer(made_, memory), expected)
     wide = place_bank(source, device, replace(choice, keys="fp32"), tiers=AMPLE, model=made_.model)
     assert all(item.routing_keys.exact is None for item in wide.layers.values())
@@ -375,7 +377,7 @@ def test_content_in_eight_bits(dtype: torch.dtype, on: str, budget: int, tmp_pat
     """As a bank whose content went through 8 bits; rows are within e4m3's error of what they were."""
     made_ = made(dtype=dtype)
     layers = {
-        layer: LayerMemory(memory.routing_keys, narrowed(memory.content, "fp8"))
+        layer: DenseLayer(memory.routing_keys, narrowed(memory.pooled_kv, "fp8"))
         for layer, memory in made_.bank.layers.items()
     }
     bank = made_.bank
@@ -389,10 +391,10 @@ def test_content_in_eight_bits(dtype: torch.dtype, on: str, budget: int, tmp_pat
         for _ in range(2):
             assert_equal(answer(made_, memory), expected)
     for tier_layer in memory.layers.values():
-        rows_ = memory.turn().operations["gather_documents"](torch.tensor([[0]]), bank.offsets, tier_layer.content)
-        assert rows_[0].dtype == rows_[1].dtype == dtype
+        rows_ = tier_layer.pooled_kv.gather(torch.tensor([[0]]), memory.layout)
+        assert rows_.keys.dtype == rows_.values.dtype == dtype
     for layer, memory in layers.items():
-        exact, found = bank.layers[layer].content.double(), memory.content.double()
+        exact, found = bank.layers[layer].pooled_kv.double(), memory.pooled_kv.double()
         largest = exact.flatten(2).abs().amax(2)[..., None, None]
         # 3 bits behind the leading one, and 2 ** -10 of the scale below its smallest normal number; bfloat16's own.
         allowed = exact.abs() * (2**-4 + torch.finfo(dtype).eps) + largest / 448 * 2**-10
@@ -406,9 +408,9 @@ def large_bank(count: int = 400, seed: int = 0) -> MemoryBank:
     like = made_.model.encode_documents(tokens(*lengths, seed=seed), bank_device="cpu")
     layers = {}
     for layer, memory in like.layers.items():
-        keys = torch.randn(memory.routing_keys.shape, generator=draw).unflatten(1, (memory.content.shape[2], -1))
+        keys = torch.randn(memory.routing_keys.shape, generator=draw).unflatten(1, (memory.pooled_kv.shape[2], -1))
         keys = torch.nn.functional.normalize(keys, dim=2).flatten(1)
-        layers[layer] = LayerMemory(keys, torch.randn(memory.content.shape, generator=draw))
+        layers[layer] = DenseLayer(keys, torch.randn(memory.pooled_kv.shape, generator=draw))
     counts = like.num_chunks, like.num_tokens
     return MemoryBank(layers, like.offsets, like.prefix, like.documents, like.origin, counts)
 
@@ -439,18 +441,17 @@ def test_candidates_are_counted() -> None:
     keys = bank.layers[layer].routing_keys
     numbers, scales = quantize_keys(keys, "int8")
     draw = torch.Generator().manual_seed(1)
-    heads, dim = made_.model.config.num_attention_heads, bank.layers[layer].content.shape[3]
+    heads, dim = made_.model.config.num_attention_heads, bank.layers[layer].pooled_kv.shape[3]
     queries = torch.randn(5, 4, heads, dim, generator=draw)
     mask = torch.rand(5, 4, generator=draw) < 0.7
     mask[0] = False  # chooses nothing
     for wanted in (3, 4, 9, 500):
         memory = place_bank(bank, placement=PlacementOptions(keys="int8"), tiers=AMPLE, candidates=wanted)
-        operation = memory.turn().operations["route_documents"]
-        documents, scores = operation(queries, mask, memory.layers[layer].routing_keys, bank.offsets, 3)
+        found = memory.layers[layer].route(queries, mask, 3, Scoring())
         options: dict[str, Any] = {"scales": scales, "exact_keys": keys, "candidates": wanted}
         expected = route_documents(queries, mask, numbers, bank.offsets, 3, **options)
-        assert torch.equal(documents, expected[0])
-        torch.testing.assert_close(scores, expected[1], atol=1e-6, rtol=1e-6)
+        assert torch.equal(found.documents, expected[0])
+        torch.testing.assert_close(found.scores, expected[1], atol=1e-6, rtol=1e-6)
     memory = place_bank(bank, placement=PlacementOptions(keys="int8"), tiers=AMPLE, candidates=2)
     with pytest.raises(ValueError, match="at least the 3 documents of `top_k`, or 0, got 2"):
         answer(made_, memory)
@@ -494,7 +495,7 @@ def test_use_of_the_cache_can_be_read() -> None:
     assert memory.cache == tiers.CacheUse(0, 0, 0, 1 << 20)
     routing = answer(made_, memory).routing
     distinct = {layer: found.documents[found.documents >= 0].unique() for layer, found in routing.items()}
-    row = sum(2 * memory.numel() for memory in [made_.bank.layers[2].content[0, 0]]) * 4
+    row = sum(2 * memory.numel() for memory in [made_.bank.layers[2].pooled_kv[0, 0]]) * 4
     used = sum(row * int(made_.bank.offsets.diff()[documents].sum()) for documents in distinct.values())
     count = sum(map(len, distinct.values()))
     assert memory.cache == tiers.CacheUse(0, count, used, 1 << 20)
@@ -555,7 +556,7 @@ def test_the_bytes_are_those_of_the_plan(tmp_path: Path) -> None:
             sizes = dict(zip(("routing keys", "content"), (part[3] for part in memory.plan.parts), strict=False))
             layers: Any = memory.layers.values()
             assert sum(layer.routing_keys.rows.nbytes for layer in layers) == sizes["routing keys"]
-            assert sum(layer.content.rows.nbytes for layer in layers) == sizes["content"]
+            assert sum(layer.pooled_kv.rows.nbytes for layer in layers) == sizes["content"]
 
 
 def test_a_choice_is_json() -> None:
@@ -627,11 +628,11 @@ def resident(directory: Path) -> int:
 @pytest.mark.parametrize("opened", [False, True])
 def test_placing_content_on_disk_reads_none_of_it(opened: bool, tmp_path: Path) -> None:
     bank = large_bank(40)
-    groups, dim = bank.layers[2].content.shape[2:]
+    groups, dim = bank.layers[2].pooled_kv.shape[2:]
     chunks = bank.num_chunks
     times = 4096 // dim  # wide heads: content of megabytes
     layers = {
-        layer: LayerMemory(torch.ones(chunks, groups * dim * times), torch.ones(chunks, 2, groups, dim * times))
+        layer: DenseLayer(torch.ones(chunks, groups * dim * times), torch.ones(chunks, 2, groups, dim * times))
         for layer in bank.layers
     }
     prefix = {layer: (torch.zeros(groups, len(PREFIX), dim * times),) * 2 for layer in layers}
@@ -644,8 +645,8 @@ def test_placing_content_on_disk_reads_none_of_it(opened: bool, tmp_path: Path) 
     assert resident(tmp_path) < size / 20 if opened else size > 10**7
     memory = place_bank(item, placement=PlacementOptions(content_on="disk"), tiers=AMPLE, verify=False)
     assert size / 5 < resident(tmp_path) < size / 2, "keys, a third, were read, and content was not"
-    content: Any = memory.layers[2].content
-    content.gather(torch.tensor([[0]]), bank.offsets)
+    content: Any = memory.layers[2].pooled_kv
+    content.gather(torch.tensor([[0]]), memory.layout)
     assert resident(tmp_path) < size / 2
 
 
@@ -742,10 +743,10 @@ def test_little_is_made_beside_the_final_place(form: str, monkeypatch: pytest.Mo
     """Whatever is converted is so piece by piece."""
     monkeypatch.setattr(rows, "MOVED_ELEMENTS", 400)
     bank = large_bank(40)
-    groups, dim = bank.layers[2].content.shape[2:]
+    groups, dim = bank.layers[2].pooled_kv.shape[2:]
     with Made() as noted:
         memory = place_bank(bank, placement=PlacementOptions(form, "device", form, "host"), tiers=AMPLE)
-    parts = [part for layer in memory.layers.values() for part in (layer.routing_keys.rows, layer.content.rows)]
+    parts = [part for layer in memory.layers.values() for part in (layer.routing_keys.rows, layer.pooled_kv.rows)]
     assert all(part.whole.numel() in noted.finals and part.whole.numel() > 1000 for part in parts)
     # What the documents and the prefix have is the same for any placement.
     others = max(len(bank.offsets), *(keys.numel() for keys, _ in bank.prefix.values()))

@@ -9,7 +9,7 @@ from families import base_model
 from msa_hf import MemoryBank, MSAForCausalLM
 from msa_hf.evaluation import quantized_recall
 from msa_hf.model.attention_msa import OPERATIONS
-from msa_hf.model.memory_msa import LayerMemory
+from msa_hf.model.memory_msa import DenseLayer
 from msa_hf.ops import quantize_keys
 
 K, DOCUMENTS = 4, 37
@@ -35,7 +35,7 @@ def test_recall_is_the_share_that_rounded_keys_find_too() -> None:
         kind: [K, 2 * K, 4 * K, 8 * K] for kind in ("fp8", "int8", "int4")
     }
     numbers, scales = quantize_keys(bank.layers[1].routing_keys, "fp8")
-    layers = {1: LayerMemory(numbers.float() * scales[:, None], bank.layers[1].content)}
+    layers = {1: DenseLayer(numbers.float() * scales[:, None], bank.layers[1].pooled_kv)}
     rounded = MemoryBank(layers, bank.offsets, bank.prefix, bank.documents, bank.origin)
     with torch.no_grad():
         exact, rough = (model(**questions(), memory=memory).routing[1].documents for memory in (bank, rounded))

@@ -508,7 +508,7 @@ def rearranged(bank: MemoryBank, order: list[int], texts: bool = True) -> Memory
     if not texts:
         documents = [Document(item.key, None, item.metadata, item.tokens, item.chunks) for item in documents]
     layers = {
-        layer: type(memory)(memory.routing_keys[rows], memory.content[rows]) for layer, memory in bank.layers.items()
+        layer: type(memory)(memory.routing_keys[rows], memory.pooled_kv[rows]) for layer, memory in bank.layers.items()
     }
     offsets = torch.tensor([0, *itertools.accumulate(item.chunks for item in documents)])
     return MemoryBank(layers, offsets, bank.prefix, DocumentTable(documents), bank.origin)

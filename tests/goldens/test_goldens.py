@@ -176,7 +176,7 @@ def test_routing_and_context(model, bank, case, group) -> None:
         context = output.past_key_values.contexts[layer]
         assert context.rows_per_sample.tolist() == case[f"{name}/num_selected_chunks"].tolist()
         for ours, tensor in ((context.keys, "ctx_k"), (context.values, "ctx_v")):
-            rows = [ours[sample][:, real] for sample, real in enumerate(context.valid)]
+            rows = [ours[sample][:, real] for sample, real in enumerate(context.row_mask)]
             rows = torch.cat([row[:, context.prefix_length :] for row in rows], dim=1)
             torch.testing.assert_close(rows, case[f"{name}/{tensor}"], **STATES)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from msa_hf.model.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory, MemoryBank
+from msa_hf.model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable, MemoryBank
 
 CHUNK, GROUPS, DIM, LAYERS = 4, 2, 4, (1, 3)
 ORIGIN = BankOrigin("f" * 64, None, "qwen3", CHUNK, LAYERS, "cosine", False, (5, 6))
@@ -19,7 +19,7 @@ def tokens_of(text: str | None, ids: Any) -> int:
     return len(ids) if text is None else len(text)
 
 
-def vectors(seed: str, chunks: int, dtype: torch.dtype = torch.float32) -> dict[int, LayerMemory]:
+def vectors(seed: str, chunks: int, dtype: torch.dtype = torch.float32) -> dict[int, DenseLayer]:
     """What the model remembers of a text: numbers that no other text has."""
     width = 3 * GROUPS * DIM
     raw = b"".join(
@@ -28,7 +28,7 @@ def vectors(seed: str, chunks: int, dtype: torch.dtype = torch.float32) -> dict[
     numbers = torch.from_numpy(np.frombuffer(raw, np.int16).astype(np.float32) / 32768).to(dtype)
     numbers = numbers.view(chunks, len(LAYERS), width)
     return {
-        layer: LayerMemory(
+        layer: DenseLayer(
             numbers[:, place, : GROUPS * DIM].contiguous(),
             numbers[:, place, GROUPS * DIM :].reshape(chunks, 2, GROUPS, DIM).contiguous(),
         )
@@ -66,9 +66,9 @@ class FakeModel:
             parts.append(vectors(seed, chunks, self.dtype))
             rows.append(Document(str(document.get("key", number)), text, None, count, chunks))
         layers = {
-            layer: LayerMemory(
+            layer: DenseLayer(
                 torch.cat([part[layer].routing_keys for part in parts]),
-                torch.cat([part[layer].content for part in parts]),
+                torch.cat([part[layer].pooled_kv for part in parts]),
             )
             for layer in LAYERS
         }
@@ -87,7 +87,7 @@ def contents(bank: MemoryBank) -> dict[str, tuple[Any, ...]]:
         expected = vectors(document.text, document.chunks, bank.dtype)
         for layer in LAYERS:
             assert torch.equal(bank.layer(layer).routing_keys[chunks], expected[layer].routing_keys), document.key
-            assert torch.equal(bank.layer(layer).content[chunks], expected[layer].content), document.key
+            assert torch.equal(bank.layer(layer).pooled_kv[chunks], expected[layer].pooled_kv), document.key
         assert bank.documents[position] == document and bank.documents.position(document.key) == position
         assert document.key not in found
         found[document.key] = (document.text, document.metadata, document.version)

@@ -204,7 +204,7 @@ def test_attention_weights_of_a_long_prompt_are_those_of_one_piece(monkeypatch: 
     made = setup("qwen3", "eager")
     with torch.no_grad():
         whole = made.model(IDS, memory=made.bank, output_attentions=True)
-        monkeypatch.setattr("msa_hf.model.attention_msa.LOGIT_ELEMENTS", 1)
+        monkeypatch.setattr("msa_hf.model.context_attention_msa.LOGIT_ELEMENTS", 1)
         pieces = made.model(IDS, memory=made.bank, output_attentions=True)
     for one, other in zip(whole.attentions, pieces.attentions, strict=True):
         torch.testing.assert_close(one, other)
@@ -281,7 +281,7 @@ def test_hooks_on_the_model_see_documents_too() -> None:
     found = made.model.encode_documents(made.documents, show_progress=False)
     handle.remove()
     for layer, memory in expected.layers.items():
-        torch.testing.assert_close(found.layers[layer].content, memory.content)
+        torch.testing.assert_close(found.layers[layer].pooled_kv, memory.pooled_kv)
 
 
 # Serving --------------------------------------------------------------------------------------------------------------

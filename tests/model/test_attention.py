@@ -8,9 +8,10 @@ import torch
 from reference import NEVER, naive_attention
 from torch import Tensor
 
-from msa_hf.model import attention_msa
-from msa_hf.model.attention_msa import ScoreBias, context_attention, fused_context_attention
+from msa_hf.model import context_attention_msa
+from msa_hf.model.attention_msa import ScoreBias
 from msa_hf.model.cache_msa import MemoryContext
+from msa_hf.model.context_attention_msa import context_attention, fused_context_attention
 
 HEADS = 4
 DIM = 6
@@ -59,7 +60,7 @@ def expected(inputs: dict[str, Any], **options: Any) -> Tensor:
         else:
             own = mask[sample if mask.shape[0] > 1 else 0, 0]
         own = torch.where(own, 0.0, NEVER) if own.dtype == torch.bool else own
-        valid = context.valid[sample]
+        valid = context.row_mask[sample]
         bias = torch.zeros(valid.shape) if context.bias is None else context.bias[sample]
         rows = torch.where(valid, bias, NEVER).expand(length, -1)
         outputs.append(
@@ -87,7 +88,7 @@ def check(inputs: dict[str, Any], **options: Any) -> None:
 def tiles(request, monkeypatch) -> None:
     """Tiles of all query rows, of one, and of two."""
     size = {"one tile": 1 << 26, "row by row": 1, "two rows": 3 * HEADS * (4 + 7) * 2}[request.param]
-    monkeypatch.setattr(attention_msa, "LOGIT_ELEMENTS", size)
+    monkeypatch.setattr(context_attention_msa, "LOGIT_ELEMENTS", size)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -117,8 +118,8 @@ def test_bias_of_rows(tiles) -> None:
     """A bias is added after the softcap, per sample and row; rows that are not there stay hidden whatever it is."""
     inputs = states(2, 7, 7, rows=4, seed=2)
     context = inputs["context"]
-    bias = torch.randn(3, 4).masked_fill(~context.valid, 1e6)
-    inputs["context"] = MemoryContext(context.keys, context.values, context.valid, 0, bias)
+    bias = torch.randn(3, 4).masked_fill(~context.row_mask, 1e6)
+    inputs["context"] = MemoryContext(context.keys, context.values, context.row_mask, 0, bias)
     check(inputs)
     check(inputs, softcap=0.7)
 
@@ -137,7 +138,7 @@ def test_gradients(attention, tiles) -> None:
     inputs = states(2, 3, 4, rows=4, seed=3)
     context = inputs["context"]
     bias = torch.randn(3, 4)
-    inputs["context"] = MemoryContext(context.keys, context.values, context.valid, 0, bias)
+    inputs["context"] = MemoryContext(context.keys, context.values, context.row_mask, 0, bias)
     leaves = [inputs["query"], inputs["key"], inputs["value"], context.keys, context.values, bias]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -150,7 +151,7 @@ def test_gradients(attention, tiles) -> None:
         torch.cat(pair, 2).repeat_interleave(share, 1)
         for pair in ((context.keys, inputs["key"]), (context.values, inputs["value"]))
     )
-    hidden = torch.where(context.valid, bias, NEVER)[:, None, None].expand(3, 1, 3, 4)
+    hidden = torch.where(context.row_mask, bias, NEVER)[:, None, None].expand(3, 1, 3, 4)
     causal = torch.where(torch.ones(3, 4, dtype=torch.bool).tril(1), 0.0, NEVER).expand(3, 1, 3, 4)
     logits = inputs["query"] @ key.transpose(-1, -2) * DIM**-0.5 + torch.cat([hidden, causal], -1)
     plain = (logits.softmax(-1) @ value).transpose(1, 2)
@@ -163,7 +164,7 @@ def test_dropout_keeps_the_mean() -> None:
     """Dropout acts on the weights: outputs vary, and their mean over many draws is the output without it."""
     torch.manual_seed(0)
     inputs = states(2, 3, 3, rows=4, seed=4)
-    inputs["context"].values.masked_fill_(~inputs["context"].valid[:, None, :, None], 0.0)
+    inputs["context"].values.masked_fill_(~inputs["context"].row_mask[:, None, :, None], 0.0)
     plain = context_attention(**inputs)
     draws = torch.stack([context_attention(**inputs, dropout=0.2) for _ in range(1500)])
     assert (draws[0] != plain).any()
@@ -175,7 +176,7 @@ def test_bfloat16_is_as_good_as_pytorch() -> None:
     """In bfloat16 the error against float64 stays within a small multiple of that of PyTorch's own attention."""
     inputs = states(4, 5, 5, rows=33, batch=2, seed=5)
     context = inputs["context"]
-    everything = torch.ones_like(context.valid)
+    everything = torch.ones_like(context.row_mask)
     keys, values = torch.randn_like(context.keys).bfloat16(), torch.randn_like(context.values).bfloat16()
     low = {name: inputs[name].bfloat16() for name in ("query", "key", "value")}
     low |= {"attention_mask": None, "context": MemoryContext(keys, values, everything, 0)}

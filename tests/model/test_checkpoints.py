@@ -86,7 +86,7 @@ def behavior(model: Any, bank: Any = None) -> dict[str, Tensor]:
     bank = model.encode_documents(DOCUMENTS, show_progress=False) if bank is None else bank
     found = {"bank/offsets": bank.offsets}
     for layer, memory in bank.layers.items():
-        found[f"bank/{layer}/routing_keys"], found[f"bank/{layer}/content"] = memory.routing_keys, memory.content
+        found[f"bank/{layer}/routing_keys"], found[f"bank/{layer}/content"] = memory.routing_keys, memory.pooled_kv
     output = model(**PROMPT, memory=bank, output_hidden_states=True)
     for layer, routing in output.routing.items():
         found[f"routing/{layer}/documents"], found[f"routing/{layer}/scores"] = routing.documents, routing.scores

@@ -69,7 +69,7 @@ def memory_of(bank: MemoryBank, number: int) -> dict[int, torch.Tensor]:
     """Layer -> everything the bank holds of document `number`, as [chunks, numbers]."""
     rows = slice(int(bank.offsets[number]), int(bank.offsets[number + 1]))
     return {
-        layer: torch.cat([memory.routing_keys[rows], memory.content[rows].flatten(1)], dim=1)
+        layer: torch.cat([memory.routing_keys[rows], memory.pooled_kv[rows].flatten(1)], dim=1)
         for layer, memory in bank.layers.items()
     }
 
@@ -249,8 +249,8 @@ def test_bank_takes_dtype_and_device() -> None:
     bank = encode([[5, 6, 7, 8, 9]], model=model.to(torch.bfloat16), bank_device="cpu")
     assert bank.dtype == torch.bfloat16 and bank.device == torch.device("cpu")
     for layer, memory in bank.layers.items():
-        other = expected.layer(layer).content
-        torch.testing.assert_close(memory.content.float(), other, atol=0.05 * other.abs().max().item(), rtol=0.0)
+        other = expected.layer(layer).pooled_kv
+        torch.testing.assert_close(memory.pooled_kv.float(), other, atol=0.05 * other.abs().max().item(), rtol=0.0)
 
 
 def test_encoding_takes_no_gradient() -> None:
@@ -258,7 +258,9 @@ def test_encoding_takes_no_gradient() -> None:
     model = model_of()
     with torch.enable_grad():
         bank = encode(IDS, model=model)
-    assert not any(memory.content.requires_grad or memory.routing_keys.requires_grad for memory in bank.layers.values())
+    assert not any(
+        memory.pooled_kv.requires_grad or memory.routing_keys.requires_grad for memory in bank.layers.values()
+    )
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

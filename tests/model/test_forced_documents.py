@@ -15,7 +15,7 @@ from msa_hf.bank.tiered.hardware import Tiers
 from msa_hf.bank.tiered.plan import PlacementOptions, Reserves
 from msa_hf.bank.tiered.rows import Rows
 from msa_hf.model import routing_msa
-from msa_hf.model.chosen_msa import DocumentRows, score_chosen, scores_at
+from msa_hf.model.document_rows_msa import ChunkLayout, DocumentRows, score_chosen, scores_at
 from msa_hf.model.routing_msa import NO_SCORE, Scoring, normalize_heads, score_documents
 
 QUESTIONS = tokens(6, 3, 9, seed=5)
@@ -245,7 +245,7 @@ def test_hidden_documents_have_no_score(name: str) -> None:
     bank = PLACES[name](made)
     visible = torch.ones(1, len(bank), dtype=torch.bool)
     visible[0, 2] = False
-    bank._visible = visible
+    bank._visible, bank._layout = visible, ChunkLayout(bank.offsets, visible)
     output, full = (
         ask(made, bank, force_documents=torch.tensor([[2, 0], [1, 2], [3, 4]]), output_document_scores=all_scores)
         for all_scores in (False, True)

@@ -204,7 +204,7 @@ def test_beams_change_places(family, attention) -> None:
     for layer, context in cache.contexts.items():
         with torch.no_grad():
             routed = made.model(**inputs, memory=made.bank).past_key_values.contexts[layer]
-        for name in ("keys", "values", "valid"):
+        for name in ("keys", "values", "row_mask"):
             assert torch.equal(getattr(context, name), getattr(routed, name).repeat_interleave(3, 0))
 
 
@@ -473,7 +473,7 @@ def assert_in_step(cache: MSACache, before: MSACache, samples: list[int]) -> Non
     for layer, context in cache.contexts.items():
         other = before.contexts[layer]
         assert context.prefix_length == other.prefix_length
-        for name in ("keys", "values", "valid", "bias", "documents"):
+        for name in ("keys", "values", "row_mask", "bias", "documents"):
             ours, theirs = getattr(context, name), getattr(other, name)
             assert (ours is None and theirs is None) or torch.equal(ours, theirs[pick])
 

@@ -115,7 +115,7 @@ def test_a_field_that_changes_states_refuses(family: str, path: str, value: Any,
     other = load(config=changed(made.model.config, path, value))
     bank = encode(other, made)
     layer = max(made.bank.layers)
-    assert not torch.allclose(bank.layer(layer).content, made.bank.layer(layer).content, atol=1e-4)
+    assert not torch.allclose(bank.layer(layer).pooled_kv, made.bank.layer(layer).pooled_kv, atol=1e-4)
     assert refusal(made.model, stored(bank, tmp_path / "bank")).startswith(f"configuration: {path} was ")
     assert f"configuration: {path} was " in refusal(other, made.bank)
 
@@ -314,7 +314,7 @@ def test_router_keys_count_and_what_only_asks_does_not(tmp_path: Path) -> None:
     again = encode(made.model, made)
     for layer, memory in made.bank.layers.items():
         assert torch.equal(memory.routing_keys, again.layers[layer].routing_keys)
-        assert torch.equal(memory.content, again.layers[layer].content)
+        assert torch.equal(memory.pooled_kv, again.layers[layer].pooled_kv)
     with torch.no_grad():
         made.model.model.layers[2].self_attn.router_k_proj.weight.add_(1.0)
     assert "layers.2.self_attn.router_k_proj.weight" in refusal(made.model, made.bank)
@@ -510,7 +510,7 @@ def test_adapters_of_other_methods(method: str) -> None:
                 weight.add_(0.3)
     assert refusal(model, made.bank) == "adapters: adapter 'x' is active, the bank was made with no adapter"
     bank = encode(model, made)
-    assert not torch.allclose(bank.layer(3).content, made.bank.layer(3).content, atol=1e-4)
+    assert not torch.allclose(bank.layer(3).pooled_kv, made.bank.layer(3).pooled_kv, atol=1e-4)
     ask(model, bank)
     with torch.no_grad():
         next(weight for name, weight in model.named_parameters() if ".x" in name).add_(0.3)

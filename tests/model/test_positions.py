@@ -100,7 +100,7 @@ def encode(model: Any, *documents: list[int]) -> MemoryBank:
 def contents(bank: MemoryBank, document: int = 0) -> dict[int, Tensor]:
     start, end = bank.offsets[document : document + 2].tolist()
     return {
-        layer: torch.cat([memory.content[start:end].flatten(1), memory.routing_keys[start:end]], dim=1)
+        layer: torch.cat([memory.pooled_kv[start:end].flatten(1), memory.routing_keys[start:end]], dim=1)
         for layer, memory in bank.layers.items()
     }
 

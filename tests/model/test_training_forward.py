@@ -15,7 +15,7 @@ from steps import DOCUMENTS, Question, Step, assert_same_gradients, assert_same_
 from torch import Tensor
 from transformers import BatchEncoding
 
-from msa_hf.model import attention_msa
+from msa_hf.model import dense_layer_msa
 from msa_hf.model.attention_msa import AttendingPass, EncodingPass, PrefixPass
 from msa_hf.model.losses_msa import auxiliary_loss, router_loss
 from msa_hf.model.routing_msa import Scoring, score_documents
@@ -759,7 +759,7 @@ def test_autocast_does_not_score_in_bf16(fields, monkeypatch) -> None:
         seen.append((queries.detach(), mask, keys.detach(), offsets, scoring, scores.detach()))
         return scores
 
-    monkeypatch.setattr(attention_msa, "score_documents", spy)
+    monkeypatch.setattr(dense_layer_msa, "score_documents", spy)
     with torch.autocast("cpu", torch.bfloat16):
         model(**made.pool())
     assert len(seen) == 2

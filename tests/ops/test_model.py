@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msa_hf.model import attention_msa
+from msa_hf.model.document_rows_msa import ChunkLayout
 from msa_hf.ops import BACKENDS, adapters, use_backend
 
 OPERATIONS = ("gather_documents", "pool_chunks", "route_documents")
@@ -87,7 +88,7 @@ def test_banks_and_answers(family, attention, fields, backend) -> None:
     assert called.of(backend) == set(OPERATIONS)
     for layer, memory in found.bank.layers.items():
         for ours_, theirs_ in (
-            (memory.content, expected.bank.layers[layer].content),
+            (memory.pooled_kv, expected.bank.layers[layer].pooled_kv),
             (memory.routing_keys, expected.bank.layers[layer].routing_keys),
         ):
             assert ours_.dtype == theirs_.dtype
@@ -106,9 +107,9 @@ def test_sixteen_bit_models(backend, dtype) -> None:
     with use_backend(backend):
         ours = expected.model.encode_documents(expected.documents, show_progress=False)
         for layer, memory in ours.layers.items():
-            assert memory.content.dtype == memory.routing_keys.dtype == dtype
+            assert memory.pooled_kv.dtype == memory.routing_keys.dtype == dtype
             eps = 2 * torch.finfo(dtype).eps
-            torch.testing.assert_close(memory.content, theirs.layers[layer].content, rtol=eps, atol=eps)
+            torch.testing.assert_close(memory.pooled_kv, theirs.layers[layer].pooled_kv, rtol=eps, atol=eps)
             torch.testing.assert_close(memory.routing_keys, theirs.layers[layer].routing_keys, rtol=eps, atol=eps)
         expected.bank = theirs
         found = ask(expected)
@@ -129,9 +130,9 @@ def test_encoding_under_autocast(backend) -> None:
             banks.append(found.model.encode_documents(found.documents, show_progress=False))
     theirs, ours = banks
     for layer, memory in ours.layers.items():
-        assert memory.content.dtype == memory.routing_keys.dtype == theirs.layers[layer].content.dtype
-        eps = 2 * torch.finfo(memory.content.dtype).eps
-        torch.testing.assert_close(memory.content, theirs.layers[layer].content, rtol=eps, atol=eps)
+        assert memory.pooled_kv.dtype == memory.routing_keys.dtype == theirs.layers[layer].pooled_kv.dtype
+        eps = 2 * torch.finfo(memory.pooled_kv.dtype).eps
+        torch.testing.assert_close(memory.pooled_kv, theirs.layers[layer].pooled_kv, rtol=eps, atol=eps)
 
 
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
@@ -196,7 +197,8 @@ def test_documents_that_a_bank_hides_are_not_chosen(backend) -> None:
 
     def hide(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         passes.append(kwargs["memory_pass"])
-        passes[-1].visible = alive
+        layout = ChunkLayout(found.bank.offsets, alive)
+        passes[-1].layers = {layer: memory.over(layout) for layer, memory in found.bank.layers.items()}
 
     for module in found.model.modules():
         if hasattr(module, "router_q_proj"):

@@ -140,7 +140,7 @@ def test_fsdp_encodes_and_generates(one_process) -> None:
     model = sharded(copy.deepcopy(made.model))
     bank = model.encode_documents(made.documents, show_progress=False)
     for layer in made.model.config.memory_layers:
-        assert torch.equal(bank.layer(layer).content, made.bank.layer(layer).content)
+        assert torch.equal(bank.layer(layer).pooled_kv, made.bank.layer(layer).pooled_kv)
     questions = batch_of(tokens(6, 3, 9, seed=5))
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = made.model.generate(**questions, memory=made.bank, **options)

@@ -218,7 +218,7 @@ def encode_bank(
             if ranks.rank == 0:
                 # What its tensors look like is learnt by encoding one token.
                 like = model.encode_documents([[0]], None, bank_device="cpu", show_progress=False)
-                layers = {layer: (memory.routing_keys, memory.content) for layer, memory in like.layers.items()}
+                layers = {layer: (memory.routing_keys, memory.pooled_kv) for layer, memory in like.layers.items()}
                 manifest = new_manifest(encoder.origin.to_manifest(), TensorLayout.of_tensors(layers))
                 commit_parts(directory, manifest, like.prefix, [records[part.name] for part in parts])
         documents, tokens, chunks = (
@@ -357,7 +357,7 @@ class _Encoder:
         bank = self.model.encode_documents(
             read(), None, batch_tokens=self.batch_tokens, bank_device="cpu", show_progress=False
         )
-        layers = {layer: (memory.routing_keys, memory.content) for layer, memory in bank.layers.items()}
+        layers = {layer: (memory.routing_keys, memory.pooled_kv) for layer, memory in bank.layers.items()}
         return write_part(folder, part, self._table(rows), layers)
 
     def _table(self, rows: list[_Row]) -> ArrowTable:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache
 
+from .renamed_msa import renamed_attribute
+
 
 @dataclass(frozen=True)
 class MemoryContext:
@@ -16,7 +18,7 @@ class MemoryContext:
 
     Attributes:
         keys, values: [B, G, R, D] (G key/value heads), padded to the most rows of any sample.
-        valid: [B, R] bool, rows that are there.
+        row_mask: [B, R] bool, rows that are there.
         prefix_length: how many of the first rows are the prefix.
         bias: [B, R] float32 added to the attention logits (score bias), or None.
         documents: [B, n] int64 that the rows belong to, -1 for none; None in layers without memory.
@@ -24,15 +26,17 @@ class MemoryContext:
 
     keys: Tensor
     values: Tensor
-    valid: Tensor
+    row_mask: Tensor
     prefix_length: int
     bias: Tensor | None = None
     documents: Tensor | None = None
 
+    valid = renamed_attribute("valid", "row_mask")
+
     @property
     def rows_per_sample(self) -> Tensor:
         """[B] int64, memory rows of each sample, the prefix not counted."""
-        return self.valid[:, self.prefix_length :].sum(1)
+        return self.row_mask[:, self.prefix_length :].sum(1)
 
     def index(self, samples: Tensor) -> MemoryContext:
         """The contexts of `samples` [B'] int64, in that order."""
@@ -43,14 +47,14 @@ class MemoryContext:
         return MemoryContext(
             pick(self.keys),
             pick(self.values),
-            pick(self.valid),
+            pick(self.row_mask),
             self.prefix_length,
             None if self.bias is None else pick(self.bias),
             None if self.documents is None else pick(self.documents),
         )
 
     def where(self, samples: Tensor, other: MemoryContext) -> MemoryContext:
-        """This context for `samples` ([B] bool), `other` for the rest: a turn in which only some samples route."""
+        """This context for `samples` ([B] bool), `other` for the rest: a step in which only some samples route."""
         width = max(self.keys.shape[2], other.keys.shape[2])
 
         def widen(tensor: Tensor, dim: int) -> Tensor:
@@ -64,8 +68,8 @@ class MemoryContext:
 
         bias = None
         if self.bias is not None or other.bias is not None:
-            mine = self.bias if self.bias is not None else torch.zeros_like(self.valid, dtype=torch.float32)
-            theirs = other.bias if other.bias is not None else torch.zeros_like(other.valid, dtype=torch.float32)
+            mine = self.bias if self.bias is not None else torch.zeros_like(self.row_mask, dtype=torch.float32)
+            theirs = other.bias if other.bias is not None else torch.zeros_like(other.row_mask, dtype=torch.float32)
             bias = choose(mine, theirs, 1)
         documents = None
         if self.documents is not None and other.documents is not None:
@@ -78,7 +82,7 @@ class MemoryContext:
         return MemoryContext(
             choose(self.keys, other.keys, 2),
             choose(self.values, other.values, 2),
-            choose(self.valid, other.valid, 1),
+            choose(self.row_mask, other.row_mask, 1),
             self.prefix_length,
             bias,
             documents,

@@ -3,10 +3,33 @@
 Plain PyTorch, differentiable; sums are taken in float32.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from .routing_msa import normalize_heads
+
+
+@dataclass(frozen=True)
+class ContextRows:
+    """The chunks of chosen documents, as a layer attends to them.
+
+    Attributes:
+        keys, values: [B, G, R, D], documents in ascending order; R is at least the most rows of any sample.
+        row_mask: [B, R] bool, rows that are there. What stands in others has no meaning.
+        document_index: [B, R] int64, the column of the selection that a row came from; 0 for rows that are not there.
+    """
+
+    keys: Tensor
+    values: Tensor
+    row_mask: Tensor
+    document_index: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "ContextRows":
+        """The same on another device, with keys and values in another dtype."""
+        keys, values = self.keys.to(device, dtype), self.values.to(device, dtype)
+        return ContextRows(keys, values, self.row_mask.to(device), self.document_index.to(device))
 
 
 def chunk_counts(lengths: Tensor, chunk_size: int) -> Tensor:

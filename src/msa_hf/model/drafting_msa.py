@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .memory_msa import MemoryBank
+from .memory_msa import Memory
 from .options_msa import GenerationOptions
 
 
@@ -22,7 +22,7 @@ def has_memory(assistant: Any) -> bool:
     return hasattr(assistant, "memory_origin")
 
 
-def refuse_assistant(assistant: Any, memory: MemoryBank | None, options: GenerationOptions) -> None:
+def refuse_assistant(assistant: Any, memory: Memory | None, options: GenerationOptions) -> None:
     """Refuse what cannot draft for a model with a memory.
 
     Raises:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .attention_msa import chunks_of
-from .memory_msa import Document, DocumentTable, LayerMemory, MemoryBank
+from .dense_layer_msa import chunks_of
+from .memory_msa import DenseLayer, Document, DocumentTable, MemoryBank
 from .modes_msa import evaluating
 from .positions_msa import position_limit
 from .splitting_msa import LimitTooSmall, split_text
@@ -68,7 +68,7 @@ def encode_documents(
     )
     total = len(documents) if isinstance(documents, Sized) else None
     progress = tqdm(total=total, desc="Encoding documents", unit="doc", disable=not show_progress)
-    pieces: dict[int, list[LayerMemory]] = {layer: [] for layer in config.memory_layers}
+    pieces: dict[int, list[DenseLayer]] = {layer: [] for layer in config.memory_layers}
     table: list[Document] = []
     lengths: list[int] = []
     with torch.inference_mode(False), evaluating(model), progress:
@@ -86,9 +86,9 @@ def encode_documents(
     layers = {}
     for layer in config.memory_layers:  # one layer at a time, so that joining the pieces needs little besides the bank
         parts = pieces.pop(layer)
-        layers[layer] = LayerMemory(
+        layers[layer] = DenseLayer(
             routing_keys=torch.cat([part.routing_keys for part in parts]),
-            content=torch.cat([part.content for part in parts]),
+            pooled_kv=torch.cat([part.pooled_kv for part in parts]),
         )
         del parts
     bank = MemoryBank(
@@ -114,10 +114,10 @@ def _window(items: Iterator[_Item], tokens: int) -> list[_Item]:
     return window
 
 
-def _encode_window(model: Any, window: list[_Item], batch_tokens: int, device: torch.device) -> dict[int, LayerMemory]:
+def _encode_window(model: Any, window: list[_Item], batch_tokens: int, device: torch.device) -> dict[int, DenseLayer]:
     """Encode a window in batches of similar length; the result is in the window's order."""
     order = sorted(range(len(window)), key=lambda place: len(window[place].ids))
-    encoded: dict[int, list[LayerMemory]] = {}
+    encoded: dict[int, list[DenseLayer]] = {}
     start = 0
     while start < len(order):
         stop = start + 1
@@ -136,17 +136,17 @@ def _encode_window(model: Any, window: list[_Item], batch_tokens: int, device: t
     slot = torch.tensor(order).argsort()  # where each document of the window lies among the encoded ones
     rows = torch.cat([torch.arange(int(offsets[place]), int(offsets[place + 1])) for place in slot.tolist()]).to(device)
     return {
-        layer: LayerMemory(
+        layer: DenseLayer(
             routing_keys=torch.cat([part.routing_keys for part in parts])[rows],
-            content=torch.cat([part.content for part in parts])[rows],
+            pooled_kv=torch.cat([part.pooled_kv for part in parts])[rows],
         )
         for layer, parts in encoded.items()
     }
 
 
-def _refuse_nan(layers: dict[int, LayerMemory], batch: list[_Item], lengths: Tensor, chunk_size: int) -> None:
+def _refuse_nan(layers: dict[int, DenseLayer], batch: list[_Item], lengths: Tensor, chunk_size: int) -> None:
     for layer, memory in layers.items():
-        finite = memory.content.flatten(1).isfinite().all(1) & memory.routing_keys.isfinite().all(1)
+        finite = memory.pooled_kv.flatten(1).isfinite().all(1) & memory.routing_keys.isfinite().all(1)
         if not bool(finite.all()):
             chunk = int((~finite).nonzero()[0])
             place = int(torch.searchsorted(chunks_of(lengths, chunk_size), chunk, right=True)) - 1

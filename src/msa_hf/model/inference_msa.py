@@ -7,7 +7,8 @@ import functools
 import importlib
 import inspect
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -30,12 +31,12 @@ from .drafting_msa import (
 )
 from .encoding_msa import encode_documents
 from .fingerprint_msa import fingerprint_of, read_weights, tokenizer_fingerprint
-from .memory_msa import LayerMemory, MemoryBank
+from .memory_msa import DenseLayer, DocumentTable, LayerMemory, Memory, MemoryBank, Snapshots
 from .options_msa import GenerationOptions, bind_positional, cache_for, leave_out, refuse_attentions
-from .origin_msa import BankOrigin, default_fields, state_configuration
+from .origin_msa import BankOrigin, check_origin, default_fields, state_configuration
 from .positions_msa import equivalent_length, in_positions_of
 from .retrofit_msa import renumber_memory_layers
-from .routing_msa import LayerRouting, last_routing_tokens
+from .routing_msa import LayerRouting, routing_request, scoring_of
 from .samples_msa import one_adapter
 from .trial_msa import refuse_unseen
 from .wrapping_msa import input_device, is_entered_by_its_call, is_sharded
@@ -50,7 +51,7 @@ FORCED_WITHOUT_ROUTING = (
 )
 
 # Banks that a model may read, and what the model was made of when that was found.
-_accepted_banks: weakref.WeakKeyDictionary[MemoryBank, weakref.WeakKeyDictionary[nn.Module, BankOrigin]] = (
+_accepted_banks: weakref.WeakKeyDictionary[Memory, weakref.WeakKeyDictionary[nn.Module, BankOrigin]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -114,7 +115,7 @@ class MemoryMixin:
             states = prefix_pass.tied(states, output[0])
         return {layer: (key[0], value[0]) for layer, (key, value) in states.items()}
 
-    def encode_batch(self, ids: Tensor, lengths: Tensor) -> dict[int, LayerMemory]:
+    def encode_batch(self, ids: Tensor, lengths: Tensor) -> dict[int, DenseLayer]:
         """Encode right-padded documents; nothing behind the last memory layer's keys and values is computed, unless
         the model must be run to its end.
 
@@ -123,7 +124,7 @@ class MemoryMixin:
             lengths: [N] int64, tokens of each document.
 
         Returns:
-            Layer -> `LayerMemory` of their chunks, documents in order.
+            Layer -> `DenseLayer` of their chunks, documents in order.
         """
         stop = not is_entered_by_its_call(cast(nn.Module, self))
         encoding = EncodingPass(self.config, lengths, self.config.similarity, stop=stop)
@@ -192,7 +193,7 @@ class MemoryMixin:
         """Load a bank that this model made; `MemoryBank.from_pretrained` with the model filled in."""
         return MemoryBank.from_pretrained(directory, model=self, tokenizer=tokenizer, **kwargs)
 
-    def accept_bank(self, bank: MemoryBank) -> None:
+    def accept_bank(self, bank: Memory) -> None:
         """Take `bank` for one that this model made, until the model's weights, adapters or configuration change."""
         _accepted_banks.setdefault(bank, weakref.WeakKeyDictionary())[cast(nn.Module, self)] = self.memory_origin()
 
@@ -215,27 +216,26 @@ class MemoryMixin:
         return module.BankStore(self, directory, tokenizer, protocol, **options)
 
     @torch.compiler.disable
-    def _check_bank(self, bank: MemoryBank) -> None:
+    def _check_bank(self, bank: Memory) -> None:
         """Make sure that what this model is now made the bank; takes a few milliseconds for a model of 4B.
 
         While a step of training is computed, a bank that was accepted before stays so: its keys and values are
         constants there, and the weights are bound to move.
         """
-        refuse_other_memories(bank)
         model = cast(nn.Module, self)
         accepted = _accepted_banks.setdefault(bank, weakref.WeakKeyDictionary())
         if model.training and torch.is_grad_enabled() and model in accepted:
             return
         origin = self.memory_origin()
         if accepted.get(model) != origin:
-            bank.check(origin)
+            check_origin(bank.origin, origin)
             accepted[model] = origin
 
     # Attending --------------------------------------------------------------------------------------------------------
 
     def memory_forward(
         self,
-        memory: MemoryBank | None = None,
+        memory: Memory | None = None,
         routing_mask: Tensor | None = None,
         force_documents: Tensor | None = None,
         output_document_scores: bool = False,
@@ -273,61 +273,57 @@ class MemoryMixin:
             padding = ~attention_mask[:, past:].bool().to(inputs.device)
             kwargs["input_ids"] = inputs.masked_fill(nowhere & padding, 0)
         routing_mask = self._routing_tokens(routing_mask, attention_mask, batch, length, past, inputs.device)
-        if routing_mask is not None and self.config.query_reduction == "last":
-            routing_mask = last_routing_tokens(routing_mask)
         if routing_mask is not None and memory is None:
             raise ValueError(
                 "This turn has routing tokens but no `memory`; pass the bank, or an all-false routing_mask."
             )
         if force_documents is not None and routing_mask is None:
             raise ValueError(FORCED_WITHOUT_ROUTING)
-        if memory is not None:
-            refuse_other_memories(memory)
+        request = None
+        session: AbstractContextManager[Mapping[int, LayerMemory]] = contextlib.nullcontext({})
         if routing_mask is not None and memory is not None:  # not while decoding: these look at the device's data
             self._check_bank(memory)
-            look_at_first_position(self, len(memory))
+            look_at_first_position(self, len(memory.documents))
             refuse_padding_only(attention_mask)
             if force_documents is not None:
-                force_documents = self.checked_documents(force_documents, batch, len(memory))
+                force_documents = self.checked_documents(force_documents, batch, len(memory.documents))
                 force_documents = memory.documents.rows_of(force_documents)
+            request = routing_request(
+                self.config,
+                scoring_of(self.config, self.config.similarity),
+                routing_mask,
+                memory.documents.num_rows,
+                documents=force_documents,
+                all_scores=output_document_scores,
+                inputs=inputs,
+            )
+            session = memory.session(request)
         if kwargs.get("position_ids") is None:
             positions = torch.arange(past, seen, device=inputs.device).expand(batch, length)
             if attention_mask is not None:
                 positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:].to(inputs.device)
             kwargs["position_ids"] = positions + self.config.first_position
 
-        turn: Any = contextlib.nullcontext()
-        operations = None
-        if routing_mask is not None and hasattr(memory, "turn"):  # other processes have parts of it (msa_hf.bank)
-            turn = cast(Any, memory).turn(self.config, inputs, routing_mask, force_documents, output_document_scores)
-            operations = getattr(turn, "operations", None)
-        attending = AttendingPass(
-            config=self.config,
-            similarity=self.config.similarity,
-            layers={} if memory is None else memory.layers,
-            offsets=None if memory is None else memory.offsets,
-            prefix={} if memory is None else memory.prefix,
-            routing_mask=routing_mask,
-            visible=None if memory is None else memory.visible,
-            force_documents=force_documents,
-            keep_document_scores=output_document_scores,
-            operations=operations,
-            contexts={} if cache is None else cache.contexts,
-            keep_contexts=cache is not None,
-        )
         return_dict = kwargs.pop("return_dict", None)
-        routes = routing_mask is not None
-        with turn, one_adapter(cast(nn.Module, self)) if routes else contextlib.nullcontext():
+        with session as layers, one_adapter(cast(nn.Module, self)) if request else contextlib.nullcontext():
+            attending = AttendingPass(
+                config=self.config,
+                layers=layers,
+                prefix={} if memory is None else memory.prefix,
+                request=request,
+                contexts={} if cache is None else cache.contexts,
+                keep_contexts=cache is not None,
+            )
             output = self.run_base(**kwargs, memory_pass=attending, return_dict=True)
         # What a mixture calls `aux_loss` is the balance of its experts, which its `loss` holds.
         fields = {name: value for name, value in output.items() if name != "aux_loss"}
         routing = attending.finish()
         if torch.is_grad_enabled() and is_sharded(cast(nn.Module, self)):
             routing = attending.tied(routing, output[0] if output.get("loss") is None else output[1])
-        if routing_mask is not None:
+        if request is not None:
             refuse_unseen(self.config.memory_layers, routing)
-        if memory is not None and memory.visible is not None:
-            routing = {layer: _of_documents(found, memory) for layer, found in routing.items()}
+        if memory is not None:
+            routing = {layer: _of_documents(found, memory.documents) for layer, found in routing.items()}
         result = type(self).output_class(**fields, routing=routing)
         return result if return_dict is not False else result.to_tuple()
 
@@ -376,7 +372,7 @@ class GeneratingMixin(MemoryMixin):
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *args: Any,
-        memory: MemoryBank | None = None,
+        memory: Memory | None = None,
         **kwargs: Any,
     ) -> Any:
         """`GenerationMixin.generate` with a memory.
@@ -548,9 +544,17 @@ class GeneratingMixin(MemoryMixin):
         return model_inputs
 
 
-def current(memory: Any) -> Any:
-    """The state that an open bank is in now; a bank is its own, and so is None."""
-    return memory.snapshot() if hasattr(memory, "snapshot") else memory
+def current(memory: Memory | None) -> Memory | None:
+    """The state that an open bank is in now; a bank is its own, and so is None.
+
+    Raises:
+        TypeError: for what is no memory.
+    """
+    if memory is None:
+        return None
+    if not isinstance(memory, Snapshots):
+        raise TypeError(f"`memory` must be a MemoryBank, as encode_documents() returns, got {type(memory).__name__}.")
+    return memory.snapshot()
 
 
 def look_at_first_position(model: Any, documents: int) -> None:
@@ -595,18 +599,14 @@ def refuse_lost_cache(cache: Any, tokens: int) -> None:
         )
 
 
-def refuse_other_memories(memory: Any) -> None:
-    """Raise TypeError for what is no bank."""
-    if not hasattr(memory, "origin") or not hasattr(memory, "offsets"):
-        raise TypeError(f"`memory` must be a MemoryBank, as encode_documents() returns, got {type(memory).__name__}.")
-
-
-def _of_documents(routing: LayerRouting, bank: MemoryBank) -> LayerRouting:
-    """What was routed over the rows of a bank, of which some are deleted, in terms of its documents."""
+def _of_documents(routing: LayerRouting, documents: DocumentTable) -> LayerRouting:
+    """What was routed over the rows of a bank, of which some may be deleted, in terms of its documents."""
+    if not len(documents.deleted):
+        return routing
     scores = routing.document_scores
-    if scores is not None and bank.visible is not None:
-        scores = scores[:, bank.visible[0].to(scores.device)]
-    return LayerRouting(bank.documents.positions_of(routing.documents), routing.scores, scores)
+    if scores is not None:
+        scores = scores.index_select(1, documents.rows_of(torch.arange(len(documents))).to(scores.device))
+    return LayerRouting(documents.positions_of(routing.documents), routing.scores, scores)
 
 
 def refuse_padding_only(attention_mask: Tensor | None) -> None:

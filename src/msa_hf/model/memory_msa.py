@@ -7,9 +7,10 @@ its key, text and metadata; and with what model all of it was made, because no o
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,38 +20,14 @@ from .arrow_msa import pyarrow, table_schema
 from .bank_format_msa import RESTORE, BankFormatError
 from .bank_reader_msa import KnowsOrigin, open_bank
 from .bank_writer_msa import write_bank
+from .chunks_msa import ContextRows
+from .dense_layer_msa import DenseLayer as DenseLayer
+from .document_rows_msa import ChunkLayout
 from .fingerprint_msa import model_fingerprint as model_fingerprint
 from .fingerprint_msa import tokenizer_fingerprint as tokenizer_fingerprint
 from .origin_msa import BankOrigin as BankOrigin
 from .origin_msa import check_origin
-
-
-@dataclass(frozen=True)
-class LayerMemory:
-    """What one memory layer keeps of the corpus; the chunks of a document are neighbors.
-
-    Attributes:
-        routing_keys: [C, G * D], one routing key per chunk; the groups lie one after the other.
-        content: [C, 2, G, D], pooled keys after RoPE (`[:, 0]`) and pooled values (`[:, 1]`).
-    """
-
-    routing_keys: Tensor
-    content: Tensor
-
-    @property
-    def keys(self) -> Tensor:
-        """Pooled keys [C, G, D], a view."""
-        return self.content[:, 0]
-
-    @property
-    def values(self) -> Tensor:
-        """Pooled values [C, G, D], a view."""
-        return self.content[:, 1]
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LayerMemory":
-        """The same on another device or in another dtype; itself where nothing changes."""
-        keys, content = self.routing_keys.to(device, dtype), self.content.to(device, dtype)
-        return self if keys is self.routing_keys and content is self.content else LayerMemory(keys, content)
+from .routing_msa import RoutingRequest, Scoring, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +250,70 @@ class BankHome:
     commit: str
 
 
+class LayerMemory(Protocol):
+    """What one memory layer keeps of the documents, wherever it lies: the layer is asked, and hands out no tensors.
+
+    Queries and masks may lie on any device; results lie on the layer's, and asking never waits for it where the layer
+    can help it. Structural: a checkpoint's copy of a class may live beside the package's.
+    """
+
+    def route(self, queries: Tensor, mask: Tensor, k: int, scoring: Scoring) -> Selection:
+        """The `k` best documents of each sample; equal scores go to the lower number.
+
+        Args:
+            queries: [B, T, H, D] router queries. Where these have a gradient, so have the scores.
+            mask: [B, T] bool, tokens that route; a sample without one chooses nothing.
+            k: how many.
+            scoring: similarity and reductions.
+        """
+
+    def score(self, queries: Tensor, mask: Tensor, scoring: Scoring, documents: Tensor | None = None) -> Tensor:
+        """Scores [B, R] float32 of all documents, or [B, n] of `documents` [B, n] int64, -1 for none.
+
+        `NO_SCORE` for those that a sample may not choose, and for samples without a routing token. Differentiable where
+        the queries are.
+        """
+
+    def gather(self, selection: Selection, dtype: torch.dtype) -> ContextRows:
+        """The rows of the documents of a selection, keys and values in `dtype`."""
+
+
+@runtime_checkable
+class Snapshots(Protocol):
+    """What a forward can take as its memory: whatever has a state that stays as it is."""
+
+    def snapshot(self) -> "Memory":
+        """The state of now, which does not change any more."""
+
+
+class Memory(Protocol):
+    """Documents that one model has encoded, wherever they lie.
+
+    Attributes:
+        documents: in order; with the rows in which their chunks are counted.
+        origin: what the memory was made with.
+        prefix: per layer of the model, keys (after RoPE) and values [G, p, D] of the template prefix.
+    """
+
+    @property
+    def documents(self) -> DocumentTable: ...
+
+    @property
+    def origin(self) -> BankOrigin: ...
+
+    @property
+    def prefix(self) -> Mapping[int, tuple[Tensor, Tensor]]: ...
+
+    def snapshot(self) -> "Memory":
+        """The state of now, which does not change any more; itself where nothing ever does."""
+
+    def session(self, request: RoutingRequest) -> AbstractContextManager[Mapping[int, LayerMemory]]:
+        """The layers, for one forward that routes, within it.
+
+        Processes that share a memory meet where the session begins, and hear at its end whether all came through.
+        """
+
+
 class MemoryBank:
     """Documents, encoded once by one model, ready to be routed over and attended to.
 
@@ -291,14 +332,17 @@ class MemoryBank:
     Attributes:
         home: where it was loaded from, None where it was not.
         indexes: what `search` uses beside the tensors, by name (`msa_hf.retrieval`).
+        is_whole: its layers are tensors of all chunks.
 
     Raises:
         ValueError: where these contradict each other, naming what does.
     """
 
+    is_whole = True
+
     def __init__(
         self,
-        layers: Mapping[int, LayerMemory],
+        layers: Mapping[int, DenseLayer],
         offsets: Tensor,
         prefix: Mapping[int, tuple[Tensor, Tensor]],
         documents: DocumentTable,
@@ -315,6 +359,7 @@ class MemoryBank:
         self.home: BankHome | None = None
         self.indexes: dict[str, Any] = {}
         self._visible: Tensor | None = None
+        self._layout: ChunkLayout | None = None
         if counts is None:
             self._validate()
             visible = documents.visible_rows()
@@ -344,13 +389,13 @@ class MemoryBank:
         require(list(self.layers) == wanted, f"`layers` are {list(self.layers)}, the origin's are {wanted}.")
         total = int(offsets[-1])
         for layer, memory in self.layers.items():
-            keys, content = memory.routing_keys, memory.content
-            fits = content.ndim == 4 and content.shape[:2] == (total, 2)
-            fits = fits and keys.shape == (total, content.shape[2:].numel())
+            keys, pooled_kv = memory.routing_keys, memory.pooled_kv
+            fits = pooled_kv.ndim == 4 and pooled_kv.shape[:2] == (total, 2)
+            fits = fits and keys.shape == (total, pooled_kv.shape[2:].numel())
             require(
                 fits,
-                f"Layer {layer}: for {total} chunks `content` must be [{total}, 2, G, D] and `routing_keys` "
-                f"[{total}, G * D], got {list(content.shape)} and {list(keys.shape)}.",
+                f"Layer {layer}: for {total} chunks `pooled_kv` must be [{total}, 2, G, D] and `routing_keys` "
+                f"[{total}, G * D], got {list(pooled_kv.shape)} and {list(keys.shape)}.",
             )
         length = len(self.origin.prefix_token_ids)
         missing = sorted(self.layers.keys() - self.prefix.keys())
@@ -368,7 +413,7 @@ class MemoryBank:
 
     def _tensors(self) -> Iterator[Tensor]:
         for memory in self.layers.values():
-            yield from (memory.routing_keys, memory.content)
+            yield from (memory.routing_keys, memory.pooled_kv)
         for pair in self.prefix.values():
             yield from pair
 
@@ -382,7 +427,23 @@ class MemoryBank:
             self._visible = torch.from_numpy(self.documents.visible_rows())[None].to(self.device)
         return self._visible
 
-    def layer(self, index: int) -> LayerMemory:
+    @property
+    def layout(self) -> ChunkLayout:
+        """Whose the chunks are, and which documents may be chosen."""
+        if self._layout is None:
+            self._layout = ChunkLayout(self.offsets, self.visible)
+        return self._layout
+
+    def snapshot(self) -> "MemoryBank":
+        """Itself, which does not change."""
+        return self
+
+    def session(self, request: RoutingRequest) -> AbstractContextManager[Mapping[int, LayerMemory]]:
+        """The layers, for one forward; see `Memory`."""
+        layout = self.layout.renewed()
+        return nullcontext({layer: memory.over(layout) for layer, memory in self.layers.items()})
+
+    def layer(self, index: int) -> DenseLayer:
         """The memory of layer `index`.
 
         Raises:
@@ -435,11 +496,11 @@ class MemoryBank:
                 readable.
             ImportError: where pyarrow is missing.
         """
-        layers = {layer: (memory.routing_keys, memory.content) for layer, memory in self.layers.items()}
+        layers = {layer: (memory.routing_keys, memory.pooled_kv) for layer, memory in self.layers.items()}
         if len(self.documents.deleted):  # a copy, without them
             visible = torch.from_numpy(self.documents.visible_rows())
             chunks = visible.repeat_interleave(self.offsets.diff()).nonzero()[:, 0].to(self.device)
-            layers = {layer: (keys[chunks], content[chunks]) for layer, (keys, content) in layers.items()}
+            layers = {layer: (keys[chunks], pooled_kv[chunks]) for layer, (keys, pooled_kv) in layers.items()}
         table, origin, ids = self.documents.to_arrow(), self.origin.to_manifest(), self.documents.ids()
         next_id = max(self.next_id or 0, 0 if ids is None or not len(ids) else int(ids.max()) + 1)
         write_bank(Path(directory), origin, layers, self.prefix, table, max_shard_size, next_id)
@@ -474,7 +535,7 @@ class MemoryBank:
         reader.check_side_files()
         # With its index: safetensors takes a bare "cuda" for the first device, torch for the current one.
         target = torch.empty(0, device=device or "cpu").device
-        layers = {layer: LayerMemory(*pair) for layer, pair in reader.tensors(target).items()}
+        layers = {layer: DenseLayer(*pair) for layer, pair in reader.tensors(target).items()}
         prefix = reader.prefix(target)
         with reader.contradictions():
             documents = DocumentTable(rows.table, rows.deleted)

@@ -3,9 +3,9 @@
 Plain PyTorch. Scores are accumulated and compared in float32, in tiles: never tokens x chunks at once.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,23 +22,6 @@ PADDED_COLUMNS = 4096
 NO_SCORE = -1e30
 # Beside a squared norm, inside the root: the gradient at zero is finite.
 NORM_EPSILON = 1e-12
-
-
-@dataclass
-class LayerRouting:
-    """What one memory layer chose.
-
-    Attributes:
-        documents: [B, k] int64, positions in the bank, best first; -1 where fewer documents were there. k is
-            `columns(top_k, documents)`.
-        scores: [B, k] float32, scores of `documents`; -inf beside -1.
-        document_scores: [B, N] float32, scores of all documents (differentiable in training), -inf for documents that
-            a sample cannot see; None unless training or asked for with `output_document_scores=True`.
-    """
-
-    documents: Tensor
-    scores: Tensor
-    document_scores: Tensor | None = None
 
 
 def columns(top_k: int, documents: int) -> int:
@@ -124,9 +107,109 @@ class Scoring:
 DEFAULT_SCORING = Scoring()
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The documents that a memory layer attends to for every sample, on the layer's device.
+
+    Attributes:
+        documents: [B, k] int64, rows of the bank's table of documents, best first; -1 where fewer were there.
+        scores: [B, k] float32, the scores of `documents`, -inf beside -1; with a gradient where the queries have one.
+        has_nan: [] bool, a score was NaN; None where nobody looked.
+    """
+
+    documents: Tensor
+    scores: Tensor
+    has_nan: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RoutingRequest:
+    """What a forward asks of a memory.
+
+    Attributes:
+        routing_mask: [B, T] bool, the tokens that route, one of each sample where the last alone counts.
+        k: documents that each sample chooses; see `columns`.
+        scoring: how documents are scored.
+        heads: query heads H of a layer.
+        documents: [B, n] int64 rows that samples attend to instead of those that they would choose, -1 for none.
+        all_scores: the scores of all documents are wanted.
+        score_bias: the scores of the documents chosen become part of the answer.
+        inputs: [B, T] token ids, or [B, T, hidden] embeddings, of all tokens; None where no other process has to agree.
+    """
+
+    routing_mask: Tensor
+    k: int
+    scoring: Scoring
+    heads: int
+    documents: Tensor | None = None
+    all_scores: bool = False
+    score_bias: bool = False
+    inputs: Tensor | None = None
+
+
+@dataclass
+class LayerRouting:
+    """What one memory layer chose.
+
+    Attributes:
+        documents: [B, k] int64, positions in the bank, best first; -1 where fewer documents were there. k is
+            `columns(top_k, documents)`.
+        scores: [B, k] float32, scores of `documents`; -inf beside -1.
+        document_scores: [B, N] float32, scores of all documents (differentiable in training), -inf for documents that
+            a sample cannot see; None unless training or asked for with `output_document_scores=True`.
+    """
+
+    documents: Tensor
+    scores: Tensor
+    document_scores: Tensor | None = None
+
+
 def scoring_of(config: Any, similarity: str) -> Scoring:
     """The scoring that an `MSAConfig` names, by one of its two similarities."""
     return Scoring(similarity, config.head_reduction, config.query_reduction, config.chunk_reduction)
+
+
+def routing_request(
+    config: Any,
+    scoring: Scoring,
+    routing_mask: Tensor,
+    rows: int,
+    *,
+    documents: Tensor | None = None,
+    all_scores: bool = False,
+    inputs: Tensor | None = None,
+) -> RoutingRequest:
+    """The request of a forward.
+
+    Args:
+        config: MSAConfig.
+        scoring: `scoring_of` it.
+        routing_mask: [B, T] bool, the tokens that may route; the only place where those that count are told apart.
+        rows: R, documents of the memory, deleted ones too.
+        documents, all_scores, inputs: as `RoutingRequest`.
+    """
+    if scoring.tokens == "last":
+        routing_mask = last_routing_tokens(routing_mask)
+    return RoutingRequest(
+        routing_mask,
+        columns(config.top_k, rows),
+        scoring,
+        config.num_attention_heads,
+        documents,
+        all_scores,
+        config.score_bias,
+        inputs,
+    )
+
+
+class KeyRows(Protocol):
+    """Routing keys [C, G * D] that are read piece by piece: a tensor is one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def split(self, split_size: int, /) -> Iterable[Tensor]:
+        """The keys, so many rows at a time, on the device of the queries; one empty piece of none."""
 
 
 def scale_heads(queries: Tensor, similarity: str) -> Tensor:
@@ -148,7 +231,7 @@ def reduce_queries(queries: Tensor, groups: int, similarity: str) -> Tensor:
 def score_documents(
     queries: Tensor,
     routing_mask: Tensor,
-    routing_keys: Tensor,
+    routing_keys: KeyRows,
     offsets: Tensor,
     scoring: Scoring = DEFAULT_SCORING,
 ) -> Tensor:
@@ -160,7 +243,8 @@ def score_documents(
     Args:
         queries: [B, T, H, D] router queries, any floating dtype.
         routing_mask: [B, T] bool, the tokens that route.
-        routing_keys: [C, G * D] router keys of the chunks, already L2-normalized per head for `"cosine"`.
+        routing_keys: [C, G * D] router keys of the chunks, already L2-normalized per head for `"cosine"`; a tensor, or
+            what hands out pieces of one.
         offsets: [N + 1] int64, chunks of document i are `offsets[i]:offsets[i + 1]`.
         scoring: similarity and reductions.
 
@@ -220,7 +304,7 @@ def tile_elements(device: torch.device) -> int:
     return TILE_ELEMENTS if device.type == "cpu" else TILE_ELEMENTS * ACCELERATOR_TILES
 
 
-def score_chunks(queries: Tensor, valid: Tensor, routing_keys: Tensor, query_reduction: str = "max") -> Tensor:
+def score_chunks(queries: Tensor, valid: Tensor, routing_keys: KeyRows, query_reduction: str = "max") -> Tensor:
     """Scores of chunks, tokens reduced, in tiles.
 
     Args:
@@ -241,7 +325,7 @@ def score_chunks(queries: Tensor, valid: Tensor, routing_keys: Tensor, query_red
     )
 
 
-def _tiles(routing_keys: Tensor, queries: Tensor) -> Iterator[tuple[Tensor, Callable[[Tensor], list[slice]]]]:
+def _tiles(routing_keys: KeyRows, queries: Tensor) -> Iterator[tuple[Tensor, Callable[[Tensor], list[slice]]]]:
     """Tiles of chunks, and for each the tiles of samples whose scores fit in `tile_elements`."""
     batch, width = queries.shape[:2]
 

@@ -12,15 +12,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .attention_msa import AttendingPass, EncodingPass, PrefixPass, chunks_of
+from .attention_msa import AttendingPass, EncodingPass, PrefixPass
 from .compat_msa import CACHE, rename_cache
+from .dense_layer_msa import DenseLayer, layers_over
 from .inference_msa import MemoryMixin
 from .losses_msa import auxiliary_loss, positive_mask
-from .memory_msa import LayerMemory
 from .outputs_msa import MSACausalLMOutput
 from .packing_msa import PackedRows, PooledDocuments, TokenBlocks, pool_documents, right_padded, unpack_rows
 from .positions_msa import position_limit
-from .routing_msa import LayerRouting
+from .routing_msa import LayerRouting, routing_request, scoring_of
 from .samples_msa import sequences_of
 from .wrapping_msa import is_sharded
 
@@ -180,15 +180,25 @@ class TrainingMixin(MemoryMixin):
         made = DifferentiableEncodingPass if torch.is_grad_enabled() else EncodingPass
         return made(self.config, lengths, self._training_similarity, stop=False)
 
-    def _attending_pass(self, layers: dict[int, LayerMemory], lengths: Tensor, **fields: Any) -> AttendingPass:
-        return AttendingPass(
-            config=self.config,
-            similarity=self._training_similarity,
-            layers=layers,
-            offsets=chunks_of(lengths, self.config.chunk_size),
-            keep_document_scores=True,
-            **fields,
+    def _attending_pass(
+        self,
+        layers: dict[int, DenseLayer],
+        lengths: Tensor,
+        prefix: dict[int, tuple[Tensor, Tensor]],
+        routing_mask: Tensor,
+        force_documents: Tensor | None,
+        visible: Tensor | None = None,
+    ) -> AttendingPass:
+        request = routing_request(
+            self.config,
+            scoring_of(self.config, self._training_similarity),
+            routing_mask,
+            len(lengths),
+            documents=force_documents,
+            all_scores=True,
         )
+        layers = layers_over(layers, lengths, self.config.chunk_size, visible)
+        return AttendingPass(config=self.config, layers=layers, prefix=prefix, request=request)
 
     @property
     def _training_similarity(self) -> str:
@@ -214,9 +224,9 @@ class TrainingMixin(MemoryMixin):
         attending = self._attending_pass(
             layers,
             pool.lengths,
-            prefix=prefix,
-            routing_mask=routing_mask.bool() & mask,
-            force_documents=force_documents,
+            prefix,
+            routing_mask.bool() & mask,
+            force_documents,
         )
         if position_ids is None:
             position_ids = (mask.long().cumsum(1) - 1).clamp(min=0) + past + self.config.first_position
@@ -265,10 +275,10 @@ class TrainingMixin(MemoryMixin):
             attending = self._attending_pass(
                 layers,
                 lengths,
-                prefix=prefix,
-                routing_mask=rows.active.take(doc_ids, fill=-1) == 0,
+                prefix,
+                rows.active.take(doc_ids, fill=-1) == 0,
+                force_documents,
                 visible=rows.document_row == samples[:, None],
-                force_documents=force_documents,
             )
             start = rows.prefix.mask.shape[1] + self.config.top_k
             found = run(rows.active, start, attending, samples, functools.partial(_offsets_of, rows.active, width))

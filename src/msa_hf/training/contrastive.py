@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.attention_msa import AttendingPass, EncodingDone, EncodingPass, chunks_of
+from ..model.attention_msa import AttendingPass, EncodingDone, EncodingPass
 from ..model.cache_msa import MemoryContext
-from ..model.memory_msa import LayerMemory
+from ..model.dense_layer_msa import DenseLayer, layers_over
+from ..model.routing_msa import routing_request, scoring_of
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,14 @@ class Temperatures(nn.Module):
         return self.logarithm.exp().clamp(min=self.lowest)
 
 
-def encode_rows(model: Any, rows: TokenRows) -> dict[int, LayerMemory]:
+def encode_rows(model: Any, rows: TokenRows) -> dict[int, DenseLayer]:
     """`model.encode_batch` of rows, with gradients where they are enabled, as it routes in training."""
     encoding = EncodingPass(model.config, rows.lengths, _similarity(model.config), stop=True)
     _run(model, rows, torch.arange(rows.ids.shape[1], device=rows.ids.device), encoding)
     return encoding.finish()
 
 
-def route_rows(model: Any, questions: TokenRows, pool: Mapping[int, LayerMemory], lengths: Tensor) -> dict[int, Tensor]:
+def route_rows(model: Any, questions: TokenRows, pool: Mapping[int, DenseLayer], lengths: Tensor) -> dict[int, Tensor]:
     """Layer -> scores [Q, N] float32 of a pool's documents, as the library's routing computes them.
 
     Args:
@@ -84,12 +85,11 @@ def route_rows(model: Any, questions: TokenRows, pool: Mapping[int, LayerMemory]
     config = model.config
     routing = RoutingPass(
         config=config,
-        similarity=_similarity(config),
-        layers=dict(pool),
-        offsets=chunks_of(lengths, config.chunk_size),
+        layers=layers_over(pool, lengths, config.chunk_size),
         prefix={},
-        routing_mask=questions.mask,
-        keep_document_scores=True,
+        request=routing_request(
+            config, scoring_of(config, _similarity(config)), questions.mask, len(lengths), all_scores=True
+        ),
     )
     positions = torch.arange(questions.ids.shape[1], device=questions.ids.device) + config.first_position
     _run(model, questions, positions, routing)
@@ -178,7 +178,7 @@ class PoolResult:
 
     loss: Tensor
     hits: Tensor
-    pool: dict[int, LayerMemory]
+    pool: dict[int, DenseLayer]
     lengths: Tensor
 
 
@@ -205,9 +205,9 @@ def contrastive_step(
     layers = list(parts[0])
     lengths = torch.cat([rows.lengths for rows in documents])
     leaves = {
-        layer: LayerMemory(
+        layer: DenseLayer(
             torch.cat([part[layer].routing_keys for part in parts]).requires_grad_(),
-            torch.cat([part[layer].content for part in parts]).requires_grad_(layer != layers[-1]),
+            torch.cat([part[layer].pooled_kv for part in parts]).requires_grad_(layer != layers[-1]),
         )
         for layer in layers
     }
@@ -225,11 +225,14 @@ def contrastive_step(
         again = encode_rows(model, rows)
         tensors, gradients = [], []
         for layer, leaf in leaves.items():
-            for made, kept in ((again[layer].routing_keys, leaf.routing_keys), (again[layer].content, leaf.content)):
+            for made, kept in (
+                (again[layer].routing_keys, leaf.routing_keys),
+                (again[layer].pooled_kv, leaf.pooled_kv),
+            ):
                 if kept.grad is not None and made.requires_grad:
                     tensors.append(made)
                     gradients.append(kept.grad[start:stop])
         torch.autograd.backward(tensors, gradients)
         start = stop
-    pool = {layer: LayerMemory(leaf.routing_keys.detach(), leaf.content.detach()) for layer, leaf in leaves.items()}
+    pool = {layer: DenseLayer(leaf.routing_keys.detach(), leaf.pooled_kv.detach()) for layer, leaf in leaves.items()}
     return PoolResult(loss.detach(), hits, pool, lengths)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..data.questions import IGNORED
 from ..generation import PromptProtocol
-from ..model.attention_msa import AttendingPass, chunks_of
-from ..model.memory_msa import LayerMemory
+from ..model.attention_msa import AttendingPass
+from ..model.dense_layer_msa import DenseLayer, layers_over
+from ..model.routing_msa import routing_request, scoring_of
 from .contrastive import _similarity
 from .transcripts import TranscriptCollator
 
@@ -42,7 +43,7 @@ def reading_row(
 
 
 def reading_loss(
-    model: Any, ids: Tensor, labels: Tensor, routes: Tensor, pool: Mapping[int, LayerMemory], lengths: Tensor
+    model: Any, ids: Tensor, labels: Tensor, routes: Tensor, pool: Mapping[int, DenseLayer], lengths: Tensor
 ) -> Tensor:
     """The language-model loss of answers, with a pool as the memory.
 
@@ -57,12 +58,9 @@ def reading_loss(
     config = model.config
     attending = AttendingPass(
         config=config,
-        similarity=_similarity(config),
-        layers=dict(pool),
-        offsets=chunks_of(lengths, config.chunk_size),
+        layers=layers_over(pool, lengths, config.chunk_size),
         prefix={},
-        routing_mask=routes,
-        keep_document_scores=True,
+        request=routing_request(config, scoring_of(config, _similarity(config)), routes, len(lengths), all_scores=True),
     )
     positions = torch.arange(ids.shape[1], device=ids.device) + config.first_position
     output = model.run_base(

@@ -15,18 +15,21 @@ import copy
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...model.bank_reader_msa import KnowsOrigin, open_bank
-from ...model.memory_msa import DocumentTable, LayerMemory, MemoryBank
+from ...model.memory_msa import DenseLayer, DocumentTable, MemoryBank
+from ...model.routing_msa import RoutingRequest
 from .collectives import Collectives, RankFailed
-from .session import DIFFERENT, HEADER, SAME, Turn, header_of
+from .session import DIFFERENT, HEADER, SAME, ShardedLayer, ShardSession, header_of
+from .share import Share, shares
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -41,52 +44,45 @@ class ShardedBank(MemoryBank):
     inside reaches all of them.
 
     Attributes:
-        rank, size: of this process, and how many there are.
-        rows: [W + 1], first row of each process' documents, and the end.
+        share: what lies here.
+        inputs: whether all processes give the model the same inputs, `"same"`, or `"different"` ones.
     """
 
+    is_whole = False
+
     def __init__(
-        self, layers: dict[int, LayerMemory], whole: MemoryBank, rows: list[int], ranks: Collectives, inputs: str
+        self, layers: dict[int, DenseLayer], whole: MemoryBank, rows: list[int], ranks: Collectives, inputs: str
     ) -> None:
         counts = whole.num_chunks, whole.num_tokens
         super().__init__(layers, whole.offsets, whole.prefix, whole.documents, whole.origin, counts, whole.next_id)
-        self.rows = rows
+        self.share = Share(whole.offsets, rows, ranks.rank)
         self.inputs = inputs
         self._ranks = ranks
-        self._bounds: dict[int, int] = {}
-        self._local: dict[torch.device, Tensor] = {}
 
     @property
     def rank(self) -> int:
+        """This process' number."""
         return self._ranks.rank
 
     @property
     def size(self) -> int:
+        """Number of processes."""
         return self._ranks.size
+
+    @property
+    def rows(self) -> list[int]:
+        """[W + 1], first row of each process' documents, and the end."""
+        return self.share.rows
 
     @property
     def own_rows(self) -> slice:
         """The rows of `documents` that lie here."""
-        return slice(self.rows[self.rank], self.rows[self.rank + 1])
+        return self.share.own_rows
 
     @property
     def own_chunks(self) -> tuple[int, int]:
         """First and end of the chunks that lie here."""
-        return int(self.offsets[self.own_rows.start]), int(self.offsets[self.own_rows.stop])
-
-    def local_offsets(self, device: torch.device) -> Tensor:
-        """[n + 1] int64, chunks of the documents here, counted from the first of them."""
-        if device not in self._local:
-            mine = self.offsets[self.own_rows.start : self.own_rows.stop + 1]
-            self._local[device] = (mine - mine[0]).to(device)
-        return self._local[device]
-
-    def most_rows(self, documents: int) -> int:
-        """The most chunks that so many documents have together."""
-        if documents not in self._bounds:
-            chunks = self.offsets.diff()
-            self._bounds[documents] = int(chunks.topk(min(documents, len(chunks))).values.sum())
-        return self._bounds[documents]
+        return self.share.own_chunks
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ShardedBank:
         """This process' part on another device or in another dtype."""
@@ -95,26 +91,28 @@ class ShardedBank(MemoryBank):
         moved.prefix = {
             layer: (keys.to(device, dtype), values.to(device, dtype)) for layer, (keys, values) in self.prefix.items()
         }
-        moved._visible = None
+        moved._visible = moved._layout = None
         return moved
 
     def save_pretrained(self, directory: str | Path, max_shard_size: int | str = "4GB") -> None:
         """Not of a part: save the whole bank."""
         raise ValueError("This process holds a part of the bank; save the whole one before it is shared.")
 
-    def turn(self, config: Any, inputs: Tensor, routing_mask: Tensor, forced: Tensor | None, all_scores: bool) -> Turn:
-        """What all processes do together in a forward that routes; `MSAForCausalLM` asks for it.
+    @contextmanager
+    def session(self, request: RoutingRequest) -> Iterator[Mapping[int, ShardedLayer]]:
+        """The layers, for one forward of all processes; see `Memory`.
 
         Raises:
             ValueError: where scores would need a gradient, or all processes together make no sense.
             RankFailed: where another process failed.
         """
-        header = header_of(config, inputs, routing_mask, forced, all_scores, self.documents.num_rows)
-        if torch.is_grad_enabled() and (config.score_bias or header["all_scores"] or header["forced"]):
+        header = header_of(request)
+        if torch.is_grad_enabled() and (request.score_bias or header["all_scores"] or header["forced"]):
             raise ValueError(
                 "Scores of documents in other processes carry no gradient: call the model under `torch.no_grad()`."
             )
-        return Turn(self, header, routing_mask, forced)
+        with ShardSession(self.share, self.layout, self._ranks, self.inputs, header, request) as session:
+            yield {layer: ShardedLayer(part, session) for layer, part in self.layers.items()}
 
     def finish(self) -> None:
         """Wait until all processes are through, doing this one's part of what they ask meanwhile, and disconnect.
@@ -123,18 +121,19 @@ class ShardedBank(MemoryBank):
             RankFailed: where another process failed.
             ValueError: with `inputs="same"`, where another one goes on.
         """
+        nothing = dict.fromkeys(HEADER, 0)
         while not self._ranks.closed:
-            turn = Turn(self, dict.fromkeys(HEADER, 0), None)
-            if not turn.active:
+            session = ShardSession(self.share, self.layout, self._ranks, self.inputs, nothing, None)
+            if not session.active:
                 break
-            with turn:
-                turn.serve()
+            with session:
+                session.serve(self.layers.values(), self.origin.similarity)
         self._ranks.close()
 
     def __enter__(self) -> ShardedBank:
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if error is None:
                 self.finish()
@@ -197,7 +196,7 @@ def shard_bank(
                 device = model.device
             shared = _read(Path(bank), ranks, inputs, model, tokenizer, device, verify)
         else:
-            shared = _part(bank.snapshot() if hasattr(bank, "snapshot") else bank, ranks, inputs, device)
+            shared = _part(bank.snapshot(), ranks, inputs, device)
         digest = _digest(shared)
     except Exception as failed:  # raised below, after the others know
         error = failed
@@ -216,13 +215,6 @@ def shard_bank(
     return shared
 
 
-def shares(offsets: Tensor, parts: int) -> list[int]:
-    """Cut documents with chunks at `offsets` [R + 1] into `parts` runs of about as many chunks: [parts + 1] rows."""
-    wanted = [int(offsets[-1]) * part // parts for part in range(parts)]
-    cuts = torch.searchsorted(offsets, torch.tensor(wanted)).tolist()
-    return [*cuts, len(offsets) - 1]
-
-
 def _part(bank: MemoryBank, ranks: Collectives, inputs: str, device: Any) -> ShardedBank:
     rows = shares(bank.offsets, ranks.size)
     first, end = int(bank.offsets[rows[ranks.rank]]), int(bank.offsets[rows[ranks.rank + 1]])
@@ -230,8 +222,8 @@ def _part(bank: MemoryBank, ranks: Collectives, inputs: str, device: Any) -> Sha
     layers = {}
     for layer, memory in bank.layers.items():
         # Copies, so that the whole bank can be let go of.
-        parts = (tensor[first:end].to(target, copy=True) for tensor in (memory.routing_keys, memory.content))
-        layers[layer] = LayerMemory(*parts)
+        parts = (tensor[first:end].to(target, copy=True) for tensor in (memory.routing_keys, memory.pooled_kv))
+        layers[layer] = DenseLayer(*parts)
     shared = ShardedBank(layers, bank, rows, ranks, inputs)
     return shared if target == bank.device else shared.to(target)
 
@@ -253,7 +245,7 @@ def _read(
     first, end = int(found.offsets[rows[ranks.rank]]), int(found.offsets[rows[ranks.rank + 1]])
     target = torch.empty(0, device=device or "cpu").device
     prefix = reader.prefix(target)
-    layers = {layer: LayerMemory(*pair) for layer, pair in reader.tensors(target, first, end).items()}
+    layers = {layer: DenseLayer(*pair) for layer, pair in reader.tensors(target, first, end).items()}
     visible = documents.visible_rows()
     counts = int(documents.counts("chunks")[visible].sum()), int(documents.counts("tokens")[visible].sum())
     whole = MemoryBank(layers, found.offsets, prefix, documents, reader.origin, counts, found.next_id)

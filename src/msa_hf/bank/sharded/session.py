@@ -1,25 +1,32 @@
-"""One forward that routes, in all processes that share a bank at once (parallel.py)."""
+"""One forward that routes, in all processes that share a bank at once."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...model import attention_msa
-from ...model.chosen_msa import DocumentRows, score_chosen, scores_at
-from ...model.chunks_msa import chunk_rows
-from ...model.routing_msa import NO_SCORE, SCORINGS, Scoring, columns, score_documents, scoring_of, select_documents
+from ...model.chunks_msa import ContextRows, chunk_rows
+from ...model.dense_layer_msa import DenseLayer, select_scored
+from ...model.document_rows_msa import ChunkLayout, DocumentRows, score_chosen, scores_at
+from ...model.ops_msa import OPERATIONS
+from ...model.routing_msa import (
+    NO_SCORE,
+    SCORINGS,
+    RoutingRequest,
+    Scoring,
+    Selection,
+    score_documents,
+    select_documents,
+)
 from ...ops.gather_documents import most_rows
-
-if TYPE_CHECKING:
-    from .bank import ShardedBank
+from .collectives import Collectives
+from .share import Share
 
 # Rows of a sample that may be exchanged without knowing how many are really there; above, the device is waited for.
 MOST_UNKNOWN_ROWS = 4096
@@ -31,27 +38,22 @@ SAME = "same"
 DIFFERENT = "different"
 
 
-def header_of(
-    config: Any, inputs: Tensor, routing_mask: Tensor, forced: Tensor | None, all_scores: bool, rows: int
-) -> dict[str, int]:
-    """The message of a process about its turn; `rows` are those of the whole bank."""
-    k = columns(config.top_k, rows)
-    digest = hashlib.sha256()
-    for tensor in (inputs, routing_mask, forced):
+def header_of(request: RoutingRequest) -> dict[str, int]:
+    """The message of a process about its forward."""
+    digest, forced, scoring = hashlib.sha256(), request.documents, request.scoring
+    for tensor in (request.inputs, request.routing_mask, forced):
         if tensor is not None and not tensor.is_floating_point():  # embeddings may differ in their last digits
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    scoring = scoring_of(config, config.similarity)
-    reductions = {f"reduce_{name}": list(SCORINGS[name]).index(vars(scoring)[name]) for name in REDUCTIONS}
     return {
         "active": 1,
-        "batch": inputs.shape[0],
-        "tokens": int(routing_mask.sum(1).max()),
-        "heads": config.num_attention_heads,
-        "k": k,
-        "all_scores": int(all_scores or (forced is None and not scoring.has_operation)),
+        "batch": request.routing_mask.shape[0],
+        "tokens": int(request.routing_mask.sum(1).max()),
+        "heads": request.heads,
+        "k": request.k,
+        "all_scores": int(request.all_scores or (forced is None and not scoring.has_operation)),
         "forced": int(forced is not None),
-        "columns": max(k, 0 if forced is None else forced.shape[1]),
-        **reductions,
+        "columns": max(request.k, 0 if forced is None else forced.shape[1]),
+        **{f"reduce_{name}": list(SCORINGS[name]).index(vars(scoring)[name]) for name in REDUCTIONS},
         "inputs": int.from_bytes(digest.digest()[:7], "little"),
     }
 
@@ -75,13 +77,19 @@ class Given:
     here: DocumentRows
 
 
-class Turn:
+class ShardSession:
     """One forward that routes, in all processes at once.
+
+    Args:
+        share: of this process.
+        layout: of the whole bank.
+        ranks: the processes.
+        inputs: `SAME` or `DIFFERENT`.
+        header: what this process wants.
+        request: the same in full; None where it only serves the others.
 
     Attributes:
         active: whether any process has something to route.
-        operations: those of a memory layer (`Operations` in ops_msa.py), done together. Their `offsets` count all
-            chunks of the bank, the keys and content given to them are this process' own.
 
     Raises:
         ValueError: in all processes, where these do not fit together.
@@ -89,22 +97,22 @@ class Turn:
     """
 
     def __init__(
-        self, bank: ShardedBank, header: dict[str, int], routing_mask: Tensor | None, forced: Tensor | None = None
+        self,
+        share: Share,
+        layout: ChunkLayout,
+        ranks: Collectives,
+        inputs: str,
+        header: dict[str, int],
+        request: RoutingRequest | None,
     ) -> None:
-        self.bank, self.ranks = bank, bank._ranks
+        self.share, self.layout, self.ranks = share, layout, ranks
         table = self.ranks.gather(torch.tensor([header[name] for name in HEADER])).tolist()
         rows = [dict(zip(HEADER, row, strict=True)) for row in table]
         asking = [row for row in rows if row["active"]]
         self.active = bool(asking)
-        self.operations: dict[str, Callable[..., Any]] = {
-            "route_documents": self.route_documents,
-            "score_documents": self.score_documents,
-            "score_chosen": self.score_chosen,
-            "gather_documents": self.gather_documents,
-        }
         if not asking:
             return
-        self.together = bank.inputs == SAME
+        self.together = inputs == SAME
         self._check(rows, asking)
         self.own_batch = header["batch"]
         self.batch = max(row["batch"] for row in rows)
@@ -118,8 +126,9 @@ class Turn:
         self.routed = any(not row["forced"] for row in asking)
         self.given: Given | None = None
         if not self.together:
-            self._exchange_masks(routing_mask)
+            self._exchange_masks(None if request is None else request.routing_mask)
         if not self.all_scores and any(row["forced"] for row in asking):
+            forced = None if request is None else request.documents
             self.given = self._exchange_forced(forced, [bool(row["forced"]) for row in rows])
 
     def _check(self, rows: list[dict[str, int]], asking: list[dict[str, int]]) -> None:
@@ -138,10 +147,10 @@ class Turn:
                 'inputs="different".'
             )
 
-    def __enter__(self) -> Turn:
+    def __enter__(self) -> ShardSession:
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             self.ranks.fail(error)
         else:  # all came through, or those that did not are heard of
@@ -168,15 +177,15 @@ class Turn:
             padded[: given.shape[0], : given.shape[1]] = given
             given = self.ranks.gather(padded).flatten(0, 1)
             forces = [forced_there for forced_there in forces for _ in range(self.batch)]
-        places = DocumentRows(given, self.bank.offsets.cpu())
-        distinct, rows = torch.tensor(places.distinct, dtype=torch.int64), self.bank.own_rows
+        places = DocumentRows(given, self.share.offsets)
+        distinct, rows = torch.tensor(places.distinct, dtype=torch.int64), self.share.own_rows
         here = distinct[(distinct >= rows.start) & (distinct < rows.stop)] - rows.start
         return Given(
             given,
             torch.tensor(forces, dtype=torch.bool)[:, None],
             places.documents,
-            np.diff(np.searchsorted(distinct.numpy(), self.bank.rows)),
-            DocumentRows(here.expand(given.shape[0], -1), self.bank.local_offsets(torch.device("cpu"))),
+            np.diff(np.searchsorted(distinct.numpy(), self.share.rows)),
+            DocumentRows(here.expand(given.shape[0], -1), self.share.local_offsets(torch.device("cpu"))),
         )
 
     def _everyones(self, queries: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,40 +211,10 @@ class Turn:
         start = self.ranks.rank * self.batch
         return results[start : start + self.own_batch]
 
-    # The operations of a layer ----------------------------------------------------------------------------------------
+    # What processes find out together in a layer ----------------------------------------------------------------------
 
-    def route_documents(
-        self,
-        queries: Tensor,
-        routing_mask: Tensor,
-        routing_keys: Tensor,
-        offsets: Tensor,
-        k: int,
-        *,
-        alive: Tensor | None = None,
-        similarity: str = "cosine",
-    ) -> tuple[Tensor, Tensor]:
-        """`routing_msa.route_documents` of the whole bank."""
-        with torch.no_grad():
-            if self.all_scores:
-                scores = self.score_documents(queries, routing_mask, routing_keys, offsets, Scoring(similarity))
-                return select_documents(scores if alive is None else scores.masked_fill(~alive, NO_SCORE), k)
-            documents, scores, _ = self._exchange(queries, routing_mask, routing_keys, similarity)
-            return documents, scores
-
-    def score_chosen(
-        self, queries: Tensor, routing_mask: Tensor, routing_keys: Tensor, chosen: DocumentRows, scoring: Scoring
-    ) -> Tensor:
-        """`chosen_msa.score_chosen` of the whole bank; no gradient."""
-        if self.all_scores:
-            scores = self.score_documents(queries, routing_mask, routing_keys, self.bank.offsets, scoring)
-            return scores_at(scores[:, chosen.distinct], chosen.documents)
-        with torch.no_grad():
-            *_, scores = self._exchange(queries, routing_mask, routing_keys, scoring.similarity)
-            return scores[:, : chosen.documents.shape[1]].masked_fill(chosen.documents < 0, NO_SCORE)
-
-    def _exchange(self, queries: Tensor, mask: Tensor, keys: Tensor, similarity: str) -> tuple[Tensor, Tensor, Tensor]:
-        """What processes find out together in a layer, some of which may route while others are given documents.
+    def exchange(self, queries: Tensor, mask: Tensor, keys: Tensor, similarity: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Route and score in all processes, of which some may route while others are given documents.
 
         Returns:
             documents and scores [B, k] of the best, and scores of given documents [B, columns], for the samples of this
@@ -258,18 +237,19 @@ class Turn:
 
     def _route(self, queries: Tensor, mask: Tensor, keys: Tensor, similarity: str) -> tuple[Tensor, Tensor]:
         """The best documents [S, k] of the bank for the samples of all processes."""
-        rows, k, visible = self.bank.own_rows, self.shared["k"], self.bank.visible
+        rows, k = self.share.own_rows, self.shared["k"]
         if rows.start == rows.stop:
             documents = queries.new_full((queries.shape[0], k), -1, dtype=torch.int64)
             scores = documents.new_full(documents.shape, float("-inf"), dtype=torch.float32)
         else:
-            documents, scores = attention_msa.OPERATIONS["route_documents"](
+            alive = self.layout.alive_on(keys.device)
+            documents, scores = OPERATIONS["route_documents"](
                 queries,
                 mask,
                 keys,
-                self.bank.local_offsets(keys.device),
+                self.share.local_offsets(keys.device),
                 k,
-                alive=None if visible is None else visible[0, rows].to(keys.device),
+                alive=None if alive is None else alive[rows],
                 similarity=similarity,
             )
             documents = torch.where(documents < 0, documents, documents + rows.start)
@@ -295,32 +275,20 @@ class Turn:
         """That of the model that asks."""
         return Scoring(similarity, *(list(SCORINGS[name])[self.shared[f"reduce_{name}"]] for name in REDUCTIONS))
 
-    def score_documents(
-        self,
-        queries: Tensor,
-        routing_mask: Tensor,
-        routing_keys: Tensor,
-        offsets: Tensor,
-        scoring: Scoring,
-    ) -> Tensor:
-        """`routing_msa.score_documents` of the whole bank; no gradient."""
-        queries, routing_mask = self._everyones(queries.detach(), routing_mask)
-        counts = np.diff(self.bank.rows)
+    def score(self, queries: Tensor, mask: Tensor, keys: Tensor, scoring: Scoring) -> Tensor:
+        """Scores [B, R] of all documents of the bank for the samples of this process; no gradient."""
+        queries, mask = self._everyones(queries.detach(), mask)
+        counts = np.diff(self.share.rows)
         found = None
         if counts[self.ranks.rank]:
-            found = score_documents(
-                queries,
-                routing_mask,
-                routing_keys,
-                self.bank.local_offsets(routing_keys.device),
-                scoring,
-            )
+            found = score_documents(queries, mask, keys, self.share.local_offsets(keys.device), scoring)
         return self._own(self._join(found, counts, queries))
 
-    def gather_documents(
-        self, documents: Tensor, offsets: Tensor, content: Tensor, width: int | None = None, dtype: Any = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`chunks_msa.gather_documents` of the whole bank; more rows than are needed, where `width` is not given."""
+    def gather(self, documents: Tensor, pooled_kv: Tensor) -> ContextRows:
+        """The rows of documents [B, n] of the whole bank, of which this process has `pooled_kv`.
+
+        More rows than are needed, so that nobody waits for the device to learn how many these are.
+        """
         everyones = documents
         if not self.together and self.all_scores:
             padded = documents.new_full((self.batch, self.columns), -1)
@@ -329,39 +297,86 @@ class Turn:
         elif not self.together:
             assert self.chosen is not None
             everyones = self.chosen
-        if width is None:
-            width = self.bank.most_rows(everyones.shape[1])
-            if width > MOST_UNKNOWN_ROWS:
-                width = most_rows(everyones, offsets)
-        rows, slots, valid = chunk_rows(everyones, offsets, width)
-        first, end = self.bank.own_chunks
-        mine = valid & (rows >= first) & (rows < end)
-        states = content.new_zeros(*rows.shape, *content.shape[1:])
+        offsets = self.layout.offsets_on(pooled_kv.device)
+        width = self.share.most_rows(everyones.shape[1])
+        if width > MOST_UNKNOWN_ROWS:
+            width = most_rows(everyones, offsets)
+        rows, document_index, row_mask = chunk_rows(everyones, offsets, width)
+        first, end = self.share.own_chunks
+        mine = row_mask & (rows >= first) & (rows < end)
+        states = pooled_kv.new_zeros(*rows.shape, *pooled_kv.shape[1:])
         if first < end:
-            chosen = content.index_select(0, (rows - first).clamp(0, end - first - 1).flatten())
+            chosen = pooled_kv.index_select(0, (rows - first).clamp(0, end - first - 1).flatten())
             states = torch.where(mine[..., None, None, None], chosen.unflatten(0, rows.shape), states)
         if self.together:
             states = self.ranks.sum(states)
         else:
             states = self.ranks.scatter_sum(states.unflatten(0, (self.ranks.size, self.batch)))[: self.own_batch]
-        states = states.to(dtype or content.dtype)
         keys, values = (part.transpose(1, 2).contiguous() for part in states.unbind(2))
-        return keys, values, self._own(valid), self._own(slots)
+        return ContextRows(keys, values, self._own(row_mask), self._own(document_index))
 
-    def serve(self) -> None:
-        """Do this process' part of a forward of others."""
-        similarity = self.bank.origin.similarity
-        offsets = self.bank.offsets.to(self.bank.device)
-        for memory in self.bank.layers.values():
-            keys, content = memory.routing_keys, memory.content
-            queries = keys.new_zeros(0, self.tokens, self.shared["heads"], content.shape[-1])
+    def serve(self, layers: Iterable[DenseLayer], similarity: str) -> None:
+        """Do this process' part of a forward of others.
+
+        Args:
+            layers: what it has of every memory layer.
+            similarity: that of the bank.
+        """
+        for memory in layers:
+            keys = memory.routing_keys
+            queries = keys.new_zeros(0, self.tokens, self.shared["heads"], memory.pooled_kv.shape[-1])
             mask = torch.zeros(0, self.tokens, dtype=torch.bool, device=keys.device)
             if self.all_scores:
-                self.score_documents(queries, mask, keys, offsets, self._scoring(similarity))
+                self.score(queries, mask, keys, self._scoring(similarity))
             else:
-                self._exchange(queries, mask, keys, similarity)
+                self.exchange(queries, mask, keys, similarity)
             documents = torch.empty(0, self.columns, dtype=torch.int64, device=keys.device)
-            self.gather_documents(documents, offsets, content)
+            self.gather(documents, memory.pooled_kv)
+
+
+@dataclass(frozen=True)
+class ShardedLayer:
+    """A memory layer whose documents lie in several processes; for one forward, in all of them at once.
+
+    Attributes:
+        part: this process' chunks.
+        session: the forward.
+    """
+
+    part: DenseLayer
+    session: ShardSession
+
+    # `LayerMemory` ----------------------------------------------------------------------------------------------------
+
+    def route(self, queries: Tensor, mask: Tensor, k: int, scoring: Scoring) -> Selection:
+        """The `k` best documents of each sample, from the best of every process."""
+        if self.session.all_scores:
+            return select_scored(self.score(queries, mask, scoring), k)
+        keys = self.part.routing_keys
+        with torch.no_grad():
+            queries, mask = queries.to(keys.device), mask.to(keys.device)
+            documents, scores, _ = self.session.exchange(queries, mask, keys, scoring.similarity)
+        return Selection(documents, scores)
+
+    def score(self, queries: Tensor, mask: Tensor, scoring: Scoring, documents: Tensor | None = None) -> Tensor:
+        """Scores of all documents, or of those that are given; no gradient."""
+        session, keys = self.session, self.part.routing_keys
+        queries, mask = queries.to(keys.device), mask.to(keys.device)
+        if documents is None:
+            return session.layout.hide(session.score(queries, mask, keys, scoring))
+        if session.all_scores:
+            scores = session.layout.hide(session.score(queries, mask, keys, scoring))
+            return scores_at(scores, documents.to(keys.device))
+        with torch.no_grad():
+            *_, scores = session.exchange(queries, mask, keys, scoring.similarity)
+            shown = session.layout.without_hidden(documents).to(keys.device)
+            return scores[:, : shown.shape[1]].masked_fill(shown < 0, NO_SCORE)
+
+    def gather(self, selection: Selection, dtype: torch.dtype) -> ContextRows:
+        """The rows of documents, wherever they lie."""
+        pooled_kv = self.part.pooled_kv
+        rows = self.session.gather(selection.documents.to(pooled_kv.device), pooled_kv)
+        return rows.to(pooled_kv.device, dtype)
 
 
 def pack(documents: Tensor, scores: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def commit_of(
         assert encoder is not None
         if encoded := {key: change for key, change in written.items() if not change.copy}:
             bank, kind = encoder.encode_changes(encoded, origin), state.layout.dtype
-            found = {layer: (item.routing_keys, item.content) for layer, item in bank.layers.items()}
+            found = {layer: (item.routing_keys, item.pooled_kv) for layer, item in bank.layers.items()}
             parts.append({layer: (keys.to(kind), content.to(kind)) for layer, (keys, content) in found.items()})
             tokens += bank.documents.counts("tokens").tolist()
         for change in written.values():

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,8 @@ from ...model.bank_format_msa import (
 )
 from ...model.bank_reader_msa import BankReader, is_bank, open_bank, read_manifest
 from ...model.bank_writer_msa import BankWriter, remove_files
-from ...model.memory_msa import BankOrigin, Document, DocumentTable, LayerMemory, MemoryBank
+from ...model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable, LayerMemory, MemoryBank
+from ...model.routing_msa import RoutingRequest
 from ...moved import renamed
 from ...retrieval.followers import Followers
 from ...retrieval.rows import rows_of_state
@@ -158,7 +160,7 @@ class BankStore:
         assert self._encoder is not None
         self.origin = self._encoder.model.memory_origin(self.tokenizer)
         like = self._encoder.encode([[0]])
-        layers = {layer: (memory.routing_keys[:0], memory.content[:0]) for layer, memory in like.layers.items()}
+        layers = {layer: (memory.routing_keys[:0], memory.pooled_kv[:0]) for layer, memory in like.layers.items()}
         self._prefix = like.prefix
         manifest = new_manifest(self.origin.to_manifest(), TensorLayout.of_tensors(layers))
         if self.directory is None:
@@ -235,7 +237,7 @@ class BankStore:
                     starts = state.offsets[state.starts].tolist()
                     segments = dict(zip(starts, state.segments, strict=True))
                     self._buffers = Buffers.load(segments, state.layout, state.all_chunks, self.device)
-                layers = {layer: LayerMemory(*pair) for layer, pair in self._buffers.view(state.all_chunks).items()}
+                layers = {layer: DenseLayer(*pair) for layer, pair in self._buffers.view(state.all_chunks).items()}
                 documents = DocumentTable(state.table, state.hidden, state.find)
                 offsets, counts = torch.from_numpy(state.offsets), (state.chunks, state.tokens)
                 next_id = state.manifest["next_id"]
@@ -243,6 +245,20 @@ class BankStore:
                 self._followers.attach(bank)
                 self._snapshot = bank
             return self._snapshot
+
+    @property
+    def documents(self) -> DocumentTable:
+        """The documents of now; their tensors are not read."""
+        return DocumentTable(self.state.table, self.state.hidden, self.state.find)
+
+    @property
+    def prefix(self) -> dict[int, TensorPair]:
+        """Keys and values of the template prefix; see `MemoryBank`."""
+        return self.whole_prefix()
+
+    def session(self, request: RoutingRequest) -> AbstractContextManager[Mapping[int, LayerMemory]]:
+        """The layers of the state of now, for one forward; see `Memory`."""
+        return self.snapshot().session(request)
 
     def whole_prefix(self) -> dict[int, TensorPair]:
         """Keys and values of the template prefix, per layer.

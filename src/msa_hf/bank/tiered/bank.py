@@ -12,27 +12,19 @@ content that is mapped from disk, and the cache. So does every bank to learn how
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...model import routing_msa
-from ...model.bank_format_msa import chunk_ranges
-from ...model.chosen_msa import DocumentRows, score_rows
-from ...model.memory_msa import LayerMemory, MemoryBank
-from ...model.routing_msa import Scoring, select_documents
+from ...model.memory_msa import MemoryBank
 from ...moved import renamed
-from ...ops import gather_documents, rescore_documents, route_documents
-from ...ops.formats import FORMATS, join_rows, own_format, routed_formats, why_not_routed
-from ...ops.gather_documents import most_rows
-from ...ops.route_documents import narrowed, reduced
+from ...ops.formats import FORMATS, own_format, routed_formats, why_not_routed
 from .hardware import Tiers, measured_tiers
+from .layer import PooledKV, RoutingKeys, TieredLayer
 from .lru_cache import DocumentLRU
 from .plan import Placement, PlacementOptions, Reserves, plan_placement
 from .rows import Rows, placed_rows
@@ -40,195 +32,6 @@ from .shapes import BankShape
 from .sources import BankSource, source_of
 
 logger = logging.getLogger(__name__)
-# Bytes of routing keys that are on the device at once where they are read from host memory for every question.
-STREAMED_BYTES = 1 << 28
-
-
-@dataclass(frozen=True)
-class RoutingKeys:
-    """The routing keys of a layer, in the place of `LayerMemory.routing_keys`.
-
-    Attributes:
-        rows: what questions are scored with.
-        exact: the bank's own keys, where `rows` are others.
-        offsets: [R + 1] int64 on the CPU.
-        streamed: `rows` lie in host memory and go through the device for every question.
-        candidates: documents whose scores are taken again from `exact`; 0 for none, None for `usual` times `k`.
-        usual: `Format.candidates` of `rows`.
-    """
-
-    rows: Rows
-    exact: Rows | None
-    offsets: Tensor
-    streamed: bool
-    candidates: int | None
-    usual: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.rows.device
-
-    def route(
-        self, queries: Tensor, routing_mask: Tensor, offsets: Tensor, k: int, alive: Tensor | None, similarity: str
-    ) -> tuple[Tensor, Tensor]:
-        """`ops.route_documents`."""
-        wanted = k
-        if again := self.exact is not None and self.candidates != 0:
-            usual = max(min(self.usual * k, offsets.shape[0] - 1), k)
-            wanted = usual if self.candidates is None else self.candidates
-            if wanted < k:
-                raise ValueError(f"`candidates` must be at least the {k} documents of `top_k`, or 0, got {wanted}.")
-        whole = reduced(queries, self.rows.parts[0].shape[1], similarity)
-        queries = narrowed(whole, self.rows.dtype)
-        if self.streamed:
-            documents, scores = self._streamed(queries, routing_mask, offsets, wanted, alive)
-        else:
-            assert self.rows.whole is not None
-            documents, scores = route_documents(
-                queries, routing_mask, self.rows.whole, offsets, wanted, scales=self.rows.scales, alive=alive
-            )
-        if not again:
-            return documents, scores
-        assert self.exact is not None
-        # Of their own, not rounded for the narrow keys.
-        exact = queries if queries.dtype == self.exact.dtype else narrowed(whole, self.exact.dtype)
-        keys = self.exact.whole
-        if keys is not None and (keys.device == queries.device or keys.is_pinned()):
-            return rescore_documents(exact, routing_mask, keys, offsets, documents, k)
-        chosen = DocumentRows(documents, self.offsets)
-        (keys,) = self.exact.select(chosen.rows)
-        places, scores = rescore_documents(exact, routing_mask, keys, chosen.offsets, chosen.documents, k)
-        return _named(places, chosen), scores
-
-    def _streamed(
-        self, queries: Tensor, routing_mask: Tensor, offsets: Tensor, k: int, alive: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The best of all from the best of every block of documents."""
-        starts = self.offsets.numpy()
-        row_bytes = self.rows.dtype.itemsize * self.rows.shape[1]
-        found: list[tuple[Tensor, Tensor]] = []
-        for first, end in chunk_ranges(starts, max(STREAMED_BYTES // row_bytes, 1)) or [(0, 0)]:
-            low, high = (int(np.searchsorted(starts, edge)) for edge in (first, end))
-            keys, scales = self.rows.between(first, end)
-            documents, scores = route_documents(
-                queries,
-                routing_mask,
-                keys,
-                offsets[low : high + 1] - offsets[low],
-                k,
-                scales=scales,
-                alive=None if alive is None else alive[low:high],
-            )
-            found.append((torch.where(documents < 0, documents, documents + low), scores))
-        # Among equal scores documents ascend, so the lower place is the lower document.
-        documents, scores = (torch.cat(column, dim=1) for column in zip(*found, strict=True))
-        places, scores = select_documents(scores, k)
-        return documents.gather(1, places.clamp(min=0)).masked_fill(places < 0, -1), scores
-
-
-def _named(places: Tensor, chosen: DocumentRows) -> Tensor:
-    """Documents [B, k] from places among the distinct ones."""
-    known = torch.tensor([*chosen.distinct, -1], device=places.device)  # -1 counts from the end
-    return known[places]
-
-
-@dataclass(frozen=True)
-class Content:
-    """The content of a layer, in the place of `LayerMemory.content`.
-
-    Attributes:
-        rows: keys and values.
-        offsets: [R + 1] int64 on the CPU.
-        dtype: of the rows that are given out.
-        hot: the documents used last; None without a cache.
-    """
-
-    rows: Rows
-    offsets: Tensor
-    dtype: torch.dtype
-    hot: DocumentLRU | None = None
-    requires_grad = False
-
-    def gather(self, documents: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`chunks_msa.gather_documents`."""
-        if self.rows.whole is not None and self.hot is None:
-            width = most_rows(documents, offsets)
-            return gather_documents(
-                documents, offsets, self.rows.whole, width, scales=self.rows.scales, dtype=self.dtype
-            )
-        chosen = DocumentRows(documents, self.offsets)
-        numbers, *scales = self.rows.select(chosen.rows) if self.hot is None else self._through(self.hot, chosen)
-        return gather_documents(
-            chosen.documents,
-            chosen.offsets,
-            numbers,
-            chosen.width,
-            scales=scales[0] if scales else None,
-            dtype=self.dtype,
-        )
-
-    def _through(self, hot: DocumentLRU, chosen: DocumentRows) -> tuple[Tensor, ...]:
-        """The rows of the documents chosen, from the cache where they are there."""
-
-        def fetch(documents: list[int]) -> list[tuple[Tensor, ...]]:
-            missing = DocumentRows(torch.tensor(documents)[None], self.offsets)
-            columns = (tensor.split(missing.counts) for tensor in self.rows.select(missing.rows))
-            return list(zip(*columns, strict=True))
-
-        parts = hot.take(chosen.distinct, fetch)
-        return tuple(map(join_rows, zip(*parts, strict=True))) or self.rows.select(chosen.rows)
-
-
-# What a forward asks of its memory (`AttendingPass.operations`) -------------------------------------------------------
-
-
-def _route(
-    queries: Tensor,
-    routing_mask: Tensor,
-    routing_keys: RoutingKeys,
-    offsets: Tensor,
-    k: int,
-    *,
-    alive: Tensor | None = None,
-    similarity: str = "cosine",
-) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        return routing_keys.route(queries, routing_mask, offsets, k, alive, similarity)
-
-
-def _score(
-    queries: Tensor, routing_mask: Tensor, routing_keys: RoutingKeys, offsets: Tensor, scoring: Scoring
-) -> Tensor:
-    """The scores of all documents are always exact: exact keys go through the device, tile by tile."""
-    rows = cast(Tensor, routing_keys.exact or routing_keys.rows)  # has what is asked of a tensor: `shape`, `split`
-    return routing_msa.score_documents(queries, routing_mask, rows, offsets, scoring)
-
-
-def _score_chosen(
-    queries: Tensor, routing_mask: Tensor, routing_keys: RoutingKeys, chosen: DocumentRows, scoring: Scoring
-) -> Tensor:
-    """The same from the exact keys of those documents alone, which may lie in host memory or on disk."""
-    keys, *_ = (routing_keys.exact or routing_keys.rows).select(chosen.rows)
-    return score_rows(queries, routing_mask, keys, chosen, scoring)
-
-
-def _gather(documents: Tensor, offsets: Tensor, content: Content) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.no_grad():
-        return content.gather(documents, offsets)
-
-
-class Turn(contextlib.nullcontext):
-    """A forward that routes."""
-
-    operations: Mapping[str, Callable[..., Any]] = {
-        "route_documents": _route,
-        "score_documents": _score,
-        "score_chosen": _score_chosen,
-        "gather_documents": _gather,
-    }
-
-
-# The bank -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -251,18 +54,28 @@ class TieredBank(MemoryBank):
     """A bank whose parts lie where a plan put them; `place_bank` makes one.
 
     `model.forward`, `generate` and `MemoryInterleave` take it as they take any bank. It is one state of a bank that
-    changes: place it again to see later commits. In place of tensors, `layers` hold `RoutingKeys` and `Content`.
+    changes: place it again to see later commits. Its `layers` are `TieredLayer`s.
 
     Attributes:
         plan: the `Placement`; `print(bank.plan)`.
         device, dtype: where questions are routed, and of the tensors before they were placed.
     """
 
-    def __init__(self, layers: Mapping[int, LayerMemory], source: BankSource, plan: Placement, device: Any) -> None:
+    layers: dict[int, TieredLayer]  # type: ignore[assignment]  # whoever asks for tensors asks for a `DenseLayer`
+    is_whole = False
+
+    def __init__(
+        self,
+        layers: Mapping[int, tuple[RoutingKeys, PooledKV]],
+        source: BankSource,
+        plan: Placement,
+        device: torch.device,
+    ) -> None:
         prefix = {layer: (keys.to(device), values.to(device)) for layer, (keys, values) in source.prefix.items()}
-        super().__init__(layers, source.offsets, prefix, source.documents, source.origin, source.counts, source.next_id)
+        super().__init__({}, source.offsets, prefix, source.documents, source.origin, source.counts, source.next_id)
         self.plan = plan
         self._device, self._dtype = device, source.dtype
+        self.layers = {layer: TieredLayer(*parts, self.layout) for layer, parts in sorted(layers.items())}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -275,15 +88,12 @@ class TieredBank(MemoryBank):
     @property
     def cache(self) -> CacheUse | None:
         """How the cache was used; None where there is none."""
-        hot = [cast(Content, memory.content).hot for memory in self.layers.values()]
+        hot = [memory.pooled_kv.hot for memory in self.layers.values()]
         used = [item for item in hot if item is not None]
         if not used:
             return None
-        return CacheUse(*(sum(getattr(item, name) for item in used) for name in ("hits", "misses", "bytes", "budget")))
-
-    def turn(self, *_: Any) -> Turn:
-        """The operations of a forward that routes; `MSAForCausalLM` asks for them."""
-        return Turn()
+        hits, misses = sum(item.hits for item in used), sum(item.misses for item in used)
+        return CacheUse(hits, misses, sum(item.bytes for item in used), sum(item.budget for item in used))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryBank:
         """Not of a placed bank."""
@@ -355,7 +165,7 @@ def place_bank(
         layer: _placed(source, layer, plan, plan.keys_tier(number), target, candidates)
         for number, layer in enumerate(source.shapes)
     }
-    return TieredBank(cast(Any, layers), source, plan, target)
+    return TieredBank(layers, source, plan, target)
 
 
 def _planned(
@@ -391,13 +201,13 @@ def _planned(
 
 def _placed(
     source: BankSource, layer: int, plan: Placement, keys_on: str, device: torch.device, candidates: int | None
-) -> LayerMemory:
+) -> tuple[RoutingKeys, PooledKV]:
     """A layer's keys and content in their places; its keys lie on the tier `keys_on`."""
     (groups, dim), dtype = source.shapes[layer], source.dtype
     own = own_format(dtype).name
     parts = source.parts(layer)
     keys = [part.routing_keys for part in parts] or [torch.empty(0, groups * dim, dtype=dtype)]
-    content = [part.content for part in parts] or [torch.empty(0, 2, groups, dim, dtype=dtype)]
+    content = [part.pooled_kv for part in parts] or [torch.empty(0, 2, groups, dim, dtype=dtype)]
     has_device = plan.tiers.device is not None
 
     def rows(tensors: list[Tensor], form: str, tier: str) -> Rows:
@@ -414,21 +224,12 @@ def _placed(
     found = RoutingKeys(
         rows(keys, plan.keys, keys_on),
         exact,
-        source.offsets,
         streamed=has_device and keys_on == "host",
         candidates=candidates,
         usual=FORMATS[plan.keys].candidates,
     )
     hot = DocumentLRU(plan.cache // len(source.shapes)) if plan.cache else None
-    return cast(Any, _Layer(found, Content(rows(content, plan.content, plan.content_on), source.offsets, dtype, hot)))
+    return found, PooledKV(rows(content, plan.content, plan.content_on), dtype, hot)
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """In the place of `LayerMemory`."""
-
-    routing_keys: RoutingKeys
-    content: Content
-
-
-__getattr__ = renamed(__name__, {"Choice": "PlacementOptions"})
+__getattr__ = renamed(__name__, {"Choice": "PlacementOptions", "Content": "PooledKV"})

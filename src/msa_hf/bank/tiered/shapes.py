@@ -65,7 +65,7 @@ class BankShape:
     @classmethod
     def of(cls, bank: Any) -> BankShape:
         """The shape of a `MemoryBank`."""
-        layers = tuple(tuple(memory.content.shape[2:]) for memory in bank.layers.values())
+        layers = tuple(tuple(memory.pooled_kv.shape[2:]) for memory in bank.layers.values())
         return cls(len(bank), bank.num_chunks, layers, own_format(bank.dtype).name)
 
     def key_bytes(self, format: str, layers: slice = slice(None)) -> int:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...model.bank_format_msa import TensorLayout, data_files
 from ...model.bank_reader_msa import KnowsOrigin, open_bank
-from ...model.memory_msa import BankOrigin, DocumentTable, LayerMemory, MemoryBank
+from ...model.memory_msa import BankOrigin, DenseLayer, DocumentTable, MemoryBank
+from ..store.store import BankStore
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class BankSource:
     next_id: int | None
     dtype: torch.dtype
     shapes: dict[int, tuple[int, int]]
-    parts: Callable[[int], list[LayerMemory]]
+    parts: Callable[[int], list[DenseLayer]]
     directory: Path | None = None
     bytes: int = 0
     model: Any = None
@@ -62,11 +63,11 @@ def source_of(bank: Any, model: Any = None, tokenizer: Any = None, verify: bool 
     """
     if isinstance(bank, str | Path):
         return _of_directory(Path(bank), model, tokenizer, verify)
-    if hasattr(bank, "snapshot"):
+    if isinstance(bank, BankStore):
         return _of_memory(bank.snapshot()) if bank.directory is None else _of_open(bank)
     if not isinstance(bank, MemoryBank):
         raise TypeError(f"`bank` must be a MemoryBank, an BankStore or a directory, got {type(bank).__name__}.")
-    if hasattr(bank, "turn"):
+    if not bank.is_whole:
         raise ValueError(f"A {type(bank).__name__} is shared or placed already; place the bank that it was made from.")
     if bank.device.type != "cpu":
         raise ValueError(
@@ -90,25 +91,25 @@ def _of_memory(bank: MemoryBank) -> BankSource:
     )
 
 
-def _shape(memory: LayerMemory) -> tuple[int, int]:
-    groups, dim = memory.content.shape[2:]
+def _shape(memory: DenseLayer) -> tuple[int, int]:
+    groups, dim = memory.pooled_kv.shape[2:]
     return groups, dim
 
 
-def _of_open(bank: Any) -> BankSource:
+def _of_open(bank: BankStore) -> BankSource:
     """Of the files that it has open: they may be removed meanwhile."""
     with bank._mutex:
         state, prefix = bank.state, bank.whole_prefix()
     layout = TensorLayout.of_manifest(state.manifest)
 
-    def parts(layer: int) -> list[LayerMemory]:
+    def parts(layer: int) -> list[DenseLayer]:
         found = []
         for segment in state.segments:
             for shard in segment.shards:
                 if layer in shard.layers and shard.file is not None:
-                    found.append(LayerMemory(*shard.tensors(layer)))
+                    found.append(DenseLayer(*shard.tensors(layer)))
                 elif layer in shard.layers:  # damaged: nothing of it is ever chosen
-                    found.append(LayerMemory(*layout.zeros(layer, shard.end - shard.first)))
+                    found.append(DenseLayer(*layout.zeros(layer, shard.end - shard.first)))
         return found
 
     return BankSource(
@@ -134,12 +135,12 @@ def _of_directory(directory: Path, model: KnowsOrigin | None, tokenizer: object,
     prefix = reader.prefix(torch.device("cpu"))
     shards = reader.shards()  # opened now: who replaces the bank may remove them
 
-    def parts(layer: int) -> list[LayerMemory]:
-        return [LayerMemory(*shard.tensors(layer)) for shard in shards if layer in shard.layers]
+    def parts(layer: int) -> list[DenseLayer]:
+        return [DenseLayer(*shard.tensors(layer)) for shard in shards if layer in shard.layers]
 
     layout, chunks = reader.layout, int(rows.offsets[-1])
     with reader.contradictions():
         documents = DocumentTable(rows.table, rows.deleted)
-        nothing = {layer: LayerMemory(*layout.zeros(layer, chunks)) for layer in layout.shapes}
+        nothing = {layer: DenseLayer(*layout.zeros(layer, chunks)) for layer in layout.shapes}
         bank = MemoryBank(nothing, rows.offsets, prefix, documents, reader.origin, next_id=rows.next_id)  # compares
     return replace(_of_memory(bank), parts=parts, directory=directory, bytes=reader.bytes, model=model)

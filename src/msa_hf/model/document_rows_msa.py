@@ -1,4 +1,4 @@
-"""Documents that were chosen: where their chunks lie, as the host sees it, and the scores of them alone."""
+"""Where the chunks of documents lie, of all and of those that were chosen, and the scores of these alone."""
 
 import copy
 
@@ -43,6 +43,79 @@ class DocumentRows:
         moved = copy.copy(self)
         moved.documents, moved.offsets = self.documents.to(device), self.offsets.to(device)
         return moved
+
+
+class ChunkLayout:
+    """Which chunks are whose document's, and which documents a sample may choose; on every device that asks.
+
+    Args:
+        offsets: [R + 1] int64, chunks of the document in row i are `offsets[i]` up to `offsets[i + 1]`.
+        visible: [B, R] bool, the documents that each sample may choose, or [1, R] for every sample; None for all.
+    """
+
+    def __init__(self, offsets: Tensor, visible: Tensor | None = None) -> None:
+        self.offsets = offsets
+        self.visible = visible
+        self._offsets: dict[torch.device, Tensor] = {}
+        self._visible: dict[torch.device, Tensor] = {}
+        self._named: tuple[Tensor, dict[torch.device, DocumentRows]] | None = None
+
+    def renewed(self) -> "ChunkLayout":
+        """The same for another forward, whose documents are looked up anew; what was moved to a device is shared."""
+        other = copy.copy(self)
+        other._named = None
+        return other
+
+    def offsets_on(self, device: torch.device) -> Tensor:
+        """`offsets`, moved once."""
+        if device not in self._offsets:
+            self._offsets[device] = self.offsets.to(device)
+        return self._offsets[device]
+
+    def visible_on(self, device: torch.device) -> Tensor | None:
+        """`visible`, moved once."""
+        if self.visible is not None and device not in self._visible:
+            self._visible[device] = self.visible.to(device)
+        return self._visible.get(device)
+
+    @property
+    def is_shared(self) -> bool:
+        """All samples may choose the same documents."""
+        return self.visible is None or self.visible.shape[0] == 1
+
+    def alive_on(self, device: torch.device) -> Tensor | None:
+        """[R] bool, the documents that all samples may choose; None for all."""
+        visible = self.visible_on(device)
+        return None if visible is None else visible[0]
+
+    def hide(self, scores: Tensor) -> Tensor:
+        """Scores [B, R] with `NO_SCORE` for documents that a sample may not choose."""
+        visible = self.visible_on(scores.device)
+        return scores if visible is None else scores.masked_fill(~visible, NO_SCORE)
+
+    def without_hidden(self, documents: Tensor) -> Tensor:
+        """Documents [B, n], -1 for those that their sample may not choose."""
+        if self.visible is None or not self.visible.shape[1]:
+            return documents
+        places = documents.clamp(min=0).to(self.visible.device)
+        visible = self.visible.expand(len(documents), -1).gather(1, places)
+        return documents.masked_fill(~visible.to(documents.device), -1)
+
+    def rows_of(self, documents: Tensor, device: torch.device) -> DocumentRows:
+        """The rows of documents [B, n] that were chosen beforehand and may be, for a device.
+
+        Looked up once for all layers of a forward, which hand the same tensor.
+        """
+        named = self._named
+        if named is None or named[0] is not documents:
+            self._named = named = documents, {}
+        known = named[1]
+        if device not in known:
+            first = next(iter(known.values()), None)
+            if first is None:
+                first = DocumentRows(self.without_hidden(documents), self.offsets.cpu())
+            known[device] = first.to(device)
+        return known[device]
 
 
 def score_chosen(

@@ -1,0 +1,54 @@
+"""The share of a bank that lies in one of several processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Share:
+    """A run of documents that follow each other, and their chunks.
+
+    Args:
+        offsets: [R + 1] int64 on the CPU, chunks of the documents of the whole bank.
+        rows: [W + 1], first row of each process' documents, and the end.
+        rank: of this process.
+    """
+
+    def __init__(self, offsets: Tensor, rows: list[int], rank: int) -> None:
+        self.offsets = offsets
+        self.rows = rows
+        self.rank = rank
+        self._bounds: dict[int, int] = {}
+        self._local: dict[torch.device, Tensor] = {}
+
+    @property
+    def own_rows(self) -> slice:
+        """The rows of the bank's documents that lie here."""
+        return slice(self.rows[self.rank], self.rows[self.rank + 1])
+
+    @property
+    def own_chunks(self) -> tuple[int, int]:
+        """First and end of the chunks that lie here."""
+        return int(self.offsets[self.own_rows.start]), int(self.offsets[self.own_rows.stop])
+
+    def local_offsets(self, device: torch.device) -> Tensor:
+        """[n + 1] int64, chunks of the documents here, counted from the first of them."""
+        if device not in self._local:
+            mine = self.offsets[self.own_rows.start : self.own_rows.stop + 1]
+            self._local[device] = (mine - mine[0]).to(device)
+        return self._local[device]
+
+    def most_rows(self, documents: int) -> int:
+        """The most chunks that so many documents have together."""
+        if documents not in self._bounds:
+            chunks = self.offsets.diff()
+            self._bounds[documents] = int(chunks.topk(min(documents, len(chunks))).values.sum())
+        return self._bounds[documents]
+
+
+def shares(offsets: Tensor, parts: int) -> list[int]:
+    """Cut documents with chunks at `offsets` [R + 1] into `parts` runs of about as many chunks: [parts + 1] rows."""
+    wanted = [int(offsets[-1]) * part // parts for part in range(parts)]
+    cuts = torch.searchsorted(offsets, torch.tensor(wanted)).tolist()
+    return [*cuts, len(offsets) - 1]
