@@ -42,4 +42,4 @@ def test_the_tree_names_every_folder_and_what_travels() -> None:
     folders = {path.parent for path in PACKAGE.glob("**/*.py")} - {PACKAGE}
     files = {path for part in (PACKAGE, PACKAGE / "model") for path in part.glob("*.py") if path.stem[0] != "_"}
     tests = {path.parent for path in (ROOT / "tests").glob("*/*.py")}
-    assert {path.relative_to(ROOT).as_posix() for path in (folders | files | tests) - named} == set()
+    assert sorted(path.relative_to(ROOT).as_posix() for path in (folders | files | tests) - named) == []
