@@ -1,4 +1,4 @@
-"""`msa-hf bank add | delete | compact | verify | stat`: a bank is changed and looked after."""
+"""`msa-hf bank add | index | delete | compact | verify | stat`: a bank is changed and looked after."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..user_errors import UserError, reported
+from .indexes import add_index_options, embedder_of
 from .loading import load, new_directory, protocol_of
-from .options import add_model_options, device_in, positive
+from .options import add_model_options, device_in, device_of, positive
 
 if TYPE_CHECKING:
     from ..bank import BankStore
@@ -45,6 +46,16 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--text-column", help="field of the text (default: text)")
     made.add_argument("--key-column", help="field of the key (default: key)")
     made.add_argument("--version-column", help="field of an integer; what is not newer than the bank's is left out")
+
+    add_index_options(made)
+
+    made = command(
+        "index", index, "Bring a bank's lexical index and vectors up to date, or make what it does not have."
+    )
+    made.add_argument("bank", metavar="BANK")
+    add_index_options(made)
+    made.add_argument("--device", type=device_of, help="of the embedding model (default: cpu)")
+    made.add_argument("--json", action="store_true", help="one JSON object")
 
     made = command("delete", delete, "Delete documents; `compact` removes them from the files.")
     made.add_argument("bank", metavar="BANK")
@@ -103,7 +114,8 @@ def add(args: argparse.Namespace) -> int:
     options = {"batch_tokens": args.batch_tokens, "show_progress": True}
     counts = Counter[str]()
     rows = iter(corpus)
-    with opened(directory, model, tokenizer, protocol, encode_options=options) as bank:
+    kept = {"lexical": args.lexical, "embedder": embedder_of(args.embedder, device_in(args))}
+    with opened(directory, model, tokenizer, protocol, encode_options=options, **kept) as bank:
         while batch := list(itertools.islice(rows, args.commit_every)):
             outcomes = Counter[str]()
             with bank.batch():
@@ -175,6 +187,30 @@ def verify(args: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
+def index(args: argparse.Namespace) -> int:
+    """`msa-hf bank index`."""
+    from ..bank import BankError
+    from ..retrieval import keep_indexes
+
+    embedder = embedder_of(args.embedder, device_in(args))
+    with reported():
+        try:
+            found = keep_indexes(args.bank, args.lexical, embedder)
+        except (BankError, ImportError, RuntimeError) as error:
+            raise UserError(str(error)) from error
+    if args.json:
+        print(json.dumps(found))
+    for line in [] if args.json else described(found) or ["no index: name one with --lexical or --embedder"]:
+        print(f"{args.bank}: {line}")
+    return 0
+
+
+def described(indexes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is kept with a bank, in words."""
+    facts = {name: ", ".join(f"{key} {value}" for key, value in about.items()) for name, about in indexes.items()}
+    return [f"{name} index: {about}" for name, about in facts.items()]
+
+
 def stat(args: argparse.Namespace) -> int:
     """`msa-hf bank stat`."""
     with opened(args.bank, read_only=True) as bank:
@@ -185,6 +221,5 @@ def stat(args: argparse.Namespace) -> int:
     for name, value in record.items():
         if name != "indexes":
             print(f"{name.replace('_', ' ')}: {value}")
-    for name, about in record["indexes"].items():
-        print(f"{name} index: {', '.join(f'{key} {value}' for key, value in about.items())}")
+    print("\n".join(described(record["indexes"])) or "indexes: none")
     return 0

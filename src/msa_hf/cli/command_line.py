@@ -13,7 +13,7 @@ from typing import NoReturn, Protocol
 
 from .. import __version__
 from ..user_errors import UserError, print_error
-from . import ask, bank, doctor, encode, evaluate, inspect, plan, refresh, retrofit, train
+from . import ask, bank, doctor, encode, evaluate, inspect, plan, refresh, retrofit, search, train
 
 
 class Command(Protocol):
@@ -34,6 +34,7 @@ COMMANDS: tuple[Command, ...] = (
     retrofit,
     encode,
     ask,
+    search,
     train,
     evaluate,
     inspect,

@@ -8,6 +8,7 @@ import time
 from datetime import timedelta
 
 from ..user_errors import UserError, reported
+from .indexes import add_index_options, embedder_of
 from .loading import load, new_directory, protocol_of
 from .options import add_model_options, device_in, positive
 
@@ -44,6 +45,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--too-long", choices=("error", "split"), default="error", help="what to do with a document above the limit"
     )
+    add_index_options(made)
     made.add_argument("--text-column", help="field of the text (default: text)")
     made.add_argument("--key-column", help="field of the key (default: key, or the document's number)")
 
@@ -54,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from ..bank.encode_corpus import PART_SIZE, TIMEOUT, agreed, connected, encode_bank
     from ..data.documents import Corpus
     from ..model.bank_reader_msa import is_bank, read_manifest
+    from ..retrieval import keep_indexes
 
     timeout = TIMEOUT if args.timeout is None else timedelta(seconds=args.timeout)
     try:
@@ -69,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
                     print(f"msa-hf: skipping {names}", file=sys.stderr)
                 model, tokenizer = load(args.model, device_in(args), args.dtype)
                 protocol = protocol_of(args.protocol, args.model)
+                embedder = embedder_of(args.embedder, device_in(args)) if ranks.rank == 0 else None
             start = time.perf_counter()
             done = encode_bank(
                 corpus,
@@ -81,7 +85,10 @@ def run(args: argparse.Namespace) -> int:
                 part_size=args.part_size or PART_SIZE,
                 batch_tokens=args.batch_tokens,
             )
-            seconds = time.perf_counter() - start
+            indexing = time.perf_counter()
+            if ranks.rank == 0:
+                keep_indexes(out, args.lexical, embedder)
+            indexing, seconds = time.perf_counter() - indexing, time.perf_counter() - start
     except RankFailed as error:
         raise UserError(f"{error} What was encoded is kept: the same command goes on from there.") from error
     except BankLocked as error:
@@ -89,5 +96,6 @@ def run(args: argparse.Namespace) -> int:
     if ranks.rank == 0:
         there = f", {done.found} of {done.parts} parts were there" if done.found else ""
         counts = f"{done.documents} documents, {done.tokens} tokens, {done.chunks} chunks"
-        print(f"{out}: {counts}{there}, {seconds:.1f} s")
+        kept = f", of which {indexing:.1f} s for indexes" if args.lexical or args.embedder else ""
+        print(f"{out}: {counts}{there}, {seconds:.1f} s{kept}")
     return 0

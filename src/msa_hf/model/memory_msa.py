@@ -4,6 +4,7 @@ Per memory layer and chunk of `chunk_size` tokens it holds one routing key and o
 its key, text and metadata; and with what model all of it was made, because no other model can read it.
 """
 
+import importlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -483,6 +484,27 @@ class MemoryBank:
             ValueError: listing every difference, and the remedy.
         """
         check_origin(self.origin, model_origin)
+
+    def search(self, query: str | Sequence[str], k: int = 10, mode: str = "hybrid", **options: Any) -> Any:
+        """The documents that fit a query, best first, without generating; see `msa_hf.retrieval.search`.
+
+        Args:
+            query: a text, or several.
+            k: hits at most.
+            mode: `"router"`, `"lexical"`, `"dense"`, or `"hybrid"`.
+            options: `model` and `tokenizer` for routers, `embedder`, `fusion`, ...
+
+        Returns:
+            `msa_hf.retrieval.Hit`s; a list of them for several queries.
+
+        Raises:
+            ImportError: where the package is not installed: a checkpoint's own code does not search.
+        """
+        try:
+            module = importlib.import_module("msa_hf.retrieval")
+        except ImportError as error:
+            raise ImportError("Searching a bank needs the package: `pip install msa-hf`.") from error
+        return module.search(self, query, k, mode, **options)
 
     def save_pretrained(self, directory: str | Path, max_shard_size: int | str = "4GB") -> None:
         """Save to a directory, all or nothing. A bank that lies there is replaced; whoever has it loaded keeps it.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..model.memory_msa import BankHome, MemoryBank
+from ..model.bank_format_msa import BankFormatError
+from ..model.memory_msa import BankHome
+from .dense_files import KIND as VECTORS_KIND
+from .dense_files import RECORD as VECTORS
+from .dense_files import DenseFollower, VectorsBehind, has_vectors, open_vectors
+from .embedders import Embedder
 from .lexical_files import LexicalFollower, open_searcher, read_record
 from .rows import BankFollower, CommittedRows
+from .sidecar import read_sidecar
 
 logger = logging.getLogger(__name__)
 
@@ -22,25 +28,36 @@ class Followers:
         read_only: nothing is written; what lies there is opened.
         lexical: keep a lexical index: True or its language. None: where the bank has one. False: none, and one that
             lies there is left behind.
+        embedder: keep vectors, made by this model, or embed queries with it. None: where the bank has vectors, they
+            follow what needs no new ones.
 
     Raises:
         ImportError: where tantivy is missing and an index was asked for.
-        ValueError: for another language than that of the index that lies there.
+        ValueError: for another language than that of the index that lies there, or another embedding model.
     """
 
-    def __init__(self, directory: Path | None, read_only: bool = False, lexical: bool | str | None = None) -> None:
-        self.directory, self.read_only = directory, read_only
+    def __init__(
+        self,
+        directory: Path | None,
+        read_only: bool = False,
+        lexical: bool | str | None = None,
+        embedder: Embedder | None = None,
+    ) -> None:
+        self.directory, self.read_only, self.embedder = directory, read_only, embedder
         self._followers: list[BankFollower] = []
         self._rows: CommittedRows | None = None
-        kept = directory is not None and read_record(directory) is not None
-        if read_only or lexical is False or (lexical is None and not kept):
+        if read_only:
             return
-        try:
-            self._followers.append(LexicalFollower(directory, lexical if isinstance(lexical, str) else None))
-        except ImportError as error:
-            if lexical is not None:
-                raise
-            logger.warning("%s: its lexical index is left behind by what changes now (%s).", directory, error)
+        kept = directory is not None and read_record(directory) is not None
+        if lexical or (lexical is None and kept):
+            try:
+                self._followers.append(LexicalFollower(directory, lexical if isinstance(lexical, str) else None))
+            except ImportError as error:
+                if lexical is not None:
+                    raise
+                logger.warning("%s: its lexical index is left behind by what changes now (%s).", directory, error)
+        if embedder is not None or (directory is not None and has_vectors(directory)):
+            self._followers.append(DenseFollower(directory, embedder))
 
     def follow(self, rows: CommittedRows) -> None:
         """Bring all to these rows. What fails is left behind with a warning: the bank's commit stands."""
@@ -59,22 +76,23 @@ class Followers:
                     exc_info=True,
                 )
 
-    def attach(self, bank: MemoryBank) -> None:
-        """Give a snapshot of the bank, as it was followed last, what is kept with it."""
-        rows = self._rows
-        if rows is None:
-            return
-        if self.directory is not None:
-            bank.home = BankHome(self.directory, rows.commit)
-            if self.read_only and read_record(self.directory) is not None:
-                try:
-                    searcher = open_searcher(self.directory, rows, build=False)  # else `search` makes one
-                except ImportError:
-                    searcher = None  # `search` says so
-                if searcher is not None:
-                    bank.indexes["lexical"] = searcher
-        for item in self._followers:
-            item.attach(bank)
+    @property
+    def home(self) -> BankHome | None:
+        """Where the bank lies, and the commit that was followed last."""
+        if self.directory is None or self._rows is None:
+            return None
+        return BankHome(self.directory, self._rows.commit)
+
+    def searchers(self) -> dict[str, Any]:
+        """What is kept of the commit that was followed last, by name, for good."""
+        rows, found = self._rows, {item.name: item.searcher() for item in self._followers}
+        if self.directory is not None and rows is not None and self.read_only:
+            # What cannot be opened now, a search makes, or says why not.
+            with contextlib.suppress(ImportError):
+                found["lexical"] = open_searcher(self.directory, rows, build=False)
+            with contextlib.suppress(VectorsBehind, BankFormatError):
+                found["dense"] = open_vectors(self.directory, rows, self.embedder)
+        return {name: searcher for name, searcher in found.items() if searcher is not None}
 
     def describe(self) -> dict[str, Any]:
         """What is kept, by name, as JSON values."""
@@ -82,9 +100,8 @@ class Followers:
         if "lexical" not in found and self.directory is not None and (record := read_record(self.directory)):
             current = self._rows is not None and record.get("commit") == self._rows.commit
             found["lexical"] = {"language": record.get("language"), "current": current}
+        if "dense" not in found and self.directory is not None and has_vectors(self.directory):
+            record = read_sidecar(self.directory / VECTORS, VECTORS_KIND) or {}
+            current = self._rows is not None and record.get("commit") == self._rows.commit
+            found["dense"] = {"model": record.get("model"), "current": current}
         return found
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Of what is followed."""
-        return [item.name for item in self._followers]

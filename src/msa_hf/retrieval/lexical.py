@@ -128,6 +128,11 @@ class LexicalSearcher:
     def __init__(self, index: LexicalIndex, searcher: Any) -> None:
         self._index, self._searcher = index, searcher
 
+    @property
+    def language(self) -> str:
+        """Of its words."""
+        return self._index.language
+
     def __len__(self) -> int:
         return int(self._searcher.num_docs)
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from ..model.memory_msa import MemoryBank
 from .lexical import FEW_DOCUMENTS, META, Change, LexicalIndex, LexicalSearcher, stamp_of
 from .rows import CommittedRows
 from .sidecar import read_sidecar, write_sidecar
@@ -143,10 +142,9 @@ class LexicalFollower:
             if FOLDER.fullmatch(path.name) and path != self._folder:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def attach(self, bank: MemoryBank) -> None:
-        """Give a snapshot the index as it is now."""
-        if self._index is not None:
-            bank.indexes[self.name] = self._index.searcher()
+    def searcher(self) -> LexicalSearcher | None:
+        """The index as it is now."""
+        return None if self._index is None else self._index.searcher()
 
     def describe(self) -> dict[str, Any]:
         """Language, documents and bytes of the index."""

@@ -91,8 +91,8 @@ class BankFollower(Protocol):
     def follow(self, rows: CommittedRows) -> None:
         """Bring what is kept to these rows."""
 
-    def attach(self, bank: MemoryBank) -> None:
-        """Give a snapshot of the bank what was kept of these rows."""
+    def searcher(self) -> object | None:
+        """What is kept as it is now, for good; None where nothing is."""
 
     def describe(self) -> dict[str, Any]:
         """JSON values for `stat`."""

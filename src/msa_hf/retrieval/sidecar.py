@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..model.bank_writer_msa import sync
+from ..model.bank_writer_msa import write_text
 
 MAX_BYTES = 64 * 2**20
 
@@ -27,11 +25,4 @@ def read_sidecar(path: Path, kind: str) -> dict[str, Any] | None:
 
 def write_sidecar(path: Path, record: Mapping[str, Any]) -> None:
     """Put a record in the place of the file that lies there, as a whole."""
-    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    write_text(path, json.dumps(record, indent=2) + "\n", path.stem)

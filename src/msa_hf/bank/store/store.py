@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from ...model.bank_writer_msa import BankWriter, remove_files
 from ...model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable, LayerMemory, MemoryBank
 from ...model.routing_msa import RoutingRequest
 from ...moved import renamed
+from ...retrieval.embedders import Embedder
 from ...retrieval.followers import Followers
 from ...retrieval.rows import rows_of_state
 from .buffers import Buffers
@@ -88,6 +89,8 @@ class BankStore:
         encode_options: further arguments of `model.encode_documents`, such as `batch_tokens`.
         lexical: keep a lexical index for `search` (docs/retrieval.md): True, or the language of its words. None: where
             the bank has one. False: not; what lies there is left behind.
+        embedder: keep vectors of this embedding model for `search` as well (docs/retrieval.md). Without it, a bank's
+            vectors fall behind, and say so, once texts come that have none.
 
     Raises:
         BankLocked: where another writer has the directory open, naming it.
@@ -111,6 +114,7 @@ class BankStore:
         max_shard_size: int | str = "1GB",
         encode_options: Mapping[str, object] | None = None,
         lexical: bool | str | None = None,
+        embedder: Embedder | None = None,
     ) -> None:
         if directory is None and read_only:
             raise ValueError("A bank in memory alone cannot be opened with `read_only`.")
@@ -147,7 +151,7 @@ class BankStore:
                 self._load()
             else:
                 self._create()
-            self._followers = Followers(self.directory, read_only, lexical)
+            self._followers = Followers(self.directory, read_only, lexical, embedder)
             self._follow()
         except BaseException:
             self.close()
@@ -242,7 +246,7 @@ class BankStore:
                 offsets, counts = torch.from_numpy(state.offsets), (state.chunks, state.tokens)
                 next_id = state.manifest["next_id"]
                 bank = MemoryBank(layers, offsets, self.whole_prefix(), documents, self.origin, counts, next_id)
-                self._followers.attach(bank)
+                bank.home, bank.indexes = self._followers.home, self._followers.searchers()
                 self._snapshot = bank
             return self._snapshot
 
@@ -271,6 +275,11 @@ class BankStore:
                 "The file of the template prefix is damaged: open the bank with its model, which makes it."
             )
         return self._prefix
+
+    def search(self, query: str | Sequence[str], k: int = 10, mode: str = "hybrid", **options: Any) -> Any:
+        """`MemoryBank.search` in the bank as it is now, with its own model, tokenizer, protocol and embedder."""
+        own = {"model": self.model, "tokenizer": self.tokenizer, "protocol": self.protocol}
+        return self.snapshot().search(query, k, mode, **{**own, **options})
 
     def refresh(self) -> bool:
         """Move on to the last commit of another process; returns whether there was one."""

@@ -13,7 +13,7 @@ content that is mapped from disk, and the cache. So does every bank to learn how
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,7 @@ class TieredBank(MemoryBank):
         prefix = {layer: (keys.to(device), values.to(device)) for layer, (keys, values) in source.prefix.items()}
         super().__init__({}, source.offsets, prefix, source.documents, source.origin, source.counts, source.next_id)
         self.plan = plan
+        self.home, self.indexes = source.home, dict(source.indexes)
         self._device, self._dtype = device, source.dtype
         self.layers = {layer: TieredLayer(*parts, self.layout) for layer, parts in sorted(layers.items())}
 
@@ -230,6 +231,28 @@ def _placed(
     )
     hot = DocumentLRU(plan.cache // len(source.shapes)) if plan.cache else None
     return found, PooledKV(rows(content, plan.content, plan.content_on), dtype, hot)
+
+
+def placed_vectors(vectors: Sequence[Tensor], bank: TieredBank) -> RoutingKeys:
+    """Vectors of a bank's documents as one more layer of routing keys, where those of its last layer are.
+
+    In fewer bits only where the plan has routing keys so; exact ones decide then, as among routing keys. They come on
+    top of what the plan counts.
+
+    Args:
+        vectors: [c, D] that follow each other, on the CPU, at least one.
+    """
+    plan, device = bank.plan, bank.device
+    own = own_format(vectors[0].dtype).name
+    narrow, tier = FORMATS[plan.keys].scaled, plan.keys_tier(len(bank.layers) - 1)
+    form = plan.keys if narrow else own
+    return RoutingKeys(
+        placed_rows(vectors, form, device, on_device=tier == "device"),
+        Rows(vectors, device) if narrow else None,
+        streamed=plan.tiers.device is not None and tier == "host",
+        candidates=None,
+        usual=FORMATS[form].candidates,
+    )
 
 
 __getattr__ = renamed(__name__, {"Choice": "PlacementOptions", "Content": "PooledKV"})

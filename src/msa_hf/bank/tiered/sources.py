@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...model.bank_format_msa import TensorLayout, data_files
 from ...model.bank_reader_msa import KnowsOrigin, open_bank
-from ...model.memory_msa import BankOrigin, DenseLayer, DocumentTable, MemoryBank
+from ...model.memory_msa import BankHome, BankOrigin, DenseLayer, DocumentTable, MemoryBank
 from ..store.store import BankStore
 
 
@@ -29,6 +29,7 @@ class BankSource:
         directory: where it lies, None in memory.
         bytes: of the files in the directory, 0 in memory.
         model: that is known to have made it, or None.
+        home, indexes: as `MemoryBank`.
     """
 
     documents: DocumentTable
@@ -43,6 +44,9 @@ class BankSource:
     directory: Path | None = None
     bytes: int = 0
     model: Any = None
+
+    home: BankHome | None = None
+    indexes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def chunks(self) -> int:
@@ -88,6 +92,8 @@ def _of_memory(bank: MemoryBank) -> BankSource:
         bank.dtype,
         {layer: _shape(memory) for layer, memory in bank.layers.items()},
         lambda layer: [bank.layers[layer]],
+        home=bank.home,
+        indexes=bank.indexes,
     )
 
 
@@ -100,6 +106,7 @@ def _of_open(bank: BankStore) -> BankSource:
     """Of the files that it has open: they may be removed meanwhile."""
     with bank._mutex:
         state, prefix = bank.state, bank.whole_prefix()
+        home, indexes = bank._followers.home, bank._followers.searchers()
     layout = TensorLayout.of_manifest(state.manifest)
 
     def parts(layer: int) -> list[DenseLayer]:
@@ -125,6 +132,8 @@ def _of_open(bank: BankStore) -> BankSource:
         bank.directory,
         sum(entry["bytes"] for entry in data_files(state.manifest)),
         bank.model,
+        home,
+        indexes,
     )
 
 
@@ -143,4 +152,5 @@ def _of_directory(directory: Path, model: KnowsOrigin | None, tokenizer: object,
         documents = DocumentTable(rows.table, rows.deleted)
         nothing = {layer: DenseLayer(*layout.zeros(layer, chunks)) for layer in layout.shapes}
         bank = MemoryBank(nothing, rows.offsets, prefix, documents, reader.origin, next_id=rows.next_id)  # compares
-    return replace(_of_memory(bank), parts=parts, directory=directory, bytes=reader.bytes, model=model)
+    home = BankHome(directory, reader.manifest["checksum"])
+    return replace(_of_memory(bank), parts=parts, directory=directory, bytes=reader.bytes, model=model, home=home)

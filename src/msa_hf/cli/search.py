@@ -1,0 +1,98 @@
+"""`msa-hf search`: the documents of a bank that fit a query, without generating."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..user_errors import UserError, reported
+from .indexes import EMBEDDER_HELP, embedder_of
+from .loading import load, protocol_of
+from .options import add_model_options, device_in, positive
+
+if TYPE_CHECKING:
+    from ..retrieval import Hit
+
+NAME = "search"
+HELP = "Find the documents of a bank that fit a query, and say why."
+
+MODES = ("router", "lexical", "dense", "hybrid")
+SHOWN_TEXT = 160  # characters of a document's text
+
+
+def add_options(made: argparse.ArgumentParser) -> None:
+    """What it is told."""
+    made.add_argument("bank", metavar="BANK")
+    made.add_argument("queries", metavar="QUERY", nargs="+")
+    made.add_argument(
+        "--mode",
+        choices=MODES,
+        default="hybrid",
+        help="by the routers of --model, by words, by vectors of --embedder, or by those of them that are there "
+        "(default: hybrid)",
+    )
+    made.add_argument("--k", type=positive, default=10, help="documents to find (default: 10)")
+    made.add_argument("--model", metavar="MODEL", help="the checkpoint that made the bank")
+    made.add_argument("--embedder", metavar="MODEL", help=f"that made the bank's vectors: {EMBEDDER_HELP}")
+    made.add_argument("--fusion", metavar="DIRECTORY", help="whose fusion.json weighs a hybrid (default: the bank's)")
+    add_model_options(made)
+    made.add_argument("--json", action="store_true", help="one JSON object per query")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`msa-hf search`."""
+    from ..model.memory_msa import MemoryBank
+    from ..retrieval import FusionWeights, Searcher
+
+    device = device_in(args)
+    with reported():
+        fusion = None if args.fusion is None else FusionWeights.from_pretrained(args.fusion)
+    embedder = embedder_of(args.embedder, device)
+    model = tokenizer = protocol = None
+    if args.model is not None:
+        model, tokenizer = load(args.model, device, args.dtype)
+        protocol = protocol_of(args.protocol, args.model)
+    elif args.mode == "router":
+        raise UserError("--mode router needs --model, the checkpoint that made the bank")
+    try:
+        with reported():
+            bank = MemoryBank.from_pretrained(args.bank, model, tokenizer, device=device, verify=False)
+            searcher = Searcher(
+                bank, model=model, tokenizer=tokenizer, protocol=protocol, embedder=embedder, fusion=fusion
+            )
+            found = searcher.search(args.queries, args.k, args.mode)
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    for number, (query, hits) in enumerate(zip(args.queries, found, strict=True)):
+        if args.json:
+            record = {"query": query, "mode": args.mode, "hits": [hit.to_dict() for hit in hits]}
+            print(json.dumps(record, ensure_ascii=False, allow_nan=False))
+        else:
+            head = [f"Query: {query}"] if len(args.queries) > 1 else []
+            print(("\n" if number else "") + "\n".join([*head, *described(hits, Path(args.bank))]))
+    return 0
+
+
+def described(hits: list[Hit], bank: Path) -> Iterator[str]:
+    """Hits in words: two lines each."""
+    if not hits:
+        yield f"{bank}: no document fits"
+    for hit in hits:
+        why = []
+        if hit.why.router is not None:
+            why.append(f"router {hit.why.router.rank} ({hit.why.router.score:.3f})")
+        if hit.why.layers:
+            best = min(hit.why.layers, key=lambda item: item.rank)
+            why.append(f"best in layer {best.layer}: {best.rank}")
+        if hit.why.lexical is not None:
+            why.append(f"lexical {hit.why.lexical.rank} ({hit.why.lexical.score:.2f})")
+        if hit.why.terms:
+            why.append(f"words {', '.join(hit.why.terms)}")
+        if hit.why.dense is not None:
+            why.append(f"dense {hit.why.dense.rank} ({hit.why.dense.score:.3f})")
+        text = " ".join((hit.text or "").split())
+        yield f"{hit.rank}. [{hit.id}] {hit.key} ({hit.score:.3f}): {'; '.join(why)}"
+        yield f"   {text[:SHOWN_TEXT]}{'...' if len(text) > SHOWN_TEXT else ''}"

@@ -1,0 +1,244 @@
+"""The vectors of a bank in its directory: they follow the bank's commits, and are opened by readers.
+
+vectors.json                          which files, of which commit of the bank, and the model that made them;
+                                      written after the bank's own commit
+vectors-<first row>-<16 hex>.safetensors   `keys` [C, D], `counts` [R], `digests` [R, 16] of a run of rows
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..model.bank_format_msa import BankFormatError, FileRecord
+from ..model.bank_reader_msa import checked_file
+from ..model.bank_writer_msa import BankWriter
+from .dense import (
+    DIGEST_BYTES,
+    DTYPE,
+    PASSAGE_CHARACTERS,
+    DenseSearcher,
+    VectorMaker,
+    Vectors,
+    check_probe,
+    joined,
+    probe,
+)
+from .embedders import Embedder
+from .rows import CommittedRows
+from .sidecar import read_sidecar, write_sidecar
+
+logger = logging.getLogger(__name__)
+RECORD = "vectors.json"
+KIND = "msa_hf-vectors"
+VERSION = 1
+FILE = re.compile(r"vectors-\d+-[0-9a-f]{16}\.safetensors")
+MOST_FILES = 32  # then they are written as one
+
+
+class VectorsBehind(ValueError):
+    """A bank's vectors are not of the commit that was opened."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A run of rows in a file, or in memory."""
+
+    vectors: Vectors
+    entry: dict[str, Any] | None
+
+
+def has_vectors(directory: Path) -> bool:
+    """Tell whether a bank was made with vectors."""
+    return os.path.lexists(directory / RECORD)
+
+
+class DenseFollower:
+    """Keeps the vectors of a bank that changes.
+
+    Args:
+        directory: of the bank; None: in memory.
+        embedder: makes the vectors. None: for a bank that has some, to which no new text can be added.
+        characters: of a passage; default: as the vectors that lie there were made, else 1000.
+
+    Raises:
+        ValueError: for another model than the one that made the vectors that lie there; or where there are none and no
+            model.
+    """
+
+    name = "dense"
+
+    def __init__(
+        self, directory: Path | None = None, embedder: Embedder | None = None, characters: int | None = None
+    ) -> None:
+        self.directory, self.embedder = directory, embedder
+        self._parts: list[_Part] = []
+        self._pieces: tuple[object, ...] = ()
+        self._commit: str | None = None
+        self._left_out = 0  # rows that were when the vectors were recorded
+        record = None if directory is None else read_sidecar(directory / RECORD, KIND)
+        if record is not None and record.get("version") != VERSION:
+            record = None
+        if record is None and embedder is None:
+            raise ValueError("There are no vectors that can be read, and no `embedder` that makes them.")
+        if record is None:
+            assert embedder is not None
+            self.characters: int | None = characters or PASSAGE_CHARACTERS
+            self.fingerprint, self.model = probe(embedder), embedder.name
+            self.dimension = len(self.fingerprint[0])
+            return
+        self.characters, self.fingerprint, self.model = record["characters"], record["probe"], record["model"]
+        self.dimension = record["dimension"]
+        if embedder is not None:
+            check_probe(embedder, self.fingerprint, self.model)
+        if characters not in (None, self.characters):
+            raise ValueError(f"The bank's vectors are of passages of {self.characters} characters, not {characters}.")
+        assert directory is not None
+        try:
+            parts = [_Part(read_vectors(directory, entry, self.dimension), entry) for entry in record["files"]]
+            self._pieces, self._commit = tuple(record["pieces"]), record["commit"]
+            self._parts, self._left_out = parts, record["hidden"]
+        except (BankFormatError, KeyError, TypeError) as error:
+            logger.warning("%s: its vectors cannot be read (%s); they are made anew.", directory, error)
+            self._parts = []
+
+    def follow(self, rows: CommittedRows) -> None:
+        """Bring the vectors to these rows: those of new texts are made, those of equal texts taken over."""
+        restored = len(rows.hidden) < self._left_out  # files that were damaged
+        if self._commit == rows.commit != "" and not restored:
+            return
+        known = None if restored else rows.rows_of_first(self._pieces)
+        if known is not None and known != sum(len(part.vectors) for part in self._parts):
+            known = None
+        old = [part.vectors for part in self._parts]
+        maker = VectorMaker(self.embedder, self.characters, self.dimension)
+        if known is None:
+            fresh = maker.make(rows.rows, rows.documents.texts(), old)
+            parts = [self._published(fresh, 0)]
+        else:
+            parts = list(self._parts)
+            if known < rows.rows:
+                texts = ((row - known, text) for row, text in rows.documents.texts(known))
+                # To look for equal texts in all others takes longer than to embed a few.
+                fresh = maker.make(rows.rows - known, texts, old if self.embedder is None else ())
+                parts.append(self._published(fresh, known))
+            if len(parts) > MOST_FILES:
+                parts = [self._published(joined([part.vectors for part in parts], self.dimension), 0)]
+        self._parts, self._pieces, self._commit = parts, rows.pieces, rows.commit
+        self._left_out = len(rows.hidden)
+        self._record(rows)
+
+    def _published(self, vectors: Vectors, first: int) -> _Part:
+        if self.directory is None or not len(vectors):
+            return _Part(vectors, None)
+        tensors = {
+            "keys": vectors.keys,
+            "counts": torch.from_numpy(vectors.counts),
+            "digests": torch.from_numpy(vectors.digests),
+        }
+        record = BankWriter(self.directory).tensors(f"vectors-{first:010d}", tensors)
+        entry = {**record, "rows": len(vectors), "vectors": len(vectors.keys)}
+        return _Part(read_vectors(self.directory, entry, self.dimension), entry)  # mapped: not twice in memory
+
+    def _record(self, rows: CommittedRows) -> None:
+        if self.directory is None:
+            return
+        files = [part.entry for part in self._parts if part.entry is not None]
+        record = {
+            "kind": KIND,
+            "version": VERSION,
+            "model": self.model,
+            "dimension": self.dimension,
+            "characters": self.characters,
+            "probe": self.fingerprint,
+            "commit": rows.commit,
+            "pieces": list(rows.pieces),
+            "hidden": len(rows.hidden),
+            "files": files,
+        }
+        write_sidecar(self.directory / RECORD, record)
+        named = {entry["file"] for entry in files}
+        for path in self.directory.iterdir():
+            if FILE.fullmatch(path.name) and path.name not in named:
+                path.unlink(missing_ok=True)
+
+    def searcher(self) -> DenseSearcher:
+        """The vectors as they are now."""
+        vectors = [part.vectors for part in self._parts]
+        return DenseSearcher(vectors, self.dimension, self.model, self.embedder, self.fingerprint)
+
+    def describe(self) -> dict[str, Any]:
+        """Model, dimension, documents and bytes of the vectors."""
+        parts = [part.vectors for part in self._parts]
+        return {
+            "model": self.model,
+            "dimension": self.dimension,
+            "vectors": sum(len(part.keys) for part in parts),
+            "bytes": sum(part.keys.nbytes for part in parts),
+        }
+
+
+def read_vectors(directory: Path, entry: Mapping[str, Any], dimension: int) -> Vectors:
+    """Vectors of a file, memory mapped.
+
+    Raises:
+        BankFormatError: for a file that is not what its entry says.
+    """
+    if not FILE.fullmatch(entry["file"]):
+        raise BankFormatError(f"{entry['file']!r:.80} is no name of a file of vectors.")
+    record: FileRecord = {"file": entry["file"], "bytes": entry["bytes"], "sha256": entry["sha256"]}
+    path = checked_file(directory, record, verify=False)
+    rows, count = entry["rows"], entry["vectors"]
+    wanted = {
+        "keys": ((count, dimension), DTYPE),
+        "counts": ((rows,), torch.int64),
+        "digests": ((rows, DIGEST_BYTES), torch.uint8),
+    }
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in wanted}
+    except (SafetensorError, OSError) as error:
+        raise BankFormatError(f"{path}: not a file of vectors ({error}).") from error
+    for name, (shape, kind) in wanted.items():
+        if tuple(tensors[name].shape) != shape or tensors[name].dtype != kind:
+            raise BankFormatError(f"{path}: `{name}` is {list(tensors[name].shape)} {tensors[name].dtype}.")
+    counts = tensors["counts"].numpy()
+    if len(counts) and (counts.min() < 1 or int(counts.sum()) != count):
+        raise BankFormatError(f"{path}: its rows do not have {count} vectors.")
+    return Vectors(tensors["keys"], counts, tensors["digests"].numpy())
+
+
+def open_vectors(directory: Path, rows: CommittedRows, embedder: Embedder | None = None) -> DenseSearcher | None:
+    """The vectors of a bank for reading; None where it has none.
+
+    Raises:
+        VectorsBehind: where they are not of these rows' commit.
+        BankFormatError: where they cannot be read.
+    """
+    if not has_vectors(directory):
+        return None
+    record = read_sidecar(directory / RECORD, KIND)
+    current = record is not None and record.get("version") == VERSION and record.get("commit") == rows.commit
+    if record is None or not current or len(rows.hidden) < record.get("hidden", 0):
+        raise VectorsBehind(
+            f"{directory}: its vectors are not of the commit that was opened. Opening the bank to write, with the "
+            "`embedder` that made them, or `msa-hf bank index BANK --embedder MODEL` brings them up to date."
+        )
+    try:
+        parts = [read_vectors(directory, entry, record["dimension"]) for entry in record["files"]]
+        found = DenseSearcher(parts, record["dimension"], record["model"], None, record["probe"])
+    except (KeyError, TypeError) as error:
+        raise BankFormatError(f"{directory / RECORD}: {error!r} is missing or no value of its kind.") from error
+    if found.rows != rows.rows:
+        raise BankFormatError(f"{directory / RECORD}: its files have {found.rows} rows, the bank {rows.rows}.")
+    if embedder is not None:
+        found.check_embedder(embedder)
+    return found

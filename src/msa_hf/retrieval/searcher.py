@@ -1,0 +1,377 @@
+"""`bank.search`: the documents of a bank that fit a query, by routers, by words, by an embedding model, or by all."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from ..bank import TieredBank
+from ..bank.tiered.bank import placed_vectors
+from ..bank.tiered.layer import RoutingKeys
+from ..generation import DocumentIds, PromptProtocol
+from ..model.memory_msa import MemoryBank
+from ..model.routing_msa import select_documents
+from .dense import DenseSearcher
+from .dense_files import open_vectors
+from .embedders import Embedder
+from .fusion import FusionWeights, fuse
+from .hits import Found, FoundByLayer, Hit, Why
+from .lexical import LexicalSearcher
+from .lexical_files import open_searcher
+from .router_scores import RouterScores, router_scores
+from .rows import CommittedRows
+
+logger = logging.getLogger(__name__)
+WAYS = ("router", "lexical", "dense")
+MODES = (*WAYS, "hybrid")
+DEPTH = 100  # documents of each way that are fused
+BATCH = 8  # questions that a model routes at once
+NO_INDEX = (
+    "This bank has no lexical index. Make one: `msa-hf bank index BANK --lexical` for a directory, "
+    "`msa_hf.retrieval.add_lexical_index(bank)` for a bank in memory; `lexical=True` keeps one from the start."
+)
+NO_VECTORS = (
+    "This bank has no vectors. Make them: `msa-hf bank index BANK --embedder MODEL` for a directory, "
+    "`msa_hf.retrieval.add_vectors(bank, embedder)` for a bank in memory; `embedder=` keeps them from the start."
+)
+UNTRAINED = (
+    "The routers of this model have not been trained: what they find is close to chance. Train them "
+    "(docs/finetuning.md)"
+)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What one way found for a batch of questions: for each its list, best first, of positions and scores."""
+
+    lists: list[list[tuple[int, float]]]
+    scores: RouterScores | None = None
+
+
+class Searcher:
+    """Searches one bank.
+
+    Args:
+        bank: a `MemoryBank` of any kind, or what has a `snapshot()` of one; its state of now.
+        model, tokenizer: for `"router"`.
+        protocol: whose prompt puts questions to the model; None: the question and a line break.
+        embedder: for `"dense"`: the model that made the bank's vectors. Default: the one that it was opened with.
+        fusion: for `"hybrid"`: weights of `fit_fusion`, or `"reciprocal"`. Default: `fusion.json` beside the bank where
+            there is one, else reciprocal ranks.
+    """
+
+    def __init__(
+        self,
+        bank: Any,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        protocol: PromptProtocol | None = None,
+        embedder: Embedder | None = None,
+        fusion: FusionWeights | str | None = None,
+    ) -> None:
+        self.bank: MemoryBank = bank.snapshot() if hasattr(bank, "snapshot") else bank
+        self.model, self.tokenizer, self.protocol, self.embedder = model, tokenizer, protocol, embedder
+        self.ids = DocumentIds(self.bank)
+        self.fusion = self._fusion(fusion)
+
+    def _fusion(self, fusion: FusionWeights | str | None) -> FusionWeights | None:
+        if isinstance(fusion, str):
+            if fusion != "reciprocal":
+                raise ValueError(f"`fusion` must be FusionWeights or 'reciprocal', got {fusion!r}.")
+            return None
+        if fusion is None and self.bank.home is not None:
+            with contextlib.suppress(FileNotFoundError):
+                return FusionWeights.from_pretrained(self.bank.home.directory)
+        return fusion
+
+    # What there is ----------------------------------------------------------------------------------------------------
+
+    def _rows(self) -> CommittedRows:
+        home, documents = self.bank.home, self.bank.documents
+        assert home is not None
+        return CommittedRows(home.commit, home.directory, (), (), documents)
+
+    def lexical(self) -> LexicalSearcher:
+        """The bank's lexical index.
+
+        Raises:
+            ValueError: where it has none.
+            ImportError: where tantivy is missing.
+        """
+        found: LexicalSearcher | None = self.bank.indexes.get("lexical")
+        if found is None and self.bank.home is not None:
+            found = open_searcher(self.bank.home.directory, self._rows())
+        if found is None:
+            raise ValueError(NO_INDEX)
+        self.bank.indexes["lexical"] = found
+        return found
+
+    def dense(self) -> DenseSearcher:
+        """The bank's vectors.
+
+        Raises:
+            ValueError: where it has none, they are behind, or the embedding model is missing or another.
+        """
+        found: DenseSearcher | None = self.bank.indexes.get("dense")
+        if found is None and self.bank.home is not None:
+            found = open_vectors(self.bank.home.directory, self._rows())
+        if found is None:
+            raise ValueError(NO_VECTORS)
+        found.check_embedder(self.embedder)
+        self.bank.indexes["dense"] = found
+        if isinstance(self.bank, TieredBank) and not isinstance(found.placed, RoutingKeys) and found.rows:
+            vectors = [part.keys for part in found.parts if len(part)]
+            found = found.place(placed_vectors(vectors, self.bank))
+            self.bank.indexes["dense"] = found
+        return found
+
+    def ways(self) -> tuple[str, ...]:
+        """What `"hybrid"` asks: the routers where there is a model with trained ones, and what the bank has.
+
+        Raises:
+            ValueError: where fewer than two of the three are there, naming what is missing.
+        """
+        found, missing = [], []
+        if self.model is None or self.tokenizer is None:
+            missing.append("There is no `model` with its `tokenizer` to route.")
+        elif self.model.config.routers_trained is False:
+            missing.append(f"{UNTRAINED}.")
+        else:
+            found.append("router")
+        for name, opened in (("lexical", self.lexical), ("dense", self.dense)):
+            try:
+                opened()
+            except (ValueError, ImportError) as error:
+                missing.append(str(error))
+            else:
+                found.append(name)
+        if len(found) < 2:
+            raise ValueError(
+                f"A hybrid search needs two of {', '.join(WAYS)} or more; there is {found[0] if found else 'none'}. "
+                + " ".join(missing)
+            )
+        return tuple(found)
+
+    # Searching --------------------------------------------------------------------------------------------------------
+
+    def search(
+        self,
+        queries: Sequence[str],
+        k: int = 10,
+        mode: str = "hybrid",
+        ways: Sequence[str] | None = None,
+        depth: int = DEPTH,
+        batch_size: int = BATCH,
+    ) -> list[list[Hit]]:
+        """The k best documents for each query; see `search`."""
+        for number, query in enumerate(queries):
+            if not isinstance(query, str) or not query.strip():
+                raise ValueError(f"Query {number} is {query!r}; a query is a text that is not empty.")
+        for name, value in (("k", k), ("depth", depth), ("batch_size", batch_size)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        if mode not in MODES:
+            raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
+        asked = self._asked(mode, ways)
+        hits: list[list[Hit]] = []
+        for start in range(0, len(queries), batch_size):
+            batch = queries[start : start + batch_size]
+            found = {way: self._ask(way, batch, k if mode != "hybrid" else max(depth, k)) for way in asked}
+            for number, query in enumerate(batch):
+                hits.append(self._hits(query, number, found, k, mode))
+        return hits
+
+    def candidates(
+        self, queries: Sequence[str], ways: Sequence[str] | None = None, depth: int = DEPTH, batch_size: int = BATCH
+    ) -> list[dict[str, list[tuple[int, float]]]]:
+        """What each way finds for each query, positions and scores, best first: what `fit_fusion` takes."""
+        lists: list[dict[str, list[tuple[int, float]]]] = []
+        asked = self._asked("hybrid", ways)
+        for start in range(0, len(queries), batch_size):
+            batch = queries[start : start + batch_size]
+            found = {way: self._ask(way, batch, depth).lists for way in asked}
+            lists += [{way: found[way][number] for way in asked} for number in range(len(batch))]
+        return lists
+
+    def _asked(self, mode: str, ways: Sequence[str] | None) -> tuple[str, ...]:
+        if mode != "hybrid":
+            if ways is not None:
+                raise ValueError("`ways` belongs to mode='hybrid'.")
+            return (mode,)
+        if ways is None:
+            return self.ways()
+        if not ways or set(ways) - set(WAYS) or len(set(ways)) < len(ways):
+            raise ValueError(f"`ways` must be some of {WAYS}, got {tuple(ways)!r}.")
+        return tuple(way for way in WAYS if way in ways)
+
+    def _ask(self, way: str, queries: Sequence[str], k: int) -> _Asked:
+        if not len(self.bank):
+            return _Asked([[] for _ in queries])
+        if way == "lexical":
+            return _Asked(self._by_words(queries, k))
+        if way == "dense":
+            rows, scores = self.dense().best(queries, k, self.bank.documents, self.embedder, self.bank.device)
+            return _Asked(_lists(self.bank.documents.positions_of(rows), scores))
+        if self.model is None or self.tokenizer is None:
+            raise ValueError("Searching by routers needs `model` and its `tokenizer`.")
+        if self.model.config.routers_trained is False:
+            logger.warning(UNTRAINED + ".")
+        found = router_scores(self.model, self.tokenizer, self.bank, queries, self.protocol)
+        return _Asked(_lists(*select_documents(found.mean, min(k, len(self.bank)))), found)
+
+    def _by_words(self, queries: Sequence[str], k: int) -> list[list[tuple[int, float]]]:
+        searcher, documents = self.lexical(), self.bank.documents
+        visible = documents.visible_rows() if len(documents.deleted) else None
+
+        def is_there(row: int) -> bool:
+            return row < documents.num_rows and (visible is None or bool(visible[row]))
+
+        lists = []
+        for query in queries:
+            found = searcher.best(query, k, is_there)
+            positions = documents.positions_of(torch.tensor([row for row, _ in found], dtype=torch.int64)).tolist()
+            lists.append([(position, score) for position, (_, score) in zip(positions, found, strict=True)])
+        return lists
+
+    def _hits(self, query: str, number: int, found: Mapping[str, _Asked], k: int, mode: str) -> list[Hit]:
+        lists = {way: item.lists[number] for way, item in found.items()}
+        fused_by = None
+        if mode == "hybrid":
+            ranked = fuse(lists, self.fusion)[:k]
+            fused_by = "reciprocal ranks" if self.fusion is None else self.fusion.method
+        else:
+            ranked = lists[mode][:k]
+        places = {
+            way: {position: Found(rank, score) for rank, (position, score) in enumerate(ranking, 1)}
+            for way, ranking in lists.items()
+        }
+        terms = _QueryTerms(query, self.bank.indexes["lexical"]) if "lexical" in found and len(self.bank) else None
+        hits = []
+        for rank, (position, score) in enumerate(ranked, 1):
+            document = self.bank.documents[position]
+            scores = found["router"].scores if "router" in found else None
+            why = Why(
+                router=places.get("router", {}).get(position),
+                layers=_layers(scores, number, position),
+                lexical=places.get("lexical", {}).get(position),
+                terms=() if terms is None else terms.found_in(document.text),
+                dense=places.get("dense", {}).get(position),
+                fused_by=fused_by,
+            )
+            id = DocumentIds.of(position, document)
+            hits.append(Hit(rank, document.key, position, id, score, document.text, document.metadata, why))
+        return hits
+
+
+def _layers(scores: RouterScores | None, question: int, position: int) -> tuple[FoundByLayer, ...]:
+    if scores is None:
+        return ()
+    return tuple(FoundByLayer(layer, *scores.rank(layer, question, position)) for layer in scores.layers)
+
+
+class _QueryTerms:
+    """The words of a query, to be looked for in texts."""
+
+    def __init__(self, query: str, searcher: LexicalSearcher) -> None:
+        self._searcher = searcher
+        words = re.findall(r"\w+", query) or [query]
+        self._words = {word: set(searcher.terms(word)) for word in words}  # each once, in order
+
+    def found_in(self, text: str | None) -> tuple[str, ...]:
+        there = set() if text is None else set(self._searcher.terms(text))
+        return tuple(word for word, terms in self._words.items() if terms & there)
+
+
+def _lists(positions: Tensor, scores: Tensor) -> list[list[tuple[int, float]]]:
+    return [
+        [(position, score) for position, score in zip(*row, strict=True) if position >= 0]
+        for row in zip(positions.tolist(), scores.tolist(), strict=True)
+    ]
+
+
+@overload
+def search(
+    bank: Any,
+    query: str,
+    k: int = ...,
+    mode: str = ...,
+    *,
+    model: Any = ...,
+    tokenizer: Any = ...,
+    protocol: PromptProtocol | None = ...,
+    embedder: Embedder | None = ...,
+    fusion: FusionWeights | str | None = ...,
+    ways: Sequence[str] | None = ...,
+    depth: int = ...,
+    batch_size: int = ...,
+) -> list[Hit]: ...
+@overload
+def search(
+    bank: Any,
+    query: Sequence[str],
+    k: int = ...,
+    mode: str = ...,
+    *,
+    model: Any = ...,
+    tokenizer: Any = ...,
+    protocol: PromptProtocol | None = ...,
+    embedder: Embedder | None = ...,
+    fusion: FusionWeights | str | None = ...,
+    ways: Sequence[str] | None = ...,
+    depth: int = ...,
+    batch_size: int = ...,
+) -> list[list[Hit]]: ...
+def search(
+    bank: Any,
+    query: str | Sequence[str],
+    k: int = 10,
+    mode: str = "hybrid",
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    protocol: PromptProtocol | None = None,
+    embedder: Embedder | None = None,
+    fusion: FusionWeights | str | None = None,
+    ways: Sequence[str] | None = None,
+    depth: int = DEPTH,
+    batch_size: int = BATCH,
+) -> list[Hit] | list[list[Hit]]:
+    """The documents of a bank that fit a query, best first, without generating.
+
+    Args:
+        bank: of any kind, or its directory.
+        query: a text, or several.
+        k: hits at most. `"lexical"` finds only documents that have a word of the query.
+        mode: `"router"`: the routers of the memory layers, of which a document's score is the mean. `"lexical"`: BM25.
+            `"dense"`: the cosine of an embedding model's vectors. `"hybrid"`: the ways that are there, at least two.
+        model, tokenizer: for `"router"`, the model that made the bank.
+        protocol: whose prompt puts questions to the model (`PromptProtocol.from_pretrained`); None: the question and a
+            line break.
+        embedder: for `"dense"`, the model that made the bank's vectors. Default: the one that the bank was opened with.
+        fusion: for `"hybrid"`: `FusionWeights`, or `"reciprocal"`. Default: `fusion.json` beside the bank, else
+            reciprocal ranks.
+        ways: for `"hybrid"`: those to ask, of router, lexical and dense. Default: all that are there.
+        depth: documents of each way that are fused.
+        batch_size: questions at once. The hits do not depend on it.
+
+    Returns:
+        hits of the query; a list of them for several.
+
+    Raises:
+        ValueError: for an empty query or what a mode lacks, with the remedy.
+        ImportError: where a package is missing that a mode needs, naming the extra.
+    """
+    if isinstance(bank, str | Path):
+        bank = MemoryBank.from_pretrained(bank, model, tokenizer)
+    searcher = Searcher(bank, model=model, tokenizer=tokenizer, protocol=protocol, embedder=embedder, fusion=fusion)
+    hits = searcher.search([query] if isinstance(query, str) else query, k, mode, ways, depth, batch_size)
+    return hits[0] if isinstance(query, str) else hits

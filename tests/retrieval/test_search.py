@@ -1,0 +1,190 @@
+"""`bank.search` on every kind of bank: what is found, in which order, and why."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_embedder import FakeEmbedder
+from scripted import COMPACT, TEXTS, bank_of, byte_tokenizer, memory_model
+
+from msa_hf import MemoryBank
+from msa_hf.bank import BankStore, place_bank
+from msa_hf.generation import PromptProtocol
+from msa_hf.model.memory_msa import DocumentTable
+from msa_hf.retrieval import FusionWeights, Hit, Searcher, add_lexical_index, add_vectors, fuse, search
+
+TOKENIZER = byte_tokenizer()
+MODEL = memory_model(TOKENIZER, COMPACT)
+ROUTERS: dict[str, Any] = {"model": MODEL, "tokenizer": TOKENIZER, "protocol": COMPACT}
+QUESTIONS = ["How far from the cedar is it?", "Which miles does the quarry stand?", "pine larch"]
+ALL = ("router", "lexical", "dense")
+pytest.importorskip("tantivy")
+
+
+@pytest.fixture(autouse=True)
+def trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODEL.config, "routers_trained", True)
+
+
+def store_of(directory: Path | None) -> BankStore:
+    bank = BankStore(MODEL, directory, TOKENIZER, COMPACT, lexical=True, embedder=FakeEmbedder())
+    bank.add([{"key": f"k{number}", "text": text, "place": number} for number, text in enumerate(TEXTS)])
+    bank.add([{"key": "gone", "text": "cedar quarry pine larch"}])
+    bank.delete("gone")
+    return bank
+
+
+def in_memory(_: Path) -> MemoryBank:
+    bank = bank_of(MODEL, TOKENIZER, COMPACT)
+    add_lexical_index(bank)
+    add_vectors(bank, FakeEmbedder())
+    return bank
+
+
+def loaded(path: Path) -> MemoryBank:
+    store_of(path).close()
+    return MemoryBank.from_pretrained(path, MODEL, TOKENIZER)
+
+
+KINDS: dict[str, Callable[[Path], Any]] = {
+    "memory": in_memory,
+    "loaded": loaded,
+    "store": store_of,
+    "store in memory": lambda _: store_of(None),
+    "reader": lambda path: store_of(path).close() or BankStore(None, path, read_only=True),
+    "tiers": lambda path: place_bank(loaded(path), "cpu"),
+    "directory": lambda path: store_of(path).close() or path,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_kinds_of_banks_find_the_same(kind: str, tmp_path: Path) -> None:
+    bank = KINDS[kind](tmp_path)
+    options = {**ROUTERS, "embedder": FakeEmbedder()}
+    expected = in_memory(tmp_path)
+    for mode in (*ALL, "hybrid"):
+        found = search(bank, QUESTIONS, 6, mode, **options)
+        others = search(expected, QUESTIONS, 6, mode, **options)
+        for row, other in zip(found, others, strict=True):
+            assert [(hit.text, hit.position) for hit in row] == [(hit.text, hit.position) for hit in other]
+            if mode != "lexical":  # whose statistics count deleted documents until the bank is compacted
+                assert [hit.score for hit in row] == pytest.approx([hit.score for hit in other], abs=1e-5)
+            assert [hit.rank for hit in row] == list(range(1, len(row) + 1))
+            assert [hit.score for hit in row] == sorted((hit.score for hit in row), reverse=True)
+
+
+def test_hits_say_why(tmp_path: Path) -> None:
+    with store_of(tmp_path) as bank:
+        (hit, *_) = bank.search("How far is the CEDARS, from quarry?", 5, "lexical")
+        assert isinstance(hit, Hit) and hit.key == "k2" and hit.metadata == {"place": 2} and hit.id == 2
+        assert (
+            hit.why.terms == ("CEDARS", "from") and hit.why.lexical is not None and hit.why.lexical.score == hit.score
+        )
+        assert hit.why.router is hit.why.dense is None and hit.why.layers == () and hit.why.fused_by is None
+        assert json.loads(json.dumps(hit.to_dict()))["why"]["lexical"]["rank"] == 1
+
+        hits = bank.search(QUESTIONS[0], len(TEXTS), "router")
+        assert [hit.why.router.rank for hit in hits if hit.why.router] == list(range(1, len(TEXTS) + 1))
+        for hit in hits:
+            assert [item.layer for item in hit.why.layers] == MODEL.config.memory_layers
+            assert hit.score == pytest.approx(sum(item.score for item in hit.why.layers) / len(hit.why.layers))
+        for place, layer in enumerate(MODEL.config.memory_layers):
+            ranked = sorted((hit.why.layers[place] for hit in hits), key=lambda item: item.rank)
+            assert [item.rank for item in ranked] == list(range(1, len(TEXTS) + 1)), layer
+            assert [item.score for item in ranked] == sorted((item.score for item in ranked), reverse=True)
+
+        hits = bank.search(QUESTIONS[0], 4)
+        assert all(hit.why.fused_by == "reciprocal ranks" for hit in hits)
+        assert all(hit.why.router and hit.why.dense and hit.why.layers for hit in hits)
+        expected = fuse(Searcher(bank, **ROUTERS).candidates(QUESTIONS[:1])[0])
+        assert [(hit.position, hit.score) for hit in hits] == expected[:4]
+
+
+def test_routers_score_as_generation_does() -> None:
+    bank = in_memory(Path())
+    ids, routes = PromptProtocol.join(COMPACT.transcript(TOKENIZER, QUESTIONS[0]))
+    with torch.no_grad():
+        routing = MODEL(torch.tensor([ids]), memory=bank, routing_mask=torch.tensor([routes])).routing
+    hits = {hit.position: hit for hit in bank.search(QUESTIONS[0], len(TEXTS), "router", **ROUTERS)}
+    for place, layer in enumerate(MODEL.config.memory_layers):
+        pairs = zip(routing[layer].documents[0].tolist(), routing[layer].scores[0].tolist(), strict=True)
+        for rank, (position, score) in enumerate(pairs, 1):
+            evidence = hits[position].why.layers[place]
+            assert (evidence.layer, evidence.rank) == (layer, rank)
+            assert evidence.score == pytest.approx(score, abs=1e-5)
+
+
+def test_batches_and_numbers_of_hits_change_nothing() -> None:
+    bank, options = in_memory(Path()), {**ROUTERS, "embedder": FakeEmbedder()}
+    for mode in (*ALL, "hybrid"):
+        together = search(bank, QUESTIONS, 7, mode, **options)
+        assert len(search(bank, QUESTIONS, 3, mode, batch_size=2, **options)) == 3
+        for question, hits in zip(QUESTIONS, together, strict=True):
+            single = search(bank, question, 7, mode, **options)
+            assert [hit.key for hit in single] == [hit.key for hit in hits]
+            assert [hit.score for hit in single] == pytest.approx([hit.score for hit in hits], abs=1e-5)
+            fewer = search(bank, question, 3, mode, **options)
+            assert [hit.key for hit in fewer] == [hit.key for hit in single[:3]]
+    assert search(bank, [], mode="lexical") == []
+    assert len(search(bank, QUESTIONS[0], 1000, "router", **options)) == len(TEXTS)
+
+
+def test_fusion_weights_lie_beside_the_bank(tmp_path: Path) -> None:
+    with store_of(tmp_path) as bank:
+        FusionWeights(("lexical", "dense"), "lexical").save_pretrained(tmp_path)
+        hits = bank.search(QUESTIONS[0], 3, ways=("lexical", "dense"))
+        assert hits[0].why.fused_by == "lexical" and hits[0].key == bank.search(QUESTIONS[0], 1, "lexical")[0].key
+        with pytest.raises(ValueError, match="fusion weights are for lexical, dense, but router, lexical, dense were"):
+            bank.search(QUESTIONS[0], 3)
+        assert bank.search(QUESTIONS[0], 3, fusion="reciprocal")[0].why.fused_by == "reciprocal ranks"
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    bank = bank_of(MODEL, TOKENIZER, COMPACT)
+    with pytest.raises(ValueError, match=r"no lexical index\. Make one: `msa-hf bank index BANK --lexical`"):
+        bank.search("cedar", mode="lexical")
+    with pytest.raises(ValueError, match=r"no vectors\. Make them"):
+        bank.search("cedar", mode="dense")
+    with pytest.raises(ValueError, match="by routers needs `model` and its `tokenizer`"):
+        bank.search("cedar", mode="router")
+    with pytest.raises(
+        ValueError, match=r"needs two of router, lexical, dense or more; there is none. There is no `model`"
+    ):
+        bank.search("cedar")
+    add_lexical_index(bank)
+    add_vectors(bank, FakeEmbedder())
+    monkeypatch.setattr(MODEL.config, "routers_trained", False)
+    assert bank.search("cedar", 2, **ROUTERS)[0].why.router is None  # the two others are there
+    bank.search("cedar", 2, "router", **ROUTERS)
+    assert "routers of this model have not been trained" in caplog.text
+    for wrong, message in (
+        ({"query": " "}, "Query 0 is ' '"),
+        ({"query": "x", "k": 0}, "`k` must be"),
+        ({"query": "x", "mode": "bm25"}, "`mode` must be one of"),
+        ({"query": "x", "ways": ["words"]}, "`ways` must be some of"),
+        ({"query": "x", "mode": "lexical", "ways": ["lexical"]}, "belongs to mode='hybrid'"),
+        ({"query": "x", "fusion": "mean"}, "`fusion` must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bank.search(**wrong)
+
+
+def test_without_the_package_that_reads_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tantivy", None)
+    with pytest.raises(ImportError, match=r"pip install 'msa-hf\[lexical\]'"):
+        add_lexical_index(bank_of(MODEL, TOKENIZER, COMPACT))
+    with pytest.raises(ImportError, match=r"msa-hf\[lexical\]"):
+        BankStore(MODEL, None, TOKENIZER, lexical=True)
+
+
+def test_documents_without_texts_and_empty_banks(tmp_path: Path) -> None:
+    bank = MODEL.encode_documents([[1, 2, 3], {"text": "cedar", "key": "c"}], TOKENIZER)
+    add_lexical_index(bank)
+    add_vectors(bank, FakeEmbedder())
+    assert [hit.key for hit in bank.search("cedar", 5, ways=("lexical", "dense"))] == ["c"]
+    assert list(DocumentTable(list(bank.documents)).texts(1)) == [(1, "cedar")]
+    with BankStore(MODEL, tmp_path, TOKENIZER, COMPACT, lexical=True, embedder=FakeEmbedder()) as empty:
+        assert all(empty.search("cedar", mode=mode) == [] for mode in (*ALL, "hybrid"))
