@@ -85,7 +85,8 @@ def build(library: Path, objects: Path, cuda: bool) -> None:
             raise CannotBuild("torch was built without CUDA")
         if nvcc is None:
             raise CannotBuild("nvcc is not on the PATH")
-        sources += sorted([*ROOT.glob("csrc/cuda/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")])
+        found = [*ROOT.glob("csrc/cuda/*/*.cpp"), *ROOT.glob("csrc/cuda/*/*.cu")]
+        sources += sorted(path for path in found if path.parent.name != "standalone")
 
     read = sorted(path for path in ROOT.glob("csrc/**/*") if path.suffix in (".cpp", ".h", ".inc", ".cu", ".cuh"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in read)).hexdigest()[:16]
@@ -98,7 +99,7 @@ def build(library: Path, objects: Path, cuda: bool) -> None:
     named = [f'-DMSA_HF_SOURCES="{digest}"', f'-DMSA_HF_CUDA_ARCHITECTURES="{architectures}"']
 
     def compile_one(source: Path) -> Path:
-        if source.parent.name == "cuda":  # nvcc finds CUDA's headers, for C++ too
+        if source.parent.parent.name == "cuda":  # nvcc finds CUDA's headers, for C++ too
             command = [str(nvcc), *common, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
             command += [f"-gencode={architecture}" for architecture in GENCODE]
         else:

@@ -2,7 +2,7 @@
 
     python tools/check_cuda.py [FILE ...]
 
-Every csrc/cuda/*.cu is compiled for each of `ARCHITECTURES`. A kernel that spills registers, that uses more than
+Every .cu file of csrc/cuda is compiled for each of `ARCHITECTURES`. A kernel that spills registers, that uses more than
 `BUDGETS` allows its file, or whose matrix instructions the compiler had to put one after the other, is an error. The
 C++ files beside them are compiled too where torch is installed. What was compiled once is remembered, by the digest of
 what goes in, in ~/.cache/msa-hf (or $XDG_CACHE_HOME/msa-hf), so that another run takes a second.
@@ -24,26 +24,38 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+DIRECTORY = ROOT / "csrc" / "cuda"
 ARCHITECTURES = ("80", "90a", "100")
-# File -> the most registers that a thread of its kernels may use. More than a block's size leaves for each thread is a
-# spill already; this is about the blocks that are to fit on a multiprocessor at once: 65536 registers make 1024
-# threads of 64, 512 of 128, or 384 of 168.
+# File in csrc/cuda -> the most registers that a thread of its kernels may use. More than a block's size leaves for each
+# thread is a spill already; this is about the blocks that are to fit on a multiprocessor at once: 65536 registers make
+# 1024 threads of 64, 512 of 128, or 384 of 168.
 BUDGETS = {
-    "gather_documents.cu": 64,
-    "pool_chunks.cu": 128,
-    "route_documents.cu": 64,
-    "route_documents_mma.cu": 255,
-    "route_documents_rescore.cu": 128,
-    "route_documents_select.cu": 64,
-    "route_documents_wgmma_bf16.cu": 168,
-    "route_documents_wgmma_e4m3.cu": 168,
-    "route_documents_wgmma_f16.cu": 168,
-    "route_documents_wgmma_s8.cu": 168,
-    "staging.cu": 64,
+    "gather/gather_documents.cu": 64,
+    "gather/staging.cu": 64,
+    "pool/pool_chunks.cu": 128,
+    "route/mma.cu": 255,
+    "route/rescore.cu": 128,
+    "route/route_documents.cu": 64,
+    "route/select.cu": 64,
+    "route/wgmma_bf16.cu": 168,
+    "route/wgmma_e4m3.cu": 168,
+    "route/wgmma_f16.cu": 168,
+    "route/wgmma_s8.cu": 168,
 }
 KERNEL = re.compile(r"Compiling entry function '(?P<name>\S+)' for '(?P<architecture>\w+)'")
 SPILLS = re.compile(r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (?P<registers>\d+) registers")
+
+
+def kernel_files(*suffixes: str) -> list[Path]:
+    """The sources of the library in csrc/cuda; programs that check them stand apart."""
+    paths = sorted(path for path in DIRECTORY.glob("*/*") if path.suffix in suffixes)
+    return [path for path in paths if path.parent.name != "standalone"]
+
+
+def name_of(source: Path) -> str:
+    """Its path in csrc/cuda."""
+    return source.relative_to(DIRECTORY).as_posix() if DIRECTORY in source.parents else source.name
 
 
 def torch_flags() -> list[str] | None:
@@ -100,12 +112,12 @@ def compile_file(source: Path, flags: list[str], key: str, cache: Path) -> dict[
 def problems(source: Path, result: dict[str, Any], budget: int | None) -> list[str]:
     """Faults of a file, in lines."""
     if result["failed"] is not None:
-        return [f"{source.name} does not compile:\n{result['failed']}"]
-    lines = [f"{source.name}: {line}" for line in result["serialized"]]
+        return [f"{name_of(source)} does not compile:\n{result['failed']}"]
+    lines = [f"{name_of(source)}: {line}" for line in result["serialized"]]
     if source.suffix == ".cu" and budget is None:
-        lines.append(f"{source.name} has no budget in {Path(__file__).name}")
+        lines.append(f"{name_of(source)} has no budget in {Path(__file__).name}")
     for kernel in result["kernels"]:
-        where = f"{source.name}, {kernel['architecture']}: {kernel['name']}"
+        where = f"{name_of(source)}, {kernel['architecture']}: {kernel['name']}"
         if kernel["spilled"]:
             lines.append(f"{where} spills {kernel['spilled']} bytes")
         if budget is not None and kernel["registers"] > budget:
@@ -120,8 +132,7 @@ def main() -> int:
     if shutil.which("nvcc") is None:
         print("error: nvcc is not on the PATH", file=sys.stderr)
         return 2
-    directory = ROOT / "csrc" / "cuda"
-    sources = arguments.files or sorted([*directory.glob("*.cu"), *directory.glob("*.cpp")])
+    sources = [path.resolve() for path in arguments.files] or kernel_files(".cu", ".cpp")
     host = torch_flags()
     if host is None:
         print("torch is not installed: the C++ files are left out")
@@ -135,7 +146,7 @@ def main() -> int:
 
     def check(source: Path) -> dict[str, Any]:
         # C++ files include torch's headers, kernels only those beside them.
-        mine = [path for path in headers if source.suffix == ".cpp" or path.parent == directory]
+        mine = [path for path in headers if source.suffix == ".cpp" or DIRECTORY in path.parents]
         key = version + "".join(path.name + path.read_text() for path in mine)
         flags = common + (device if source.suffix == ".cu" else host or [])
         return compile_file(source, flags, key, cache)
@@ -145,11 +156,11 @@ def main() -> int:
     order = sorted(sources, key=lambda source: -source.stat().st_size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for source, result in zip(order, pool.map(check, order), strict=True):
-            wrong += problems(source, result, BUDGETS.get(source.name))
+            wrong += problems(source, result, BUDGETS.get(name_of(source)))
             most = max((kernel["registers"] for kernel in result["kernels"]), default=0)
             took = "remembered" if result["seconds"] is None else f"{result['seconds']:.0f} s"
             counted = f"{len(result['kernels']):4} kernels, at most {most:3} registers" if most else "compiles"
-            print(f"{source.name:34} {counted}, {took}", flush=True)
+            print(f"{name_of(source):34} {counted}, {took}", flush=True)
     for line in wrong:
         print(f"error: {line}", file=sys.stderr)
     return int(bool(wrong))

@@ -14,7 +14,7 @@ from msa_hf import doctor, ops
 from msa_hf.cli import main
 from msa_hf.ops import BACKENDS, BackendError, dispatch, use_backend
 
-SOURCES = [*(Path(__file__).parents[2] / "csrc").glob("*.cpp"), *(Path(__file__).parents[2] / "csrc").glob("*/*.cpp")]
+SOURCES = [*(Path(__file__).parents[2] / "csrc").glob("**/*.cpp")]
 FEATURES = {"queries": torch.float32, "keys": torch.float32, "multiple": 8, "width": 8, "k": 4}
 
 

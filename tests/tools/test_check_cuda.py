@@ -57,4 +57,4 @@ def test_what_is_wrong_with_a_file_is_named(script: Any) -> None:
 
 
 def test_every_kernel_file_has_a_budget(script: Any) -> None:
-    assert {path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu")} == set(script.BUDGETS)
+    assert {script.name_of(path) for path in script.kernel_files(".cu")} == set(script.BUDGETS)

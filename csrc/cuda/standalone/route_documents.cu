@@ -17,34 +17,21 @@
 #include <vector>
 
 #ifdef MSA_HF_EMULATE
-#include "hopper_on_host.h"
-extern "C" {
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-cudaError_t cudaMalloc(void** p, size_t n) { return *p = std::aligned_alloc(256, (n + 255) / 256 * 256), cudaSuccess; }
-cudaError_t cudaFree(void* p) { return std::free(p), cudaSuccess; }
-cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind) {
-  return n ? std::memcpy(to, from, n) : to, cudaSuccess;
-}
-cudaError_t cudaMemset(void* p, int value, size_t n) { return std::memset(p, value, n), cudaSuccess; }
-cudaError_t cudaMemsetAsync(void* p, int value, size_t n, cudaStream_t) { return std::memset(p, value, n), cudaSuccess; }
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "success" : "error"; }
-}
-#include "../route_documents.cu"
-#include "../route_documents_mma.cu"
-#include "../route_documents_rescore.cu"
-#include "../route_documents_select.cu"
-#include "../route_documents_wgmma_bf16.cu"
-#include "../route_documents_wgmma_e4m3.cu"
-#include "../route_documents_wgmma_f16.cu"
-#include "../route_documents_wgmma_s8.cu"
+#include "../route/route_documents.cu"
+#include "../route/mma.cu"
+#include "../route/rescore.cu"
+#include "../route/select.cu"
+#include "../route/wgmma_bf16.cu"
+#include "../route/wgmma_e4m3.cu"
+#include "../route/wgmma_f16.cu"
+#include "../route/wgmma_s8.cu"
 #else
 #include <dlfcn.h>
 
-#include "../route_documents_score.cuh"
+#include "../route/score.cuh"
 #endif
 
+using namespace msa_hf;
 using namespace msa_hf::route;
 
 #define CHECK_CUDA(call)                                                                               \

@@ -25,7 +25,7 @@ compile() { # one file; what stands beside this script is the main program
 }
 export -f compile
 rm -f "$build"/*.o "$build"/*.log
-printf '%s\0' "$(dirname "$here")"/route_documents*.cu "$here/route_documents.cu" |
+printf '%s\0' "$(dirname "$here")"/route/*.cu "$here/route_documents.cu" |
     xargs -0 -n 1 -P "$(nproc)" bash -c 'compile "$1"' compile
 spills=$(cat "$build"/*.log | grep -E "[1-9][0-9]* bytes spill" || true)
 [ -z "$spills" ] || echo "register spills: $spills"

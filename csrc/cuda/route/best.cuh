@@ -5,7 +5,7 @@
 // counts how many are larger. Finding the bound takes a barrier per bit that tells the numbers apart, about twenty.
 #pragma once
 
-#include "route_documents_device.cuh"
+#include "device.cuh"
 
 namespace msa_hf::route {
 

@@ -1,4 +1,4 @@
-// What the kernels of route_documents share: instructions, number formats, and the index maps of tiles.
+// What the kernels of route_documents share: instructions, and the index maps of tiles.
 //
 // With MSA_HF_EMULATE the same sources compile with a C++ compiler and run on the host, where every instruction below is
 // replaced by what its documentation says it does (standalone/hopper_on_host.h): how indices, barriers and pipelines
@@ -6,19 +6,17 @@
 #pragma once
 
 #include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_fp8.h>
 
 #include <cstdint>
 
+#include "../common/launch.cuh"
+#include "../common/numbers.cuh"
 #include "route_documents.h"
 
 #ifdef MSA_HF_EMULATE
-#include "standalone/hopper_on_host.h"
+#include "../standalone/hopper_on_host.h"
 #else
-#include "route_documents_wgmma.cuh"
-#define MSA_HF_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#include "wgmma.cuh"
 // wgmma and the tensor memory accelerator: code for any other architecture holds empty kernels, which plan() never picks.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define MSA_HF_SM90 1
@@ -27,52 +25,9 @@
 
 namespace msa_hf::route {
 
-constexpr unsigned kWarp = 0xffffffffu;
 constexpr float kNoScore = -1e30f;  // documents at or below it are not chosen (routing_msa.NO_SCORE)
 constexpr int kRow = 128;           // bytes of a row of a tile: 64 numbers of 16 bit, 128 of 8 bit
 constexpr int kGroup = 8;           // columns of one sample: every sample's tokens are padded to a multiple of it
-
-// Number formats ------------------------------------------------------------------------------------------------------
-
-template <Type TYPE>
-struct Number;
-template <>
-struct Number<Type::f32> {
-  using storage = float;
-  static __host__ __device__ __forceinline__ float decode(float x) { return x; }
-  static __host__ __device__ __forceinline__ float encode(float x) { return x; }
-};
-template <>
-struct Number<Type::bf16> {
-  using storage = __nv_bfloat16;
-  static __host__ __device__ __forceinline__ float decode(__nv_bfloat16 x) { return __bfloat162float(x); }
-  static __host__ __device__ __forceinline__ __nv_bfloat16 encode(float x) { return __float2bfloat16_rn(x); }
-};
-template <>
-struct Number<Type::f16> {
-  using storage = __half;
-  static __host__ __device__ __forceinline__ float decode(__half x) { return __half2float(x); }
-  static __host__ __device__ __forceinline__ __half encode(float x) { return __float2half_rn(x); }
-};
-template <>
-struct Number<Type::e4m3> {
-  using storage = uint8_t;
-  static __host__ __device__ __forceinline__ float decode(uint8_t x) {
-    return __half2float(__half(__nv_cvt_fp8_to_halfraw(x, __NV_E4M3)));
-  }
-  static __host__ __device__ __forceinline__ uint8_t encode(float x) { return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3); }
-};
-template <>
-struct Number<Type::s8> {
-  using storage = int8_t;
-  static __host__ __device__ __forceinline__ float decode(int8_t x) { return static_cast<float>(x); }
-  static __host__ __device__ __forceinline__ int8_t encode(float x) {
-    return static_cast<int8_t>(fminf(fmaxf(rintf(x), -127.0f), 127.0f));
-  }
-};
-// The largest number of a quantized type: that of a sample's largest absolute value.
-__host__ __device__ constexpr float largest_of(Type type) { return type == Type::e4m3 ? 448.0f : type == Type::s8 ? 127.0f : 1.0f; }
-__host__ __device__ constexpr bool is_quantized(Type type) { return type == Type::e4m3 || type == Type::s8; }
 
 template <Type TYPE>
 struct Accumulator {
@@ -382,43 +337,5 @@ __device__ __forceinline__ void fold(
     }
   }
 }
-
-// Launching -----------------------------------------------------------------------------------------------------------
-
-// Whether this machine runs code of `kernel` that was compiled for at least this architecture (90 for sm_90 and sm_90a),
-// rather than made from an older one's.
-template <class Kernel>
-bool compiled_for(Kernel kernel, int architecture) {
-#ifdef MSA_HF_EMULATE
-  return true;
-#else
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error != cudaSuccess) cudaGetLastError();  // no code for this machine: not an error of the caller's
-  return error == cudaSuccess && attributes.ptxVersion >= architecture;
-#endif
-}
-
-#ifndef MSA_HF_EMULATE
-template <class... Parameters, class... Arguments>
-cudaError_t launch(
-    void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, int cluster, cudaStream_t stream,
-    const Arguments&... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  cudaLaunchAttribute attribute;
-  if (cluster > 1) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-}
-#endif
 
 }  // namespace msa_hf::route

@@ -8,11 +8,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/types.h"
+
 namespace msa_hf::route {
-
-enum class Type : int { f32, bf16, f16, e4m3, s8 };
-
-constexpr int bytes_of(Type type) { return type == Type::f32 ? 4 : type == Type::bf16 || type == Type::f16 ? 2 : 1; }
 
 // The call of csrc/ops.cpp. All tensors contiguous and on one device.
 struct Call {

@@ -14,8 +14,8 @@
 // MB for 97,656) out of L2, about 4 us and 2 us to launch; 16 samples read 100 MB of scores from memory, 24 us, and the
 // offsets twice. choose waits about six times for L2 (0.7 us) and 50 times for a barrier (0.03 us) and reads 98 KB: 8 us.
 
-#include "route_documents_best.cuh"
-#include "route_documents_select.h"
+#include "best.cuh"
+#include "select.h"
 
 namespace msa_hf::route {
 
@@ -50,7 +50,7 @@ __device__ __forceinline__ float warp_max(float value) {
 // A warp takes GROUPS groups of neighboring documents, for `samples_each` samples one after the other.
 template <int GROUPS>
 __global__ void __launch_bounds__(kReduceThreads, 4) reduce_kernel(const Select p, int samples_each) {
-  MSA_HF_SHARED(shared);
+  MSA_HF_SHARED(shared, 1024);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float* tile = reinterpret_cast<float*>(shared) + warp * kPaddedTile;
   const int64_t group = (int64_t{blockIdx.x} * kReduceWarps + warp) * GROUPS, first = group * kGroupDocuments;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_long_kernel(const Selec
 }
 
 __global__ void __launch_bounds__(kBestThreads) choose_kernel(const Select p) {
-  MSA_HF_SHARED(shared);
+  MSA_HF_SHARED(shared, 1024);
   auto& found = *reinterpret_cast<BestShared*>(shared);
   auto* groups = reinterpret_cast<uint64_t*>(shared + sizeof(BestShared));  // [kPerRound]
   auto* numbers = groups + kPerRound;                                       // [k of a round, kGroupDocuments]
@@ -247,7 +247,7 @@ cudaError_t launch_select(const Select& select, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
     const dim3 grid(static_cast<unsigned>(select.documents), static_cast<unsigned>(select.samples),
                     static_cast<unsigned>(slices));
-    error = launch(reduce_long_kernel, grid, kReduceThreads, 0, 1, stream, select);
+    error = launch_kernel("reduce_long_kernel", reduce_long_kernel, {grid, kReduceThreads}, stream, select);
   } else if (select.documents > 0) {
     // About 500 chunks for a warp; it takes several samples where there are warps enough.
     const bool short_documents = select.chunks / select.documents < 8;
@@ -257,17 +257,14 @@ cudaError_t launch_select(const Select& select, cudaStream_t stream) {
     const int64_t samples_each = whole(select.samples, parts);
     const dim3 grid(static_cast<unsigned>(whole(warps, kReduceWarps)), static_cast<unsigned>(whole(select.samples, samples_each)));
     const size_t shared = kReduceWarps * kPaddedTile * 4;
-    error = launch(short_documents ? reduce_kernel<4> : reduce_kernel<1>, grid, kReduceThreads, shared, 1, stream, select,
-                   static_cast<int>(samples_each));
+    error = launch_kernel("reduce_kernel", short_documents ? reduce_kernel<4> : reduce_kernel<1>,
+                          {grid, kReduceThreads, shared}, stream, select, static_cast<int>(samples_each));
   }
   if (error != cudaSuccess) return error;
   const int64_t per_round = select.k < kPerRound ? select.k : kPerRound;
   const size_t shared = sizeof(BestShared) + (kPerRound + per_round * kGroupDocuments) * 8;
-#ifndef MSA_HF_EMULATE
-  error = cudaFuncSetAttribute(choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (error != cudaSuccess) return error;
-#endif
-  return launch(choose_kernel, dim3(static_cast<unsigned>(select.samples)), kBestThreads, shared, 1, stream, select);
+  const dim3 blocks(static_cast<unsigned>(select.samples));
+  return launch_kernel("choose_kernel", choose_kernel, {blocks, kBestThreads, shared}, stream, select);
 }
 
 }  // namespace msa_hf::route

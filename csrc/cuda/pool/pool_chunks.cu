@@ -15,7 +15,9 @@
 #include <initializer_list>
 #include <string>
 
-#include "device.cuh"
+#include "../common/launch.cuh"
+#include "../common/numbers.cuh"
+#include "pool_chunks.h"
 
 namespace msa_hf {
 namespace {
@@ -31,6 +33,23 @@ constexpr unsigned kStartTogether = 132 * 768;
 
 // Blocks resident per multiprocessor at least: leaves each thread registers for its loads in flight.
 constexpr int resident(int threads, int unroll) { return (unroll <= 8 ? 768 : 384) / threads; }
+
+// How many of `count` ascending numbers are <= value. The whole warp searches: 32 probes a round.
+__device__ __forceinline__ int64_t warp_count_at_most(const int64_t* ascending, int64_t count, int64_t value) {
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  int64_t low = 0, high = count;  // below `low` all are <= value, from `high` on none is
+  while (low < high) {
+    const int64_t step = (high - low + 31) / 32;
+    const int64_t probe = low + lane * step;
+    const bool at_most = probe < high && ascending[probe] <= value;
+    const int passed = __popc(__ballot_sync(kWarp, at_most));
+    if (passed == 0) break;
+    const int64_t next = low + passed * step;
+    low = low + (passed - 1) * step + 1;
+    high = next < high ? next : high;
+  }
+  return low;
+}
 
 struct ChunkPlace {
   int64_t document;  // -1 behind the last chunk
@@ -76,19 +95,19 @@ __device__ __forceinline__ ChunkPlace find_chunk(const Chunking& chunking, Which
       int64_t sum = count;
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) {
-        const int64_t other = __shfl_up_sync(kWholeWarp, sum, step);
+        const int64_t other = __shfl_up_sync(kWarp, sum, step);
         if (lane >= step) sum += other;
       }
-      const unsigned behind = __ballot_sync(kWholeWarp, chunk < before + sum);
+      const unsigned behind = __ballot_sync(kWarp, chunk < before + sum);
       if (behind != 0) {
         const int first = __ffs(static_cast<int>(behind)) - 1;
         document = base + first;
-        within = chunk - before - __shfl_sync(kWholeWarp, sum - count, first);
-        offset = __shfl_sync(kWholeWarp, begin, first);
-        tokens = __shfl_sync(kWholeWarp, end - begin, first);
+        within = chunk - before - __shfl_sync(kWarp, sum - count, first);
+        offset = __shfl_sync(kWarp, begin, first);
+        tokens = __shfl_sync(kWarp, end - begin, first);
         break;
       }
-      before += __shfl_sync(kWholeWarp, sum, 31);
+      before += __shfl_sync(kWarp, sum, 31);
       base += 32;
     } while (base < chunking.documents);
   }
@@ -108,9 +127,9 @@ __device__ __forceinline__ const TokenStates& part_of(
 }
 
 // Of numbers up to `most`, in 8 bits.
-__device__ __forceinline__ float scale_of(float most, Format format) {
+__device__ __forceinline__ float scale_of(float most, Type type) {
   // A scale below the normal numbers would overflow the division.
-  return most > 0.0f ? fmaxf(most / (format == Format::int8 ? 127.0f : 448.0f), FLT_MIN) : 1.0f;
+  return most > 0.0f ? fmaxf(most / (type == Type::s8 ? largest_of(Type::s8) : largest_of(Type::e4m3)), FLT_MIN) : 1.0f;
 }
 
 // Into the second cache, by the copy engine. Both are multiples of 16.
@@ -208,31 +227,31 @@ __device__ __forceinline__ void divide(float (&numbers)[COUNT], float by) {
 }
 
 template <typename T, int COUNT>
-__device__ __forceinline__ void store_as(void* data, int64_t index, Format format, const float (&numbers)[COUNT]) {
+__device__ __forceinline__ void store_as(void* data, int64_t index, Type type, const float (&numbers)[COUNT]) {
   constexpr int kPerWord = 16 / sizeof(T) < COUNT ? 16 / sizeof(T) : COUNT;
 #pragma unroll
   for (int first = 0; first < COUNT; first += kPerWord) {
     Numbers<T, kPerWord> out;
 #pragma unroll
-    for (int i = 0; i < kPerWord; ++i) store_float(out.values, i, format, numbers[first + i]);
+    for (int i = 0; i < kPerWord; ++i) store_float(out.values, i, type, numbers[first + i]);
     *reinterpret_cast<typename Raw<sizeof(T) * kPerWord>::type*>(static_cast<T*>(data) + index + first) = out.word;
   }
 }
 
 // `index` is a multiple of COUNT, and `data` aligned to 16 bytes.
 template <int COUNT>
-__device__ __forceinline__ void store_numbers(void* data, int64_t index, Format format, const float (&numbers)[COUNT]) {
-  switch (format) {
-    case Format::float32:
-      return store_as<float>(data, index, Format::float32, numbers);
-    case Format::bfloat16:
-      return store_as<__nv_bfloat16>(data, index, Format::bfloat16, numbers);
-    case Format::float16:
-      return store_as<__half>(data, index, Format::float16, numbers);
-    case Format::int8:
-      return store_as<int8_t>(data, index, Format::int8, numbers);
+__device__ __forceinline__ void store_numbers(void* data, int64_t index, Type type, const float (&numbers)[COUNT]) {
+  switch (type) {
+    case Type::f32:
+      return store_as<float>(data, index, Type::f32, numbers);
+    case Type::bf16:
+      return store_as<__nv_bfloat16>(data, index, Type::bf16, numbers);
+    case Type::f16:
+      return store_as<__half>(data, index, Type::f16, numbers);
+    case Type::s8:
+      return store_as<int8_t>(data, index, Type::s8, numbers);
     default:
-      return store_as<uint8_t>(data, index, Format::float8_e4m3, numbers);
+      return store_as<uint8_t>(data, index, Type::e4m3, numbers);
   }
 }
 
@@ -244,7 +263,7 @@ __device__ __forceinline__ void store_numbers(void* data, int64_t index, Format 
 template <typename T, int VEC, int THREADS, int UNROLL, bool AHEAD>
 __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
     pool_columns_kernel(const PoolForward call, unsigned pieces) {
-  MSA_HF_DYNAMIC_SHARED(shared);
+  MSA_HF_SHARED(shared, 16);
   float* row = reinterpret_cast<float*>(shared);  // [THREADS * VEC]
   float* largest = row + THREADS * VEC;  // [THREADS / 32]
   const Chunking& chunking = call.chunking;
@@ -282,7 +301,7 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
     divide(mean, static_cast<float>(place.rows));
   }
   if (part < kContent) {
-    store_numbers(call.content, (chunk * kContent + part) * width + first, call.content_format, mean);
+    store_numbers(call.content, (chunk * kContent + part) * width + first, call.content_type, mean);
     return;
   }
 
@@ -303,8 +322,8 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
       }
 #pragma unroll
       for (int step = 16; step > 0; step /= 2) {
-        squares[0] += __shfl_xor_sync(kWholeWarp, squares[0], step);
-        squares[1] += __shfl_xor_sync(kWholeWarp, squares[1], step);
+        squares[0] += __shfl_xor_sync(kWarp, squares[0], step);
+        squares[1] += __shfl_xor_sync(kWarp, squares[1], step);
       }
       const int own = lane * VEC / chunking.dim;
       if (own == one || own == other) factor = rsqrtf((own == one ? squares[0] : squares[1]) + kNormEpsilon);
@@ -321,17 +340,17 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < THREADS / 32; ++i) most = fmaxf(most, largest[i]);
-    const float scale = scale_of(most, call.routing_format);
+    const float scale = scale_of(most, call.routing_type);
     if (thread == 0) call.scales[chunk] = scale;
     divide(mean, scale);
   }
-  store_numbers(call.routing, chunk * width + first, call.routing_format, mean);
+  store_numbers(call.routing, chunk * width + first, call.routing_type, mean);
 }
 
 template <typename T, int VEC, int THREADS, int UNROLL>
 __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
     pool_forward_kernel(const PoolForward call, int vectors, int lines) {
-  MSA_HF_DYNAMIC_SHARED(shared);
+  MSA_HF_SHARED(shared, 16);
   float* sums = reinterpret_cast<float*>(shared);  // [lines][width]; the means end up in line 0
   const Chunking& chunking = call.chunking;
   const int width = vectors * VEC, thread = static_cast<int>(threadIdx.x);
@@ -353,7 +372,7 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
       mean /= static_cast<float>(place.rows);
     }
     if (part < kContent) {
-      store_float(call.content, (chunk * kContent + part) * width + i, call.content_format, mean);
+      store_float(call.content, (chunk * kContent + part) * width + i, call.content_type, mean);
     } else {
       sums[i] = mean;
     }
@@ -383,12 +402,12 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
     if (lane == 0) largest[warp] = most;
     __syncthreads();
     for (int i = 0; i < THREADS / 32; ++i) most = fmaxf(most, largest[i]);
-    scale = scale_of(most, call.routing_format);
+    scale = scale_of(most, call.routing_type);
     if (thread == 0) call.scales[chunk] = scale;
   }
   for (int i = thread; i < width; i += THREADS) {
     const float x = sums[i] * factors[i / chunking.dim];
-    store_float(call.routing, chunk * width + i, call.routing_format, call.scales == nullptr ? x : x / scale);
+    store_float(call.routing, chunk * width + i, call.routing_type, call.scales == nullptr ? x : x / scale);
   }
 }
 
@@ -416,7 +435,7 @@ template <typename T, int VEC, int THREADS, int UNROLL>
 __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
     pool_backward_kernel(const PoolBackward call, int vectors, int lines) {
   using Word = typename Raw<sizeof(T) * VEC>::type;
-  MSA_HF_DYNAMIC_SHARED(shared);
+  MSA_HF_SHARED(shared, 16);
   const Chunking& chunking = call.chunking;
   const int width = vectors * VEC, thread = static_cast<int>(threadIdx.x);
   float* gradient = reinterpret_cast<float*>(shared);  // [width]
@@ -436,9 +455,9 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
 
   const float rows = static_cast<float>(place.rows);
   const void* source = content ? call.grad_content : call.grad_routing;
-  const Format format = content ? call.grad_content_format : call.grad_routing_format;
+  const Type type = content ? call.grad_content_type : call.grad_routing_type;
   const int64_t start = (content ? chunk * kContent + part : chunk) * width;
-  for (int i = thread; i < width; i += THREADS) gradient[i] = load_as_float(source, start + i, format);
+  for (int i = thread; i < width; i += THREADS) gradient[i] = load_as_float(source, start + i, type);
   if (!content && call.normalize) {
     sum_rows<T, VEC, THREADS, UNROLL>(call.router_keys, chunking, place, vectors, lines, sums);
     __syncthreads();
@@ -487,7 +506,7 @@ __global__ void __launch_bounds__(THREADS, resident(THREADS, UNROLL))
 // Chunks of THREADS documents at a time: a scan within the block, carried on from one round to the next.
 template <int THREADS>
 __global__ void __launch_bounds__(THREADS) chunk_offsets_kernel(const Chunking chunking, int64_t* chunk_offsets) {
-  MSA_HF_DYNAMIC_SHARED(shared);
+  MSA_HF_SHARED(shared, 16);
   const int64_t documents = chunking.documents;
   int64_t* totals = reinterpret_cast<int64_t*>(shared);  // [THREADS / 32]
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
@@ -501,7 +520,7 @@ __global__ void __launch_bounds__(THREADS) chunk_offsets_kernel(const Chunking c
     }
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const int64_t other = __shfl_up_sync(kWholeWarp, sum, step);
+      const int64_t other = __shfl_up_sync(kWarp, sum, step);
       if (lane >= step) sum += other;
     }
     if (lane == 31) totals[warp] = sum;
@@ -568,16 +587,16 @@ static cudaError_t launch_pool_forward(const PoolForward& call, cudaStream_t str
   const Shape shape = shape_of(call.chunking, VEC, THREADS);
   if (shape.shared > kMostShared) return too_wide(call.chunking);
   const unsigned blocks = static_cast<unsigned>(call.chunking.chunks * kParts);
-  return launch_kernel("pool_forward_kernel", pool_forward_kernel<T, VEC, THREADS, UNROLL>, blocks, THREADS, shape.shared,
-                       stream, call, shape.vectors, shape.lines);
+  return launch_kernel("pool_forward_kernel", pool_forward_kernel<T, VEC, THREADS, UNROLL>,
+                       {blocks, THREADS, shape.shared}, stream, call, shape.vectors, shape.lines);
 }
 
 template <typename T, int VEC, int THREADS, int UNROLL, bool AHEAD>
 static cudaError_t launch_pool_columns(const PoolForward& call, cudaStream_t stream) {
   const unsigned pieces = static_cast<unsigned>(call.chunking.groups * call.chunking.dim / (THREADS * VEC));
   const unsigned blocks = static_cast<unsigned>(call.chunking.chunks * kParts) * pieces;
-  return launch_kernel("pool_columns_kernel", pool_columns_kernel<T, VEC, THREADS, UNROLL, AHEAD>, blocks, THREADS,
-                       (THREADS * VEC + THREADS / 32) * sizeof(float), stream, call, pieces);
+  return launch_kernel("pool_columns_kernel", pool_columns_kernel<T, VEC, THREADS, UNROLL, AHEAD>,
+                       {blocks, THREADS, (THREADS * VEC + THREADS / 32) * sizeof(float)}, stream, call, pieces);
 }
 
 template <typename T, int VEC, int THREADS, int UNROLL>
@@ -586,7 +605,7 @@ static cudaError_t launch_pool_backward(const PoolBackward& call, cudaStream_t s
   const size_t shared = shape.shared + sizeof(float) * call.chunking.groups * call.chunking.dim;
   if (shared > kMostShared) return too_wide(call.chunking);
   const unsigned blocks = static_cast<unsigned>((call.chunking.chunks + kOutside) * kParts);
-  return launch_kernel("pool_backward_kernel", pool_backward_kernel<T, VEC, THREADS, UNROLL>, blocks, THREADS, shared,
+  return launch_kernel("pool_backward_kernel", pool_backward_kernel<T, VEC, THREADS, UNROLL>, {blocks, THREADS, shared},
                        stream, call, shape.vectors, shape.lines);
 }
 
@@ -616,16 +635,16 @@ static cudaError_t backward_of(const PoolBackward& call, cudaStream_t stream) {
 cudaError_t pool_chunks_forward(const PoolForward& call, cudaStream_t stream) {
   if (const char* why = refusal(call.chunking)) return refuse(cudaErrorInvalidValue, why);
   if (call.chunking.chunks == 0) return cudaSuccess;  // before any pointer is looked at: memory of no bytes has none
-  if ((bytes_of(call.routing_format) == 1) != (call.scales != nullptr)) {
+  if ((bytes_of(call.routing_type) == 1) != (call.scales != nullptr)) {
     return refuse(cudaErrorInvalidValue, "scales belong to router keys of 8 bits, and only to them");
   }
-  if (bytes_of(call.content_format) == 1) return refuse(cudaErrorInvalidValue, "content of 8 bits");
+  if (bytes_of(call.content_type) == 1) return refuse(cudaErrorInvalidValue, "content of 8 bits");
   switch (call.input) {
-    case Format::float32:
+    case Type::f32:
       return forward_of<float>(call, stream);
-    case Format::bfloat16:
+    case Type::bf16:
       return forward_of<__nv_bfloat16>(call, stream);
-    case Format::float16:
+    case Type::f16:
       return forward_of<__half>(call, stream);
     default:
       return cudaErrorInvalidValue;
@@ -637,11 +656,11 @@ cudaError_t pool_chunks_backward(const PoolBackward& call, cudaStream_t stream) 
   // Without chunks only packed tokens of no document get a gradient, zero.
   if (call.chunking.chunks == 0 && !(call.grad_keys.packed && call.chunking.tokens > 0)) return cudaSuccess;
   switch (call.input) {
-    case Format::float32:
+    case Type::f32:
       return backward_of<float>(call, stream);
-    case Format::bfloat16:
+    case Type::bf16:
       return backward_of<__nv_bfloat16>(call, stream);
-    case Format::float16:
+    case Type::f16:
       return backward_of<__half>(call, stream);
     default:
       return cudaErrorInvalidValue;
@@ -656,8 +675,8 @@ cudaError_t find_chunk_offsets(
   chunking.token_offsets = token_offsets;
   chunking.documents = documents;
   chunking.chunk_size = chunk_size;
-  return launch_kernel("chunk_offsets_kernel", chunk_offsets_kernel<kThreads>, 1, kThreads,
-                       sizeof(int64_t) * kThreads / 32, stream, chunking, chunk_offsets);
+  return launch_kernel("chunk_offsets_kernel", chunk_offsets_kernel<kThreads>,
+                       {dim3(1), kThreads, sizeof(int64_t) * kThreads / 32}, stream, chunking, chunk_offsets);
 }
 
 }  // namespace msa_hf

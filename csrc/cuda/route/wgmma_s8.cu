@@ -1,4 +1,4 @@
-#include "route_documents_wgmma_kernel.cuh"
+#include "wgmma_kernel.cuh"
 
 namespace msa_hf::route {
 template bool wgmma_compiled<Type::s8>();

@@ -1,7 +1,7 @@
 // Scores of chunks on sm_80 and later: cp.async and mma.sync. Eight warps of 16 chunks each, a tile of tokens at a time,
 // 128 bytes of the width per stage. Keys are read again (from L2) for every tile of tokens.
 
-#include "route_documents_score.cuh"
+#include "score.cuh"
 
 namespace msa_hf::route {
 
@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kMmaThreads, TYPE == Type::e4m3 ? 1 : 2) score
   constexpr uint32_t KEY_BYTES = kMmaChunks * kRow, STAGE_BYTES = (kMmaChunks + COLUMNS) * kRow;
   constexpr int NUMBER_BYTES = sizeof(typename Number<TYPE>::storage);
 
-  MSA_HF_SHARED(shared);
+  MSA_HF_SHARED(shared, 1024);
   const uint32_t base = (shared_address(shared) + kAlignment - 1) & ~uint32_t{kAlignment - 1};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t width_bytes = int64_t{p.width} * NUMBER_BYTES;
@@ -103,15 +103,14 @@ cudaError_t launch_mma(const Score& score, cudaStream_t stream) {
   multiprocessors = emulated::multiprocessors;
 #else
   int device = 0;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error == cudaSuccess) error = cudaGetDevice(&device);
+  cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
 #endif
   const int64_t tiles = (score.chunks + kMmaChunks - 1) / kMmaChunks;
   const int64_t blocks = tiles < 2 * multiprocessors ? tiles : 2 * multiprocessors;
-  return launch(kernel, dim3(static_cast<unsigned>(blocks)), kMmaThreads, shared, 1, stream, score);
+  return launch_kernel("score_mma_kernel", kernel, {dim3(static_cast<unsigned>(blocks)), kMmaThreads, shared}, stream, score);
 }
 
 template <Type TYPE>

@@ -160,7 +160,7 @@ cudaError_t StagingRing::gather(GatherCall call, std::shared_ptr<void> owner, cu
       finished.swap(finished_);
     }
   }
-  const size_t row_bytes = size_t{2} * call.groups * call.dim * bytes_of(call.content_format);
+  const size_t row_bytes = size_t{2} * call.groups * call.dim * bytes_of(call.content_type);
   const size_t rows = static_cast<size_t>(call.batch) * call.width;
   Slot& slot = slots_[next_];
   next_ = (next_ + 1) % slots_.size();

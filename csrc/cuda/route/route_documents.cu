@@ -10,8 +10,8 @@
 //   select    largest score of every document and the k best: route_documents_select.cu
 // The workspace holds 4 bytes per (sample, chunk), the packed queries, and 4 bytes per sample and 32 documents.
 
-#include "route_documents_score.cuh"
-#include "route_documents_select.h"
+#include "score.cuh"
+#include "select.h"
 
 namespace msa_hf::route {
 
@@ -176,8 +176,8 @@ __global__ void __launch_bounds__(kPackThreads) score_plain_kernel(const Score p
 template <Type TYPE>
 cudaError_t score_plain(const Score& score, cudaStream_t stream) {
   const int64_t warps = kPackThreads / 32, blocks = (score.chunks + warps - 1) / warps;
-  return launch(score_plain_kernel<TYPE>, dim3(static_cast<unsigned>(blocks < 65536 ? blocks : 65536)), kPackThreads, 0, 1,
-                stream, score);
+  const dim3 grid(static_cast<unsigned>(blocks < 65536 ? blocks : 65536));
+  return launch_kernel("score_plain_kernel", score_plain_kernel<TYPE>, {grid, kPackThreads}, stream, score);
 }
 
 // The whole call ------------------------------------------------------------------------------------------------------
@@ -357,13 +357,13 @@ static cudaError_t launch_pack(const Call& call, const Plan& plan, const Lists& 
   if (is_quantized(PACKED)) {
     const int64_t rows = call.samples * call.tokens;
     const cudaError_t error =
-        launch(largest_kernel<QUERY>, dim3(static_cast<unsigned>((rows + warps - 1) / warps)), kPackThreads, 0, 1, stream,
-               call.queries, call.mask, static_cast<int>(rows), static_cast<int>(call.tokens), static_cast<int>(call.width),
+        launch_kernel("largest_kernel", largest_kernel<QUERY>,
+                      {dim3(static_cast<unsigned>((rows + warps - 1) / warps)), kPackThreads}, stream, call.queries, call.mask, static_cast<int>(rows), static_cast<int>(call.tokens), static_cast<int>(call.width),
                lists.largest);
     if (error != cudaSuccess) return error;
   }
-  return launch(pack_kernel<QUERY, PACKED>, dim3(static_cast<unsigned>((plan.columns + warps - 1) / warps)), kPackThreads, 0,
-                1, stream, call.queries, lists, static_cast<int>(plan.columns), static_cast<int>(call.width), plan.terms,
+  return launch_kernel("pack_kernel", pack_kernel<QUERY, PACKED>,
+                       {dim3(static_cast<unsigned>((plan.columns + warps - 1) / warps)), kPackThreads}, stream, call.queries, lists, static_cast<int>(plan.columns), static_cast<int>(call.width), plan.terms,
                 packed);
 }
 
@@ -407,7 +407,7 @@ cudaError_t route_documents(
   lists.groups = static_cast<int*>(place(at.groups));
   lists.largest = static_cast<float*>(place(at.largest));
   cudaError_t error =
-      launch(scan_kernel, dim3(1), kScanThreads, 0, 1, stream, call.mask, static_cast<int>(call.samples),
+      launch_kernel("scan_kernel", scan_kernel, {dim3(1), kScanThreads}, stream, call.mask, static_cast<int>(call.samples),
              static_cast<int>(call.tokens), static_cast<int>(plan.columns), lists);
   if (error != cudaSuccess) return error;
 

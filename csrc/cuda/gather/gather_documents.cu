@@ -10,7 +10,9 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "device.cuh"
+#include "../common/launch.cuh"
+#include "../common/numbers.cuh"
+#include "gather_documents.h"
 
 namespace msa_hf {
 namespace {
@@ -92,11 +94,11 @@ __device__ __forceinline__ void lay_out(
       int64_t sum = i < k ? ends[i] : 0;
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) {
-        const int64_t other = __shfl_up_sync(kWholeWarp, sum, step);
+        const int64_t other = __shfl_up_sync(kWarp, sum, step);
         if (thread >= step) sum += other;
       }
       if (i < k) ends[i] = before + sum;
-      before += __shfl_sync(kWholeWarp, sum, 31);
+      before += __shfl_sync(kWarp, sum, 31);
     }
   }
   __syncthreads();
@@ -105,7 +107,7 @@ __device__ __forceinline__ void lay_out(
 template <typename S, typename T, int VEC>
 __global__ void __launch_bounds__(kThreads, 4) gather_kernel(const GatherCall call, int vectors, int rows_per_block) {
   using Word = typename Raw<sizeof(S) * VEC>::type;
-  MSA_HF_DYNAMIC_SHARED(shared);
+  MSA_HF_SHARED(shared, 16);
   const int thread = static_cast<int>(threadIdx.x), k = call.k;
   const int sample = static_cast<int>(blockIdx.y);
   int64_t* starts = reinterpret_cast<int64_t*>(shared);  // [k] first chunk, in order of output
@@ -177,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 4) gather_kernel(const GatherCall ca
 
 // What the host has to copy for a staged gather: runs [B, k] of (first chunk, chunks), in the order of their rows.
 __global__ void __launch_bounds__(kThreads) list_runs_kernel(const GatherCall call, int64_t* runs) {
-  MSA_HF_DYNAMIC_SHARED(shared);
+  MSA_HF_SHARED(shared, 16);
   const int thread = static_cast<int>(threadIdx.x), k = call.k, sample = static_cast<int>(blockIdx.x);
   int64_t* starts = reinterpret_cast<int64_t*>(shared);
   int64_t* ends = starts + k;
@@ -195,7 +197,7 @@ cudaError_t launch(const GatherCall& call, cudaStream_t stream) {
   const int rows = std::clamp(kThreads * kUnroll / vectors, 1, std::max(call.width, 1));
   const size_t shared = call.k * (2 * sizeof(int64_t) + sizeof(int)) + rows * (sizeof(int64_t) + sizeof(float2));
   const dim3 blocks((call.width + rows - 1) / rows, call.batch);
-  return launch_kernel("gather_kernel", gather_kernel<S, T, VEC>, blocks, kThreads, shared, stream, call, vectors, rows);
+  return launch_kernel("gather_kernel", gather_kernel<S, T, VEC>, {blocks, kThreads, shared}, stream, call, vectors, rows);
 }
 
 // 16 bytes at a time where heads start on such borders in the source and in the result.
@@ -209,12 +211,12 @@ cudaError_t launch_widest(const GatherCall& call, cudaStream_t stream) {
 
 template <typename S>
 cudaError_t launch_from(const GatherCall& call, cudaStream_t stream) {
-  switch (call.output_format) {
-    case Format::float32:
+  switch (call.output_type) {
+    case Type::f32:
       return launch_widest<S, float>(call, stream);
-    case Format::bfloat16:
+    case Type::bf16:
       return launch_widest<S, __nv_bfloat16>(call, stream);
-    case Format::float16:
+    case Type::f16:
       return launch_widest<S, __half>(call, stream);
     default:
       return cudaErrorInvalidValue;
@@ -228,7 +230,7 @@ const char* refusal(const GatherCall& call) {
   if (call.width < 0 || call.groups <= 0 || call.dim <= 0) return "rows without heads or numbers";
   if (int64_t{2} * call.groups * call.dim > 1 << 24) return "rows of more than 2^24 numbers";
   // Content without chunks has no scales either: memory of no bytes may have no address.
-  const bool scaled = call.scales != nullptr, quantized = call.content_format == Format::float8_e4m3;
+  const bool scaled = call.scales != nullptr, quantized = call.content_type == Type::e4m3;
   if (quantized ? !scaled && call.chunks > 0 : scaled) return "scales belong to float8 content, and only to it";
   return nullptr;
 }
@@ -239,20 +241,20 @@ cudaError_t list_runs(const GatherCall& call, int64_t* runs, cudaStream_t stream
   if (const char* why = refusal(call)) return refuse(cudaErrorInvalidValue, why);
   if (call.batch == 0 || call.k == 0) return cudaSuccess;
   const size_t shared = call.k * (2 * sizeof(int64_t) + sizeof(int));
-  return launch_kernel("list_runs_kernel", list_runs_kernel, call.batch, kThreads, shared, stream, call, runs);
+  return launch_kernel("list_runs_kernel", list_runs_kernel, {dim3(call.batch), kThreads, shared}, stream, call, runs);
 }
 
 cudaError_t gather_documents(const GatherCall& call, cudaStream_t stream) {
   if (const char* why = refusal(call)) return refuse(cudaErrorInvalidValue, why);
   if (call.batch == 0 || call.width == 0) return cudaSuccess;
-  switch (call.content_format) {
-    case Format::float32:
+  switch (call.content_type) {
+    case Type::f32:
       return launch_from<float>(call, stream);
-    case Format::bfloat16:
+    case Type::bf16:
       return launch_from<__nv_bfloat16>(call, stream);
-    case Format::float16:
+    case Type::f16:
       return launch_from<__half>(call, stream);
-    case Format::float8_e4m3:
+    case Type::e4m3:
       return launch_from<uint8_t>(call, stream);
     default:
       return cudaErrorInvalidValue;

@@ -9,8 +9,8 @@
 // of L2, 2 us, after three loads that wait for each other, 2 us. 16 chunks each and 1,024 tokens are 1,024 blocks, 131 MB
 // out of L2, 27 us; 16 samples of 32 tokens 512 blocks and 34 MB of keys from memory, 15 us.
 
-#include "route_documents_best.cuh"
-#include "route_documents_score.cuh"
+#include "best.cuh"
+#include "score.cuh"
 
 namespace msa_hf::route {
 
@@ -39,7 +39,7 @@ struct RescoreShared {
 template <Type TYPE>
 __global__ void __launch_bounds__(kRescoreThreads, 2) rescore_products_kernel(const RescoreCall p) {
   static_assert(kMostProductCandidates == kRescoreThreads);
-  MSA_HF_SHARED(memory);
+  MSA_HF_SHARED(memory, 1024);
   auto& shared = *reinterpret_cast<RescoreShared*>(memory);
   using Storage = typename Number<TYPE>::storage;
   const Rescore& call = p.call;
@@ -162,13 +162,8 @@ cudaError_t launch_products(const RescoreCall& call, cudaStream_t stream) {
   const int64_t wanted = 1024 / (slices * call.call.samples);
   const dim3 grid(static_cast<unsigned>(wanted < 1 ? 1 : wanted > 64 ? 64 : wanted), static_cast<unsigned>(call.call.samples),
                   static_cast<unsigned>(slices));
-  const int shared = sizeof(RescoreShared);
-#ifndef MSA_HF_EMULATE
-  const cudaError_t error =
-      cudaFuncSetAttribute(rescore_products_kernel<TYPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-#endif
-  return launch(rescore_products_kernel<TYPE>, grid, kRescoreThreads, shared, 1, stream, call);
+  constexpr size_t shared = sizeof(RescoreShared);
+  return launch_kernel("rescore_products_kernel", rescore_products_kernel<TYPE>, {grid, kRescoreThreads, shared}, stream, call);
 }
 
 static bool takes_products(const Rescore& call) {
@@ -187,7 +182,7 @@ constexpr int kRescoreChunks = 4, kRescoreTokens = 4;
 // A block per (candidate, sample, slice of tokens and chunks); products and sums in float32.
 template <Type QUERY, Type KEY>
 __global__ void __launch_bounds__(kRescoreThreads) rescore_kernel(const RescoreCall p) {
-  MSA_HF_SHARED(shared);
+  MSA_HF_SHARED(shared, 1024);
   auto* keys = reinterpret_cast<float*>(shared);  // [kRescoreChunks][width]
   const Rescore& call = p.call;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = kRescoreThreads / 32;
@@ -255,7 +250,7 @@ __global__ void __launch_bounds__(kRescoreThreads) rescore_kernel(const RescoreC
 // The whole -----------------------------------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kBestThreads) pick_kernel(const RescoreCall p) {
-  MSA_HF_SHARED(shared);
+  MSA_HF_SHARED(shared, 1024);
   auto& found = *reinterpret_cast<BestShared*>(shared);
   const int64_t sample = blockIdx.x;
   const int count = static_cast<int>(p.call.count), all = static_cast<int>(p.call.k);
@@ -285,13 +280,8 @@ size_t rescore_workspace(const Rescore& call) { return (call.samples * call.coun
 
 template <Type QUERY, Type KEY>
 cudaError_t launch_rescore(const RescoreCall& call, dim3 grid, cudaStream_t stream) {
-  const int shared = static_cast<int>(kRescoreChunks * call.call.width * 4);
-#ifndef MSA_HF_EMULATE
-  const cudaError_t error =
-      cudaFuncSetAttribute(rescore_kernel<QUERY, KEY>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-#endif
-  return launch(rescore_kernel<QUERY, KEY>, grid, kRescoreThreads, shared, 1, stream, call);
+  const size_t shared = kRescoreChunks * call.call.width * 4;
+  return launch_kernel("rescore_kernel", rescore_kernel<QUERY, KEY>, {grid, kRescoreThreads, shared}, stream, call);
 }
 
 template <Type QUERY>
@@ -331,7 +321,8 @@ cudaError_t rescore_documents(const Rescore& call, void* workspace, cudaStream_t
                                             : cudaErrorInvalidValue;
     if (error != cudaSuccess) return error;
   }
-  return launch(pick_kernel, dim3(static_cast<unsigned>(call.samples)), kBestThreads, sizeof(BestShared), 1, stream, inner);
+  const dim3 blocks(static_cast<unsigned>(call.samples));
+  return launch_kernel("pick_kernel", pick_kernel, {blocks, kBestThreads, sizeof(BestShared)}, stream, inner);
 }
 
 }  // namespace msa_hf::route

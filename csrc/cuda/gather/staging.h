@@ -14,7 +14,7 @@
 #include <thread>
 #include <vector>
 
-#include "pool_gather.h"
+#include "gather_documents.h"
 
 namespace msa_hf {
 

@@ -1,7 +1,7 @@
 // What the scoring kernels are given, and their launchers.
 #pragma once
 
-#include "route_documents_device.cuh"
+#include "device.cuh"
 
 namespace msa_hf::route {
 
@@ -53,12 +53,12 @@ constexpr int64_t wgmma_shared(const Shape& shape, int64_t width_bytes, int term
   return kAlignment + kBarrierBytes + resident_bytes(shape, width_bytes, terms) + int64_t{stages} * stage_bytes(shape);
 }
 
-// route_documents_wgmma_<type>.cu
+// wgmma_<type>.cu
 template <Type TYPE>
 bool wgmma_compiled();
 template <Type TYPE>
 cudaError_t score_wgmma(const Score& score, int shape, cudaStream_t stream);
-// route_documents_mma.cu
+// mma.cu
 constexpr int kMmaColumns[2] = {32, 64};
 template <Type TYPE>
 bool mma_compiled();

@@ -2,53 +2,16 @@
 //
 // Everything runs on the current stream of the tensors' device, and nothing waits for it.
 
-#include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/shim_utils.h>
 
-#include <initializer_list>
 #include <optional>
 #include <tuple>
 
-#include "../checks.h"
+#include "../common/tensors.h"
 #include "route_documents.h"
 
 namespace msa_hf {
 namespace {
-
-route::Type type_of(const Tensor& tensor, const char* op, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return route::Type::f32;
-    case ScalarType::BFloat16: return route::Type::bf16;
-    case ScalarType::Half: return route::Type::f16;
-    case ScalarType::Float8_e4m3fn: return route::Type::e4m3;
-    case ScalarType::Char: return route::Type::s8;
-    default: STD_TORCH_CHECK(false, op, ": `", name, "` cannot be ", torch::headeronly::toString(tensor.scalar_type()), " on CUDA");
-  }
-}
-
-// The device of a tensor made current, and its current stream.
-struct Place {
-  explicit Place(const Tensor& tensor) : guard(tensor.get_device()) {
-    void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &current));
-    stream = static_cast<cudaStream_t>(current);
-  }
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream = nullptr;
-};
-
-void check(cudaError_t status, const char* op) {
-  STD_TORCH_CHECK(status == cudaSuccess, op, " on CUDA: ", cudaGetErrorString(status));
-}
-
-Tensor make(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, type);
-}
 
 // A workspace lives until the call's kernels are queued: whoever gets its memory next on this stream runs after them.
 Tensor make_workspace(const Tensor& like, size_t bytes) {
@@ -94,17 +57,6 @@ std::tuple<Tensor, Tensor> route_documents(const Tensor& queries, const Tensor& 
   const Tensor workspace = make_workspace(queries, plan.workspace);
   check(route::route_documents(call, plan, workspace.mutable_data_ptr(), place.stream), op);
   return {documents, scores};
-}
-
-// The address under which the device reads a tensor of its own or of pinned host memory; null for any other.
-const void* device_address(const Tensor& tensor) {
-  if (tensor.is_cuda()) return tensor.const_data_ptr();
-  cudaPointerAttributes attributes{};
-  if (cudaPointerGetAttributes(&attributes, tensor.const_data_ptr()) != cudaSuccess) {
-    cudaGetLastError();
-    return nullptr;
-  }
-  return attributes.type == cudaMemoryTypeHost ? attributes.devicePointer : nullptr;
 }
 
 std::tuple<Tensor, Tensor> rescore_documents(const Tensor& queries, const Tensor& routing_mask, const Tensor& exact_keys,

@@ -29,7 +29,7 @@
 #include <mutex>
 #include <utility>
 
-#include "route_documents_score.cuh"
+#include "score.cuh"
 
 namespace msa_hf::route {
 
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
   constexpr uint32_t STAGE_BYTES = KEY_BYTES + (RESIDENT ? 0 : TOKEN_BYTES);
   constexpr int PER_ROW = kRow / sizeof(typename Number<TYPE>::storage);
 
-  MSA_HF_SHARED(shared);
+  MSA_HF_SHARED(shared, 1024);
   const uint32_t base = (shared_address(shared) + kAlignment - 1) & ~uint32_t{kAlignment - 1};
   const int blocks = (p.width + PER_ROW - 1) / PER_ROW;  // of the summed dimension
   const uint32_t tokens_at = base;
@@ -246,7 +246,8 @@ cudaError_t resident_clusters(Kernel kernel, int cluster, size_t shared, int* co
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  error = cudaOccupancyMaxActiveClusters(count, kernel, &config);
+  error = allow_shared(kernel, shared);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(count, kernel, &config);
   if (error == cudaSuccess && *count < 1) error = cudaErrorLaunchOutOfResources;
   if (error == cudaSuccess) known[{device, shared}] = *count;
   return error;
@@ -265,17 +266,14 @@ cudaError_t launch_wgmma(const Score& score, cudaStream_t stream) {
   error = map_rows(&packed, score.packed, TYPE, score.width, rows, shape.columns / shape.cluster);
   if (error != cudaSuccess) return error;
   const auto kernel = score_wgmma_kernel<TYPE, shape.chunks, shape.columns, shape.cluster, shape.resident ? TERMS : 0>;
-#ifndef MSA_HF_EMULATE
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (error != cudaSuccess) return error;
-#endif
   int clusters = 0;
   error = resident_clusters(kernel, shape.cluster, shared, &clusters);
   if (error != cudaSuccess) return error;
   const int64_t tiles = (score.chunks + shape.chunks - 1) / shape.chunks;
   const int64_t wanted = (tiles + shape.cluster - 1) / shape.cluster;
   if (wanted < clusters) clusters = static_cast<int>(wanted);
-  return launch(kernel, dim3(clusters * shape.cluster), kWgmmaThreads, shared, shape.cluster, stream, keys, packed, score);
+  const Grid grid{dim3(clusters * shape.cluster), kWgmmaThreads, shared, static_cast<unsigned>(shape.cluster)};
+  return launch_kernel("score_wgmma_kernel", kernel, grid, stream, keys, packed, score);
 }
 
 template <Type TYPE, int INDEX = 0>
