@@ -1,7 +1,6 @@
 """A bank of a stranger, format version 2: whatever its manifest and files say, it is refused or read within itself."""
 
 import copy
-import json
 import shutil
 import sys
 from contextlib import suppress
@@ -10,33 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bank_files import sign, tampered
 from fake_model import FakeModel, contents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from msa_hf.bank import BankStore
 from msa_hf.model import bank_format_msa, bank_reader_msa, bank_writer_msa
-from msa_hf.model.bank_format_msa import BankFormatError, manifest_checksum
+from msa_hf.model.bank_format_msa import BankFormatError
 from msa_hf.model.memory_msa import MemoryBank
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=5,
-)
 ROWS = 6
-
-
-def paths(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    return [at, *(path for step, value in inner for path in paths(value, (*at, step)))]
-
-
-def sign(directory: Path, manifest: Any) -> None:
-    """Write a manifest that tells the truth about sizes, hashes and itself: what remains wrong is its content."""
-    if isinstance(manifest, dict):
-        manifest["checksum"] = manifest_checksum(manifest)
-    (directory / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.fixture(scope="module")
@@ -100,26 +83,7 @@ def opened_bank(directory: Path) -> MemoryBank:
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzzed_manifests(bank_copy: Path, original: tuple[Path, dict[str, Any]], data: st.DataObject) -> None:
-    manifest: Any = copy.deepcopy(original[1])
-    for _ in range(data.draw(st.integers(1, 3))):
-        path = data.draw(st.sampled_from(paths(manifest)[1:] or [()]))
-        if not path:
-            break
-        node = manifest
-        for step in path[:-1]:
-            node = node[step]
-        action = data.draw(st.sampled_from(["replace", "remove", "copy", "number", "name"]))
-        if action == "remove":
-            del node[path[-1]]
-        elif action == "copy" and isinstance(node, list):
-            node.append(copy.deepcopy(node[path[-1]]))
-        elif action == "number" and type(node[path[-1]]) is int:
-            node[path[-1]] += data.draw(st.integers(-2, 2))
-        elif action == "name" and isinstance(node[path[-1]], str):
-            node[path[-1]] = data.draw(st.sampled_from(["../outside.bin", "/etc/passwd", "manifest.json", ".", "x"]))
-        else:
-            node[path[-1]] = data.draw(JSON)
-    sign(bank_copy, manifest)
+    sign(bank_copy, tampered(original[1], data))
     use(bank_copy, data.draw(st.booleans()))
 
 

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from ..model.bank_format_msa import BankError, BankFormatError
     from .sharded.bank import ShardedBank, shard_bank
     from .sharded.collectives import RankFailed
+    from .store.errors import BankDamaged, BankNotWritable
     from .store.lock import BankLocked
     from .store.segments import Damage
-    from .store.store import BankDamaged, BankNotWritable, BankStore
+    from .store.store import BankStore
     from .tiered.bank import TieredBank, place_bank
 
 __all__ = [
@@ -35,9 +36,10 @@ __getattr__ = exports(
         "..model.bank_format_msa": ["BankError", "BankFormatError"],
         ".sharded.bank": ["ShardedBank", "shard_bank"],
         ".sharded.collectives": ["RankFailed"],
+        ".store.errors": ["BankDamaged", "BankNotWritable"],
         ".store.lock": ["BankLocked"],
         ".store.segments": ["Damage"],
-        ".store.store": ["BankDamaged", "BankNotWritable", "BankStore"],
+        ".store.store": ["BankStore"],
         ".tiered.bank": ["TieredBank", "place_bank"],
     },
     old_names={"OpenBank": "BankStore"},

@@ -5,6 +5,7 @@ It knows a manifest, tensors and a table of documents; what they mean is the bus
 header and shape are checked, and its SHA-256 if that is asked for.
 """
 
+import errno
 import hashlib
 import os
 import stat
@@ -44,6 +45,8 @@ from .bank_format_msa import (
     format_error,
 )
 from .origin_msa import BankOrigin, check_origin
+
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the process or the machine: nothing is wrong with a file
 
 
 class KnowsOrigin(Protocol):
@@ -132,7 +135,10 @@ def _regular_file(directory: Path, name: str) -> os.stat_result:
     return status
 
 
-def _unreadable(path: Path, error: Exception) -> BankFormatError:
+def _unreadable(path: Path, error: Exception) -> Exception:
+    """What to raise for a file that cannot be read; what the process lacks is no damage, and stays what it was."""
+    if isinstance(error, OSError) and error.errno in EXHAUSTED:
+        return error
     remedy = f"{RESTORE}; where another process saved the bank meanwhile, load it again"
     return format_error(path, f"cannot be read ({error})", remedy)
 
@@ -143,7 +149,9 @@ def _tensor_shapes(path: Path, names: set[str], dtype: torch.dtype) -> dict[str,
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except SafetensorError as error:
         raise format_error(path, f"not a valid safetensors file ({error})") from error
     if found.keys() != names:
         raise format_error(path, f"holds the tensors {brief(sorted(found))} instead of {brief(sorted(names))}")
@@ -287,7 +295,9 @@ class BankReader:
                 raise ValueError("it is compressed, which the format does not allow")
             if len(table) and numbers_of(table, "chunks").min() < 1:
                 raise ValueError("it has a document without chunks, but chunks ascend by 1 or more")
-        except (pyarrow().ArrowException, ValueError, OSError, MemoryError) as error:
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        except (pyarrow().ArrowException, ValueError, MemoryError) as error:
             raise format_error(path, f"not the table of a bank ({error})") from error
         first, end = segment["documents"]
         chunks = int(table["chunks"].to_numpy().sum(dtype=np.int64))
@@ -356,9 +366,10 @@ class BankReader:
         if (found := _tensor_shapes(path, set(wanted), layout.dtype)) != wanted:
             raise format_error(path, f"tensors have the shapes {found} instead of {wanted}")
         try:
-            return Shard(first, end, layers, safe_open(path, framework="pt", device=str(device)))
+            file = safe_open(path, framework="pt", device=str(device))
         except (SafetensorError, OSError) as error:
             raise _unreadable(path, error) from error
+        return Shard(first, end, layers, file)
 
     def shards(self, device: torch.device | str = "cpu", first: int = 0, end: int | None = None) -> list[Shard]:
         """Open the shards that have chunks in [first, end) of the bank, in whose chunks they count."""

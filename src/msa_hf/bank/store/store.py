@@ -17,7 +17,6 @@ import torch
 from ...model.arrow_msa import table_schema
 from ...model.bank_format_msa import (
     MANIFEST,
-    BankError,
     BankFormatError,
     KeyHash,
     Manifest,
@@ -42,6 +41,7 @@ from .changes import Changes, GivenDocument, Known, committed
 from .commit import Commit, commit_of, write_commit
 from .compact import compacted_in_memory, groups_of, write_compacted
 from .encoder import DocumentEncoder, EncodingModel
+from .errors import BankDamaged, BankNotWritable
 from .lock import WriterLock
 from .open import read_contents, remove_leftovers
 from .segments import Damage, Segment, damage_of
@@ -55,14 +55,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 TRIES = 10  # of a reader whose files a writer removes while they are opened
-
-
-class BankDamaged(BankError, RuntimeError):
-    """A bank with damaged files cannot be written to before it is decided what becomes of their documents."""
-
-
-class BankNotWritable(BankError, RuntimeError):
-    """This `BankStore` may not write: it is closed, read only, forked, or its bank was replaced."""
 
 
 class BankStore:

@@ -1,13 +1,11 @@
-"""The bank on disk: what is saved comes back exactly, and what is damaged or lying is refused by name."""
+"""Opening a bank's directory: what was written is read, and what is damaged or lying is refused by name."""
 
 import copy
 import json
 import os
 import random
 import shutil
-import stat
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,89 +13,27 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from bank_files import (
+    ORIGIN,
+    ROW_BYTES,
+    Change,
+    Maker,
+    assert_equal,
+    change,
+    make_bank,
+    manifest_of,
+    names,
+    replace_file,
+    sign,
+    tampered,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from msa_hf.model import bank_reader_msa
-from msa_hf.model.bank_format_msa import BankFormatError, manifest_checksum, parse_size
-from msa_hf.model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable, MemoryBank
-
-CHUNK = 4
-GROUPS, DIM = 2, 4
-ORIGIN = BankOrigin("f" * 64, "e" * 64, "qwen3", CHUNK, (1, 3), "cosine", False, (5, 6))
-numbered = False
-ROW_BYTES = 3 * GROUPS * DIM * 4  # of a float32 chunk
-
-
-@pytest.fixture(autouse=True, scope="module", params=[1, 2])
-def version(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Of the format: documents with ids are saved in version 2."""
-    global numbered
-    numbered = request.param == 2
-    yield request.param
-    numbered = False
-
-
-def make_bank(lengths: list[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> MemoryBank:
-    generator = torch.Generator().manual_seed(seed)
-
-    def rand(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    chunks = [-(-length // CHUNK) for length in lengths]
-    total = sum(chunks)
-    rows = [
-        Document(
-            f"d{row}-{seed}",
-            None if row == 2 else f"text\n{row} 記憶",
-            {"n": [row, None]} if row % 2 else None,
-            *pair,
-            id=3 * row + 1000 * seed if numbered else None,
-        )
-        for row, pair in enumerate(zip(lengths, chunks, strict=True))
-    ]
-    layers = {i: DenseLayer(rand(total, GROUPS * DIM), rand(total, 2, GROUPS, DIM)) for i in (1, 3)}
-    # Keys and values of the prefix are interleaved views of one tensor, as a model may well hand them over.
-    pairs = {layer: rand(GROUPS, 2, 2, DIM) for layer in range(4)}
-    prefix = {layer: (pair[:, 0], pair[:, 1]) for layer, pair in pairs.items()}
-    return MemoryBank(layers, torch.tensor([0, *chunks]).cumsum(0), prefix, DocumentTable(rows), ORIGIN)
-
-
-def assert_equal(bank: MemoryBank, expected: MemoryBank) -> None:
-    assert list(bank.documents) == list(expected.documents)
-    assert bank.origin == expected.origin and bank.dtype == expected.dtype
-    assert torch.equal(bank.offsets, expected.offsets) and bank.offsets.dtype == torch.int64
-    assert list(bank.layers) == list(expected.layers) and list(bank.prefix) == list(expected.prefix)
-    for layer, memory in expected.layers.items():
-        assert torch.equal(bank.layer(layer).routing_keys, memory.routing_keys)
-        assert torch.equal(bank.layer(layer).pooled_kv, memory.pooled_kv)
-    for layer, pair in expected.prefix.items():
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(bank.prefix[layer], pair, strict=True))
-
-
-def manifest_of(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "manifest.json").read_text())
-
-
-def sign(directory: Path, manifest: Any) -> None:
-    """Write a manifest with the right checksum: what remains wrong is its content."""
-    if isinstance(manifest, dict):
-        manifest["checksum"] = manifest_checksum(manifest)
-    (directory / "manifest.json").write_text(json.dumps(manifest))
-
-
-def replace_file(
-    directory: Path, pick: Callable[[dict[str, Any]], dict[str, Any]], write: Callable[[Path], Any]
-) -> None:
-    """Replace a data file by another, with its size and SHA-256 in the manifest put right."""
-    manifest = manifest_of(directory)
-    entry = pick(manifest)
-    path = directory / entry["file"]
-    path.unlink()
-    write(path)
-    entry.update(bytes=path.stat().st_size, sha256=bank_reader_msa.file_digest(path))
-    sign(directory, manifest)
+from msa_hf.model.bank_format_msa import BankFormatError
+from msa_hf.model.memory_msa import BankOrigin, MemoryBank
 
 
 def refused(directory: Path, *parts: str, **options: Any) -> None:
@@ -107,80 +43,9 @@ def refused(directory: Path, *parts: str, **options: Any) -> None:
         assert part in str(caught.value)
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    make_bank([1, 9, 4, 6]).save_pretrained(tmp_path / "bank")
-    return tmp_path / "bank"
-
-
-def names(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()}
-
-
-# --- what is saved comes back -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("lengths", [[], [1], [4], [5], [1, 1, 1], [3, 4, 5, 8, 9, 31]])
-@pytest.mark.parametrize("size", ["4GB", 1])
-def test_round_trip(tmp_path: Path, lengths: list[int], dtype: torch.dtype, size: int | str) -> None:
-    bank = make_bank(lengths, dtype)
-    bank.save_pretrained(tmp_path / "new" / "bank", max_shard_size=size)
-    for verify in (True, False):
-        assert_equal(MemoryBank.from_pretrained(tmp_path / "new" / "bank", verify=verify), bank)
-
-
-def test_random_sizes(tmp_path: Path) -> None:
-    rng = random.Random(7)
-    for seed in range(12):
-        bank = make_bank([rng.choice([1, 3, 4, 5, rng.randint(1, 60)]) for _ in range(rng.randint(1, 20))], seed=seed)
-        bank.save_pretrained(tmp_path, max_shard_size=rng.randint(1, 40 * ROW_BYTES))
-        loaded = MemoryBank.from_pretrained(tmp_path)
-        assert_equal(loaded, bank)
-        loaded.save_pretrained(tmp_path)  # over itself, from memory-mapped tensors and table
-        assert_equal(MemoryBank.from_pretrained(tmp_path), bank)
-        assert_equal(loaded, bank)
-
-
-def test_shards_respect_the_limit_and_never_split_a_document(tmp_path: Path) -> None:
-    bank = make_bank([4, 8, 4, 40, 4, 4, 4, 4])  # 1, 2, 1, 10, 1, 1, 1, 1 chunks
-    bank.save_pretrained(tmp_path, max_shard_size=3 * ROW_BYTES)
-    ranges = [[0, 3], [3, 4], [4, 14], [14, 17], [17, 18]]
-    shards = manifest_of(tmp_path)["segments"][0]["tensors"]
-    assert [(shard["layer"], shard["chunks"]) for shard in shards] == [(i, rows) for i in (1, 3) for rows in ranges]
-    content = load_file(tmp_path / shards[1]["file"])
-    assert torch.equal(content["layers.1.content"], bank.layer(1).pooled_kv[3:4])
-    assert_equal(MemoryBank.from_pretrained(tmp_path), bank)
-
-
-def test_max_shard_size_units() -> None:
-    sizes: dict[int | str, int] = {
-        "4GB": 4 * 10**9,
-        "1 MiB": 2**20,
-        "10kb": 10_000,
-        "3TB": 3 * 10**12,
-        "12": 12,
-        "7B": 7,
-        5: 5,
-    }
-    assert {size: parse_size(size) for size in sizes} == sizes
-    for wrong in ("", "GB", "-1", 0, "4 bytes", "1.5GB", None):
-        with pytest.raises(ValueError, match="`max_shard_size` must be"):
-            parse_size(wrong)  # type: ignore[arg-type]
-
-
-def test_the_table_is_a_dataset(saved: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    path = saved / manifest_of(saved)["segments"][0]["table"]["file"]
-    rows = datasets.Dataset.from_file(str(path))
-    further = ["id", "version", "digest"] if numbered else []
-    assert rows.column_names == ["key", "text", "metadata", "tokens", "chunks", *further]
-    assert rows["tokens"][:] == [1, 9, 4, 6] and rows[1]["metadata"] == '{"n": [1, null]}'
-
-
-def test_several_segments_are_read(tmp_path: Path) -> None:
+def test_several_segments_are_read(tmp_path: Path, make: Maker) -> None:
     """Version 1 writes one segment; a reader takes any number."""
-    first, second = make_bank([1, 9], seed=1), make_bank([6, 4, 4], seed=2)
+    first, second = make([1, 9], seed=1), make([6, 4, 4], seed=2)
     second.prefix = first.prefix
     second.save_pretrained(tmp_path, max_shard_size=ROW_BYTES)
     later = manifest_of(tmp_path)
@@ -208,104 +73,6 @@ def test_unknown_fields_and_writer_features_are_read(saved: Path) -> None:
     manifest.update(writer_features=["tombstones"], note="ignored")
     sign(saved, manifest)
     assert len(MemoryBank.from_pretrained(saved)) == 4
-
-
-# --- saving over a bank, and failing to -------------------------------------------------------------------------------
-
-
-def test_overwriting_keeps_a_reader_alive_and_leaves_nothing_behind(saved: Path) -> None:
-    (saved / "README.md").write_text("not ours")
-    reader, new = MemoryBank.from_pretrained(saved), make_bank([5, 2], torch.bfloat16, seed=3)
-    before = names(saved)
-    new.save_pretrained(saved)
-    assert_equal(reader, make_bank([1, 9, 4, 6]))
-    assert_equal(MemoryBank.from_pretrained(saved), new)
-    assert names(saved) & before == {"README.md", "manifest.json"}
-    assert len(names(saved)) == 2 + 4 + numbered  # two layers, prefix, table, index
-
-
-def test_only_files_of_a_bank_are_ever_removed(saved: Path) -> None:
-    manifest = manifest_of(saved)
-    (saved / manifest["prefix"]["file"]).rename(saved / "model.safetensors")
-    manifest["prefix"]["file"] = "model.safetensors"
-    sign(saved, manifest)
-    make_bank([1]).save_pretrained(saved)
-    assert (saved / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize(("function", "after"), [("replace", False), ("replace", True), ("fsync", False)])
-def test_an_interrupted_save_leaves_the_old_bank_or_the_new(
-    saved: Path, function: str, after: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    original = getattr(os, function)
-    old_kept = 0
-    for fails_at in range(1, 20):
-        calls = 0
-
-        def failing(*arguments: Any, fails_at: int = fails_at) -> None:
-            nonlocal calls
-            calls += 1
-            if calls != fails_at or after:
-                original(*arguments)
-            if calls == fails_at:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(os, function, failing)
-        with suppress(KeyboardInterrupt):
-            make_bank([8, 3], seed=9).save_pretrained(saved)
-        monkeypatch.setattr(os, function, original)
-        if manifest_of(saved)["counts"]["documents"] == 2:  # past the commit
-            break
-        assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
-        old_kept += 1
-    assert_equal(MemoryBank.from_pretrained(saved), make_bank([8, 3], seed=9))
-    # Four data files, an index and the manifest are renamed; these and the directory are flushed before the commit.
-    assert old_kept == {"replace": 4 if after else 5, "fsync": 6}[function] + numbered
-
-
-def test_data_are_flushed_before_the_manifest_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[tuple[str, str]] = []
-    fsync, replace = os.fsync, os.replace
-
-    def record_fsync(descriptor: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        events.append(("flush", "directory" if path == tmp_path else path.name))
-        fsync(descriptor)
-
-    def record_replace(source: Path, target: Path) -> None:
-        events.append(("rename", target.name if ("flush", source.name) in events else "unflushed"))
-        replace(source, target)
-
-    if not Path("/proc/self/fd").exists():
-        pytest.skip("needs /proc to tell which file is flushed")
-    monkeypatch.setattr(os, "fsync", record_fsync)
-    monkeypatch.setattr(os, "replace", record_replace)
-    make_bank([8, 3]).save_pretrained(tmp_path)
-    assert ("rename", "unflushed") not in events
-    assert events[-3:] == [("flush", "directory"), ("rename", "manifest.json"), ("flush", "directory")]
-    assert {name for kind, name in events if kind == "rename"} == names(tmp_path)
-
-
-def test_a_directory_that_cannot_be_read_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(BankFormatError, match=r"not overwritten.*Save elsewhere"):
-        make_bank([1]).save_pretrained(tmp_path)
-    assert names(tmp_path) == {"manifest.json"}
-
-
-def test_dtypes_without_a_place_in_the_format(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"A bank of torch.float64 cannot be saved.*bank.to\(dtype"):
-        make_bank([1], torch.float64).save_pretrained(tmp_path / "bank")
-    assert not (tmp_path / "bank").exists()
-
-
-@pytest.mark.skipif(os.name == "nt", reason="permissions are POSIX's")
-def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
-    (tmp_path / "plain").touch()
-    make_bank([1]).save_pretrained(tmp_path / "bank")
-    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "bank").iterdir()}
-    assert modes == {stat.S_IMODE((tmp_path / "plain").stat().st_mode)}
 
 
 # --- the model that reads ---------------------------------------------------------------------------------------------
@@ -343,7 +110,7 @@ def test_no_bank(tmp_path: Path) -> None:
     refused(tmp_path / "missing", "this is not a bank")
 
 
-def test_one_flipped_byte_is_detected(saved: Path) -> None:
+def test_one_flipped_byte_is_detected(saved: Path, make: Maker) -> None:
     rng = random.Random(1)
     for path in sorted(saved.iterdir()):
         data = path.read_bytes()
@@ -357,9 +124,9 @@ def test_one_flipped_byte_is_detected(saved: Path) -> None:
                 assert path.name in str(error)
             else:  # white space of the manifest carries nothing
                 assert path.name == "manifest.json" and data[position : position + 1].isspace()
-                assert_equal(bank, make_bank([1, 9, 4, 6]))
+                assert_equal(bank, make([1, 9, 4, 6]))
         path.write_bytes(data)
-    assert_equal(MemoryBank.from_pretrained(saved), make_bank([1, 9, 4, 6]))
+    assert_equal(MemoryBank.from_pretrained(saved), make([1, 9, 4, 6]))
 
 
 def test_a_damaged_header_is_detected_without_verification(saved: Path) -> None:
@@ -394,7 +161,7 @@ def test_truncated_grown_and_missing_files(saved: Path, verify: bool) -> None:
         path.write_bytes(data)
 
 
-def test_links_and_other_kinds_of_files(saved: Path, tmp_path: Path) -> None:
+def test_links_and_other_kinds_of_files(saved: Path, tmp_path: Path, numbered: bool) -> None:
     name = manifest_of(saved)["prefix"]["file"]
     path = saved / name
     outside = tmp_path / "outside"
@@ -418,19 +185,9 @@ def test_links_and_other_kinds_of_files(saved: Path, tmp_path: Path) -> None:
     assert len(MemoryBank.from_pretrained(tmp_path / "alias")) == 4
 
 
-def change(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
-    def apply(manifest: dict[str, Any]) -> None:
-        node: Any = manifest
-        for step in path[:-1]:
-            node = node[step]
-        node[path[-1]] = to
-
-    return apply
-
-
 def longer_index(manifest: dict[str, Any]) -> None:
     """Of one row more, so that it is not the index that contradicts."""
-    if numbered:
+    if "index" in manifest["segments"][0]:
         manifest["segments"][0]["index"]["bytes"] += 24
 
 
@@ -503,7 +260,7 @@ SHARD = ("segments", 0, "tensors", 0)
         ),
     ],
 )
-def test_lying_manifests(saved: Path, changes: list[Callable[[dict[str, Any]], None]], message: str) -> None:
+def test_lying_manifests(saved: Path, changes: list[Change], message: str) -> None:
     manifest = manifest_of(saved)
     for apply in changes:
         apply(manifest)
@@ -647,22 +404,9 @@ def test_wrong_tables(saved: Path) -> None:
             bank.documents[1]
 
 
-# --- any manifest at all ----------------------------------------------------------------------------------------------
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=5,
-)
-
-
-def paths(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    return [at, *(path for step, value in inner for path in paths(value, (*at, step)))]
-
-
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A bank of version 1; tests/bank/test_hostile.py has one of version 2."""
     directory = tmp_path_factory.mktemp("fuzzed")
     make_bank([1, 9, 4, 6]).save_pretrained(directory, max_shard_size=2 * ROW_BYTES)
     return directory, manifest_of(directory)
@@ -672,24 +416,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 @given(data=st.data())
 def test_fuzzed_manifests(fuzzed: tuple[Path, dict[str, Any]], data: st.DataObject) -> None:
     directory, original = fuzzed
-    manifest: Any = copy.deepcopy(original)
-    for _ in range(data.draw(st.integers(1, 3))):
-        path = data.draw(st.sampled_from(paths(manifest)[1:] or [()]))
-        if not path:
-            break
-        node = manifest
-        for step in path[:-1]:
-            node = node[step]
-        action = data.draw(st.sampled_from(["replace", "remove", "copy", "number"]))
-        if action == "remove":
-            del node[path[-1]]
-        elif action == "copy" and isinstance(node, list):
-            node.append(copy.deepcopy(node[path[-1]]))
-        elif action == "number" and type(node[path[-1]]) is int:
-            node[path[-1]] += data.draw(st.integers(-2, 2))
-        else:
-            node[path[-1]] = data.draw(JSON)
-    sign(directory, manifest)
+    sign(directory, tampered(original, data))
     try:
         bank = MemoryBank.from_pretrained(directory, verify=data.draw(st.booleans()))
     except BankFormatError as error:
