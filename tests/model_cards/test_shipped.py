@@ -362,6 +362,14 @@ def test_the_card_can_be_read_by_the_hub() -> None:
     assert [name for name in pictures if name not in files()] == []
 
 
+def test_the_card_s_examples_run(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (CHECKPOINT / "README.md").read_text(encoding="utf-8")
+    code = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    assert '"build/msa-hf-tiny"' in code
+    exec(compile(code.replace("build/msa-hf-tiny", str(published)), "README.md", "exec"), {})
+    assert capsys.readouterr().out == "roses ['0', '1']\n"
+
+
 WITHOUT_PACKAGE = """
 import json, sys
 sys.modules["msa_hf"] = None  # an import raises
