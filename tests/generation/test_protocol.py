@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from scripted import COMPACT, PUBLISHED, TEXTS, bank_of, byte_tokenizer, memory_model
 
-from msa_hf import Document, MemoryBank
+from msa_hf import MemoryBank
 from msa_hf.generation import DocumentIds, PromptProtocol
 
 QUESTION = "Where is the {quarry}?"
@@ -232,38 +232,6 @@ def test_long_documents_are_cut_into_documents(protocol, room, tokenizer) -> Non
     assert [row["key"] for row in parts] == [f"99#{part}" for part in range(len(parts))]
     for row in rows:
         assert row["input_ids"] == protocol.document_row(row["metadata"]["id"], row["text"], tokenizer)["input_ids"]
-
-
-def bank_with(ids: list[int | None]) -> Any:
-    """The documents of a bank, as far as ids go."""
-    metadata = [None if id is None else {"id": id} for id in ids]
-    return type("Bank", (), {"documents": [Document(f"k{i}", "x", item, 1, 1) for i, item in enumerate(metadata)]})
-
-
-@pytest.mark.parametrize(
-    "ids, positions, unknown, following",
-    [
-        ([0, 1, 2], {0: 0, 1: 1, 2: 2}, [3, -1, 10**17], 3),
-        ([7, 3, 0], {7: 0, 3: 1, 0: 2}, [1, 2, -3], 8),
-        ([None, None], {0: 0, 1: 1}, [2, -1, -2], 2),
-        ([None, 5, None], {0: 0, 5: 1, 2: 2}, [1], 6),
-        ([2, None, None], {2: 0, 1: 1}, [0], 3),
-        ([True, "x", -4], {0: 0, 1: 1, 2: 2}, [-4], 3),
-    ],
-)
-def test_ids_and_positions(ids, positions, unknown, following) -> None:
-    """Stored ids count, wherever the document stands now; without one the position does, unless the id is taken."""
-    found = DocumentIds(bank_with(ids))
-    assert {id: found.position_of(id) for id in positions} == positions
-    assert [found.position_of(id) for id in unknown] == [None] * len(unknown)
-    assert found.next_id() == following
-    stored = [position if type(id) is not int or id < 0 else id for position, id in enumerate(ids)]
-    assert [found.id_of(position) for position in range(len(ids))] == stored
-
-
-def test_an_id_that_two_documents_have() -> None:
-    with pytest.raises(ValueError, match="'k0' and 'k2' have the same id 4"):
-        DocumentIds(bank_with([4, 1, 4])).position_of(4)
 
 
 def test_ids_live_in_the_bank(tokenizer, tmp_path) -> None:

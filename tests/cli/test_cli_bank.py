@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import place, refusal  # noqa: F401
+from commands import refusal
 
 from msa_hf import MemoryBank
 from msa_hf.bank import BankStore
@@ -14,7 +14,7 @@ from msa_hf.cli import main
 
 
 @pytest.fixture
-def bank(place: Path, tmp_path: Path) -> Path:  # noqa: F811
+def bank(place: Path, tmp_path: Path) -> Path:
     """A bank of four documents that may be changed."""
     return Path(shutil.copytree(place / "compact-bank", tmp_path / "bank"))
 
@@ -35,7 +35,7 @@ def texts(bank: Path) -> dict[str, str | None]:
 
 
 def test_documents_are_added_replaced_and_left_alone(
-    place: Path,  # noqa: F811
+    place: Path,
     bank: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -65,7 +65,7 @@ def run_main(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def test_versions_decide_which_text_stays(
-    place: Path,  # noqa: F811
+    place: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -125,7 +125,7 @@ def test_verify_names_the_damaged_file_and_gives_up_its_documents_when_told(
 
 
 def test_mistakes(
-    place: Path,  # noqa: F811
+    place: Path,
     bank: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

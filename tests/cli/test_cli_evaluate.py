@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import refusal
 from scripted import COMPACT, TEXTS, Script, byte_tokenizer, memory_model
 from transformers import AutoTokenizer
 
@@ -42,17 +43,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(place: Path, *more: object, name: str = "compact") -> list[str]:
     paths = [place / name, place / f"{name}-bank", place / "questions.jsonl"]
     return ["eval", *map(str, paths), "--max-new-tokens", "4", *map(str, more)]
-
-
-def refusal(capsys: pytest.CaptureFixture[str], command: list[str]) -> str:
-    """Run what must fail; the one line that it says."""
-    capsys.readouterr()
-    assert main(command) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and "Traceback" not in printed.err
-    lines = [line for line in printed.err.splitlines() if line.startswith("msa-hf: error: ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def record(capsys: pytest.CaptureFixture[str], command: list[str]) -> dict[str, Any]:
@@ -125,7 +115,7 @@ def test_what_is_wrong_is_said_in_one_line(place: Path, tmp_path: Path, capsys: 
         command = arguments(place, *more, name=name)
         for number, path in (replace or {}).items():
             command[number] = str(path)
-        return refusal(capsys, command)
+        return refusal(capsys, *command)
 
     lines = {
         "unknown": {**QUESTIONS[0], "positives": ["nowhere.txt"]},
@@ -162,7 +152,7 @@ def test_a_bank_of_another_model_is_refused(place: Path, tmp_path: Path, capsys:
     byte_tokenizer().save_pretrained(tmp_path / "other")
     command = arguments(place, "--conditions", "routed")
     command[1] = str(tmp_path / "other")
-    assert "chunk_size" in refusal(capsys, command)
+    assert "chunk_size" in refusal(capsys, *command)
 
 
 def test_bm25_that_is_not_installed_is_said_before_anything_is_loaded(
@@ -170,5 +160,5 @@ def test_bm25_that_is_not_installed_is_said_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setitem(sys.modules, "bm25s", None)
     monkeypatch.setattr(evaluate, "load", lambda *args: pytest.fail("loaded"))
-    line = refusal(capsys, arguments(place))
+    line = refusal(capsys, *arguments(place))
     assert "pip install msa-hf[eval], or leave it out of --conditions" in line

@@ -11,7 +11,7 @@ from msa_hf import MSAForCausalLM
 from msa_hf.cli import main
 from msa_hf.model.checkpoint_msa import REMOTE_FILES
 
-PACKAGE = Path(__file__).parents[1] / "src" / "msa_hf" / "model"
+PACKAGE = Path(__file__).parents[2] / "src" / "msa_hf" / "model"
 
 
 @pytest.fixture(scope="module")

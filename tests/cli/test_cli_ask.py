@@ -1,0 +1,182 @@
+"""`msa-hf ask`: with a protocol and without, from the command line and the standard input."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import QUESTION, loaded, records, refusal
+
+from msa_hf.bank.tiered import bank as tiers
+from msa_hf.bank.tiered.hardware import Tiers
+from msa_hf.cli import main
+from msa_hf.generation import COMPACT, PUBLISHED, MemoryInterleave
+
+
+def test_asking_untrained_routers_is_said_in_one_line(place: Path, tmp_path: Path, capsys) -> None:
+    model, tokenizer = loaded(place / "plain")
+    for state, lines in ((False, 1), (True, 0), (None, 0)):
+        model.config.routers_trained = state
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        capsys.readouterr()
+        assert main(["ask", str(tmp_path), str(place / "plain-bank"), QUESTION, "--max-new-tokens", "1"]) == 0
+        assert capsys.readouterr().err.count("routers of") == lines
+
+
+@pytest.mark.parametrize("select", ["router", "generate", "constrained"])
+def test_ask_with_a_protocol_interleaves(place: Path, capsys: pytest.CaptureFixture[str], select: str) -> None:
+    options = ("--select", select, "--max-rounds", 1, "--max-new-tokens", 6)
+    asked = (QUESTION, "tea")
+    found = records(capsys, "ask", place / "compact", place / "compact-bank", *asked, *options)
+    model, tokenizer = loaded(place / "compact")
+    bank = model.load_memory(place / "compact-bank", tokenizer)
+    asker = MemoryInterleave(model, tokenizer, bank, COMPACT, max_rounds=1, select=select, max_new_tokens=6)
+    assert [record["question"] for record in found] == list(asked)
+    for record, wanted in zip(found, asker.ask(asked, batch_size=1), strict=True):
+        assert record["answer"] == wanted.text
+        assert [item["key"] for item in record["sources"]] == [item.key for item in wanted.documents]
+        assert [item["score"] for item in record["sources"]] == pytest.approx([item.score for item in wanted.documents])
+        assert [stage["stage"] for stage in record["stages"]] == [
+            *["prefill", "select"] * len(wanted.trace.rounds),
+            "answer",
+        ]
+        assert all(stage["seconds"] >= 0 for stage in record["stages"])
+        assert len(record["trace"]["rounds"]) == len(wanted.trace.rounds)
+
+
+def test_ask_reads_no_more_documents_than_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("ask", place / "compact", place / "compact-bank", QUESTION, "--max-rounds", 1, "--max-new-tokens", 2)
+    for most in (1, 3):
+        (record,) = records(capsys, *command, "--documents-per-round", most)
+        assert len(record["sources"]) == most
+    assert "at least 1" in refusal(capsys, *command, "--documents-per-round", 0)
+
+
+def test_ask_prints_answer_sources_and_times(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["ask", str(place / "compact"), str(place / "compact-bank"), QUESTION, "--max-new-tokens", "4"]
+    (record,) = records(capsys, *command)
+    assert record["sources"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == (record["answer"] or "(no answer)")
+    for source in record["sources"]:
+        line = f"  [{source['id']}] {source['key']} (score {source['score']:.3f}, round {source['round'] + 1})"
+        assert line in printed
+    assert any(line.startswith("  round 1 prefill: ") and " ms, " in line for line in printed)
+    assert any(line.startswith("  answer: ") for line in printed)
+
+
+def test_ask_without_a_protocol_generates_and_lists_the_routing(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("ask", place / "plain", place / "plain-bank", QUESTION, "--max-new-tokens", 5)
+    (record,) = records(capsys, *command)
+    model, tokenizer = loaded(place / "plain")
+    bank = model.load_memory(place / "plain-bank", tokenizer)
+    inputs = tokenizer(QUESTION, return_tensors="pt", return_token_type_ids=False)
+    wanted = model.generate(**inputs, memory=bank, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert record["answer"] == tokenizer.decode(wanted, skip_special_tokens=True).strip()
+    assert record["stages"][1]["tokens"] == len(wanted)
+    routing = model(**inputs, memory=bank).routing
+    assert list(record["routing"]) == [str(layer) for layer in routing]
+    for layer, found in routing.items():
+        listed = record["routing"][str(layer)]
+        assert [item["position"] for item in listed] == found.documents[0].tolist()
+        assert [item["key"] for item in listed] == [bank.documents[i].key for i in found.documents[0].tolist()]
+        assert [item["score"] for item in listed] == pytest.approx(found.scores[0].tolist())
+    assert main([*map(str, command)]) == 0
+    first = record["routing"]["2"][0]
+    assert f"Layer 2: {first['key']} ({first['score']:.3f})" in capsys.readouterr().out
+
+
+def test_ask_is_greedy_whatever_the_checkpoint_says(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "plain", tmp_path / "model")
+    sampling = {"do_sample": True, "temperature": 100.0, "eos_token_id": 2, "pad_token_id": 0}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(sampling))
+    rest = (place / "plain-bank", QUESTION, "--max-new-tokens", 20)
+    (wanted,) = records(capsys, "ask", place / "plain", *rest)
+    (found,) = records(capsys, "ask", tmp_path / "model", *rest)
+    assert found["answer"] == wanted["answer"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_ask_reads_questions_from_the_input(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: type[io.StringIO]
+) -> None:
+    monkeypatch.setattr("sys.stdin", kind(f"{QUESTION}\n\n  tea \n"))
+    command = ("ask", place / "compact", place / "compact-bank", "--max-new-tokens", 3, "--json")
+    capsys.readouterr()
+    assert main([*map(str, command)]) == 0
+    printed = capsys.readouterr()
+    assert [json.loads(line)["question"] for line in printed.out.splitlines()] == [QUESTION, "tea"]
+    assert printed.err.count("? ") == (4 if kind is Terminal else 0)
+
+
+@pytest.mark.parametrize("model", ["plain", "compact"])
+def test_ask_goes_on_after_a_question_that_does_not_fit(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'sea ' * 300}\ntea\n"))
+    command = ("ask", place / model, place / f"{model}-bank", "--max-new-tokens", 3, "--json")
+    capsys.readouterr()
+    assert main([*map(str, command)]) == 2
+    printed = capsys.readouterr()
+    assert [json.loads(line)["question"] for line in printed.out.splitlines()] == ["tea"]
+    assert printed.err.count("msa-hf: error: ") == 1
+
+
+@pytest.mark.parametrize("placement", ["auto", "fp8@device,@disk", "@host,"])
+def test_ask_of_a_bank_in_tiers(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, placement: str
+) -> None:
+    monkeypatch.setattr(tiers, "measured_tiers", lambda *_: Tiers(10**12, 10**12, 10**12))
+    command = ("ask", place / "compact", place / "compact-bank", QUESTION)
+    expected, (found,) = records(capsys, *command), records(capsys, *command, "--placement", placement)
+    assert found["answer"] == expected[0]["answer"] and found.keys() == expected[0].keys()
+    assert main([*map(str, command), "--placement", placement]) == 0
+    said = capsys.readouterr().err
+    assert ("routing keys  fp8     device" in said) == ("fp8@" in placement) and "routing 32 tokens" in said
+
+
+def test_ask_refuses_a_placement_that_cannot_be(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "measured_tiers", lambda *_: Tiers(None, 10, 10))
+    command = ("ask", place / "compact", place / "compact-bank", QUESTION, "--placement")
+    assert "do not fit. Routing keys need" in refusal(capsys, *command, "auto")
+    assert "there is no device" in refusal(capsys, *command, "fp8@device,@host")
+    assert "must be auto, or keys and content such as" in refusal(capsys, *command, "fp8@device")
+
+
+def test_ask_refuses_banks_and_questions(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = (place / "plain", place / "plain-bank")
+    other = tmp_path / "other"
+    assert main(["retrofit", str(place / "base"), str(other), "--chunk-size", "3"]) == 0
+    message = refusal(capsys, "ask", other, plain[1], QUESTION)
+    assert "This bank was not made with this model" in message and "chunk_size: the bank has 4, the model 3" in message
+    assert "manifest.json: there is no such file" in refusal(capsys, "ask", plain[0], tmp_path / "none", QUESTION)
+    assert "question is empty" in refusal(capsys, "ask", *plain, "")
+    assert "not empty" in refusal(capsys, "ask", place / "compact", place / "compact-bank", " ")
+    assert "at least 1" in refusal(capsys, "ask", *plain, QUESTION, "--max-new-tokens", "0")
+    assert "invalid choice: 'best'" in refusal(capsys, "ask", *plain, QUESTION, "--select", "best")
+    assert "has no token" in refusal(capsys, "ask", *plain, QUESTION, "--protocol", "published")
+
+
+def test_ask_refuses_a_damaged_protocol_file(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = loaded(place / "plain")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    PUBLISHED.save_pretrained(tmp_path / "model")
+    command = ("ask", tmp_path / "model", place / "plain-bank", QUESTION)
+    assert "has no token '<|im_" in refusal(capsys, *command)
+    (tmp_path / "model" / "memory_protocol.json").write_text("{")
+    assert "memory_protocol.json: " in refusal(capsys, *command)
