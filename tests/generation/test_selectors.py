@@ -66,5 +66,7 @@ def test_a_new_selector_is_a_class_and_a_line(monkeypatch, capsys, limit) -> Non
 def test_an_unknown_selector_is_refused() -> None:
     tokenizer = byte_tokenizer()
     model = memory_model(tokenizer, COMPACT)
-    with pytest.raises(ValueError, match=r"`select` must be one of \('generate', 'constrained', 'router'\), got 'x'"):
+    with pytest.raises(
+        ValueError, match=r"`select` must be one of \('generate', 'constrained', 'router', 'hybrid'\), got 'x'"
+    ):
         MemoryInterleave(model, tokenizer, bank_of(model, tokenizer, COMPACT), COMPACT, select="x")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import exports
 
 if TYPE_CHECKING:
     from .dense import DenseSearcher
@@ -13,27 +14,6 @@ if TYPE_CHECKING:
     from .keeping import add_lexical_index, add_vectors, keep_indexes
     from .lexical import LexicalSearcher
     from .searcher import Searcher, search
-
-# Loaded when they are asked for: banks that change need what keeps indexes, and searching needs what puts questions.
-HOMES = {
-    "DenseSearcher": "dense",
-    "Embedder": "embedders",
-    "Found": "hits",
-    "FoundByLayer": "hits",
-    "FusionWeights": "fusion",
-    "Hit": "hits",
-    "LexicalSearcher": "lexical",
-    "MeanPoolingEmbedder": "embedders",
-    "Searcher": "searcher",
-    "SentenceEmbedder": "embedders",
-    "Why": "hits",
-    "add_lexical_index": "keeping",
-    "add_vectors": "keeping",
-    "fit_fusion": "fusion",
-    "fuse": "fusion",
-    "keep_indexes": "keeping",
-    "search": "searcher",
-}
 
 __all__ = [
     "DenseSearcher",
@@ -56,7 +36,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
+# Banks that change need what keeps indexes, and searching needs what puts questions: no circle, loaded like this.
+__getattr__ = exports(
+    __name__,
+    {
+        ".dense": ["DenseSearcher"],
+        ".embedders": ["Embedder", "MeanPoolingEmbedder", "SentenceEmbedder"],
+        ".fusion": ["FusionWeights", "fit_fusion", "fuse"],
+        ".hits": ["Found", "FoundByLayer", "Hit", "Why"],
+        ".keeping": ["add_lexical_index", "add_vectors", "keep_indexes"],
+        ".lexical": ["LexicalSearcher"],
+        ".searcher": ["Searcher", "search"],
+    },
+)

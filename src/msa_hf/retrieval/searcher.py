@@ -16,16 +16,16 @@ from torch import Tensor
 from ..bank import TieredBank
 from ..bank.tiered.bank import placed_vectors
 from ..bank.tiered.layer import RoutingKeys
-from ..generation import DocumentIds, PromptProtocol
+from ..generation import DocumentIds, PromptProtocol, RoutedDocument
 from ..model.memory_msa import MemoryBank
 from ..model.routing_msa import select_documents
 from .dense import DenseSearcher
-from .dense_files import open_vectors
+from .dense_files import has_vectors, open_vectors
 from .embedders import Embedder
 from .fusion import FusionWeights, fuse
 from .hits import Found, FoundByLayer, Hit, Why
 from .lexical import LexicalSearcher
-from .lexical_files import open_searcher
+from .lexical_files import open_searcher, read_record
 from .router_scores import RouterScores, router_scores
 from .rows import CommittedRows
 
@@ -161,6 +161,24 @@ class Searcher:
             )
         return tuple(found)
 
+    def kept(self) -> tuple[str, ...]:
+        """What the bank itself has of lexical index and vectors.
+
+        Raises:
+            ValueError: where it has neither, or cannot use what it has.
+        """
+        home = self.bank.home
+        there = {
+            "lexical": home is not None and read_record(home.directory) is not None,
+            "dense": home is not None and has_vectors(home.directory),
+        }
+        found = tuple(way for way, on_disk in there.items() if on_disk or way in self.bank.indexes)
+        if not found:
+            raise ValueError(NO_INDEX)
+        for way in found:
+            self.lexical() if way == "lexical" else self.dense()
+        return found
+
     # Searching --------------------------------------------------------------------------------------------------------
 
     def search(
@@ -189,6 +207,25 @@ class Searcher:
             for number, query in enumerate(batch):
                 hits.append(self._hits(query, number, found, k, mode))
         return hits
+
+    def rankings(self, way: str, queries: Sequence[str], k: int) -> list[list[tuple[int, float]]]:
+        """What one way finds for each query: at most k positions in the bank with their scores, best first."""
+        return self._ask(way, queries, k).lists
+
+    def routed(self, position: int, score: float | None = None) -> RoutedDocument:
+        """A document as a router would name it."""
+        document = self.bank.documents[position]
+        return RoutedDocument(position, DocumentIds.of(position, document), document.key, score)
+
+    def documents(self, queries: Sequence[str], k: int, mode: str = "hybrid", **options: Any) -> Tensor:
+        """[B, k] int64 positions of the documents found for each query, best first, -1 where fewer are: what
+        `generate(force_documents=...)` takes, whose memory layers then attend to them in place of the routed ones.
+
+        Args:
+            options: as of `search`.
+        """
+        rows = [[hit.position for hit in hits] for hits in self.search(queries, k, mode, **options)]
+        return torch.tensor([row + [-1] * (k - len(row)) for row in rows], dtype=torch.int64).view(len(rows), k)
 
     def candidates(
         self, queries: Sequence[str], ways: Sequence[str] | None = None, depth: int = DEPTH, batch_size: int = BATCH

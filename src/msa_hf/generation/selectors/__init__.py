@@ -5,6 +5,7 @@ Importing this loads neither torch nor transformers, so that the command line ca
 
 from .constrained import Constrained
 from .free import Free
+from .hybrid import Hybrid
 from .router import Router
 from .selector import Asked, Asker, Selected, SelectionRound, Selector
 
@@ -13,6 +14,7 @@ SELECTORS: dict[str, type[Selector]] = {
     "generate": Free,
     "constrained": Constrained,
     "router": Router,
+    "hybrid": Hybrid,
 }
 
 
@@ -33,6 +35,7 @@ __all__ = [
     "Asker",
     "Constrained",
     "Free",
+    "Hybrid",
     "Router",
     "Selected",
     "SelectionRound",
