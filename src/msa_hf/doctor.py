@@ -20,7 +20,7 @@ def devices() -> list[str]:
 
 
 def examine() -> dict[str, Any]:
-    """What there is, as JSON values.
+    """A report of what there is, as JSON values.
 
     Returns:
         versions; gpus (name and capability of each); extension (what was compiled in, or why there is none);
@@ -58,7 +58,7 @@ def examine() -> dict[str, Any]:
 
 
 def described(found: dict[str, Any]) -> list[str]:
-    """What `examine` found, in words."""
+    """Say in words what `examine` found."""
     lines = [", ".join(f"{name} {version or 'missing'}" for name, version in found["versions"].items())]
     lines += [f"GPU {number}: {name}" for number, name in enumerate(found["gpus"])] or ["no CUDA device"]
     lines += ["", "Extension:", *(f"  {line}" for line in found["extension"].splitlines())]

@@ -1,4 +1,4 @@
-"""What a user did wrong, said in one line instead of a traceback."""
+"""Mistakes of users, told in one line instead of a traceback."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Encoded:
-    """What `encode_bank` did.
+    """A report of what `encode_bank` did.
 
     Attributes:
         documents, tokens, chunks: of the bank.

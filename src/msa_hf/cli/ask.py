@@ -27,7 +27,7 @@ HELP = "Ask questions of a bank; without a question, one per line of the input."
 
 
 def add_options(made: argparse.ArgumentParser) -> None:
-    """What it is told."""
+    """Its options."""
     made.add_argument("model", metavar="MODEL", help="the checkpoint that made the bank")
     made.add_argument("bank", metavar="BANK")
     made.add_argument("questions", metavar="QUESTION", nargs="*")
@@ -138,7 +138,7 @@ def answered(answer: Answer) -> dict[str, Any]:
 def generated(
     model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase, bank: MemoryBank, question: str, max_new_tokens: int
 ) -> dict[str, Any]:
-    """What the model writes behind a plain question, and the documents that each layer routed, as JSON values."""
+    """The text that a model writes behind a plain question, and the documents of each layer, as JSON values."""
     import torch
 
     from ..model.positions_msa import position_limit

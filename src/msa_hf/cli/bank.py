@@ -27,7 +27,7 @@ HELP = "Change a bank, and look after it."
 
 
 def add_options(made: argparse.ArgumentParser) -> None:
-    """What it is told: commands of its own."""
+    """Its commands."""
     made.description = "Change a bank."
     banks = made.add_subparsers(required=True, metavar="COMMAND")
 
@@ -206,7 +206,7 @@ def index(args: argparse.Namespace) -> int:
 
 
 def described(indexes: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is kept with a bank, in words."""
+    """Say in words what is kept with a bank."""
     facts = {name: ", ".join(f"{key} {value}" for key, value in about.items()) for name, about in indexes.items()}
     return [f"{name} index: {about}" for name, about in facts.items()]
 

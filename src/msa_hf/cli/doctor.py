@@ -9,7 +9,7 @@ HELP = "Show which native operations this machine has, and why not others."
 
 
 def add_options(made: argparse.ArgumentParser) -> None:
-    """What it is told."""
+    """Its options."""
     made.add_argument("--json", action="store_true", help="one JSON object")
 
 

@@ -20,7 +20,7 @@ HELP = (
 
 
 def add_options(made: argparse.ArgumentParser) -> None:
-    """What it is told."""
+    """Its options."""
     made.add_argument("model", metavar="MODEL", help="a checkpoint with a memory: directory or Hub id")
     made.add_argument(
         "source", metavar="SOURCE", help="a folder of .txt and .md, a .jsonl, or what datasets.save_to_disk saved"

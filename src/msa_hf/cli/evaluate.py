@@ -25,7 +25,7 @@ HELP = "Measure routers and answers with questions whose documents are known."
 
 
 def add_options(made: argparse.ArgumentParser) -> None:
-    """What it is told."""
+    """Its options."""
     made.add_argument("model", metavar="MODEL", help="the checkpoint that made the bank")
     made.add_argument("bank", metavar="BANK", help="a bank, or documents as `encode` takes them")
     made.add_argument(

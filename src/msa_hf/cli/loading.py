@@ -1,4 +1,4 @@
-"""What commands are given by name: checkpoints, protocols, and directories to save to."""
+"""Things that commands are given by name: checkpoints, protocols, and directories to save to."""
 
 from __future__ import annotations
 

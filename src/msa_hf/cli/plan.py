@@ -47,7 +47,7 @@ def placement(text: str) -> str | PlacementOptions:
 
 
 def add_options(made: argparse.ArgumentParser) -> None:
-    """What it is told."""
+    """Its options."""
     from ..bank.tiered.hardware import RATES, TIERS
     from ..bank.tiered.plan import Reserves
     from ..bank.tiered.shapes import GB
@@ -153,7 +153,7 @@ def planned(args: argparse.Namespace) -> Placement:
 
 
 def _tiers(args: argparse.Namespace) -> Tiers:
-    """What is given, the rest as it is here."""
+    """Take what is given, the rest as it is here."""
     from ..bank.tiered.hardware import RATES, Rates, Tiers, measured_tiers
 
     given = {"host": args.host_memory, "disk": args.disk}

@@ -13,7 +13,7 @@ HELP = "Bring the code inside saved checkpoints up to that of this package."
 
 
 def add_options(made: argparse.ArgumentParser) -> None:
-    """What it is told."""
+    """Its options."""
     made.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a directory that save_pretrained() wrote")
 
 

@@ -24,7 +24,7 @@ SHOWN_TEXT = 160  # characters of a document's text
 
 
 def add_options(made: argparse.ArgumentParser) -> None:
-    """What it is told."""
+    """Its options."""
     made.add_argument("bank", metavar="BANK")
     made.add_argument("queries", metavar="QUERY", nargs="+")
     made.add_argument(

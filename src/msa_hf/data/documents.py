@@ -86,7 +86,7 @@ class Corpus:
             yield row
 
     def digest(self, first: int, end: int) -> bytes:
-        """What tells documents `first` up to `end` (excluded) from others."""
+        """A digest that tells documents `first` up to `end` (excluded) from others."""
         return bytes(self._digests[DIGEST_BYTES * first : DIGEST_BYTES * end])
 
     def _check(self, place: str, row: dict[str, Any]) -> None:

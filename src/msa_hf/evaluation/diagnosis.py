@@ -1,4 +1,4 @@
-"""What a model with a memory gets right, and which part of it gets wrong what it does not: router or reader."""
+"""Diagnoses of what a model with a memory gets right, and which part gets the rest wrong: router or reader."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ class _Run:
         return texts
 
     def _ranked(self) -> Callable[[int], list[list[int]]]:
-        """What BM25 would read for a question, by round."""
+        """The documents that BM25 would read for a question, by round."""
         ranking = BM25([text_of(self.bank, position) for position in range(len(self.bank))])
         per_round = self.interleave["documents_per_round"]
         per_round = per_round or selector_named(self.interleave["select"]).documents_per_round

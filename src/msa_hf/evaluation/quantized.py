@@ -1,4 +1,4 @@
-"""What routing keys in fewer bits lose: measured on the questions that a model asks of its own bank."""
+"""The loss of routing keys in fewer bits: measured on the questions that a model asks of its own bank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def quantized_recall(
     candidates: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> dict[str, dict[int, float]]:
-    """Which share of the documents that exact keys choose is among the candidates that quantized keys choose.
+    """The share of the documents that exact keys choose that is among the candidates of quantized keys.
 
     Args:
         model: a model with a memory.

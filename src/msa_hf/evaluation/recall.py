@@ -14,7 +14,7 @@ from .prompting import prompt_of, text_of
 
 
 def positions_of(bank: MemoryBank, keys: Sequence[str]) -> list[int]:
-    """Where the documents with these keys stand, in order and once each.
+    """The positions of the documents with these keys, in order and once each.
 
     Raises:
         ValueError: naming a key that the bank does not hold.
@@ -35,7 +35,7 @@ def router_recall(
     protocol: PromptProtocol | None = None,
     rounds_read: int = 0,
 ) -> dict[str, Any]:
-    """How many of the documents that answer them routers find for questions as they are first put, or later.
+    """The share of the right documents that routers find for questions as they are first put, or later.
 
     Args:
         model: a causal LM with a memory, with or without adapters.

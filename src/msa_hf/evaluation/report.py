@@ -14,7 +14,7 @@ EVERY = "all"  # what questions of all kinds together are called
 
 @dataclass(frozen=True)
 class Answers:
-    """How questions of one kind were answered under one condition; shares of them.
+    """The answers to questions of one kind under one condition, as shares of them.
 
     Attributes:
         questions: how many there were.
@@ -33,7 +33,7 @@ class Answers:
 
 @dataclass
 class Diagnosis:
-    """What `diagnose` measured.
+    """The measurements of `diagnose`.
 
     Attributes:
         documents, tokens: of the bank.

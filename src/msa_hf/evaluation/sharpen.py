@@ -1,4 +1,4 @@
-"""How much the routers' scores weigh in the attention to chosen documents, chosen where the bank is large."""
+"""The weight of the routers' scores in the attention to chosen documents, chosen on a large bank."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Answering:
         return Written(text, tokens[: stop + 1])
 
     def _end_of(self, tokens: list[int], stops: Sequence[int]) -> int:
-        """Where an answer's end marker stands, or the number of its tokens."""
+        """The place of an answer's end marker, or the number of its tokens."""
         for place, token in enumerate(tokens):
             by_text = self._end_id is None and self.protocol.answer_end in self._decode(tokens[: place + 1])
             if token in stops or by_text:

@@ -115,7 +115,7 @@ class IdAutomaton:
 
 @dataclass(frozen=True)
 class State:
-    """Where in the automaton a text has led to.
+    """The place in the automaton that a text has led to.
 
     Attributes:
         node: of the trie of what may follow.

@@ -298,7 +298,7 @@ class MemoryInterleave:
     def _choices(
         self, documents: list[int], scores: list[float], names: dict[int, tuple[int, str]]
     ) -> list[RoutedDocument]:
-        """What a layer chose; `names` keeps ids and keys that were looked up, as the layers choose much the same."""
+        """A layer's choice; `names` keeps ids and keys that were looked up, as the layers choose much the same."""
         chosen = []
         for position, score in zip(documents, scores, strict=True):
             if position >= 0:

@@ -188,7 +188,7 @@ class PromptProtocol:
         return self.encode(tokenizer, _literal(self.prefix))
 
     def prompt_segments(self, tokenizer: Any, question: str) -> list[Segment]:
-        """What opens every transcript, behind the prefix."""
+        """The opening of every transcript, behind the prefix."""
         return [
             Segment("prompt", tuple(self.encode(tokenizer, text, question=question)), routes)
             for text, routes in self.prompt
@@ -200,7 +200,7 @@ class PromptProtocol:
         return Segment("ids", tuple(self._encode(tokenizer, [*pieces, (_literal(self.ids_end), {})])))
 
     def block_text(self, documents: Iterable[tuple[int, str]]) -> str:
-        """What is appended for (id, text) pairs."""
+        """The text that is appended for (id, text) pairs."""
         return "".join(self.block_item.format(id=number, text=text) for number, text in documents) + self.block_end
 
     def block_segment(self, tokenizer: Any, documents: Sequence[tuple[int, str]]) -> Segment:
@@ -265,7 +265,7 @@ class PromptProtocol:
     # What the model writes --------------------------------------------------------------------------------------------
 
     def named_ids(self, text: str) -> tuple[list[int], str | None]:
-        """What a model said in a round: the ids before the first marker, in order, and that marker (None: none came).
+        """Read what a model said: the ids before the first marker, in order, and that marker (None: none came).
 
         What is neither an id nor a marker is passed over, and so is an id cut short.
         """

@@ -1,4 +1,4 @@
-"""What an answer leaves behind: which documents were chosen, named, dropped and read, and what each stage cost."""
+"""The trace of an answer: which documents were chosen, named, dropped and read, and what each stage cost."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Round:
 
 @dataclass
 class Trace:
-    """How an answer came about.
+    """The way to an answer.
 
     Attributes:
         question, answer: texts.

@@ -13,7 +13,7 @@ from . import protocol
 
 
 class Transcript(Protocol):
-    """What is fed.
+    """A transcript as it is fed.
 
     Attributes:
         segments: all of it so far.
@@ -50,7 +50,7 @@ class TranscriptFeeder:
         return torch.empty(len(self.rows), 0, dtype=torch.long, device=self.model.device)
 
     def row(self, transcript: Any) -> int:
-        """Where a transcript stands in the batch."""
+        """The row of a transcript in the batch."""
         return next(row for row, item in enumerate(self.rows) if item is transcript)
 
     def _goes_on(self, transcripts: list[Any]) -> bool:
@@ -60,7 +60,7 @@ class TranscriptFeeder:
         return same and all(part.kind != "block" for item in transcripts for part in item.segments[item.fed :])
 
     def turn(self, transcripts: list[Any]) -> tuple[dict[str, Any], list[int]]:
-        """What the next forward of `transcripts` takes, and the number of new tokens of each.
+        """The inputs of the next forward of `transcripts`, and the number of new tokens of each.
 
         `input_ids` and `attention_mask` cover all that is cached as well, `routing_mask` the new tokens.
         """

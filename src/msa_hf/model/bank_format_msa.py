@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 
 class BankError(Exception):
-    """What keeps a bank from being opened or written: the base of all such errors."""
+    """A reason not to open or write a bank: the base of all such errors."""
 
 
 class BankFormatError(BankError, ValueError):
@@ -128,7 +128,7 @@ class Counts(TypedDict):
 
 
 class OriginEntries(TypedDict):
-    """What the bank was made with; `BankOrigin` reads it."""
+    """The record of what the bank was made with; `BankOrigin` reads it."""
 
     origin: dict[str, object]
     made_with: NotRequired[dict[str, object]]
@@ -155,7 +155,7 @@ class Manifest(OriginEntries):
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """What the tensors of a bank look like.
+    """The shapes and dtype of a bank's tensors.
 
     Attributes:
         dtype: of all of them.
@@ -434,7 +434,7 @@ def _check_deletions(manifest: object, documents: int) -> None:
 
 
 def key_hash(key: str) -> KeyHash:
-    """What an index and the deletions know a key by: the first 16 bytes of its SHA-256, as two numbers."""
+    """The number by which an index and the deletions know a key: the first 16 bytes of its SHA-256, as two numbers."""
     digest = hashlib.sha256(key.encode()).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
 

@@ -64,7 +64,7 @@ def pool_chunks(states: Tensor, lengths: Tensor, chunk_size: int) -> Tensor:
 def pool_documents(
     keys: Tensor, values: Tensor, router_keys: Tensor, lengths: Tensor, chunk_size: int, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    """What a memory layer keeps of right-padded documents.
+    """The pooled rows that a memory layer keeps of right-padded documents.
 
     Args:
         keys, values: [N, G, L, D], keys after RoPE.
@@ -108,7 +108,7 @@ def gather_documents(
 
 
 def chunk_rows(documents: Tensor, offsets: Tensor, width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the chunks of chosen documents lie.
+    """The places of the chunks of chosen documents.
 
     Args:
         documents: [B, n] int64, positions in the bank, -1 for none.

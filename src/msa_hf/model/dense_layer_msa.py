@@ -15,7 +15,7 @@ from .routing_msa import Scoring, Selection, score_documents, select_documents
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """What one memory layer keeps of the corpus; the chunks of a document are neighbors.
+    """The tensors that one memory layer keeps of the corpus; the chunks of a document are neighbors.
 
     Attributes:
         routing_keys: [C, G * D], one routing key per chunk; the groups lie one after the other.

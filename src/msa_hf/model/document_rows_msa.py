@@ -1,4 +1,4 @@
-"""Where the chunks of documents lie, of all and of those that were chosen, and the scores of these alone."""
+"""Places of the chunks of documents, of all and of those that were chosen, and the scores of these alone."""
 
 import copy
 
@@ -46,7 +46,7 @@ class DocumentRows:
 
 
 class ChunkLayout:
-    """Which chunks are whose document's, and which documents a sample may choose; on every device that asks.
+    """The chunks of every document, and the documents that a sample may choose; on every device that asks.
 
     Args:
         offsets: [R + 1] int64, chunks of the document in row i are `offsets[i]` up to `offsets[i + 1]`.

@@ -1,4 +1,4 @@
-"""What a forward with a memory returns."""
+"""The outputs of a forward with a memory."""
 
 from dataclasses import dataclass
 

@@ -149,7 +149,7 @@ def load_library(directory: Path) -> str | None:
 
 
 def extension_info() -> str:
-    """What was compiled into the extension, or why there is none."""
+    """The devices that the extension was compiled for, or why there is none."""
     return load_extension() or torch.ops.msa_hf.build_info()
 
 

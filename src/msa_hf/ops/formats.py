@@ -33,7 +33,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Format:
-    """How numbers are kept.
+    """A way to keep numbers.
 
     Attributes:
         name: what users write.
@@ -175,7 +175,7 @@ def is_scaled(dtype: torch.dtype, operation: str) -> bool:
 
 
 def scaled_dtypes(operation: str) -> tuple[torch.dtype, ...]:
-    """What an operation takes with scales."""
+    """The dtypes that an operation takes with scales."""
     dtypes = [format.dtype for format in FORMATS.values() if format.scaled and operation in format.operations]
     return tuple(dict.fromkeys(dtypes))
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels of several operations share."""
+"""Helpers that the Triton kernels of several operations share."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class Corpus:
         return names
 
     def facts(self, start: int = 0, stop: int | None = None) -> list[list[Fact]]:
-        """What each document states, in the order of its sentences; nothing for prose. Facts come with all phrasings of
+        """The facts of each document, in the order of its sentences; nothing for prose. They come with all phrasings of
         their questions, so that a trainer can tokenise the one-hop questions of a whole corpus beforehand."""
         facts: list[list[Fact]] = []
         for slots in self._blocks(start, stop):

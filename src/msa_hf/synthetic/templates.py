@@ -1,4 +1,4 @@
-"""What is said and asked about each kind of entity.
+"""Sentences and questions about each kind of entity.
 
 Every attribute has sentences that name the entity, sentences that do not, and questions; alternatives stand between
 bars. In them
@@ -536,5 +536,5 @@ def after_lead(sentence: str) -> str:
 
 
 def with_article(kind: int, name: str) -> str:
-    """How a name stands in the middle of a sentence."""
+    """A name as it stands in the middle of a sentence."""
     return ARTICLES.get(KINDS[kind], "") + name

@@ -90,5 +90,5 @@ class Words:
 
 
 def _kept(last: int) -> list[int]:
-    """How many syllables of each table, for so many of the last: the same share of all, rounded up."""
+    """The number of syllables of each table, for so many of the last: the same share of all, rounded up."""
     return [-(-size * last // _SYLLABLES[-1]) for size in _SYLLABLES]

@@ -1,4 +1,4 @@
-"""What is true in an invented world: its entities, their values and links, and which of these are on record.
+"""An invented world: its entities, their values and links, and which of these are on record.
 
 An entity is a kind and a number within the kind. The first numbers of each kind have a record (a document); the
 others exist only as names that records mention. Everything is a function of the world's arguments and of the entity.
@@ -127,7 +127,7 @@ class World:
         return ranks.argsort(axis=1, kind="stable"), counts
 
     def targets(self, entities: Entities, attributes: Integers) -> tuple[Entities, npt.NDArray[np.bool_]]:
-        """Where a link of each entity leads, and whether that entity has a record; of other attributes, anything."""
+        """The end of a link of each entity, and if that entity has a record; of other attributes, anything."""
         links = _LINKS[entities.kinds, attributes]
         facts, key = entities.serials() * 64 + attributes, derive_key(self._key, "links")
         itself = (links == entities.kinds).astype(np.int64)  # nobody is linked to themselves
@@ -162,7 +162,7 @@ class World:
         return [closed[draw] if (closed := lists[kind][attribute]) else next(names) for kind, attribute, draw in places]
 
     def statements(self, entities: Entities) -> list[list[Statement]]:
-        """What the record of each entity states, in its order."""
+        """The attributes that the record of each entity states, in its order."""
         order, counts = self.record(entities)
         rows, columns = np.nonzero(np.arange(MOST) < counts[:, None])
         attributes = order[rows, columns]

@@ -72,7 +72,7 @@ class Prepared:
 
 @dataclass
 class Result:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         measurements: of the routers, as `RouterMonitor` keeps them: the first before the first step, the last after

@@ -168,7 +168,7 @@ class RouterMonitor(TrainerCallback):
         self._unshown: dict[str, float] = {}
 
     def measure(self, model: Any, step: int = 0) -> dict[str, Any]:
-        """What `router_recall` says of `model` as it is; kept in `measurements`."""
+        """The report of `router_recall` on `model` as it is; kept in `measurements`."""
         bank = model.encode_documents(self._documents, show_progress=False)
         found = router_recall(model, self.tokenizer, bank, self.questions, protocol=self.protocol)
         self.measurements.append({"step": step, **found})

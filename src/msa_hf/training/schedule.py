@@ -1,4 +1,4 @@
-"""What changes over a training run: the weights of the losses, and a learning rate of the routers' own."""
+"""Schedules of a training run: the weights of the losses, and a learning rate of the routers' own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run is asked for: the settings, the options that both command lines have for them, and mistakes."""
+"""A training run's settings, the options that both command lines have for them, and mistakes."""
 
 from __future__ import annotations
 

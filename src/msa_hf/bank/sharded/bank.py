@@ -253,7 +253,7 @@ def _read(
 
 
 def _digest(bank: ShardedBank) -> str:
-    """What the parts of one bank have in common."""
+    """The common side of the parts of one bank."""
     digest = hashlib.sha256(json.dumps(bank.origin.to_dict(), sort_keys=True).encode())
     digest.update(bank.offsets.numpy().tobytes() + bank.documents.deleted.tobytes() + str(bank.dtype).encode())
     step = max(len(bank.documents) // 64, 1)

@@ -111,7 +111,7 @@ class Collectives:
             raise RankFailed("This shared memory was closed, or a process of it failed before; share the bank again.")
 
     def failure(self, error: BaseException) -> RankFailed:
-        """What an exchange that broke off means: another process' error, or that it is gone."""
+        """The error that an exchange that broke off stands for: another process' error, or that it is gone."""
         message = (
             f"Another process of this shared memory died, or did not answer within {self.timeout.total_seconds():g} "
             f"seconds ({error})."

@@ -1,4 +1,4 @@
-"""What a commit does to each key that it touches, worked out before anything is encoded or written."""
+"""The changes of a commit to each key that it touches, worked out before anything is encoded or written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_VERSION = 2**62
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a key: its version, and the document where there is one."""
+    """A key as it is known: its version, and the document if there is one."""
 
     version: int | None = None
     id: int | None = None
@@ -34,7 +34,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Change:
-    """What a commit does to a key.
+    """The change of a key by a commit.
 
     Attributes:
         known: the key after it.
@@ -93,7 +93,7 @@ class Changes:
         self.of_keys: dict[str, Change] = {}
 
     def known(self, key: str) -> tuple[Known, int | None]:
-        """What is known of a key, in the changes or else in the bank; and its row there."""
+        """Look a key up, in the changes or else in the bank, and its row there."""
         if key in self.of_keys:
             return self.of_keys[key].known, self.of_keys[key].row
         return self._committed(key)
@@ -163,7 +163,7 @@ class Changes:
 
 
 def committed(state: State, versions: Mapping[KeyHash, int], key: str) -> tuple[Known, int | None]:
-    """What a bank knows of a key, and its row; `versions` are those of deleted keys."""
+    """Look up what a bank knows of a key, and its row; `versions` are those of deleted keys."""
     row = state.find(key)
     if row is None:
         return Known(versions.get(key_hash(key))), None

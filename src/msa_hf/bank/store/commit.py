@@ -29,7 +29,7 @@ Memories = dict[int, TensorPair]
 
 @dataclass(frozen=True)
 class Commit:
-    """What a commit does.
+    """The work of a commit.
 
     Attributes:
         table: rows that it adds, of format version 2.

@@ -1,4 +1,4 @@
-"""What encodes the documents of a bank that changes."""
+"""The encoder of the documents of a bank that changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a directory holds when a bank is opened there: its contents, and what an interrupted writer left."""
+"""The content of a directory when a bank is opened there: its contents, and what an interrupted writer left."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Contents:
-    """What a manifest names.
+    """The files that a manifest names.
 
     Attributes:
         manifest: of the current format version.

@@ -12,7 +12,7 @@ from .state import State
 
 
 def find_damage(directory: Path, state: State, known: Mapping[str, Damage]) -> list[Damage]:
-    """What is damaged; rows that are lost for it are marked in their segments.
+    """Find what is damaged; rows that are lost for it are marked in their segments.
 
     Args:
         known: damage that was found before, by file: its rows are marked already.

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CacheUse:
-    """How the cache of a placed bank has been used so far.
+    """The use of a placed bank's cache so far.
 
     Attributes:
         hits, misses: documents found there, and not, counted per layer and forward.
@@ -88,7 +88,7 @@ class TieredBank(MemoryBank):
 
     @property
     def cache(self) -> CacheUse | None:
-        """How the cache was used; None where there is none."""
+        """The use of the cache; None if there is none."""
         hot = [memory.pooled_kv.hot for memory in self.layers.values()]
         used = [item for item in hot if item is not None]
         if not used:

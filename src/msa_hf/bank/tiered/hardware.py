@@ -1,4 +1,4 @@
-"""What a machine has: memory that is free on each tier, and how fast its device is."""
+"""The resources of a machine: memory that is free on each tier, and the speed of its device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TIERS = ("device", "host", "disk")
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast a device is.
+    """The speed of a device.
 
     Attributes:
         name: as `torch.cuda.get_device_name()` has it.
@@ -87,7 +87,7 @@ class Tiers:
 
 
 def measured_tiers(device: Any = None, directory: str | Path = ".", present: int = 0) -> Tiers:
-    """What is free on this machine now.
+    """The memory that is free on this machine now.
 
     Args:
         device: a CUDA device; None for the current one, or none where there is none. `"cpu"` for none.
@@ -130,7 +130,7 @@ def free_host_memory(root: str | Path = "/") -> int:
 
 
 def _group_free(group: Path) -> int | None:
-    """What a control group leaves, None where it has no limit; file pages that are not in use can be taken back."""
+    """Bytes that a control group leaves, None if it has no limit; file pages that are not in use can be taken back."""
     try:
         limit, current = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

@@ -31,7 +31,7 @@ class DocumentLRU:
         self._mutex = threading.Lock()
 
     def take(self, documents: Sequence[int], fetch: Callable[[list[int]], list[Parts]]) -> list[Parts]:
-        """What is kept of each of some distinct documents; `fetch` brings those that are not here to the device."""
+        """Take what is kept of some distinct documents, each; `fetch` brings those that are not here to the device."""
         with self._mutex:
             found = {document: self._kept[document] for document in documents if document in self._kept}
             missing = [document for document in documents if document not in found]

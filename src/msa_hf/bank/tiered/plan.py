@@ -1,4 +1,4 @@
-"""Where the parts of a bank lie: on the device, in host memory, on disk. Arithmetic on shapes and free memory alone.
+"""Plans for the parts of a bank: on the device, in host memory, on disk. Arithmetic on shapes and free memory alone.
 
     shape = BankShape.for_tokens(100_000_000, layers=[(8, 128)] * 18)
     print(plan_placement(shape, Tiers(device=141 * GB, host=137 * GB, disk=64 * GB, rates=RATES["H200"])))
@@ -46,7 +46,7 @@ class Reserves:
             raise ValueError(f"Reserves cannot be negative: {self}.")
 
     def on(self, tier: str, has_device: bool) -> int:
-        """What is reserved on a tier."""
+        """The bytes that are reserved on a tier."""
         model = self.weights + self.activations + self.kv_cache
         if tier == "device":
             return model if has_device else 0
@@ -82,7 +82,7 @@ class DoesNotFit(ValueError):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one GPU's share of a bank lies.
+    """The places of one GPU's share of a bank.
 
     Attributes:
         bank: the whole bank.
@@ -130,7 +130,7 @@ class Placement:
         ]
 
     def keys_tier(self, layer: int) -> str:
-        """Where the routing keys of a layer lie, counted from 0."""
+        """The tier of the routing keys of a layer, counted from 0."""
         return "device" if layer < self.resident else self.keys_on
 
     def used(self, tier: str) -> int:
@@ -374,7 +374,7 @@ class _Request:
         return replace(self, **changes).first_fit() is not None
 
     def arithmetic(self) -> str:
-        """What is needed, what is there, and what would make it fit."""
+        """The bytes that are needed, those that are there, and what would make it fit."""
         share, has_device = self.shape.share(self.gpus), self.tiers.device is not None
 
         def sizes(formats: Sequence[str], size: Callable[[str], int]) -> str:

@@ -1,4 +1,4 @@
-"""How large a bank is: documents, chunks and layers, in bytes of a format."""
+"""The size of a bank: documents, chunks and layers, in bytes of a format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class BankShape:
-    """What decides a bank's size.
+    """The numbers that decide a bank's size.
 
     Attributes:
         documents, chunks: how many.

@@ -1,4 +1,4 @@
-"""What is read to place a bank: its documents at once, its tensors part by part, from wherever they lie now."""
+"""Sources that banks are placed from: documents at once, tensors part by part, from wherever they lie now."""
 
 from __future__ import annotations
 

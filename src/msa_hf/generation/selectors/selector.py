@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Asker(Protocol):
-    """What a selector may read of the `MemoryInterleave` that it selects for, where the arguments are described."""
+    """The `MemoryInterleave` that a selector selects for, which describes the arguments, as far as it may be read."""
 
     tokenizer: PreTrainedTokenizerBase
     bank: MemoryBank
@@ -68,7 +68,7 @@ class SelectionRound:
 
 @dataclass(frozen=True)
 class Selected:
-    """What was selected for one question.
+    """The selection for one question.
 
     Attributes:
         ids: of the documents to read, in order. Those that cannot be read are dropped later, with the reason.

@@ -76,7 +76,7 @@ def pool_chunks(
 
 
 class PooledContext(Protocol):
-    """What autograd keeps between `pool_chunks` and its backward."""
+    """Keep what autograd needs between `pool_chunks` and its backward."""
 
     saved_tensors: tuple[Tensor, ...]
     chunk_size: int

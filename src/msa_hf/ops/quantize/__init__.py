@@ -25,7 +25,7 @@ def recall_of_candidates(
     similarity: str = "cosine",
     backend: str | None = None,
 ) -> dict[int, float]:
-    """Which share of the exact `k` best documents is among the best candidates of the quantized keys.
+    """The share of the exact `k` best documents that is among the best candidates of the quantized keys.
 
     Args:
         queries, routing_mask, keys, offsets, k, similarity, backend: as `route_documents`; `keys` exact.
