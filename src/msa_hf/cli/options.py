@@ -33,6 +33,14 @@ def at_least(lowest: int) -> Callable[[str], int]:
 positive = at_least(1)
 
 
+def layer_list(text: str) -> list[int]:
+    """An argument type: layers separated by commas."""
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be layers separated by commas, got {text!r}") from None
+
+
 def device_of(text: str) -> torch.device:
     """An argument type: a device that this machine has; `cuda` is this process' own where a launcher started many."""
     import torch

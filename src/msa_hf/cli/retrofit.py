@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..user_errors import UserError, reported
 from .loading import checkpoint, new_directory
-from .options import positive
+from .options import layer_list, positive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,14 +19,6 @@ if TYPE_CHECKING:
 NAME = "retrofit"
 HELP = "Give a plain model a memory and save it."
 SAMPLE = 2_000  # documents that routers are set from, at most
-
-
-def layer_list(text: str) -> list[int]:
-    """An argument type: layers separated by commas."""
-    try:
-        return [int(item) for item in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be layers separated by commas, got {text!r}") from None
 
 
 def add_options(made: argparse.ArgumentParser) -> None:

@@ -1,58 +1,152 @@
-"""`msa-hf train`: a model learns to use its memory."""
+"""`msa-hf train`: a model learns to use its memory, from documents alone or from questions about them."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 
 from ..training import settings as training_settings
+from ..training.router_settings import STARTS, RouterSettings
 from ..user_errors import UserError, print_error, reported
 from .loading import checkpoint, new_directory, protocol_of
-from .options import add_protocol_option
+from .options import add_protocol_option, layer_list, positive
 
 NAME = "train"
-HELP = "Train a model with a memory on your own documents and questions."
+HELP = (
+    "Train the routers of a model on your own documents: MODEL DOCUMENTS OUT. With QUESTIONS between DOCUMENTS and "
+    "OUT, routers and readers are trained on these questions alone, by transformers.Trainer."
+)
+OTHERS = {"labeled": "--questions", "method": f"--{training_settings.LORA}/--{training_settings.FULL}"}
+SPELLED = {"base": "MODEL", "output": "OUT", "first": "--start", "compile": "--no-compile"}
 
 
 def add_options(made: argparse.ArgumentParser) -> None:
     """What it is told."""
     made.add_argument("model", metavar="MODEL", help="a checkpoint, plain or with a memory: directory or Hub id")
     made.add_argument("documents", metavar="DOCUMENTS", help="all of them, as `encode` takes its SOURCE")
-    made.add_argument("questions", metavar="QUESTIONS", help="a .jsonl: question, answer, positives (document keys)")
-    made.add_argument("out", metavar="OUT", help="directory for the result")
+    made.add_argument(
+        "third", metavar="[QUESTIONS]", help="a .jsonl: question, answer, positives (document keys); may be left out"
+    )
+    # Of its own kind of optional: one with nargs="?" is taken for absent where an option stands before it.
+    made.add_argument("out", metavar="OUT", help="directory for the result").required = False
     add_protocol_option(made)
     training_settings.add_options(made)
+    group = made.add_argument_group("without QUESTIONS")
+
+    def add(name: str, kind: Callable[[str], object], metavar: str, text: str) -> None:
+        spelled = f"--{name.replace('_', '-')}"
+        group.add_argument(spelled, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+    group.add_argument(
+        "--questions",
+        dest="labeled",
+        default=argparse.SUPPRESS,
+        metavar="QUESTIONS",
+        help="mix these among the pairs that are made of the documents, and train the reader on them",
+    )
+    group.add_argument(
+        "--adapter", action="store_true", default=argparse.SUPPRESS, help="save an adapter instead of a checkpoint"
+    )
+    add("teacher", str, "MODEL", "a sentence-transformers model whose similarities are soft labels (default: none)")
+    add("soft", float, "SHARE", "of the teacher in the labels (default: 0.4)")
+    add("ask", str, "MODEL", "a causal LM that has learned to ask about passages, for further questions")
+    add(
+        "memory_layers",
+        layer_list,
+        "LAYERS",
+        "of a plain MODEL, such as 18 (default: one at 3/5 of its depth)",
+    )
+    group.add_argument(
+        "--start",
+        dest="first",
+        choices=STARTS,
+        default=argparse.SUPPRESS,
+        help="routers to start from (default: whitened ones where nobody has trained them)",
+    )
+    add("corpus", positive, "N", "passages to measure and find mistakes among (default: 100000; on a CPU 2000)")
+    add("part_tokens", positive, "N", "tokens whose graph is held at a time (default: as memory allows)")
+    group.add_argument(
+        "--no-compile", dest="compile", action="store_false", default=argparse.SUPPRESS, help="compile no layers"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf train`."""
     from ..data.documents import Corpus
-    from ..data.questions import read_questions
-    from ..training import CollapsedError, finetune
+    from ..training import CollapsedError
 
-    names = {"base": "MODEL", "output": "OUT"}
-    new_directory(args.out)
+    given: dict[str, object] = vars(args)
+    labeled = args.out is not None
+    out = args.out if labeled else args.third
+    _refuse_options_of_the_other_kind(given, labeled)
+    new_directory(out)
     with reported():
         corpus = Corpus(args.documents)
-        documents = {
-            str(number if row.get(corpus.key_column) is None else row[corpus.key_column]): row[corpus.text_column]
-            for number, row in enumerate(corpus)
-        }
+        documents, titles = {}, {}
+        for number, row in enumerate(corpus):
+            key = str(number if row.get(corpus.key_column) is None else row[corpus.key_column])
+            documents[key] = row[corpus.text_column]
+            if isinstance(row.get("title"), str):
+                titles[key] = row["title"].strip()
         try:
-            settings = training_settings.settings_of(args, checkpoint(args.model), args.out)
-            protocol = protocol_of(args.protocol, args.model)
-            prepared = finetune.prepare(settings, documents, read_questions(args.questions, documents), protocol)
-            trainer = finetune.make_trainer(prepared)
-            if trainer.is_world_process_zero():
-                for note in prepared.notes:
-                    print(f"msa-hf: {note}", file=sys.stderr)
-            result = finetune.train(prepared, trainer)
+            if labeled:
+                return _train_by_questions(args, documents, args.third, out)
+            return _train_by_documents(args, documents, titles, getattr(args, "labeled", None), out)
         except training_settings.SettingError as error:
-            option = names.get(error.setting, f"--{error.setting.replace('_', '-')}")
+            option = SPELLED.get(error.setting, f"--{error.setting.replace('_', '-')}")
             raise UserError(error.said(option)) from error
         except CollapsedError as error:
             print_error(error)
             return 1
+
+
+def _refuse_options_of_the_other_kind(given: Mapping[str, object], labeled: bool) -> None:
+    by_questions = {field.name for field in fields(training_settings.Settings)}
+    by_documents = {field.name for field in fields(RouterSettings)}
+    if labeled:
+        wrong, remedy = (by_documents - by_questions) | {"labeled"}, "leave out QUESTIONS before OUT, or this option"
+    else:
+        wrong, remedy = by_questions - by_documents, "give QUESTIONS before OUT, or leave out this option"
+    for name in sorted(wrong & given.keys()):
+        option = OTHERS.get(name) or SPELLED.get(name, f"--{name.replace('_', '-')}")
+        kind = "trains by documents" if labeled else "trains by QUESTIONS"
+        raise UserError(f"{option}: is of a run that {kind}; {remedy}")
+
+
+def _train_by_questions(args: argparse.Namespace, documents: Mapping[str, str], questions: str, out: str) -> int:
+    from ..data.questions import read_questions
+    from ..training import finetune
+
+    settings = training_settings.settings_of(args, checkpoint(args.model), out)
+    protocol = protocol_of(args.protocol, args.model)
+    prepared = finetune.prepare(settings, documents, read_questions(questions, documents), protocol)
+    trainer = finetune.make_trainer(prepared)
+    if trainer.is_world_process_zero():
+        for note in prepared.notes:
+            print(f"msa-hf: {note}", file=sys.stderr)
+    result = finetune.train(prepared, trainer)
     if result.speaks:
         print(result)
+    return 0
+
+
+def _train_by_documents(
+    args: argparse.Namespace, documents: Mapping[str, str], titles: Mapping[str, str], questions: str | None, out: str
+) -> int:
+    from ..data.questions import read_questions
+    from ..training.router_run import train_routers
+    from ..training.unlabeled import prepare_routers
+
+    names = {field.name for field in fields(RouterSettings)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    if "memory_layers" in given:
+        given["memory_layers"] = tuple(given["memory_layers"])
+    settings = RouterSettings(**{**given, "base": checkpoint(args.model), "output": out})
+    labeled = [] if questions is None else read_questions(questions, documents)
+    prepared = prepare_routers(settings, documents, labeled, protocol_of(args.protocol, args.model), titles)
+    for note in prepared.notes:
+        print(f"msa-hf: {note}", file=sys.stderr)
+    print(train_routers(prepared))
     return 0

@@ -2,13 +2,70 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
+
+
+class Teacher(Protocol):
+    """Embeds texts."""
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """[N, D] L2-normalized embeddings."""
+        ...
+
+
+def load_teacher(name: str, device: str | torch.device = "cpu") -> Teacher:
+    """A teacher by the name or directory of a sentence-transformers model.
+
+    Raises:
+        ImportError: where sentence-transformers is missing and the model does not say that it pools means, which is
+            done here.
+        OSError: where there is no such model.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        if not _pools_means(Path(name)):
+            raise ImportError(f"The teacher {name} needs sentence-transformers: pip install msa-hf[teacher]") from error
+        return EmbeddingTeacher(name, device)
+    return SentenceTeacher(SentenceTransformer(name, device=str(device)))
+
+
+def _pools_means(path: Path) -> bool:
+    """Tell whether a directory holds a model whose sentence embeddings are means of its last states."""
+    try:
+        modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
+        pooling = next(module["path"] for module in modules if module["type"].rpartition(".")[2] == "Pooling")
+        options = json.loads((path / pooling / "config.json").read_text(encoding="utf-8"))
+        chosen = [name for name, value in options.items() if name.startswith("pooling_mode_") and value]
+        kinds = {module["type"].rpartition(".")[2] for module in modules}
+        return chosen == ["pooling_mode_mean_tokens"] and kinds <= {"Transformer", "Pooling", "Normalize"}
+    except (OSError, ValueError, KeyError, StopIteration, TypeError, AttributeError):
+        return False
+
+
+class SentenceTeacher:
+    """A model of sentence-transformers.
+
+    Args:
+        model: a `SentenceTransformer`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """[N, D] float32 L2-normalized embeddings, on the model's device."""
+        found: Tensor = self.model.encode(
+            list(texts), convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
+        )
+        return found.float()
 
 
 class EmbeddingTeacher:

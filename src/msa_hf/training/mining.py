@@ -1,0 +1,202 @@
+"""Wrong passages that look right: what a question's words find, and what the router itself takes for the answer.
+
+Nothing counts as wrong that may well be right: the passage asked for, one that says nearly the same, or one that has
+the question's words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..model.memory_msa import DenseLayer
+from ..model.routing_msa import select_documents
+from .contrastive import TokenRows, encode_rows, route_rows
+from .pairs import words
+
+SAME_SHARE = 0.6  # of the shorter text's pieces, from which on two texts say the same
+COVERED_SHARE = 0.9  # of a question's words, from which on a passage may answer it
+PIECE = 3  # words
+SCORES = 64_000_000  # numbers held at once while questions are scored on an accelerator; on a CPU a sixteenth
+
+
+class TokenStore:
+    """Token rows of different lengths, one behind the other, on the CPU.
+
+    Args:
+        rows: token ids, none of them empty.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[int]]) -> None:
+        self.lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        self.tokens = np.fromiter((token for row in rows for token in row), np.int32, count=int(self.lengths.sum()))
+        self.starts = self.lengths.cumsum() - self.lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def row(self, place: int) -> list[int]:
+        start = int(self.starts[place])
+        found: list[int] = self.tokens[start : start + int(self.lengths[place])].tolist()
+        return found
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", multiple: int = 8) -> TokenRows:
+    """Rows padded to a multiple of a width, so that shapes are few."""
+    width = -(-max(map(len, rows)) // multiple) * multiple
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+    return TokenRows(ids.to(device), torch.tensor([len(row) for row in rows]).to(device))
+
+
+def in_parts(lengths: Sequence[int] | np.ndarray[Any, Any], budget: int) -> Iterator[list[int]]:
+    """Places by length, in parts of at most `budget` padded tokens but for single ones."""
+    part: list[int] = []
+    for place in np.argsort(lengths, kind="stable").tolist():
+        if part and int(lengths[place]) * (len(part) + 1) > budget:
+            yield part
+            part = []
+        part.append(place)
+    if part:
+        yield part
+
+
+@dataclass(frozen=True)
+class EncodedCorpus:
+    """What the memory layers keep of passages; of the last layer, to which nothing attends while questions are routed,
+    the routing keys alone.
+
+    Attributes:
+        layers: layer -> memory of all passages, in order.
+        lengths: [N] int64 tokens of the passages, on the same device.
+    """
+
+    layers: dict[int, DenseLayer]
+    lengths: Tensor
+
+
+@torch.no_grad()
+def encode_corpus(model: Any, store: TokenStore, places: Sequence[int], part_tokens: int) -> EncodedCorpus:
+    """Encode the passages at `places`, shortest first, and put them in the order of `places`."""
+    size, last, device = model.config.chunk_size, model.config.memory_layers[-1], model.device
+    parts: dict[int, list[DenseLayer]] = {layer: [] for layer in model.config.memory_layers}
+    owners = []
+    lengths = store.lengths[np.asarray(places)]
+    for part in in_parts(lengths, part_tokens):
+        rows = padded([store.row(places[number]) for number in part], device)
+        for layer, memory in encode_rows(model, rows).items():
+            content = memory.pooled_kv[:, :, :0] if layer == last else memory.pooled_kv
+            parts[layer].append(DenseLayer(memory.routing_keys, content))
+        owners.append(torch.tensor(part, device=device).repeat_interleave((rows.lengths + size - 1) // size))
+    order = torch.cat(owners).argsort(stable=True)
+    layers = {
+        layer: DenseLayer(
+            torch.cat([part.routing_keys for part in found])[order],
+            torch.cat([part.pooled_kv for part in found])[order],
+        )
+        for layer, found in parts.items()
+    }
+    return EncodedCorpus(layers, torch.from_numpy(lengths).to(device))
+
+
+@torch.no_grad()
+def best_passages(
+    model: Any, corpus: EncodedCorpus, questions: Sequence[Sequence[int]], count: int
+) -> tuple[dict[int, np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+    """Layer -> [Q, count] places in the corpus that it scores highest, best first; and those by the sum of layers."""
+    layers, total = list(corpus.layers), len(corpus.lengths)
+    count = min(count, total)
+    held = SCORES if model.device.type != "cpu" else SCORES // 16
+    step = max(held // (total * len(layers)), 1)
+    order = np.argsort([len(question) for question in questions], kind="stable")
+    found = np.zeros((len(layers) + 1, len(questions), count), dtype=np.int64)
+    for start in range(0, len(questions), step):
+        places = order[start : start + step]
+        rows = padded([questions[place] for place in places], model.device)
+        scores = route_rows(model, rows, corpus.layers, corpus.lengths)
+        every = [scores[layer] for layer in layers]
+        for number, item in enumerate([*every, torch.stack(every).sum(0)]):
+            found[number, places] = select_documents(item, count)[0].cpu().numpy()
+    return dict(zip(layers, found[:-1], strict=True)), found[-1]
+
+
+def recall_of(found: np.ndarray[Any, Any], gold: Sequence[set[int]], count: int) -> float:
+    """Share of the questions that have one of their passages among the first `count` found."""
+    hits = [bool(wanted & set(row[:count].tolist())) for row, wanted in zip(found, gold, strict=True)]
+    return sum(hits) / max(len(hits), 1)
+
+
+class LexicalIndex:
+    """Passages ranked by BM25.
+
+    Args:
+        texts: of all passages.
+
+    Raises:
+        ImportError: where bm25s is missing.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        try:
+            import bm25s
+        except ImportError as error:
+            raise ImportError("Training without questions needs bm25s: pip install msa-hf[train]") from error
+        self.size, self.index = len(texts), bm25s.BM25()
+        self.index.index([words(text) or ["\0"] for text in texts], show_progress=False)
+
+    def best(self, questions: Sequence[str], count: int) -> np.ndarray[Any, Any]:
+        """[Q, count] places of passages, best first."""
+        asked = [words(question) or ["\0"] for question in questions]
+        found, _ = self.index.retrieve(asked, k=min(count, self.size), show_progress=False)
+        return np.asarray(found)
+
+
+class WrongPassages:
+    """Judges which passages are wrong for a question.
+
+    Args:
+        texts: of all passages.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = texts
+        self._kept: dict[int, tuple[frozenset[str], frozenset[tuple[str, ...]]]] = {}
+
+    def _of(self, place: int) -> tuple[frozenset[str], frozenset[tuple[str, ...]]]:
+        if place not in self._kept:
+            if len(self._kept) > 200_000:
+                self._kept.clear()
+            self._kept[place] = _words_and_pieces(self.texts[place])
+        return self._kept[place]
+
+    def choose(self, query: str, gold: set[int], candidates: Sequence[int], count: int) -> list[int]:
+        """The first `count` of the candidates that are wrong."""
+        asked = set(words(query))
+        answers = [self._of(place)[1] for place in gold]
+        found: list[int] = []
+        for place in candidates:
+            if len(found) == count:
+                break
+            if place in gold or place in found:
+                continue
+            has, pieces = self._of(place)
+            if len(asked & has) >= COVERED_SHARE * len(asked) or any(_same(pieces, other) for other in answers):
+                continue
+            found.append(place)
+        return found
+
+
+def _words_and_pieces(text: str) -> tuple[frozenset[str], frozenset[tuple[str, ...]]]:
+    listed = words(text)
+    pieces = frozenset(tuple(listed[start : start + PIECE]) for start in range(max(len(listed) - PIECE + 1, 1)))
+    return frozenset(listed), pieces
+
+
+def _same(one: frozenset[Any], other: frozenset[Any]) -> bool:
+    return len(one & other) >= SAME_SHARE * min(len(one), len(other))

@@ -1,0 +1,267 @@
+"""What a run that trains routers on a user's documents needs, read and checked; questions are welcome, none needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer
+
+from ..generation import PromptProtocol
+from ..model.configuration_msa import MSAConfig, full_attention_layers
+from ..model.modeling_msa import MSAForCausalLM
+from .pairs import PairMaker, Passage, cut_passages, words
+from .pools import Asked, Coder
+from .router_settings import RouterSettings
+from .settings import SettingError, TrainingError
+
+SETTINGS_FILE = "training_settings.json"
+CHECKPOINT_FILE = "routers_checkpoint.pt"
+LEAST_PASSAGES = 8
+MOST_HELD_OUT = 200
+DEPTH = 0.6  # of the memory layer of a base that has none
+
+
+def plain_protocol(tokenizer: Any) -> PromptProtocol:
+    """Questions put plainly and answered from the texts of the passages that routers choose."""
+    end = tokenizer.eos_token
+    return PromptProtocol(
+        document="{text}{id!s:.0}",  # routers choose; no model reads ids from this memory
+        prompt=(("{question}\n", True),),
+        id_format="[{id}]",
+        ids_end="\n",
+        block_item="[{id}]\n{text}\n",
+        block_end="---\n",
+        retrieval_end="Question:",
+        restated=" {question}\nAnswer:",
+        answer_opening=" ",
+        answer_end=end or "\n",
+        special_tokens=(end,) if end else (),
+    )
+
+
+@dataclass
+class PreparedRouters:
+    """A run that can begin.
+
+    Attributes:
+        settings: what was asked for.
+        model: with a memory, on its device, routers as they were given.
+        tokenizer: of the model.
+        protocol: how documents and questions are wrapped, saved with the result.
+        passages: of the documents, without repetitions.
+        coder, maker: of their tokens and pairs.
+        labeled: questions of the user's, to train on.
+        measured: held-out questions.
+        corpus: texts of all passages, those held out as they are to be found.
+        whiten: set routers in closed form before the first step.
+        retrofit: the base has a memory already.
+        record: what must be the same for a run to go on.
+        checkpoint: of an interrupted run, None for a new one.
+        notes: what the user should know beforehand.
+    """
+
+    settings: RouterSettings
+    model: Any
+    tokenizer: Any
+    protocol: PromptProtocol
+    passages: list[Passage]
+    coder: Coder
+    maker: PairMaker
+    labeled: list[Asked]
+    measured: list[Asked]
+    corpus: list[str]
+    whiten: bool
+    retrofit: bool
+    record: dict[str, Any]
+    checkpoint: dict[str, Any] | None
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare_routers(
+    settings: RouterSettings,
+    documents: Mapping[str, str],
+    questions: Sequence[Mapping[str, Any]] = (),
+    protocol: PromptProtocol | None = None,
+    titles: Mapping[str, str] | None = None,
+) -> PreparedRouters:
+    """Load the model and check the data, before anything is trained or written.
+
+    Args:
+        settings: of the run.
+        documents: key -> text.
+        questions: with `question`, `answer` and `positives`, as `read_questions` gives them; none are needed.
+        protocol: that wraps documents and questions; None: they are put plainly, and the result gets a protocol that
+            reads the texts of what the routers choose.
+        titles: key -> title of documents that have one.
+
+    Raises:
+        TrainingError: for a mistake of the user's, `SettingError` where a setting is at fault.
+    """
+    if not documents:
+        raise TrainingError("there are no documents to train on")
+    output = Path(settings.output)
+    _check_output(settings, output)
+    model, tokenizer = _load(settings)
+    protocol = plain_protocol(tokenizer) if protocol is None else protocol
+    try:
+        protocol.check_tokenizer(tokenizer)
+        coder = Coder(tokenizer, protocol)
+    except ValueError as error:
+        raise SettingError("protocol", "{} {}", error) from None
+    wrapping = len(coder.documents([""], [len(documents)])[0])
+    try:
+        passages, repeated = cut_passages(documents, tokenizer, max(settings.max_length - wrapping, 1), titles)
+    except ValueError as error:
+        raise SettingError("max_length", "{1} ({0} {2})", error, settings.max_length) from None
+    notes = [f"{repeated} passages occur more than once and are taken once"] if repeated else []
+    if len(passages) < LEAST_PASSAGES:
+        raise TrainingError(
+            f"the documents have {len(passages)} different passages; routers learn to tell passages apart, which takes "
+            f"at least {LEAST_PASSAGES}"
+        )
+    record = {**settings.decisive(), "protocol": protocol.to_dict(), "data": _digest(documents, questions)}
+    checkpoint = _checkpoint_to_resume(settings, output, record)
+    maker = PairMaker(passages, settings.seed)
+    labeled = _labeled(questions, list(documents), passages)
+    labeled, measured = _hold_out(settings, maker, labeled)
+    corpus = [passage.text for passage in passages]
+    for item in measured:
+        if item.text is not None:
+            corpus[item.gold[-1]] = item.text
+    wanted = settings.first == "whiten" or (settings.first == "auto" and model.config.routers_trained is False)
+    whiten = wanted and not model.config.shared_router
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError("output", "{} {}: {}", settings.output, error.strerror) from None
+    return PreparedRouters(
+        settings, model, tokenizer, protocol, passages, coder, maker, labeled, measured, corpus, whiten,
+        _is_retrofit(settings.base), record, checkpoint, notes,
+    )  # fmt: skip
+
+
+def _check_output(settings: RouterSettings, output: Path) -> None:
+    base = Path(settings.base)
+    if output.is_dir() and base.is_dir() and output.samefile(base):
+        raise SettingError("output", "{} {}: is the base itself; give another directory", output)
+    other, kind = ("config.json", "a checkpoint") if settings.adapter else ("adapter_config.json", "an adapter")
+    if (output / other).exists():
+        raise SettingError("output", "{} {}: holds {}; give another directory", output, kind)
+
+
+def _is_retrofit(base: str) -> bool:
+    return isinstance(AutoConfig.from_pretrained(base), MSAConfig)
+
+
+def _memory_fields(settings: RouterSettings) -> dict[str, Any]:
+    """The memory's fields that the settings choose; of a base without memory, all that its memory shall have."""
+    chosen = {name: getattr(settings, name) for name in ("top_k", "chunk_size") if getattr(settings, name) is not None}
+    if _is_retrofit(settings.base):
+        if settings.memory_layers is not None:
+            raise SettingError("memory_layers", "{}: {} has a memory already", settings.base)
+        return chosen
+    layers = settings.memory_layers
+    if layers is None:
+        config = AutoConfig.from_pretrained(settings.base)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        full = full_attention_layers(config)
+        wanted = DEPTH * config.num_hidden_layers
+        layers = (min(full, key=lambda layer: abs(layer - wanted)),) if full else None
+    return {**chosen, "memory_layers": None if layers is None else list(layers), "query_reduction": "mean"}
+
+
+def _load(settings: RouterSettings) -> tuple[Any, Any]:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    small = settings.bf16 or (device is not None and device.type != "cpu")
+    try:
+        fields = _memory_fields(settings)
+        make = MSAForCausalLM.from_pretrained if _is_retrofit(settings.base) else MSAForCausalLM.from_base
+        model = make(settings.base, dtype=torch.bfloat16 if small else torch.float32, **fields)
+        tokenizer = AutoTokenizer.from_pretrained(settings.base)
+    except SettingError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SettingError("base", "{} {}: {}", settings.base, error) from None
+    if model.config.prefix_token_ids:
+        raise SettingError("base", "{} {}: has a prefix, which routers are not trained with here", settings.base)
+    return model.to(device).eval(), tokenizer
+
+
+def _labeled(questions: Sequence[Mapping[str, Any]], keys: list[str], passages: Sequence[Passage]) -> list[Asked]:
+    """Questions with the passages of their documents; those that have the answer, where any has."""
+    number = {key: place for place, key in enumerate(keys)}
+    of_document: dict[int, list[int]] = {}
+    for place, passage in enumerate(passages):
+        of_document.setdefault(passage.document, []).append(place)
+    found = []
+    for question in questions:
+        gold = [place for key in question["positives"] for place in of_document.get(number[key], [])]
+        answer = " ".join(words(question["answer"]))
+        having = [place for place in gold if answer and answer in " ".join(words(passages[place].text))]
+        if gold:
+            found.append(Asked(question["question"], "question", tuple(having or gold), None, question["answer"]))
+    return found
+
+
+def _hold_out(settings: RouterSettings, maker: PairMaker, labeled: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
+    """Labeled questions to train on; a pair each of some passages, and labeled questions, to measure with."""
+    count = len(maker.passages)
+    wanted = min(MOST_HELD_OUT, count // 5) if settings.held_out is None else settings.held_out
+    if wanted > count // 2:
+        raise SettingError("held_out", "{} {}: of {} passages at most {}", wanted, count, count // 2)
+    pick = random.Random(f"{settings.seed}, held out")
+    measured: list[Asked] = []
+    for place in pick.sample(range(count), count):
+        if len(measured) == wanted:
+            break
+        # A title asks for all of its document, which few documents of one passage can tell from the text.
+        if pairs := [pair for pair in maker.of(place) if pair.kind != "title"]:
+            pair = pick.choice(pairs)
+            text = None if pair.text == maker.passages[place].text else pair.text
+            measured.append(Asked(pair.query, pair.kind, (place,), text))
+    if not measured:
+        raise TrainingError(
+            "the documents are too short to make questions of: no passage has two sentences or rare words"
+        )
+    kept = set(pick.sample(range(len(labeled)), min(MOST_HELD_OUT, len(labeled) // 5)))
+    measured += [item for number, item in enumerate(labeled) if number in kept]
+    return [item for number, item in enumerate(labeled) if number not in kept], measured
+
+
+def _digest(documents: Mapping[str, str], questions: Sequence[Mapping[str, Any]]) -> str:
+    data = json.dumps([list(documents.items()), list(questions)], sort_keys=True)
+    return hashlib.sha256(data.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _checkpoint_to_resume(settings: RouterSettings, output: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
+    path = output / CHECKPOINT_FILE
+    if not settings.resume:
+        if path.exists():
+            raise SettingError(
+                "output",
+                "{} {}: holds an interrupted run; go on with --resume, or give another directory",
+                output,
+            )
+        return None
+    if not path.exists():
+        raise SettingError("resume", "{}: {} holds no checkpoint of an interrupted run", output)
+    try:
+        before = json.loads((output / SETTINGS_FILE).read_text(encoding="utf-8"))
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file raises
+        raise SettingError("resume", "{}: {} cannot be read ({})", path, error) from None
+    for name, value in record.items():
+        if before.get(name) != value:
+            if name in ("data", "protocol"):
+                other = "other documents or questions" if name == "data" else "another protocol"
+                raise SettingError("resume", "{}: the interrupted run had " + other)
+            raise SettingError(name, "{} is {}, but was {} in the interrupted run", value, before.get(name))
+    return loaded

@@ -1,0 +1,295 @@
+"""`msa-hf train MODEL DOCUMENTS OUT`: routers from documents alone, or with questions; resumed, reported, refused."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from small_corpus import notes, save_base, save_notes, tokenizer_of_notes
+
+from msa_hf import MSAForCausalLM
+from msa_hf.cli import main
+from msa_hf.training.monitor import CollapseGuard
+from msa_hf.training.pairs import words
+from msa_hf.training.pools import PoolDrawer
+from msa_hf.training.router_run import CURVE_FILE, PLOT_FILE, train_routers
+from msa_hf.training.router_settings import RouterSettings
+from msa_hf.training.unlabeled import CHECKPOINT_FILE, prepare_routers
+
+# PEFT asks a model for a property by the name that the newer transformers has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+TINY: dict[str, Any] = {"pool": 24, "rank": 4, "steps": 7, "eval-every": 4, "save-every": 3, "held-out": 10}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("unlabeled")
+    save_base(root / "base")
+    save_notes(root / "notes")
+    return root
+
+
+def command(place: Path, out: Path, documents: Path | None = None, **extra: Any) -> list[str]:
+    """A command line; True stands for an option without a value."""
+    options = {**TINY, **{name.replace("_", "-"): value for name, value in extra.items()}}
+    given = [item for name, value in options.items() for item in (f"--{name}", *([] if value is True else [value]))]
+    return [str(item) for item in ("train", place / "base", documents or place / "notes", *given, out)]
+
+
+def lines(out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Lines of training, and measurements."""
+    rows = [json.loads(line) for line in (out / CURVE_FILE).read_text().splitlines()]
+    return [row for row in rows if "loss" in row], [row for row in rows if "recall" in row]
+
+
+def settings(place: Path, out: Path, **extra: Any) -> RouterSettings:
+    given = {**{name.replace("-", "_"): value for name, value in TINY.items()}, **extra}
+    return RouterSettings(str(place / "base"), str(out), **given)
+
+
+def routed(model: Any) -> torch.Tensor:
+    """Scores of all notes for a few questions."""
+    tokenizer = tokenizer_of_notes()
+    bank = model.eval().encode_documents(list(notes().values()), tokenizer, show_progress=False)
+    ids = tokenizer(["w0x1 w0x2", "w3x1 in w3x4"], return_tensors="pt", padding=True, padding_side="left")["input_ids"]
+    with torch.no_grad():
+        routing = model(input_ids=ids, memory=bank, output_document_scores=True).routing
+    return torch.cat([item.document_scores for item in routing.values()])
+
+
+def test_documents_alone_train_routers(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The loss falls, and held-out notes are found more often than by chance, by the untrained router and by the one
+    that training began with."""
+    options = {"steps": 60, "pool": 64, "rank": 32, "learning-rate": 3e-2, "router-learning-rate": 1e-2}
+    options |= {"eval-every": 30, "save-every": 0, "held-out": 40}
+    assert main(command(place, tmp_path, **options)) == 0
+    steps, measured = lines(tmp_path)
+    given, begun, *_, last = measured
+    losses = [row["loss"] for row in steps]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert given["as_given"] and [row["step"] for row in measured] == [0, 0, 30, 60]
+    assert last["recall"] > begun["recall"] + 0.1 and last["recall"] > 2 * max(last["chance"], given["recall"])
+    assert (
+        last["others"]["bm25"] == given["others"]["bm25"] > 0.9 and last["passages"] == 96 and last["questions"] == 40
+    )
+    assert {path.name for path in tmp_path.iterdir()} >= {"config.json", "tokenizer.json", "memory_protocol.json"}
+    assert (tmp_path / PLOT_FILE).stat().st_size > 5_000 and not (tmp_path / CHECKPOINT_FILE).exists()
+    said = capsys.readouterr()
+    assert f"untrained router  {given['recall']:.3f}" in said.out and "bm25" in said.err and "chance" in said.err
+    model = eval(said.out.splitlines()[-1])
+    assert model.config.routers_trained is True and model.config.query_reduction == "mean"
+
+    # What comes out is encoded and asked as any checkpoint.
+    assert main(["encode", str(tmp_path), str(place / "notes"), str(tmp_path / "bank")]) == 0
+    assert main(["ask", str(tmp_path), str(tmp_path / "bank"), "w0x1 w0x2", "--max-new-tokens", "2", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["sources"] and "untrained" not in said.err
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {paths!r}
+from test_unlabeled import *
+prepared = prepare_routers(settings(Path({place!r}), Path({out!r})), notes())
+train_routers(prepared, after_step=lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == 5 else None)
+"""
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(place: Path, tmp_path: Path, capsys) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train_routers(prepare_routers(settings(place, whole), notes()))
+    tests = Path(__file__).parent
+    code = KILLED.format(paths=[str(tests), str(tests.parent / "helpers")], place=str(place), out=str(killed))
+    path = os.pathsep.join(sys.path)
+    ended = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    assert (killed / CHECKPOINT_FILE).exists() and not (killed / "config.json").exists()
+
+    refused = {  # before it goes on
+        "holds an interrupted run; go on with --resume": settings(place, killed),
+        "was 7 in the interrupted run": settings(place, killed, steps=8, resume=True),
+        "holds no checkpoint": settings(place, tmp_path / "none", resume=True),
+    }
+    for message, wrong in refused.items():
+        with pytest.raises(ValueError, match=message):
+            prepare_routers(wrong, notes())
+    with pytest.raises(ValueError, match="other documents"):
+        prepare_routers(settings(place, killed, resume=True), notes(seed=1))
+
+    train_routers(prepare_routers(settings(place, killed, resume=True), notes()))
+    ours, theirs = load_file(killed / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, atol=1e-6, rtol=1e-5, msg=name)
+    kept = {"step", "loss", "recall", "kinds"}
+    for one, other in zip(lines(killed), lines(whole), strict=True):
+        assert [row["step"] for row in one] == [row["step"] for row in other]
+        for row, expected in zip(one, other, strict=True):
+            assert all(row[name] == pytest.approx(expected[name], rel=1e-4) for name in kept & expected.keys())
+
+
+def test_an_adapter_routes_as_the_checkpoint(place: Path, tmp_path: Path, capsys) -> None:
+    found = {}
+    for kind in ("checkpoint", "adapter"):
+        assert main(command(place, tmp_path / kind, **({"adapter": True} if kind == "adapter" else {}))) == 0
+        expression = capsys.readouterr().out.splitlines()[-1]
+        model = eval(expression, {"PeftModel": PeftModel, "MSAForCausalLM": MSAForCausalLM})
+        found[kind] = routed(model)
+        assert model.config.routers_trained is True
+    torch.testing.assert_close(found["adapter"], found["checkpoint"], atol=1e-5, rtol=1e-4)
+    assert not (tmp_path / "adapter" / "config.json").exists()
+
+
+def test_questions_are_mixed_in_and_train_the_reader(place: Path, tmp_path: Path, capsys) -> None:
+    """From a checkpoint with two memory layers, as `retrofit` makes it; a teacher's labels beside them."""
+    rows = [
+        {"question": f"{words(text)[0]} {words(text)[1]} about", "answer": words(text)[2], "positives": [f"{key}.md"]}
+        for key, text in list(notes().items())[:20]
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "base").mkdir()
+    model = MSAForCausalLM.from_base(place / "base", memory_layers=[0, 1], chunk_size=8, score_bias=True)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer_of_notes().save_pretrained(tmp_path / "base")
+    questions = {"questions": tmp_path / "questions.jsonl", "save-every": 0}
+    assert main(command(tmp_path, tmp_path / "out", place / "notes", **questions)) == 0
+    steps, measured = lines(tmp_path / "out")
+    assert all(row["reading_loss"] > 0 for row in steps)
+    assert measured[-1]["questions"] == 10 + 4 and "question" in measured[-1]["kinds"]
+    trained = load_file(tmp_path / "out" / "model.safetensors")
+    first = load_file(tmp_path / "base" / "model.safetensors")
+    # Above the last memory layer there is only what reads.
+    assert not torch.equal(trained["model.layers.1.mlp.down_proj.weight"], first["model.layers.1.mlp.down_proj.weight"])
+
+
+def test_mined_passages_are_wrong_and_in_the_pools(place: Path, tmp_path: Path, monkeypatch) -> None:
+    """Neither gold nor holding all of the question's words; those held out never ask."""
+    drawn = []
+    draw = PoolDrawer.draw
+
+    def keep(self: PoolDrawer, step: int, round: Any) -> Any:
+        drawn.append((round, draw(self, step, round), self))
+        return drawn[-1][1]
+
+    monkeypatch.setattr(PoolDrawer, "draw", keep)
+    prepared = prepare_routers(settings(place, tmp_path / "out", save_every=0), notes())
+    train_routers(prepared)
+    assert len(drawn) == 7 and len({round.first for round, _, _ in drawn}) == 2
+    held_out = {item.gold[-1] for item in prepared.measured}
+    mined = 0
+    for round, pool, drawer in drawn:
+        for seed, misses in zip(round.seeds, round.misses.tolist(), strict=True):
+            misses = [place for place in misses if place >= 0]
+            mined += len(misses)
+            assert seed.gold[-1] not in misses and len(set(misses)) == len(misses)
+            assert not held_out & set(seed.gold[-1:])
+            for wrong in misses:
+                assert not set(words(seed.query)) <= set(words(prepared.corpus[wrong]))
+        assert len(set(pool.places)) == len(pool.places) == len(pool.documents) == drawer.size
+        assert pool.positives.any(1).all() and len(pool.queries) == len(pool.questions) == len(pool.positives)
+        inside = sum(
+            place in pool.places for number in pool.seeds for place in round.misses[number].tolist() if place >= 0
+        )
+        assert inside >= len(pool.seeds)  # at least one each
+        asked_for = {pool.places[int(column)] for column in pool.positives.nonzero()[:, 1]}
+        assert not asked_for & held_out
+    assert mined > 4 * sum(len(round.seeds) for round, _, _ in drawn)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"full": True}, "--lora/--full: is of a run that trains by QUESTIONS; give QUESTIONS before OUT"),
+        ({"batch_size": 4}, "--batch-size: is of a run that trains by QUESTIONS"),
+        ({"pool": 1}, "--pool must be at least 2, got 1"),
+        ({"held_out": 90}, "--held-out 90: of 96 passages at most 48"),
+        ({"start": "warm"}, "argument --start: invalid choice"),
+        ({"teacher": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"ask": "nowhere/at/all"}, "--ask nowhere/at/all"),
+        ({"questions": "none.jsonl"}, "none.jsonl: No such file"),
+        ({"max_length": 2}, "--max-length must be at least 8"),
+        ({"report_to": "wandb"}, "wandb"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(place, tmp_path, capsys, monkeypatch, options, message) -> None:
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    assert main(command(place, tmp_path / "out", **options)) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("msa-hf: error:")]
+    assert len(said) == 1 and message in said[0]
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+DUPLICATES = {f"n{n}": "the same words in every single note . again and again" for n in range(30)}
+
+
+@pytest.mark.parametrize(
+    "texts, message",
+    [
+        ({}, "no .txt or .md file with text"),
+        (
+            {"one": "w0x1 the only note"},
+            "the documents have 1 different passages; routers learn to tell",
+        ),
+        (DUPLICATES, "the documents have 1 different passages"),
+        ({f"n{n}": f"w{n}x0" for n in range(16)}, "too short to make questions of"),
+    ],
+    ids=["empty", "one", "duplicates", "words"],
+)
+def test_folders_that_teach_nothing_are_refused(place, tmp_path, capsys, texts, message) -> None:
+    documents = save_notes(tmp_path / "docs", texts)
+    assert main(command(place, tmp_path / "out", documents, held_out=8)) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert message in said and said.startswith("msa-hf: error:")
+
+
+def test_undecodable_files_are_named(place, tmp_path, capsys) -> None:
+    (save_notes(tmp_path / "docs") / "bad.txt").write_bytes(b"caf\xe9")
+    assert main(command(place, tmp_path / "out", tmp_path / "docs")) == 2
+    assert "bad.txt: not UTF-8 text (byte 0xe9 at 3)" in capsys.readouterr().err
+
+
+def test_a_collapsed_run_ends(place, tmp_path) -> None:
+    prepared = prepare_routers(settings(place, tmp_path, eval_every=1, learning_rate=1e4), notes())
+    with pytest.raises(RuntimeError, match="collapsed"):
+        train_routers(prepared, CollapseGuard(patience=1, distinct_share=1.0))
+    assert not (tmp_path / "config.json").exists() and (tmp_path / CURVE_FILE).exists()
+
+
+def test_figures_go_to_what_trainer_reports_to(place, tmp_path, monkeypatch) -> None:
+    told: list[tuple[str, Any]] = []
+
+    class Told:
+        def on_train_begin(self, arguments: Any, state: Any, control: Any, **what: Any) -> None:
+            told.append(("begin", what["model"]))
+
+        def on_log(self, arguments: Any, state: Any, control: Any, logs: Any = None, **what: Any) -> None:
+            told.append((state.global_step, logs))
+
+        def on_train_end(self, arguments: Any, state: Any, control: Any, **what: Any) -> None:
+            told.append(("end", None))
+
+    monkeypatch.setattr(
+        "transformers.integrations.get_reporting_integration_callbacks",
+        lambda names: [Told] if names == ["wandb"] else [],
+    )
+    train_routers(prepare_routers(settings(place, tmp_path, report_to="wandb"), notes()))
+    assert told[0][0] == "begin" and told[-1][0] == "end"
+    logged = [item for item in told if isinstance(item[0], int)]
+    assert any("loss" in logs for _, logs in logged) and any("router_recall@9" in logs for _, logs in logged)
+    assert all(isinstance(value, float) for _, logs in logged for value in logs.values())
+
+
+def test_help_names_both_kinds(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = capsys.readouterr().out
+    assert re.search(r"MODEL\s+DOCUMENTS\s+\[QUESTIONS\]\s+OUT", said) and "without QUESTIONS" in said
