@@ -29,7 +29,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def quickstart(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(ROOT / "scripts" / "quickstart.sh"), *map(str, arguments)]
     variables = {**os.environ, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=variables)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -92,37 +92,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_it_encodes_and_asks_and_compares(checkpoint: Path, tmp_path: Path) -> None:
-    done = quickstart("--no-install", "--model", checkpoint, "--dir", tmp_path / "my bank")
+@pytest.mark.parametrize("examples, options", [(EXAMPLES, []), (NOTES, ["--real"])], ids=["quickstart", "notes"])
+def test_it_encodes_and_asks_and_compares(checkpoint: Path, tmp_path: Path, examples: Path, options: list[str]) -> None:
+    done = quickstart(*options, "--no-install", "--model", checkpoint, "--dir", tmp_path / "my bank")
     assert done.returncode == 0, done.stderr
-    for number, row in enumerate(rows(EXAMPLES / "questions.jsonl"), start=1):
-        kind = row["kind"].replace("_", "-")
-        block = re.search(
-            rf"^{number}\. {re.escape(row['question'])} \({kind}\)\n"
-            rf"   answer    (?P<answer>.+)\n   expected  {re.escape(row['answer'])} \((?P<verdict>right|WRONG)\)\n"
-            r"(?P<sources>(   source    \[\d+\] .+ \(score -?\d\.\d{3}, round \d(, needed)?\)\n)+)"
-            r"   time      \d+\.\d\d s$",
-            done.stdout,
-            flags=re.MULTILINE,
-        )
-        assert block is not None, done.stdout
-        assert block["verdict"] == ("right" if block["answer"] == row["answer"] else "WRONG")
-        for key, needed in re.findall(r"\] (.+) \(score .*?(, needed)?\)$", block["sources"], flags=re.MULTILINE):
-            assert bool(needed) == (key in row["positives"])
-    assert re.search(r"^\d of 5 answers are right\.$", done.stdout, flags=re.MULTILINE)
-    assert re.search(r"^== documents encoded and questions answered in \d+ s$", done.stdout, flags=re.MULTILINE)
+    documents, questions = rows(examples / "documents.jsonl"), rows(examples / "questions.jsonl")
+    asked = re.findall(r"^\d+\. (.+) \([a-z-]+\)\n   answer    ", done.stdout, flags=re.MULTILINE)
+    assert asked == [row["question"] for row in questions]
+    assert re.search(rf"^\d+ of {len(questions)} answers are right\.$", done.stdout, flags=re.MULTILINE)
     bank = MemoryBank.from_pretrained(tmp_path / "my bank")
-    assert [document.key for document in bank.documents] == [row["key"] for row in rows(EXAMPLES / "documents.jsonl")]
-
-
-def test_everyday_notes_are_asked_about(checkpoint: Path, tmp_path: Path) -> None:
-    done = quickstart("--real", "--no-install", "--model", checkpoint, "--dir", tmp_path / "bank")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^\d+ of 20 answers are right\.$", done.stdout, flags=re.MULTILINE)
-    assert len(MemoryBank.from_pretrained(tmp_path / "bank").documents) == 40
-    texts = {row["key"]: row["text"] for row in rows(NOTES / "documents.jsonl")}
-    for row in rows(NOTES / "questions.jsonl"):
-        assert any(answer.lower() in texts[row["positives"][0]].lower() for answer in (row["answer"], *row["also"]))
+    assert [document.key for document in bank.documents] == [row["key"] for row in documents]
+    texts = {row["key"]: row["text"].lower() for row in documents}
+    for row in questions if options else ():
+        assert any(answer.lower() in texts[row["positives"][0]] for answer in (row["answer"], *row["also"]))
 
 
 def compared(tmp_path: Path, answers: list[dict[str, Any]]) -> subprocess.CompletedProcess[str]:
@@ -186,8 +168,3 @@ def test_mistakes_are_told_in_a_line(checkpoint: Path, tmp_path: Path) -> None:
     assert f"error: no environment at {tmp_path}/none" in refusal(*own, VIRTUAL_ENV=f"{tmp_path}/none")
     bare = {"VIRTUAL_ENV": str(tmp_path), "PATH": "/usr/bin:/bin"}
     assert f"error: msa-hf is not installed in {tmp_path}" in refusal(*own, **bare)
-
-
-def test_help_is_the_header() -> None:
-    done = quickstart("--help")
-    assert done.returncode == 0 and done.stdout.startswith("Install this package") and "--no-install" in done.stdout

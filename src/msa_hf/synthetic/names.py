@@ -82,7 +82,7 @@ class Names:
         return [forms[form].replace("{}", word) for word, form in zip(words, second.tolist(), strict=True)]
 
     def parts(self, kind: int, numbers: Integers) -> tuple[Integers, Integers]:
-        """The numbers that decide parts of a name: the entity that owns the word; for other kinds than people the second
+        """The numbers behind the parts of a name: the entity that owns the word; for other kinds than people the second
         part is a form, 0 .. 31."""
         known = self.known[kind]
         documented = numbers < known
