@@ -11,21 +11,22 @@ The variable MSA_HF_BUILD says what is built:
 
 Install with `--no-build-isolation`, so that the torch is seen that will load the library. It uses LibTorch's stable ABI
 and is tied to no version of torch or Python. In a checkout, `python setup.py build_ext --inplace` builds again what has
-changed.
+changed, where ninja is; else all of it.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import os
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -62,65 +63,90 @@ def find_compiler() -> list[str]:
     raise CannotBuild(f"there is no C++ compiler {named}" if named else "there is no C++ compiler (c++, g++, clang++)")
 
 
-def run(command: list[str]) -> None:
-    """Run a compiler; its first error is the reason where it fails, all it said goes to the output."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        said = (done.stdout + done.stderr).strip()
-        print(said, file=sys.stderr)
-        lines = [line for line in said.splitlines() if "error" in line] or said.splitlines() or ["no message"]
-        raise CannotBuild(f"{Path(command[0]).name} failed: {lines[0].strip()}")
+@contextlib.contextmanager
+def using(compiler: list[str]) -> Iterator[None]:
+    """Within, setuptools and torch compile with this one; with the C compiler that Python names where it is there."""
+    wanted = {"CXX": shlex.join(compiler)}
+    own = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "")
+    if not own or shutil.which(own[0]) is None:
+        wanted["CC"] = wanted["CXX"]
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def build(library: Path, objects: Path, cuda: bool) -> None:
-    """Compile what has changed, two files or more at a time, and link it into `library`."""
-    torch, torch_cuda = find_torch()
+    """Compile what has changed with torch's BuildExtension, which takes ninja where that is, and link it."""
+    _, torch_cuda = find_torch()
     compiler = find_compiler()
-    sources = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
+    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
     if not sources:
         raise CannotBuild("csrc/ is missing")
-    nvcc = shutil.which("nvcc")
     if cuda:
         if torch_cuda is None:
             raise CannotBuild("torch was built without CUDA")
-        if nvcc is None:
+        if shutil.which("nvcc") is None:
             raise CannotBuild("nvcc is not on the PATH")
         found = [*ROOT.glob("csrc/cuda/*/*.cpp"), *ROOT.glob("csrc/cuda/*/*.cu")]
-        sources += sorted(path for path in found if path.parent.name != "standalone")
+        sources += [path for path in found if path.parent.name != "standalone"]
+    objects = objects / ("cuda" if cuda else "cpu")
+    objects.mkdir(parents=True, exist_ok=True)
+    describe(objects / "msa_hf_build.h", cuda)
+    with using(compiler):
+        try:
+            made = compile_and_link(sorted(sources), objects, compiler, cuda)
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CannotBuild(f"the compiler, whose messages stand above, failed: {reason}") from error
+    library.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = library.with_name(f"{library.name}.{os.getpid()}.tmp")
+    shutil.copy2(made, unfinished)
+    os.replace(unfinished, library)  # a process that has loaded the one before keeps it
 
+
+def describe(header: Path, cuda: bool) -> None:
+    """Write what `build_info` says of this build, for csrc/ops.cpp; an unchanged file keeps its date."""
     read = sorted(path for path in ROOT.glob("csrc/**/*") if path.suffix in (".cpp", ".h", ".inc", ".cu", ".cuh"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in read)).hexdigest()[:16]
-    headers = b"".join(path.read_bytes() for path in read if path.suffix in (".h", ".inc", ".cuh"))
-    target = (TORCH[0] << 56) | (TORCH[1] << 48)
-    common = ["-std=c++17", "-O3", f"-DTORCH_TARGET_VERSION={target:#x}ULL", f"-I{torch / 'include'}"]
-    plain = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-    plain += ["-Wno-maybe-uninitialized"] if "clang" not in compiler[0] else []
     architectures = "sm_80, sm_90a" if cuda else "none"
-    named = [f'-DMSA_HF_SOURCES="{digest}"', f'-DMSA_HF_CUDA_ARCHITECTURES="{architectures}"']
+    text = f'#define MSA_HF_SOURCES "{digest}"\n#define MSA_HF_CUDA_ARCHITECTURES "{architectures}"\n'
+    if not header.exists() or header.read_text() != text:
+        header.write_text(text)
 
-    def compile_one(source: Path) -> Path:
-        if source.parent.parent.name == "cuda":  # nvcc finds CUDA's headers, for C++ too
-            command = [str(nvcc), *common, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-            command += [f"-gencode={architecture}" for architecture in GENCODE]
-        else:
-            command = [*compiler, *common, *plain, *(named if source.name == "ops.cpp" else ())]
-        key = hashlib.sha256(repr(command).encode() + headers + source.read_bytes()).hexdigest()[:16]
-        result = objects / f"{source.stem}-{key}.o"
-        if not result.exists():
-            unfinished = result.with_suffix(f".{os.getpid()}.o")
-            run([*command, "-c", str(source), "-o", str(unfinished)])
-            os.replace(unfinished, result)
-        return result
 
-    objects.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = [str(path) for path in pool.map(compile_one, sources)]
-    library.parent.mkdir(parents=True, exist_ok=True)
-    libraries = ["-ltorch_cpu", "-lc10", *(("-ltorch_cuda", "-lc10_cuda") if cuda else ())]
-    unfinished = library.with_name(f"{library.name}.{os.getpid()}.tmp")
-    linker = [str(nvcc)] if cuda else compiler  # nvcc adds the CUDA runtime
-    run([*linker, "-shared", *compiled, f"-L{torch / 'lib'}", *libraries, "-o", str(unfinished)])
-    os.replace(unfinished, library)
+def compile_and_link(sources: list[Path], objects: Path, compiler: list[str], cuda: bool) -> Path:
+    """Run BuildExtension; where the library lies."""
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    target = (TORCH[0] << 56) | (TORCH[1] << 48)
+    common = ["-std=c++17", "-O3", f"-DTORCH_TARGET_VERSION={target:#x}ULL", *(["-DUSE_CUDA"] if cuda else [])]
+    plain = ["-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+    plain += ["-Wno-maybe-uninitialized"] if "clang" not in compiler[0] else []
+    # torch forbids conversions of half precision that these kernels use.
+    conversions = ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
+    device = ["-Xcompiler=-fvisibility=hidden", *(f"-U__CUDA_NO_{name}__" for name in conversions)]
+    device += [f"-gencode={architecture}" for architecture in GENCODE]
+    extension = (CUDAExtension if cuda else CppExtension)(
+        "_C",
+        [str(path) for path in sources],
+        include_dirs=[str(objects)],
+        depends=[str(path) for path in ROOT.glob("csrc/**/*.*") if path.suffix in (".h", ".inc", ".cuh")],
+        extra_compile_args={"cxx": common + plain, "nvcc": common + device},
+        py_limited_api=True,  # it uses nothing of Python
+    )
+    command = BuildExtension(Distribution({"name": "msa_hf", "ext_modules": [extension]}))
+    command.build_temp = str(objects / "objects")
+    command.build_lib = str(objects)
+    command.ensure_finalized()
+    command.run()
+    return Path(command.get_ext_fullpath(extension.name))
 
 
 def build_what_can_be(library: Path, objects: Path) -> None:
@@ -141,6 +167,13 @@ class BuildNative(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + (".dylib" if sys.platform == "darwin" else ".so")
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        for extension in self.extensions:
+            name = self.get_ext_filename(extension.name)
+            if not (Path(self.build_lib) / name).exists():  # one of an earlier build may not fit these sources
+                (ROOT / "src" / name).unlink(missing_ok=True)
 
     def build_extension(self, extension: Extension) -> None:
         choice = os.environ.get("MSA_HF_BUILD", "auto")

@@ -1,6 +1,6 @@
 // The operators of the namespace `msa_hf`: what they are called with and what they return.
 //
-// Kernels register themselves for their device: cpu/bindings.cpp, and cuda/bindings.cpp where it was compiled. Both call
+// Kernels register themselves for their device: cpu/bindings.cpp, and cuda/*/bindings.cpp where they were compiled. Both call
 // the checks in checks.h first, so that the same mistake gives the same message everywhere. Shapes for tracing and
 // derivatives are registered in Python (src/msa_hf/ops).
 
@@ -8,7 +8,10 @@
 
 #include <string>
 
-// Both are set by setup.py.
+// MSA_HF_SOURCES and MSA_HF_CUDA_ARCHITECTURES, written by setup.py.
+#if __has_include("msa_hf_build.h")
+#include "msa_hf_build.h"
+#endif
 #if !defined(MSA_HF_SOURCES)
 #define MSA_HF_SOURCES "unknown"
 #endif
