@@ -6,7 +6,12 @@ masks, checks, generation and continuous batching ask for that name. Only the la
 
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from .attention_msa import IMPLEMENTATIONS
+
+# What `set_attn_implementation` takes: a name, or a mapping from parts of a model (`""`: all of it).
+Implementations = str | None | dict[str, "Implementations"]
 
 
 class AttentionConfig:
@@ -16,7 +21,7 @@ class AttentionConfig:
         config: the model's configuration.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
 
     @property
@@ -43,7 +48,7 @@ def check_holds_memory(name: str | None) -> None:
         )
 
 
-def implementations_in(requested: Any) -> list[str | None]:
+def implementations_in(requested: Implementations) -> list[str | None]:
     """The names in what `set_attn_implementation` takes: one, or a mapping from parts of a model (`""`: all of it)."""
     if not isinstance(requested, dict):
         return [requested]

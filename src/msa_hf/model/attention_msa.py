@@ -14,7 +14,7 @@ apart and hands on copies, of which the model would never see what was recorded.
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,20 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_msa import MemoryContext
-from .context_attention_msa import context_attention, context_attention_and_weights, fused_context_attention
+from .configuration_msa import MSAConfig
+from .context_attention_msa import (
+    context_attention,
+    context_attention_and_weights,
+    fused_context_attention,
+    logit_options,
+)
 from .dense_layer_msa import DenseLayer, select_scored
 from .document_rows_msa import scores_at
 from .gradients_msa import join_routers, tie
 from .memory_msa import LayerMemory
 from .ops_msa import OPERATIONS
 from .routing_msa import NO_SCORE, SIMILARITIES, LayerRouting, RoutingRequest, Selection
+from .types_msa import Arguments
 
 # Name of a base implementation -> the name under which ours, standing on it, is registered. Transformers gives special
 # meaning to names that contain "sdpa" or "flash", so ours do not.
@@ -49,11 +56,20 @@ class MemoryPass(Protocol):
     def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
         """See the input [B, T, hidden] of a memory layer's attention."""
 
-    def attend(self, base: AttentionFunction, module: nn.Module, *states: Any, **kwargs: Any) -> AttentionOutput:
-        """Compute the attention of a layer; `states` are query, key, value, attention_mask."""
+    def attend(
+        self,
+        base: AttentionFunction,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: object,
+    ) -> AttentionOutput:
+        """Compute the attention of a layer."""
 
 
-def enter_memory_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def enter_memory_layer(module: nn.Module, args: tuple[Tensor, ...], kwargs: Arguments) -> None:
     """Forward pre-hook of memory layers: the attention function itself does not see the hidden states."""
     memory_pass = kwargs.get("memory_pass")
     if memory_pass is not None:
@@ -71,10 +87,15 @@ def _eager_of(module: nn.Module) -> AttentionFunction:
 
 
 def memory_eager(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    memory_pass: MemoryPass | None = None,
+    **kwargs: object,
 ) -> AttentionOutput:
     """Attention with a memory over the base's eager attention."""
-    memory_pass: MemoryPass | None = kwargs.pop("memory_pass", None)
     base, query = _eager_of(module), join_routers(module, query)
     if memory_pass is None:
         return base(module, query, key, value, attention_mask, **kwargs)
@@ -82,10 +103,15 @@ def memory_eager(
 
 
 def memory_fused(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    memory_pass: MemoryPass | None = None,
+    **kwargs: object,
 ) -> AttentionOutput:
     """Attention with a memory over PyTorch's scaled_dot_product_attention."""
-    memory_pass: MemoryPass | None = kwargs.pop("memory_pass", None)
     base, query = ALL_ATTENTION_FUNCTIONS["sdpa"], join_routers(module, query)
     if memory_pass is None:
         return base(module, query, key, value, attention_mask, **kwargs)
@@ -106,7 +132,9 @@ class ScoreBias(nn.Module):
         temperature: tau.
     """
 
-    def __init__(self, temperature: float, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, temperature: float, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.temperature = temperature
         self.weight = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
@@ -148,13 +176,13 @@ class PrefixPass:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *args: Any,
-        **kwargs: Any,
+        attention_mask: Tensor | None,
+        **kwargs: object,
     ) -> AttentionOutput:
         if self.recording:
             # Under autocast RoPE leaves keys in float32, though they are used in the dtype of the values.
             self.states[module.layer_idx] = (key.to(value.dtype), value)
-        return base(module, query, key, value, *args, **kwargs)
+        return base(module, query, key, value, attention_mask, **kwargs)
 
 
 class EncodingDone(Exception):
@@ -174,7 +202,7 @@ class EncodingPass:
         layers: layer -> `DenseLayer`, the result.
     """
 
-    def __init__(self, config: Any, lengths: Tensor, similarity: str, stop: bool) -> None:
+    def __init__(self, config: MSAConfig, lengths: Tensor, similarity: str, stop: bool) -> None:
         self.config = config
         self.lengths = lengths
         self.similarity = similarity
@@ -205,8 +233,8 @@ class EncodingPass:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *args: Any,
-        **kwargs: Any,
+        attention_mask: Tensor | None,
+        **kwargs: object,
     ) -> AttentionOutput:
         layer = module.layer_idx
         if layer in self.config.memory_layers:
@@ -215,7 +243,7 @@ class EncodingPass:
                 self.layers[layer] = pooled
             if self.stop and len(self.layers) == len(self.config.memory_layers):
                 raise EncodingDone
-        return base(module, query, key, value, *args, **kwargs)
+        return base(module, query, key, value, attention_mask, **kwargs)
 
     def _pool(self, layer: int, key: Tensor, value: Tensor) -> DenseLayer:
         if self.config.shared_router:
@@ -250,7 +278,7 @@ class AttendingPass:
     def __init__(
         self,
         *,
-        config: Any,
+        config: MSAConfig,
         layers: Mapping[int, LayerMemory],
         prefix: Mapping[int, tuple[Tensor, Tensor]],
         request: RoutingRequest | None,
@@ -302,7 +330,7 @@ class AttendingPass:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> AttentionOutput:
         layer = module.layer_idx
         context = self.previous.get(layer)
@@ -314,12 +342,7 @@ class AttendingPass:
             return base(module, query, key, value, attention_mask, **kwargs)
         if self.keep_contexts and self.recording:
             self.contexts[layer] = context
-        options: dict[str, Any] = {
-            "scaling": kwargs.get("scaling"),
-            "softcap": kwargs.get("softcap"),
-            "sinks": kwargs.get("s_aux"),
-            "dropout": kwargs.get("dropout") or 0.0,
-        }
+        options = logit_options(kwargs)
         if base is ALL_ATTENTION_FUNCTIONS["sdpa"]:
             return fused_context_attention(query, key, value, attention_mask, context, **options), None
         if kwargs.get("output_attentions", self.config.output_attentions):

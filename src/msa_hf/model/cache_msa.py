@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ class KeepsContexts(Cache):
         contexts: layer index -> `MemoryContext`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.contexts: dict[int, MemoryContext] = {}
 
@@ -132,3 +132,15 @@ class MSACache(KeepsContexts, DynamicCache):
 class MSAQuantizedCache(KeepsContexts, QuantizedCache):
     """A `QuantizedCache` with the documents chosen. Keys and values of the tokens seen are quantized, memory rows are
     not."""
+
+
+@runtime_checkable
+class HoldsContexts(Protocol):
+    """A cache that keeps each layer's memory rows, whatever its class; a checkpoint's copy has classes of its own."""
+
+    contexts: dict[int, MemoryContext]
+
+
+def contexts_of(cache: Cache | None) -> dict[int, MemoryContext]:
+    """The contexts that a cache keeps; empty for a cache that keeps none, and for None."""
+    return cache.contexts if isinstance(cache, HoldsContexts) else {}

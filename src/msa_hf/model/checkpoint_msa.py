@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 import shutil
 import sys
+from collections.abc import Callable, Mapping
+from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
-from .attention_config_msa import check_holds_memory, implementations_in
+from .attention_config_msa import Implementations, check_holds_memory, implementations_in
 from .attention_msa import IMPLEMENTATIONS
 from .compat_msa import warn_of_untested_version
 from .configuration_msa import AUTO_MAP, OWN_FIELDS, MSAConfig
@@ -29,6 +31,7 @@ from .retrofit_msa import (
     renumber_memory_layers,
 )
 from .trial_msa import refuse_untouchable
+from .types_msa import Arguments, ModelMixin
 from .wrapping_msa import without_outer_hook
 
 logger = logging.get_logger(__name__)
@@ -63,11 +66,11 @@ class BaseGenerationConfig(GenerationConfig):
     """Reads generation options from the base's part of a configuration: our `top_k` counts documents, not tokens."""
 
     @classmethod
-    def from_model_config(cls, model_config: Any) -> GenerationConfig:
+    def from_model_config(cls, model_config: PreTrainedConfig) -> GenerationConfig:
         return GenerationConfig.from_model_config(model_config.base_config())
 
 
-class CheckpointMixin:
+class CheckpointMixin(ModelMixin):
     """Construction, loading, retrofitting and saving.
 
     A mixin in front of the base's own class: `MSAForCausalLM(config)` makes an instance of a class
@@ -81,29 +84,29 @@ class CheckpointMixin:
     """
 
     base_class: ClassVar[type[PreTrainedModel]]
-    base_mapping: ClassVar[Any]
+    base_mapping: ClassVar[Mapping[type[PreTrainedConfig], type[PreTrainedModel]]]
     class_names: ClassVar[dict[str, str]]
     forward_arguments: ClassVar[tuple[str, ...]]
     generation_config_class = BaseGenerationConfig
-    config: Any
+    config: MSAConfig
 
-    def __new__(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls, config: MSAConfig | None = None, *args: object, **kwargs: object) -> PreTrainedModel:
         if "base_class" not in cls.__dict__ and config is not None:
             cls = cls.class_for(config.base_model_type)
         return super().__new__(cls)
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: MSAConfig, *args: object, **kwargs: object) -> None:
         warn_of_untested_version()
         if config._attn_implementation is not None:
             check_holds_memory(config._attn_implementation)
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        attach_routers(cast(nn.Module, self), config)
-        if not next(cast(nn.Module, self).parameters()).is_meta:
+        super().__init__(config, *args, **kwargs)
+        attach_routers(self, config)
+        if not next(self.parameters()).is_meta:
             initialize_routers(self, "random")
         self._check_attention()
 
     @classmethod
-    def class_for(cls, base_model_type: str | None) -> Any:
+    def class_for(cls, base_model_type: str | None) -> type[PreTrainedModel]:
         """The class that puts a memory on models of `base_model_type`; made once, then looked up.
 
         Raises:
@@ -116,7 +119,7 @@ class CheckpointMixin:
         return cls._class_on(base_class if not isinstance(base_class, tuple) else base_class[0], base_model_type)
 
     @classmethod
-    def _class_on(cls, base_class: type | None, base_model_type: str) -> Any:
+    def _class_on(cls, base_class: type[PreTrainedModel] | None, base_model_type: str) -> type[PreTrainedModel]:
         if base_class is None:
             refuse_unsupported(AutoConfig.for_model(base_model_type), base_class)
         assert base_class is not None
@@ -158,7 +161,13 @@ class CheckpointMixin:
         """Nothing to do: checkpoints always carry their code (see `save_pretrained`)."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str],
+        *args: object,
+        config: MSAConfig | None = None,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
         """Load a checkpoint of this library, or one in the layout of the published MSA models.
 
         Takes what `PreTrainedModel.from_pretrained` takes, and fields of `MSAConfig`, the memory's and the base's, as
@@ -185,15 +194,16 @@ class CheckpointMixin:
                     f"from_pretrained() got both a `config` and its fields {given}; set them in the config."
                 )
             made = cls.class_for(config.base_model_type)
-            return made.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)  # type: ignore[attr-defined]
+            return made.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         kwargs.pop("trust_remote_code", None)
         kwargs["key_mapping"] = {**PUBLISHED_NAMES, **(kwargs.get("key_mapping") or {})}
         wants_info = kwargs.pop("output_loading_info", False)
         router_init = kwargs.pop("router_init", "copy")
-        model, info = super().from_pretrained(  # type: ignore[misc]
+        model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
         )
-        if getattr(getattr(model, "generation_config", None), "_from_model_config", False):
+        options = getattr(model, "generation_config", None)  # a headless model has none
+        if options is not None and options._from_model_config:
             # Transformers read the options from config.json, for want of a generation_config.json.
             model.generation_config = BaseGenerationConfig.from_model_config(model.config)
         refuse_untouchable(model)
@@ -220,14 +230,14 @@ class CheckpointMixin:
     @classmethod
     def from_base(
         cls,
-        name_or_path_or_model: Any,
+        name_or_path_or_model: str | PathLike[str] | PreTrainedModel,
         memory_layers: list[int] | None = None,
         chunk_size: int = 64,
         top_k: int = 16,
         router_init: str = "copy",
         similarity: str = "cosine",
         **kwargs: Any,
-    ) -> Any:
+    ) -> PreTrainedModel:
         """Give a plain model a memory.
 
         Args:
@@ -271,10 +281,10 @@ class CheckpointMixin:
                 cls._retrofit(model, own, router_init)
             return loaded
         made = cls.class_for(config.base_model_type)
-        return made.from_pretrained(name_or_path_or_model, config=config, router_init=router_init, **kwargs)  # type: ignore[attr-defined]
+        return made.from_pretrained(name_or_path_or_model, config=config, router_init=router_init, **kwargs)
 
     @classmethod
-    def _config_on(cls, base_config: PreTrainedConfig, own: dict[str, Any]) -> MSAConfig:
+    def _config_on(cls, base_config: PreTrainedConfig, own: Arguments) -> MSAConfig:
         if base_config.model_type == MSAConfig.model_type:
             raise ValueError("The model has a memory already; load it with from_pretrained().")
         base_class = cls.base_mapping.get(type(base_config), None)
@@ -291,7 +301,7 @@ class CheckpointMixin:
         return MSAConfig(base_model_type=base_config.model_type, **fields, **own)
 
     @classmethod
-    def _retrofit(cls, model: Any, own: dict[str, Any], router_init: str) -> Any:
+    def _retrofit(cls, model: PreTrainedModel, own: Arguments, router_init: str) -> PreTrainedModel:
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"{type(model).__name__} is not a model of transformers; pass a decoder-only causal LM.")
         if hasattr(model, "_hf_hook"):
@@ -329,7 +339,7 @@ class CheckpointMixin:
 
     def to_base(self) -> PreTrainedModel:
         """Take the memory off again: the same object, of the base's class, without routers. Undoes `from_base`."""
-        model = cast(Any, self)
+        model = self
         base = model.config.base_config()
         base._attn_implementation = model.config._attn_implementation
         base._experts_implementation = model.config._experts_implementation
@@ -339,7 +349,7 @@ class CheckpointMixin:
         model.__class__ = type(self).base_class
         return model
 
-    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+    def set_attn_implementation(self, attn_implementation: Implementations, *args: object, **kwargs: object) -> None:
         """Choose the attention implementation: `"eager"` or `"sdpa"`, also in a dict under `""`.
 
         `"paged|eager"` and `"paged|sdpa"`, which continuous batching sets, are taken too; on them there is no memory.
@@ -350,13 +360,13 @@ class CheckpointMixin:
         for name in implementations_in(attn_implementation):
             if name not in PAGED:
                 check_holds_memory(name)
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def _check_attention(self) -> None:
         """Check that the model's attention can hold a memory, and that it heeds `set_attn_implementation`."""
         name = self.config._attn_implementation
         check_holds_memory(name)
-        setter = super().set_attn_implementation  # type: ignore[misc]
+        setter = super().set_attn_implementation
         setter(IMPLEMENTATIONS[name])
         if self.config._attn_implementation == name:
             raise ValueError(
@@ -364,31 +374,31 @@ class CheckpointMixin:
             )
         setter(name)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: object, **kwargs: object) -> object:
         """Save weights and configuration, and the code that `trust_remote_code=True` needs to load them."""
-        renumber_memory_layers(cast(nn.Module, self))
+        renumber_memory_layers(self)
         # Under the parameters' own names the base class finds them too; it converts none for this model type.
         kwargs.setdefault("save_original_format", False)
         self.config.auto_map = dict(AUTO_MAP)
-        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        result = super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             copy_code(Path(save_directory))
         return result
 
 
-def _taken_by_config(config: PreTrainedConfig, arguments: dict[str, Any]) -> dict[str, Any]:
+def _taken_by_config(config: PreTrainedConfig, arguments: Arguments) -> Arguments:
     """Take those arguments of `from_pretrained` out that are fields of the configuration, which they change."""
     fields = config.to_dict().keys() - LOADING_ARGUMENTS
     return {name: arguments.pop(name) for name in list(arguments) if name in fields}
 
 
-def _named_forward(mixin: Any, base_class: Any) -> Any:
+def _named_forward(mixin: type[CheckpointMixin], base_class: type[PreTrainedModel]) -> Callable[..., ModelOutput]:
     """A forward whose signature is the base's with our arguments added: generate() and Trainer pass on only those."""
     base = inspect.signature(base_class.forward)
     names = [name for name, item in base.parameters.items() if item.kind is item.POSITIONAL_OR_KEYWORD][1:]
     ours = mixin.forward_arguments
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: PreTrainedModel, *args: object, **kwargs: object) -> ModelOutput:
         if len(args) > len(names):
             raise TypeError(f"forward() takes at most {len(names)} positional arguments, got {len(args)}.")
         if kwargs.keys() & set(names[: len(args)]):
@@ -402,12 +412,13 @@ def _named_forward(mixin: Any, base_class: Any) -> Any:
         if name not in base.parameters
     ]
     split = next((i for i, item in enumerate(parameters) if item.kind is item.VAR_KEYWORD), len(parameters))
-    forward.__signature__ = base.replace(parameters=[*parameters[:split], *added, *parameters[split:]])  # type: ignore[attr-defined]
+    signature = base.replace(parameters=[*parameters[:split], *added, *parameters[split:]])
+    vars(forward)["__signature__"] = signature
     forward.__doc__ = mixin.forward.__doc__
     return forward
 
 
-def _replace_config(model: nn.Module, old: Any, new: Any) -> None:
+def _replace_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
     for module in model.modules():
-        if getattr(module, "config", None) is old:
+        if vars(module).get("config") is old:
             module.config = new

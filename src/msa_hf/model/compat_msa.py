@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
-from typing import Any
 
 import transformers
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
+
+from .types_msa import Arguments
 
 logger = logging.get_logger(__name__)
 
@@ -22,7 +23,7 @@ CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fi
 PEFT_CACHE = "past_key_values"  # what PEFT, up to 0.21, asks a base's inputs for, whatever transformers says
 
 
-def rename_cache(arguments: dict[str, Any]) -> Cache | None:
+def rename_cache(arguments: Arguments) -> Cache | None:
     """Put the cache among the keyword arguments of a call under the name that this transformers knows, in place.
 
     A paged cache, which continuous batching hands to attention functions as `cache` in every version, is none of these.
@@ -45,7 +46,7 @@ def rename_cache(arguments: dict[str, Any]) -> Cache | None:
     return cache
 
 
-def cache_of(output: Any) -> Cache | None:
+def cache_of(output: ModelOutput) -> Cache | None:
     """The cache that a forward or `generate` returned, None where it returned none."""
     return getattr(output, CACHE, None)
 

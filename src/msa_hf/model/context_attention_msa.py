@@ -1,7 +1,7 @@
 """Attention over `[context rows; own tokens]` with one softmax: in plain PyTorch, and through its fused kernels."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -15,6 +15,25 @@ LOGIT_ELEMENTS = 1 << 26
 BIAS_DIMENSIONS = 8
 # Before scaling, what hides a row: finite in every format, and far below any logit.
 HIDDEN = -3e4
+
+
+class LogitOptions(TypedDict):
+    """What a base does with attention logits; as the arguments of `context_attention`."""
+
+    scaling: float | None
+    softcap: float | None
+    sinks: Tensor | None
+    dropout: float
+
+
+def logit_options(arguments: Mapping[str, Any]) -> LogitOptions:
+    """Those among the keyword arguments with which a layer calls its attention function."""
+    return LogitOptions(
+        scaling=arguments.get("scaling"),
+        softcap=arguments.get("softcap"),
+        sinks=arguments.get("s_aux"),
+        dropout=arguments.get("dropout") or 0.0,
+    )
 
 
 def _causal_mask(length: int, seen: int, device: torch.device) -> Tensor:
@@ -54,7 +73,7 @@ def fused_context_attention(
         for memory, states in ((context.keys, key), (context.values, value))
     )
     if attention_mask is not None:
-        mask: Any = _joined_mask(attention_mask[..., :seen], context, query)
+        mask = _joined_mask(attention_mask[..., :seen], context, query)
     else:
         scaling = dim**-0.5 if scaling is None else scaling
         query, keys, values = _with_row_bias(query, keys, values, context, scaling)
@@ -142,7 +161,12 @@ def context_attention(
 
 
 def context_attention_and_weights(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, context: MemoryContext, **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    context: MemoryContext,
+    **options: Unpack[LogitOptions],
 ) -> tuple[Tensor, Tensor]:
     """`context_attention`, and the weights [B, H, T, S] of the own tokens.
 

@@ -8,21 +8,22 @@ layers (`assistant_early_exit`), draft without.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .memory_msa import Memory
 from .options_msa import GenerationOptions
+from .types_msa import Arguments
 
 
-def has_memory(assistant: Any) -> bool:
+def has_memory(assistant: PreTrainedModel) -> bool:
     """Tell whether an assistant is a model that can draw on a bank."""
     return hasattr(assistant, "memory_origin")
 
 
-def refuse_assistant(assistant: Any, memory: Memory | None, options: GenerationOptions) -> None:
+def refuse_assistant(assistant: PreTrainedModel | None, memory: Memory | None, options: GenerationOptions) -> None:
     """Refuse what cannot draft for a model with a memory.
 
     Raises:
@@ -34,7 +35,7 @@ def refuse_assistant(assistant: Any, memory: Memory | None, options: GenerationO
             f"`{name}` drafts from the model's hidden states with a cache of its own, which does not hold the "
             "documents of a memory. Leave it out; `assistant_model` and `prompt_lookup_num_tokens` work."
         )
-    if memory is not None and has_memory(assistant):
+    if memory is not None and assistant is not None and has_memory(assistant):
         try:
             assistant._check_bank(memory)
         except ValueError as error:
@@ -50,7 +51,7 @@ def drafting_option(options: GenerationOptions) -> str | None:
     return next((name for name in names if options[name] is not None), None)
 
 
-def refuse_drafts_of_offloaded(model: Any, options: GenerationOptions) -> None:
+def refuse_drafts_of_offloaded(model: PreTrainedModel, options: GenerationOptions) -> None:
     """Raise ValueError where tokens are to be drafted with a model whose first weights are offloaded: transformers
     moves drafts to where these are, which is nowhere."""
     drafting = drafting_option(options)
@@ -71,15 +72,15 @@ def refuse_drafts(options: GenerationOptions) -> None:
         )
 
 
-def drafting_arguments(arguments: dict[str, Any], ours: Collection[str]) -> dict[str, Any]:
+def drafting_arguments(arguments: Arguments, ours: Collection[str]) -> Arguments:
     """A model's keyword `arguments` that any assistant may see: without those of a memory (`ours`), and without
     positions, which leave room for a prefix and documents."""
     return {name: value for name, value in arguments.items() if name not in (*ours, "position_ids")}
 
 
-def memory_arguments(arguments: dict[str, Any], input_ids: Tensor, device: torch.device) -> dict[str, Any]:
+def memory_arguments(arguments: Arguments, input_ids: Tensor, device: torch.device) -> Arguments:
     """The arguments of an assistant with a memory besides: the bank itself, and tensors on its device."""
-    mask: Any = arguments.get("attention_mask")  # None where it hides nothing
+    mask = arguments.get("attention_mask")  # None where it hides nothing
     given = {
         "memory": arguments["memory"],
         "routing_mask": arguments.get("routing_mask"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .dense_layer_msa import chunks_of
 from .memory_msa import DenseLayer, Document, DocumentTable, MemoryBank
@@ -17,6 +18,7 @@ from .modes_msa import evaluating
 from .positions_msa import position_limit
 from .splitting_msa import LimitTooSmall, split_text
 from .tokenizing_msa import tokenize_texts
+from .types_msa import RawDocument
 from .wrapping_msa import input_device
 
 # Documents read ahead and sorted by length, in batches' worth of tokens: little padding, bounded memory.
@@ -30,14 +32,14 @@ class _Item:
 
     key: str
     text: str | None
-    metadata: dict[str, Any] | None
+    metadata: dict[str, object] | None
     ids: Tensor  # [tokens] int64
 
 
 def encode_documents(
-    model: Any,
-    documents: Iterable[Any],
-    tokenizer: Any = None,
+    model: PreTrainedModel,
+    documents: Iterable[RawDocument],
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     batch_tokens: int = 16384,
     max_length: int | None = None,
@@ -45,7 +47,7 @@ def encode_documents(
     add_special_tokens: bool = False,
     text_column: str = "text",
     key_column: str = "key",
-    bank_device: Any = None,
+    bank_device: torch.device | str | None = None,
     show_progress: bool = True,
 ) -> MemoryBank:
     """Encode documents into a bank; see `MSAForCausalLM.encode_documents`."""
@@ -114,7 +116,9 @@ def _window(items: Iterator[_Item], tokens: int) -> list[_Item]:
     return window
 
 
-def _encode_window(model: Any, window: list[_Item], batch_tokens: int, device: torch.device) -> dict[int, DenseLayer]:
+def _encode_window(
+    model: PreTrainedModel, window: list[_Item], batch_tokens: int, device: torch.device
+) -> dict[int, DenseLayer]:
     """Encode a window in batches of similar length; the result is in the window's order."""
     order = sorted(range(len(window)), key=lambda place: len(window[place].ids))
     encoded: dict[int, list[DenseLayer]] = {}
@@ -162,7 +166,7 @@ class _Fields(NamedTuple):
     number: int
     key: str
     text: str | None
-    metadata: dict[str, Any] | None
+    metadata: dict[str, object] | None
     ids: Tensor | None
 
 
@@ -170,7 +174,7 @@ class _Fields(NamedTuple):
 class _Reader:
     """Turns what a user calls documents into items with token ids."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase | None
     limit: int
     too_long: str
     chunk_size: int
@@ -179,7 +183,7 @@ class _Reader:
     key_column: str
     vocabulary: int | None = None
 
-    def read(self, documents: Iterable[Any], progress: Any) -> Iterator[_Item]:
+    def read(self, documents: Iterable[RawDocument], progress: tqdm[object]) -> Iterator[_Item]:
         keys: set[str] = set()
         for block in self._blocks(documents):
             for number, items in self._tokenized(block):
@@ -190,11 +194,11 @@ class _Reader:
                     yield item
                 progress.update()
 
-    def items(self, number: int, document: Any) -> Iterator[_Item]:
+    def items(self, number: int, document: RawDocument) -> Iterator[_Item]:
         """A document, or its parts."""
         return next(self._tokenized([self._fields(number, document)]))[1]
 
-    def _blocks(self, documents: Iterable[Any]) -> Iterator[list[_Fields]]:
+    def _blocks(self, documents: Iterable[RawDocument]) -> Iterator[list[_Fields]]:
         """Documents whose texts are tokenized together; no more are read ahead than that is of use for."""
         block: list[_Fields] = []
         held = 0
@@ -242,7 +246,7 @@ class _Reader:
             except LimitTooSmall as error:
                 raise ValueError(f"Document {number} (key {key!r}) cannot be split: {error}.") from None
 
-    def _fields(self, number: int, document: Any) -> _Fields:
+    def _fields(self, number: int, document: RawDocument) -> _Fields:
         if isinstance(document, str):
             return _Fields(number, str(number), document, None, None)
         if not isinstance(document, Mapping):
@@ -278,7 +282,7 @@ class _Reader:
             yield None if self.tokenizer is None else self.tokenizer.decode(piece), piece
 
 
-def _ids(number: int, values: Any) -> Tensor:
+def _ids(number: int, values: object) -> Tensor:
     """Token ids of document `number` as [tokens] int64 on the CPU."""
     if isinstance(values, bytes | bytearray) or not (
         isinstance(values, Sequence | Tensor) or hasattr(values, "tolist")

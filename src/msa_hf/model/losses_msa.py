@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from .configuration_msa import MSAConfig
 
 
 def positive_mask(positive_docs: Tensor, present: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def router_loss(
 def auxiliary_loss(
     document_scores: Mapping[int, Tensor],
     positives: Tensor,
-    config: Any,
+    config: MSAConfig,
     labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:

@@ -8,7 +8,7 @@ import importlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, overload, runtime_checkable
@@ -47,7 +47,7 @@ class Document:
 
     key: str
     text: str | None
-    metadata: dict[str, Any] | None
+    metadata: dict[str, object] | None
     tokens: int
     chunks: int
     id: int | None = None
@@ -279,6 +279,22 @@ class LayerMemory(Protocol):
         """The rows of the documents of a selection, keys and values in `dtype`."""
 
 
+class OpenSession:
+    """A session in which there is nothing to do but to hand out the layers.
+
+    A class of its own, because torch.compile follows no `nullcontext` that hands out something.
+    """
+
+    def __init__(self, layers: Mapping[int, LayerMemory]) -> None:
+        self.layers = layers
+
+    def __enter__(self) -> Mapping[int, LayerMemory]:
+        return self.layers
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 @runtime_checkable
 class Snapshots(Protocol):
     """What a forward can take as its memory: whatever has a state that stays as it is."""
@@ -368,7 +384,7 @@ class MemoryBank:
         self.num_chunks, self.num_tokens = counts
 
     def _validate(self) -> None:
-        def require(valid: Any, problem: str) -> None:
+        def require(valid: object, problem: str) -> None:
             if not valid:
                 raise ValueError(problem)
 
@@ -442,7 +458,7 @@ class MemoryBank:
     def session(self, request: RoutingRequest) -> AbstractContextManager[Mapping[int, LayerMemory]]:
         """The layers, for one forward; see `Memory`."""
         layout = self.layout.renewed()
-        return nullcontext({layer: memory.over(layout) for layer, memory in self.layers.items()})
+        return OpenSession({layer: memory.over(layout) for layer, memory in self.layers.items()})
 
     def layer(self, index: int) -> DenseLayer:
         """The memory of layer `index`.

@@ -12,10 +12,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
     MODEL_MAPPING_NAMES,
 )
+from transformers.utils import ModelOutput
 
 from .checkpoint_msa import CheckpointMixin
 from .configuration_msa import MSAConfig
-from .inference_msa import MEMORY_ARGUMENTS, GeneratingMixin, MemoryMixin, attends, without_memory
+from .generating_msa import GeneratingMixin
+from .inference_msa import MEMORY_ARGUMENTS, MemoryMixin, attends
+from .memory_msa import Memory
 from .outputs_msa import MSACausalLMOutput, MSAModelOutput
 from .retrofit_msa import renumber_memory_layers
 from .training_msa import TRAINING_ARGUMENTS, TrainingMixin
@@ -30,13 +33,24 @@ class MSAModel(MemoryMixin, CheckpointMixin, PreTrainedModel):
     output_class = MSAModelOutput
     forward_arguments = MEMORY_ARGUMENTS
 
-    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        memory: Memory | None = None,
+        routing_mask: Tensor | None = None,
+        force_documents: Tensor | None = None,
+        output_document_scores: bool | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput | tuple[Any, ...]:
         """The base's forward; with `memory`, `routing_mask`, `force_documents`, `output_document_scores` it attends."""
         kwargs["input_ids"] = input_ids
         renumber_memory_layers(self)
         if kwargs.get("memory_pass") is not None:
             return self.run_base(**kwargs)
-        return self.memory_forward(**kwargs) if attends(kwargs) else super().forward(**without_memory(kwargs))  # type: ignore[misc]
+        if not attends(memory, routing_mask, force_documents, kwargs):
+            return super().forward(**kwargs)
+        return self.memory_forward(memory, routing_mask, force_documents, bool(output_document_scores), **kwargs)
 
 
 class MSAForCausalLM(GeneratingMixin, TrainingMixin, CheckpointMixin, PreTrainedModel, GenerationMixin):
@@ -52,7 +66,16 @@ class MSAForCausalLM(GeneratingMixin, TrainingMixin, CheckpointMixin, PreTrained
     output_class = MSACausalLMOutput
     forward_arguments = (*MEMORY_ARGUMENTS, *TRAINING_ARGUMENTS)
 
-    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        memory: Memory | None = None,
+        routing_mask: Tensor | None = None,
+        force_documents: Tensor | None = None,
+        output_document_scores: bool | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput | tuple[Any, ...]:
         """The base's forward, and with a memory or documents the following.
 
         Inference:
@@ -81,12 +104,14 @@ class MSAForCausalLM(GeneratingMixin, TrainingMixin, CheckpointMixin, PreTrained
         if kwargs.get("memory_pass") is not None:  # from `run_from_outside`
             return self.run_base(**kwargs)
         if kwargs.get("doc_ids") is not None or kwargs.get("documents") is not None:
-            return self.training_forward(**kwargs)
+            if memory is not None:
+                raise ValueError("A training step brings its own documents; leave `memory` out.")
+            return self.training_forward(routing_mask=routing_mask, force_documents=force_documents, **kwargs)
         if given := [name for name in TRAINING_ARGUMENTS if kwargs.pop(name, None) is not None]:
             raise ValueError(f"`{given[0]}` belongs to a training step: pass `documents` or `doc_ids` with it.")
-        if attends(kwargs):
-            output = self.memory_forward(**kwargs)
-            if isinstance(output, MSACausalLMOutput):
-                output.lm_loss = output.loss
-            return output
-        return super().forward(**without_memory(kwargs))  # type: ignore[misc]
+        if not attends(memory, routing_mask, force_documents, kwargs):
+            return super().forward(**kwargs)
+        output = self.memory_forward(memory, routing_mask, force_documents, bool(output_document_scores), **kwargs)
+        if isinstance(output, MSACausalLMOutput):
+            output.lm_loss = output.loss
+        return output

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import Cache, GenerationConfig, PreTrainedConfig
 
 from .cache_msa import MSACache, MSAQuantizedCache
+from .types_msa import Arguments
 
 # Implementations of transformers' cache that hold a memory; "hybrid" is what old configurations call the dynamic one.
 GROWING_CACHES = (None, "dynamic", "hybrid", "offloaded", "quantized")
@@ -27,7 +28,7 @@ class GenerationOptions:
         TypeError: where `generation_config` is none.
     """
 
-    def __init__(self, arguments: Mapping[str, Any], own: GenerationConfig) -> None:
+    def __init__(self, arguments: Mapping[str, object], own: GenerationConfig) -> None:
         given = arguments.get("generation_config")
         if given is not None and not isinstance(given, GenerationConfig):
             raise TypeError(
@@ -44,7 +45,9 @@ class GenerationOptions:
         return getattr(self.own, name, None) if found is None else found
 
 
-def bind_positional(function: Callable[..., Any], values: tuple[Any, ...], arguments: dict[str, Any]) -> dict[str, Any]:
+def bind_positional(
+    function: Callable[..., object], values: tuple[object, ...], arguments: Mapping[str, object]
+) -> Arguments:
     """`arguments` with the positional `values` of a call of `function` under their names.
 
     Raises:
@@ -60,7 +63,7 @@ def bind_positional(function: Callable[..., Any], values: tuple[Any, ...], argum
     return {**bound, **arguments}
 
 
-def cache_for(options: GenerationOptions, config: PreTrainedConfig, device: torch.device) -> Any:
+def cache_for(options: GenerationOptions, config: PreTrainedConfig, device: torch.device) -> Cache:
     """An empty cache that keeps the chosen documents, of the kind that `cache_implementation` names.
 
     Args:
@@ -109,7 +112,7 @@ def refuse_attentions(options: GenerationOptions, attention: str | None) -> None
         )
 
 
-def leave_out(option: str, arguments: dict[str, Any], options: GenerationOptions) -> None:
+def leave_out(option: str, arguments: Arguments, options: GenerationOptions) -> None:
     """Have transformers see `option` unset, in the keywords `arguments` of a call, in place."""
     if options[option] is None:
         return

@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .types_msa import Arguments
 
 # Kinds of rotary embeddings whose frequencies are the same in every call. A kind unknown here is taken for one that
 # switches, which computes the same where it does not.
@@ -28,7 +31,7 @@ _steady: weakref.WeakKeyDictionary[nn.Module, dict[tuple[torch.device, int], nn.
 _lock = threading.Lock()
 
 
-def switching_rope(config: Any) -> list[dict[str, Any]]:
+def switching_rope(config: PreTrainedConfig) -> list[Arguments]:
     """The `rope_parameters` of a configuration whose frequencies depend on the length of a batch, one per layer type
     that has its own; empty where none do."""
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -40,7 +43,7 @@ def _switches(rope_type: str) -> bool:
     return rope_type not in STEADY_ROPE_TYPES
 
 
-def reach(config: Any) -> int | None:
+def reach(config: PreTrainedConfig) -> int | None:
     """Tokens of the longest text that the position scheme of a configuration is made for; None where it does not say.
 
     Dynamic NTK stretches the base's positions by its factor, LongRoPE has been stretched already.
@@ -50,13 +53,13 @@ def reach(config: Any) -> int | None:
     return None if positions is None else int(positions * max(stretched, default=1.0))
 
 
-def position_limit(config: Any) -> int | None:
+def position_limit(config: PreTrainedConfig) -> int | None:
     """Positions that a text may take up, None where nothing limits them."""
     length = getattr(config, "rope_length", None)
     return length if length is not None else getattr(config, "max_position_embeddings", None)
 
 
-def equivalent_length(config: Any) -> int | None:
+def equivalent_length(config: PreTrainedConfig) -> int | None:
     """The greatest `rope_length` with the frequencies that a configuration has, None where they never change.
 
     Two models whose numbers are equal place tokens alike.
@@ -76,7 +79,7 @@ def equivalent_length(config: Any) -> int | None:
     return min(greatest)
 
 
-def steady_rotary_embeddings(model: nn.Module, config: Any) -> None:
+def steady_rotary_embeddings(model: nn.Module, config: PreTrainedConfig) -> None:
     """Make the rotary embeddings of a model heed `in_positions_of`.
 
     Raises:
@@ -124,7 +127,7 @@ def _switching_modules(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def in_positions_of(config: Any, position_ids: Tensor | None = None) -> Iterator[None]:
+def in_positions_of(config: PreTrainedConfig, position_ids: Tensor | None = None) -> Iterator[None]:
     """A run of the base with the frequencies that its configuration chose.
 
     Args:
@@ -152,7 +155,7 @@ def in_positions_of(config: Any, position_ids: Tensor | None = None) -> Iterator
         _length.reset(token)
 
 
-def _rotate(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _rotate(module: nn.Module, *args: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
     """The forward of a rotary embedding: (hidden states, position ids [..., T]) -> cosines and sines [..., T, D]."""
     length = _length.get()
     if length is None:
@@ -180,7 +183,7 @@ def _steady_module(module: nn.Module, device: torch.device, length: int) -> nn.M
         if (device, length) not in own:
             # Not a copy: calls of others may have changed what the module keeps.
             with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-                made: Any = type(module)(module.config)
+                made = type(module)(module.config)
             made.to(device)
             kinds = module.rope_type if isinstance(module.rope_type, dict) else None
             with torch.inference_mode(False), torch.no_grad():

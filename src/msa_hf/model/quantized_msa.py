@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from os import PathLike
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .gradients_msa import ROUTER_MODULES
 
@@ -16,13 +17,13 @@ SKIPPED_MODULES = ("modules_to_not_convert", "llm_int8_skip_modules")
 QUANTIZATION_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
 
 
-def is_quantized_checkpoint(config: Any, arguments: Mapping[str, Any]) -> bool:
+def is_quantized_checkpoint(config: PreTrainedConfig, arguments: Mapping[str, object]) -> bool:
     """Tell whether a load with the keyword `arguments` reads or makes quantized weights, or reads a GGUF file."""
     asked = any(arguments.get(name) is not None for name in ("gguf_file", "quantization_config"))
     return asked or getattr(config, "quantization_config", None) is not None
 
 
-def refuse_bare_gguf(name_or_path: Any) -> None:
+def refuse_bare_gguf(name_or_path: str | PathLike[str]) -> None:
     """Raise ValueError for the path of a GGUF file in the place of a directory."""
     if str(name_or_path).endswith(".gguf"):
         raise ValueError(
@@ -38,7 +39,7 @@ def is_plain(weight: Tensor) -> bool:
 
 
 @torch.no_grad()
-def effective_weight(linear: Any, layer: Any, name: str, dtype: torch.dtype) -> Tensor:
+def effective_weight(linear: nn.Module, layer: int, name: str, dtype: torch.dtype) -> Tensor:
     """The matrix [out, in] that a linear layer multiplies by, plain, whatever it is kept as.
 
     Layers that are quantized, or whose weights accelerate has put elsewhere, are asked for it: the images of the unit
@@ -67,7 +68,7 @@ def effective_weight(linear: Any, layer: Any, name: str, dtype: torch.dtype) -> 
     return images.T
 
 
-def note_plain_routers(model: Any) -> None:
+def note_plain_routers(model: PreTrainedModel) -> None:
     """Have a model that was given routers be saved and loaded as what it is.
 
     Its routers are not quantized, whatever the rest is. A model whose weights were read from a GGUF file as plain

@@ -1,13 +1,12 @@
 """Attributes that were renamed: the old names work for one release, with a DeprecationWarning."""
 
 import warnings
-from typing import Any
 
 
-def renamed_attribute(old: str, new: str) -> Any:
+def renamed_attribute(old: str, new: str) -> property:
     """A property that reads the attribute `new` where it is asked for by its name of before."""
 
-    def read(owner: object) -> Any:
+    def read(owner: object) -> object:
         warnings.warn(
             f"`{type(owner).__name__}.{old}` is `{new}` now; the old name goes with the next release.",
             DeprecationWarning,

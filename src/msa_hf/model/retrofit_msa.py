@@ -1,14 +1,14 @@
 """Retrofit: finding the attention layers of a base model and giving the memory layers their routers."""
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention_config_msa import AttentionConfig
 from .attention_msa import ScoreBias, _eager_of, enter_memory_layer
+from .configuration_msa import MSAConfig
 from .gradients_msa import ROUTER_MODULES
 from .positions_msa import restore_rotary_embeddings, steady_rotary_embeddings
 from .quantized_msa import effective_weight, is_plain
@@ -107,7 +107,7 @@ def query_key_weights(module: nn.Module, config: PreTrainedConfig, dtype: torch.
     return query, key
 
 
-def attach_routers(model: nn.Module, config: Any) -> None:
+def attach_routers(model: nn.Module, config: MSAConfig) -> None:
     """Give the memory layers of `model` their routers (uninitialized) and hooks, all attention layers our functions.
 
     `router_q_proj` [H * D, hidden] and `router_k_proj` [G * D, hidden] are plain linear layers without bias on the
@@ -146,7 +146,7 @@ def attach_routers(model: nn.Module, config: Any) -> None:
     model.memory_depth = config.num_hidden_layers
 
 
-def renumber_memory_layers(model: Any) -> None:
+def renumber_memory_layers(model: PreTrainedModel) -> None:
     """Bring the configuration up to date where layers were repeated or left out since the routers were attached, as
     `layer_replication` of PEFT does; copies of a memory layer are memory layers.
 
@@ -186,7 +186,7 @@ def detach_routers(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def initialize_routers(model: Any, how: str, routers: Collection[nn.Module] | None = None) -> None:
+def initialize_routers(model: PreTrainedModel, how: str, routers: Collection[nn.Module] | None = None) -> None:
     """Set the routers' first weights.
 
     Args:

@@ -5,7 +5,7 @@ Plain PyTorch. Scores are accumulated and compared in float32, in tiles: never t
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -164,13 +164,24 @@ class LayerRouting:
     document_scores: Tensor | None = None
 
 
-def scoring_of(config: Any, similarity: str) -> Scoring:
+class RoutingFields(Protocol):
+    """What routing reads of an `MSAConfig`."""
+
+    head_reduction: str
+    query_reduction: str
+    chunk_reduction: str
+    top_k: int
+    score_bias: bool
+    num_attention_heads: int
+
+
+def scoring_of(config: RoutingFields, similarity: str) -> Scoring:
     """The scoring that an `MSAConfig` names, by one of its two similarities."""
     return Scoring(similarity, config.head_reduction, config.query_reduction, config.chunk_reduction)
 
 
 def routing_request(
-    config: Any,
+    config: RoutingFields,
     scoring: Scoring,
     routing_mask: Tensor,
     rows: int,

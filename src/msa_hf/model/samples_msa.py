@@ -9,14 +9,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .types_msa import Arguments
+
 NAMES = ("adapter_names", "task_ids")
 OFFSETS = "alora_offsets"
 Offsets = Callable[[Sequence[int | None]], list[int | None]]
+Values = Tensor | list[str]  # of each sample: the task's number, or the adapter's name
 
 
 @contextmanager
@@ -31,8 +33,10 @@ def sequences_of(model: nn.Module, count: int, owners: Tensor | None, offsets: O
         ValueError: in the run, where sequences are shared by samples of several adapters or tasks.
     """
 
-    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-        changed = {name: _picked(name, kwargs[name], count, owners) for name in NAMES if kwargs.get(name) is not None}
+    def replace(module: nn.Module, args: tuple[Tensor, ...], kwargs: Arguments) -> tuple[tuple[Tensor, ...], Arguments]:
+        changed: Arguments = {
+            name: _picked(name, kwargs[name], count, owners) for name in NAMES if kwargs.get(name) is not None
+        }
         if kwargs.get(OFFSETS) is not None:
             _refuse_checkpointing(model)
             changed[OFFSETS] = [None] * count if offsets is None else offsets(kwargs[OFFSETS])
@@ -54,8 +58,8 @@ def one_adapter(model: nn.Module) -> Iterator[None]:
         ValueError: in the run, where `adapter_names` gives a sample another one.
     """
 
-    def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        active: Any = module.active_adapters
+    def compare(module: nn.Module, args: tuple[Tensor, ...], kwargs: Arguments) -> None:
+        active = module.active_adapters
         if others := sorted(set(kwargs.get("adapter_names") or ()) - set(active)):
             raise ValueError(
                 f"`adapter_names` names {others}, but the bank was made with {sorted(active)}, which are active. Ask "
@@ -80,7 +84,7 @@ def _adapted_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
-def _picked(name: str, values: Any, count: int, owners: Tensor | None) -> Any:
+def _picked(name: str, values: Values, count: int, owners: Tensor | None) -> Values:
     """The values of the sequences, of those of the samples."""
     if owners is None:
         if len(distinct := set(values.tolist() if isinstance(values, Tensor) else values)) > 1:

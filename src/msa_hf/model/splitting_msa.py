@@ -3,7 +3,8 @@
 import re
 from bisect import bisect_left
 from collections.abc import Iterator
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from .tokenizing_msa import token_spans, tokenize
 
@@ -21,7 +22,7 @@ class LimitTooSmall(ValueError):
 
 
 def split_text(
-    tokenizer: Any, text: str, limit: int, add_special_tokens: bool = False
+    tokenizer: PreTrainedTokenizerBase, text: str, limit: int, add_special_tokens: bool = False
 ) -> Iterator[tuple[str, list[int]]]:
     """Pieces that together are `text`, each with its token ids.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +61,7 @@ class TrainingMixin(MemoryMixin):
     ) -> Any:
         if doc_ids is not None and documents is not None:
             raise ValueError("Pass packed rows (`doc_ids`) or a pool (`documents`), not both.")
-        if kwargs.pop("memory", None) is not None:
-            raise ValueError("A training step brings its own documents; leave `memory` out.")
-        cache: Any = rename_cache(kwargs)
+        cache = rename_cache(kwargs)
         kwargs.pop(CACHE, None)
         embeds: Tensor | None = kwargs.pop("inputs_embeds", None)
         tokens = input_ids if embeds is None else embeds
@@ -103,7 +101,7 @@ class TrainingMixin(MemoryMixin):
             answer_mask=answer_mask,
             routing_mask=routing_mask,
         )
-        for name in ("use_cache", "output_document_scores", "skip_logits"):  # the last is Trainer's with liger kernels
+        for name in ("use_cache", "skip_logits"):  # the latter is Trainer's with liger kernels
             kwargs.pop(name, None)
         mask = (torch.ones_like(marks) if attention_mask is None else attention_mask).bool()
         if not bool(mask.any(1).all()):
@@ -154,7 +152,7 @@ class TrainingMixin(MemoryMixin):
     def _language_loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Any) -> Tensor:
         """The base's loss; 0 where nothing is labeled."""
         count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        return cast(Any, self).loss_function(
+        return self.loss_function(
             logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=count.clamp(min=1)
         )
 
@@ -172,7 +170,7 @@ class TrainingMixin(MemoryMixin):
             )
         finally:
             recorded = memory_pass.finish()
-        if is_sharded(cast(nn.Module, self)):
+        if is_sharded(self):
             recorded = memory_pass.tied(recorded, output[0])
         return output, recorded
 
@@ -217,9 +215,9 @@ class TrainingMixin(MemoryMixin):
     ) -> MSACausalLMOutput:
         positions = torch.arange(pool.ids.shape[1], device=pool.ids.device).expand(pool.ids.shape)
         # Padding stands behind the documents, where causal attention does not look.
-        with sequences_of(cast(nn.Module, self), len(pool.ids), owners=None):
+        with sequences_of(self, len(pool.ids), owners=None):
             _, layers = self._run_pass(self._encoding_pass(pool.lengths), pool.ids, positions, backbone_only=True)
-        with sequences_of(cast(nn.Module, self), 1, owners=None):
+        with sequences_of(self, 1, owners=None):
             prefix = self.prefix_states(functools.partial(self.run_base, backbone_only=True))
         attending = self._attending_pass(
             layers,
@@ -258,7 +256,7 @@ class TrainingMixin(MemoryMixin):
             positions = torch.arange(start, start + length, device=input_ids.device).expand(blocks.mask.shape)
             if position_ids is not None:
                 positions = torch.where(blocks.mask, blocks.take(position_ids.expand(input_ids.shape)), positions)
-            with sequences_of(cast(nn.Module, self), len(blocks.mask), owners, offsets):
+            with sequences_of(self, len(blocks.mask), owners, offsets):
                 output, recorded = self._run_pass(memory_pass, blocks.take(input_ids), positions, **kwargs)
             pieces.append((blocks, output))
             return recorded
