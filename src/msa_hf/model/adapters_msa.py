@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class ActiveAdapter:
     @property
     def is_plain_lora(self) -> bool:
         """Tell whether all that it does is to add `scaling * B @ A` to the weight of a linear layer."""
-        layer: Any = self.layer
+        layer = self.layer
         if type(layer) is not _peft("tuners.lora").Linear or self.name in layer.lora_variant:
             return False
         factors = layer.lora_A[self.name], layer.lora_B[self.name]
@@ -84,7 +85,7 @@ class ActiveAdapter:
 
     def settings(self) -> list[str]:
         """The settings that change its effect besides its parameters, as text."""
-        layer: Any = self.layer
+        layer = self.layer
         lora = isinstance(layer, _peft("tuners.lora").LoraLayer)
         found = []
         for name in LORA_SETTINGS if lora else layer.other_param_names:
@@ -126,7 +127,7 @@ class ActiveAdapter:
         Returns:
             [n] float64 on the CPU, and the dtype.
         """
-        layer: Any = self.layer
+        layer = self.layer
         first, second = (item[self.name].weight.detach() for item in (layer.lora_A, layer.lora_B))
         if layer.fan_in_fan_out:
             columns, rows = places // second.shape[0], places % second.shape[0]
@@ -138,7 +139,7 @@ class ActiveAdapter:
 
 
 @functools.cache
-def _peft(module: str) -> Any:
+def _peft(module: str) -> ModuleType:
     return importlib.import_module(f"peft.{module}")
 
 
@@ -149,13 +150,13 @@ def _layer_classes() -> tuple[type, ...]:
     return _peft("tuners.tuners_utils").BaseTunerLayer, _peft("utils.other").AuxiliaryTrainingWrapper
 
 
-def adapter_layers(model: nn.Module) -> list[Any]:
+def adapter_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of PEFT in a model, active or not."""
     classes = _layer_classes()
     return [module for module in model.modules() if isinstance(module, classes)] if classes else []
 
 
-def adapter_state(model: nn.Module) -> tuple[Any, ...]:
+def adapter_state(model: nn.Module) -> tuple[object, ...]:
     """All that PEFT can switch without touching a parameter, to be compared with what it was."""
     return tuple(
         (
@@ -221,6 +222,6 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return torch.equal(first.flatten()[start], second.flatten()[start]) and torch.equal(first, second)
 
 
-def _wrapped(layer: Any) -> nn.Module:
+def _wrapped(layer: nn.Module) -> nn.Module:
     """The module that a layer of PEFT stands in front of."""
     return layer.base_layer if isinstance(layer, _peft("tuners.tuners_utils").BaseTunerLayer) else layer.original_module

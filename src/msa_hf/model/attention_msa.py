@@ -14,7 +14,7 @@ apart and hands on copies, of which the model would never see what was recorded.
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ SCORES_ARE_NAN = (
 
 AttentionOutput = tuple[Tensor, Tensor | None]
 AttentionFunction = Callable[..., AttentionOutput]
+Record = TypeVar("Record")
 
 
 class MemoryPass(Protocol):
@@ -67,6 +68,17 @@ class MemoryPass(Protocol):
         **kwargs: object,
     ) -> AttentionOutput:
         """Compute the attention of a layer."""
+
+
+class RecordingPass(MemoryPass, Protocol[Record]):
+    """A pass that keeps something of every layer."""
+
+    def finish(self) -> dict[int, Record]:
+        """Layer -> what was recorded; the pass lets go of it."""
+
+    @staticmethod
+    def tied(recorded: dict[int, Record], output: Tensor, /) -> dict[int, Record]:
+        """What was recorded, tied to the output of its run (see `tie`)."""
 
 
 def enter_memory_layer(module: nn.Module, args: tuple[Tensor, ...], kwargs: Arguments) -> None:

@@ -12,6 +12,7 @@ from .compat_msa import CACHE_NAMES
 from .peft_msa import teach_targets
 from .positions_msa import reach, switching_rope
 from .routing_msa import SCORINGS
+from .types_msa import Arguments
 
 # The files that travel with a checkpoint (`trust_remote_code=True`); flat, importing only each other.
 AUTO_MAP = {
@@ -151,7 +152,7 @@ class MSAConfig(PreTrainedConfig):
         focal_gamma: float = 2.0,
         rope_length: int | None = None,
         routers_trained: bool | None = None,
-        msa_config: dict[str, Any] | None = None,
+        msa_config: Arguments | None = None,
         **kwargs: Any,
     ) -> None:
         own = {name: value for name, value in locals().items() if name in OWN_FIELDS}
@@ -185,7 +186,7 @@ class MSAConfig(PreTrainedConfig):
         self.validate_memory_fields()
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: Arguments, **kwargs: Any) -> "MSAConfig":
         """`PreTrainedConfig.from_dict`; overrides of the memory's fields are checked like arguments."""
         fields = dict(config_dict)
         if fields.get("model_type", cls.model_type) != cls.model_type:
@@ -212,23 +213,24 @@ class MSAConfig(PreTrainedConfig):
         Raises:
             ValueError: naming the first field that is unknown, out of range or contradicts another.
         """
+        fields = vars(self)
         for name, names in CHOICES.items():
             choices = (None, *names) if name == "training_similarity" else tuple(names)
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+            if fields[name] not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {fields[name]!r}.")
         for name in COUNTS:
-            value = getattr(self, name)
+            value = fields[name]
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
         for name in FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
+            if not isinstance(fields[name], bool):
+                raise ValueError(f"`{name}` must be true or false, got {fields[name]!r}.")
         for name in WEIGHTS:
-            value = getattr(self, name)
+            value = fields[name]
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
                 raise ValueError(f"`{name}` must be a number of at least 0, got {value!r}.")
         for name in ("aux_temperature", "focal_gamma"):
-            value = getattr(self, name)
+            value = fields[name]
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
                 raise ValueError(f"`{name}` must be a number above 0, got {value!r}.")
 
@@ -272,7 +274,7 @@ class MSAConfig(PreTrainedConfig):
         self.prefix_token_ids = list(prefix)
 
     @staticmethod
-    def _layer_list(name: str, layers: Any, allowed: Any) -> list[int]:
+    def _layer_list(name: str, layers: object, allowed: Collection[int]) -> list[int]:
         if not isinstance(layers, list | tuple) or not layers:
             raise ValueError(f"`{name}` must be a non-empty list of layer indices, got {layers!r}.")
         bad = [layer for layer in layers if type(layer) is not int or layer not in allowed]
@@ -298,7 +300,7 @@ class MSAConfig(PreTrainedConfig):
             fields["architectures"] = [name.removeprefix("MSA") for name in fields["architectures"]]
         return CONFIG_MAPPING[self.base_model_type](**fields)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Arguments:
         """The fields by name; the base's and the memory's side by side."""
         if self.base_model_type is not None:
             teach_targets(self.base_model_type)
@@ -306,7 +308,7 @@ class MSAConfig(PreTrainedConfig):
         for name in BASE_CLASS_ATTRIBUTES:
             output.pop(name, None)
         for name in ("rope_length", "routers_trained"):
-            if getattr(self, name) is None:
+            if vars(self).get(name) is None:
                 output.pop(name, None)
         return output
 
@@ -318,7 +320,7 @@ _DEFAULTS = {
 }
 
 
-def _with_published(fields: dict[str, Any], msa_config: Any, base: dict[str, Any]) -> dict[str, Any]:
+def _with_published(fields: Arguments, msa_config: object, base: Arguments) -> Arguments:
     """`fields` completed by those that `msa_config` sets; a field that both set differently is refused."""
     if not isinstance(msa_config, dict):
         raise ValueError(f"`msa_config` must be a dictionary, got {msa_config!r}.")
@@ -341,7 +343,7 @@ def _default_aux_layers(memory_layers: list[int], count: int) -> list[int]:
     return [layer for layer in memory_layers if layer >= count // 2] or list(memory_layers)
 
 
-def _layers_that_stay(saved: dict[str, Any], memory_layers: Any) -> list[int] | None:
+def _layers_that_stay(saved: Arguments, memory_layers: object) -> list[int] | None:
     """`aux_layers` for other memory layers than the saved ones.
 
     Fewer layers keep those that are still there; more, and fewer of which none is left, have the default (None) again,
@@ -383,7 +385,7 @@ def default_memory_layers(config: PreTrainedConfig) -> list[int]:
     return [layer for layer in full if layer >= config.num_hidden_layers // 2] or full[-1:]
 
 
-def published_fields(msa_config: dict[str, Any], num_hidden_layers: int) -> dict[str, Any]:
+def published_fields(msa_config: Arguments, num_hidden_layers: int) -> Arguments:
     """Translate the `msa_config` dictionary of published MSA checkpoints.
 
     Their inference routes by cosine only where `aux_loss_method` is exactly `"INFONCE"`, and by the scaled inner
@@ -405,7 +407,7 @@ def published_fields(msa_config: dict[str, Any], num_hidden_layers: int) -> dict
             raise ValueError(f"`msa_config.router_layer_idx` must be layers separated by commas, got {layers!r}.")
         layers = [int(layer) for layer in layers.split(",")]
     method = str(take("aux_loss_method", "INFONCE"))
-    fields: dict[str, Any] = {
+    fields: Arguments = {
         "base_model_type": "qwen3",
         "memory_layers": layers,
         "chunk_size": take("pooling_kernel_size", 64),

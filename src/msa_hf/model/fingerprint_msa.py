@@ -9,13 +9,14 @@ import json
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters_msa import (
     ActiveAdapter,
@@ -32,7 +33,7 @@ SAMPLES = 64  # values per parameter that a fingerprint looks at
 KEPT = 8  # of these, as many as a record keeps
 REMEMBERED = 4  # states of a model whose weights need not be read again: with an adapter, without it, ...
 
-_records: weakref.WeakKeyDictionary[nn.Module, dict[Any, WeightsRecord]] = weakref.WeakKeyDictionary()
+_records: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, WeightsRecord]] = weakref.WeakKeyDictionary()
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -73,7 +74,7 @@ def read_weights(model: nn.Module) -> WeightsRecord:
     return known[state]
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str | None:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     """Tell tokenizers that give different ids apart: 64 hexadecimal digits, None for None.
 
     The state of padding and truncation, which calls change, does not count. A tokenizer without a fast backend counts
@@ -131,7 +132,7 @@ def _is_quantized(tensor: Tensor) -> bool:
     return subclass or not tensor.is_floating_point()
 
 
-def _kind(tensor: Any) -> str:
+def _kind(tensor: Tensor) -> str:
     """The description of a quantized tensor besides its numbers: its class, blocks, how inputs are rounded."""
     if hasattr(tensor, "full_tensor") or not hasattr(tensor, "__tensor_flatten__"):
         return ""
@@ -195,7 +196,7 @@ def _exact(values: Tensor) -> bytes:
 
 
 @torch.no_grad()
-def _state(model: nn.Module) -> Any:
+def _state(model: nn.Module) -> Hashable:
     """A value that changes with the weights and with what is active; takes a few milliseconds for a model of 4B."""
     parts = [part for tensor in (*model.parameters(), *model.buffers()) for part in _parts(tensor, whole=False)]
     digest = hashlib.blake2b(digest_size=16)
@@ -215,7 +216,7 @@ def _loaded(owner: nn.Module) -> Iterator[None]:
     if hook is None:
         yield
         return
-    hooks: Any = importlib.import_module("accelerate.hooks")
+    hooks = importlib.import_module("accelerate.hooks")
     with ExitStack() as stack:
         for part in hook.hooks if isinstance(hook, hooks.SequentialHook) else [hook]:
             if isinstance(part, hooks.AlignDevicesHook) and part.offload:
@@ -255,7 +256,7 @@ def _digest(placed: list[PlacedParameter], samples: Mapping[str, list[Tensor]]) 
 
 
 @torch.no_grad()
-def _read(model: Any) -> WeightsRecord:
+def _read(model: PreTrainedModel) -> WeightsRecord:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     backbone = f"{model.base_model_prefix}."
 

@@ -248,7 +248,7 @@ class MemoryMixin(ModelMixin):
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> ModelOutput | tuple[Any, ...]:
+    ) -> ModelOutput | tuple[object, ...]:
         """Forward with a memory, or with the contexts that a cache kept from one."""
         if torch.compiler.is_exporting():
             raise ValueError(

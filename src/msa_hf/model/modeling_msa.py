@@ -42,7 +42,7 @@ class MSAModel(MemoryMixin, CheckpointMixin, PreTrainedModel):
         force_documents: Tensor | None = None,
         output_document_scores: bool | None = None,
         **kwargs: Any,
-    ) -> ModelOutput | tuple[Any, ...]:
+    ) -> ModelOutput | tuple[object, ...]:
         """The base's forward; with `memory`, `routing_mask`, `force_documents`, `output_document_scores` it attends."""
         kwargs["input_ids"] = input_ids
         renumber_memory_layers(self)
@@ -75,7 +75,7 @@ class MSAForCausalLM(GeneratingMixin, TrainingMixin, CheckpointMixin, PreTrained
         force_documents: Tensor | None = None,
         output_document_scores: bool | None = None,
         **kwargs: Any,
-    ) -> ModelOutput | tuple[Any, ...]:
+    ) -> ModelOutput | tuple[object, ...]:
         """The base's forward, and with a memory or documents the following.
 
         Inference:

@@ -102,7 +102,7 @@ class BankOrigin:
     similarity: str
     shared_router: bool
     prefix_token_ids: tuple[int, ...]
-    configuration: Mapping[str, Any] | None = None
+    configuration: Mapping[str, object] | None = None
     configuration_defaults: tuple[str, ...] | None = None
     weights: WeightsRecord | None = None
     rope_length: int | None = None
@@ -110,15 +110,15 @@ class BankOrigin:
     def __post_init__(self) -> None:
         def require(name: str, valid: bool, what: str) -> None:
             if not valid:
-                raise ValueError(f"`{name}` must be {what}, got {getattr(self, name)!r:.80}")
+                raise ValueError(f"`{name}` must be {what}, got {vars(self)[name]!r:.80}")
 
         for name in ("model_fingerprint", "base_model_type", "similarity"):
-            require(name, isinstance(getattr(self, name), str), "a string")
+            require(name, isinstance(vars(self)[name], str), "a string")
         require("tokenizer_fingerprint", isinstance(self.tokenizer_fingerprint, str | None), "a string or null")
         require("chunk_size", type(self.chunk_size) is int and self.chunk_size >= 1, "an integer of at least 1")
         require("shared_router", isinstance(self.shared_router, bool), "true or false")
         for name in ("memory_layers", "prefix_token_ids"):
-            value = getattr(self, name)
+            value = vars(self)[name]
             natural = isinstance(value, list | tuple) and all(type(item) is int and item >= 0 for item in value)
             require(name, natural, "a list of integers from 0")
             object.__setattr__(self, name, tuple(value))
@@ -142,7 +142,7 @@ class BankOrigin:
         """
         lines = self._differences_of_weights(other)
         for field in fields(self):
-            ours, theirs = getattr(self, field.name), getattr(other, field.name)
+            ours, theirs = vars(self)[field.name], vars(other)[field.name]
             apart = field.name in ("model_fingerprint", "weights", ROPE_LENGTH)
             apart = apart or field.name.startswith("configuration")
             if not apart and ours is not None and theirs is not None and ours != theirs:
@@ -193,11 +193,11 @@ class BankOrigin:
             return False
         return self.model_fingerprint == model.weights.older
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The fields as JSON values; of those that came later, the ones that are known."""
-        record: dict[str, Any] = {}
+        record: dict[str, object] = {}
         for field in fields(self):
-            value = getattr(self, field.name)
+            value = vars(self)[field.name]
             if field.name in FIRST_FIELDS or value is not None:
                 value = value.to_dict() if isinstance(value, WeightsRecord) else value
                 record[field.name] = list(value) if isinstance(value, tuple) else value
@@ -268,7 +268,7 @@ def check_origin(bank: BankOrigin, model: BankOrigin) -> None:
 # The configuration ----------------------------------------------------------------------------------------------------
 
 
-def state_configuration(config: PreTrainedConfig, quantized: bool = False) -> dict[str, Any]:
+def state_configuration(config: PreTrainedConfig, quantized: bool = False) -> dict[str, object]:
     """The fields of a configuration that the states of its model depend on, as JSON values.
 
     Args:
@@ -289,14 +289,14 @@ def state_configuration(config: PreTrainedConfig, quantized: bool = False) -> di
     return _json_values(fields)
 
 
-def default_fields(kind: str, configuration: Mapping[str, Any]) -> tuple[str, ...]:
+def default_fields(kind: str, configuration: Mapping[str, object]) -> tuple[str, ...]:
     """The fields of `state_configuration` that have the default of this transformers, ascending."""
     defaults = _class_defaults(kind)
     return tuple(sorted(name for name, value in configuration.items() if name in defaults and defaults[name] == value))
 
 
 @functools.cache
-def _class_defaults(kind: str) -> dict[str, Any]:
+def _class_defaults(kind: str) -> dict[str, object]:
     known = kind in CONFIG_MAPPING and not getattr(CONFIG_MAPPING[kind], "has_no_defaults_at_init", False)
     return state_configuration(CONFIG_MAPPING[kind](), quantized=True) if known else {}
 
@@ -308,7 +308,7 @@ def _position_schemes(config: PreTrainedConfig) -> set[str]:
     return {str(item.get("rope_type", "unknown")) for item in sets}
 
 
-def _json_values(value: Any) -> Any:
+def _json_values(value: object) -> Any:
     """JSON values that are equal for equal settings."""
     value = value.value if isinstance(value, Enum) else value
     if isinstance(value, Mapping):
@@ -320,16 +320,16 @@ def _json_values(value: Any) -> Any:
     return value if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
-def _flat(record: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+def _flat(record: Mapping[str, Any], path: str = "") -> dict[str, object]:
     """Nested fields by their dotted names."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for name, value in record.items():
         nested = isinstance(value, Mapping) and value
         flat.update(_flat(value, f"{path}{name}.") if nested else {f"{path}{name}": value})
     return flat
 
 
-def _configuration_differences(kind: str, bank: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
+def _configuration_differences(kind: str, bank: Mapping[str, object], model: Mapping[str, object]) -> list[str]:
     if "quantization_config" not in bank or "quantization_config" not in model:
         # Whether weights are quantized is said of them.
         bank, model = (
@@ -350,7 +350,7 @@ def _configuration_differences(kind: str, bank: Mapping[str, Any], model: Mappin
     return lines
 
 
-def _defaults_of(kind: str, record: Mapping[str, Any]) -> dict[str, Any]:
+def _defaults_of(kind: str, record: Mapping[str, object]) -> dict[str, object]:
     """The defaults to which this transformers completes a configuration; empty where it does not take them."""
     if kind not in CONFIG_MAPPING:
         return {}
@@ -360,6 +360,6 @@ def _defaults_of(kind: str, record: Mapping[str, Any]) -> dict[str, Any]:
         return {}
 
 
-def _brief(value: Any) -> str:
+def _brief(value: object) -> str:
     text = "not set" if value is None else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

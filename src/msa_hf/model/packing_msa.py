@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 TEMPLATE = -2  # `doc_ids` of template tokens
+# Token ids of documents; or what a tokenizer returns, a mapping with such `input_ids` and an `attention_mask`.
+Pool = Sequence[Sequence[int] | Tensor] | Tensor | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def unpack_rows(doc_ids: Tensor, attention_mask: Tensor, limit: int | None = Non
     )
 
 
-def pool_documents(documents: Any, device: torch.device, limit: int | None = None) -> PooledDocuments:
+def pool_documents(documents: Pool, device: torch.device, limit: int | None = None) -> PooledDocuments:
     """Read the `documents` argument of a training step.
 
     Args:
@@ -146,7 +148,8 @@ def pool_documents(documents: Any, device: torch.device, limit: int | None = Non
     if isinstance(documents, Mapping):
         if "input_ids" not in documents:
             raise ValueError(f"`documents` has no `input_ids`, only {sorted(documents)}.")
-        documents, mask = documents["input_ids"], documents.get("attention_mask")
+        mask = documents.get("attention_mask")
+        documents = documents["input_ids"]
     if isinstance(documents, str) or not isinstance(documents, Sequence | Tensor):
         raise ValueError(
             "`documents` must be token id lists or a mapping with `input_ids` and `attention_mask`, "
@@ -177,7 +180,7 @@ def pool_documents(documents: Any, device: torch.device, limit: int | None = Non
     return pool
 
 
-def _document(number: int, document: Any, device: torch.device) -> Tensor:
+def _document(number: int, document: Sequence[int] | Tensor, device: torch.device) -> Tensor:
     if isinstance(document, str) or not (hasattr(document, "__len__") and getattr(document, "ndim", 1) == 1):
         raise ValueError(
             f"Document {number} of `documents` must be a list of token ids, got {type(document).__name__}."

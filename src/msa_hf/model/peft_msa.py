@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.utils import is_peft_available
+from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput, is_peft_available
 
 from .cache_msa import MSACache
 from .compat_msa import CACHE, CACHE_NAMES, PEFT_CACHE, rename_cache
+from .types_msa import Arguments, ModelMixin
 
 TABLES = "TRANSFORMERS_MODELS_TO_"  # so open the names of PEFT's tables of modules
 MODEL_TYPE = "msa"
@@ -47,37 +49,47 @@ def teach_virtual_tokens() -> None:
             classes[TASK] = _CausalLM(classes[TASK])
 
 
+class VirtualTokenConfig(Protocol):
+    """What is read of a `PeftConfig`; the package may not be there."""
+
+    peft_type: str
+    is_prompt_learning: bool
+    num_virtual_tokens: int
+
+
 class _CausalLM:
     """Makes a `PeftModelForCausalLM`: of the class `plain`, or for a model with a memory, of one that knows of it."""
 
-    def __init__(self, plain: Any) -> None:
+    def __init__(self, plain: type[PreTrainedModel]) -> None:
         self.__name__ = plain.__name__  # by which PEFT compares classes
         self.plain = plain
-        self.for_memory: Any = type(f"Memory{plain.__name__}", (VirtualTokens, plain), {"__module__": __name__})
+        self.for_memory = type(f"Memory{plain.__name__}", (VirtualTokens, plain), {"__module__": __name__})
         globals()[self.for_memory.__name__] = self.for_memory  # so that instances can be pickled
 
-    def __call__(self, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, model: PreTrainedModel, peft_config: VirtualTokenConfig, *args: object, **kwargs: object
+    ) -> PreTrainedModel:
         has_memory = hasattr(getattr(model, "config", None), "memory_layers")
         kind = self.for_memory if has_memory and peft_config.is_prompt_learning else self.plain
         return kind(model, peft_config, *args, **kwargs)
 
 
-class VirtualTokens:
+class VirtualTokens(ModelMixin):
     """In front of `PeftModelForCausalLM`: calls with a memory, whose virtual tokens do not route."""
 
-    active_peft_config: Any
-    base_model: Any
+    active_peft_config: VirtualTokenConfig
+    base_model: PreTrainedModel
 
     @property
-    def base_model_prepare_inputs_for_generation(self) -> Any:
+    def base_model_prepare_inputs_for_generation(self) -> Callable[..., Arguments]:
         """The function that PEFT calls for the base's part of a step's inputs."""
         return self._prepare_base
 
     @base_model_prepare_inputs_for_generation.setter
-    def base_model_prepare_inputs_for_generation(self, prepare: Any) -> None:
+    def base_model_prepare_inputs_for_generation(self, prepare: Callable[..., Arguments]) -> None:
         """Nothing: PEFT sets the base's own method, which is looked up when it is called."""
 
-    def _prepare_base(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _prepare_base(self, *args: object, **kwargs: object) -> Arguments:
         inputs = type(self.base_model).prepare_inputs_for_generation(self.base_model, *args, **kwargs)
         cache = rename_cache(inputs)
         inputs.pop(CACHE, None)
@@ -89,7 +101,7 @@ class VirtualTokens:
     @property
     def _lie_in_the_cache(self) -> bool:
         """Tell whether the virtual tokens are keys and values; else they are embeddings."""
-        types: Any = importlib.import_module("peft").PeftType
+        types = importlib.import_module("peft").PeftType
         return self.active_peft_config.peft_type in (types.PREFIX_TUNING, types.CARTRIDGE)
 
     def _widen(self, mask: Tensor) -> Tensor:
@@ -103,9 +115,9 @@ class VirtualTokens:
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        *args: Any,
+        *args: object,
         **kwargs: Any,
-    ) -> Any:
+    ) -> ModelOutput:
         """PEFT's; `routing_mask`, `answer_mask` and their defaults count the tokens given, without virtual ones."""
         if kwargs.get("doc_ids") is not None:
             raise ValueError(
@@ -124,14 +136,14 @@ class VirtualTokens:
             for name in ("routing_mask", "answer_mask"):
                 if kwargs.get(name) is not None:
                     kwargs[name] = self._widen(kwargs[name])
-        return super().forward(input_ids, attention_mask, inputs_embeds, labels, *args, **kwargs)  # type: ignore[misc]
+        return super().forward(input_ids, attention_mask, inputs_embeds, labels, *args, **kwargs)
 
-    def get_prompt(self, *args: Any, **kwargs: Any) -> Any:
+    def get_prompt(self, *args: object, **kwargs: object) -> Cache | Tensor:
         """PEFT's; keys and values lie in a cache that also holds the documents chosen."""
-        prompt = super().get_prompt(*args, **kwargs)  # type: ignore[misc]
+        prompt = super().get_prompt(*args, **kwargs)
         return _into(MSACache(config=self.base_model.config), prompt) if isinstance(prompt, Cache) else prompt
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: object, **kwargs: Any) -> ModelOutput | Tensor:
         """PEFT's.
 
         Raises:
@@ -144,19 +156,19 @@ class VirtualTokens:
                     f"pass the whole history without `{name}`."
                 )
         try:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+            return super().generate(*args, **kwargs)
         finally:
             # PEFT leaves a method on the model where the class has its own.
             vars(self.base_model).pop("prepare_inputs_for_generation", None)
 
     def prepare_inputs_for_generation(
-        self, *args: Any, inputs_embeds: Tensor | None = None, padding_id: int | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
+        self, *args: object, inputs_embeds: Tensor | None = None, padding_id: int | None = None, **kwargs: object
+    ) -> Arguments:
         """PEFT's; virtual tokens go into the cache that the model brought along."""
-        own: Any = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        own = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         if padding_id is not None:
             kwargs["padding_id"] = padding_id
-        inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
+        inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         if inputs.get("routing_mask") is not None and inputs.get("inputs_embeds") is not None:
             inputs["routing_mask"] = self._widen(inputs["routing_mask"])
         made = rename_cache(inputs)
@@ -165,7 +177,7 @@ class VirtualTokens:
         return inputs
 
 
-def _into(cache: Any, prompt: Any) -> Any:
+def _into(cache: Cache, prompt: Cache) -> Cache:
     """`cache` with the keys and values of `prompt` in each of its layers."""
     for number, layer in enumerate(prompt.layers):
         if layer.is_initialized:

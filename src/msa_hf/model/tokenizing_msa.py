@@ -14,19 +14,25 @@ import unicodedata
 import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from tokenizers import Encoding
+from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerBase
 
 # Besides letters, digits and white space: what an added token may hold that is a word and no marker.
 WORD_CHARACTERS = frozenset("-_'’.▁")
 
 
-def tokenize(tokenizer: Any, text: str, add_special_tokens: bool = False) -> list[int]:
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> list[int]:
     """Token ids of a text, without markers; see `tokenize_texts`."""
     return tokenize_texts(tokenizer, [text], add_special_tokens)[0]
 
 
 def tokenize_texts(
-    tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = False, markers: Collection[int] = ()
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    add_special_tokens: bool = False,
+    markers: Collection[int] = (),
 ) -> list[list[int]]:
     """Token ids of texts, each by itself.
 
@@ -60,7 +66,7 @@ def tokenize_texts(
     return found
 
 
-def token_spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
+def token_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
     """The characters of a text, from and up to, that each token of `tokenize` stands for, of a fast tokenizer."""
     private = _private_copy(tokenizer)
     coded = private.backend.encode(text, add_special_tokens=False)
@@ -71,7 +77,7 @@ def token_spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
     ]
 
 
-def plain_markers(tokenizer: Any) -> frozenset[str]:
+def plain_markers(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     """The markers of a tokenizer that were added without being called special, as `<think>` often is: its own words for
     a model, which a template may say and a text may not."""
     if getattr(tokenizer, "is_fast", False):
@@ -90,17 +96,17 @@ class _PrivateCopy:
         plain: `plain_markers`.
     """
 
-    made_of: Any
-    backend: Any
+    made_of: tuple[object, ...]
+    backend: Backend
     markers: frozenset[int]
     plain: frozenset[str]
 
 
-_copies: weakref.WeakKeyDictionary[Any, _PrivateCopy] = weakref.WeakKeyDictionary()
+_copies: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, _PrivateCopy] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def _private_copy(tokenizer: Any) -> _PrivateCopy:
+def _private_copy(tokenizer: PreTrainedTokenizerBase) -> _PrivateCopy:
     """The copy of a fast tokenizer's backend, made now where there is none or the tokenizer has changed since."""
     backend = tokenizer.backend_tokenizer
     added = backend.get_added_tokens_decoder()
@@ -119,7 +125,7 @@ def _private_copy(tokenizer: Any) -> _PrivateCopy:
     return found
 
 
-def _copy_backend(tokenizer: Any, backend: Any, made_of: Any) -> _PrivateCopy:
+def _copy_backend(tokenizer: PreTrainedTokenizerBase, backend: Backend, made_of: tuple[object, ...]) -> _PrivateCopy:
     state = json.loads(backend.to_str())
     state["padding"] = state["truncation"] = None
     names = _names(tokenizer)
@@ -131,7 +137,7 @@ def _copy_backend(tokenizer: Any, backend: Any, made_of: Any) -> _PrivateCopy:
     return _PrivateCopy(made_of, copy, _markers(tokenizer), _plain_markers(tokenizer))
 
 
-def _pieces(backend: Any, text: str, coded: Any, markers: frozenset[int]) -> list[tuple[int, Any]]:
+def _pieces(backend: Backend, text: str, coded: Encoding, markers: frozenset[int]) -> list[tuple[int, Encoding]]:
     """A text as it was coded, or in pieces, each with where it begins.
 
     Where a marker came out all the same, as the vocabulary of words may hold it, a piece ends behind the first
@@ -150,16 +156,18 @@ def _pieces(backend: Any, text: str, coded: Any, markers: frozenset[int]) -> lis
     ]
 
 
-def _cuts(coded: Any, markers: frozenset[int]) -> list[int]:
+def _cuts(coded: Encoding, markers: frozenset[int]) -> list[int]:
     """Places in a text, ascending: behind the first character of every marker that it became."""
     found = zip(coded.ids, coded.offsets, coded.special_tokens_mask, strict=True)
     return [start + 1 for number, (start, end), own in found if number in markers and not own and end - start > 1]
 
 
-def _tokenize_slowly(tokenizer: Any, text: str, add_special_tokens: bool, markers: frozenset[int]) -> list[int]:
+def _tokenize_slowly(
+    tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool, markers: frozenset[int]
+) -> list[int]:
     """Tokens of a text by a tokenizer written in Python, whose options are arguments and no state."""
 
-    def coded(text: str, **options: Any) -> list[int]:
+    def coded(text: str, **options: bool) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False, **options)["input_ids"])
 
     ids = coded(text)
@@ -175,12 +183,12 @@ def _tokenize_slowly(tokenizer: Any, text: str, add_special_tokens: bool, marker
     return list(tokenizer.build_inputs_with_special_tokens(ids)) if add_special_tokens else ids
 
 
-def _names(tokenizer: Any) -> set[str]:
+def _names(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """The special tokens that a tokenizer itself calls so."""
     return {str(token) for token in getattr(tokenizer, "all_special_tokens", ())}
 
 
-def _markers(tokenizer: Any) -> frozenset[int]:
+def _markers(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Token ids that no text may become. Text that the vocabulary does not know may become the unknown token."""
     names = _names(tokenizer)
     added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -189,7 +197,7 @@ def _markers(tokenizer: Any) -> frozenset[int]:
     return frozenset(found - {getattr(tokenizer, "unk_token_id", None)})
 
 
-def _plain_markers(tokenizer: Any) -> frozenset[str]:
+def _plain_markers(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     names = _names(tokenizer)
     tokens = getattr(tokenizer, "added_tokens_decoder", {}).values()
     plain = (token.content for token in tokens if not token.special and token.content not in names)

@@ -7,25 +7,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
-from .attention_msa import AttendingPass, EncodingPass, PrefixPass
+from .attention_msa import AttendingPass, EncodingPass, PrefixPass, RecordingPass
 from .compat_msa import CACHE, rename_cache
 from .dense_layer_msa import DenseLayer, layers_over
 from .inference_msa import MemoryMixin
 from .losses_msa import auxiliary_loss, positive_mask
 from .outputs_msa import MSACausalLMOutput
-from .packing_msa import PackedRows, PooledDocuments, TokenBlocks, pool_documents, right_padded, unpack_rows
+from .packing_msa import PackedRows, Pool, PooledDocuments, TokenBlocks, pool_documents, right_padded, unpack_rows
 from .positions_msa import position_limit
 from .routing_msa import LayerRouting, routing_request, scoring_of
-from .samples_msa import sequences_of
+from .samples_msa import Offsets, sequences_of
+from .types_msa import Arguments
 from .wrapping_msa import is_sharded
 
 # None but `labels` may have "label" in its name: Trainer evaluates a loss only where all arguments named so are given.
 TRAINING_ARGUMENTS = ("doc_ids", "documents", "positive_docs", "answer_mask")
+
+
+Record = TypeVar("Record")  # what a pass keeps of a layer
 
 
 class DifferentiableEncodingPass(EncodingPass):
@@ -50,15 +55,15 @@ class TrainingMixin(MemoryMixin):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         doc_ids: Tensor | None = None,
-        documents: Any = None,
+        documents: Pool | None = None,
         positive_docs: Tensor | None = None,
         answer_mask: Tensor | None = None,
         routing_mask: Tensor | None = None,
         force_documents: Tensor | None = None,
-        num_items_in_batch: Any = None,
+        num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> MSACausalLMOutput | tuple[object, ...]:
         if doc_ids is not None and documents is not None:
             raise ValueError("Pass packed rows (`doc_ids`) or a pool (`documents`), not both.")
         cache = rename_cache(kwargs)
@@ -114,6 +119,7 @@ class TrainingMixin(MemoryMixin):
             rows = unpack_rows(doc_ids, mask, limit)
             present = rows.places >= 0
         else:
+            assert documents is not None
             pool = pool_documents(documents, marks.device, limit)
             present = torch.ones(batch, len(pool.lengths), dtype=torch.bool, device=marks.device)
         positives = (
@@ -133,7 +139,7 @@ class TrainingMixin(MemoryMixin):
                 kwargs[CACHE] = cache
             output = self._pool_forward(pool, tokens, mask, past, position_ids, routing_mask, force_documents, kwargs)
 
-        losses: dict[str, Any] = {}
+        losses: dict[str, Tensor] = {}
         if labels is not None:
             losses["lm_loss"] = self._language_loss(output.logits, labels, num_items_in_batch)
         if positives is not None:
@@ -146,17 +152,25 @@ class TrainingMixin(MemoryMixin):
             getattr(self.config, f"{name}_weight") * loss.to(output.logits.device) for name, loss in losses.items()
         ]
         loss = torch.stack(terms).sum() if terms else None
-        result = MSACausalLMOutput(loss=loss, **output, **losses)
+        result = MSACausalLMOutput(
+            loss=loss,
+            **output,
+            lm_loss=losses.get("lm_loss"),
+            aux_loss=losses.get("aux_loss"),
+            answer_loss=losses.get("answer_loss"),
+        )
         return result if return_dict is not False else result.to_tuple()
 
-    def _language_loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+    def _language_loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """The base's loss; 0 where nothing is labeled."""
         count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         return self.loss_function(
             logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=count.clamp(min=1)
         )
 
-    def _run_pass(self, memory_pass: Any, tokens: Tensor, positions: Tensor, **kwargs: Any) -> tuple[Any, Any]:
+    def _run_pass(
+        self, memory_pass: RecordingPass[Record], tokens: Tensor, positions: Tensor, **kwargs: Any
+    ) -> tuple[ModelOutput, dict[int, Record]]:
         """One run of the base over token ids or embeddings: its output, and what the pass recorded."""
         kwargs["inputs_embeds" if tokens.is_floating_point() else "input_ids"] = tokens
         kwargs.setdefault("attention_mask", torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device))
@@ -211,7 +225,7 @@ class TrainingMixin(MemoryMixin):
         position_ids: Tensor | None,
         routing_mask: Tensor,
         force_documents: Tensor | None,
-        kwargs: dict[str, Any],
+        kwargs: Arguments,
     ) -> MSACausalLMOutput:
         positions = torch.arange(pool.ids.shape[1], device=pool.ids.device).expand(pool.ids.shape)
         # Padding stands behind the documents, where causal attention does not look.
@@ -245,13 +259,19 @@ class TrainingMixin(MemoryMixin):
         doc_ids: Tensor,
         position_ids: Tensor | None,
         force_documents: Tensor | None,
-        kwargs: dict[str, Any],
+        kwargs: Arguments,
     ) -> MSACausalLMOutput:
         """The pool's computation on sequences cut out of rows, put together again."""
         batch, width = input_ids.shape
-        pieces: list[tuple[TokenBlocks, Any]] = []
+        pieces: list[tuple[TokenBlocks, ModelOutput]] = []
 
-        def run(blocks: TokenBlocks, start: int, memory_pass: Any, owners: Tensor, offsets: Any = None) -> Any:
+        def run(
+            blocks: TokenBlocks,
+            start: int,
+            memory_pass: RecordingPass[Record],
+            owners: Tensor,
+            offsets: Offsets | None = None,
+        ) -> dict[int, Record]:
             length = blocks.mask.shape[1]
             positions = torch.arange(start, start + length, device=input_ids.device).expand(blocks.mask.shape)
             if position_ids is not None:
@@ -283,24 +303,22 @@ class TrainingMixin(MemoryMixin):
             # From documents of all rows to those of each row.
             number = torch.cat([rows.document_number, rows.document_number.new_full((1,), -1)])
             for layer, item in found.items():
+                assert item.document_scores is not None
                 scores = item.document_scores.gather(1, places.clamp(min=0)).masked_fill(places < 0, float("-inf"))
                 routing[layer] = LayerRouting(number[item.documents], item.scores, scores)
 
-        def assemble(part_of: Any) -> Tensor:
-            states = part_of(pieces[0][1])
-            whole = states.new_zeros(batch, width, states.shape[-1])
-            for blocks, output in pieces:
-                whole = blocks.put(whole, part_of(output))
+        def assemble(parts: Sequence[Tensor]) -> Tensor:
+            whole = parts[0].new_zeros(batch, width, parts[0].shape[-1])
+            for (blocks, _), states in zip(pieces, parts, strict=True):
+                whole = blocks.put(whole, states)
             return whole
 
         hidden_states = None
         if pieces[0][1].get("hidden_states") is not None:
-            layer_count = range(len(pieces[0][1].hidden_states))
-            hidden_states = tuple(
-                assemble(lambda output, layer=layer: output.hidden_states[layer]) for layer in layer_count
-            )
+            every_layer = zip(*(output.hidden_states for _, output in pieces), strict=True)
+            hidden_states = tuple(map(assemble, every_layer))
         return MSACausalLMOutput(
-            logits=assemble(lambda output: output.logits), hidden_states=hidden_states, routing=routing
+            logits=assemble([output.logits for _, output in pieces]), hidden_states=hidden_states, routing=routing
         )
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from .attention_msa import AttentionFunction, AttentionOutput
 from .cache_msa import MSACache
 from .compat_msa import CACHE
+from .configuration_msa import MSAConfig
 from .modes_msa import evaluating
 from .retrofit_msa import attention_layers, head_shape
 from .wrapping_msa import has_come_and_go_weights, input_device
@@ -50,21 +52,21 @@ class TrialPass:
 
     def attend(
         self,
-        base: Any,
+        base: AttentionFunction,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> AttentionOutput:
         mask = None if attention_mask is None else attention_mask.shape
         call = Call(query.shape, key.shape, value.shape, mask)
         self.calls.setdefault(module.layer_idx, []).append(call)  # type: ignore[arg-type]
         return base(module, query, key, value, attention_mask, **kwargs)
 
 
-def refuse_untouchable(model: Any) -> None:
+def refuse_untouchable(model: PreTrainedModel) -> None:
     """Run a model with a memory on two tokens, and refuse it where its memory layers cannot see a memory.
 
     A model whose weights are not all at hand, or are quantized (layers of bitsandbytes change when they first run), is
@@ -106,7 +108,7 @@ def refuse_unseen(memory_layers: Collection[int], seen: Collection[int]) -> None
         )
 
 
-def _run(model: Any, device: torch.device) -> TrialPass:
+def _run(model: PreTrainedModel, device: torch.device) -> TrialPass:
     """The model on two tokens, with a cache; a random state that it draws on is given back."""
     watching = TrialPass()
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
@@ -123,7 +125,7 @@ def _run(model: Any, device: torch.device) -> TrialPass:
     return watching
 
 
-def _problem(module: nn.Module, config: Any, given: torch.Size | None, calls: list[Call]) -> str | None:
+def _problem(module: nn.Module, config: MSAConfig, given: torch.Size | None, calls: list[Call]) -> str | None:
     """Why a memory layer cannot see a memory, None where it can."""
     heads, groups, dim = head_shape(module, config)
     if not calls or given is None:

@@ -72,9 +72,9 @@ class WeightsRecord:
     names: tuple[tuple[str, int], ...] = field(default=(), compare=False, repr=False)
     older: str | None = field(default=None, compare=False, repr=False)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON values; what only a model at hand knows is left out."""
-        record: dict[str, Any] = {
+        record: dict[str, object] = {
             "fingerprint": self.fingerprint,
             "parameters": self.parameters,
             "dtypes": list(self.dtypes),

@@ -14,19 +14,21 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...model.bank_reader_msa import KnowsOrigin, open_bank
 from ...model.memory_msa import DenseLayer, DocumentTable, MemoryBank
 from ...model.routing_msa import RoutingRequest
+from ..store.store import BankStore
 from .collectives import Collectives, RankFailed
 from .session import DIFFERENT, HEADER, SAME, ShardedLayer, ShardSession, header_of
 from .share import Share, shares
@@ -152,13 +154,13 @@ class ShardedBank(MemoryBank):
 
 
 def shard_bank(
-    bank: Any,
-    group: Any = None,
+    bank: str | PathLike[str] | MemoryBank | BankStore,
+    group: dist.ProcessGroup | None = None,
     *,
     inputs: str = SAME,
     timeout: timedelta = TIMEOUT,
-    model: Any = None,
-    tokenizer: Any = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     device: torch.device | str | None = None,
     verify: bool = True,
 ) -> ShardedBank:
@@ -191,7 +193,7 @@ def shard_bank(
     shared: ShardedBank | None = None
     digest = ""
     try:
-        if isinstance(bank, str | os.PathLike):
+        if isinstance(bank, str | PathLike):
             if device is None and model is not None:
                 device = model.device
             shared = _read(Path(bank), ranks, inputs, model, tokenizer, device, verify)
@@ -215,7 +217,7 @@ def shard_bank(
     return shared
 
 
-def _part(bank: MemoryBank, ranks: Collectives, inputs: str, device: Any) -> ShardedBank:
+def _part(bank: MemoryBank, ranks: Collectives, inputs: str, device: torch.device | str | None) -> ShardedBank:
     rows = shares(bank.offsets, ranks.size)
     first, end = int(bank.offsets[rows[ranks.rank]]), int(bank.offsets[rows[ranks.rank + 1]])
     target = bank.device if device is None else torch.empty(0, device=device).device

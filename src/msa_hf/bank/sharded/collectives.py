@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,12 @@ from torch import Tensor
 FAILED = "failed"
 SEEN = "seen/{}"
 PATIENCE = timedelta(seconds=5)  # of a process that fails, for the others to read its error
+
+
+class Exchange(Protocol):
+    """One exchange of tensors among the processes of a group."""
+
+    def __call__(self, result: Tensor, given: Tensor, /, group: dist.ProcessGroup | None) -> None: ...
 
 
 class RankFailed(RuntimeError):
@@ -34,7 +40,7 @@ class Collectives:
         timeout: of every exchange.
     """
 
-    def __init__(self, group: Any, timeout: timedelta) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, timeout: timedelta) -> None:
         self.timeout = timeout
         self.rank, self.size, self.control, self.data = 0, 1, None, None
         self.closed = False
@@ -74,9 +80,7 @@ class Collectives:
             return parts[0]
         return self._talk(_scatter_sum, parts, lambda shape: shape[1:])
 
-    def _talk(
-        self, exchange: Callable[..., Any], given: Tensor, shape_of: Callable[[torch.Size], tuple[int, ...]]
-    ) -> Tensor:
+    def _talk(self, exchange: Exchange, given: Tensor, shape_of: Callable[[torch.Size], tuple[int, ...]]) -> Tensor:
         self.check_open()
         device = given.device
         group = self.control if device.type == "cpu" or self.data is None else self.data
@@ -94,12 +98,12 @@ class Collectives:
             raise self.failure(error) from error
         return result.view(given.dtype).to(device)
 
-    def everyone(self, value: Any) -> list[Any]:
+    def everyone(self, value: object) -> list[Any]:
         """The values of all processes, any that can be pickled."""
         if self.size == 1:
             return [value]
         self.check_open()
-        values: list[Any] = [None] * self.size
+        values: list[object] = [None] * self.size
         try:
             dist.all_gather_object(values, value, group=self.control)
         except RuntimeError as error:
@@ -143,7 +147,7 @@ class Collectives:
                     store.wait([SEEN.format(rank) for rank in range(self.size)], PATIENCE)
         self.close()
 
-    def _store(self) -> Any:
+    def _store(self) -> dist.Store:
         assert self.control is not None
         return self.control.get_group_store()
 
@@ -160,13 +164,13 @@ class Collectives:
 
 
 # Newer versions of PyTorch name these otherwise.
-def _gather_into(result: Tensor, part: Tensor, group: Any) -> None:
+def _gather_into(result: Tensor, part: Tensor, group: dist.ProcessGroup | None) -> None:
     (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(result, part, group=group)
 
 
-def _scatter_sum(result: Tensor, parts: Tensor, group: Any) -> None:
+def _scatter_sum(result: Tensor, parts: Tensor, group: dist.ProcessGroup | None) -> None:
     (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(result, parts, group=group)
 
 
-def _sum_into(result: Tensor, part: Tensor, group: Any) -> None:
+def _sum_into(result: Tensor, part: Tensor, group: dist.ProcessGroup | None) -> None:
     dist.all_reduce(result.copy_(part), group=group)

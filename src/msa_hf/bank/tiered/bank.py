@@ -15,14 +15,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...model.memory_msa import MemoryBank
 from ...moved import renamed
 from ...ops.formats import FORMATS, own_format, routed_formats, why_not_routed
+from ..store.store import BankStore
 from .hardware import Tiers, measured_tiers
 from .layer import PooledKV, RoutingKeys, TieredLayer
 from .lru_cache import DocumentLRU
@@ -100,7 +102,7 @@ class TieredBank(MemoryBank):
         """Not of a placed bank."""
         raise ValueError("This bank has its places; call `place_bank` with the bank that it was made from.")
 
-    def save_pretrained(self, directory: Any, max_shard_size: int | str = "4GB") -> None:
+    def save_pretrained(self, directory: str | Path, max_shard_size: int | str = "4GB") -> None:
         """Not of a placed bank."""
         raise ValueError("A placed bank may hold fewer bits than the one that it was made from; save that one.")
 
@@ -114,12 +116,12 @@ class TieredBank(MemoryBank):
 
 
 def place_bank(
-    bank: Any,
+    bank: str | Path | MemoryBank | BankStore | BankSource,
     device: torch.device | str | None = None,
     placement: str | PlacementOptions = "auto",
     *,
-    model: Any = None,
-    tokenizer: Any = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     candidates: int | None = None,
     tiers: Tiers | None = None,
     reserves: Reserves | None = None,
@@ -156,7 +158,7 @@ def place_bank(
     source = bank if isinstance(bank, BankSource) else source_of(bank, model, tokenizer, verify)
     model = source.model if model is None else model
     if device is None:
-        device = getattr(model, "device", "cpu")
+        device = "cpu" if model is None else model.device
     target = torch.empty(0, device=device).device  # with its index
     if candidates is not None and candidates < 0:
         raise ValueError(f"`candidates` must be at least 0, got {candidates}.")

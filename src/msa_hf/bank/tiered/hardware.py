@@ -5,7 +5,10 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 TIERS = ("device", "host", "disk")
 
@@ -83,10 +86,10 @@ class Tiers:
             )
 
     def capacity(self, tier: str) -> int:
-        return getattr(self, tier) or 0
+        return {"device": self.device, "host": self.host, "disk": self.disk}[tier] or 0
 
 
-def measured_tiers(device: Any = None, directory: str | Path = ".", present: int = 0) -> Tiers:
+def measured_tiers(device: torch.device | str | None = None, directory: str | Path = ".", present: int = 0) -> Tiers:
     """The memory that is free on this machine now.
 
     Args:

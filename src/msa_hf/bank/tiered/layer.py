@@ -17,7 +17,7 @@ from ...model.routing_msa import Scoring, Selection, score_documents, select_doc
 from ...ops import gather_documents, rescore_documents, route_documents
 from ...ops.formats import join_rows
 from ...ops.gather_documents import most_rows
-from ...ops.route_documents import narrowed, reduced
+from ...ops.route_documents import for_both_stages
 from .lru_cache import DocumentLRU
 from .rows import Rows
 
@@ -62,8 +62,8 @@ class RoutingKeys:
             wanted = usual if self.candidates is None else self.candidates
             if wanted < k:
                 raise ValueError(f"`candidates` must be at least the {k} documents of `top_k`, or 0, got {wanted}.")
-        whole = reduced(queries, self.rows.parts[0].shape[1], similarity)
-        queries = narrowed(whole, self.rows.dtype)
+        exact_dtype = None if self.exact is None else self.exact.dtype
+        queries, precise = for_both_stages(queries, self.rows.shape[1], similarity, self.rows.dtype, exact_dtype)
         if self.streamed:
             documents, scores = self._streamed(queries, routing_mask, layout, wanted)
         else:
@@ -74,14 +74,12 @@ class RoutingKeys:
         if not again:
             return documents, scores
         assert self.exact is not None
-        # Of their own, not rounded for the narrow keys.
-        exact = queries if queries.dtype == self.exact.dtype else narrowed(whole, self.exact.dtype)
         keys = self.exact.whole
         if keys is not None and (keys.device == queries.device or keys.is_pinned()):
-            return rescore_documents(exact, routing_mask, keys, offsets, documents, k)
+            return rescore_documents(precise, routing_mask, keys, offsets, documents, k)
         chosen = DocumentRows(documents, layout.offsets)
         (keys,) = self.exact.select(chosen.rows)
-        places, scores = rescore_documents(exact, routing_mask, keys, chosen.offsets, chosen.documents, k)
+        places, scores = rescore_documents(precise, routing_mask, keys, chosen.offsets, chosen.documents, k)
         return _named(places, chosen), scores
 
     def _streamed(self, queries: Tensor, routing_mask: Tensor, layout: ChunkLayout, k: int) -> tuple[Tensor, Tensor]:

@@ -178,7 +178,7 @@ class Placement:
         share = min(documents, shape.documents) / max(shape.documents, 1)
         return None if speed is None else share * shape.content_bytes(self.content) / speed
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The plan as JSON values."""
         return {
             "gpus": self.gpus,
@@ -456,7 +456,7 @@ class _Request:
 
     def least_capacity(self, tier: str) -> int | None:
         """The smallest capacity of one tier that holds the bank, the others as they are."""
-        free = {name: getattr(self.tiers, name) for name in TIERS}
+        free = {name: vars(self.tiers)[name] for name in TIERS}
         huge = Tiers(**{**free, tier: 2**62})
         needs = [item.used(tier) + item.reserved(tier) for item in replace(self, tiers=huge).placements() if item.fits]
         return min(needs, default=None)

@@ -141,14 +141,14 @@ class Staging:
         self.device = device
         self.buffers = [_buffer(size, dtype) for _ in range(2)]
         self.read = [torch.cuda.Event() for _ in self.buffers]
-        self.turn = 0
+        self.next = 0
 
     def moved(self, piece: Tensor) -> Tensor:
         """The piece on the GPU, in the order of its current stream."""
         if piece.is_pinned():
             return piece.to(self.device, non_blocking=True)
-        buffer, read = self.buffers[self.turn], self.read[self.turn]
-        self.turn = (self.turn + 1) % len(self.buffers)
+        buffer, read = self.buffers[self.next], self.read[self.next]
+        self.next = (self.next + 1) % len(self.buffers)
         read.synchronize()  # of an event that was not recorded yet: at once
         staged = buffer[: piece.numel()].view(piece.shape)
         staged.copy_(piece)

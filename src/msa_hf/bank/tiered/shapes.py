@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...ops.formats import FORMATS, content_formats, own_format
+
+if TYPE_CHECKING:
+    from ...model.memory_msa import MemoryBank
 
 GB = 10**9
 
@@ -63,9 +66,10 @@ class BankShape:
         return cls(whole + (rest > 0), chunks, tuple(layers), dtype, text_bytes)
 
     @classmethod
-    def of(cls, bank: Any) -> BankShape:
+    def of(cls, bank: MemoryBank) -> BankShape:
         """The shape of a `MemoryBank`."""
-        layers = tuple(tuple(memory.pooled_kv.shape[2:]) for memory in bank.layers.values())
+        sizes = [memory.pooled_kv.shape for memory in bank.layers.values()]
+        layers = tuple((groups, dim) for *_, groups, dim in sizes)
         return cls(len(bank), bank.num_chunks, layers, own_format(bank.dtype).name)
 
     def key_bytes(self, format: str, layers: slice = slice(None)) -> int:

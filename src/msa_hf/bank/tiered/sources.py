@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ...model.bank_format_msa import TensorLayout, data_files
 from ...model.bank_reader_msa import KnowsOrigin, open_bank
@@ -43,8 +44,7 @@ class BankSource:
     parts: Callable[[int], list[DenseLayer]]
     directory: Path | None = None
     bytes: int = 0
-    model: Any = None
-
+    model: PreTrainedModel | None = None
     home: BankHome | None = None
     indexes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -54,7 +54,12 @@ class BankSource:
         return int(self.offsets[-1])
 
 
-def source_of(bank: Any, model: Any = None, tokenizer: Any = None, verify: bool = True) -> BankSource:
+def source_of(
+    bank: str | Path | MemoryBank | BankStore,
+    model: KnowsOrigin | None = None,
+    tokenizer: object = None,
+    verify: bool = True,
+) -> BankSource:
     """The source of a `MemoryBank`, of a `BankStore` as it is now, or of a directory.
 
     Args:

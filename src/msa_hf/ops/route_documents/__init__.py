@@ -57,11 +57,8 @@ def route_documents(
         ValueError: for tensors that contradict each other.
         BackendError: where the backend asked for does not take the call.
     """
-    precise = queries  # what the candidates are scored with: rounded for their exact keys, if at all
-    if queries.dim() == 4:
-        whole = reduced(queries, keys.shape[1], similarity)
-        queries = narrowed(whole, keys.dtype)
-        precise = whole if exact_keys is None else narrowed(whole, exact_keys.dtype)
+    exact_dtype = None if exact_keys is None else exact_keys.dtype
+    queries, precise = for_both_stages(queries, keys.shape[1], similarity, keys.dtype, exact_dtype)
     _check(queries, routing_mask, keys, scales, offsets, alive, k)
     if exact_keys is None and candidates is not None:
         raise ValueError("`candidates` are scored again from `exact_keys`, but there are none.")
@@ -91,6 +88,19 @@ def route_documents(
 def reduced(queries: Tensor, width: int, similarity: str) -> Tensor:
     """[B, T, H, D] queries -> [B, T, E] for keys [C, E = width]."""
     return reduce_queries(queries, width // queries.shape[3], similarity).flatten(2)
+
+
+def for_both_stages(
+    queries: Tensor, width: int, similarity: str, dtype: torch.dtype, exact_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Queries for two stages: keys of `dtype` find candidates, and exact keys decide among these.
+
+    Each are rounded for their own keys, if at all. [B, T, E] queries, which are reduced already, stay as they are.
+    """
+    if queries.dim() != 4:
+        return queries, queries
+    whole = reduced(queries, width, similarity)
+    return narrowed(whole, dtype), whole if exact_dtype is None else narrowed(whole, exact_dtype)
 
 
 def narrowed(queries: Tensor, dtype: torch.dtype) -> Tensor:
