@@ -5,7 +5,7 @@ import random
 import pytest
 from small_corpus import notes, tokenizer_of_notes
 
-from msa_hf.training.pairs import KINDS, Pair, PairMaker, Passage, cut_passages, first_heading, words
+from msa_hf.training.pairs import KINDS, SHARES, Pair, PairMaker, Passage, cut_passages, first_heading, words
 
 TEXT = """# Office moves
 The office moved to Elm Street 12 in May. Deliveries go to the back door now. "Ring twice!" says Mira.
@@ -59,6 +59,16 @@ def test_the_same_seed_makes_the_same_pairs_and_turns_differ(passages) -> None:
         assert len(set(queries)) == len(queries)
 
 
+def test_a_passage_asked_once_is_asked_by_its_kinds_in_their_shares(passages) -> None:
+    maker = PairMaker(passages, seed=1)
+    found = [maker.one(0, turn) for turn in range(400)]
+    assert found == [PairMaker(passages, seed=1).one(0, turn) for turn in range(400)]
+    kinds = [pair.kind for pair in found if pair is not None]
+    assert len(kinds) == 400
+    for kind, share in SHARES.items():
+        assert abs(kinds.count(kind) / 400 - share) < 0.08, kind
+
+
 def test_passages_are_cut_to_length_and_taken_once() -> None:
     tokenizer, texts = tokenizer_of_notes(), notes()
     pick = random.Random(0)
@@ -76,5 +86,7 @@ def test_passages_are_cut_to_length_and_taken_once() -> None:
     "text", ["", "word", "a b", "。", "\n\n", "Title\n", "#", "日本語の文。もう一つの文です。", "\x00 \ud800"]
 )
 def test_short_and_odd_texts_make_few_or_no_pairs(text: str, passages) -> None:
-    for pair in PairMaker([*passages, Passage(text, 99, text)]).of(len(passages)):
+    maker = PairMaker([*passages, Passage(text, 99, text)])
+    one = maker.one(len(passages))
+    for pair in [*maker.of(len(passages)), *([] if one is None else [one])]:
         assert pair.query.strip() and len(words(pair.text)) >= 4

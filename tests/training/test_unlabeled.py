@@ -17,6 +17,8 @@ from small_corpus import notes, save_base, save_notes, tokenizer_of_notes
 
 from msa_hf import MSAForCausalLM
 from msa_hf.cli import main
+from msa_hf.training import router_run
+from msa_hf.training.asked_questions import ASKED_FILE
 from msa_hf.training.monitor import CollapseGuard
 from msa_hf.training.pairs import words
 from msa_hf.training.pools import PoolDrawer
@@ -203,6 +205,56 @@ def test_mined_passages_are_wrong_and_in_the_pools(place: Path, tmp_path: Path, 
         asked_for = {pool.places[int(column)] for column in pool.positives.nonzero()[:, 1]}
         assert not asked_for & held_out
     assert mined > 4 * sum(len(round.seeds) for round, _, _ in drawn)
+
+
+def test_a_teacher_labels_and_is_measured(place: Path, tmp_path: Path, monkeypatch) -> None:
+    """One that knows the topic of a note: the same topic's notes share what soft labels give away."""
+
+    class Knows:
+        def embed(self, texts: Any) -> torch.Tensor:
+            found = torch.zeros(len(texts), 16)
+            for row, text in enumerate(texts):
+                for topic in re.findall(r"w(\d+)x", text):
+                    found[row, int(topic)] = 1.0
+            return torch.nn.functional.normalize(found, dim=1)
+
+    seen = []
+    step = router_run.contrastive_step
+
+    def keep(model: Any, documents: Any, questions: Any, targets: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(targets)
+        return step(model, documents, questions, targets, *args, **kwargs)
+
+    monkeypatch.setattr(router_run, "load_teacher", lambda name, device: Knows())
+    monkeypatch.setattr(router_run, "contrastive_step", keep)
+    train_routers(prepare_routers(settings(place, tmp_path, teacher="knows", steps=2, soft=0.3), notes()))
+    assert lines(tmp_path)[1][-1]["others"]["teacher"] > 0.9  # six notes of a topic among nine
+    for targets in seen:
+        torch.testing.assert_close(targets.sum(1), torch.ones(len(targets)))
+        assert float(targets.amax(1).min()) > 0.68 and ((targets > 0.01) & (targets < 0.5)).any()
+
+
+def test_questions_of_a_model_are_asked_and_kept(place: Path, tmp_path: Path, monkeypatch) -> None:
+    asks, end = tokenizer_of_notes(), 2
+
+    def sample(model: Any, passages: torch.Tensor, tags: Any, stop: int) -> torch.Tensor:
+        assert stop == end and len(tags) == 2
+        said = torch.full((len(passages), 2, 6), end)
+        said[:, 0, :3] = torch.tensor(asks("about w1x1 w1x2")["input_ids"])
+        said[:, 1] = 5  # without an end
+        return said
+
+    monkeypatch.setattr("msa_hf.training.asked_questions.sample_questions", sample)
+    drawn = []
+    draw = PoolDrawer.draw
+    monkeypatch.setattr(PoolDrawer, "draw", lambda self, *step: drawn.append(draw(self, *step)) or drawn[-1])
+    prepared = prepare_routers(settings(place, tmp_path, ask=str(place / "base"), steps=2), notes())
+    train_routers(prepared)
+    kept = json.loads((tmp_path / ASKED_FILE).read_text())
+    held_out = {item.gold[-1] for item in prepared.measured}
+    assert set(map(int, kept)) == set(range(96)) - held_out and set(map(str, kept.values())) == {"['about w1x1 w1x2']"}
+    queries = [query for pool in drawn for query in pool.queries]
+    assert 0.2 < sum(query == "about w1x1 w1x2" for query in queries) / len(queries) < 0.8
 
 
 @pytest.mark.parametrize(

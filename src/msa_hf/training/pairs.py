@@ -19,6 +19,8 @@ from ..model.splitting_msa import LimitTooSmall, split_text
 from ..model.tokenizing_msa import tokenize_texts
 
 KINDS = ("sentence", "first", "part", "keywords", "heading", "title")
+# Of the pairs of a passage that is asked for once.
+SHARES = {"sentence": 0.3, "first": 0.15, "part": 0.25, "keywords": 0.2, "heading": 0.05, "title": 0.05}
 # Share of the pairs whose positive is the passage without the words that ask for it.
 TAKEN_OUT = {"sentence": 0.8, "first": 0.8, "part": 0.5, "keywords": 0.0, "heading": 0.8, "title": 0.5}
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+")
@@ -167,48 +169,79 @@ class PairMaker:
                     self.repeated.add(line)
 
     def of(self, number: int, turn: int = 0) -> list[Pair]:
-        """The pairs of a passage, each question once; none where it has too few words.
+        """A pair of every kind that a passage has, each question once; none where it has too few words.
 
         Args:
             number: of the passage.
             turn: others are made in another.
         """
-        passage = self.passages[number]
         pick = random.Random(f"{self.seed}, passage {number}, {turn}")
-        made = [pair for pair in self._candidates(passage, pick) if pair.query]
         found: dict[int, Pair] = {}
-        for pair in made:
-            key = _key(pair.query)
-            if key not in self.repeated and len(words(pair.text)) >= LEAST_LEFT:
-                found.setdefault(key, pair)
+        for kind in KINDS:
+            pair = self._make(kind, self.passages[number], pick)
+            if pair is not None:
+                found.setdefault(_key(pair.query), pair)
         return list(found.values())
 
-    def _candidates(self, passage: Passage, pick: random.Random) -> Iterable[Pair]:
-        text = passage.text
+    def one(self, number: int, turn: int = 0) -> Pair | None:
+        """A pair of a passage, of a kind drawn by `SHARES`, in a sixth of the time; None where it has too few words."""
+        pick = random.Random(f"{self.seed}, one of passage {number}, {turn}")
+        for kind in sorted(KINDS, key=lambda kind: pick.random() ** (1 / SHARES[kind]), reverse=True):
+            pair = self._make(kind, self.passages[number], pick)
+            if pair is not None:
+                return pair
+        return None
+
+    def _make(self, kind: str, passage: Passage, pick: random.Random) -> Pair | None:
+        if kind == "title":
+            made = self._of_title(passage, pick)
+        elif kind == "heading":
+            made = self._of_heading(passage.text, pick)
+        elif kind == "keywords":
+            made = self._of_keywords(passage.text, pick)
+        else:
+            made = self._of_sentence(kind, passage.text, pick)
+        if made is None or not made.query or _key(made.query) in self.repeated or len(words(made.text)) < LEAST_LEFT:
+            return None
+        return made
+
+    def _of_sentence(self, kind: str, text: str, pick: random.Random) -> Pair | None:
         spans = [found.span() for found in SENTENCE.finditer(text)]
         spans = [(first, last) for first, last in spans if 3 <= len(words(text[first:last])) <= LONGEST_QUERY]
-        if len(spans) > 1:
-            yield self._pair("first", text, *spans[0], pick)
-        if later := spans[1:] or spans:
-            yield self._pair("sentence", text, *pick.choice(later), pick)
-            span = pick.choice(spans)
-            if piece := self._piece(text[slice(*span)], pick):
-                yield self._pair("part", text, *span, pick, piece)
+        if not spans or (kind == "first" and len(spans) == 1):
+            return None
+        if kind == "first":
+            return self._pair(kind, text, *spans[0], pick)
+        if kind == "sentence":
+            return self._pair(kind, text, *pick.choice(spans[1:] or spans), pick)
+        span = pick.choice(spans)
+        piece = self._piece(text[slice(*span)], pick)
+        return self._pair(kind, text, *span, pick, piece) if piece else None
+
+    def _of_keywords(self, text: str, pick: random.Random) -> Pair | None:
         rare = self.frequencies.rare_words(text, 10)
-        if len(rare) >= 2:
-            yield Pair(" ".join(pick.sample(rare, min(pick.randint(2, 5), len(rare)))), "keywords", text)
-        if headings := list(HEADING.finditer(text)):
-            found = pick.choice(headings)
-            yield self._pair("heading", text, *found.span(), pick, _heading_of(found))
-        if passage.title:
-            without = re.sub(rf"\A[#\s]*{re.escape(passage.title)}[#\s]*", "", text)
-            whole = pick.random() >= TAKEN_OUT["title"] or without == text
-            yield Pair(passage.title, "title", text if whole else without)
+        if len(rare) < 2:
+            return None
+        return Pair(" ".join(pick.sample(rare, min(pick.randint(2, 5), len(rare)))), "keywords", text)
+
+    def _of_heading(self, text: str, pick: random.Random) -> Pair | None:
+        headings = list(HEADING.finditer(text))
+        if not headings:
+            return None
+        found = pick.choice(headings)
+        return self._pair("heading", text, *found.span(), pick, _heading_of(found))
+
+    @staticmethod
+    def _of_title(passage: Passage, pick: random.Random) -> Pair | None:
+        text = passage.text
+        without = re.sub(rf"\A[#\s]*{re.escape(passage.title)}[#\s]*", "", text)
+        whole = pick.random() >= TAKEN_OUT["title"] or without == text
+        return Pair(passage.title, "title", text if whole else without)
 
     def _piece(self, sentence: str, pick: random.Random) -> str:
         """Some words of a sentence that follow one another, a rare one among them."""
         pieces = sentence.split()
-        count = min(pick.randint(3, 10), len(pieces))
+        count = min(pick.randint(4, 10), len(pieces))
         start = pick.randint(0, len(pieces) - count)
         piece = " ".join(pieces[start : start + count])
         common = self.frequencies.texts / 10 if self.frequencies.texts >= 10 else self.frequencies.texts

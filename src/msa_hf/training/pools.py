@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.questions import question_ids
+from ..data.questions import SEPARATOR
 from ..generation import PromptProtocol
 from ..model.tokenizing_msa import tokenize_texts
 from .mining import TokenStore
@@ -24,6 +24,7 @@ from .pairs import PairMaker
 
 SEED_SHARE = 4  # one seed for so many passages of a pool
 LABELED_SHARE = 4  # one labeled question for so many seeds, at least
+ASKED_SHARE = 0.5  # of a passage's questions that a model asked, where it did
 COMPANIONS = 2  # wrong passages of a seed
 MOST_GOLD = 4  # passages of a labeled question in a pool
 
@@ -61,7 +62,7 @@ class Coder:
     def questions(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of questions, up to the last that routes."""
         if self.protocol is None:
-            return [question_ids(self.tokenizer, text) for text in texts]
+            return tokenize_texts(self.tokenizer, [text + SEPARATOR for text in texts])
         found = []
         for text in texts:
             segments = self.protocol.prompt_segments(self.tokenizer, text)
@@ -166,24 +167,26 @@ class PoolDrawer:
     def seeds_per_pool(self) -> int:
         return max(self.size // SEED_SHARE, 1)
 
-    def pairs(self, place: int, turn: int) -> list[Asked]:
-        """What a passage can be asked by, other than in other turns."""
+    def question(self, place: int, turn: int, pick: random.Random) -> Asked | None:
+        """What a passage is asked by in a turn: one that a model asked, as often as not, or a pair.
+
+        Its own place stands last among those of the passages that answer it.
+        """
         if place in self.held_out:
-            return []
-        whole = range(int(self.first[place]), int(self.last[place]))
-        found = [
-            Asked(
-                pair.query,
-                pair.kind,
-                tuple(whole) if pair.kind == "title" else (place,),
-                None if pair.text == self.maker.passages[place].text else pair.text,
-            )
-            for pair in self.maker.of(place, turn)
-        ]
-        return found + [Asked(query, "asked", (place,)) for query in self.asked.get(place, [])]
+            return None
+        if (asked := self.asked.get(place)) and pick.random() < ASKED_SHARE:
+            return Asked(pick.choice(asked), "asked", (place,))
+        pair = self.maker.one(place, turn)
+        if pair is None:
+            return None
+        gold: tuple[int, ...] = (place,)
+        if pair.kind == "title":
+            gold = (*(other for other in range(int(self.first[place]), int(self.last[place])) if other != place), place)
+        text = None if pair.text == self.maker.passages[place].text else pair.text
+        return Asked(pair.query, pair.kind, gold, text)
 
     def seeds(self, first: int, most: int) -> list[Asked]:
-        """The seeds of the round that begins at a step; the last of a pair's passages is its own."""
+        """The seeds of the round that begins at a step."""
         pick = np.random.default_rng((self.seed, 1, first))
         found: list[Asked] = []
         if self.labeled:
@@ -192,8 +195,8 @@ class PoolDrawer:
         for place in pick.permutation(self.free).tolist():
             if len(found) >= most:
                 break
-            if pairs := self.pairs(place, first):
-                found.append(_own(pairs[int(pick.integers(len(pairs)))], place))
+            if (item := self.question(place, first, random.Random(f"{self.seed}, seed {first} {place}"))) is not None:
+                found.append(item)
         order = pick.permutation(len(found))
         return [found[number] for number in order]
 
@@ -235,9 +238,9 @@ class PoolDrawer:
                 texts[place] = None
                 own.append(place)
         for place in own:
-            if pairs := self.pairs(place, step):
-                asked.append(_own(pick.choice(pairs), place))
-                texts[place] = asked[-1].text
+            if (question := self.question(place, step, pick)) is not None:
+                asked.append(question)
+                texts[place] = question.text
         return self._pool(texts, asked, used)
 
     def _pool(self, texts: dict[int, str | None], asked: list[Asked], used: list[int]) -> Pool:
@@ -262,9 +265,3 @@ class PoolDrawer:
             torch.tensor([item.kind == "question" for item in asked]),
             used,
         )
-
-
-def _own(item: Asked, place: int) -> Asked:
-    """A question of a passage, which stands last among those that answer it."""
-    others = tuple(other for other in item.gold if other != place)
-    return Asked(item.query, item.kind, (*others, place), item.text, item.answer)

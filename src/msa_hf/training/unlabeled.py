@@ -110,10 +110,10 @@ def prepare_routers(
     output = Path(settings.output)
     _check_output(settings, output)
     model, tokenizer = _load(settings)
-    protocol = plain_protocol(tokenizer) if protocol is None else protocol
     try:
+        coder = Coder(tokenizer, protocol)  # the plain protocol's tokens are those of none, which are made faster
+        protocol = plain_protocol(tokenizer) if protocol is None else protocol
         protocol.check_tokenizer(tokenizer)
-        coder = Coder(tokenizer, protocol)
     except ValueError as error:
         raise SettingError("protocol", "{} {}", error) from None
     wrapping = len(coder.documents([""], [len(documents)])[0])
