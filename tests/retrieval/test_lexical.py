@@ -1,8 +1,11 @@
 """The lexical index that is kept with a bank: it finds what the bank holds, whatever was done to the bank and whoever
 died meanwhile, and nothing of what was erased."""
 
+import os
 import random
 import re
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from msa_hf.bank import BankStore
 from msa_hf.model.memory_msa import MemoryBank
 from msa_hf.retrieval import lexical_files
 from msa_hf.retrieval.lexical import Change, LexicalIndex
+from msa_hf.retrieval.lexical_files import LexicalFollower
 from msa_hf.retrieval.rows import rows_of_bank
 
 pytest.importorskip("tantivy")
@@ -101,6 +105,71 @@ def test_a_crash_leaves_no_silent_error(
         assert is_exact(bank.snapshot(), chance)
         churn(bank, chance, 2)
         assert is_exact(bank.snapshot(), chance)
+
+
+POINTS = {  # what is called, and whether it does its work before the writer is killed
+    "before the index": ((LexicalIndex, "apply"), False),
+    "before the record": ((lexical_files, "write_sidecar"), False),
+    "before old files go": ((lexical_files.shutil, "rmtree"), False),
+    "behind all": ((LexicalFollower, "_tidy"), True),
+}
+
+
+@pytest.mark.parametrize("action", ["change", "compact"])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_writer_leaves_an_index_that_is_found_out(tmp_path: Path, point: str, action: str) -> None:
+    chance = random.Random(5)
+    with BankStore(FakeModel(), tmp_path, lexical="none") as bank:
+        churn(bank, chance, 4)
+        bank.upsert("k1", "zyxwquark")
+    (owner, name), works = POINTS[point]
+    child = os.fork()
+    if child == 0:
+        try:
+            bank = BankStore(FakeModel(), tmp_path)
+            original = getattr(owner, name)
+
+            def killed(*arguments: object, **options: object) -> None:
+                if works:
+                    original(*arguments, **options)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            bank.delete("k1")
+            setattr(owner, name, killed)
+            bank.upsert("k2", text_of(chance)) if action == "change" else bank.compact()
+        finally:
+            os._exit(1)
+    reached = os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert reached or (point, action) == ("before old files go", "change")
+    with BankStore(FakeModel(), tmp_path) as bank:
+        assert is_exact(bank.snapshot(), chance) and not found(bank.snapshot(), "zyxwquark")
+        bank.compact()
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+    assert not any(b"zyxwquark" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_readers_beside_a_writer_find_what_their_state_has(tmp_path: Path) -> None:
+    chance, done = random.Random(1), threading.Event()
+    with BankStore(FakeModel(), tmp_path, lexical="none") as bank:
+        churn(bank, chance, 2)
+
+        def write() -> None:
+            churn(bank, chance, 12)
+            done.set()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        seen = looked = 0
+        own = random.Random(2)
+        while not done.is_set():
+            with BankStore(None, tmp_path, read_only=True) as reader:
+                snapshot = reader.snapshot()
+                if "lexical" in snapshot.indexes and len(snapshot):
+                    assert is_exact(snapshot, own)
+                    seen += 1
+                looked += 1
+        writer.join()
+    assert seen and looked >= seen
 
 
 def test_damaged_files_of_the_index_are_made_anew(tmp_path: Path) -> None:

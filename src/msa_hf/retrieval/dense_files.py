@@ -114,6 +114,7 @@ class DenseFollower:
         """Bring the vectors to these rows: those of new texts are made, those of equal texts taken over."""
         restored = len(rows.hidden) < self._left_out  # files that were damaged
         if self._commit == rows.commit != "" and not restored:
+            self._tidy()
             return
         known = None if restored else rows.rows_of_first(self._pieces)
         if known is not None and known != sum(len(part.vectors) for part in self._parts):
@@ -165,7 +166,12 @@ class DenseFollower:
             "files": files,
         }
         write_sidecar(self.directory / RECORD, record)
-        named = {entry["file"] for entry in files}
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove files of vectors before, or of a write that did not come to its end."""
+        assert self.directory is not None
+        named = {part.entry["file"] for part in self._parts if part.entry is not None}
         for path in self.directory.iterdir():
             if FILE.fullmatch(path.name) and path.name not in named:
                 path.unlink(missing_ok=True)

@@ -95,6 +95,7 @@ class LexicalFollower:
         restored = len(rows.hidden) < self._left_out  # files that were damaged
         if self._index is not None and self._commit == rows.commit != "" and not restored:
             self._hidden = rows.hidden if self._hidden is None else self._hidden
+            self._tidy()
             return
         known = None if self._index is None or restored else rows.rows_of_first(self._pieces)
         if known is None:
@@ -138,7 +139,12 @@ class LexicalFollower:
             "hidden": len(rows.hidden),
         }
         write_sidecar(self.directory / RECORD, record)
-        for path in self.directory.iterdir():  # of an index before, or of one that did not come to its end
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove what is left of an index before, or of one that did not come to its end."""
+        assert self.directory is not None
+        for path in self.directory.iterdir():
             if FOLDER.fullmatch(path.name) and path != self._folder:
                 shutil.rmtree(path, ignore_errors=True)
 
