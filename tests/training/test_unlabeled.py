@@ -198,10 +198,9 @@ def test_mined_passages_are_wrong_and_in_the_pools(place: Path, tmp_path: Path, 
                 assert not set(words(seed.query)) <= set(words(prepared.corpus[wrong]))
         assert len(set(pool.places)) == len(pool.places) == len(pool.documents) == drawer.size
         assert pool.positives.any(1).all() and len(pool.queries) == len(pool.questions) == len(pool.positives)
-        inside = sum(
-            place in pool.places for number in pool.seeds for place in round.misses[number].tolist() if place >= 0
-        )
-        assert inside >= len(pool.seeds)  # at least one each
+        for number in pool.seeds:  # six seeds with three companions each have room
+            misses = [place for place in round.misses[number].tolist() if place >= 0]
+            assert sum(place in pool.places for place in misses) >= min(2, len(misses))
         asked_for = {pool.places[int(column)] for column in pool.positives.nonzero()[:, 1]}
         assert not asked_for & held_out
     assert mined > 4 * sum(len(round.seeds) for round, _, _ in drawn)
@@ -301,6 +300,22 @@ def test_folders_that_teach_nothing_are_refused(place, tmp_path, capsys, texts, 
     assert main(command(place, tmp_path / "out", documents, held_out=8)) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert message in said and said.startswith("msa-hf: error:")
+
+
+def test_a_handful_of_notes_is_enough(place, tmp_path, capsys) -> None:
+    """Too few to whiten routers by, which is said; nothing to mine, no room for companions."""
+    documents = save_notes(tmp_path / "docs", dict(list(notes().items())[:8]))
+    options = {"steps": 3, "held-out": 1, "chunk-size": 64}
+    assert main(command(place, tmp_path / "out", documents, **options)) == 0
+    said = capsys.readouterr()
+    assert "8 chunks are too few to whiten routers of 64 directions" in said.err and "router at first" in said.out
+    assert lines(tmp_path / "out")[1][-1]["k"] == 1
+
+
+def test_launchers_of_several_processes_are_refused(place, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="start it without a launcher"):
+        prepare_routers(settings(place, tmp_path), notes())
 
 
 def test_undecodable_files_are_named(place, tmp_path, capsys) -> None:

@@ -33,7 +33,12 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("out", metavar="OUT", help="directory for the result").required = False
     add_protocol_option(made)
     training_settings.add_options(made)
-    group = made.add_argument_group("without QUESTIONS")
+    group = made.add_argument_group(
+        "without QUESTIONS",
+        "Defaults that differ then: 300 steps, a pool as large as memory holds, rank 24, rates of 1e-3, passages of "
+        "256 tokens, a checkpoint every 50 steps. --lora, --full, --merge, --batch-size, --warmup-share and "
+        "--gradient-checkpointing need QUESTIONS.",
+    )
 
     def add(name: str, kind: Callable[[str], object], metavar: str, text: str) -> None:
         spelled = f"--{name.replace('_', '-')}"

@@ -545,7 +545,7 @@ class _Run:
         begun = next(row for row in measurements if not row.get("as_given"))
         found = {"untrained router": first["recall"]}
         if begun is not first:
-            found["whitened router"] = begun["recall"]
+            found["router at first"] = begun["recall"]
         found |= {"trained router": last["recall"], **{name: value for name, value in self.others.items()}}
         found["chance"] = last["chance"]
         opening = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,6 +108,10 @@ def prepare_routers(
     """
     if not documents:
         raise TrainingError("there are no documents to train on")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainingError(
+            "routers are trained by documents in one process, on one device; start it without a launcher"
+        )
     output = Path(settings.output)
     _check_output(settings, output)
     model, tokenizer = _load(settings)
@@ -179,8 +184,10 @@ def _memory_fields(settings: RouterSettings) -> dict[str, Any]:
 
 
 def _load(settings: RouterSettings) -> tuple[Any, Any]:
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    small = settings.bf16 or (device is not None and device.type != "cpu")
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or device.type == "mps":  # which lacks float64, in which routers are whitened
+        device = torch.device("cpu")
+    small = settings.bf16 or device.type != "cpu"
     try:
         fields = _memory_fields(settings)
         make = MSAForCausalLM.from_pretrained if _is_retrofit(settings.base) else MSAForCausalLM.from_base
