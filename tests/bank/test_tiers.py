@@ -586,7 +586,7 @@ def test_what_can_not_be_placed(tmp_path: Path) -> None:
     memory = place_bank(made_.bank, tiers=AMPLE)
     with pytest.raises(ValueError, match="TieredBank is shared or placed already"):
         place_bank(memory, tiers=AMPLE)
-    with pytest.raises(TypeError, match="must be a MemoryBank, an BankStore or a directory, got list"):
+    with pytest.raises(TypeError, match="must be a MemoryBank, a BankStore or a directory, got list"):
         place_bank([made_.bank], tiers=AMPLE)
     with pytest.raises(ValueError, match=r'place `bank.to\("cpu"\)`'):
         place_bank(made_.bank.to("meta"), tiers=AMPLE)

@@ -75,7 +75,7 @@ def source_of(
     if isinstance(bank, BankStore):
         return _of_memory(bank.snapshot()) if bank.directory is None else _of_open(bank)
     if not isinstance(bank, MemoryBank):
-        raise TypeError(f"`bank` must be a MemoryBank, an BankStore or a directory, got {type(bank).__name__}.")
+        raise TypeError(f"`bank` must be a MemoryBank, a BankStore or a directory, got {type(bank).__name__}.")
     if not bank.is_whole:
         raise ValueError(f"A {type(bank).__name__} is shared or placed already; place the bank that it was made from.")
     if bank.device.type != "cpu":
