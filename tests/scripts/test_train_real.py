@@ -1,0 +1,110 @@
+"""`scripts/train_real.py` from a directory of data to an adapter, on a tiny base."""
+
+import json
+import lzma
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import base_model
+from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from msa_hf import MSAForCausalLM
+
+# PEFT asks a model for a property by the name that the newer transformers has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+END = "<|im_end|>"
+WORDS = ["[PAD]", "[UNK]", END, *"?:.[]-", "---", "Query", "Question", "Answer", *(f"w{n}" for n in range(90))]
+
+
+def save_tokenizer(directory: Path) -> None:
+    words = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token=END, additional_special_tokens=[END]
+    ).save_pretrained(directory)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A base, a teacher, two sets with questions and a part of further text."""
+    base_model("llama", num_hidden_layers=3).save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=len(WORDS), **shape)).save_pretrained(tmp_path / "teacher")
+    for name in ("base", "teacher"):
+        save_tokenizer(tmp_path / name)
+    pick = random.Random(0)
+
+    def write(path: Path, rows: list[dict[str, object]]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lzma.open(path, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def text() -> str:
+        return " ".join(pick.choices(WORDS[-90:], k=34)) + " ."
+
+    for name in ("nq", "squad11"):
+        documents = [{"key": f"{name}{n}", "title": f"w{n}", "article": f"{n // 3}", "text": text()} for n in range(18)]
+        write(tmp_path / "data" / name / "documents.jsonl.xz", documents)
+        for split, part in (("train", documents[:12]), ("dev", documents[12:])):
+            questions = []
+            for row in part:
+                words = row["text"].split()
+                asked = " ".join(words[3:7])
+                questions.append({"question": asked, "answers": [words[8]], "gold": [row["key"]], "kind": "span"})
+            write(tmp_path / "data" / name / f"questions.{split}.jsonl.xz", questions)
+    filler = [{"key": f"f{n}", "title": "", "text": text()} for n in range(40)]
+    write(tmp_path / "data" / "wikipedia" / "part-00.jsonl.xz", filler)
+    return tmp_path
+
+
+def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import train_real
+
+    monkeypatch.setattr(train_real, "BASE_NAME", str(place / "base"))  # or PEFT asks the Hub about it
+
+    def run(command: str, options: str, base: bool = True) -> None:
+        given = [
+            "--work",
+            place / "work",
+            "--parts",
+            "0",
+            *(["--base", place / "base"] if base else []),
+            *options.split(),
+        ]
+        monkeypatch.setattr(sys, "argv", ["train_real.py", command, *map(str, given)])
+        train_real.main()
+
+    run("prepare", f"--data {place / 'data'}")
+    run("reading", "--reading 12")
+    run("questions", "--minutes 1 --ask-batch 8 --ask-steps 2 --batch-tokens 2000 --largest 16 --no-compile")
+    run("teach", f"--teacher {place / 'teacher'} --asked", base=False)
+    sizes = "--pool 24 --labeled 6 --group 4 --near 5 --read 4 --part-tokens 800 --question-tokens 60"
+    run("routers", f"--layers 1 --steps 3 --rank 4 --upper-rank 2 --no-compile --log-every 1 {sizes}")
+    run("adapter", f"--out {place / 'adapter'}")
+
+    rows = [json.loads(line) for line in (place / "work" / "routers.curve.jsonl").read_text().splitlines()]
+    measured = [row["recall"] for row in rows if "recall" in row]
+    assert len(measured) == 2 and set(measured[0]) == {"nq", "squad11"}
+    losses = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in losses] == [1, 2, 3] and all(row["read"] > 0 for row in losses)
+
+    fields = json.loads((place / "adapter" / "memory.json").read_text())
+    model = MSAForCausalLM.from_base(place / "base", routers_trained=True, **fields)
+    first = model.model.layers[1].self_attn.router_k_proj.weight.clone()
+    tuned = PeftModel.from_pretrained(model, place / "adapter")
+    state = torch.load(place / "work" / "routers.pt", weights_only=True)["weights"]
+    wanted = next(value for name, value in state.items() if "router_k_proj" in name)
+    found = next(value for name, value in tuned.named_parameters() if "router_k_proj.modules_to_save" in name)
+    torch.testing.assert_close(found.float(), wanted.float(), atol=1e-2, rtol=1e-2)
+    assert not torch.allclose(found.float(), first.float())
+    assert any(bool(value.any()) for name, value in tuned.named_parameters() if "lora_B" in name)
+    assert (place / "adapter" / "memory_protocol.json").exists()
