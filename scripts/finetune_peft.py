@@ -46,12 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"note: {note}", file=sys.stderr)
         result = train(prepared, trainer)
     except SettingError as error:
-        return refuse(error.said(HELD_OUT if error.setting == "held_out" else f"--{error.setting.replace('_', '-')}"))
+        return refuse(
+            error.message(HELD_OUT if error.setting == "held_out" else f"--{error.setting.replace('_', '-')}")
+        )
     except (TrainingError, DataError) as error:
         return refuse(str(error))
     except CollapsedError as error:
         return refuse(str(error), code=1)
-    if result.speaks:
+    if result.is_main_process:
         print(result)
     return 0
 

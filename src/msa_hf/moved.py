@@ -80,6 +80,8 @@ MOVED = {
     "evaluation.words": "synthetic.words",
     "evaluation.world": "synthetic.world",
     "training.asking": "evaluation.prompting",
+    "training.schedule": "training.trainer",
+    "training.transcripts": "training.collators",
     "training.data": "data.questions",
     "training.diagnosis": "evaluation.diagnosis",
     "training.sharpen": "evaluation.sharpen",
@@ -96,7 +98,7 @@ def renamed(module: str, names: dict[str, str]) -> Callable[[str], Any]:
 
     Args:
         module: its `__name__`.
-        names: old name -> new one, both of this module.
+        names: old name -> new one, of this module or, with dots, of the package: `training.collators.QuestionCollator`.
     """
 
     def find(name: str) -> Any:
@@ -107,7 +109,8 @@ def renamed(module: str, names: dict[str, str]) -> Callable[[str], Any]:
             DeprecationWarning,
             stacklevel=2,
         )
-        return getattr(sys.modules[module], names[name])
+        home, _, new = names[name].rpartition(".")
+        return getattr(importlib.import_module(f"{PACKAGE}.{home}") if home else sys.modules[module], new)
 
     return find
 

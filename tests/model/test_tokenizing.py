@@ -19,11 +19,11 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 from msa_hf import MSAForCausalLM
 from msa_hf.bank.encode_corpus import connected, encode_bank
 from msa_hf.data.documents import Corpus
-from msa_hf.data.questions import QuestionCollator
 from msa_hf.generation import COMPACT, MemoryInterleave
 from msa_hf.model.splitting_msa import split_text
 from msa_hf.model.tokenizing_msa import token_spans, tokenize, tokenize_texts
-from msa_hf.training.transcripts import TranscriptCollator
+from msa_hf.training import QuestionCollator
+from msa_hf.training.collators import TranscriptCollator
 
 MARKERS = list(COMPACT.special_tokens)
 MARKER = "<|docs|>"

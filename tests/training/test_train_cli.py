@@ -325,7 +325,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(method, base, data, t
     assert main(command(base, data, whole, steps=10, **extra)) == 0
     trainers.callbacks = [Interrupt(5)]
     assert main(command(base, data, broken, steps=10, **extra)) == 130
-    assert [path.name for path in finetune._checkpoints(broken)] == ["checkpoint-3"]
+    assert [path.name for path in finetune.checkpoints_in(broken)] == ["checkpoint-3"]
     (broken / "checkpoint-5").mkdir()  # cut short while it was written
     with (broken / finetune.CURVE_FILE).open("a") as file:
         file.write('{"step": 5, "lo')

@@ -23,9 +23,9 @@ from msa_hf.cli import main
 from msa_hf.data.questions import DataError, read_questions
 from msa_hf.generation import COMPACT, PromptProtocol
 from msa_hf.generation.protocol import PROTOCOL_FILE
-from msa_hf.training import QuestionCollator, finetune, router_recall
+from msa_hf.training import QuestionCollator, finetune, resume, router_recall
+from msa_hf.training.collators import DISTRACTORS, TranscriptCollator
 from msa_hf.training.finetune import make_trainer, split
-from msa_hf.training.transcripts import DISTRACTORS, TranscriptCollator
 
 # PEFT asks a model for a property by the name that the newer transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -329,7 +329,7 @@ def test_a_run_does_not_go_on_with_another_protocol(place, tmp_path, capsys) -> 
     out = tmp_path / "out"
     assert main(command(place, out)) == 0
     (out / "checkpoint-1").mkdir()
-    (out / "checkpoint-1" / finetune.STATE_FILE).write_text("{}")
+    (out / "checkpoint-1" / resume.STATE_FILE).write_text("{}")
     line = refusal(capsys, command(place, out, resume=True, protocol="none"))
     assert "--resume: the interrupted run had another protocol" in line
 

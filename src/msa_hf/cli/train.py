@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
             return _train_by_documents(args, documents, titles, getattr(args, "labeled", None), out)
         except training_settings.SettingError as error:
             option = SPELLED.get(error.setting, f"--{error.setting.replace('_', '-')}")
-            raise UserError(error.said(option)) from error
+            raise UserError(error.message(option)) from error
         except CollapsedError as error:
             print_error(error)
             return 1
@@ -132,7 +132,7 @@ def _train_by_questions(args: argparse.Namespace, documents: Mapping[str, str], 
         for note in prepared.notes:
             print(f"msa-hf: {note}", file=sys.stderr)
     result = finetune.train(prepared, trainer)
-    if result.speaks:
+    if result.is_main_process:
         print(result)
     return 0
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation import SELECTORS, MemoryInterleave, PromptProtocol
 from ..generation.selectors import selector_named
@@ -18,16 +19,16 @@ from .judged_questions import read_judged as read_judged
 from .lexical import BM25
 from .metrics import exact_match
 from .prompting import Writer, text_of
+from .recall import JudgedFields, router_recall
 from .recall import positions_of as positions_of
-from .recall import router_recall
 from .report import EVERY, Answers, Diagnosis
 
 
 def diagnose(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     bank: MemoryBank,
-    questions: Sequence[Mapping[str, Any]],
+    questions: Sequence[JudgedFields],
     protocol: PromptProtocol | None = None,
     conditions: Sequence[str] | None = None,
     k: int | None = None,
@@ -101,7 +102,7 @@ def diagnose(
         for question in asked:
             run.writer.prompt(question.text, ())  # what is too long is said before any work
         if any(question.positives for question in asked):
-            plain = [{"positives": (), **question} for question in questions]
+            plain: list[JudgedFields] = [{"positives": (), **question} for question in questions]
             result.router = router_recall(model, tokenizer, bank, plain, k, batch_size, protocol)
         total = sum(len(run.places(name)) * (len(naming) if name == "ids" else 1) for name in names)
         with tqdm(total=total, unit="question", disable=not show_progress) as run.progress:
@@ -127,8 +128,8 @@ class _Run:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         bank: MemoryBank,
         protocol: PromptProtocol | None,
         questions: Sequence[JudgedQuestion],
@@ -138,7 +139,7 @@ class _Run:
         self.model, self.tokenizer, self.bank, self.protocol = model, tokenizer, bank, protocol
         self.questions, self.interleave, self.batch_size = questions, interleave, batch_size
         self.writer = Writer(model, tokenizer, bank, protocol, interleave["max_new_tokens"])
-        self.progress: Any = None
+        self.progress: tqdm[NoReturn] = tqdm(disable=True)  # `diagnose` puts the one that shows in its place
         self.read: dict[str, dict[int, list[int]]] = {}
         self.left_out: dict[str, int] = {}
 

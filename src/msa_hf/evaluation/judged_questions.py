@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..data.questions import DataError, _rows, _text
+from ..data.questions import DataError, json_rows, text_field
 from ..model.memory_msa import MemoryBank
-from .recall import positions_of
+from .recall import JudgedFields, positions_of
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,19 @@ class JudgedQuestion:
         return [position for found in self.rounds for position in found]
 
 
-def read_judged(path: str | Path) -> list[dict[str, Any]]:
+def read_judged(path: str | Path) -> list[JudgedFields]:
     """The questions of a JSON Lines file for `diagnose`; fields that it does not know are passed over.
 
     Raises:
         DataError: for a file that is missing, undecodable or empty, and a field of another type, naming file and line.
     """
-    questions = []
-    for place, row in _rows(Path(path)):
-        question: dict[str, Any] = {"question": _text(place, row, "question")}
-        for name in ("answer", "kind"):
-            if row.get(name) is not None:
-                question[name] = _text(place, row, name)
+    questions: list[JudgedFields] = []
+    for place, row in json_rows(Path(path)):
+        question: JudgedFields = {"question": text_field(place, row, "question")}
+        if row.get("answer") is not None:
+            question["answer"] = text_field(place, row, "answer")
+        if row.get("kind") is not None:
+            question["kind"] = text_field(place, row, "kind")
         if (keys := row.get("positives")) is not None:
             if not _are_keys(keys):
                 raise DataError(f"{place}: 'positives' must be a list of document keys, got {json.dumps(keys)}")
@@ -57,11 +57,11 @@ def read_judged(path: str | Path) -> list[dict[str, Any]]:
     return questions
 
 
-def _are_keys(value: Any) -> bool:
+def _are_keys(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(key, str) for key in value)
 
 
-def look_up(bank: MemoryBank, questions: Sequence[Mapping[str, Any]], refusal: str | None) -> list[JudgedQuestion]:
+def look_up(bank: MemoryBank, questions: Sequence[JudgedFields], refusal: str | None) -> list[JudgedQuestion]:
     """Find the documents of questions in a bank.
 
     Args:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bm25s.tokenization import Tokenized
 
 
-def require_bm25s() -> Any:
+def require_bm25s() -> ModuleType:
     try:
         import bm25s
     except ImportError as error:
@@ -21,7 +25,7 @@ class BM25:
         self.index = self.module.BM25()
         self.index.index(self._words(texts), show_progress=False)
 
-    def _words(self, texts: list[str]) -> Any:
+    def _words(self, texts: list[str]) -> Tokenized:
         return self.module.tokenize(texts, stopwords=None, show_progress=False)
 
     def best(self, question: str, count: int) -> list[int]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
-from ..data.questions import SEPARATOR, _pad, question_ids
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.padding import pad
+from ..data.questions import SEPARATOR, question_ids
 from ..generation import DocumentIds, MemoryInterleave, PromptProtocol
 from ..generation.answering import Answering
 from ..model.memory_msa import MemoryBank
@@ -26,7 +29,7 @@ def text_of(bank: MemoryBank, position: int) -> str:
 
 
 def prompt_of(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     question: str,
     protocol: PromptProtocol | None,
     rounds: Sequence[Sequence[tuple[int, str]]] = (),
@@ -43,7 +46,12 @@ class Writer:
     """Has a model answer prompts, with the memory or without."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, bank: MemoryBank, protocol: PromptProtocol | None, max_new_tokens: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        bank: MemoryBank,
+        protocol: PromptProtocol | None,
+        max_new_tokens: int,
     ) -> None:
         self.model, self.tokenizer, self.bank, self.protocol = model, tokenizer, bank, protocol
         self.max_new_tokens = max_new_tokens
@@ -101,18 +109,19 @@ class Writer:
         device = self.model.device
         prefix = [] if memory else list(self.model.config.prefix_token_ids)
         rows = [prefix + ids for ids, _ in prompts]
-        inputs: dict[str, Any] = {
-            "input_ids": _pad(rows, self.pad, left=True).to(device),
-            "attention_mask": _pad([[1] * len(row) for row in rows], 0, left=True).to(device),
+        ids = pad(rows, self.pad, left=True).to(device)
+        inputs: dict[str, Tensor | MemoryBank] = {
+            "input_ids": ids,
+            "attention_mask": pad([[1] * len(row) for row in rows], 0, left=True).to(device),
         }
         if memory:
-            routes = _pad([[int(item) for item in routes] for _, routes in prompts], 0, left=True)
+            routes = pad([[int(item) for item in routes] for _, routes in prompts], 0, left=True)
             inputs |= {"memory": self.bank, "routing_mask": routes.bool().to(device)}
         if forced is not None:
-            inputs["force_documents"] = _pad([list(row) for row in forced], -1).to(device)
+            inputs["force_documents"] = pad([list(row) for row in forced], -1).to(device)
         with in_positions_of(self.model.config):  # also without the memory, so that no answer depends on its batch
             output = self.model.generate(**inputs, **self.options)
-        return [self._answer(row) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+        return [self._answer(row) for row in output[:, ids.shape[1] :].tolist()]
 
     def _answer(self, tokens: list[int]) -> str:
         if self.answering is not None:

@@ -2,15 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict
 
-from ..data.questions import _pad
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.padding import pad
+from ..data.questions import Question
 from ..generation import DocumentIds, PromptProtocol
 from ..model.memory_msa import MemoryBank
 from ..model.modes_msa import evaluating
 from ..model.routing_msa import select_documents
 from .prompting import prompt_of, text_of
+
+
+class JudgedFields(TypedDict):
+    """A question whose answer and documents are known, as `diagnose` takes it.
+
+    Attributes:
+        question: its text.
+        answer: missing or None: only routing is measured.
+        positives: keys of the documents that answer it, in the order of the hops.
+        rounds: the same keys, by the round that should find them; default one document a round.
+        kind: by which figures are given.
+    """
+
+    question: str
+    answer: NotRequired[str | None]
+    positives: NotRequired[Sequence[str]]
+    rounds: NotRequired[Sequence[Sequence[str]] | None]
+    kind: NotRequired[str | None]
+
+
+class RouterRecall(TypedDict):
+    """What `router_recall` measured, as it describes it; by layer where a name says so."""
+
+    k: int
+    questions: int
+    wanted: int
+    distinct: dict[int, int]
+    recall: float
+    layers: dict[int, float]
+    first: float
+    first_layers: dict[int, float]
+    recall_at_1: float
+    layers_at_1: dict[int, float]
+    first_at_1: float
+    first_layers_at_1: dict[int, float]
 
 
 def positions_of(bank: MemoryBank, keys: Sequence[str]) -> list[int]:
@@ -26,15 +64,15 @@ def positions_of(bank: MemoryBank, keys: Sequence[str]) -> list[int]:
 
 
 def router_recall(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     bank: MemoryBank,
-    questions: Sequence[Mapping[str, Any]],
+    questions: Sequence[Question | JudgedFields],
     k: int | None = None,
     batch_size: int = 16,
     protocol: PromptProtocol | None = None,
     rounds_read: int = 0,
-) -> dict[str, Any]:
+) -> RouterRecall:
     """The share of the right documents that routers find for questions as they are first put, or later.
 
     Args:
@@ -87,9 +125,9 @@ def router_recall(
                 )
             ]
             routing = model(
-                input_ids=_pad([ids for ids, _ in rows], 0, left=True).to(model.device),
-                attention_mask=_pad([[1] * len(ids) for ids, _ in rows], 0, left=True).to(model.device),
-                routing_mask=_pad([[int(item) for item in routes] for _, routes in rows], 0, left=True)
+                input_ids=pad([ids for ids, _ in rows], 0, left=True).to(model.device),
+                attention_mask=pad([[1] * len(ids) for ids, _ in rows], 0, left=True).to(model.device),
+                routing_mask=pad([[int(item) for item in routes] for _, routes in rows], 0, left=True)
                 .bool()
                 .to(model.device),
                 memory=bank,
@@ -113,19 +151,25 @@ def router_recall(
         union = [set().union(*row) for row in zip(*sets.values(), strict=True)]
         return share(union), {layer: share(rows) for layer, rows in sets.items()}
 
-    result: dict[str, Any] = {
+    first = [row[:1] for row in gold]
+    at_k, first_at_k, at_1, first_at_1 = shares(k, gold), shares(k, first), shares(1, gold), shares(1, first)
+    return {
         "k": k,
         "questions": len(asked),
         "wanted": len({row[0] for row in gold}),
         "distinct": {layer: len(set().union(*rows)) for layer, rows in found.items()},
+        "recall": at_k[0],
+        "layers": at_k[1],
+        "first": first_at_k[0],
+        "first_layers": first_at_k[1],
+        "recall_at_1": at_1[0],
+        "layers_at_1": at_1[1],
+        "first_at_1": first_at_1[0],
+        "first_layers_at_1": first_at_1[1],
     }
-    for ending, best in (("", k), ("_at_1", 1)):
-        result["recall" + ending], result["layers" + ending] = shares(best, gold)
-        result["first" + ending], result["first_layers" + ending] = shares(best, [row[:1] for row in gold])
-    return result
 
 
-def _rounds_of(question: Mapping[str, Any]) -> list[Sequence[str]]:
+def _rounds_of(question: Question | JudgedFields) -> Sequence[Sequence[str]]:
     """Keys of the documents that each round should find."""
     return question.get("rounds") or [[key] for key in question["positives"]]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..tables import table_lines
+from .recall import RouterRecall
 
 EVERY = "all"  # what questions of all kinds together are called
 
@@ -50,12 +51,12 @@ class Diagnosis:
     documents: int
     tokens: int
     questions: dict[str, int]
-    router: dict[str, Any] | None = None
+    router: RouterRecall | None = None
     answers: dict[str, dict[str, Answers]] = field(default_factory=dict)
     ids: dict[str, dict[str, float]] = field(default_factory=dict)
     predictions: dict[str, list[str | None]] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON values; layers become strings, as keys of JSON objects are."""
@@ -104,15 +105,16 @@ class Diagnosis:
         yield from notes
 
 
-def _router_table(router: Mapping[str, Any]) -> Iterator[str]:
+def _router_table(router: RouterRecall) -> Iterator[str]:
     k = router["k"]
     yield f"router, {router['questions']} questions as first put, {router['wanted']} documents wanted first"
-    names = ("layers", "first_layers", "layers_at_1", "first_layers_at_1")
+    by_layer = (router["layers"], router["first_layers"], router["layers_at_1"], router["first_layers_at_1"])
     rows = [
-        [str(layer), *(_shown(router[name][layer]) for name in names), str(router["distinct"][layer])]
+        [str(layer), *(_shown(shares[layer]) for shares in by_layer), str(router["distinct"][layer])]
         for layer in router["layers"]
     ]
-    rows.append(["any", *(_shown(router[name]) for name in ("recall", "first", "recall_at_1", "first_at_1")), ""])
+    of_any = (router["recall"], router["first"], router["recall_at_1"], router["first_at_1"])
+    rows.append(["any", *map(_shown, of_any), ""])
     yield from table_lines([["layer", f"all@{k}", f"first@{k}", "all@1", "first@1", "distinct"], *rows])
 
 

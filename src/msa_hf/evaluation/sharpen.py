@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ..generation import PromptProtocol
 from ..model.attention_msa import ScoreBias
 from ..model.memory_msa import MemoryBank
+from ..model.modeling_msa import MSAForCausalLM
 from .diagnosis import diagnose
+from .recall import JudgedFields
 
 FACTORS = (1.0, 2.0, 4.0, 8.0)
 
 
 def sharpen_score_bias(
-    model: Any,
-    tokenizer: Any,
+    model: MSAForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
     bank: MemoryBank,
-    questions: Sequence[Mapping[str, Any]],
+    questions: Sequence[JudgedFields],
     protocol: PromptProtocol,
     factors: Sequence[float] = FACTORS,
     slack: float = 0.005,

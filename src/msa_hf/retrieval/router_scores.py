@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.questions import _pad
+from ..data.padding import pad
 from ..evaluation.prompting import prompt_of
 from ..generation import PromptProtocol
 from ..model.memory_msa import MemoryBank
@@ -52,9 +52,9 @@ def router_scores(
     rows = [prompt_of(tokenizer, question, protocol) for question in questions]
     with torch.no_grad(), evaluating(model):
         routing = model(
-            input_ids=_pad([ids for ids, _ in rows], 0, left=True).to(model.device),
-            attention_mask=_pad([[1] * len(ids) for ids, _ in rows], 0, left=True).to(model.device),
-            routing_mask=_pad([[int(item) for item in routes] for _, routes in rows], 0, left=True)
+            input_ids=pad([ids for ids, _ in rows], 0, left=True).to(model.device),
+            attention_mask=pad([[1] * len(ids) for ids, _ in rows], 0, left=True).to(model.device),
+            routing_mask=pad([[int(item) for item in routes] for _, routes in rows], 0, left=True)
             .bool()
             .to(model.device),
             memory=bank,

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 from ..lazy import exports
 
 if TYPE_CHECKING:
-    from ..data.questions import QuestionCollator
     from ..evaluation.diagnosis import diagnose
     from ..evaluation.recall import router_recall
     from ..evaluation.report import Diagnosis
     from ..evaluation.sharpen import sharpen_score_bias
     from .centering import center_routers
+    from .collators import QuestionCollator
     from .compiling import compiled_layers
     from .contrastive import Temperatures, TokenRows, contrastive_step
     from .monitor import CollapsedError, CollapseGuard, RouterMonitor
     from .peft import peft_config
     from .question_generation import sample_questions
-    from .schedule import MemoryTrainer, RouterWarmup
     from .teacher import EmbeddingTeacher
+    from .trainer import MemoryTrainer, RouterWarmup
     from .weights import TrainedWeights
 
 __all__ = [
@@ -50,18 +50,18 @@ __all__ = [
 __getattr__ = exports(
     __name__,
     {
-        "..data.questions": ["QuestionCollator"],
         "..evaluation.diagnosis": ["diagnose"],
         "..evaluation.recall": ["router_recall"],
         "..evaluation.report": ["Diagnosis"],
         "..evaluation.sharpen": ["sharpen_score_bias"],
         ".centering": ["center_routers"],
+        ".collators": ["QuestionCollator"],
         ".compiling": ["compiled_layers"],
         ".contrastive": ["Temperatures", "TokenRows", "contrastive_step"],
         ".monitor": ["CollapsedError", "CollapseGuard", "RouterMonitor"],
         ".peft": ["peft_config"],
         ".question_generation": ["sample_questions"],
-        ".schedule": ["MemoryTrainer", "RouterWarmup"],
+        ".trainer": ["MemoryTrainer", "RouterWarmup"],
         ".teacher": ["EmbeddingTeacher"],
         ".weights": ["TrainedWeights"],
     },

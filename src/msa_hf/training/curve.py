@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .monitor import RouterMonitor
+from .monitor import Measurement, RouterMonitor
 
 SHOWN = 5  # rows of losses in the table, about
-BY_LAYER = ("layers", "distinct", "first_layers", "layers_at_1", "first_layers_at_1")
+BY_LAYER = {"layers", "distinct", "first_layers", "layers_at_1", "first_layers_at_1"}
 
 
 class Curve(TrainerCallback):
@@ -29,10 +28,10 @@ class Curve(TrainerCallback):
 
     def __init__(self, path: Path, monitor: RouterMonitor | None = None) -> None:
         self.path, self.monitor = path, monitor
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Mapping[str, object]] = []
         self._measured = 0
 
-    def go_on(self, step: int) -> None:
+    def resume(self, step: int) -> None:
         """Read the curve of an interrupted run up to a step, and give monitor and guard what they knew then."""
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines()
@@ -43,27 +42,32 @@ class Curve(TrainerCallback):
                 row = json.loads(line)
             except ValueError:  # the last line, cut short
                 break
-            if row["step"] <= step:
-                self.rows.append(row)
+            if row["step"] > step:
+                continue
+            for name in BY_LAYER & row.keys():
+                row[name] = {int(layer): item for layer, item in row[name].items()}
+            self.rows.append(row)
+            if self.monitor is not None and "recall" in row:
+                self.monitor.measurements.append(row)
+                if self.monitor.guard is not None:
+                    self.monitor.guard.check(row, step=row["step"])
         if self.monitor is not None:
-            for row in self.rows:
-                if "recall" in row:
-                    found: dict[str, Any] = {
-                        name: {int(layer): item for layer, item in value.items()} if name in BY_LAYER else value
-                        for name, value in row.items()
-                    }
-                    self.monitor.measurements.append(found)
-                    if self.monitor.guard is not None:
-                        self.monitor.guard.check(found, step=found["step"])
             self._measured = len(self.monitor.measurements)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         if logs and "loss" in logs:
             self.rows.append({"step": state.global_step, **logs})
         if state.is_world_process_zero:
             self.write(state)
 
-    def write(self, state: Any) -> None:
+    def write(self, state: TrainerState) -> None:
         """Bring the file up to date."""
         if self.monitor is not None:
             self.rows += self.monitor.measurements[self._measured :]
@@ -73,14 +77,14 @@ class Curve(TrainerCallback):
         os.replace(new, self.path)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """A JSON value; null where a number is none."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def summary(rows: Sequence[dict[str, Any]], measurements: Sequence[dict[str, Any]], documents: int) -> str:
+def summary(rows: Sequence[Mapping[str, object]], measurements: Sequence[Measurement], documents: int) -> str:
     """Losses over the run, and the routers' recall before and after it, by layer."""
     lines = [f"{'steps':>9} {'phase':>8} {'language loss':>14} {'router loss':>12}"]
     shown = [row for row in rows if "loss" in row]

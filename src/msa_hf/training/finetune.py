@@ -6,7 +6,6 @@ command lines, `msa-hf train` and `scripts/finetune_peft.py`, are these three.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import shutil
@@ -17,26 +16,32 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations import is_tensorboard_available, is_wandb_available
 
-from ..data.questions import QuestionCollator
+from ..data.questions import Question
 from ..generation import PromptProtocol
 from ..model.configuration_msa import MSAConfig
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.positions_msa import position_limit
+from .collators import QuestionCollator, TranscriptCollator
 from .curve import Curve, summary
-from .monitor import CollapseGuard, RouterMonitor
+from .monitor import CollapseGuard, Measurement, RouterMonitor
 from .peft import peft_config
-from .schedule import MemoryTrainer, RouterWarmup
+from .resume import SETTINGS_FILE, ResumeDrawing, checkpoint_to_resume, checkpoints_in, digest_of
 from .settings import LORA, SettingError, Settings, TrainingError
-from .transcripts import TranscriptCollator
+from .trainer import MemoryTrainer, RouterWarmup
 
-SETTINGS_FILE = "training_settings.json"
 CURVE_FILE = "training_curve.jsonl"
-STATE_FILE = "trainer_state.json"  # the last that Trainer writes of a checkpoint
 MOST_HELD_OUT = 100
-OTHERS = {"data": "other documents or questions", "protocol": "another protocol"}
 
 
 @dataclass
@@ -58,14 +63,14 @@ class Prepared:
     """
 
     settings: Settings
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     documents: Mapping[str, str]
-    training: list[Mapping[str, Any]]
-    held_out: list[Mapping[str, Any]]
-    collator: Any
+    training: list[Question]
+    held_out: list[Question]
+    collator: QuestionCollator | TranscriptCollator
     protocol: PromptProtocol | None
-    record: dict[str, Any]
+    record: dict[str, object]
     checkpoint: Path | None
     notes: list[str]
 
@@ -78,19 +83,19 @@ class Result:
         measurements: of the routers, as `RouterMonitor` keeps them: the first before the first step, the last after
             the last one; empty where no questions were held out.
         summary: a table, in words.
-        loading: the expression that brings the result back.
+        load_expression: what that brings the result back.
         output: directory of the result.
-        speaks: whether this process is the one that prints.
+        is_main_process: whether this process is the one that prints.
     """
 
-    measurements: list[dict[str, Any]]
+    measurements: list[Measurement]
     summary: str
-    loading: str
+    load_expression: str
     output: Path
-    speaks: bool
+    is_main_process: bool
 
     def __str__(self) -> str:
-        return f"{self.summary}\nsaved to {self.output}; load it with\n  {self.loading}"
+        return f"{self.summary}\nsaved to {self.output}; load it with\n  {self.load_expression}"
 
 
 # Before the run -------------------------------------------------------------------------------------------------------
@@ -99,7 +104,7 @@ class Result:
 def prepare(
     settings: Settings,
     documents: Mapping[str, str],
-    questions: Sequence[Mapping[str, Any]],
+    questions: Sequence[Question],
     protocol: PromptProtocol | None = None,
 ) -> Prepared:
     """Load the model and check the data, before anything is computed or written.
@@ -129,16 +134,16 @@ def prepare(
     record = {
         **settings.decisive(),
         "protocol": None if protocol is None else protocol.to_dict(),
-        "data": _digest(documents, questions),
+        "data": digest_of(documents, questions),
     }
-    checkpoint = _checkpoint_to_resume(settings, record)
+    checkpoint = checkpoint_to_resume(settings, record)
     try:
-        options: dict[str, Any] = {"pool": settings.pool, "seed": settings.seed, "max_length": _limit(settings, model)}
-        collator: Any
+        pool, seed, limit = settings.pool, settings.seed, _limit(settings, model)
+        collator: QuestionCollator | TranscriptCollator
         if protocol is None:
-            collator = QuestionCollator(tokenizer, documents, **options)
+            collator = QuestionCollator(tokenizer, documents, pool, seed, limit)
         else:
-            collator = TranscriptCollator(tokenizer, documents, protocol, **options)
+            collator = TranscriptCollator(tokenizer, documents, protocol, pool, seed, limit)
         for question in questions:
             collator.row(question)
     except ValueError as error:
@@ -180,7 +185,7 @@ def reporter_available(name: str) -> bool:
     return bool({"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}[name]())
 
 
-def split(questions: Sequence[Any], count: int | None, seed: int) -> tuple[list[Any], list[Any]]:
+def split(questions: Sequence[Question], count: int | None, seed: int) -> tuple[list[Question], list[Question]]:
     """Questions to train on, and those held out; only questions with positives say something about routers."""
     places = [place for place, question in enumerate(questions) if question["positives"]]
     if count is None:
@@ -198,9 +203,10 @@ def split(questions: Sequence[Any], count: int | None, seed: int) -> tuple[list[
     return kept, [questions[place] for place in sorted(held_out)]
 
 
-def load(settings: Settings) -> tuple[Any, Any]:
+def load(settings: Settings) -> tuple[MSAForCausalLM, PreTrainedTokenizerBase]:
     """The model, given a memory where it has none, and its tokenizer."""
-    chosen = {name: getattr(settings, name) for name in ("top_k", "chunk_size") if getattr(settings, name) is not None}
+    given = {"top_k": settings.top_k, "chunk_size": settings.chunk_size}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     try:
         make = MSAForCausalLM.from_pretrained if _is_retrofit(settings.base) else MSAForCausalLM.from_base
         model = make(settings.base, dtype=torch.float32, **chosen)
@@ -214,7 +220,7 @@ def _is_retrofit(base: str) -> bool:
     return isinstance(AutoConfig.from_pretrained(base), MSAConfig)
 
 
-def _limit(settings: Settings, model: Any) -> int:
+def _limit(settings: Settings, model: PreTrainedModel) -> int:
     """Tokens that a document or a row may have; rows start at the model's `first_position`."""
     positions = position_limit(model.config)
     if positions is None:
@@ -245,53 +251,6 @@ def protocol_of(base: str) -> PromptProtocol | None:
         return None
     except ValueError as error:
         raise SettingError("base", "{} {}", error) from None
-
-
-# Interrupted runs -----------------------------------------------------------------------------------------------------
-
-
-def _checkpoint_to_resume(settings: Settings, record: Mapping[str, Any]) -> Path | None:
-    """The last whole checkpoint of an interrupted run, if that is what goes on here."""
-    output = Path(settings.output)
-    there = [path for path in _checkpoints(output) if (path / STATE_FILE).exists()]
-    if not settings.resume:
-        if there:
-            message = "{} {}: holds {} of an interrupted run; go on with --resume, or give another directory"
-            raise SettingError("output", message, output, there[-1].name)
-        return None
-    if not there:
-        raise SettingError("resume", "{}: {} holds no checkpoint of an interrupted run", output)
-    try:
-        before = json.loads((output / SETTINGS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingError("resume", "{}: {} cannot be read ({})", output / SETTINGS_FILE, error) from None
-    for name, value in record.items():
-        if before.get(name) != value:
-            if name in OTHERS:
-                raise SettingError("resume", "{}: the interrupted run had " + OTHERS[name])
-            raise SettingError(name, "{} is {}, but was {} in the interrupted run", value, before.get(name))
-    return there[-1]
-
-
-def _checkpoints(output: Path) -> list[Path]:
-    """Checkpoints of a Trainer in a directory, the latest last."""
-    numbered = [path for path in output.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def _digest(documents: Mapping[str, str], questions: Sequence[Mapping[str, Any]]) -> str:
-    data = json.dumps([list(documents.items()), list(questions)], sort_keys=True)
-    return hashlib.sha256(data.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-class _GoOnDrawing(TrainerCallback):
-    """Tells the collator how many batches there were before the run began, or went on."""
-
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.collator.drawn = state.global_step * args.gradient_accumulation_steps
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -335,7 +294,7 @@ def make_trainer(prepared: Prepared) -> MemoryTrainer:
         train_dataset=prepared.training,
         router_learning_rate=settings.router_learning_rate,
         warmup=RouterWarmup(settings.warmup_steps),
-        callbacks=[_GoOnDrawing(prepared.collator)],
+        callbacks=[ResumeDrawing(prepared.collator)],
     )
 
 
@@ -364,12 +323,12 @@ def train(prepared: Prepared, trainer: MemoryTrainer, guard: CollapseGuard | Non
         monitor.log = trainer.log
     curve = Curve(output / CURVE_FILE, monitor)
     if prepared.checkpoint is not None:
-        curve.go_on(int(prepared.checkpoint.name.rpartition("-")[2]))
+        curve.resume(int(prepared.checkpoint.name.rpartition("-")[2]))
     if monitor is not None:
         trainer.add_callback(monitor)
     trainer.add_callback(curve)
-    speaks = trainer.is_world_process_zero()
-    if speaks and prepared.checkpoint is None:
+    is_main_process = trainer.is_world_process_zero()
+    if is_main_process and prepared.checkpoint is None:
         (output / SETTINGS_FILE).write_text(json.dumps(prepared.record, indent=2) + "\n", encoding="utf-8")
     try:
         trainer.train(resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint))
@@ -382,13 +341,19 @@ def train(prepared: Prepared, trainer: MemoryTrainer, guard: CollapseGuard | Non
         trainer.warmup.restore()
     if monitor is not None and monitor.measurements[-1]["step"] < trainer.state.global_step:
         monitor.measure(trainer.model, trainer.state.global_step)
-    loading = _save(prepared, trainer)
-    if speaks:
+    load_expression = _save(prepared, trainer)
+    if is_main_process:
         curve.write(trainer.state)
-        for path in _checkpoints(output):  # of no more use
+        for path in checkpoints_in(output):  # of no more use
             shutil.rmtree(path)
     measurements = [] if monitor is None else monitor.measurements
-    return Result(measurements, summary(curve.rows, measurements, len(prepared.documents)), loading, output, speaks)
+    return Result(
+        measurements,
+        summary(curve.rows, measurements, len(prepared.documents)),
+        load_expression,
+        output,
+        is_main_process,
+    )
 
 
 def _save(prepared: Prepared, trainer: MemoryTrainer) -> str:

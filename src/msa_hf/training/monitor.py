@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-from transformers import TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from ..evaluation.recall import router_recall
+from ..data.questions import Question
+from ..evaluation.recall import RouterRecall, router_recall
 from ..generation import PromptProtocol
 from ..model.tokenizing_msa import tokenize
+
+
+class Measurement(RouterRecall):
+    """What `router_recall` returned, and after how many steps."""
+
+    step: int
 
 
 class CollapsedError(RuntimeError):
@@ -56,12 +69,12 @@ class CollapseGuard:
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {share}.")
         self.patience = patience
         self.distinct_share, self.recall_share, self.empty_share = distinct_share, recall_share, empty_share
-        self.untrained: Mapping[str, Any] | None = None
+        self.untrained: RouterRecall | None = None
         self._wrong: dict[str, int] = {}
 
     def check(
         self,
-        router: Mapping[str, Any] | None = None,
+        router: RouterRecall | None = None,
         loss: float | None = None,
         empty: float | None = None,
         step: int | None = None,
@@ -86,7 +99,7 @@ class CollapseGuard:
             wrong = f"{empty:.1%} of the answers are empty, above {self.empty_share:.1%}"
             self._count("empty", wrong if empty > self.empty_share else None, at)
 
-    def _check_router(self, router: Mapping[str, Any], at: str) -> None:
+    def _check_router(self, router: RouterRecall, at: str) -> None:
         most = max(router["distinct"].values())
         if self.untrained is None:
             self.untrained = router
@@ -139,9 +152,9 @@ class RouterMonitor(TrainerCallback):
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         documents: Mapping[str, str],
-        questions: Sequence[Mapping[str, Any]],
+        questions: Sequence[Question],
         every: int = 100,
         guard: CollapseGuard | None = None,
         protocol: PromptProtocol | None = None,
@@ -163,27 +176,48 @@ class RouterMonitor(TrainerCallback):
             ]
         else:
             self._documents = [{"key": row["key"], "input_ids": tokenize(tokenizer, row["text"])} for row in rows]
-        self.measurements: list[dict[str, Any]] = []
-        self.log: Any = None
+        self.measurements: list[Measurement] = []
+        self.log: Callable[[dict[str, float]], None] | None = None
         self._unshown: dict[str, float] = {}
 
-    def measure(self, model: Any, step: int = 0) -> dict[str, Any]:
+    def measure(self, model: PreTrainedModel, step: int = 0) -> RouterRecall:
         """The report of `router_recall` on `model` as it is; kept in `measurements`."""
         bank = model.encode_documents(self._documents, show_progress=False)
         found = router_recall(model, self.tokenizer, bank, self.questions, protocol=self.protocol)
         self.measurements.append({"step": step, **found})
         return found
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **kwargs: object,
+    ) -> None:
         # A run that goes on after an interruption keeps its baseline, where `measurements` has been given back.
         if state.global_step == 0 or not self.measurements:
-            self._report(state, control, kwargs["model"])
+            self._report(state, control, model)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **kwargs: object,
+    ) -> None:
         if state.global_step % self.every == 0:
-            self._report(state, control, kwargs["model"])
+            self._report(state, control, model)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         if self.guard is not None and logs:
             # Trainer filters losses that are no numbers from its log, but not the gradient's norm. With a gradient
             # scaler such a step is skipped and harmless.
@@ -194,7 +228,7 @@ class RouterMonitor(TrainerCallback):
             logs.update(self._unshown)
             self._unshown = {}
 
-    def _report(self, state: Any, control: Any, model: Any) -> None:
+    def _report(self, state: TrainerState, control: TrainerControl, model: PreTrainedModel) -> None:
         if self.guard is not None and not all(
             bool(weight.isfinite().all()) for weight in model.parameters() if weight.requires_grad
         ):

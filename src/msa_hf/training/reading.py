@@ -15,8 +15,8 @@ from ..generation import PromptProtocol
 from ..model.attention_msa import AttendingPass
 from ..model.dense_layer_msa import DenseLayer, layers_over
 from ..model.routing_msa import routing_request, scoring_of
+from .collators import TranscriptCollator
 from .contrastive import _similarity
-from .transcripts import TranscriptCollator
 
 MOST_ID = 100_000  # above the numbers that documents get in training rows
 

@@ -6,7 +6,6 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 LORA, FULL = "lora", "full"
 REPORTERS = ("none", "tensorboard", "wandb")
@@ -22,17 +21,17 @@ class SettingError(TrainingError):
 
     Args:
         setting: name of a field of `Settings`.
-        message: a `str.format` template of the setting's name and the values.
+        template: of the message, a `str.format` template of the setting's name and the values.
         values: what the message says about it.
     """
 
-    def __init__(self, setting: str, message: str, *values: Any) -> None:
-        self.setting, self.message, self.values = setting, message, values
-        super().__init__(self.said(f"`{setting}`"))
+    def __init__(self, setting: str, template: str, *values: object) -> None:
+        self.setting, self.template, self.values = setting, template, values
+        super().__init__(self.message(f"`{setting}`"))
 
-    def said(self, name: str) -> str:
+    def message(self, name: str) -> str:
         """The message, with the name by which the user knows the setting."""
-        return self.message.format(name, *self.values)
+        return self.template.format(name, *self.values)
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,8 @@ class Settings:
             self._require(name, "above 0", lambda value: 0 < value < math.inf)
         self._require("warmup_share", "from 0 to 1", lambda value: 0 <= value <= 1)
 
-    def _require(self, name: str, range: str, holds: Callable[[Any], bool]) -> None:
-        value = getattr(self, name)
+    def _require(self, name: str, range: str, holds: Callable[[float], bool]) -> None:
+        value: float | None = vars(self)[name]
         if value is not None and not holds(value):
             raise SettingError(name, "{} must be {}, got {}", range, value)
 
@@ -118,7 +117,7 @@ class Settings:
         """Of the adapters, or of the model."""
         return LEARNING_RATE[self.method] if self.learning_rate is None else self.learning_rate
 
-    def decisive(self) -> dict[str, Any]:
+    def decisive(self) -> dict[str, object]:
         """The settings on which the course of a run depends, as JSON values."""
         apart = {"output", "resume", "merge", "eval_every", "save_every", "gradient_checkpointing", "report_to"}
         return {name: value for name, value in asdict(self).items() if name not in apart}
@@ -134,7 +133,7 @@ def add_options(parser: argparse.ArgumentParser, held_out: str = "--held-out") -
     """
     default = Settings.__dataclass_fields__
 
-    def add(name: str, kind: Any, text: str, spelled: str | None = None) -> None:
+    def add(name: str, kind: Callable[[str], object], text: str, spelled: str | None = None) -> None:
         value = default[name].default
         shown = text if value is None else f"{text} (default: {value})"
         parser.add_argument(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
-from transformers.modeling_outputs import CausalLMOutput
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutput, ModelOutput
+from transformers.trainer_pt_utils import LabelSmoother
 
+from ..model.configuration_msa import MSAConfig
 from ..model.retrofit_msa import ROUTER_MODULES
 
 WARMUP, MAIN = "warm-up", "main"
@@ -30,35 +35,40 @@ class RouterWarmup(TrainerCallback):
 
     def __init__(self, steps: int, lm_loss_weight: float = 0.1, aux_loss_weight: float = 1.0) -> None:
         self.steps = steps
-        self.weights = {"lm_loss_weight": lm_loss_weight, "aux_loss_weight": aux_loss_weight}
-        self._own: tuple[Any, dict[str, float]] | None = None
+        self.weights = (lm_loss_weight, aux_loss_weight)
+        self._own: tuple[MSAConfig, tuple[float, float]] | None = None
 
     def phase(self, step: int) -> str:
         """The phase of a step, counted from 0."""
         return WARMUP if step < self.steps else MAIN
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **kwargs: object,
+    ) -> None:
         if self.phase(state.global_step) == WARMUP:
-            config = kwargs["model"].config
-            self._own = config, {name: getattr(config, name) for name in self.weights}
-            _set(config, self.weights)
+            config: MSAConfig = model.config
+            self._own = config, (config.lm_loss_weight, config.aux_loss_weight)
+            config.lm_loss_weight, config.aux_loss_weight = self.weights
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.restore()
 
     def restore(self) -> None:
         """Give the configuration its weights back; needed only after an error in the middle of a step."""
         if self._own is not None:
-            _set(*self._own)
+            config, weights = self._own
+            config.lm_loss_weight, config.aux_loss_weight = weights
             self._own = None
 
 
-def _set(config: Any, values: dict[str, float]) -> None:
-    for name, value in values.items():
-        setattr(config, name, value)
-
-
-def _has_documents(inputs: Any) -> bool:
+def _has_documents(inputs: Mapping[str, object]) -> bool:
     return any(inputs.get(name) is not None for name in ("documents", "doc_ids"))
 
 
@@ -74,9 +84,9 @@ class MemoryTrainer(Trainer):
         args, kwargs: as `transformers.Trainer` takes them.
     """
 
-    optimizer: Any
-    label_smoother: Any
-    compute_loss_func: Callable[..., Any] | None
+    optimizer: Optimizer | None
+    label_smoother: LabelSmoother | None
+    compute_loss_func: Callable[..., Tensor] | None
 
     def __init__(
         self,
@@ -93,11 +103,11 @@ class MemoryTrainer(Trainer):
         self._batches = 0
         self._router_rate: list[float] = []
 
-    def create_optimizer(self, model: Any = None) -> Any:
+    def create_optimizer(self, model: PreTrainedModel | None = None) -> Optimizer:
         """The groups: everything but the routers, and the routers, marked `routers`; those that there are."""
         if self.optimizer is None:
             model = self.model if model is None else model
-            groups: dict[bool, list[Any]] = {False: [], True: []}
+            groups: dict[bool, list[Parameter]] = {False: [], True: []}
             for name, weight in model.named_parameters():
                 if weight.requires_grad:
                     groups[not set(ROUTER_MODULES).isdisjoint(name.split("."))].append(weight)
@@ -114,28 +124,41 @@ class MemoryTrainer(Trainer):
             )
         return self.optimizer
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: object,
+    ) -> Tensor | tuple[Tensor, ModelOutput]:
         with self._model_sees_labels(model) if _has_documents(inputs) else nullcontext():
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
+            )
         if model.training:
-            self._note(outputs, kwargs.get("num_items_in_batch"))
+            self._note(outputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     @contextmanager
-    def _model_sees_labels(self, model: Any) -> Iterator[None]:
+    def _model_sees_labels(self, model: PreTrainedModel) -> Iterator[None]:
         """A time in which the model computes with the labels what Trainer would compute without the model."""
         smoother, function = self.label_smoother, self.compute_loss_func
-        if smoother is None and function is None:
+        compute: Callable[..., Tensor]
+        if function is not None:
+            compute = function
+        elif smoother is not None:
+            compute = partial(smoother, shift_labels=True)
+        else:
             yield
             return
         base = self.accelerator.unwrap_model(model)
         base = base.get_base_model() if hasattr(base, "get_base_model") else base
 
-        def language_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
-            output = CausalLMOutput(logits=logits)
-            if function is not None:
-                return function(output, labels, num_items_in_batch=num_items_in_batch)
-            return smoother(output, labels, shift_labels=True, num_items_in_batch=num_items_in_batch)
+        def language_loss(
+            logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs: object
+        ) -> Tensor:
+            return compute(CausalLMOutput(logits=logits), labels, num_items_in_batch=num_items_in_batch)
 
         own = base.loss_function
         base.loss_function = language_loss
@@ -146,11 +169,12 @@ class MemoryTrainer(Trainer):
             base.loss_function = own
             self.label_smoother, self.compute_loss_func = smoother, function
 
-    def _note(self, outputs: Any, num_items_in_batch: Any) -> None:
+    def _note(self, outputs: ModelOutput, num_items_in_batch: Tensor | int | None) -> None:
         """Keep of a batch what the next line of the log will say."""
         self._batches += 1
         # By the time of the log the schedule has moved on.
-        self._router_rate = [group["lr"] for group in self.optimizer.param_groups if group.get("routers")]
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        self._router_rate = [group["lr"] for group in groups if group.get("routers")]
         # Divided by the labels of all processes, losses are shares of a sum, and logged as means.
         scale = 1 if num_items_in_batch is None else self.accelerator.num_processes
         for name in PARTS:
