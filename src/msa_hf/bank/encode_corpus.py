@@ -410,7 +410,7 @@ class _Encoder:
             values = dict(values["metadata"] or {})
 
         def item(id: int, text: str, key: str, metadata: Mapping[str, object]) -> _Item:
-            row = protocol.document_row(id, text, self.tokenizer, key, metadata)
+            row: dict[str, object] = {**protocol.document_row(id, text, self.tokenizer, key, metadata)}
             row[self.corpus.text_column], row[self.corpus.key_column] = row.pop("text"), row.pop("key")
             return next(iter(self.reader.items(number, row)))
 

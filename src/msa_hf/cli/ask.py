@@ -7,9 +7,10 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..generation.selectors import SELECTORS
+from ..json_object import JsonObject
 from ..user_errors import UserError, print_error, reported
 from .loading import load, protocol_of
 from .options import add_model_options, at_least, device_in, positive
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ..generation import Answer
     from ..model.memory_msa import MemoryBank
     from ..model.modeling_msa import MSAForCausalLM
+    from ..model.outputs_msa import MSACausalLMOutput
 
 NAME = "ask"
 HELP = "Ask questions of a bank; without a question, one per line of the input."
@@ -113,7 +115,7 @@ def lines_of_input() -> Iterator[str]:
             yield line.strip()
 
 
-def answered(answer: Answer) -> dict[str, Any]:
+def answered(answer: Answer) -> JsonObject:
     """An answer of Memory Interleave as JSON values."""
     trace = json.loads(answer.trace.to_json())
     stages = [
@@ -137,7 +139,7 @@ def answered(answer: Answer) -> dict[str, Any]:
 
 def generated(
     model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase, bank: MemoryBank, question: str, max_new_tokens: int
-) -> dict[str, Any]:
+) -> JsonObject:
     """The text that a model writes behind a plain question, and the documents of each layer, as JSON values."""
     import torch
 
@@ -155,10 +157,10 @@ def generated(
             f"than the model's {positions} positions hold"
         )
     inputs = torch.tensor([ids], device=model.device)
-    routing: dict[str, list[dict[str, Any]]] = {}
+    routing: dict[str, list[JsonObject]] = {}
     routed = start = time.perf_counter()
 
-    def keep_routing(module: Any, arguments: Any, output: Any) -> None:
+    def keep_routing(module: object, arguments: object, output: MSACausalLMOutput) -> None:
         nonlocal routed
         if not output.routing:  # decoded tokens do not route
             return
@@ -189,7 +191,7 @@ def generated(
     }
 
 
-def described(record: dict[str, Any], with_question: bool) -> Iterable[str]:
+def described(record: JsonObject, with_question: bool) -> Iterable[str]:
     """An answer in words."""
     if with_question:
         yield f"Question: {record['question']}"

@@ -205,7 +205,7 @@ def index(args: argparse.Namespace) -> int:
     return 0
 
 
-def described(indexes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def described(indexes: Mapping[str, Mapping[str, object]]) -> list[str]:
     """Say in words what is kept with a bank."""
     facts = {name: ", ".join(f"{key} {value}" for key, value in about.items()) for name, about in indexes.items()}
     return [f"{name} index: {about}" for name, about in facts.items()]

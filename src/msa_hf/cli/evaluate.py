@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..evaluation.conditions import CONDITIONS, checked_conditions
 from ..generation.selectors import SELECTORS
@@ -98,7 +98,9 @@ def encoded(
     corpus: Corpus, model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase, protocol: PromptProtocol | None
 ) -> MemoryBank:
     """Documents as a bank in memory, wrapped as the protocol says."""
-    columns: dict[str, Any] = {"text_column": corpus.text_column, "key_column": corpus.key_column}
+    text, key = corpus.text_column, corpus.key_column
     if protocol is None:
-        return model.encode_documents(corpus, tokenizer, **columns)
-    return model.encode_documents(protocol.encode_corpus(corpus, tokenizer, **columns), tokenizer)
+        return model.encode_documents(corpus, tokenizer, text_column=text, key_column=key)
+    return model.encode_documents(
+        protocol.encode_corpus(corpus, tokenizer, text_column=text, key_column=key), tokenizer
+    )

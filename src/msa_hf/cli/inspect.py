@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
+from ..json_object import JsonObject
 from ..user_errors import reported
 from .options import at_least
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         bank = MemoryBank.from_pretrained(args.bank, verify=args.verify)
         size = sum(path.stat().st_size for path in Path(args.bank).iterdir() if path.is_file())
         shown = bank.documents[: args.documents]
-    record: dict[str, Any] = {
+    record: JsonObject = {
         "documents": len(bank),
         "tokens": bank.num_tokens,
         "chunks": bank.num_chunks,
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         "bytes": size,
         "origin": bank.origin.to_dict(),
     }
-    documents: list[dict[str, Any]] = [
+    documents: list[JsonObject] = [
         {"key": item.key, "tokens": item.tokens, "chunks": item.chunks, "metadata": item.metadata, "text": item.text}
         for item in shown
     ]

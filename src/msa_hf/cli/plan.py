@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..user_errors import reported
 from .sizes import amount, count, device_amount
@@ -53,7 +54,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
     from ..bank.tiered.shapes import GB
     from ..ops.formats import content_formats, key_formats
 
-    def add(name: str, kind: Any, text: str, default: Any = None) -> None:
+    def add(name: str, kind: Callable[[str], object], text: str, default: object = None) -> None:
         made.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=text)
 
     reserves = Reserves()

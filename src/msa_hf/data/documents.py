@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..json_object import JsonObject
 from ..user_errors import UserError, reported
 
 SUFFIXES = (".txt", ".md")
@@ -69,10 +70,10 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[JsonObject]:
         return (row for *_, row in self._rows())
 
-    def read(self, first: int, end: int) -> Iterator[dict[str, Any]]:
+    def read(self, first: int, end: int) -> Iterator[JsonObject]:
         """Documents `first` up to `end` (excluded), without reading those before.
 
         Raises:
@@ -89,7 +90,7 @@ class Corpus:
         """A digest that tells documents `first` up to `end` (excluded) from others."""
         return bytes(self._digests[DIGEST_BYTES * first : DIGEST_BYTES * end])
 
-    def _check(self, place: str, row: dict[str, Any]) -> None:
+    def _check(self, place: str, row: JsonObject) -> None:
         names = ", ".join(row) or "none"
         if self.text_column not in row:
             raise UserError(f"{place}: no field {self.text_column!r} (--text-column); there are: {names}")
@@ -101,7 +102,7 @@ class Corpus:
         if not text.strip():
             raise UserError(f"{place}: {self.text_column!r} is empty; leave it out")
 
-    def _folder_rows(self, starts: list[Path] | None = None) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    def _folder_rows(self, starts: list[Path] | None = None) -> Iterator[tuple[str, Path, JsonObject]]:
         for path in sorted(self.path.rglob("*")) if starts is None else starts:
             if path.suffix.lower() in SUFFIXES and path.is_file():
                 text = _decoded(path.read_bytes(), str(path))
@@ -113,7 +114,7 @@ class Corpus:
 
     def _json_rows(
         self, starts: list[tuple[int, int]] | None = None
-    ) -> Iterator[tuple[str, tuple[int, int], dict[str, Any]]]:
+    ) -> Iterator[tuple[str, tuple[int, int], JsonObject]]:
         def refuse(constant: str) -> NoReturn:
             raise ValueError(f"{constant} is not JSON")
 
@@ -145,14 +146,14 @@ class Corpus:
             raise UserError(f"{self.path}: holds the splits {', '.join(dataset)}; give the directory of one")
         return dataset
 
-    def _dataset_rows(self, starts: list[int] | None = None) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    def _dataset_rows(self, starts: list[int] | None = None) -> Iterator[tuple[str, int, JsonObject]]:
         first = starts[0] if starts else 0
         rows = self._dataset if starts is None else self._dataset.select(starts)
         for number, row in enumerate(rows, start=first):
             yield f"{self.path}, row {number}", number, dict(row)
 
 
-def _digest(row: Mapping[str, Any]) -> bytes:
+def _digest(row: JsonObject) -> bytes:
     content = json.dumps(row, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).digest()[:DIGEST_BYTES]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
+from ..json_object import JsonObject
 from ..model.tokenizing_msa import tokenize
 from ..moved import renamed
 
@@ -88,7 +89,7 @@ def read_questions(path: str | Path, documents: Mapping[str, str]) -> list[Quest
     return questions
 
 
-def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_rows(path: Path) -> Iterator[tuple[str, JsonObject]]:
     """The objects of a JSON Lines file, each with `file:line`; empty lines are passed over."""
     try:
         with path.open("rb") as file:
@@ -110,7 +111,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path}: {error.strerror}") from None
 
 
-def text_field(place: str, row: Mapping[str, Any], name: str) -> str:
+def text_field(place: str, row: JsonObject, name: str) -> str:
     """A field that must be text.
 
     Raises:

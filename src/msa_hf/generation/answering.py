@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from ..model.compat_msa import CACHE, CACHE_NAMES
+from ..model.memory_msa import Memory
+from ..model.modeling_msa import MSAForCausalLM
 from .protocol import PromptProtocol
 from .streaming import AnswerStreamer
+
+GenerateOptions = dict[str, Any]  # of `generate`, which takes what each of its versions knows
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Answering:
         protocol: whose marker ends an answer.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, protocol: PromptProtocol) -> None:
+    def __init__(self, model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase, protocol: PromptProtocol) -> None:
         self.model, self.tokenizer, self.protocol = model, tokenizer, protocol
         end = protocol.encode(tokenizer, protocol.answer_end.replace("{", "{{").replace("}", "}}"))
         self._end_id: int | None = end[0] if len(end) == 1 else None
@@ -52,8 +56,8 @@ class Answering:
         return stops | ({self._end_id} if self._end_id is not None else set())
 
     def options(
-        self, generation_config: GenerationConfig | None, given: Mapping[str, Any], max_new_tokens: int
-    ) -> dict[str, Any]:
+        self, generation_config: GenerationConfig | None, given: GenerateOptions, max_new_tokens: int
+    ) -> GenerateOptions:
         """Options of `generate`.
 
         Args:
@@ -91,7 +95,7 @@ class Answering:
         return {**options, "generation_config": config}
 
     def write(
-        self, inputs: dict[str, Any], memory: Any, streamer: BaseStreamer | None, options: Mapping[str, Any]
+        self, inputs: dict[str, Tensor | Cache], memory: Memory, streamer: BaseStreamer | None, options: GenerateOptions
     ) -> list[Written]:
         """Generate the answers.
 
@@ -106,8 +110,8 @@ class Answering:
         if streamer is not None:
             streamer = AnswerStreamer(streamer, self.tokenizer, self.protocol, stops)
         width = inputs["input_ids"].shape[1]
-        if CACHE in inputs and (beams := config.num_beams or 1) > 1:
-            inputs[CACHE].batch_repeat_interleave(beams)  # generate() expands all inputs but a cache
+        if isinstance(cache := inputs.get(CACHE), Cache) and (beams := config.num_beams or 1) > 1:
+            cache.batch_repeat_interleave(beams)  # generate() expands all inputs but a cache
         output: Tensor = self.model.generate(**inputs, memory=memory, streamer=streamer, **options)
         return [self.cut(row, stops) for row in output[:, width:].tolist()]
 

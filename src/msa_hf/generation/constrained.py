@@ -9,12 +9,13 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from .protocol import PromptProtocol
 
-LEAF = ""  # the key under which a node of the trie says what ends there: an id, or None for a marker
 # How vocabularies spell a space or a line break.
 STAND_INS = {"Ġ", "Ċ", "▁", "#"}
 
@@ -27,7 +28,7 @@ class TokenTexts:
         tokenizer: of the model.
     """
 
-    def __init__(self, protocol: PromptProtocol, tokenizer: Any) -> None:
+    def __init__(self, protocol: PromptProtocol, tokenizer: PreTrainedTokenizerBase) -> None:
         from ..model.tokenizing_msa import tokenize  # transformers: the selectors' names are known without it
 
         words = protocol.id_format.format(id=0) + protocol.ids_end + protocol.retrieval_end
@@ -50,6 +51,21 @@ class TokenTexts:
 
 
 @dataclass
+class Node:
+    """A node of a trie over characters.
+
+    Attributes:
+        following: character -> the node behind it.
+        ends: whether a word ends here.
+        id: that this word names; None for a marker.
+    """
+
+    following: dict[str, Node] = field(default_factory=dict)
+    ends: bool = False
+    id: int | None = None
+
+
+@dataclass
 class IdAutomaton:
     """The texts a model may write in a round: distinct candidates and then `ids_end`, or `retrieval_end` alone where it
     may end.
@@ -65,16 +81,16 @@ class IdAutomaton:
     candidates: Sequence[int]
     limit: int
     may_end: bool = True
-    _tries: dict[frozenset[int], dict[str, Any]] = field(default_factory=dict)
+    _tries: dict[frozenset[int], Node] = field(default_factory=dict)
 
     def start(self) -> State:
         """The state before anything was written."""
         return State(self._trie(frozenset()), frozenset())
 
-    def _trie(self, named: frozenset[int]) -> dict[str, Any]:
+    def _trie(self, named: frozenset[int]) -> Node:
         """The trie of what may follow once these were named."""
         if named not in self._tries:
-            root: dict[str, Any] = {}
+            root = Node()
             words: list[tuple[str, int | None]] = []
             if len(named) < self.limit:
                 words = [(self.protocol.id_format.format(id=id), id) for id in self.candidates if id not in named]
@@ -83,30 +99,30 @@ class IdAutomaton:
             for word, leaf in words:
                 node = root
                 for character in word:
-                    node = node.setdefault(character, {})
-                node[LEAF] = leaf
+                    node = node.following.setdefault(character, Node())
+                node.ends, node.id = True, leaf
             self._tries[named] = root
         return self._tries[named]
 
     def advance(self, state: State, text: str) -> State | None:
         """The state after `text`, or None where it may not follow."""
         for character in text:
-            node = None if state.finished else state.node.get(character)
+            node = None if state.finished else state.node.following.get(character)
             if node is None:
                 return None
-            if LEAF not in node:
+            if not node.ends:
                 state = State(node, state.named)
-            elif node[LEAF] is None:
-                state = State({}, state.named, finished=True)
+            elif node.id is None:
+                state = State(Node(), state.named, finished=True)
             else:
-                named = state.named | {node[LEAF]}
+                named = state.named | {node.id}
                 state = State(self._trie(named), named)
         return state
 
     def allowed(self, state: State, texts: TokenTexts) -> dict[int, State]:
         """Tokens that may follow, each with the state after it."""
         following: dict[int, State] = {}
-        for first in state.node:
+        for first in state.node.following:
             for number, text in texts.by_first.get(first, ()):
                 if (after := self.advance(state, text)) is not None:
                     following[number] = after
@@ -123,6 +139,6 @@ class State:
         finished: a marker was completed; nothing may follow.
     """
 
-    node: dict[str, Any]
+    node: Node
     named: frozenset[int]
     finished: bool = False

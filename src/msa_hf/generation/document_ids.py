@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..model.memory_msa import Document, Memory
 
 ID_FIELD = "id"  # of a document's metadata
 
@@ -18,13 +24,13 @@ class DocumentIds:
         bank: `MemoryBank`; only its `documents` are read.
     """
 
-    def __init__(self, bank: Any) -> None:
+    def __init__(self, bank: Memory) -> None:
         self._documents = bank.documents
         self._next_id = getattr(bank, "next_id", None)
         self._index: Mapping[int, int] | None = None
 
     @staticmethod
-    def of(position: int, document: Any) -> int:
+    def of(position: int, document: Document) -> int:
         """Id of a document that stands at `position`."""
         stored = _stored_id(document)
         return position if stored is None else stored
@@ -63,7 +69,7 @@ class DocumentIds:
 class _SortedIds(Mapping[int, int]):
     """Position of each id, from the ids [N] of all positions: two arrays where a dictionary would hold objects."""
 
-    def __init__(self, ids: Any) -> None:
+    def __init__(self, ids: NDArray[np.int64]) -> None:
         self._order = ids.argsort()
         self._ids = ids[self._order]
 
@@ -80,7 +86,7 @@ class _SortedIds(Mapping[int, int]):
         return len(self._ids)
 
 
-def _stored_id(document: Any) -> int | None:
+def _stored_id(document: Document) -> int | None:
     if (number := getattr(document, "id", None)) is not None:
         return number
     stored = (document.metadata or {}).get(ID_FIELD)

@@ -7,25 +7,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import BaseStreamer, PrefixConstrainedLogitsProcessor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation import (
+    BaseStreamer,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    StoppingCriteriaList,
+)
 
+from ..model.memory_msa import Memory, Snapshots
+from ..model.modeling_msa import MSAForCausalLM
 from .interleave import MemoryInterleave
 from .protocol import PUBLISHED, PromptProtocol
 
 
-def _belongs_to_caller(item: Any) -> bool:
+def _belongs_to_caller(item: object) -> bool:
     return not type(item).__module__.startswith("transformers.") or isinstance(item, PrefixConstrainedLogitsProcessor)
 
 
 def memory_interleave(
-    model: Any,
+    model: MSAForCausalLM,
     input_ids: Tensor,
-    generation_config: Any = None,
-    logits_processor: Any = None,
-    stopping_criteria: Any = None,
+    generation_config: GenerationConfig | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
     streamer: BaseStreamer | None = None,
-    tokenizer: Any = None,
-    memory: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    memory: Memory | Snapshots | None = None,
     protocol: PromptProtocol = PUBLISHED,
     max_rounds: int = 3,
     select: str = "router",
@@ -51,9 +59,9 @@ def memory_interleave(
     Raises:
         ValueError: where tokenizer or memory are missing, and where `MemoryInterleave` or its `ask` raise.
     """
-    for name, value in (("tokenizer", tokenizer), ("memory", memory)):
-        if value is None:
-            raise ValueError(f"memory_interleave needs `{name}`: pass it to generate().")
+    if tokenizer is None or memory is None:
+        missing = "tokenizer" if tokenizer is None else "memory"
+        raise ValueError(f"memory_interleave needs `{missing}`: pass it to generate().")
     config = copy.deepcopy(generation_config if generation_config is not None else model.generation_config)
     if config.return_dict_in_generate:
         raise ValueError("memory_interleave returns token ids alone; set return_dict_in_generate=False.")

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from ..model.configuration_msa import full_attention_layers
+from ..model.memory_msa import Memory, Snapshots
+from ..model.modeling_msa import MSAForCausalLM
 from ..model.modes_msa import evaluating
 from ..model.positions_msa import position_limit
-from .answering import Answering
+from .answering import Answering, GenerateOptions
 from .combining import LAYER_SCORES, combine_layers
 from .document_ids import DocumentIds
 from .protocol import PUBLISHED, PromptProtocol, Segment
@@ -116,9 +119,9 @@ class MemoryInterleave:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
-        bank: Any,
+        model: MSAForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        bank: Memory | Snapshots,
         protocol: PromptProtocol = PUBLISHED,
         max_rounds: int = 3,
         select: str = "router",
@@ -152,7 +155,7 @@ class MemoryInterleave:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.bank = bank = bank.snapshot() if hasattr(bank, "snapshot") else bank
+        self.bank = bank = bank.snapshot()
         self.ids = DocumentIds(bank)
         self.protocol = protocol
         self.max_rounds = max_rounds
@@ -175,7 +178,7 @@ class MemoryInterleave:
         self,
         questions: str | Sequence[str],
         streamer: BaseStreamer | None = None,
-        generation_config: Any = None,
+        generation_config: GenerationConfig | None = None,
         batch_size: int = 8,
         **generate_kwargs: Any,
     ) -> Any:
@@ -214,7 +217,7 @@ class MemoryInterleave:
 
     # Rounds -----------------------------------------------------------------------------------------------------------
 
-    def _sample(self, number: int, question: str, options: dict[str, Any]) -> _Sample:
+    def _sample(self, number: int, question: str, options: GenerateOptions) -> _Sample:
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"Question {number} is {question!r}; a question is a text that is not empty.")
         sample = _Sample(
@@ -231,14 +234,14 @@ class MemoryInterleave:
             )
         return sample
 
-    def _room(self, sample: _Sample, options: dict[str, Any]) -> int:
+    def _room(self, sample: _Sample, options: GenerateOptions) -> int:
         """Tokens that can still be added to a transcript; counts the answer."""
         if self.max_context_tokens is None:
             return torch.iinfo(torch.int64).max
         taken = sum(len(segment.input_ids) for segment in (*sample.segments, *sample.closing))
         return self.max_context_tokens - taken - options["generation_config"].max_new_tokens
 
-    def _ask(self, samples: list[_Sample], streamer: Any, options: dict[str, Any]) -> list[Answer]:
+    def _ask(self, samples: list[_Sample], streamer: BaseStreamer | None, options: GenerateOptions) -> list[Answer]:
         feed = TranscriptFeeder(self.model, self.bank, self.answering.pad_id, samples, self.reuse_cache)
         for number in range(self.max_rounds):
             active = [sample for sample in samples if not sample.ended]
@@ -249,7 +252,7 @@ class MemoryInterleave:
             sample.segments += sample.closing
         return self._answer(feed, samples, streamer, options)
 
-    def _round(self, feed: TranscriptFeeder, samples: list[_Sample], number: int, options: dict[str, Any]) -> None:
+    def _round(self, feed: TranscriptFeeder, samples: list[_Sample], number: int, options: GenerateOptions) -> None:
         start = time.perf_counter()
         logits, routing, fed = feed.prefill(samples)
         chosen = {
@@ -311,7 +314,7 @@ class MemoryInterleave:
     def _candidates(self, sample: _Sample, item: Round) -> list[RoutedDocument]:
         return [choice for choice in item.combined if not (self.exclude_read and choice.position in sample.read)]
 
-    def _read(self, sample: _Sample, item: Round, ids: list[int], number: int, options: dict[str, Any]) -> None:
+    def _read(self, sample: _Sample, item: Round, ids: list[int], number: int, options: GenerateOptions) -> None:
         """Append the texts of the documents named; note those that cannot be."""
         item.named = ids
         limit = self.documents_per_round or self._selector.documents_per_round or len(ids)
@@ -356,7 +359,7 @@ class MemoryInterleave:
         ]
 
     def _answer(
-        self, feed: TranscriptFeeder, samples: list[_Sample], streamer: BaseStreamer | None, options: dict[str, Any]
+        self, feed: TranscriptFeeder, samples: list[_Sample], streamer: BaseStreamer | None, options: GenerateOptions
     ) -> list[Answer]:
         start = time.perf_counter()
         inputs, fed = feed.turn(samples)

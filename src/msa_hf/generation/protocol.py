@@ -13,10 +13,12 @@ import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from ..json_object import JsonObject
 from ..model.splitting_msa import split_text
 from ..model.tokenizing_msa import plain_markers, tokenize_texts
 from ..moved import renamed
@@ -56,6 +58,15 @@ class Segment:
     def generated(self) -> bool:
         """Tell whether it is the model that writes these tokens, so that training puts labels on them."""
         return self.kind in ("ids", "end", "answer")
+
+
+class DocumentRow(TypedDict):
+    """A document for `model.encode_documents`: wrapped tokens, plain text, and the id among its metadata."""
+
+    key: str
+    text: str
+    input_ids: list[int]
+    metadata: dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,7 @@ class PromptProtocol:
         object.__setattr__(self, "prompt", tuple((str(text), bool(routes)) for text, routes in self.prompt))
         object.__setattr__(self, "special_tokens", tuple(self.special_tokens))
         for name, wanted in TEMPLATES.items():
-            if (found := _fields_of(getattr(self, name))) != wanted:
+            if (found := _fields_of(vars(self)[name])) != wanted:
                 raise ValueError(f"`{name}` must have the fields {sorted(wanted)}, got {sorted(found)}.")
         if set().union(*(_fields_of(text) for text, _ in self.prompt)) != {"question"}:
             raise ValueError("`prompt` must have the field ['question'] in one of its pieces, and no other.")
@@ -115,7 +126,7 @@ class PromptProtocol:
         if not self._around_id[1] or self._around_id[1][0] in string.digits:
             raise ValueError(f"`id_format` must go on after {{id}} with what is no digit, got {self.id_format!r}.")
         for name in MARKERS:
-            if not getattr(self, name):
+            if not vars(self)[name]:
                 raise ValueError(f"`{name}` is empty; without it nothing says where that part ends.")
         if self.ids_end.startswith(self.retrieval_end) or self.retrieval_end.startswith(self.ids_end):
             raise ValueError("`ids_end` and `retrieval_end` begin alike, so they cannot be told apart.")
@@ -128,7 +139,7 @@ class PromptProtocol:
 
     # Tokens -----------------------------------------------------------------------------------------------------------
 
-    def encode(self, tokenizer: Any, template: str, **values: Any) -> list[int]:
+    def encode(self, tokenizer: PreTrainedTokenizerBase, template: str, **values: object) -> list[int]:
         """Token ids of a filled-in template.
 
         Text between special tokens is tokenized as one piece, as if the whole were.
@@ -138,7 +149,9 @@ class PromptProtocol:
         """
         return self._encode(tokenizer, [(template, values)])
 
-    def _encode(self, tokenizer: Any, pieces: Iterable[tuple[str, Mapping[str, Any]]]) -> list[int]:
+    def _encode(
+        self, tokenizer: PreTrainedTokenizerBase, pieces: Iterable[tuple[str, Mapping[str, object]]]
+    ) -> list[int]:
         """Token ids of filled-in templates that follow one another without a seam."""
         special = frozenset(self.special_tokens)
         spoken = _any_of(special | plain_markers(tokenizer))
@@ -165,7 +178,7 @@ class PromptProtocol:
         return ids
 
     @staticmethod
-    def _special_id(tokenizer: Any, token: str) -> int:
+    def _special_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
         number = tokenizer.convert_tokens_to_ids(token)
         if number is None or number == tokenizer.unk_token_id:
             raise ValueError(
@@ -174,7 +187,7 @@ class PromptProtocol:
             )
         return number
 
-    def check_tokenizer(self, tokenizer: Any) -> None:
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make sure that a tokenizer has every special token.
 
         Raises:
@@ -183,52 +196,52 @@ class PromptProtocol:
         for token in self.special_tokens:
             self._special_id(tokenizer, token)
 
-    def prefix_token_ids(self, tokenizer: Any) -> list[int]:
+    def prefix_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """`prefix` in tokens: what `from_base(prefix_token_ids=...)` wants."""
         return self.encode(tokenizer, _literal(self.prefix))
 
-    def prompt_segments(self, tokenizer: Any, question: str) -> list[Segment]:
+    def prompt_segments(self, tokenizer: PreTrainedTokenizerBase, question: str) -> list[Segment]:
         """The opening of every transcript, behind the prefix."""
         return [
             Segment("prompt", tuple(self.encode(tokenizer, text, question=question)), routes)
             for text, routes in self.prompt
         ]
 
-    def ids_segment(self, tokenizer: Any, ids: Sequence[int]) -> Segment:
+    def ids_segment(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Segment:
         """The ids of a round and their end."""
-        pieces: list[tuple[str, dict[str, Any]]] = [(self.id_format, {"id": number}) for number in ids]
+        pieces: list[tuple[str, Mapping[str, object]]] = [(self.id_format, {"id": number}) for number in ids]
         return Segment("ids", tuple(self._encode(tokenizer, [*pieces, (_literal(self.ids_end), {})])))
 
     def block_text(self, documents: Iterable[tuple[int, str]]) -> str:
         """The text that is appended for (id, text) pairs."""
         return "".join(self.block_item.format(id=number, text=text) for number, text in documents) + self.block_end
 
-    def block_segment(self, tokenizer: Any, documents: Sequence[tuple[int, str]]) -> Segment:
+    def block_segment(self, tokenizer: PreTrainedTokenizerBase, documents: Sequence[tuple[int, str]]) -> Segment:
         """The appended texts of (id, text) pairs and their end; they route while they are the last block."""
-        pieces: list[tuple[str, dict[str, Any]]] = [
+        pieces: list[tuple[str, Mapping[str, object]]] = [
             (self.block_item, {"id": number, "text": text}) for number, text in documents
         ]
         return Segment("block", tuple(self._encode(tokenizer, [*pieces, (_literal(self.block_end), {})])), True)
 
-    def end_segment(self, tokenizer: Any) -> Segment:
+    def end_segment(self, tokenizer: PreTrainedTokenizerBase) -> Segment:
         """The end of retrieval."""
         return Segment("end", tuple(self.encode(tokenizer, _literal(self.retrieval_end))))
 
-    def closing_segments(self, tokenizer: Any, question: str) -> list[Segment]:
+    def closing_segments(self, tokenizer: PreTrainedTokenizerBase, question: str) -> list[Segment]:
         """The end of retrieval and the question restated: the answer follows."""
         return [
             self.end_segment(tokenizer),
             Segment("restated", tuple(self.encode(tokenizer, self.restated, question=question))),
         ]
 
-    def answer_segment(self, tokenizer: Any, answer: str) -> Segment:
+    def answer_segment(self, tokenizer: PreTrainedTokenizerBase, answer: str) -> Segment:
         """An answer as the model is to write it."""
         template = f"{_literal(self.answer_opening)}{{answer}}{_literal(self.answer_end)}"
         return Segment("answer", tuple(self.encode(tokenizer, template, answer=answer)))
 
     def transcript(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         question: str,
         rounds: Sequence[Sequence[tuple[int, str]]] = (),
         closed: bool = False,
@@ -283,8 +296,13 @@ class PromptProtocol:
     # Documents --------------------------------------------------------------------------------------------------------
 
     def document_row(
-        self, id: int, text: str, tokenizer: Any, key: str | None = None, metadata: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
+        self,
+        id: int,
+        text: str,
+        tokenizer: PreTrainedTokenizerBase,
+        key: str | None = None,
+        metadata: Mapping[str, object] | None = None,
+    ) -> DocumentRow:
         """A document for `model.encode_documents`: wrapped tokens, plain text, and the id among its metadata.
 
         Args:
@@ -309,13 +327,13 @@ class PromptProtocol:
 
     def encode_corpus(
         self,
-        documents: Iterable[str | Mapping[str, Any]],
-        tokenizer: Any,
+        documents: Iterable[str | Mapping[str, object]],
+        tokenizer: PreTrainedTokenizerBase,
         first_id: int = 0,
         max_tokens: int | None = None,
         text_column: str = "text",
         key_column: str = "key",
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Iterator[DocumentRow]:
         """Rows for `model.encode_documents`, numbered from `first_id`.
 
         Args:
@@ -330,11 +348,11 @@ class PromptProtocol:
         """
         number = first_id
         for place, document in enumerate(documents):
-            values: dict[str, Any] = dict(document) if isinstance(document, Mapping) else {text_column: document}
+            values: dict[str, object] = dict(document) if isinstance(document, Mapping) else {text_column: document}
             text, key = values.pop(text_column, None), values.pop(key_column, None)
             key = str(place + first_id if key is None else key)
-            if set(values) == {"metadata"}:
-                values = values["metadata"] or {}
+            if set(values) == {"metadata"} and isinstance(values["metadata"], Mapping | None):
+                values = dict(values["metadata"] or {})
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"Document {place} (key {key!r}) has no text; leave it out.")
             row = self.document_row(number, text, tokenizer, key, values)
@@ -351,12 +369,12 @@ class PromptProtocol:
 
     # Storage ----------------------------------------------------------------------------------------------------------
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The fields as JSON values."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> PromptProtocol:
+    def from_dict(cls, record: JsonObject) -> PromptProtocol:
         """The inverse of `to_dict`.
 
         Raises:
@@ -376,7 +394,7 @@ class PromptProtocol:
         Path(directory, PROTOCOL_FILE).write_text(text, encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **hub: Any) -> PromptProtocol:
+    def from_pretrained(cls, name_or_path: str | Path, **hub: object) -> PromptProtocol:
         """Read the protocol of a checkpoint, from a directory or the Hub.
 
         Raises:

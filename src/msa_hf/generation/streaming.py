@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from .protocol import PromptProtocol
@@ -21,7 +21,9 @@ class AnswerStreamer(BaseStreamer):
         stops: tokens that end the answer.
     """
 
-    def __init__(self, inner: BaseStreamer, tokenizer: Any, protocol: PromptProtocol, stops: Sequence[int]) -> None:
+    def __init__(
+        self, inner: BaseStreamer, tokenizer: PreTrainedTokenizerBase, protocol: PromptProtocol, stops: Sequence[int]
+    ) -> None:
         self.inner, self.tokenizer, self.stops = inner, tokenizer, set(stops)
         self.opening = protocol.answer_opening.strip()
         self.held: list[Tensor] = []

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from ..model.compat_msa import CACHE, cache_of
 from ..model.configuration_msa import full_attention_layers
+from ..model.memory_msa import Memory
+from ..model.modeling_msa import MSAForCausalLM
+from ..model.routing_msa import LayerRouting
 from . import protocol
 
 
@@ -38,33 +43,35 @@ class TranscriptFeeder:
             those that are not asked for get padding. Earlier tokens then keep what they saw.
     """
 
-    def __init__(self, model: Any, bank: Any, pad_id: int, transcripts: list[Any], keep: bool) -> None:
+    def __init__(
+        self, model: MSAForCausalLM, bank: Memory, pad_id: int, transcripts: Sequence[Transcript], keep: bool
+    ) -> None:
         self.model, self.bank, self.pad_id, self.keep = model, bank, pad_id, keep
-        self.rows = transcripts
+        self.rows: Sequence[Transcript] = transcripts
         self.ids = self.mask = self._empty()
-        self.cache: Any = None
+        self.cache: Cache | None = None
         self.steps = 0
         self.windowed = len(full_attention_layers(model.config)) < model.config.num_hidden_layers
 
     def _empty(self) -> Tensor:
         return torch.empty(len(self.rows), 0, dtype=torch.long, device=self.model.device)
 
-    def row(self, transcript: Any) -> int:
+    def row(self, transcript: Transcript) -> int:
         """The row of a transcript in the batch."""
         return next(row for row, item in enumerate(self.rows) if item is transcript)
 
-    def _goes_on(self, transcripts: list[Any]) -> bool:
+    def _continues(self, transcripts: Sequence[Transcript]) -> bool:
         if self.cache is None or self.keep:
             return self.cache is not None
         same = len(transcripts) == len(self.rows) and all(map(lambda a, b: a is b, transcripts, self.rows))
         return same and all(part.kind != "block" for item in transcripts for part in item.segments[item.fed :])
 
-    def turn(self, transcripts: list[Any]) -> tuple[dict[str, Any], list[int]]:
+    def turn(self, transcripts: Sequence[Transcript]) -> tuple[dict[str, Tensor | Cache], list[int]]:
         """The inputs of the next forward of `transcripts`, and the number of new tokens of each.
 
         `input_ids` and `attention_mask` cover all that is cached as well, `routing_mask` the new tokens.
         """
-        if not self._goes_on(transcripts):
+        if not self._continues(transcripts):
             self.cache = None
             self.rows = self.rows if self.keep else transcripts
             self.ids = self.mask = self._empty()
@@ -78,8 +85,8 @@ class TranscriptFeeder:
             item.fed = len(item.segments)
         width = max(len(ids) for ids, _ in new)
 
-        def padded(rows: list[list[Any]], padding: Any, dtype: torch.dtype) -> Tensor:
-            lines = [[padding] * (width - len(row)) + row for row in rows]
+        def padded(rows: Sequence[Sequence[int]], padding: int, dtype: torch.dtype) -> Tensor:
+            lines = [[padding] * (width - len(row)) + list(row) for row in rows]
             return torch.tensor(lines, dtype=dtype, device=self.model.device)
 
         self.ids = torch.cat([self.ids, padded([ids for ids, _ in new], self.pad_id, torch.long)], 1)
@@ -90,8 +97,8 @@ class TranscriptFeeder:
             inputs[CACHE] = self.cache
         return inputs, [len(new[self.row(item)][0]) for item in transcripts]
 
-    def prefill(self, transcripts: list[Any]) -> tuple[Tensor, Any, list[int]]:
-        """TranscriptFeeder what is new, and route.
+    def prefill(self, transcripts: Sequence[Transcript]) -> tuple[Tensor, Mapping[int, LayerRouting], list[int]]:
+        """Feed what is new, and route.
 
         Returns:
             Logits [n, vocabulary] float32 behind each of `transcripts`; routing, by `row`; new tokens of each.
@@ -102,8 +109,8 @@ class TranscriptFeeder:
         self.cache = cache_of(output)
         return self._pick(output.logits, transcripts), output.routing, counts
 
-    def step(self, tokens: list[int], transcripts: list[Any]) -> Tensor:
-        """TranscriptFeeder one token behind each of `transcripts`; logits as from `prefill`."""
+    def step(self, tokens: list[int], transcripts: Sequence[Transcript]) -> Tensor:
+        """Feed one token behind each of `transcripts`; logits as from `prefill`."""
         fed = torch.full((len(self.rows), 1), self.pad_id, dtype=torch.long, device=self.model.device)
         for token, item in zip(tokens, transcripts, strict=True):
             fed[self.row(item)] = token
@@ -116,9 +123,9 @@ class TranscriptFeeder:
         """Forget the tokens of `step`: the transcript goes on in the protocol's spelling."""
         if self.steps and self.windowed:
             self.cache = None  # what has left the window cannot be brought back
-        elif self.steps:
+        elif self.steps and self.cache is not None:
             self.cache.crop(-self.steps)
         self.steps = 0
 
-    def _pick(self, logits: Tensor, transcripts: list[Any]) -> Tensor:
+    def _pick(self, logits: Tensor, transcripts: Sequence[Transcript]) -> Tensor:
         return logits[[self.row(item) for item in transcripts], -1].float()

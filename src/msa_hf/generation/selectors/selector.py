@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from ...model.memory_msa import MemoryBank
+    from ...model.memory_msa import Memory
     from ..document_ids import DocumentIds
     from ..protocol import PromptProtocol
     from ..routed_document import RoutedDocument
@@ -20,7 +20,7 @@ class Asker(Protocol):
     """The `MemoryInterleave` that a selector selects for, which describes the arguments, as far as it may be read."""
 
     tokenizer: PreTrainedTokenizerBase
-    bank: MemoryBank
+    bank: Memory
     ids: DocumentIds
     protocol: PromptProtocol
     documents_per_round: int | None
