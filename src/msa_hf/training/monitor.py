@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from transformers import (
     PreTrainedModel,
@@ -24,6 +25,9 @@ class Measurement(RouterRecall):
     """What `router_recall` returned, and after how many steps."""
 
     step: int
+
+
+Recalled = RouterRecall | Mapping[str, Any]  # of other measurements: k, questions, wanted, distinct and recall
 
 
 class CollapsedError(RuntimeError):
@@ -69,12 +73,12 @@ class CollapseGuard:
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {share}.")
         self.patience = patience
         self.distinct_share, self.recall_share, self.empty_share = distinct_share, recall_share, empty_share
-        self.untrained: RouterRecall | None = None
+        self.untrained: Recalled | None = None
         self._wrong: dict[str, int] = {}
 
     def check(
         self,
-        router: RouterRecall | None = None,
+        router: Recalled | None = None,
         loss: float | None = None,
         empty: float | None = None,
         step: int | None = None,
@@ -99,7 +103,7 @@ class CollapseGuard:
             wrong = f"{empty:.1%} of the answers are empty, above {self.empty_share:.1%}"
             self._count("empty", wrong if empty > self.empty_share else None, at)
 
-    def _check_router(self, router: RouterRecall, at: str) -> None:
+    def _check_router(self, router: Recalled, at: str) -> None:
         most = max(router["distinct"].values())
         if self.untrained is None:
             self.untrained = router
