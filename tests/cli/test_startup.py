@@ -21,7 +21,7 @@ LIGHT = [
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
 
 
 def test_nothing_heavy_is_loaded_before_a_command_runs() -> None:
@@ -56,7 +56,7 @@ def test_help_comes_at_once(arguments: list[str]) -> None:
     assert min(taken) < 1.5
 
 
-@pytest.mark.parametrize("module", ["torch.nn", "transformers", "msa_hf.model.modeling_msa"])
+@pytest.mark.parametrize("module", ["torch.nn", "transformers"])
 def test_an_interruption_of_an_import_is_one_line(module: str) -> None:
     code = f"""
 import os, signal, sys
