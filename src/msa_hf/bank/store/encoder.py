@@ -49,6 +49,11 @@ class DocumentEncoder:
     def encode(self, documents: Iterable[object]) -> MemoryBank:
         return self.model.encode_documents(documents, self.tokenizer, bank_device=self.device, **self.options)
 
+    def prefix(self, dtype: torch.dtype) -> dict[int, TensorPair]:
+        """Keys and values [G, p, D] of the template prefix, per layer."""
+        found = self.model.encode_prefix().items()
+        return {layer: (keys.to(self.device, dtype), values.to(self.device, dtype)) for layer, (keys, values) in found}
+
     def encode_changes(self, changes: Mapping[str, Change], origin: BankOrigin) -> MemoryBank:
         """Encode the documents of some changes, by key.
 

@@ -1,4 +1,4 @@
-"""The content of a directory when a bank is opened there: its contents, and what an interrupted writer left."""
+"""Opening a directory for a bank that changes: a new one, what lies there, and what an interrupted writer left."""
 
 from __future__ import annotations
 
@@ -11,9 +11,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...model.bank_format_msa import MANIFEST, BankFormatError, KeyHash, Manifest, TensorPair, format_error
+from ...model.bank_format_msa import (
+    MANIFEST,
+    BankFormatError,
+    KeyHash,
+    Manifest,
+    TensorLayout,
+    TensorPair,
+    format_error,
+    new_manifest,
+)
 from ...model.bank_reader_msa import BankReader, read_manifest, referenced_files
-from ...model.bank_writer_msa import remove_unnamed
+from ...model.bank_writer_msa import BankWriter, remove_unnamed
+from ...model.origin_msa import BankOrigin
+from .encoder import DocumentEncoder
 from .format_v1 import as_version_2
 from .segments import Damage, Loss, Segment, damage_of
 
@@ -76,6 +87,24 @@ def read_contents(reader: BankReader, opened: Iterable[Segment], device: torch.d
     if manifest["format_version"] == 1:
         manifest = as_version_2(path, manifest, segments)
     return Contents(manifest, tuple(segments), deletions.rows, versions, prefix, damage)
+
+
+def new_bank(
+    directory: Path | None, encoder: DocumentEncoder, origin: BankOrigin
+) -> tuple[Manifest, dict[int, TensorPair], dict[int, TensorPair]]:
+    """Begin a bank without documents, in a directory or in memory alone.
+
+    Returns:
+        its manifest; its prefix; per layer, no routing keys and no content, which say what they will look like.
+    """
+    like = encoder.encode([[0]])  # one token
+    layers = {layer: (memory.routing_keys[:0], memory.pooled_kv[:0]) for layer, memory in like.layers.items()}
+    manifest = new_manifest(origin.to_manifest(), TensorLayout.of_tensors(layers))
+    if directory is not None:
+        with BankWriter(directory) as writer:
+            manifest["prefix"] = writer.prefix(like.prefix)
+            writer.commit(manifest)
+    return manifest, like.prefix, layers
 
 
 def remove_leftovers(directory: Path) -> None:

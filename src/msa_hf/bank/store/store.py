@@ -20,12 +20,10 @@ from ...model.bank_format_msa import (
     BankFormatError,
     KeyHash,
     Manifest,
-    TensorLayout,
     TensorPair,
     data_files,
     file_names,
     library_version,
-    new_manifest,
     parse_size,
 )
 from ...model.bank_reader_msa import BankReader, is_bank, open_bank, read_manifest
@@ -43,7 +41,7 @@ from .compact import compacted_in_memory, groups_of, write_compacted
 from .encoder import DocumentEncoder, EncodingModel
 from .errors import BankDamaged, BankNotWritable
 from .lock import WriterLock
-from .open import read_contents, remove_leftovers
+from .open import new_bank, read_contents, remove_leftovers
 from .segments import Damage, Segment, damage_of
 from .state import BankStat, State
 from .verify import are_intact, find_damage
@@ -152,19 +150,11 @@ class BankStore:
     # Opening and closing ----------------------------------------------------------------------------------------------
 
     def _create(self) -> None:
-        """Begin an empty bank; what its tensors look like is learnt by encoding one token."""
+        """Begin an empty bank."""
         assert self._encoder is not None
         self.origin = self._encoder.model.memory_origin(self.tokenizer)
-        like = self._encoder.encode([[0]])
-        layers = {layer: (memory.routing_keys[:0], memory.pooled_kv[:0]) for layer, memory in like.layers.items()}
-        self._prefix = like.prefix
-        manifest = new_manifest(self.origin.to_manifest(), TensorLayout.of_tensors(layers))
-        if self.directory is None:
-            self._buffers = Buffers(layers, 0)
-        else:
-            with BankWriter(self.directory) as writer:
-                manifest["prefix"] = writer.prefix(like.prefix)
-                writer.commit(manifest)
+        manifest, self._prefix, layers = new_bank(self.directory, self._encoder, self.origin)
+        self._buffers = Buffers(layers, 0) if self.directory is None else None
         self._adopt(State.of(manifest, (), np.empty(0, np.int64)))
 
     def _load(self) -> None:
@@ -182,12 +172,8 @@ class BankStore:
     def _read(self, reader: BankReader) -> None:
         contents = read_contents(reader, self._opened, self.device)
         prefix = contents.prefix
-        if prefix is None and self.model is not None:
-            kind = reader.layout.dtype
-            prefix = {
-                layer: (keys.to(self.device, kind), values.to(self.device, kind))
-                for layer, (keys, values) in self.model.encode_prefix().items()
-            }
+        if prefix is None and self._encoder is not None:
+            prefix = self._encoder.prefix(reader.layout.dtype)
         self.origin, self._prefix, self._versions = reader.origin, prefix, contents.versions
         self._adopt(State.of(contents.manifest, contents.segments, contents.deleted))
         self._note(contents.damage)
