@@ -1,10 +1,15 @@
-"""Measure trained routers on real text: recall of gold passages in banks of several sizes, beside a teacher's.
+"""Measure trained routers on real text: recall and answers in banks of several sizes, beside BM25 and embeddings.
 
-    python scripts/eval_real.py --base build/real/base --work build/real --name routers --parts 0-11 --sizes 5,30,99
+    python   scripts/real_lexical.py        --work build/real --parts 0-10
+    torchrun --nproc-per-node 1 scripts/eval_real.py search --base build/real/base --work build/real --out OUT
+    torchrun --nproc-per-node 1 scripts/eval_real.py read   --base build/real/base --work build/real --out OUT
+    python   scripts/eval_real.py report --work build/real --out OUT
 
 The banks are nested: the passages of all question sets, then those of the further text in order, up to so many million
-tokens. A passage counts as found where it belongs to a gold document. `--out` gets the figures, and per size and system
-the best passages of every question, from which other figures can be made.
+tokens. A passage counts as found where it belongs to a gold document. `search` ranks passages by the routers, by BM25
+(`real_lexical.py`), by the teacher and by all three, with weights fitted on labeled questions that training left out.
+`read` puts the three best passages of every system before the same reader, and no text and the gold text beside them.
+`report` makes tables with intervals and plots of what both wrote.
 """
 
 from __future__ import annotations
@@ -12,134 +17,396 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from real_model import PROTOCOL, encode_all, load_trained, total_scores
+from real_rows import Flat, connect, device, load, log, rank, source_names, world
+from real_systems import AT, Fusion, asked_questions, bank_limits, fit_fusion, hit_groups, interval, recalls
 from torch import Tensor
-from train_real import Flat, device, encode_all, fresh_model, log, source_names, trained_weights
+from transformers import AutoTokenizer
 
+from msa_hf.evaluation import exact_match
+from msa_hf.evaluation.metrics import normalize_answer
+from msa_hf.generation import PromptProtocol
 from msa_hf.training.compiling import compiled_layers
 from msa_hf.training.contrastive import route_rows
+from msa_hf.training.sharing import gather_rows
 
-KEPT = 100  # best passages kept per question
-AT = (1, 5, 10)
+KEPT = 50  # best passages kept per question and system
+READ = 3  # texts put before the reader
+SYSTEMS = ("router", "bm25", "minilm")
+READ_SETS = ("nq", "squad11", "squadshifts_newwiki")
 
 
-def figures_of(best: np.ndarray, questions: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Set -> recall of any gold document, and of all of them, among the best passages [Q, n]."""
-    found: dict[str, dict[str, float]] = {}
-    kinds = sorted({question["set"] for question in questions})
-    for kind in kinds:
-        rows = [number for number, question in enumerate(questions) if question["set"] == kind]
-        item: dict[str, float] = {"questions": len(rows)}
-        for k in AT:
-            some, every = [], []
-            for number in rows:
-                chosen = set(best[number, :k].tolist())
-                hits = [any(place in chosen for place in group) for group in questions[number]["wanted"]]
-                some.append(any(hits))
-                every.append(all(hits))
-            item[f"any@{k}"], item[f"all@{k}"] = float(np.mean(some)), float(np.mean(every))
-        found[kind] = item
-    return found
+# search ---------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def router_best(
-    model: Any, flat: Flat, questions: Flat, limits: dict[str, int], budget: int
-) -> tuple[dict[str, np.ndarray], float]:
-    """Size -> best passages [Q, KEPT], and the seconds that encoding took."""
+def search(arguments: argparse.Namespace) -> None:
+    """Rank passages by every system, in banks of all sizes."""
+    work, out, where = Path(arguments.work), Path(arguments.out), device()
+    group = connect(where)
+    out.mkdir(parents=True, exist_ok=True)
+    names = source_names(arguments.parts)
+    data = load(work / "sets.pt")
+    loaded = [data, *(load(work / f"{name}.pt") for name in names[1:])]
+    flat = Flat.joined([Flat(item["tokens"], item["lengths"]) for item in loaded]).to(where)
+    limits = bank_limits(flat.lengths.cpu().numpy(), len(data["lengths"]), arguments.sizes)
+    questions = asked_questions(data)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
+    rows = [tokenizer(item["question"] + "\n", add_special_tokens=False)["input_ids"] for item in questions]
+    asked = Flat.of(rows).to(where)
+    taught = load(work / "sets.teacher.pt")
+    near = torch.cat([taught["passages"], *(load(work / f"{name}.teacher.pt") for name in names[1:])]).to(where)
+    held = [number for number in range(len(taught["train"])) if number % 20 == 7]
+    asked_near = torch.cat([taught["dev"], taught["train"][held]]).to(where)
+    lexical = dict(np.load(work / "lexical.npz"))
+    model = load_trained(work / f"{arguments.name}.pt", arguments.base, where)
     start = time.time()
-    pool = encode_all(model, flat, budget)
-    if flat.lengths.is_cuda:
-        torch.cuda.synchronize()
-    seconds = time.time() - start
-    log("encoded", int(flat.lengths.sum()), "tokens in", round(seconds, 1), "s")
-    best: dict[str, list[Tensor]] = {name: [] for name in limits}
-    everything = torch.arange(len(questions.lengths), device=flat.lengths.device)
-    for some in everything.split(64):
-        rows = questions.rows(some)
-        scores = route_rows(model, rows, pool, flat.lengths)
-        total = torch.stack(list(scores.values())).sum(0)
-        for name, limit in limits.items():
-            best[name].append(total[:, :limit].topk(min(KEPT, limit), dim=1).indices.int().cpu())
-    return {name: torch.cat(parts).numpy() for name, parts in best.items()}, seconds
+    with compiled_layers(model) if arguments.compile else nullcontext():
+        pool = encode_all(model, flat, arguments.part_tokens, group)
+        seconds = time.time() - start
+        log("encoded", int(flat.lengths.sum()), "tokens in", round(seconds, 1), "s by", world(), "processes")
+        mine = torch.arange(len(questions), device=where)[rank() :: world()]
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        for some in mine.split(64):
+            total = total_scores(route_rows(model, asked.rows(some), pool, flat.lengths))
+            similar = (asked_near[some] @ near.T).float()
+            for size, limit in limits.items():
+                words = torch.from_numpy(lexical[f"{size} places"][some.cpu().numpy(), :KEPT]).to(where).long()
+                values = torch.from_numpy(lexical[f"{size} scores"][some.cpu().numpy(), :KEPT]).to(where)
+                found[f"{size} places"].append(candidates_of(total[:, :limit], similar[:, :limit], words))
+                places = found[f"{size} places"][-1]
+                found[f"{size} router"].append(total.gather(1, places.clamp(min=0)))
+                found[f"{size} minilm"].append(similar.gather(1, places.clamp(min=0)))
+                found[f"{size} bm25"].append(scores_at(places, words, values))
+    whole = {}
+    order = gather_rows(mine, group).argsort()
+    for name, parts in found.items():
+        whole[name] = gather_rows(torch.cat(parts), group)[order]
+    if rank() == 0:
+        report = rank_all(whole, questions, limits, out)
+        ends = flat.lengths.cumsum(0)
+        report["sizes"] = {name: {"passages": limit, "tokens": int(ends[limit - 1])} for name, limit in limits.items()}
+        report["encoding"] = {"seconds": seconds, "processes": world()}
+        report["bytes_per_token"] = bank_bytes(model, flat)
+        (out / "search.json").write_text(json.dumps(report, indent=1))
+
+
+def bank_bytes(model: Any, flat: Flat) -> float:
+    """Bytes of bfloat16 routing keys and pooled keys and values per token of a bank."""
+    config, size = model.config, model.config.chunk_size
+    chunks = int(((flat.lengths + size - 1) // size).sum())
+    width = config.num_key_value_heads * config.head_dim
+    return chunks * len(config.memory_layers) * 3 * width * 2 / int(flat.lengths.sum())
+
+
+def candidates_of(router: Tensor, similar: Tensor, words: Tensor) -> Tensor:
+    """[Q, 3 KEPT] places that any system has among its best, each once, -1 behind them."""
+    most = min(KEPT, router.shape[1])
+    found = torch.cat([router.topk(most, dim=1).indices, words, similar.topk(most, dim=1).indices], dim=1)
+    found = found.sort(1).values
+    again = torch.zeros_like(found, dtype=torch.bool)
+    again[:, 1:] = found[:, 1:] == found[:, :-1]
+    return found.masked_fill(again, -1).sort(1, descending=True).values
+
+
+def scores_at(places: Tensor, listed: Tensor, values: Tensor) -> Tensor:
+    """[Q, C] the scores of `places` in a system's list; NaN for those that it does not list."""
+    ordered, order = listed.sort(1)
+    at = torch.searchsorted(ordered, places.contiguous()).clamp(max=ordered.shape[1] - 1)
+    there = ordered.gather(1, at) == places
+    return values.gather(1, order.gather(1, at)).masked_fill(~there, float("nan"))
+
+
+def features_of(whole: dict[str, Tensor], size: str, questions: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    absent = whole[f"{size} places"] < 0
+    scores = [whole[f"{size} {name}"].float().masked_fill(absent, float("nan")) for name in SYSTEMS]
+    words = torch.tensor([len(item["question"].split()) for item in questions], device=absent.device)
+    return Fusion.features(scores, words)
+
+
+def positives_of(places: Tensor, questions: list[dict[str, Any]]) -> Tensor:
+    """[Q, C] bool, candidates that belong to a gold document."""
+    found = np.zeros(places.shape, dtype=bool)
+    for number, (row, item) in enumerate(zip(places.cpu().numpy(), questions, strict=True)):
+        found[number] = np.isin(row, [place for group in item["wanted"] for place in group])
+    return torch.from_numpy(found).to(places.device)
+
+
+def rank_all(
+    whole: dict[str, Tensor], questions: list[dict[str, Any]], limits: dict[str, int], out: Path
+) -> dict[str, Any]:
+    """Recall of every system; writes the candidates and the best passages of each."""
+    fit = torch.tensor([item["split"] == "fit" for item in questions])
+    dev = [item for item in questions if item["split"] == "dev"]
+    counts = {kind: sum(item["set"] == kind for item in questions) for kind in {item["set"] for item in questions}}
+    weights = torch.tensor([counts[item["set"]] ** -0.5 for item in questions])
+    report: dict[str, Any] = {}
+    best: dict[str, np.ndarray] = {}
+    for size in limits:
+        places = whole[f"{size} places"]
+        candidates, about = features_of(whole, size, questions)
+        positives = positives_of(places, questions)
+        which = fit.to(places.device)
+        model = fit_fusion(candidates[which], about[which], positives[which], weights[fit].to(places.device))
+        report[f"fusion {size}"] = {name: item.tolist() for name, item in model.named_parameters()}
+        with torch.no_grad():
+            fused = model(candidates, about)
+        ranks = {f"{size} {name}": whole[f"{size} {name}"].float() for name in SYSTEMS} | {f"{size} hybrid": fused}
+        for name, scores in ranks.items():
+            scores = scores.masked_fill(places < 0, float("-inf")).nan_to_num(float("-inf"), neginf=float("-inf"))
+            order = scores.argsort(dim=1, descending=True, stable=True)[:, :KEPT]
+            best[name] = places.gather(1, order).int().cpu().numpy()
+            report[name] = recalls(best[name][~fit.numpy()], dev)
+            log(name)
+            for kind, item in report[name].items():
+                log("   ", kind.ljust(22), "  ".join(f"{key} {value:.3f}" for key, value in item.items()))
+    np.savez_compressed(out / "best.npz", **{name: rows[:, :20] for name, rows in best.items()})
+    for size in limits:
+        kept = {name: whole[f"{size} {name}"].cpu().numpy() for name in ("places", *SYSTEMS)}
+        kept["places"] = kept["places"].astype(np.int32)
+        np.savez_compressed(
+            out / f"candidates_{size}.npz", **{k: v.astype(np.float32) if k != "places" else v for k, v in kept.items()}
+        )
+    return report
+
+
+# read -----------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def teacher_best(near: Tensor, asked: Tensor, limits: dict[str, int]) -> dict[str, np.ndarray]:
-    best: dict[str, list[Tensor]] = {name: [] for name in limits}
-    for rows in asked.split(256):
-        scores = rows @ near.T
-        for name, limit in limits.items():
-            best[name].append(scores[:, :limit].topk(min(KEPT, limit), dim=1).indices.int().cpu())
-    return {name: torch.cat(parts).numpy() for name, parts in best.items()}
+def read(arguments: argparse.Namespace) -> None:
+    """Answer the development questions from the best passages of every system."""
+    work, out, where = Path(arguments.work), Path(arguments.out), device()
+    group = connect(where)
+    data = load(work / "sets.pt")
+    names = source_names(arguments.parts)
+    texts = [text for name in names for text in load(work / f"{name}.texts")]
+    questions = asked_questions(data)
+    best = dict(np.load(out / "best.npz"))
+    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
+    tokenizer.padding_side = "left"
+    model = load_trained(work / f"{arguments.name}.pt", arguments.base, where)
+    chosen = [n for n, item in enumerate(questions) if item["split"] == "dev" and item["set"] in READ_SETS]
+    jobs: list[tuple[str, int, list[int]]] = []
+    for number in chosen:
+        gold = [group_[0] for group_ in questions[number]["wanted"]][:READ]
+        jobs += [("no memory", number, []), ("gold text", number, gold)]
+        jobs += [(name, number, rows[number, :READ].tolist()) for name, rows in best.items()]
+    # Equal prompts are read once.
+    wanted = sorted({(number, tuple(place for place in places if place >= 0)) for _, number, places in jobs})
+    rows = []
+    for number, places in wanted[rank() :: world()]:
+        rounds = [[(1 + place, texts[at]) for place, at in enumerate(places)]] if places else []
+        segments = PROTOCOL.transcript(tokenizer, questions[number]["question"], rounds, closed=True)
+        rows.append((number, places, PromptProtocol.join(segments)[0]))
+    rows.sort(key=lambda row: len(row[2]))
+    end = tokenizer.convert_tokens_to_ids(PROTOCOL.answer_end)
+    answers = []
+    start = time.time()
+    while rows:
+        size = max(min(arguments.batch, arguments.batch_tokens // len(rows[-1][2])), 1)
+        some, rows = rows[-size:], rows[:-size]
+        width = len(some[-1][2])
+        ids = torch.tensor([[end] * (width - len(row)) + row for _, _, row in some], device=where)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for _, _, row in some], device=where)
+        made = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=end, pad_token_id=end
+        )
+        written = tokenizer.batch_decode(made[:, width:])
+        for (number, places, _), text in zip(some, written, strict=True):
+            answers.append({"number": number, "places": list(places), "answer": PROTOCOL.answer_text(text)})
+    log("read", len(answers), "prompts in", round(time.time() - start, 1), "s, by each process")
+    Path(work, f"answers{rank()}.json").write_text(json.dumps(answers))
+    if group is not None:
+        torch.distributed.barrier()
+    if rank() == 0:
+        everything = [
+            row for number in range(world()) for row in json.loads(Path(work, f"answers{number}.json").read_text())
+        ]
+        by_prompt = {(row["number"], tuple(row["places"])): row["answer"] for row in everything}
+        lines = [
+            {"system": name, "number": number, "answer": by_prompt[number, tuple(p for p in places if p >= 0)]}
+            for name, number, places in jobs
+        ]
+        (out / "answers.json").write_text(json.dumps(lines))
+        for name, item in answer_figures(lines, questions).items():
+            log(
+                name.ljust(16), "  ".join(f"{kind} {value['em']:.3f}/{value['f1']:.3f}" for kind, value in item.items())
+            )
+
+
+def token_f1(answer: str, wanted: str) -> float:
+    """The harmonic mean of precision and recall over the words of normalized answers."""
+    mine, theirs = normalize_answer(answer).split(), normalize_answer(wanted).split()
+    left = list(theirs)
+    common = 0
+    for word in mine:
+        if word in left:
+            left.remove(word)
+            common += 1
+    if not common:
+        return float(mine == theirs)
+    precision, recall = common / len(mine), common / len(theirs)
+    return 2 * precision * recall / (precision + recall)
+
+
+def answer_figures(
+    lines: list[dict[str, Any]], questions: list[dict[str, Any]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """System -> set -> exact match and F1 with their intervals; `all` beside the sets."""
+    hits: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for row in lines:
+        question = questions[row["number"]]
+        em = float(any(exact_match(row["answer"], wanted) for wanted in question["answers"]))
+        f1 = max((token_f1(row["answer"], wanted) for wanted in question["answers"]), default=0.0)
+        for kind in (question["set"], "all"):
+            hits[row["system"]][kind].append((em, f1))
+    return {
+        system: {
+            kind: {
+                "em": float(np.mean([em for em, _ in rows])),
+                "f1": float(np.mean([f1 for _, f1 in rows])),
+                "em_interval": interval([em for em, _ in rows]),
+                "f1_interval": interval([f1 for _, f1 in rows]),
+                "questions": len(rows),
+            }
+            for kind, rows in kinds.items()
+        }
+        for system, kinds in hits.items()
+    }
+
+
+# report ---------------------------------------------------------------------------------------------------------------
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Tables (`report.md`) and plots of what `search` and `read` wrote."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    work, out = Path(arguments.work), Path(arguments.out)
+    questions = asked_questions(load(work / "sets.pt"))
+    dev = [item for item in questions if item["split"] == "dev"]
+    found = json.loads((out / "search.json").read_text())
+    best = {name: rows[: len(dev)] for name, rows in np.load(out / "best.npz").items()}
+    lines = [
+        "# Recall",
+        "",
+        "R@1 / R@5 / R@10 of a gold document (several hops: of all of them), 95 % interval of R@1.",
+        "",
+    ]
+    sizes = list(found["sizes"])
+    kinds = sorted({item["set"] for item in dev})
+    systems = (*SYSTEMS, "hybrid")
+    for size in sizes:
+        tokens = found["sizes"][size]["tokens"] / 1e6
+        lines += [f"## {tokens:.1f}M tokens, {found['sizes'][size]['passages']} passages", ""]
+        lines += ["| | " + " | ".join(systems) + " |", "|---|" + "---|" * len(systems)]
+        for kind in kinds:
+            cells = []
+            rows = [number for number, item in enumerate(dev) if item["set"] == kind]
+            how = all if kind == "multihop" else any
+            for system in systems:
+                places = best[f"{size} {system}"]
+                hits = {k: [float(how(hit_groups(places[n, :k], dev[n]))) for n in rows] for k in AT}
+                low, high = interval(hits[1])
+                cells.append(" / ".join(f"{np.mean(hits[k]):.3f}" for k in AT) + f" ({low:.3f} to {high:.3f})")
+            lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+        lines.append("")
+    figures = answer_figures(json.loads((out / "answers.json").read_text()), questions)
+    lines += ["# Answers", "", f"Exact match / F1 with {READ} texts read; 95 % interval of exact match over all.", ""]
+    lines += ["| | " + " | ".join(READ_SETS) + " | all |", "|---|" + "---|" * (len(READ_SETS) + 1)]
+    for system, item in figures.items():
+        cells = [f"{item[kind]['em']:.3f} / {item[kind]['f1']:.3f}" if kind in item else "-" for kind in READ_SETS]
+        low, high = item["all"]["em_interval"]
+        cells.append(f"{item['all']['em']:.3f} / {item['all']['f1']:.3f} ({low:.3f} to {high:.3f})")
+        lines.append(f"| {system} | " + " | ".join(cells) + " |")
+    (out / "report.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    plot_recall(out / "recall.png", found, systems)
+    plot_answers(out / "answers.png", found, figures)
+
+
+def plot_recall(path: Path, found: dict[str, Any], systems: tuple[str, ...]) -> None:
+    """R@1 against the size of the bank, one panel per set."""
+    from matplotlib import pyplot
+
+    there = found[f"{next(iter(found['sizes']))} router"]
+    kinds = [kind for kind in (*READ_SETS, "multihop") if kind in there]
+    figure, panels = pyplot.subplots(1, len(kinds), figsize=(3.6 * len(kinds), 3.2), sharey=True, squeeze=False)
+    tokens = [item["tokens"] for item in found["sizes"].values()]
+    for panel, kind in zip(panels[0], kinds, strict=True):
+        name = "all@10" if kind == "multihop" else "any@1"
+        for system in systems:
+            values = [found[f"{size} {system}"][kind][name] for size in found["sizes"]]
+            panel.plot(tokens, values, marker="o", label=system)
+        panel.set(xscale="log", title=f"{kind} ({name})", xlabel="tokens in the bank", ylim=(0, 1))
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("recall")
+    panels[0][-1].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def plot_answers(path: Path, found: dict[str, Any], figures: dict[str, Any]) -> None:
+    """F1 of answers against the size of the bank, with no text and the gold text as bounds."""
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(5, 3.6))
+    tokens = [item["tokens"] for item in found["sizes"].values()]
+    for system in (*SYSTEMS, "hybrid"):
+        names = [f"{size} {system}" for size in found["sizes"]]
+        if all(name in figures for name in names):
+            panel.plot(tokens, [figures[name]["all"]["f1"] for name in names], marker="o", label=system)
+    for name, style in (("gold text", "--"), ("no memory", ":")):
+        if name in figures:
+            panel.axhline(figures[name]["all"]["f1"], linestyle=style, color="gray", label=name)
+    panel.set(xscale="log", xlabel="tokens in the bank", ylabel="F1 of answers", ylim=(0, 1))
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True)
-    parser.add_argument("--work", required=True)
-    parser.add_argument("--name", help="of the routers' checkpoint; without it the teacher alone is measured")
-    parser.add_argument("--parts", default="0-11")
-    parser.add_argument("--sizes", default="5,30,99", help="of the banks, in million tokens; the first is all sets")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--part-tokens", type=int, default=400_000)
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Any) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=run.__doc__)
+        made.set_defaults(run=run)
+        made.add_argument("--work", required=True)
+        made.add_argument("--out", required=True)
+        return made
+
+    made = command("search", search)
+    made.add_argument("--base", required=True)
+    made.add_argument("--name", default="routers", help="of the checkpoint that training wrote")
+    made.add_argument("--parts", default="0-10")
+    made.add_argument("--sizes", default="5,30,99", help="of the banks, in million tokens; the first is all sets")
+    made.add_argument("--part-tokens", type=int, default=300_000)
+    made.add_argument("--no-compile", dest="compile", action="store_false")
+
+    made = command("read", read)
+    made.add_argument("--base", required=True)
+    made.add_argument("--name", default="routers")
+    made.add_argument("--parts", default="0-10")
+    made.add_argument("--batch", type=int, default=192)
+    made.add_argument("--batch-tokens", type=int, default=160_000)
+
+    command("report", report)
+
     arguments = parser.parse_args()
-    work, out, where = Path(arguments.work), Path(arguments.out), device()
-    out.mkdir(parents=True, exist_ok=True)
-    names = source_names(arguments.parts)
-    loaded = [torch.load(work / f"{name}.pt", weights_only=True) for name in names]
-    flat = Flat.joined([Flat(item["tokens"], item["lengths"]) for item in loaded]).to(where)
-    dev = loaded[0]["dev"]
-    ends = flat.lengths.cumsum(0)
-    limits = {}
-    for place, size in enumerate(arguments.sizes.split(",")):
-        count = int(torch.searchsorted(ends, int(float(size) * 1_000_000)))
-        limits[f"{size}M"] = len(loaded[0]["lengths"]) if place == 0 else min(count, len(flat.lengths))
-    sizes = {name: {"passages": limit, "tokens": int(ends[limit - 1])} for name, limit in limits.items()}
-    log(sizes)
-    report: dict[str, Any] = {"sizes": sizes}
-    systems: dict[str, dict[str, np.ndarray]] = {}
-    if arguments.name:
-        checkpoint = torch.load(work / f"{arguments.name}.pt", weights_only=True)
-        made = argparse.Namespace(**{**checkpoint["arguments"], "base": arguments.base})
-        model = fresh_model(made, where)
-        trained_weights(made, model).load_state_dict(
-            {name: value.to(where).float() for name, value in checkpoint["weights"].items()}
-        )
-        if arguments.compile:
-            with compiled_layers(model):
-                systems["router"], seconds = router_best(
-                    model, flat, Flat(dev["tokens"], dev["lengths"]).to(where), limits, arguments.part_tokens
-                )
-        else:
-            systems["router"], seconds = router_best(
-                model, flat, Flat(dev["tokens"], dev["lengths"]).to(where), limits, arguments.part_tokens
-            )
-        report["encoding_seconds"] = seconds
-    taught = [work / f"{name}.teacher.pt" for name in names]
-    have = next((place for place, path in enumerate(taught) if not path.exists()), len(taught))
-    if have:
-        first = torch.load(taught[0], weights_only=True)
-        near = torch.cat([first["passages"], *(torch.load(path, weights_only=True) for path in taught[1:have])])
-        within = {name: min(limit, len(near)) for name, limit in limits.items()}
-        systems["teacher"] = teacher_best(near.to(where), first["dev"].to(where), within)
-        report["teacher_passages"] = within
-    for system, best in systems.items():
-        report[system] = {name: figures_of(rows, dev["questions"]) for name, rows in best.items()}
-        for name in best:
-            print(system, name)
-            for kind, item in report[system][name].items():
-                print("   ", kind.ljust(22), "  ".join(f"{key} {value:.3f}" for key, value in item.items()))
-    Path(out, f"{arguments.name or 'teacher'}.json").write_text(json.dumps(report, indent=1))
-    np.savez_compressed(
-        Path(out, f"{arguments.name or 'teacher'}.npz"),
-        **{f"{system} {name}": rows[:, :50] for system, best in systems.items() for name, rows in best.items()},
-    )
+    arguments.run(arguments)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..model.attention_msa import AttendingPass, EncodingDone, EncodingPass
 from ..model.cache_msa import MemoryContext
 from ..model.dense_layer_msa import DenseLayer, layers_over
 from ..model.routing_msa import routing_request, scoring_of
+from .sharing import count_rows, gather_rows, own_rows, sum_over_processes
 
 
 @dataclass(frozen=True)
@@ -190,27 +192,32 @@ def contrastive_step(
     temperatures: Temperatures,
     layer_weight: float = 0.5,
     document_weight: float = 0.0,
+    group: dist.ProcessGroup | None = None,
 ) -> PoolResult:
     """Add the gradients of one pool's loss to those of the model.
+
+    With a process group the pool is that of all processes: each brings documents of its own, and its questions are
+    scored against the documents of all. The mean of the processes' gradients is then that of the mean of their losses.
 
     Args:
         model: with a memory, no dropout and no prefix.
         documents: parts of the pool; one part's graph is held at a time.
         questions: parts of the questions; the graphs of all are held.
-        targets: [Q, N], questions and documents in the order of the parts.
+        targets: [Q, N], questions and documents in the order of the parts; with a group, the documents of all processes
+            in order of ranks.
         temperatures, layer_weight, document_weight: as `pool_loss` takes them.
+        group: of the processes that share a pool. None: this one alone.
     """
     with torch.no_grad():
         parts = [encode_rows(model, rows) for rows in documents]
     layers = list(parts[0])
-    lengths = torch.cat([rows.lengths for rows in documents])
-    leaves = {
-        layer: DenseLayer(
-            torch.cat([part[layer].routing_keys for part in parts]).requires_grad_(),
-            torch.cat([part[layer].pooled_kv for part in parts]).requires_grad_(layer != layers[-1]),
-        )
-        for layer in layers
-    }
+    lengths = gather_rows(torch.cat([rows.lengths for rows in documents]), group)
+    chunks = count_rows(torch.cat([part[layers[0]].routing_keys for part in parts]), group)
+    leaves = {}
+    for layer in layers:
+        keys = gather_rows(torch.cat([part[layer].routing_keys for part in parts]), group, chunks)
+        pooled = gather_rows(torch.cat([part[layer].pooled_kv for part in parts]), group, chunks)
+        leaves[layer] = DenseLayer(keys.requires_grad_(), pooled.requires_grad_(layer != layers[-1]))
     asked = [route_rows(model, rows, leaves, lengths) for rows in questions]
     scores = {layer: torch.cat([item[layer] for item in asked]) for layer in layers}
     loss = pool_loss(scores, targets, temperatures(), layer_weight, document_weight)
@@ -219,7 +226,12 @@ def contrastive_step(
         total = torch.stack(list(scores.values())).sum(0)
         best = total.argmax(1, keepdim=True)
         hits = (targets.gather(1, best).squeeze(1) >= targets.amax(1)).float().mean()
-    start = 0
+    wanted = [leaf.routing_keys for leaf in leaves.values()] + [leaves[layer].pooled_kv for layer in layers[:-1]]
+    for leaf in wanted:
+        leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        # The questions of other processes have gradients for these documents too.
+        sum_over_processes([leaf.grad], group)
+    start = own_rows(chunks, group).start
     for rows, part in zip(documents, parts, strict=True):
         stop = start + part[layers[0]].routing_keys.shape[0]
         again = encode_rows(model, rows)

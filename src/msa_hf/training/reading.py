@@ -72,6 +72,16 @@ def reading_loss(
         memory_pass=attending,
     )
     attending.finish()
+    return _answer_loss(model, output.last_hidden_state, labels)
+
+
+def plain_reading_loss(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+    """`reading_loss` without a memory: what a reader of the texts alone has to learn."""
+    output = model.run_base(backbone_only=True, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return _answer_loss(model, output.last_hidden_state, labels)
+
+
+def _answer_loss(model: Any, states: Tensor, labels: Tensor) -> Tensor:
     wanted = labels[:, 1:] != IGNORED
-    logits = model.get_output_embeddings()(output.last_hidden_state[:, :-1][wanted])
+    logits = model.get_output_embeddings()(states[:, :-1][wanted])
     return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted])

@@ -1,0 +1,289 @@
+"""The pools that `train_real.py` draws: labeled questions with near-misses, groups of passages with asked questions."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from real_model import encode_all, total_scores
+from real_rows import Flat, load, log, rank, world
+from torch import Tensor
+
+from msa_hf.training.contrastive import TokenRows, route_rows
+from msa_hf.training.sharing import gather_rows
+
+LONGEST_QUESTION = 48
+# Share of the labeled questions of a step.
+SHARES = {
+    "squad11": 0.26,
+    "squadshifts_newwiki": 0.20,
+    "nq": 0.16,
+    "fairytaleqa": 0.16,
+    "multihop": 0.06,
+    "squadshifts_reddit": 0.08,
+    "squadshifts_amazon": 0.08,
+}
+HELD_OUT = 20  # every so-manieth labeled question is not trained on: weights of hybrid retrieval are fitted on these
+
+
+def is_held_out(number: int) -> bool:
+    return number % HELD_OUT == 7
+
+
+class Siblings:
+    """Passages by article.
+
+    Args:
+        articles: [N] int64, the article of every passage, numbered from 0 without gaps.
+    """
+
+    def __init__(self, articles: Tensor) -> None:
+        self.articles, self.order = articles, articles.argsort(stable=True)
+        self.counts = torch.bincount(articles)
+        self.first = self.counts.cumsum(0) - self.counts
+        self.place_in_order = torch.empty_like(self.order)
+        self.place_in_order[self.order] = torch.arange(len(self.order), device=self.order.device)
+
+    def draw(self, places: Tensor) -> Tensor:
+        """For every place another one of its article at random; itself where there is no other."""
+        article = self.articles[places]
+        count = self.counts[article]
+        step = 1 + (torch.rand(len(places), device=places.device) * (count - 1)).long()
+        step = torch.minimum(step, (count - 1).clamp(min=0))
+        within = (self.place_in_order[places] - self.first[article] + step) % count
+        return self.order[self.first[article] + within]
+
+
+@dataclass
+class Mined:
+    """The router's own mistakes.
+
+    Attributes:
+        questions: [M] int64 numbers of asked questions. `gold`: [M] int64, their passages.
+        wrong: [M, n] int64, the passages that the router finds best instead, -1 for none.
+        labeled: [L, n] int64, the same for every labeled question by number; -1 where it was not asked.
+    """
+
+    questions: Tensor
+    gold: Tensor
+    wrong: Tensor
+    labeled: Tensor
+
+
+@dataclass
+class Draw:
+    """One process's part of a step's pool.
+
+    Attributes:
+        places: [N] int64, sorted, its passages. `numbers`: [Q] int64, its questions.
+        rows, gold: [P] int64, pairs of a question's row and the place of a passage that answers it.
+        share: [Q] float32, the teacher's.
+    """
+
+    places: Tensor
+    numbers: Tensor
+    rows: Tensor
+    gold: Tensor
+    share: Tensor
+
+    def positives(self, places: Tensor) -> Tensor:
+        """[Q, len(places)] bool, which of all processes' passages answer a question; a passage may be there twice."""
+        found = torch.zeros(len(self.numbers), len(places), dtype=torch.bool, device=places.device)
+        ordered, order = places.sort()
+        first, stop = torch.searchsorted(ordered, self.gold), torch.searchsorted(ordered, self.gold, right=True)
+        for further in range(int((stop - first).max())):
+            there = first + further < stop
+            found[self.rows[there], order[(first + further)[there]]] = True
+        return found
+
+
+class Pools:
+    """Draws the pools of steps."""
+
+    def __init__(self, arguments: argparse.Namespace, where: torch.device) -> None:
+        self.arguments, self.where = arguments, where
+        work = Path(arguments.work)
+        data = load(work / "sets.pt")
+        shards = [load(work / f"asked{shard}.pt") for shard in range(arguments.shards)]
+        names = shards[0]["names"]
+        loaded = [data, *(load(work / f"{name}.pt") for name in names)]
+        self.passages = Flat.joined([Flat(item["tokens"], item["lengths"]) for item in loaded]).to(where)
+        firsts = np.cumsum([0, *(len(item["lengths"]) for item in loaded)])
+        taught = load(work / "sets.teacher.pt")
+        self.near = torch.cat([taught["passages"], *(load(work / f"{name}.teacher.pt") for name in names)]).to(where)
+        # Questions: labeled ones first, then asked ones.
+        train = data["train"]
+        everything = [Flat(item["tokens"], item["lengths"]) for item in [train, *shards]]
+        self.questions = Flat.joined(everything).to(where)
+        asked_near = [load(work / f"asked{shard}.teacher.pt") for shard in range(arguments.shards)]
+        self.questions_near = torch.cat([taught["train"], *asked_near]).to(where)
+        self.labeled = len(train["lengths"])
+        self.wanted = [sorted({place for group in item["wanted"] for place in group}) for item in train["questions"]]
+        short = (train["lengths"] <= LONGEST_QUESTION).tolist()
+        of_set = {
+            name: [
+                n
+                for n, item in enumerate(train["questions"])
+                if item["set"] == name and short[n] and not is_held_out(n)
+            ]
+            for name in SHARES
+        }
+        self.of_set = {name: numbers for name, numbers in of_set.items() if numbers}
+        starts = torch.from_numpy(firsts)[1:]
+        self.place_of_asked = torch.cat([item["places"] + starts[item["sources"]] for item in shards]).to(where)
+        self.allowed = torch.ones(len(self.passages.lengths), dtype=torch.bool, device=where)
+        self.allowed[data["held_out"].to(where)] = False
+        self._own_questions(arguments.drop)
+        self.siblings = Siblings(data["articles"].to(where))
+        self.pick = random.Random(arguments.seed * 1000 + rank())
+        self.mined: Mined | None = None
+        self.minings = 0
+        log(
+            f"{len(self.asked)} asked questions about {len(self.owners)} passages; {self.labeled} labeled ones;",
+            f"{len(self.passages.lengths)} passages in all",
+        )
+
+    def _own_questions(self, drop: float) -> None:
+        """Passages with questions: asked[first[i] : first[i + 1]] are those of passage owners[i]."""
+        places = self.place_of_asked
+        # An asked question whose own passage the teacher finds far from it asks something else.
+        fit = (self.questions_near[self.labeled :] * self.near[places]).sum(1).float()
+        numbers = (fit > fit.kthvalue(max(int(drop * len(fit)), 1)).values).nonzero().squeeze(1)
+        numbers = numbers[self.questions.lengths[self.labeled + numbers] <= LONGEST_QUESTION]
+        order = places[numbers].argsort(stable=True)
+        self.asked = numbers[order] + self.labeled
+        self.owners, counts = torch.unique_consecutive(places[numbers][order], return_counts=True)
+        self.first = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        self.owners_near = self.near[self.owners]
+        self.place_of_owner = torch.full((len(self.passages.lengths),), -1, device=self.where)
+        self.place_of_owner[self.owners] = torch.arange(len(self.owners), device=self.where)
+
+    def _one_of_each(self, owners: Tensor) -> Tensor:
+        """A question of every passage `owners[i]`, at random."""
+        first, stop = self.first[owners], self.first[owners + 1]
+        number = first + (torch.rand(len(owners), device=self.where) * (stop - first)).long()
+        return self.asked[torch.minimum(number, stop - 1)]
+
+    def draw(self) -> Draw:
+        arguments, where = self.arguments, self.where
+        names = list(self.of_set)
+        chosen = [
+            self.pick.choice(self.of_set[name])
+            for name in self.pick.choices(names, [SHARES[name] for name in names], k=arguments.labeled)
+        ]
+        chosen = list(dict.fromkeys(chosen))
+        pairs = [(row, place) for row, number in enumerate(chosen) for place in self.wanted[number][:6]]
+        labeled = torch.tensor(chosen, device=where)
+        gold = torch.tensor(pairs, device=where)
+        misses = self._near_misses(labeled, gold)
+        # Others of the same article, which are what a passage is most easily taken for.
+        others = self.siblings.draw(gold[:, 1].repeat(arguments.siblings))
+        pool = torch.unique(torch.cat([gold[:, 1], misses, others[self.allowed[others]]]))
+        # Groups of passages that are easily taken for each other.
+        groups = max(max(arguments.pool - len(pool), 0) // arguments.group, 1)
+        mined = None
+        parts = [pool]
+        if self.mined is not None:
+            mined = torch.randint(len(self.mined.questions), (groups // 2,), device=where)
+            wrong = self.mined.wrong[mined]
+            order = torch.rand(wrong.shape, device=where).argsort(1)[:, : arguments.group - 1]
+            wrong = wrong.gather(1, order).flatten()
+            parts += [self.mined.gold[mined], wrong[wrong >= 0]]
+            groups -= groups // 2
+        parts.append(self._neighbors(groups))
+        pool = torch.unique(torch.cat(parts))
+        owner = self.place_of_owner[pool]
+        with_question = (owner >= 0).nonzero().squeeze(1)
+        asked = self._one_of_each(owner[with_question])
+        if mined is not None:
+            # The question whose mistakes these are.
+            row = torch.searchsorted(pool[with_question], self.mined.gold[mined])
+            asked[row] = self.mined.questions[mined]
+        numbers = torch.cat([labeled, asked])
+        rows = torch.cat([gold[:, 0], len(labeled) + torch.arange(len(asked), device=where)])
+        share = torch.full((len(numbers),), arguments.soft_asked, device=where)
+        share[: len(labeled)] = arguments.soft_labeled
+        return Draw(pool, numbers, rows, torch.cat([gold[:, 1], pool[with_question]]), share)
+
+    def _near_misses(self, labeled: Tensor, gold: Tensor) -> Tensor:
+        """Passages near to labeled questions: of the teacher's best, and the router's mistakes once there are any."""
+        arguments, where = self.arguments, self.where
+        scores = self.questions_near[labeled] @ self.near.T
+        scores.masked_fill_(~self.allowed, -1)
+        scores[gold[:, 0], gold[:, 1]] = -1
+        best = scores.topk(min(arguments.near, scores.shape[1]), dim=1).indices
+        column = torch.randint(best.shape[1], (len(labeled), arguments.misses), device=where)
+        misses = best.gather(1, column).flatten()
+        if self.mined is None:
+            return misses
+        wrong = self.mined.labeled[labeled]
+        column = torch.randint(wrong.shape[1], (len(labeled), arguments.misses), device=where)
+        wrong = wrong.gather(1, column).flatten()
+        return torch.cat([misses, wrong[wrong >= 0]])
+
+    def _neighbors(self, groups: int) -> Tensor:
+        """Groups of passages with questions that the teacher finds near to each other."""
+        arguments = self.arguments
+        seeds = torch.randint(len(self.owners), (groups,), device=self.where)
+        scores = self.owners_near[seeds] @ self.owners_near.T
+        around = scores.topk(min(3 * arguments.group, scores.shape[1]), dim=1).indices
+        order = torch.rand(around.shape, device=self.where).argsort(1)[:, : arguments.group - 1]
+        return self.owners[torch.cat([seeds[:, None], around.gather(1, order)], dim=1).flatten()]
+
+    def asked_parts(self, numbers: Tensor, budget: int) -> Iterator[tuple[Tensor, TokenRows]]:
+        """Questions by length in parts of about `budget` tokens, each with its rows in `numbers`."""
+        order = self.questions.lengths[numbers].argsort(stable=True)
+        start = 0
+        ends = self.questions.lengths[numbers[order]].cumsum(0)
+        count = max(round(int(ends[-1]) / budget), 1)
+        for size in torch.bincount(((ends - 1) * count // ends[-1]).clamp(max=count - 1), minlength=count).tolist():
+            if size:
+                yield order[start : start + size], self.questions.rows(numbers[order[start : start + size]])
+            start += size
+
+    def teacher_logits(self, numbers: Tensor, places: Tensor) -> Tensor:
+        return (self.questions_near[numbers] @ self.near[places].T).float() / self.arguments.soft_temperature
+
+    @torch.no_grad()
+    def mine(self, model: Any, group: dist.ProcessGroup | None) -> None:
+        """Ask the router, as it is, among all passages; what it finds before the gold ones is learned from next."""
+        arguments = self.arguments
+        pool = encode_all(model, self.passages, arguments.mine_tokens, group)
+        self.minings += 1
+        generator = torch.Generator().manual_seed(self.minings)  # the same passages in all processes
+        count = min(arguments.mined, len(self.owners))
+        owners = torch.randperm(len(self.owners), generator=generator)[:count].sort().values
+        owners = owners[rank() :: world()].to(self.where)
+        questions, gold = self._one_of_each(owners), self.owners[owners]
+        wrong = self._mistakes(model, pool, questions, gold[:, None])
+        labeled = torch.tensor(sorted(n for numbers in self.of_set.values() for n in numbers)[rank() :: world()])
+        most = max(len(self.wanted[number]) for number in labeled.tolist())
+        right = torch.tensor([(self.wanted[n] * most)[:most] for n in labeled.tolist()], device=self.where)
+        labeled = labeled.to(self.where)
+        found = self._mistakes(model, pool, labeled, right)
+        by_number = torch.full((self.labeled, found.shape[1]), -1, device=self.where)
+        by_number[gather_rows(labeled, group)] = gather_rows(found, group)
+        self.mined = Mined(
+            gather_rows(questions, group), gather_rows(gold, group), gather_rows(wrong, group), by_number
+        )
+
+    def _mistakes(self, model: Any, pool: Any, numbers: Tensor, gold: Tensor) -> Tensor:
+        """[Q, n] the best passages that are not gold, -1 for those that the teacher finds nearer than the gold one."""
+        found = []
+        for some, right in zip(numbers.split(128), gold.split(128), strict=True):
+            total = total_scores(route_rows(model, self.questions.rows(some), pool, self.passages.lengths))
+            total.masked_fill_(~self.allowed, float("-inf"))
+            total.scatter_(1, right, float("-inf"))
+            best = total.topk(min(3 * self.arguments.group, total.shape[1]), dim=1).indices
+            near = self.questions_near[some]
+            limit = torch.einsum("qd,qgd->qg", near.float(), self.near[right].float()).amax(1, keepdim=True)
+            nearness = torch.einsum("qd,qnd->qn", near.float(), self.near[best].float())
+            found.append(best.masked_fill(nearness > limit + self.arguments.mine_margin, -1))
+        return torch.cat(found)
