@@ -193,12 +193,17 @@ def read(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
     tokenizer.padding_side = "left"
     model = load_trained(work / f"{arguments.name}.pt", arguments.base, where)
-    chosen = [n for n, item in enumerate(questions) if item["split"] == "dev" and item["set"] in READ_SETS]
+    chosen = []
+    for kind in READ_SETS:
+        of_kind = [n for n, item in enumerate(questions) if item["split"] == "dev" and item["set"] == kind]
+        chosen += of_kind[: arguments.limit]
+    kept = arguments.systems.split(",") if arguments.systems else ["no memory", "gold text", *best]
     jobs: list[tuple[str, int, list[int]]] = []
     for number in chosen:
-        gold = [group_[0] for group_ in questions[number]["wanted"]][:READ]
-        jobs += [("no memory", number, []), ("gold text", number, gold)]
+        gold = [holding_place(group_, questions[number]["answers"], texts) for group_ in questions[number]["wanted"]]
+        jobs += [("no memory", number, []), ("gold text", number, gold[:READ])]
         jobs += [(name, number, rows[number, :READ].tolist()) for name, rows in best.items()]
+    jobs = [job for job in jobs if job[0] in kept]
     # Equal prompts are read once.
     wanted = sorted({(number, tuple(place for place in places if place >= 0)) for _, number, places in jobs})
     rows = []
@@ -240,6 +245,12 @@ def read(arguments: argparse.Namespace) -> None:
             log(
                 name.ljust(16), "  ".join(f"{kind} {value['em']:.3f}/{value['f1']:.3f}" for kind, value in item.items())
             )
+
+
+def holding_place(places: list[int], answers: list[str], texts: list[str]) -> int:
+    """The first passage of a document that holds an answer; the first of all, if none does."""
+    wanted = [answer.lower() for answer in answers if answer.strip()]
+    return next((place for place in places if any(answer in texts[place].lower() for answer in wanted)), places[0])
 
 
 def token_f1(answer: str, wanted: str) -> float:
@@ -400,6 +411,8 @@ def main() -> None:
     made.add_argument("--base", required=True)
     made.add_argument("--name", default="routers")
     made.add_argument("--parts", default="0-10")
+    made.add_argument("--systems", help="those that are read, separated by commas (default: all)")
+    made.add_argument("--limit", type=int, help="questions of each set (default: all)")
     made.add_argument("--batch", type=int, default=192)
     made.add_argument("--batch-tokens", type=int, default=160_000)
 

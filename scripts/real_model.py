@@ -63,7 +63,7 @@ def trained_weights(arguments: argparse.Namespace, model: Any) -> TrainedWeights
 
 def load_trained(path: Any, base: str, where: torch.device) -> Any:
     """The model with the weights of a checkpoint that training wrote."""
-    checkpoint = torch.load(path, weights_only=True)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     made = argparse.Namespace(**{**checkpoint["arguments"], "base": base})
     model = fresh_model(made, where)
     weights = {name: value.to(where).float() for name, value in checkpoint["weights"].items()}

@@ -242,7 +242,7 @@ def routers(arguments: argparse.Namespace) -> None:
     weights = trained_weights(arguments, model)
     temperatures = Temperatures(len(model.config.memory_layers)).to(where)
     if arguments.start:
-        state = torch.load(arguments.start, weights_only=True)
+        state = torch.load(arguments.start, map_location=where, weights_only=True)
         weights.load_state_dict({name: value.to(where).float() for name, value in state["weights"].items()})
         temperatures.load_state_dict(state["temperatures"])
     torch.manual_seed(arguments.seed * 1000 + rank())  # every process draws its own part of a pool

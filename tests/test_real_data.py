@@ -51,10 +51,10 @@ def test_questions_want_the_passages_that_hold_their_answer(data: Any, tmp_path:
 
 
 def test_rows_come_back_padded_and_every_one_in_a_part(data: Any) -> None:
-    import train_real
+    import real_rows
 
     rows = [[5], [6, 7, 8], [9, 10], [11] * 9, [12, 13]]
-    flat = train_real.Flat.joined([train_real.Flat.of(rows[:2]), train_real.Flat.of(rows[2:])])
+    flat = real_rows.Flat.joined([real_rows.Flat.of(rows[:2]), real_rows.Flat.of(rows[2:])])
     found = flat.rows(torch.tensor([3, 1]), multiple=4)
     assert found.ids.shape == (2, 12) and found.lengths.tolist() == [9, 3]
     assert found.ids[1].tolist() == [6, 7, 8] + [0] * 9
@@ -67,10 +67,10 @@ def test_rows_come_back_padded_and_every_one_in_a_part(data: Any) -> None:
 
 
 def test_siblings_are_others_of_the_same_article(data: Any) -> None:
-    import train_real
+    import real_pools
 
     articles = torch.tensor([0, 1, 0, 2, 1, 0])
-    siblings = train_real.Siblings(articles)
+    siblings = real_pools.Siblings(articles)
     torch.manual_seed(0)
     places = torch.arange(6).repeat(50)
     drawn = siblings.draw(places)
@@ -78,3 +78,33 @@ def test_siblings_are_others_of_the_same_article(data: Any) -> None:
     alone = places == 3
     assert torch.equal(drawn[alone], places[alone]) and not bool((drawn == places)[~alone].any())
     assert set(drawn[places == 0].tolist()) == {2, 5}
+
+
+def test_positives_are_found_among_the_passages_of_all_processes(data: Any) -> None:
+    """Two processes may draw the same passage; it answers a question in both places."""
+    import real_pools
+
+    everyone = torch.tensor([4, 9, 30, 9, 12])
+    drawn = real_pools.Draw(
+        places=torch.tensor([4, 9, 30]),
+        numbers=torch.tensor([7, 8]),
+        rows=torch.tensor([0, 0, 1]),
+        gold=torch.tensor([9, 30, 4]),
+        share=torch.zeros(2),
+    )
+    assert drawn.positives(everyone).tolist() == [
+        [False, True, True, True, False],
+        [True, False, False, False, False],
+    ]
+
+
+def test_a_share_of_rows_is_that_of_one_process(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import real_rows
+
+    flat = real_rows.Flat(torch.zeros(40, dtype=torch.int32), torch.tensor([3, 9, 1, 20, 2, 5]))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    found = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        found += flat.share().tolist()
+    assert found == list(range(6))

@@ -1,5 +1,9 @@
 """Pools of documents: gradient caching, routing as the library's, compiled layers."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from families import base_model
@@ -124,3 +128,13 @@ def test_compiled_layers_refuse_a_prefix() -> None:
     model = MSAForCausalLM.from_base(base_model("llama"), prefix_token_ids=[5, 6])
     with pytest.raises(ValueError, match="prefix"), compiled_layers(model):
         pass
+
+
+def test_two_processes_share_a_pool(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "helpers" / "two_pools.py"
+    both = [
+        subprocess.Popen([sys.executable, script, tmp_path / "store", str(rank)], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    failures = [process.communicate(timeout=240)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(failures)
