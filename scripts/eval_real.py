@@ -2,12 +2,14 @@
 
     python   scripts/real_lexical.py        --work build/real --parts 0-10
     torchrun --nproc-per-node 1 scripts/eval_real.py search --base build/real/base --work build/real --out OUT
+    python   scripts/eval_real.py fuse   --work build/real --out OUT
     torchrun --nproc-per-node 1 scripts/eval_real.py read   --base build/real/base --work build/real --out OUT
     python   scripts/eval_real.py report --work build/real --out OUT
 
 The banks are nested: the passages of all question sets, then those of the further text in order, up to so many million
 tokens. A passage counts as found where it belongs to a gold document. `search` ranks passages by the routers, by BM25
-(`real_lexical.py`), by the teacher and by all three, with weights fitted on labeled questions that training left out.
+(`real_lexical.py`) and by the teacher; `fuse` puts these together, with weights fitted on labeled questions that training
+left out.
 `read` puts the three best passages of every system before the same reader, and no text and the gold text beside them.
 `report` makes tables with intervals and plots of what both wrote.
 """
@@ -26,20 +28,22 @@ import numpy as np
 import torch
 from real_model import PROTOCOL, encode_all, load_trained, total_scores
 from real_rows import Flat, connect, device, load, log, rank, source_names, world
-from real_systems import AT, Fusion, asked_questions, bank_limits, fit_fusion, hit_groups, interval, recalls
+from real_systems import AT, KEPT, asked_questions, bank_limits, fit_on, hit_groups, interval, lists_of, recalls
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from msa_hf.evaluation import exact_match
 from msa_hf.evaluation.metrics import normalize_answer
 from msa_hf.generation import PromptProtocol
+from msa_hf.retrieval import fuse
 from msa_hf.training.compiling import compiled_layers
 from msa_hf.training.contrastive import route_rows
 from msa_hf.training.sharing import gather_rows
 
-KEPT = 50  # best passages kept per question and system
+FEW = 20  # best passages kept of a ranking
 READ = 3  # texts put before the reader
 SYSTEMS = ("router", "bm25", "minilm")
+HYBRIDS = {"hybrid": ("router", "bm25"), "hybrid with minilm": SYSTEMS}  # name -> what it puts together
 READ_SETS = ("nq", "squad11", "squadshifts_newwiki")
 
 
@@ -90,7 +94,11 @@ def search(arguments: argparse.Namespace) -> None:
     for name, parts in found.items():
         whole[name] = gather_rows(torch.cat(parts), group)[order]
     if rank() == 0:
-        report = rank_all(whole, questions, limits, out)
+        report: dict[str, Any] = {}
+        for size in limits:
+            kept = {name: whole[f"{size} {name}"].float().cpu().numpy() for name in SYSTEMS}
+            places = whole[f"{size} places"].cpu().numpy().astype(np.int32)
+            np.savez_compressed(out / f"candidates_{size}.npz", places=places, **kept)
         ends = flat.lengths.cumsum(0)
         report["sizes"] = {name: {"passages": limit, "tokens": int(ends[limit - 1])} for name, limit in limits.items()}
         report["encoding"] = {"seconds": seconds, "processes": world()}
@@ -124,57 +132,37 @@ def scores_at(places: Tensor, listed: Tensor, values: Tensor) -> Tensor:
     return values.gather(1, order.gather(1, at)).masked_fill(~there, float("nan"))
 
 
-def features_of(whole: dict[str, Tensor], size: str, questions: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    absent = whole[f"{size} places"] < 0
-    scores = [whole[f"{size} {name}"].float().masked_fill(absent, float("nan")) for name in SYSTEMS]
-    words = torch.tensor([len(item["question"].split()) for item in questions], device=absent.device)
-    return Fusion.features(scores, words)
-
-
-def positives_of(places: Tensor, questions: list[dict[str, Any]]) -> Tensor:
-    """[Q, C] bool, candidates that belong to a gold document."""
-    found = np.zeros(places.shape, dtype=bool)
-    for number, (row, item) in enumerate(zip(places.cpu().numpy(), questions, strict=True)):
-        found[number] = np.isin(row, [place for group in item["wanted"] for place in group])
-    return torch.from_numpy(found).to(places.device)
-
-
-def rank_all(
-    whole: dict[str, Tensor], questions: list[dict[str, Any]], limits: dict[str, int], out: Path
-) -> dict[str, Any]:
-    """Recall of every system; writes the candidates and the best passages of each."""
-    fit = torch.tensor([item["split"] == "fit" for item in questions])
-    dev = [item for item in questions if item["split"] == "dev"]
-    counts = {kind: sum(item["set"] == kind for item in questions) for kind in {item["set"] for item in questions}}
-    weights = torch.tensor([counts[item["set"]] ** -0.5 for item in questions])
-    report: dict[str, Any] = {}
+def put_together(arguments: argparse.Namespace) -> None:
+    """Put the systems together with weights fitted on the questions that training left out; recall of everything."""
+    work, out = Path(arguments.work), Path(arguments.out)
+    questions = asked_questions(load(work / "sets.pt"))
+    dev = [number for number, item in enumerate(questions) if item["split"] == "dev"]
+    report = json.loads((out / "search.json").read_text())
+    kept = {size: dict(np.load(out / f"candidates_{size}.npz")) for size in report["sizes"]}
     best: dict[str, np.ndarray] = {}
-    for size in limits:
-        places = whole[f"{size} places"]
-        candidates, about = features_of(whole, size, questions)
-        positives = positives_of(places, questions)
-        which = fit.to(places.device)
-        model = fit_fusion(candidates[which], about[which], positives[which], weights[fit].to(places.device))
-        report[f"fusion {size}"] = {name: item.tolist() for name, item in model.named_parameters()}
-        with torch.no_grad():
-            fused = model(candidates, about)
-        ranks = {f"{size} {name}": whole[f"{size} {name}"].float() for name in SYSTEMS} | {f"{size} hybrid": fused}
-        for name, scores in ranks.items():
-            scores = scores.masked_fill(places < 0, float("-inf")).nan_to_num(float("-inf"), neginf=float("-inf"))
-            order = scores.argsort(dim=1, descending=True, stable=True)[:, :KEPT]
-            best[name] = places.gather(1, order).int().cpu().numpy()
-            report[name] = recalls(best[name][~fit.numpy()], dev)
-            log(name)
-            for kind, item in report[name].items():
-                log("   ", kind.ljust(22), "  ".join(f"{key} {value:.3f}" for key, value in item.items()))
-    np.savez_compressed(out / "best.npz", **{name: rows[:, :20] for name, rows in best.items()})
-    for size in limits:
-        kept = {name: whole[f"{size} {name}"].cpu().numpy() for name in ("places", *SYSTEMS)}
-        kept["places"] = kept["places"].astype(np.int32)
-        np.savez_compressed(
-            out / f"candidates_{size}.npz", **{k: v.astype(np.float32) if k != "places" else v for k, v in kept.items()}
-        )
-    return report
+    for size, item in kept.items():
+        for system in SYSTEMS:
+            scores = np.where((item["places"] < 0) | np.isnan(item[system]), -np.inf, item[system])
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :FEW]
+            best[f"{size} {system}"] = np.take_along_axis(item["places"], order, 1)
+    for name, systems in HYBRIDS.items():
+        lists = {size: lists_of(item, systems) for size, item in kept.items()}
+        weights = fit_on(lists, questions)
+        log(name, "by", weights.method, weights.recall)
+        folder = out / name.replace(" ", "-")
+        folder.mkdir(exist_ok=True)
+        weights.save_pretrained(folder)
+        for size, found in lists.items():
+            rows = np.full((len(questions), FEW), -1, dtype=np.int32)
+            for number, item in enumerate(found):
+                ranked = fuse(item, weights, questions[number]["question"])[:FEW]
+                rows[number, : len(ranked)] = [place for place, _ in ranked]
+            best[f"{size} {name}"] = rows
+    np.savez_compressed(out / "best.npz", **best)
+    for name, rows in best.items():
+        report[name] = recalls(rows[dev], [questions[number] for number in dev])
+        log(name.ljust(24), "  ".join(f"{kind} {v['any@1']:.3f}/{v['any@10']:.3f}" for kind, v in report[name].items()))
+    (out / "search.json").write_text(json.dumps(report, indent=1))
 
 
 # read -----------------------------------------------------------------------------------------------------------------
@@ -208,7 +196,7 @@ def read(arguments: argparse.Namespace) -> None:
     wanted = sorted({(number, tuple(place for place in places if place >= 0)) for _, number, places in jobs})
     rows = []
     for number, places in wanted[rank() :: world()]:
-        rounds = [[(1 + place, texts[at]) for place, at in enumerate(places)]] if places else []
+        rounds = [[(at, texts[at]) for at in places]] if places else []  # numbered by their place in the bank
         segments = PROTOCOL.transcript(tokenizer, questions[number]["question"], rounds, closed=True)
         rows.append((number, places, PromptProtocol.join(segments)[0]))
     rows.sort(key=lambda row: len(row[2]))
@@ -315,7 +303,7 @@ def report(arguments: argparse.Namespace) -> None:
     ]
     sizes = list(found["sizes"])
     kinds = sorted({item["set"] for item in dev})
-    systems = (*SYSTEMS, "hybrid")
+    systems = (*SYSTEMS, *HYBRIDS)
     for size in sizes:
         tokens = found["sizes"][size]["tokens"] / 1e6
         lines += [f"## {tokens:.1f}M tokens, {found['sizes'][size]['passages']} passages", ""]
@@ -373,7 +361,7 @@ def plot_answers(path: Path, found: dict[str, Any], figures: dict[str, Any]) -> 
 
     figure, panel = pyplot.subplots(figsize=(5, 3.6))
     tokens = [item["tokens"] for item in found["sizes"].values()]
-    for system in (*SYSTEMS, "hybrid"):
+    for system in (*SYSTEMS, *HYBRIDS):
         names = [f"{size} {system}" for size in found["sizes"]]
         if all(name in figures for name in names):
             panel.plot(tokens, [figures[name]["all"]["f1"] for name in names], marker="o", label=system)
@@ -416,6 +404,7 @@ def main() -> None:
     made.add_argument("--batch", type=int, default=192)
     made.add_argument("--batch-tokens", type=int, default=160_000)
 
+    command("fuse", put_together)
     command("report", report)
 
     arguments = parser.parse_args()

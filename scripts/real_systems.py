@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from real_pools import is_held_out
-from torch import Tensor
+
+from msa_hf.retrieval import FusionWeights, fit_fusion
 
 AT = (1, 5, 10)
+WAYS = {"router": "router", "bm25": "lexical", "minilm": "dense"}  # system -> its name in msa_hf.retrieval
+KEPT = 50  # best passages kept per question and system
 
 
 def asked_questions(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -59,70 +61,44 @@ def interval(hits: list[float], rounds: int = 2000, seed: int = 0) -> tuple[floa
     return float(low), float(high)
 
 
-def absent_last(scores: Tensor) -> Tensor:
-    """[Q, C] scores of a system's candidates as distances below its best in units of its spread; absent ones (NaN)
-    stand a fifth below its last."""
-    filled = scores.masked_fill(scores.isnan(), float("-inf"))
-    best = filled.amax(1, keepdim=True)
-    kept = torch.where(scores.isnan(), best, scores)
-    lowest = kept.amin(1, keepdim=True)
-    spread = (best - lowest).clamp(min=1e-6)
-    return torch.where(scores.isnan(), torch.full_like(scores, -1.2), (scores - best) / spread)
+Lists = dict[str, list[tuple[int, float]]]
 
 
-class Fusion(torch.nn.Module):
-    """A learned ranking of candidates by what several systems say of them.
-
-    A candidate's score is a weighted sum of, per system, its distance below the best and its reciprocal rank. The
-    weights of a question depend on how sure each system is: the gap behind its best candidate.
+def lists_of(kept: dict[str, np.ndarray], systems: tuple[str, ...]) -> list[Lists]:
+    """For every question the list of each way, best first.
 
     Args:
-        systems: how many.
+        kept: `places` [Q, C] of candidates, -1 for none, and per system its scores of them, NaN for those not listed.
     """
-
-    def __init__(self, systems: int) -> None:
-        super().__init__()
-        self.level = torch.nn.Parameter(torch.full((systems,), 5.0))
-        self.reciprocal = torch.nn.Parameter(torch.full((systems,), 10.0))
-        self.gate = torch.nn.Parameter(torch.zeros(systems, 2 * systems + 1))
-
-    @staticmethod
-    def features(scores: list[Tensor], words: Tensor) -> tuple[Tensor, Tensor]:
-        """[Q, C, 2 S] features of candidates and [Q, 2 S + 1] of questions; `words` [Q], how many a question has."""
-        levels, ranks, gaps = [], [], []
-        for item in scores:
-            level = absent_last(item)
-            place = item.nan_to_num(float("-inf"), float("-inf"), float("-inf")).argsort(1, descending=True).argsort(1)
-            levels.append(level)
-            ranks.append(torch.where(item.isnan(), torch.zeros_like(level), 1.0 / (5 + place)))
-            ordered = level.sort(1, descending=True).values
-            gaps += [-ordered[:, 1], -ordered[:, min(10, ordered.shape[1] - 1)]]
-        return torch.stack(levels + ranks, 2), torch.stack([*gaps, words.float().log()], 1)
-
-    def forward(self, candidates: Tensor, question: Tensor) -> Tensor:
-        systems = len(self.level)
-        weight = torch.exp((question @ self.gate.T).clamp(-3, 3))
-        levels, ranks = candidates[..., :systems], candidates[..., systems:]
-        return ((levels * self.level + ranks * self.reciprocal) * weight[:, None]).sum(2)
+    places = kept["places"]
+    best = {}
+    for system in systems:
+        scores = np.where((places < 0) | np.isnan(kept[system]), -np.inf, kept[system])
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :KEPT]
+        best[WAYS[system]] = (np.take_along_axis(places, order, 1), np.take_along_axis(scores, order, 1))
+    return [
+        {
+            way: [
+                (int(place), float(score)) for place, score in zip(rows[n], scores[n], strict=True) if score > -np.inf
+            ]
+            for way, (rows, scores) in best.items()
+        }
+        for n in range(len(places))
+    ]
 
 
-def fit_fusion(candidates: Tensor, question: Tensor, positives: Tensor, weights: Tensor, steps: int = 400) -> Fusion:
-    """Fit on questions that have a gold passage among their candidates.
+def fit_on(lists: dict[str, list[Lists]], questions: list[dict[str, Any]]) -> FusionWeights:
+    """Weights for banks of all sizes: every question is learned from in one of them, sets by the root of their size.
 
     Args:
-        candidates, question: of `Fusion.features`. positives: [Q, C] bool. weights: [Q], of the questions.
+        lists: size -> lists of every question.
     """
-    model = Fusion(candidates.shape[2] // 2).to(candidates.device)
-    kept = positives.any(1)
-    candidates, question, positives = candidates[kept], question[kept], positives[kept]
-    weights = weights[kept] / weights[kept].sum()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    with torch.enable_grad():
-        for _ in range(steps):
-            scores = model(candidates, question)
-            right = scores.masked_fill(~positives, float("-inf")).logsumexp(1)
-            loss = ((scores.logsumexp(1) - right) * weights).sum() + 1e-3 * model.gate.square().sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return model
+    sizes = list(lists)
+    counts = {kind: sum(item["set"] == kind for item in questions) for kind in {item["set"] for item in questions}}
+    numbers = [number for number, item in enumerate(questions) if item["split"] == "fit"]
+    return fit_fusion(
+        [lists[sizes[place % len(sizes)]][number] for place, number in enumerate(numbers)],
+        [{place for group in questions[number]["wanted"] for place in group} for number in numbers],
+        [questions[number]["question"] for number in numbers],
+        [counts[questions[number]["set"]] ** -0.5 for number in numbers],
+    )

@@ -418,7 +418,7 @@ def adapter(arguments: argparse.Namespace) -> None:
     tuned.peft_config["default"].base_model_name_or_path = BASE_NAME
     tuned.to(torch.bfloat16).save_pretrained(arguments.out)
     PROTOCOL.save_pretrained(arguments.out)
-    fields = {name: getattr(model.config, name) for name in MEMORY_FIELDS}
+    fields = {name: getattr(model.config, name) for name in MEMORY_FIELDS} | {"routers_trained": True}
     Path(arguments.out, "memory.json").write_text(json.dumps(fields) + "\n")
     Path(arguments.out, "README.md").unlink(missing_ok=True)  # PEFT's own
     log("wrote", arguments.out, sum(path.stat().st_size for path in Path(arguments.out).iterdir()), "bytes")

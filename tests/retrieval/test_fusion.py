@@ -89,6 +89,7 @@ def test_weights_are_saved_and_read(tmp_path: Path) -> None:
         "[]",
         text.replace('"version": 1', '"version": 2'),
         text.replace('"method": "', '"method": "x'),
+        text.replace('"level"', '"other"'),
     ):
         (tmp_path / "fusion.json").write_text(broken)
         with pytest.raises(ValueError, match=r"fusion\.json: not weights of a fusion"):
@@ -104,4 +105,36 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Question 2 has lists of \['dense'\]"):
         fit_fusion([*lists[:2], {"dense": lists[2]["dense"]}], gold)
     with pytest.raises(ValueError, match="weights are for lexical, dense, but dense were asked"):
-        fuse({"dense": lists[0]["dense"]}, FusionWeights(("lexical", "dense"), LEARNED, ((1, 0, 0, 0), (1, 0, 0, 0))))
+        fuse({"dense": lists[0]["dense"]}, FusionWeights(("lexical", "dense"), LEARNED))
+
+
+def test_weights_depend_on_the_question() -> None:
+    """One way is right about what is typed into a search box, another about whole questions; the text says which."""
+    typed, typed_gold = questions(0, 200, {"lexical": 0.0, "dense": 2.5})
+    whole, whole_gold = questions(1, 200, {"lexical": 2.5, "dense": 0.0})
+    texts = ["river longest europe"] * 200 + ["Which river is the longest?"] * 200
+    lists, gold = [*typed, *whole], [*typed_gold, *whole_gold]
+    order = random.Random(0).sample(range(400), 400)
+    fitted = [[item[number] for number in order] for item in (lists, gold, texts)]
+    told, untold = fit_fusion(*fitted), fit_fusion(*fitted[:2])
+    assert told.method == LEARNED
+
+    def found(weights: FusionWeights, asked: bool) -> float:
+        ranked = (fuse(item, weights, text if asked else None) for item, text in zip(lists, texts, strict=True))
+        return sum(_recall(ranking, right) for ranking, right in zip(ranked, gold, strict=True)) / len(gold)
+
+    assert found(told, True) > found(untold, False) + 0.03
+    with pytest.raises(ValueError, match="`questions` has 3 entries for 400"):
+        fit_fusion(lists, gold, texts[:3])
+
+
+def test_importance_moves_the_weights() -> None:
+    quality = {"lexical": 3.0, "dense": 0.0}
+    lists, gold = questions(0, 60, quality)
+    other, other_gold = questions(1, 60, {"lexical": 0.0, "dense": 3.0})
+    both, right = [*lists, *other], [*gold, *other_gold]
+    few = fit_fusion(both, right, importance=[9.0] * 60 + [0.1] * 60)
+    many = fit_fusion(both, right, importance=[0.1] * 60 + [9.0] * 60)
+    assert recall(lists, gold, few) > recall(lists, gold, many) + 0.2
+    with pytest.raises(ValueError, match="positive"):
+        fit_fusion(both, right, importance=[0.0] * 120)

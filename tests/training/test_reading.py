@@ -1,6 +1,7 @@
 """Rows that read: what is learnt of them, and their loss with a memory."""
 
 import random
+import re
 
 import torch
 from scripted import byte_tokenizer, memory_model
@@ -21,6 +22,14 @@ def test_only_the_answer_is_learnt_and_the_block_routes() -> None:
     assert "Ann came." in text and "Bo left." in text
     alone = reading_row(TOKENIZER, COMPACT, "Who?", [], "nobody", random.Random(0))
     assert "Ann" not in TOKENIZER.decode(alone.ids) and any(alone.routes)
+
+
+def test_texts_are_numbered_as_in_banks_of_any_size() -> None:
+    pick = random.Random(0)
+    rows = [reading_row(TOKENIZER, COMPACT, "Who?", ["Ann came."] * 12, "Ann", pick) for _ in range(60)]
+    found = [re.findall(r"\d+", TOKENIZER.decode(row.ids)) for row in rows]
+    digits = {max(map(len, numbers)) for numbers in found}
+    assert {2, 3, 4, 5, 6} <= digits and all(len(set(numbers)) == 12 for numbers in found)
 
 
 def test_the_loss_is_that_of_the_training_forward() -> None:

@@ -6,10 +6,24 @@ fused score is a weighted sum of, per document and way:
     score        the way's score, as standard deviations above the mean of the way's list for this question; a document
                  that is not on the list has the lowest of the list, less one
     gap          the same scale, below the best of the list: 0 for the first
+    level        below the best of the list in the way's own unit, which is the same for all questions: how far a best
+                 document usually stands above the mean of its list
     reciprocal   61 / (60 + rank): 1 for the first, 0 for a document that is not on the list
+    steep        6 / (5 + rank), the same for the first few
     absent       1 for a document that is not on the list, else 0
 
-With weights on `reciprocal` alone this is fusion by reciprocal ranks, so the learned weights contain it.
+The weights differ from question to question, because a way may be good for some only (words for questions that name
+what they are about, vectors for what people type into a search box): each is itself a weighted sum of
+
+    always       1
+    lead, ten    per way, how far the best document stands above the second and the tenth, in the way's unit
+    height       per way, how far it stands above the mean of the list, in standard deviations
+    best         per way, its score, in the way's unit, above what is usual
+    words        of the question
+    asks         whether it ends with a question mark
+    capital      whether it begins with a capital letter
+
+With weights on `reciprocal` and `always` alone this is fusion by reciprocal ranks, so the learned weights contain it.
 """
 
 from __future__ import annotations
@@ -26,12 +40,15 @@ from torch import Tensor
 FILE = "fusion.json"
 FORMAT = "msa_hf-fusion"
 VERSION = 1
+STEEP = 5  # of `steep`
 CONSTANT = 60  # of reciprocal ranks, as in the method's paper (Cormack, Clarke and Buettcher, 2009)
-FEATURES = ("score", "gap", "reciprocal", "absent")
+FEATURES = ("score", "gap", "level", "reciprocal", "steep", "absent")
+ABOUT_WAYS = ("lead", "ten", "height", "best")
+ABOUT_WORDS = ("words", "asks", "capital")
 RECIPROCAL, LEARNED = "reciprocal ranks", "learned weights"
 DEPTHS = (1, 10)  # recall at these, averaged, is what methods are compared by
 RIDGE = 1e-3
-STEPS = 200
+STEPS = 80
 # Of the questions, every third judges the methods; all of them make the weights that are kept.
 JUDGES = 3
 
@@ -47,7 +64,8 @@ class FusionWeights:
         ways: in order, those that the weights are for.
         method: `"learned weights"`, `"reciprocal ranks"`, or the name of one way, whose order is kept and which others
             only follow.
-        weights: [ways][features], of `FEATURES`; used by learned weights.
+        weights: [ways * features][1 + 4 ways + 3], of `FEATURES` and of what they depend on; used by learned weights.
+        units: per way its unit and the usual score of its best document; used by learned weights.
         questions: that it was fitted on.
         recall: method -> mean of recall at 1 and at 10 on the questions that judged, which chose the method.
     """
@@ -55,6 +73,7 @@ class FusionWeights:
     ways: tuple[str, ...]
     method: str = RECIPROCAL
     weights: tuple[tuple[float, ...], ...] = ()
+    units: tuple[tuple[float, ...], ...] = ()
     questions: int = 0
     recall: dict[str, float] = field(default_factory=dict)
 
@@ -80,20 +99,28 @@ class FusionWeights:
             weights = tuple(tuple(map(float, row)) for row in record["weights"])
             if method not in (RECIPROCAL, LEARNED, *ways):
                 raise ValueError(f"no method is called {method!r:.80}")
-            if method == LEARNED and [len(row) for row in weights] != [len(FEATURES)] * len(ways):
+            units = tuple(tuple(map(float, row)) for row in record["units"])
+            about = 1 + len(ABOUT_WAYS) * len(ways) + len(ABOUT_WORDS)
+            if method == LEARNED and (
+                [len(row) for row in weights] != [about] * (len(FEATURES) * len(ways))
+                or [len(row) for row in units] != [2] * len(ways)
+            ):
                 raise ValueError("its weights are not those of its ways and features")
             recall = {str(name): float(value) for name, value in record["recall"].items()}
-            return cls(ways, method, weights, int(record["questions"]), recall)
+            return cls(ways, method, weights, units, int(record["questions"]), recall)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not weights of a fusion ({error}); fit them again.") from error
 
 
-def fuse(candidates: Candidates, weights: FusionWeights | None = None) -> list[tuple[int, float]]:
+def fuse(
+    candidates: Candidates, weights: FusionWeights | None = None, question: str | None = None
+) -> list[tuple[int, float]]:
     """One ranking of all documents on the lists, best first; equal scores go to the lower document.
 
     Args:
         candidates: way -> its list.
         weights: None: by reciprocal ranks.
+        question: its text, on which learned weights may depend. None: what they learned of texts does not count.
 
     Raises:
         ValueError: where learned weights are for other ways than those asked.
@@ -108,11 +135,11 @@ def fuse(candidates: Candidates, weights: FusionWeights | None = None) -> list[t
     if not documents:
         return []
     if weights is not None and method == LEARNED:
-        features = torch.cat([_features(candidates[way], documents) for way in weights.ways], dim=1)
-        scores = (features @ torch.tensor(weights.weights, dtype=torch.float64).flatten()).tolist()
+        features = _features(candidates, weights.ways, weights.units, documents)
+        about = _about(candidates, weights.ways, weights.units, question)
+        scores = (features @ (torch.tensor(weights.weights, dtype=torch.float64) @ about)).tolist()
     else:
-        reciprocal = torch.stack([_features(ranking, documents)[:, 2] for ranking in candidates.values()])
-        scores = reciprocal.sum(0).tolist()
+        scores = sum(_reciprocal(_ranks(item, documents), CONSTANT) for item in candidates.values()).tolist()
         if method != RECIPROCAL:  # one way first; the others order what it does not have
             first = {document: len(candidates[method]) - rank for rank, (document, _) in enumerate(candidates[method])}
             ways = len(candidates)
@@ -122,7 +149,12 @@ def fuse(candidates: Candidates, weights: FusionWeights | None = None) -> list[t
     return sorted(zip(documents, scores, strict=True), key=lambda pair: (-pair[1], pair[0]))
 
 
-def fit_fusion(candidates: Sequence[Candidates], gold: Sequence[Collection[int]]) -> FusionWeights:
+def fit_fusion(
+    candidates: Sequence[Candidates],
+    gold: Sequence[Collection[int]],
+    questions: Sequence[str] | None = None,
+    importance: Sequence[float] | None = None,
+) -> FusionWeights:
     """Learn weights on questions whose documents are known; the same questions give the same weights.
 
     A softmax over a question's candidates is fitted to its right documents (a convex loss, with a small ridge) on two
@@ -134,28 +166,47 @@ def fit_fusion(candidates: Sequence[Candidates], gold: Sequence[Collection[int]]
     Args:
         candidates: of each question, way -> its list. All have the same ways, at least one.
         gold: of each question, the documents that answer it, at least one.
+        questions: their texts. None: the weights do not depend on texts.
+        importance: of each question, positive (default: all the same).
 
     Raises:
-        ValueError: for no questions, other ways in one of them, or a question without a document.
+        ValueError: for no questions, other ways in one of them, a question without a document, or texts or importances
+            of another number.
     """
     if not candidates or len(candidates) != len(gold):
         raise ValueError(f"{len(candidates)} questions with candidates, {len(gold)} with documents: at least one each.")
+    for name, given in (("questions", questions), ("importance", importance)):
+        if given is not None and len(given) != len(gold):
+            raise ValueError(f"`{name}` has {len(given)} entries for {len(gold)} questions.")
     ways = tuple(candidates[0])
     for number, (lists, right) in enumerate(zip(candidates, gold, strict=True)):
         if set(lists) != set(ways) or not ways:
             raise ValueError(f"Question {number} has lists of {sorted(lists)}, the first of {sorted(ways)}.")
         if not right:
             raise ValueError(f"Question {number} has no document that answers it; leave it out.")
+    shares = [1.0] * len(gold) if importance is None else [float(item) for item in importance]
+    if min(shares) <= 0:
+        raise ValueError("`importance` must be positive.")
     judges = [number for number in range(len(gold)) if number % JUDGES == JUDGES - 1] or [0]
     taught = sorted(set(range(len(gold))) - set(judges)) or judges
+    texts = [None] * len(gold) if questions is None else list(questions)
 
     def methods(numbers: Sequence[int]) -> dict[str, FusionWeights]:
-        learned = _learned(ways, [candidates[number] for number in numbers], [gold[number] for number in numbers])
-        return {LEARNED: learned, RECIPROCAL: FusionWeights(ways), **{way: FusionWeights(ways, way) for way in ways}}
+        asked = [_Question(candidates[number], gold[number], texts[number], shares[number]) for number in numbers]
+        return {
+            LEARNED: _learned(ways, asked),
+            RECIPROCAL: FusionWeights(ways),
+            **{way: FusionWeights(ways, way) for way in ways},
+        }
 
     def recalls(found: Mapping[str, FusionWeights], numbers: Sequence[int]) -> dict[str, float]:
+        total = sum(shares[number] for number in numbers)
         return {
-            name: sum(_recall(fuse(candidates[number], item), gold[number]) for number in numbers) / len(numbers)
+            name: sum(
+                shares[number] * _recall(fuse(candidates[number], item, texts[number]), gold[number])
+                for number in numbers
+            )
+            / total
             for name, item in found.items()
         }
 
@@ -167,60 +218,131 @@ def fit_fusion(candidates: Sequence[Candidates], gold: Sequence[Collection[int]]
     if everywhere[best] < everywhere[plain]:
         best = plain
     kept = final[best]
-    return FusionWeights(ways, best, kept.weights, len(gold), judged)
+    return FusionWeights(ways, best, kept.weights, kept.units, len(gold), judged)
 
 
-def _features(ranking: Ranking, documents: Sequence[int]) -> Tensor:
-    """[documents, features] float64."""
-    scores = torch.tensor([score for _, score in ranking], dtype=torch.float64)
-    places = {document: place for place, (document, _) in enumerate(ranking)}
-    spread = float(scores.std(correction=0)) if len(ranking) else 0.0
-    normal = (scores - scores.mean()) / spread if spread > 0 else torch.zeros_like(scores)
-    lowest, highest = (float(normal.min()), float(normal.max())) if len(ranking) else (0.0, 0.0)
-    rows = []
-    for document in documents:
-        place = places.get(document)
-        if place is None:
-            rows.append((lowest - 1, lowest - 1 - highest, 0.0, 1.0))
-        else:
-            score = float(normal[place])
-            rows.append((score, score - highest, (CONSTANT + 1) / (CONSTANT + 1 + place), 0.0))
-    return torch.tensor(rows, dtype=torch.float64)
+@dataclass(frozen=True)
+class _Question:
+    lists: Candidates
+    gold: Collection[int]
+    text: str | None
+    importance: float
 
 
-def _learned(ways: tuple[str, ...], candidates: Sequence[Candidates], gold: Sequence[Collection[int]]) -> FusionWeights:
+def _ranks(ranking: Ranking, documents: Sequence[int]) -> Tensor:
+    """[documents] float64, places from 0 in the list; infinite for those that are not on it."""
+    places = {document: float(place) for place, (document, _) in enumerate(ranking)}
+    return torch.tensor([places.get(document, float("inf")) for document in documents], dtype=torch.float64)
+
+
+def _reciprocal(ranks: Tensor, constant: int) -> Tensor:
+    return (constant + 1) / (constant + 1 + ranks)
+
+
+def _scores(ranking: Ranking) -> tuple[Tensor, float]:
+    """The scores of a list, float64, and their spread, 1 where they have none."""
+    scores = torch.tensor([score for _, score in ranking] or [0.0], dtype=torch.float64)
+    return scores, float(scores.std(correction=0)) or 1.0
+
+
+def _features(
+    candidates: Candidates, ways: Sequence[str], units: Sequence[Sequence[float]], documents: Sequence[int]
+) -> Tensor:
+    """[documents, ways * features] float64."""
+    columns = []
+    for way, (unit, _) in zip(ways, units, strict=True):
+        scores, spread = _scores(candidates[way])
+        ranks = _ranks(candidates[way], documents)
+        there = ranks.isfinite()
+        own = scores[torch.where(there, ranks, len(scores) - 1).long()]
+        absent = (~there).double()
+        columns += [
+            (own - scores.mean()) / spread - absent,
+            (own - scores[0]) / spread - absent,
+            (own - scores[0]) / unit - absent,
+            _reciprocal(ranks, CONSTANT),
+            _reciprocal(ranks, STEEP),
+            absent,
+        ]
+    return torch.stack(columns, 1)
+
+
+def _about(
+    candidates: Candidates, ways: Sequence[str], units: Sequence[Sequence[float]], question: str | None
+) -> Tensor:
+    """[1 + 4 ways + 3] float64, what a question's weights depend on."""
+    found = [1.0]
+    for way, (unit, usual) in zip(ways, units, strict=True):
+        scores, spread = _scores(candidates[way])
+        best, second, tenth = (float(scores[min(place, len(scores) - 1)]) for place in (0, 1, 9))
+        height = (best - float(scores.mean())) / spread
+        found += [
+            min((best - second) / unit, 3.0),
+            min((best - tenth) / unit, 6.0) / 3,
+            (height - 2) / 2,
+            max(min((best - usual) / unit, 3.0), -3.0),
+        ]
+    if question is None:
+        return torch.tensor([*found, 0.0, 0.0, 0.0], dtype=torch.float64)
+    text = question.strip()
+    words = min(len(text.split()), 40) / 10 - 1
+    return torch.tensor([*found, words, float(text.endswith("?")), float(text[:1].isupper())], dtype=torch.float64)
+
+
+def _units(ways: Sequence[str], questions: Sequence[_Question]) -> tuple[tuple[float, float], ...]:
+    """Per way how far a best document usually stands above the mean of its list, and its usual score."""
+    found = []
+    for way in ways:
+        lists = [_scores(item.lists[way])[0] for item in questions]
+        above = sum(float(scores[0] - scores.mean()) for scores in lists) / len(lists)
+        found.append((above if above > 0 else 1.0, sum(float(scores[0]) for scores in lists) / len(lists)))
+    return tuple(found)
+
+
+def _learned(ways: tuple[str, ...], questions: Sequence[_Question]) -> FusionWeights:
     """Weights fitted to these questions; those whose documents are on no list teach nothing."""
+    units = _units(ways, questions)
     parts: list[Tensor] = []
     right: list[Tensor] = []
-    for lists, wanted in zip(candidates, gold, strict=True):
-        documents = sorted({document for ranking in lists.values() for document, _ in ranking})
-        mask = torch.tensor([document in wanted for document in documents])
+    about: list[Tensor] = []
+    importance: list[float] = []
+    for item in questions:
+        documents = sorted({document for ranking in item.lists.values() for document, _ in ranking})
+        mask = torch.tensor([document in item.gold for document in documents])
         if documents and bool(mask.any()):
-            parts.append(torch.cat([_features(lists[way], documents) for way in ways], dim=1))
+            parts.append(_features(item.lists, ways, units, documents))
+            about.append(_about(item.lists, ways, units, item.text))
             right.append(mask)
-    start = [[0.0, 0.0, 1.0, 0.0]] * len(ways)  # reciprocal ranks
-    if not parts:
-        return FusionWeights(ways, LEARNED, tuple(map(tuple, start)))
-    # All questions in one padded tensor: [Q, documents, features].
-    features = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
-    there = torch.nn.utils.rnn.pad_sequence([torch.ones(len(part), dtype=torch.bool) for part in parts], True)
-    wanted = torch.nn.utils.rnn.pad_sequence(right, batch_first=True)
-    share = wanted.double() / wanted.sum(1, keepdim=True)
-    weights = torch.tensor(start, dtype=torch.float64).flatten().requires_grad_()
+            importance.append(item.importance)
+    start = torch.zeros(len(ways) * len(FEATURES), 1 + len(ABOUT_WAYS) * len(ways) + len(ABOUT_WORDS)).double()
+    start[FEATURES.index("reciprocal") :: len(FEATURES), 0] = 1.0  # reciprocal ranks
+    if parts:
+        # All questions in one padded tensor: [Q, documents, features].
+        features = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        there = torch.nn.utils.rnn.pad_sequence([torch.ones(len(part), dtype=torch.bool) for part in parts], True)
+        wanted = torch.nn.utils.rnn.pad_sequence(right, batch_first=True)
+        share = wanted.double() / wanted.sum(1, keepdim=True)
+        shares = torch.tensor(importance, dtype=torch.float64)
+        start = _fitted(start, features, torch.stack(about), there, share * (shares / shares.sum())[:, None])
+    return FusionWeights(ways, LEARNED, tuple(tuple(row) for row in start.tolist()), units)
+
+
+def _fitted(start: Tensor, features: Tensor, about: Tensor, there: Tensor, share: Tensor) -> Tensor:
+    """The weights of least cross entropy, `share` [Q, documents] summing to 1 over all questions."""
+    weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=STEPS, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        scores = (features @ weights).masked_fill(~there, float("-inf"))
+        scores = torch.einsum("qcf,qf->qc", features, about @ weights.T).masked_fill(~there, float("-inf"))
         logs = scores.log_softmax(1).masked_fill(~there, 0.0)
-        value = -(share * logs).sum(1).mean() + RIDGE * weights.square().sum()
+        value = -(share * logs).sum() + RIDGE * weights.square().sum()
         value.backward()
         return value
 
     with torch.enable_grad():
         optimizer.step(loss)
-    rows = weights.detach().view(len(ways), len(FEATURES)).tolist()
-    return FusionWeights(ways, LEARNED, tuple(tuple(row) for row in rows))
+    return weights.detach()
 
 
 def _recall(ranking: Ranking, gold: Collection[int]) -> float:

@@ -283,7 +283,7 @@ class Searcher:
         lists = {way: item.lists[number] for way, item in found.items()}
         fused_by = None
         if mode == "hybrid":
-            ranked = fuse(lists, self.fusion)[:k]
+            ranked = fuse(lists, self.fusion, query)[:k]
             fused_by = "reciprocal ranks" if self.fusion is None else self.fusion.method
         else:
             ranked = lists[mode][:k]

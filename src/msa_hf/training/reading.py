@@ -18,7 +18,7 @@ from ..model.routing_msa import routing_request, scoring_of
 from .collators import TranscriptCollator
 from .contrastive import _similarity
 
-MOST_ID = 100_000  # above the numbers that documents get in training rows
+DIGITS = 6  # that the numbers of documents have in training rows at most
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ def reading_row(
     tokenizer: Any, protocol: PromptProtocol, question: str, texts: Sequence[str], answer: str, pick: random.Random
 ) -> ReadingRow:
     """The transcript of a question that read `texts` in this order, under random ids, and its answer as labels."""
-    numbers = pick.sample(range(MOST_ID), len(texts))
+    # As in banks of any size: a reader that was shown long numbers alone takes short ones for a sign that nothing fits.
+    size = max(10 ** pick.randint(1, DIGITS), 2 * len(texts))
+    numbers = pick.sample(range(size), len(texts))
     rounds = [list(zip(numbers, texts, strict=True))] if texts else []
     segments = protocol.transcript(tokenizer, question, rounds, answer=answer)
     ids, labels, routes = TranscriptCollator._tokens(segments, len(rounds))

@@ -54,5 +54,5 @@ class Hybrid(Router):
         router = [(choice.position, choice.score or 0.0) for choice in asked.candidates]
         lists = {"router": unread(router), **{way: unread(ranking) for way, ranking in found.items()}}
         count = self.asker.documents_per_round or self.documents_per_round
-        ranked = fuse(lists, self.searcher.fusion)[:count]
+        ranked = fuse(lists, self.searcher.fusion, asked.question)[:count]
         return replace(asked, candidates=[self.searcher.routed(position, score) for position, score in ranked])
