@@ -8,10 +8,9 @@
 
 The banks are nested: the passages of all question sets, then those of the further text in order, up to so many million
 tokens. A passage counts as found where it belongs to a gold document. `search` ranks passages by the routers, by BM25
-(`real_lexical.py`) and by the teacher; `fuse` puts these together, with weights fitted on labeled questions that training
-left out.
-`read` puts the three best passages of every system before the same reader, and no text and the gold text beside them.
-`report` makes tables with intervals and plots of what both wrote.
+(`real_lexical.py`) and by the teacher; `fuse` puts these together, with weights fitted on labeled questions that
+training left out. `read` puts the three best passages of every system before the same reader, and no text and the gold
+text beside them. `report` makes tables with intervals and plots of what both wrote.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ from safetensors import safe_open
 from scripted import byte_tokenizer
 
 from msa_hf.generation import PromptProtocol
+from msa_hf.retrieval import FusionWeights, fuse
 
 CARD = Path(__file__).parents[2] / "model_cards" / "msa-hf-smollm2-135m"
-HIDDEN, KEYS, MIDDLE, LAYERS, MEMORY_LAYER = 576, 192, 1536, 30, 18
+HIDDEN, KEYS, MIDDLE, LAYERS, RANK, MEMORY_LAYERS = 576, 192, 1536, 30, 28, [14, 19, 24]
 LINEAR = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (KEYS, HIDDEN),
@@ -33,22 +34,23 @@ def shapes() -> dict[str, tuple[int, ...]]:
         }
 
 
-def test_every_layer_has_its_updates_and_the_memory_layer_its_routers(shapes: dict[str, tuple[int, ...]]) -> None:
-    router = f"{MEMORY_LAYER}.self_attn.router"
-    expected = {
-        f"{router}_q_proj.weight": (HIDDEN, HIDDEN),
-        f"{router}_k_proj.weight": (KEYS, HIDDEN),
-        f"{router}_score_bias.weight": (1,),
-    }
+def test_every_layer_has_its_updates_and_the_memory_layers_their_routers(shapes: dict[str, tuple[int, ...]]) -> None:
+    expected = {}
+    for layer in MEMORY_LAYERS:
+        router = f"{layer}.self_attn.router"
+        expected[f"{router}_q_proj.weight"] = (HIDDEN, HIDDEN)
+        expected[f"{router}_k_proj.weight"] = (KEYS, HIDDEN)
+        expected[f"{router}_score_bias.weight"] = (1,)
     for layer in range(LAYERS):
-        rank = 24 if layer < MEMORY_LAYER else 8
         for name, (out, into) in LINEAR.items():
-            expected[f"{layer}.{name}.lora_A.weight"] = (rank, into)
-            expected[f"{layer}.{name}.lora_B.weight"] = (out, rank)
+            expected[f"{layer}.{name}.lora_A.weight"] = (RANK, into)
+            expected[f"{layer}.{name}.lora_B.weight"] = (out, RANK)
     assert shapes == expected
     configuration = json.loads((CARD / "adapter_config.json").read_text())
     assert configuration["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert sum(path.stat().st_size for path in CARD.iterdir()) < 20e6
+    memory = json.loads((CARD / "memory.json").read_text())
+    assert memory["memory_layers"] == MEMORY_LAYERS and memory["routers_trained"]
+    assert sum(path.stat().st_size for path in CARD.rglob("*")) < 20e6
 
 
 def test_its_protocol_routes_by_the_line_break_behind_the_question() -> None:
@@ -59,3 +61,13 @@ def test_its_protocol_routes_by_the_line_break_behind_the_question() -> None:
     segments = protocol.transcript(tokenizer, "Who came?", [[(3, "Ann came.")]], answer="Ann")
     text = tokenizer.decode(PromptProtocol.join(segments)[0])
     assert text == "Who came?\n[3]\n[3]\nAnn came.\n---\nQuestion: Who came?\nAnswer: Ann<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("folder", "ways"), [("", {"router", "lexical"}), ("with-minilm", {"router", "lexical", "dense"})]
+)
+def test_its_fusion_weights_put_these_ways_together(folder: str, ways: set[str]) -> None:
+    weights = FusionWeights.from_pretrained(CARD / folder)
+    assert set(weights.ways) == ways and weights.method == "learned weights"
+    lists = {way: [(place, 10.0 - place) for place in range(5)] for way in ways}
+    assert [place for place, _ in fuse(lists, weights, "Who came?")] == [0, 1, 2, 3, 4]

@@ -139,7 +139,8 @@ def fuse(
         about = _about(candidates, weights.ways, weights.units, question)
         scores = (features @ (torch.tensor(weights.weights, dtype=torch.float64) @ about)).tolist()
     else:
-        scores = sum(_reciprocal(_ranks(item, documents), CONSTANT) for item in candidates.values()).tolist()
+        reciprocal = [_reciprocal(_ranks(item, documents), CONSTANT) for item in candidates.values()]
+        scores = torch.stack(reciprocal).sum(0).tolist()
         if method != RECIPROCAL:  # one way first; the others order what it does not have
             first = {document: len(candidates[method]) - rank for rank, (document, _) in enumerate(candidates[method])}
             ways = len(candidates)

@@ -227,10 +227,10 @@ def contrastive_step(
         best = total.argmax(1, keepdim=True)
         hits = (targets.gather(1, best).squeeze(1) >= targets.amax(1)).float().mean()
     wanted = [leaf.routing_keys for leaf in leaves.values()] + [leaves[layer].pooled_kv for layer in layers[:-1]]
-    for leaf in wanted:
-        leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    for tensor in wanted:
+        tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
         # The questions of other processes have gradients for these documents too.
-        sum_over_processes([leaf.grad], group)
+        sum_over_processes([tensor.grad], group)
     start = own_rows(chunks, group).start
     for rows, part in zip(documents, parts, strict=True):
         stop = start + part[layers[0]].routing_keys.shape[0]
