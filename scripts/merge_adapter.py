@@ -22,6 +22,7 @@ from msa_hf.generation import PromptProtocol
 def merge(base: str, adapter: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the checkpoint, its tokenizer and its protocol to `out`."""
     fields = json.loads((adapter / "memory.json").read_text(encoding="utf-8"))
+    fields = {"routers_trained": True, **fields}  # by whoever saved the adapter
     model = MSAForCausalLM.from_base(base, dtype=torch.float32, **fields)
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     merged.to(dtype).save_pretrained(out)

@@ -41,6 +41,7 @@ def test_the_checkpoint_routes_and_speaks_as_base_and_adapter_do(
     merge_adapter.merge(str(base), adapter, out, torch.float32)
     merged = MSAForCausalLM.from_pretrained(out).eval()
     assert PromptProtocol.from_pretrained(out) == COMPACT and merged.config.query_reduction == "last"
+    assert merged.config.routers_trained is True
     apart = PeftModel.from_pretrained(MSAForCausalLM.from_base(str(base), **FIELDS), adapter).eval()
     texts = ["Ann came.", "Bo left early."]
     ids = torch.tensor([tokenizer("Who came?", add_special_tokens=False)["input_ids"]])
