@@ -7,13 +7,15 @@ two lie close together and a few documents are near to everything. Routers have 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ..model.attention_msa import EncodingPass
 from ..model.chunks_msa import pool_chunks
+from ..model.configuration_msa import MSAConfig
+from ..model.modeling_msa import MSAForCausalLM
 from ..model.retrofit_msa import attention_layers, head_shape
 from ..model.tokenizing_msa import tokenize
 from .contrastive import TokenRows, _run, _similarity
@@ -22,7 +24,7 @@ HOW = ("center", "whiten")
 
 
 def sample_rows(
-    tokenizer: Any, texts: Iterable[str], max_tokens: int = 512, batch_tokens: int = 16_384
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], max_tokens: int = 512, batch_tokens: int = 16_384
 ) -> list[TokenRows]:
     """Texts as rows for `center_routers`, shortest first; texts without a token are left out.
 
@@ -45,18 +47,19 @@ def sample_rows(
 class _StatesPass(EncodingPass):
     """An encoding that keeps the mean hidden state of every chunk: layer -> [C, hidden] float32."""
 
-    def __init__(self, config: Any, lengths: Tensor, similarity: str) -> None:
+    def __init__(self, config: MSAConfig, lengths: Tensor, similarity: str) -> None:
         super().__init__(config, lengths, similarity, stop=True)
         self.states: dict[int, Tensor] = {}
 
     def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
         super().enter(module, hidden_states)
-        layer: Any = module.layer_idx
-        self.states[layer] = pool_chunks(hidden_states, self.lengths, self.config.chunk_size)
+        self.states[int(module.layer_idx)] = pool_chunks(hidden_states, self.lengths, self.config.chunk_size)
 
 
 @torch.no_grad()
-def center_routers(model: Any, documents: Sequence[TokenRows], how: str = "center", smallest: float = 1e-3) -> None:
+def center_routers(
+    model: MSAForCausalLM, documents: Sequence[TokenRows], how: str = "center", smallest: float = 1e-3
+) -> None:
     """Change the routers of every memory layer by the statistics of what they see of documents.
 
     Args:
@@ -82,7 +85,7 @@ def center_routers(model: Any, documents: Sequence[TokenRows], how: str = "cente
             seen.setdefault(layer, []).append(states)
     layers = attention_layers(model)
     for layer, parts in seen.items():
-        module: Any = layers[layer]
+        module = layers[layer]
         states = torch.cat(parts).double()
         mean = states.mean(0)
         direction = mean / mean.norm()

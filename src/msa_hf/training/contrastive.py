@@ -11,16 +11,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..model.attention_msa import AttendingPass, EncodingDone, EncodingPass
+from ..model.attention_msa import AttendingPass, EncodingDone, EncodingPass, MemoryPass
 from ..model.cache_msa import MemoryContext
+from ..model.configuration_msa import MSAConfig
 from ..model.dense_layer_msa import DenseLayer, layers_over
-from ..model.routing_msa import routing_request, scoring_of
+from ..model.memory_msa import LayerMemory
+from ..model.modeling_msa import MSAForCausalLM
+from ..model.routing_msa import Selection, routing_request, scoring_of
 from .sharing import count_rows, gather_rows, own_rows, sum_over_processes
 
 
@@ -45,10 +47,12 @@ class TokenRows:
 class RoutingPass(AttendingPass):
     """Routes questions and ends with the last memory layer's scores: nothing behind them is computed."""
 
-    def _gather(self, module: Any, *args: Any, **kwargs: Any) -> MemoryContext:
+    def _gather(
+        self, module: nn.Module, memory: LayerMemory, selection: Selection, query: Tensor, dtype: torch.dtype
+    ) -> MemoryContext:
         if module.layer_idx == self.config.memory_layers[-1]:
             raise EncodingDone
-        return super()._gather(module, *args, **kwargs)
+        return super()._gather(module, memory, selection, query, dtype)
 
 
 class Temperatures(nn.Module):
@@ -69,14 +73,16 @@ class Temperatures(nn.Module):
         return self.logarithm.exp().clamp(min=self.lowest)
 
 
-def encode_rows(model: Any, rows: TokenRows) -> dict[int, DenseLayer]:
+def encode_rows(model: MSAForCausalLM, rows: TokenRows) -> dict[int, DenseLayer]:
     """`model.encode_batch` of rows, with gradients where they are enabled, as it routes in training."""
     encoding = EncodingPass(model.config, rows.lengths, _similarity(model.config), stop=True)
     _run(model, rows, torch.arange(rows.ids.shape[1], device=rows.ids.device), encoding)
     return encoding.finish()
 
 
-def route_rows(model: Any, questions: TokenRows, pool: Mapping[int, DenseLayer], lengths: Tensor) -> dict[int, Tensor]:
+def route_rows(
+    model: MSAForCausalLM, questions: TokenRows, pool: Mapping[int, DenseLayer], lengths: Tensor
+) -> dict[int, Tensor]:
     """Layer -> scores [Q, N] float32 of a pool's documents, as the library's routing computes them.
 
     Args:
@@ -99,11 +105,11 @@ def route_rows(model: Any, questions: TokenRows, pool: Mapping[int, DenseLayer],
     return {layer: item.document_scores for layer, item in found.items() if item.document_scores is not None}
 
 
-def _similarity(config: Any) -> str:
+def _similarity(config: MSAConfig) -> str:
     return config.training_similarity or config.similarity
 
 
-def _run(model: Any, rows: TokenRows, positions: Tensor, memory_pass: Any) -> None:
+def _run(model: MSAForCausalLM, rows: TokenRows, positions: Tensor, memory_pass: MemoryPass) -> None:
     with contextlib.suppress(EncodingDone):
         model.run_base(
             backbone_only=True,
@@ -185,7 +191,7 @@ class PoolResult:
 
 
 def contrastive_step(
-    model: Any,
+    model: MSAForCausalLM,
     documents: Sequence[TokenRows],
     questions: Sequence[TokenRows],
     targets: Tensor,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..data.questions import IGNORED
 from ..generation import PromptProtocol
 from ..model.attention_msa import AttendingPass
 from ..model.dense_layer_msa import DenseLayer, layers_over
+from ..model.modeling_msa import MSAForCausalLM
 from ..model.routing_msa import routing_request, scoring_of
 from .collators import TranscriptCollator
 from .contrastive import _similarity
@@ -31,7 +32,12 @@ class ReadingRow:
 
 
 def reading_row(
-    tokenizer: Any, protocol: PromptProtocol, question: str, texts: Sequence[str], answer: str, pick: random.Random
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: PromptProtocol,
+    question: str,
+    texts: Sequence[str],
+    answer: str,
+    pick: random.Random,
 ) -> ReadingRow:
     """The transcript of a question that read `texts` in this order, under random ids, and its answer as labels."""
     # As in banks of any size: a reader that was shown long numbers alone takes short ones for a sign that nothing fits.
@@ -45,7 +51,7 @@ def reading_row(
 
 
 def reading_loss(
-    model: Any, ids: Tensor, labels: Tensor, routes: Tensor, pool: Mapping[int, DenseLayer], lengths: Tensor
+    model: MSAForCausalLM, ids: Tensor, labels: Tensor, routes: Tensor, pool: Mapping[int, DenseLayer], lengths: Tensor
 ) -> Tensor:
     """The language-model loss of answers, with a pool as the memory.
 
@@ -77,13 +83,13 @@ def reading_loss(
     return _answer_loss(model, output.last_hidden_state, labels)
 
 
-def plain_reading_loss(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+def plain_reading_loss(model: MSAForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
     """`reading_loss` without a memory: what a reader of the texts alone has to learn."""
     output = model.run_base(backbone_only=True, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return _answer_loss(model, output.last_hidden_state, labels)
 
 
-def _answer_loss(model: Any, states: Tensor, labels: Tensor) -> Tensor:
+def _answer_loss(model: MSAForCausalLM, states: Tensor, labels: Tensor) -> Tensor:
     wanted = labels[:, 1:] != IGNORED
     logits = model.get_output_embeddings()(states[:, :-1][wanted])
     return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted])
