@@ -71,9 +71,9 @@ if __name__ == "__main__":
         directory, first = line.split()
         if (child := os.fork()) == 0:
             try:
+                os.write(1, f"pid {os.getpid()}\n".encode())  # by the child, so that it comes before its first ack
                 write(directory, int(first))
             finally:
                 os._exit(1)
-        print(f"pid {child}", flush=True)
         os.waitpid(child, 0)
-        print("dead", flush=True)
+        os.write(1, b"dead\n")
