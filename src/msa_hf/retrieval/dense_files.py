@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..json_object import JsonObject
 from ..model.bank_format_msa import BankFormatError, FileRecord
 from ..model.bank_reader_msa import checked_file
 from ..model.bank_writer_msa import BankWriter
@@ -53,7 +52,7 @@ class _Part:
     """A run of rows in a file, or in memory."""
 
     vectors: Vectors
-    entry: dict[str, Any] | None
+    entry: JsonObject | None
 
 
 def has_vectors(directory: Path) -> bool:
@@ -181,7 +180,7 @@ class DenseFollower:
         vectors = [part.vectors for part in self._parts]
         return DenseSearcher(vectors, self.dimension, self.model, self.embedder, self.fingerprint)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """Model, dimension, documents and bytes of the vectors."""
         parts = [part.vectors for part in self._parts]
         return {
@@ -192,7 +191,7 @@ class DenseFollower:
         }
 
 
-def read_vectors(directory: Path, entry: Mapping[str, Any], dimension: int) -> Vectors:
+def read_vectors(directory: Path, entry: JsonObject, dimension: int) -> Vectors:
     """Vectors of a file, memory mapped.
 
     Raises:

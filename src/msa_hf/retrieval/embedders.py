@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..json_object import JsonObject
+
 
 class Embedder(Protocol):
     """An embedding model as a bank's vectors are made with.
@@ -52,7 +54,7 @@ class SentenceEmbedder:
         self.name, self.batch_size = str(name), batch_size
         self.model = module.SentenceTransformer(str(name), device=str(device))
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self) -> JsonObject:
         return {"batch_size": self.batch_size, "convert_to_tensor": True, "show_progress_bar": False}
 
     def embed_documents(self, texts: Sequence[str]) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import Any
 
+from ..json_object import JsonObject
 from ..model.bank_format_msa import BankFormatError
 from ..model.memory_msa import BankHome
 from .dense_files import KIND as VECTORS_KIND
@@ -83,7 +83,7 @@ class Followers:
             return None
         return BankHome(self.directory, self._rows.commit)
 
-    def searchers(self) -> dict[str, Any]:
+    def searchers(self) -> JsonObject:
         """What is kept of the commit that was followed last, by name, for good."""
         rows, found = self._rows, {item.name: item.searcher() for item in self._followers}
         if self.directory is not None and rows is not None and self.read_only:
@@ -94,7 +94,7 @@ class Followers:
                 found["dense"] = open_vectors(self.directory, rows, self.embedder)
         return {name: searcher for name, searcher in found.items() if searcher is not None}
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """What is kept, by name, as JSON values."""
         found = {item.name: item.describe() for item in self._followers}
         if "lexical" not in found and self.directory is not None and (record := read_record(self.directory)):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from ..json_object import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +78,9 @@ class Hit:
     id: int
     score: float
     text: str | None
-    metadata: dict[str, Any] | None
+    metadata: JsonObject | None
     why: Why
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """JSON values, all of the above."""
         return asdict(self)

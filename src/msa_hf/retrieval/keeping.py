@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from ..json_object import JsonObject
 from ..model.memory_msa import MemoryBank
 from .dense import PASSAGE_CHARACTERS, DenseSearcher, VectorMaker, probe
 from .dense_files import has_vectors
@@ -47,7 +47,7 @@ def add_vectors(bank: MemoryBank | str | Path, embedder: Embedder, characters: i
 
 def keep_indexes(
     directory: str | Path, lexical: bool | str | None = None, embedder: Embedder | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Bring what is kept with the bank of a directory up to date, and make what is asked for and not there.
 
     Args:
@@ -66,7 +66,7 @@ def keep_indexes(
     from ..bank import BankStore  # here, because banks that change keep indexes
 
     with BankStore(None, path, lexical=lexical, embedder=embedder) as store:
-        found: dict[str, Any] = store.stat()["indexes"]
+        found: JsonObject = store.stat()["indexes"]
     for name, about in found.items():
         if not about.get("current", True):
             raise RuntimeError(f"{path}: the {name} index could not be brought up to date; the log says why.")

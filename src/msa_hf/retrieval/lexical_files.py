@@ -19,10 +19,10 @@ import shutil
 import tempfile
 import uuid
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from ..json_object import JsonObject
 from .lexical import FEW_DOCUMENTS, META, Change, LexicalIndex, LexicalSearcher, stamp_of
 from .rows import CommittedRows
 from .sidecar import read_sidecar, write_sidecar
@@ -35,7 +35,7 @@ FOLDER = re.compile(r"lexical-[0-9a-f]{16}")
 TRIES = 10  # of a reader whose files a writer removes meanwhile
 
 
-def read_record(directory: Path) -> dict[str, Any] | None:
+def read_record(directory: Path) -> JsonObject | None:
     """What `lexical.json` says, None where the bank has no lexical index."""
     record = read_sidecar(directory / RECORD, KIND)
     if record is None and os.path.lexists(directory / RECORD):
@@ -73,7 +73,7 @@ class LexicalFollower:
         if directory is not None and record is not None:
             self._resume(directory, record)
 
-    def _resume(self, directory: Path, record: dict[str, Any]) -> None:
+    def _resume(self, directory: Path, record: JsonObject) -> None:
         """Go on with the index that lies there."""
         if record.get("version") != VERSION:
             return
@@ -152,7 +152,7 @@ class LexicalFollower:
         """The index as it is now."""
         return None if self._index is None else self._index.searcher()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """Language, documents and bytes of the index."""
         size = 0
         if self._folder is not None:
@@ -199,7 +199,7 @@ def search_in_memory(rows: CommittedRows, language: str = "english") -> LexicalS
     return index.searcher()
 
 
-def _folder(directory: Path, record: dict[str, Any]) -> Path:
+def _folder(directory: Path, record: JsonObject) -> Path:
     """The folder that a record names: one of ours, beside it."""
     if not FOLDER.fullmatch(record["index"]):
         raise ValueError(f"{record['index']!r:.80} is no name of an index")

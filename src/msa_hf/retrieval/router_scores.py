@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..data.padding import pad
 from ..evaluation.prompting import prompt_of
 from ..generation import PromptProtocol
 from ..model.memory_msa import MemoryBank
+from ..model.modeling_msa import MSAForCausalLM
 from ..model.modes_msa import evaluating
 
 
@@ -40,7 +41,11 @@ class RouterScores:
 
 
 def router_scores(
-    model: Any, tokenizer: Any, bank: MemoryBank, questions: Sequence[str], protocol: PromptProtocol | None
+    model: MSAForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    bank: MemoryBank,
+    questions: Sequence[str],
+    protocol: PromptProtocol | None,
 ) -> RouterScores:
     """Put questions to a model with a memory, as it would be asked to answer them, and take what its routers score.
 

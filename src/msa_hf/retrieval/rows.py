@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..json_object import JsonObject
 from ..model.bank_format_msa import Manifest
 from ..model.memory_msa import DocumentTable, MemoryBank
 
@@ -94,5 +95,5 @@ class BankFollower(Protocol):
     def searcher(self) -> object | None:
         """What is kept as it is now, for good; None where nothing is."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """JSON values for `stat`."""

@@ -12,12 +12,14 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..bank import TieredBank
 from ..bank.tiered.bank import placed_vectors
 from ..bank.tiered.layer import RoutingKeys
 from ..generation import DocumentIds, PromptProtocol, RoutedDocument
 from ..model.memory_msa import MemoryBank
+from ..model.modeling_msa import MSAForCausalLM
 from ..model.routing_msa import select_documents
 from .dense import DenseSearcher
 from .dense_files import has_vectors, open_vectors
@@ -72,8 +74,8 @@ class Searcher:
         self,
         bank: Any,
         *,
-        model: Any = None,
-        tokenizer: Any = None,
+        model: MSAForCausalLM | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         protocol: PromptProtocol | None = None,
         embedder: Embedder | None = None,
         fusion: FusionWeights | str | None = None,
@@ -342,8 +344,8 @@ def search(
     k: int = ...,
     mode: str = ...,
     *,
-    model: Any = ...,
-    tokenizer: Any = ...,
+    model: MSAForCausalLM | None = ...,
+    tokenizer: PreTrainedTokenizerBase | None = ...,
     protocol: PromptProtocol | None = ...,
     embedder: Embedder | None = ...,
     fusion: FusionWeights | str | None = ...,
@@ -358,8 +360,8 @@ def search(
     k: int = ...,
     mode: str = ...,
     *,
-    model: Any = ...,
-    tokenizer: Any = ...,
+    model: MSAForCausalLM | None = ...,
+    tokenizer: PreTrainedTokenizerBase | None = ...,
     protocol: PromptProtocol | None = ...,
     embedder: Embedder | None = ...,
     fusion: FusionWeights | str | None = ...,
@@ -373,8 +375,8 @@ def search(
     k: int = 10,
     mode: str = "hybrid",
     *,
-    model: Any = None,
-    tokenizer: Any = None,
+    model: MSAForCausalLM | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     protocol: PromptProtocol | None = None,
     embedder: Embedder | None = None,
     fusion: FusionWeights | str | None = None,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from ..json_object import JsonObject
 from ..model.bank_writer_msa import write_text
 
 MAX_BYTES = 64 * 2**20
 
 
-def read_sidecar(path: Path, kind: str) -> dict[str, Any] | None:
+def read_sidecar(path: Path, kind: str) -> JsonObject | None:
     """What a file says; None where there is none, or one that is damaged or of another `kind`: it is then made anew."""
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -23,6 +23,6 @@ def read_sidecar(path: Path, kind: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and record.get("kind") == kind else None
 
 
-def write_sidecar(path: Path, record: Mapping[str, Any]) -> None:
+def write_sidecar(path: Path, record: Mapping[str, object]) -> None:
     """Put a record in the place of the file that lies there, as a whole."""
     write_text(path, json.dumps(record, indent=2) + "\n", path.stem)

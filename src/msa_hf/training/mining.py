@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..model.memory_msa import DenseLayer
+from ..model.modeling_msa import MSAForCausalLM
 from ..model.routing_msa import select_documents
 from .contrastive import TokenRows, encode_rows, route_rows
 from .pairs import words
@@ -55,7 +57,7 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", mu
     return TokenRows(ids.to(device), torch.tensor([len(row) for row in rows]).to(device))
 
 
-def in_parts(lengths: Sequence[int] | np.ndarray[Any, Any], budget: int) -> Iterator[list[int]]:
+def in_parts(lengths: Sequence[int] | NDArray[np.int64], budget: int) -> Iterator[list[int]]:
     """Places by length, in parts of at most `budget` padded tokens but for single ones."""
     part: list[int] = []
     for place in np.argsort(lengths, kind="stable").tolist():
@@ -82,7 +84,7 @@ class EncodedCorpus:
 
 
 @torch.no_grad()
-def encode_corpus(model: Any, store: TokenStore, places: Sequence[int], part_tokens: int) -> EncodedCorpus:
+def encode_corpus(model: MSAForCausalLM, store: TokenStore, places: Sequence[int], part_tokens: int) -> EncodedCorpus:
     """Encode the passages at `places`, shortest first, and put them in the order of `places`."""
     size, last, device = model.config.chunk_size, model.config.memory_layers[-1], model.device
     parts: dict[int, list[DenseLayer]] = {layer: [] for layer in model.config.memory_layers}
@@ -107,8 +109,8 @@ def encode_corpus(model: Any, store: TokenStore, places: Sequence[int], part_tok
 
 @torch.no_grad()
 def best_passages(
-    model: Any, corpus: EncodedCorpus, questions: Sequence[Sequence[int]], count: int
-) -> tuple[dict[int, np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+    model: MSAForCausalLM, corpus: EncodedCorpus, questions: Sequence[Sequence[int]], count: int
+) -> tuple[dict[int, NDArray[np.int64]], NDArray[np.int64]]:
     """Layer -> [Q, count] places in the corpus that it scores highest, best first; and those by the sum of layers."""
     layers, total = list(corpus.layers), len(corpus.lengths)
     count = min(count, total)
@@ -126,7 +128,7 @@ def best_passages(
     return dict(zip(layers, found[:-1], strict=True)), found[-1]
 
 
-def recall_of(found: np.ndarray[Any, Any], gold: Sequence[set[int]], count: int) -> float:
+def recall_of(found: NDArray[np.int64], gold: Sequence[set[int]], count: int) -> float:
     """Share of the questions that have one of their passages among the first `count` found."""
     hits = [bool(wanted & set(row[:count].tolist())) for row, wanted in zip(found, gold, strict=True)]
     return sum(hits) / max(len(hits), 1)
@@ -150,7 +152,7 @@ class LexicalIndex:
         self.size, self.index = len(texts), bm25s.BM25()
         self.index.index([words(text) or ["\0"] for text in texts], show_progress=False)
 
-    def best(self, questions: Sequence[str], count: int) -> np.ndarray[Any, Any]:
+    def best(self, questions: Sequence[str], count: int) -> NDArray[np.int64]:
         """[Q, count] places of passages, best first."""
         asked = [words(question) or ["\0"] for question in questions]
         found, _ = self.index.retrieve(asked, k=min(count, self.size), show_progress=False)

@@ -13,7 +13,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ..model.splitting_msa import LimitTooSmall, split_text
 from ..model.tokenizing_msa import tokenize_texts
@@ -67,7 +68,10 @@ class Pair:
 
 
 def cut_passages(
-    documents: Mapping[str, str], tokenizer: Any, limit: int, titles: Mapping[str, str] | None = None
+    documents: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    titles: Mapping[str, str] | None = None,
 ) -> tuple[list[Passage], int]:
     """Passages of at most `limit` tokens, in order, and how many were left out because they occurred before.
 

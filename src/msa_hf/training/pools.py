@@ -10,11 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..data.questions import SEPARATOR
 from ..generation import PromptProtocol
@@ -40,7 +41,7 @@ class Coder:
         ValueError: for a protocol whose prompt has words before its question that do not route.
     """
 
-    def __init__(self, tokenizer: Any, protocol: PromptProtocol | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, protocol: PromptProtocol | None = None) -> None:
         self.tokenizer, self.protocol = tokenizer, protocol
         if protocol is not None:
             routes = [routes for _, routes in protocol.prompt]
@@ -103,7 +104,7 @@ class Round:
 
     first: int
     seeds: list[Asked]
-    misses: np.ndarray[Any, Any]
+    misses: NDArray[np.int64]
 
 
 @dataclass(frozen=True)

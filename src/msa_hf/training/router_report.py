@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..json_object import JsonObject
+from ..model.modeling_msa import MSAForCausalLM
 from .curve import _finite
 
 
@@ -24,7 +26,7 @@ class Reporter:
         ImportError: where what they need is missing.
     """
 
-    def __init__(self, kind: str, output: Path, model: Any, steps: int) -> None:
+    def __init__(self, kind: str, output: Path, model: MSAForCausalLM, steps: int) -> None:
         self.callbacks: list[Any] = []
         if kind == "none":
             return
@@ -56,14 +58,14 @@ class Reporter:
             getattr(callback, event)(self.arguments, self.state, self.control, model=self.model, **what)
 
 
-def write_curve(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_curve(path: Path, rows: Sequence[JsonObject]) -> None:
     """Write one JSON object a line, so that who reads meanwhile sees the file whole."""
     new = path.with_name(path.name + ".new")
     new.write_text("".join(json.dumps(_finite(dict(row))) + "\n" for row in rows), encoding="utf-8")
     os.replace(new, path)
 
 
-def read_curve(path: Path, step: int) -> list[dict[str, Any]]:
+def read_curve(path: Path, step: int) -> list[JsonObject]:
     """The lines of an interrupted run up to a step."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -72,7 +74,7 @@ def read_curve(path: Path, step: int) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if row["step"] <= step]
 
 
-def plot_curve(path: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
+def plot_curve(path: Path, rows: Sequence[JsonObject]) -> bool:
     """Draw losses and recall, beside what the latter is compared to; False where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure

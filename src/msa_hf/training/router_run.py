@@ -23,10 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.questions import IGNORED
+from ..json_object import JsonObject
 from .asked_questions import ask_about
 from .centering import center_routers
 from .compiling import compiled_layers, decoder_layers
@@ -79,7 +81,7 @@ class RoutersResult:
         output: directory of the result.
     """
 
-    measurements: list[dict[str, Any]]
+    measurements: list[JsonObject]
     summary: str
     loading: str
     output: Path
@@ -135,7 +137,7 @@ class _Run:
         self.output = Path(self.settings.output)
         self.reporter: Reporter | None = None
         self.ahead = ThreadPoolExecutor(1)
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[JsonObject] = []
         checkpoint = prepared.checkpoint
         self.step = 0 if checkpoint is None else int(checkpoint["step"])
 
@@ -288,7 +290,7 @@ class _Run:
         gold = [set(item.gold) for item in measured]
         kinds = sorted({item.kind for item in measured})
         recall = recall_of(total, gold, count)
-        row: dict[str, Any] = {
+        row: JsonObject = {
             "step": self.step,
             "recall": recall,
             "recall_at_1": recall_of(total, gold, 1),
@@ -324,7 +326,7 @@ class _Run:
         if mine:
             self._mine(encoded, corpus)
 
-    def _mine(self, encoded: Any, corpus: np.ndarray[Any, Any]) -> None:
+    def _mine(self, encoded: Any, corpus: NDArray[np.int64]) -> None:
         """Draw the seeds of the next steps, and look for passages that are wrong for them."""
         every = self.settings.eval_every or self.settings.steps
         steps = min(every, self.settings.steps - self.step)
@@ -480,7 +482,7 @@ class _Run:
         (READ_WEIGHT * loss).backward()
         return float(loss.detach())
 
-    def _note(self, row: dict[str, Any]) -> None:
+    def _note(self, row: JsonObject) -> None:
         self.rows.append(row)
         write_curve(self.output / CURVE_FILE, self.rows)
 
@@ -505,7 +507,7 @@ class _Run:
         torch.save(state, new)
         os.replace(new, path)
 
-    def _resume(self, checkpoint: dict[str, Any]) -> None:
+    def _resume(self, checkpoint: JsonObject) -> None:
         self.weights.load_state_dict({name: value.float() for name, value in checkpoint["weights"].items()})
         self.temperatures.load_state_dict(checkpoint["temperatures"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -539,7 +541,7 @@ class _Run:
         self.prepared.protocol.save_pretrained(output)
         return loading
 
-    def _summary(self, measurements: Sequence[dict[str, Any]]) -> str:
+    def _summary(self, measurements: Sequence[JsonObject]) -> str:
         """Recall before and after, beside what it is compared to."""
         first, last = measurements[0], measurements[-1]
         begun = next(row for row in measurements if not row.get("as_given"))

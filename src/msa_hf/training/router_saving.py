@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..model.modeling_msa import MSAForCausalLM
 from .weights import TrainedWeights
 
 
-def save_adapter(model: Any, weights: TrainedWeights, rank: int, output: Path) -> None:
+def save_adapter(model: MSAForCausalLM, weights: TrainedWeights, rank: int, output: Path) -> None:
     """Write what was trained as an adapter; the model gets its base's weights back, and adapters beside them.
 
     Args:
@@ -47,7 +48,7 @@ def save_adapter(model: Any, weights: TrainedWeights, rank: int, output: Path) -
     tuned.save_pretrained(output)
 
 
-def adapter_expression(model: Any, base: str, output: Path, retrofit: bool) -> str:
+def adapter_expression(model: MSAForCausalLM, base: str, output: Path, retrofit: bool) -> str:
     """The expression that loads an adapter on its base.
 
     Args:

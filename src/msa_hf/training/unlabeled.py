@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from ..data.questions import Question
 from ..generation import PromptProtocol
+from ..json_object import JsonObject
 from ..model.configuration_msa import MSAConfig, full_attention_layers
 from ..model.modeling_msa import MSAForCausalLM
 from .pairs import PairMaker, Passage, cut_passages, words
@@ -30,7 +32,7 @@ MOST_HELD_OUT = 200
 DEPTH = 0.6  # of the memory layer of a base that has none
 
 
-def plain_protocol(tokenizer: Any) -> PromptProtocol:
+def plain_protocol(tokenizer: PreTrainedTokenizerBase) -> PromptProtocol:
     """Questions put plainly and answered from the texts of the passages that routers choose."""
     end = tokenizer.eos_token
     return PromptProtocol(
@@ -70,8 +72,8 @@ class PreparedRouters:
     """
 
     settings: RouterSettings
-    model: Any
-    tokenizer: Any
+    model: MSAForCausalLM
+    tokenizer: PreTrainedTokenizerBase
     protocol: PromptProtocol
     passages: list[Passage]
     coder: Coder
@@ -81,15 +83,15 @@ class PreparedRouters:
     corpus: list[str]
     whiten: bool
     retrofit: bool
-    record: dict[str, Any]
-    checkpoint: dict[str, Any] | None
+    record: JsonObject
+    checkpoint: JsonObject | None
     notes: list[str] = field(default_factory=list)
 
 
 def prepare_routers(
     settings: RouterSettings,
     documents: Mapping[str, str],
-    questions: Sequence[Mapping[str, Any]] = (),
+    questions: Sequence[Question] = (),
     protocol: PromptProtocol | None = None,
     titles: Mapping[str, str] | None = None,
 ) -> PreparedRouters:
@@ -166,7 +168,7 @@ def _is_retrofit(base: str) -> bool:
     return isinstance(AutoConfig.from_pretrained(base), MSAConfig)
 
 
-def _memory_fields(settings: RouterSettings) -> dict[str, Any]:
+def _memory_fields(settings: RouterSettings) -> JsonObject:
     """The memory's fields that the settings choose; of a base without memory, all that its memory shall have."""
     chosen = {name: getattr(settings, name) for name in ("top_k", "chunk_size") if getattr(settings, name) is not None}
     if _is_retrofit(settings.base):
@@ -202,7 +204,7 @@ def _load(settings: RouterSettings) -> tuple[Any, Any]:
     return model.to(device).eval(), tokenizer
 
 
-def _labeled(questions: Sequence[Mapping[str, Any]], keys: list[str], passages: Sequence[Passage]) -> list[Asked]:
+def _labeled(questions: Sequence[Question], keys: list[str], passages: Sequence[Passage]) -> list[Asked]:
     """Questions with the passages of their documents; those that have the answer, where any has."""
     number = {key: place for place, key in enumerate(keys)}
     of_document: dict[int, list[int]] = {}
@@ -243,12 +245,12 @@ def _hold_out(settings: RouterSettings, maker: PairMaker, labeled: Sequence[Aske
     return [item for number, item in enumerate(labeled) if number not in kept], measured
 
 
-def _digest(documents: Mapping[str, str], questions: Sequence[Mapping[str, Any]]) -> str:
+def _digest(documents: Mapping[str, str], questions: Sequence[Question]) -> str:
     data = json.dumps([list(documents.items()), list(questions)], sort_keys=True)
     return hashlib.sha256(data.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _checkpoint_to_resume(settings: RouterSettings, output: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
+def _checkpoint_to_resume(settings: RouterSettings, output: Path, record: Mapping[str, object]) -> JsonObject | None:
     path = output / CHECKPOINT_FILE
     if not settings.resume:
         if path.exists():
@@ -262,7 +264,7 @@ def _checkpoint_to_resume(settings: RouterSettings, output: Path, record: Mappin
         raise SettingError("resume", "{}: {} holds no checkpoint of an interrupted run", output)
     try:
         before = json.loads((output / SETTINGS_FILE).read_text(encoding="utf-8"))
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        loaded: JsonObject = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file raises
         raise SettingError("resume", "{}: {} cannot be read ({})", path, error) from None
     for name, value in record.items():
