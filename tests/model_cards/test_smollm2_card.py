@@ -60,7 +60,7 @@ def test_its_protocol_routes_by_the_line_break_behind_the_question() -> None:
     assert tokenizer.decode(protocol.encode(tokenizer, protocol.document, id=3, text="Ann came.")) == "Ann came."
     segments = protocol.transcript(tokenizer, "Who came?", [[(3, "Ann came.")]], answer="Ann")
     text = tokenizer.decode(PromptProtocol.join(segments)[0])
-    assert text == "Who came?\n[3]\n[3]\nAnn came.\n---\nQuestion: Who came?\nAnswer: Ann<|im_end|>"
+    assert text == "Who came?\n[70003]\n[70003]\nAnn came.\n---\nQuestion: Who came?\nAnswer: Ann<|im_end|>"
 
 
 @pytest.mark.parametrize(
