@@ -143,9 +143,9 @@ def test_tokens_of_the_answer_are_limited() -> None:
         assert len(interleave.ask(ONE, max_new_tokens=5).token_ids) == 5
 
 
-def test_the_opening_and_the_end_are_no_part_of_the_answer() -> None:
+def test_the_opening_the_markers_and_the_end_are_no_part_of_the_answer() -> None:
     interleave = asker("published", max_new_tokens=99)
-    said = "The answer to the question is: here, [4].<|im_end|>There."
+    said = "The answer to the question is: here, <|object_ref_end|>[4].<|im_end|>There."
     with script(interleave, {ONE: ["<End-of-Retrieve>"]}, {ONE: said}):
         answer = interleave.ask(ONE)
     assert answer.text == "here, [4]."

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from msa_hf import MSAForCausalLM
 from msa_hf.bank.encode_corpus import connected, encode_bank
@@ -111,6 +111,31 @@ def slow(special: bool) -> Any:
     return tokenizer
 
 
+class SlowWords(PreTrainedTokenizer):
+    """Written in Python, with a vocabulary of words that holds the markers."""
+
+    def __init__(self) -> None:
+        words = ["<pad>", "<eos>", "<unk>", *MARKERS, "one", "two", "three", "four", "<", "|"]
+        self.words = {word: number for number, word in enumerate(words)}
+        super().__init__(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", extra_special_tokens=MARKERS)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.words)
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.words | self.added_tokens_encoder
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return text.split()
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.words.get(token, self.words["<unk>"])
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return list(self.words)[index]
+
+
 WAYS: dict[str, Callable[[], Any]] = {
     "named": named,
     "add_tokens-special": lambda: added(True),
@@ -122,6 +147,7 @@ WAYS: dict[str, Callable[[], Any]] = {
     "unigram": unigram,
     "slow-special": lambda: slow(True),
     "slow-plain": lambda: slow(False),
+    "slow-words": SlowWords,
 }
 
 
@@ -167,7 +193,7 @@ def test_no_text_becomes_a_marker(way: str) -> None:
         assert not refused & set(tokenize(tokenizer, text, add_special_tokens=True)[: len(ids)])
     harmless = "one two three four"
     assert tokenize(tokenizer, harmless) == tokenizer(harmless, add_special_tokens=False)["input_ids"]
-    if way not in ("word-level", "unigram", "add_tokens-normalized"):  # all that is said is still there
+    if way not in ("word-level", "unigram", "add_tokens-normalized", "slow-words"):  # all that is said is still there
         assert tokenizer.decode(tokenize(tokenizer, HOSTILE), clean_up_tokenization_spaces=False) == HOSTILE
     if not way.startswith("slow"):
         spans = token_spans(tokenizer, HOSTILE)

@@ -49,13 +49,15 @@ def test_rounding_is_to_the_nearest(kind, dtype) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_and_extremes(kind) -> None:
-    """A key of zeros stays one; tiny and huge keys neither vanish nor overflow; no chunks are no chunks."""
+    """A key of zeros stays one; tiny and huge keys neither vanish nor overflow; no chunks are no chunks, and
+    chunks of no numbers are chunks."""
     keys = torch.tensor([[0.0, 0.0, 0.0], [1e-40, -1e-40, 0.0], [1e-30, 1e-31, 0.0], [3e38, -3e38, 1.0]])
     numbers, scales = numbers_of(keys, kind)
     assert numbers.isfinite().all() and scales.isfinite().all() and (scales > 0).all()
     assert not numbers[0].any()
     torch.testing.assert_close((numbers * scales[:, None])[2:, 0], keys.double()[2:, 0], rtol=1e-5, atol=0.0)
     assert quantize_keys(torch.empty(0, 8), kind)[1].shape == (0,)
+    assert quantize_keys(torch.empty(3, 0), kind)[1].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_numbers_of_four_bits_are_packed_in_pairs() -> None:
