@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from ..model.configuration_msa import full_attention_layers
+from ..model.interface_msa import check_interface
 from ..model.memory_msa import Memory, Snapshots
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.modes_msa import evaluating
@@ -134,6 +135,7 @@ class MemoryInterleave:
         reuse_cache: bool = False,
         max_context_tokens: int | None = None,
     ) -> None:
+        check_interface(model)
         selector = selector_named(select)
         if layer_scores not in LAYER_SCORES:
             raise ValueError(f"`layer_scores` must be one of {LAYER_SCORES}, got {layer_scores!r}.")

@@ -44,6 +44,7 @@ from .bank_format_msa import (
     file_names,
     format_error,
 )
+from .interface_msa import check_interface
 from .origin_msa import BankOrigin, check_origin
 
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the process or the machine: nothing is wrong with a file
@@ -422,8 +423,9 @@ def open_bank(
 
     Raises:
         BankFormatError: if the directory is no bank or a damaged one, naming file, cause and remedy.
-        ValueError: if another model made it, listing every difference.
+        ValueError: if another model made it, listing every difference; or if its code is of another release.
     """
+    check_interface(model)
     directory = Path(directory)
     manifest = read_manifest(directory)
     try:

@@ -22,6 +22,7 @@ from .compat_msa import CACHE, rename_cache
 from .configuration_msa import MSAConfig
 from .encoding_msa import encode_documents
 from .fingerprint_msa import fingerprint_of, read_weights, tokenizer_fingerprint
+from .interface_msa import MEMORY_INTERFACE
 from .memory_msa import DenseLayer, DocumentTable, LayerMemory, Memory, MemoryBank, OpenSession, Snapshots
 from .origin_msa import BankOrigin, check_origin, default_fields, state_configuration
 from .positions_msa import equivalent_length, in_positions_of
@@ -51,6 +52,7 @@ class MemoryMixin(ModelMixin):
 
     output_class: ClassVar[type]
     config: MSAConfig
+    memory_interface: ClassVar[int] = MEMORY_INTERFACE  # `check_interface` asks models of other releases for it
 
     # Encoding ---------------------------------------------------------------------------------------------------------
 

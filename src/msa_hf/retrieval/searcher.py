@@ -18,6 +18,7 @@ from ..bank import TieredBank
 from ..bank.tiered.bank import placed_vectors
 from ..bank.tiered.layer import RoutingKeys
 from ..generation import DocumentIds, PromptProtocol, RoutedDocument
+from ..model.interface_msa import check_interface
 from ..model.memory_msa import MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.routing_msa import select_documents
@@ -80,6 +81,7 @@ class Searcher:
         embedder: Embedder | None = None,
         fusion: FusionWeights | str | None = None,
     ) -> None:
+        check_interface(model)
         self.bank: MemoryBank = bank.snapshot() if hasattr(bank, "snapshot") else bank
         self.model, self.tokenizer, self.protocol, self.embedder = model, tokenizer, protocol, embedder
         self.ids = DocumentIds(self.bank)

@@ -28,6 +28,7 @@ from ...model.bank_format_msa import (
 )
 from ...model.bank_reader_msa import BankReader, is_bank, open_bank, read_manifest
 from ...model.bank_writer_msa import BankWriter, remove_files
+from ...model.interface_msa import check_interface
 from ...model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable, LayerMemory, MemoryBank
 from ...model.routing_msa import RoutingRequest
 from ...moved import renamed
@@ -118,6 +119,7 @@ class BankStore:
         self._limit = parse_size(max_shard_size)
         self.device = torch.empty(0, device=device or "cpu").device
         self._encoder: DocumentEncoder | None = None
+        check_interface(model)
         if model is not None:
             options = {"show_progress": False, **(encode_options or {})}
             self._encoder = DocumentEncoder(model, tokenizer, protocol, self.device, options)

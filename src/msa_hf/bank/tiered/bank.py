@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...model.interface_msa import check_interface
 from ...model.memory_msa import MemoryBank
 from ...moved import renamed
 from ...ops.formats import FORMATS, own_format, routed_formats, why_not_routed
@@ -155,6 +156,7 @@ def place_bank(
         ValueError: for a placement that cannot be, naming it; and what `MemoryBank.from_pretrained` raises.
         MemoryError: where host memory cannot be locked for the device.
     """
+    check_interface(model)
     source = bank if isinstance(bank, BankSource) else source_of(bank, model, tokenizer, verify)
     model = source.model if model is None else model
     if device is None:
