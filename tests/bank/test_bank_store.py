@@ -421,6 +421,21 @@ def test_deletions_are_put_together(tmp_path: Path) -> None:
         assert len(bank) == 5 and not bank.upsert("3", "late", 3)
 
 
+@pytest.mark.parametrize("sizes, left", [([200, 9, 5], 2), ([9, 200, 5], 3), ([9, 5, 200, 9], 3), ([200, 200, 9], 3)])
+def test_compacting_keeps_large_segments_and_joins_small_ones(tmp_path: Path, sizes: list[int], left: int) -> None:
+    """In any order; each large one stays the file it is, neighboring small ones become one."""
+    with BankStore(FakeModel(), tmp_path, max_shard_size=2000) as bank:
+        for number, size in enumerate(sizes):
+            bank.add([{"key": str(number), "text": chr(97 + number) * size}])
+        before, expected = bank_reader_msa.read_manifest(tmp_path)["segments"], texts(bank)
+        bank.compact()
+        after = bank_reader_msa.read_manifest(tmp_path)["segments"]
+        assert texts(bank) == expected and texts(MemoryBank.from_pretrained(tmp_path)) == expected
+    large = [part["tensors"] for part, size in zip(before, sizes, strict=True) if size == 200]
+    assert all(tensors in [part["tensors"] for part in after] for tensors in large)
+    assert len(after) == left
+
+
 # --- cost -------------------------------------------------------------------------------------------------------------
 
 

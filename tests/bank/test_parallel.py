@@ -647,6 +647,7 @@ def test_one_process_alone_needs_no_group() -> None:
     with shard_bank(made_.bank) as memory:
         assert_equal(answers(made_.model, memory, **questions()), answers(made_.model, made_.bank, **questions()))
     assert isinstance(memory, ShardedBank) and (memory.rank, memory.size) == (0, 1)
+    assert (memory.num_chunks, memory.num_tokens) == (made_.bank.num_chunks, made_.bank.num_tokens)
 
 
 def test_a_part_is_not_saved(tmp_path: Path) -> None:

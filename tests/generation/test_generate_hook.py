@@ -76,6 +76,15 @@ def test_custom_generate_with_samples_and_beams() -> None:
         model.generate(**inputs, **common, do_sample=False, num_beams=2, num_return_sequences=2)
 
 
+def test_without_a_limit_the_answer_has_the_length_of_ask() -> None:
+    """Also where the prompt is longer than what the configuration allows in all."""
+    model, bank, protocol = made()
+    ids = inputs_of([TWO])["input_ids"]
+    with script(asker(), {TWO: ["<|answer|>"]}, {TWO: "Short."}):
+        output = memory_interleave(model, ids, tokenizer=TOKENIZER, memory=bank, protocol=protocol, select="generate")
+    assert "Short." in TOKENIZER.decode(output[0, ids.shape[1] :])
+
+
 def test_custom_generate_says_what_is_missing() -> None:
     model, bank, _ = made()
     inputs = inputs_of([ONE])

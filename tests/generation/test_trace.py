@@ -5,6 +5,8 @@ import json
 from asking import ONE, TOKENIZER, asker, script
 from scripted import TEXTS
 
+from msa_hf.generation import Round, Trace
+
 
 def test_the_trace(capsys) -> None:
     """Per round: choices of every layer, ids, what was dropped and why, texts, tokens and times; also as JSON."""
@@ -40,3 +42,11 @@ def test_the_trace(capsys) -> None:
     parts = (ONE, "layer 3 chose", "[4][99][5]", "dropped 99: unknown", TEXTS[4], "the model said so", "In a grove.")
     assert all(part in text for part in parts)
     assert trace.explain(show=False) == text and capsys.readouterr().out == ""
+
+
+def test_a_long_text_is_cut_and_says_so() -> None:
+    """Of 300 characters all are shown."""
+    for size, more in ((299, False), (300, False), (301, True)):
+        shown = Trace("Where?", "router", [Round({}, [], text="y" * size)]).explain(show=False)
+        assert shown.count("y" * min(size, 300)) == 1 and ("... 1 more characters" in shown) == more
+        assert ("more characters" in shown) == more

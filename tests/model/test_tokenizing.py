@@ -249,6 +249,10 @@ def test_what_a_tokenizer_adds() -> None:
     assert found[0][:2] == [pad, pad] and found[0][-1] == eos
     assert found[0][2:-1] == tokenize(tokenizer, HOSTILE) and not refused & set(found[0][2:-1])
     assert found[1] == tokenizer("one")["input_ids"]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", pad)]
+    )
+    assert tokenize(tokenizer, HOSTILE, add_special_tokens=True) == [pad, *tokenize(tokenizer, HOSTILE)]
 
 
 @contextlib.contextmanager
