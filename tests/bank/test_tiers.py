@@ -668,10 +668,11 @@ def test_a_placed_bank_is_a_snapshot(tmp_path: Path) -> None:
         assert memory.documents.position("5") >= 0
 
 
-def test_documents_of_damaged_files_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part, number", [("chunks", 1), ("documents", 0)])
+def test_documents_of_damaged_files_are_left_out(tmp_path: Path, part: str, number: int) -> None:
     made_ = made()
     changed(made_, tmp_path).close()
-    victim = sorted(tmp_path.glob("chunks-*"))[1]
+    victim = sorted(tmp_path.glob(f"{part}-*"))[number]
     victim.write_bytes(b"\xff" * victim.stat().st_size)
     bank = made_.model.open_memory(tmp_path, read_only=True)
     whole = bank.snapshot()

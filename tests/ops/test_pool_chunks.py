@@ -311,6 +311,13 @@ def test_contradictions_are_refused(change, said) -> None:
         pool_chunks(**{**states, "token_offsets": offsets_of([5]), "chunk_size": 4, **change})
 
 
+@pytest.mark.parametrize("operation, widest", [("pool_chunks", 16384), ("pool_chunks_backward", 8192)])
+def test_the_cuda_kernels_take_what_fits_their_shared_memory(operation, widest) -> None:
+    limit = dispatch.OPERATIONS[operation].limits["cuda"]
+    assert limit(states=torch.float32, width=widest) is None
+    assert str(widest) in limit(states=torch.float32, width=widest + 1)
+
+
 @pytest.mark.parametrize("place", places("pool_chunks", "cuda"))
 def test_on_a_side_stream(place) -> None:
     """On a stream of its own, behind work that is still running there, the answer is the same."""
