@@ -280,6 +280,10 @@ def routers(arguments: argparse.Namespace) -> None:
     minings = [float(share) for share in arguments.mine.split(",") if share]
     last_measured, losses, since = time.time(), [0.0], time.time()
     with compiled_layers(model) if arguments.compile else nullcontext():
+        if not arguments.start:
+            figures = measure(model, sets, dev, arguments.part_tokens, group=group)
+            log("untrained:", shown(figures))
+            report(0, recall=figures)
         while step < arguments.steps:
             # All processes go by the clock of the first.
             clock = torch.tensor([(time.time() - start) / total, time.time() - last_measured], device=where)

@@ -84,11 +84,11 @@ def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.
         train_real.main()
 
     run("prepare", f"--data {place / 'data'}")
-    run("reading", "--reading 12")
     run("questions", "--minutes 1 --ask-batch 8 --ask-steps 2 --batch-tokens 2000 --largest 16 --no-compile")
     run("teach", f"--teacher {place / 'teacher'} --asked", base=False)
+    run("reading", "--reading 12")
     sizes = "--pool 24 --labeled 6 --group 4 --near 5 --read 4 --part-tokens 800 --question-tokens 60"
-    run("routers", f"--layers 1 --steps 3 --rank 4 --upper-rank 2 --no-compile --log-every 1 {sizes}")
+    run("routers", f"--layers 1 --steps 3 --rank 4 --upper-rank 2 --no-compile --log-every 1 --mine 0 --mined 9 {sizes}")
     run("adapter", f"--out {place / 'adapter'}")
 
     rows = [json.loads(line) for line in (place / "work" / "routers.curve.jsonl").read_text().splitlines()]
@@ -98,7 +98,8 @@ def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.
     assert [row["step"] for row in losses] == [1, 2, 3] and all(row["read"] > 0 for row in losses)
 
     fields = json.loads((place / "adapter" / "memory.json").read_text())
-    model = MSAForCausalLM.from_base(place / "base", routers_trained=True, **fields)
+    assert fields["routers_trained"]
+    model = MSAForCausalLM.from_base(place / "base", **fields)
     first = model.model.layers[1].self_attn.router_k_proj.weight.clone()
     tuned = PeftModel.from_pretrained(model, place / "adapter")
     state = torch.load(place / "work" / "routers.pt", weights_only=True)["weights"]
