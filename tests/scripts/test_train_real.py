@@ -87,8 +87,8 @@ def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.
     run("questions", "--minutes 1 --ask-batch 8 --ask-steps 2 --batch-tokens 2000 --largest 16 --no-compile")
     run("teach", f"--teacher {place / 'teacher'} --asked", base=False)
     run("reading", "--reading 12")
-    sizes = "--pool 24 --labeled 6 --group 4 --near 5 --read 4 --part-tokens 800 --question-tokens 60"
-    run("routers", f"--layers 1 --steps 3 --rank 4 --upper-rank 2 --no-compile --log-every 1 --mine 0 --mined 9 {sizes}")
+    sizes = "--pool 24 --labeled 6 --group 4 --near 5 --read 4 --part-tokens 800 --question-tokens 60 --mine 0"
+    run("routers", f"--layers 1 --steps 3 --rank 4 --upper-rank 2 --no-compile --log-every 1 {sizes}")
     run("adapter", f"--out {place / 'adapter'}")
 
     rows = [json.loads(line) for line in (place / "work" / "routers.curve.jsonl").read_text().splitlines()]
