@@ -46,7 +46,7 @@ class Part:
 
 
 class Record(PartNote):
-    """Of a part: its name and numbers, and its files as the manifest will name them."""
+    """The record of a part: its name and numbers, and its files as the manifest will name them."""
 
     documents: int
     chunks: int

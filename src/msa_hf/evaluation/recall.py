@@ -35,7 +35,7 @@ class JudgedFields(TypedDict):
 
 
 class RouterRecall(TypedDict):
-    """What `router_recall` measured, as it describes it; by layer where a name says so."""
+    """The figures that `router_recall` measured, as it describes it; by layer where a name says so."""
 
     k: int
     questions: int

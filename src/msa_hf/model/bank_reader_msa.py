@@ -195,7 +195,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Deletions:
-    """What the deletions of a bank say.
+    """The deletions of a bank.
 
     Attributes:
         rows: [n] int64, of deleted documents, ascending.

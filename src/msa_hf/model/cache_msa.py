@@ -14,7 +14,7 @@ from .renamed_msa import renamed_attribute
 
 @dataclass(frozen=True)
 class MemoryContext:
-    """What stands before a layer's own tokens: the rows of the prefix, then those of the chosen documents.
+    """The rows before a layer's own tokens: the rows of the prefix, then those of the chosen documents.
 
     Attributes:
         keys, values: [B, G, R, D] (G key/value heads), padded to the most rows of any sample.

@@ -240,7 +240,7 @@ def _validated(rows: Any) -> Any:
 
 @dataclass(frozen=True)
 class BankHome:
-    """Where a bank was loaded from.
+    """The place that a bank was loaded from.
 
     Attributes:
         directory: of the bank.

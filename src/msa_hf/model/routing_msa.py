@@ -124,7 +124,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class RoutingRequest:
-    """What a forward asks of a memory.
+    """The question that a forward puts to a memory.
 
     Attributes:
         routing_mask: [B, T] bool, the tokens that route, one of each sample where the last alone counts.
@@ -149,7 +149,7 @@ class RoutingRequest:
 
 @dataclass
 class LayerRouting:
-    """What one memory layer chose.
+    """The choice of one memory layer.
 
     Attributes:
         documents: [B, k] int64, positions in the bank, best first; -1 where fewer documents were there. k is
@@ -165,7 +165,7 @@ class LayerRouting:
 
 
 class RoutingFields(Protocol):
-    """What routing reads of an `MSAConfig`."""
+    """The fields that routing reads of an `MSAConfig`."""
 
     head_reduction: str
     query_reduction: str

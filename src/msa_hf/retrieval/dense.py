@@ -41,7 +41,7 @@ def passages_of(text: str, characters: int | None = PASSAGE_CHARACTERS) -> list[
 
 
 def text_digest(text: str) -> bytes:
-    """What a vector is known by: that of an equal text is taken over."""
+    """The digest that a vector is known by: that of an equal text is taken over."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:DIGEST_BYTES]
 
 

@@ -1,4 +1,4 @@
-"""What a bank that changes keeps beside its tensors for searching, and tells of every commit."""
+"""The things that a bank that changes keeps beside its tensors for searching, and tells of every commit."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ class Followers:
 
     @property
     def home(self) -> BankHome | None:
-        """Where the bank lies, and the commit that was followed last."""
+        """The place of the bank, and the commit that was followed last."""
         if self.directory is None or self._rows is None:
             return None
         return BankHome(self.directory, self._rows.commit)
 
     def searchers(self) -> JsonObject:
-        """What is kept of the commit that was followed last, by name, for good."""
+        """Everything kept of the commit that was followed last, by name, for good."""
         rows, found = self._rows, {item.name: item.searcher() for item in self._followers}
         if self.directory is not None and rows is not None and self.read_only:
             # What cannot be opened now, a search makes, or says why not.
@@ -95,7 +95,7 @@ class Followers:
         return {name: searcher for name, searcher in found.items() if searcher is not None}
 
     def describe(self) -> JsonObject:
-        """What is kept, by name, as JSON values."""
+        """Everything kept, by name, as JSON values."""
         found = {item.name: item.describe() for item in self._followers}
         if "lexical" not in found and self.directory is not None and (record := read_record(self.directory)):
             current = self._rows is not None and record.get("commit") == self._rows.commit

@@ -58,7 +58,7 @@ Candidates: TypeAlias = Mapping[str, Ranking]  # way -> its list
 
 @dataclass(frozen=True)
 class FusionWeights:
-    """How rankings are put together.
+    """A way to put rankings together.
 
     Attributes:
         ways: in order, those that the weights are for.

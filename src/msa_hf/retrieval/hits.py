@@ -1,4 +1,4 @@
-"""What a search returns: documents, and why each was found."""
+"""The results of a search: documents, and why each was found."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..json_object import JsonObject
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where one way of searching has a document.
+    """The place of a document in what one way of searching found.
 
     Attributes:
         rank: from 1, in this way's own list.
@@ -22,7 +22,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class FoundByLayer:
-    """Where the router of a memory layer has a document among all of them.
+    """The place that the router of a memory layer gives a document among all of them.
 
     Attributes:
         layer: its index in the model.

@@ -36,7 +36,7 @@ TRIES = 10  # of a reader whose files a writer removes meanwhile
 
 
 def read_record(directory: Path) -> JsonObject | None:
-    """What `lexical.json` says, None where the bank has no lexical index."""
+    """The record in `lexical.json`, None where the bank has no lexical index."""
     record = read_sidecar(directory / RECORD, KIND)
     if record is None and os.path.lexists(directory / RECORD):
         return {"kind": KIND, "language": "english"}  # damaged: of no commit

@@ -36,7 +36,7 @@ class CommittedRows:
 
     @property
     def rows(self) -> int:
-        """How many rows there are, those without a document too."""
+        """The number of rows, those without a document too."""
         return self.documents.num_rows
 
     @property
@@ -45,7 +45,7 @@ class CommittedRows:
         return self.documents.deleted
 
     def rows_of_first(self, pieces: Sequence[object]) -> int | None:
-        """How many rows these pieces have, None where the bank does not begin with them."""
+        """The number of rows of these pieces, None where the bank does not begin with them."""
         count = len(pieces)
         return sum(self.counts[:count]) if tuple(pieces) == self.pieces[:count] else None
 
@@ -55,7 +55,7 @@ class CommittedRows:
 
 
 class StoreState(Protocol):
-    """What is asked of the state of a `BankStore`."""
+    """Everything asked of the state of a `BankStore`."""
 
     @property
     def manifest(self) -> Manifest: ...

@@ -53,7 +53,7 @@ UNTRAINED = (
 
 @dataclass(frozen=True)
 class _Asked:
-    """What one way found for a batch of questions: for each its list, best first, of positions and scores."""
+    """The findings of one way for a batch of questions: for each its list, best first, of positions and scores."""
 
     lists: list[list[tuple[int, float]]]
     scores: RouterScores | None = None
@@ -139,7 +139,7 @@ class Searcher:
         return found
 
     def ways(self) -> tuple[str, ...]:
-        """What `"hybrid"` asks: the routers where there is a model with trained ones, and what the bank has.
+        """The ways that `"hybrid"` asks: the routers where there is a model with trained ones, and what the bank has.
 
         Raises:
             ValueError: where fewer than two of the three are there, naming what is missing.
@@ -213,7 +213,7 @@ class Searcher:
         return hits
 
     def rankings(self, way: str, queries: Sequence[str], k: int) -> list[list[tuple[int, float]]]:
-        """What one way finds for each query: at most k positions in the bank with their scores, best first."""
+        """The findings of one way for each query: at most k positions in the bank with their scores, best first."""
         return self._ask(way, queries, k).lists
 
     def routed(self, position: int, score: float | None = None) -> RoutedDocument:
@@ -234,7 +234,7 @@ class Searcher:
     def candidates(
         self, queries: Sequence[str], ways: Sequence[str] | None = None, depth: int = DEPTH, batch_size: int = BATCH
     ) -> list[dict[str, list[tuple[int, float]]]]:
-        """What each way finds for each query, positions and scores, best first: what `fit_fusion` takes."""
+        """The findings of each way for each query, positions and scores, best first: what `fit_fusion` takes."""
         lists: list[dict[str, list[tuple[int, float]]]] = []
         asked = self._asked("hybrid", ways)
         for start in range(0, len(queries), batch_size):

@@ -22,7 +22,7 @@ from ..model.tokenizing_msa import tokenize
 
 
 class Measurement(RouterRecall):
-    """What `router_recall` returned, and after how many steps."""
+    """The recall that `router_recall` returned, and after how many steps."""
 
     step: int
 

@@ -109,7 +109,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Pool:
-    """What competes in a step.
+    """The passages and questions that compete in a step.
 
     Attributes:
         places: of the passages.

@@ -72,7 +72,7 @@ NOT_FOUND = "not in memory"
 
 @dataclass(frozen=True)
 class RoutersResult:
-    """What a run came to.
+    """The outcome of a run.
 
     Attributes:
         measurements: the first of the routers as they were given, the second of those that training began with.

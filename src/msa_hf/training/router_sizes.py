@@ -19,7 +19,7 @@ PART_SHARE, QUESTION_SHARE = 0.3, 0.3  # of free memory, for the graph of a part
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a step holds.
+    """The sizes of a step.
 
     Attributes:
         pool: passages.
@@ -35,7 +35,7 @@ class Sizes:
 
 
 def choose_sizes(settings: RouterSettings, model: nn.Module, passage_tokens: float, query_tokens: float) -> Sizes:
-    """What fits in the memory of the model's device.
+    """The sizes that fit in the memory of the model's device.
 
     Args:
         model: with what is trained marked so.

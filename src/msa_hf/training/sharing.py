@@ -36,7 +36,7 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup | None, counts: list[int]
 
 
 def own_rows(counts: list[int], group: dist.ProcessGroup | None) -> slice:
-    """Where the rows of this process stand among those of all."""
+    """The places of this process's rows among those of all."""
     rank = 0 if group is None else dist.get_rank(group)
     start = sum(counts[:rank])
     return slice(start, start + counts[rank])

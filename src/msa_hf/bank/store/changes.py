@@ -189,7 +189,7 @@ def written_table(changes: Mapping[str, Change], tokens: Sequence[int], chunk_si
 
 
 def text_digest(wrapping: str, key: str, text: str | None, tokens: object) -> bytes:
-    """Of what is encoded: the text with what wraps it (`PromptProtocol.document`, or nothing), or token ids.
+    """The digest of what is encoded: the text with what wraps it (`PromptProtocol.document`, or nothing), or token ids.
 
     Raises:
         ValueError: for a text that is not Unicode, naming the document.
