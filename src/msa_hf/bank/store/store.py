@@ -181,10 +181,20 @@ class BankStore:
         self._note(contents.damage)
 
     def close(self) -> None:
-        """Let another writer in. Snapshots live on."""
-        self._closed = True
-        if self._lock is not None:
-            self._lock.release()
+        """Let another writer in, once a commit that another thread is in has come to its end. Snapshots live on.
+
+        Raises:
+            RuntimeError: inside a batch of this thread, which goes on.
+        """
+        if self._lock is not None and not self._lock.held:  # a forked process may have inherited a mutex that is taken
+            self._closed = True
+            return
+        with self._mutex:
+            if self._pending is not None:
+                raise RuntimeError("close() inside a batch: leave the batch first, which commits it.")
+            self._closed = True
+            if self._lock is not None:
+                self._lock.release()
 
     def __enter__(self) -> BankStore:
         return self
