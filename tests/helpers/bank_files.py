@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from msa_hf.model.bank_format_msa import manifest_checksum
+from msa_hf.model.bank_format_msa import LOCK, manifest_checksum
 from msa_hf.model.bank_reader_msa import file_digest
 from msa_hf.model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable, MemoryBank
 
@@ -96,7 +96,8 @@ def replace_file(
 
 
 def names(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()}
+    """What lies in a directory, but the lock of its writers."""
+    return {path.name for path in directory.iterdir()} - {LOCK}
 
 
 def change(*path: Any, to: Any) -> Change:

@@ -108,7 +108,7 @@ def test_an_interrupted_save_leaves_the_old_bank_or_the_new(
     make: Maker,
     numbered: bool,
 ) -> None:
-    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    before = {name: (saved / name).read_bytes() for name in names(saved)}
     original = getattr(os, function)
     old_kept = 0
     for fails_at in range(1, 20):
@@ -128,7 +128,7 @@ def test_an_interrupted_save_leaves_the_old_bank_or_the_new(
         monkeypatch.setattr(os, function, original)
         if manifest_of(saved)["counts"]["documents"] == 2:  # past the commit
             break
-        assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+        assert {name: (saved / name).read_bytes() for name in names(saved)} == before
         old_kept += 1
     assert_equal(MemoryBank.from_pretrained(saved), make([8, 3], seed=9))
     # Four data files, an index and the manifest are renamed; these and the directory are flushed before the commit.

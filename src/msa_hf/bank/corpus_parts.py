@@ -28,6 +28,7 @@ from ..model.bank_format_msa import (
     TensorPair,
     file_names,
 )
+from ..model.bank_lock_msa import WriterLock
 from ..model.bank_reader_msa import checked_file, is_bank, read_manifest
 from ..model.bank_writer_msa import BankWriter, remove_files, remove_leftover, remove_unnamed, write_text
 
@@ -166,13 +167,18 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def commit_parts(
-    directory: Path, manifest: Manifest, prefix: Mapping[int, TensorPair], records: Iterable[Record]
+    directory: Path,
+    manifest: Manifest,
+    prefix: Mapping[int, TensorPair],
+    records: Iterable[Record],
+    lock: WriterLock,
 ) -> None:
     """Make parts the bank that lies in `directory`, and remove what is no part of it.
 
     Args:
         manifest: of the bank without documents.
         prefix: keys and values [G, p, D] of the template prefix, per layer.
+        lock: of the directory.
     """
     counts = manifest["counts"]
     with BankWriter(directory) as writer:
@@ -196,6 +202,7 @@ def commit_parts(
             counts["tokens"] += record["tokens"]
             manifest["next_id"] = max(manifest["next_id"], record["next_id"])
         manifest["prefix"] = writer.prefix(prefix)
+        lock.check()
         writer.commit(manifest)
     shutil.rmtree(directory / FOLDER, ignore_errors=True)
     # The old bank's files, and what a commit left that did not come to its end.

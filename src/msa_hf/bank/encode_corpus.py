@@ -155,6 +155,7 @@ def encode_bank(
     part_size: int = PART_SIZE,
     batch_tokens: int = 16384,
     show_progress: bool = True,
+    sole_writer: bool = False,
 ) -> Encoded:
     """Encode a corpus into a bank of format version 2, together with the other processes, which all call this.
 
@@ -173,9 +174,11 @@ def encode_bank(
         too_long: `"error"`, or `"split"` to store documents above the model's limit in parts `key#0`, `key#1`, ...
         part_size: bytes of text that are kept at a time, by whole documents.
         batch_tokens: tokens per batch, padding included.
+        sole_writer: for a file system without locks: you vouch that nothing else writes to the directory.
 
     Raises:
         BankLocked: where another writer has the directory open.
+        BankNotWritable: where the file system of the directory has no locks, naming it.
         BankFormatError: where the directory holds a manifest that cannot be read.
         ValueError: for a document that cannot be encoded, naming it, and where the processes have other documents,
             models, settings or directories.
@@ -198,7 +201,7 @@ def encode_bank(
         with agreed(ranks):
             if ranks.rank == 0:
                 directory.mkdir(parents=True, exist_ok=True)
-                lock = WriterLock(directory)
+                lock = WriterLock(directory, sole_writer)
                 referenced_files(directory)  # else the end would refuse, after all the work
                 folder.mkdir(exist_ok=True)
                 remove_unfinished(folder)
@@ -215,12 +218,12 @@ def encode_bank(
         found_parts = len(records)
         own = _encode_parts(encoder, folder, parts, records, ranks, show_progress)
         with agreed(ranks):
-            if ranks.rank == 0:
+            if lock is not None:
                 # What its tensors look like is learnt by encoding one token.
                 like = model.encode_documents([[0]], None, bank_device="cpu", show_progress=False)
                 layers = {layer: (memory.routing_keys, memory.pooled_kv) for layer, memory in like.layers.items()}
                 manifest = new_manifest(encoder.origin.to_manifest(), TensorLayout.of_tensors(layers))
-                commit_parts(directory, manifest, like.prefix, [records[part.name] for part in parts])
+                commit_parts(directory, manifest, like.prefix, [records[part.name] for part in parts], lock)
         documents, tokens, chunks = (
             sum(record[name] for record in records.values()) for name in ("documents", "tokens", "chunks")
         )

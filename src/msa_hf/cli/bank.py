@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..user_errors import UserError, reported
 from .indexes import add_index_options, embedder_of
 from .loading import load, new_directory, protocol_of
-from .options import add_model_options, device_in, device_of, positive
+from .options import add_model_options, add_sole_writer_option, device_in, device_of, positive
 
 if TYPE_CHECKING:
     from ..bank import BankStore
@@ -34,6 +34,8 @@ def add_options(made: argparse.ArgumentParser) -> None:
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         made = banks.add_parser(name, help=text, description=text)
         made.set_defaults(run_on_bank=run)
+        if name != "stat":
+            add_sole_writer_option(made)
         return made
 
     made = command("add", add, "Add documents, or put them in the place of those with their keys.")
@@ -115,6 +117,7 @@ def add(args: argparse.Namespace) -> int:
     counts = Counter[str]()
     rows = iter(corpus)
     kept = {"lexical": args.lexical, "embedder": embedder_of(args.embedder, device_in(args))}
+    kept |= {"sole_writer": args.sole_writer}
     with opened(directory, model, tokenizer, protocol, encode_options=options, **kept) as bank:
         while batch := list(itertools.islice(rows, args.commit_every)):
             outcomes = Counter[str]()
@@ -139,7 +142,7 @@ def delete(args: argparse.Namespace) -> int:
         keys += text.splitlines()
     if not keys:
         raise UserError("no keys: name documents, or a file of them with --keys-from")
-    with opened(args.bank) as bank:
+    with opened(args.bank, sole_writer=args.sole_writer) as bank:
         missing = [key for key in keys if key not in bank]
         if missing and not args.missing_ok:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -155,7 +158,7 @@ def delete(args: argparse.Namespace) -> int:
 
 def compact(args: argparse.Namespace) -> int:
     """`msa-hf bank compact`."""
-    with opened(args.bank) as bank:
+    with opened(args.bank, sole_writer=args.sole_writer) as bank:
         before = bank.stat()
         done = bank.compact()
         after = bank.stat()
@@ -170,7 +173,7 @@ def compact(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """`msa-hf bank verify`."""
-    with opened(args.bank, read_only=not args.discard_damaged) as bank:
+    with opened(args.bank, read_only=not args.discard_damaged, sole_writer=args.sole_writer) as bank:
         found = bank.verify()
         given_up = bank.discard_damaged() if args.discard_damaged else 0
     if args.json:
@@ -195,7 +198,7 @@ def index(args: argparse.Namespace) -> int:
     embedder = embedder_of(args.embedder, device_in(args))
     with reported():
         try:
-            found = keep_indexes(args.bank, args.lexical, embedder)
+            found = keep_indexes(args.bank, args.lexical, embedder, args.sole_writer)
         except (BankError, ImportError, RuntimeError) as error:
             raise UserError(str(error)) from error
     if args.json:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from ..user_errors import UserError, reported
 from .indexes import add_index_options, embedder_of
 from .loading import load, new_directory, protocol_of
-from .options import add_model_options, device_in, positive
+from .options import add_model_options, add_sole_writer_option, device_in, positive
 
 NAME = "encode"
 HELP = (
@@ -46,13 +46,14 @@ def add_options(made: argparse.ArgumentParser) -> None:
         "--too-long", choices=("error", "split"), default="error", help="what to do with a document above the limit"
     )
     add_index_options(made)
+    add_sole_writer_option(made)
     made.add_argument("--text-column", help="field of the text (default: text)")
     made.add_argument("--key-column", help="field of the key (default: key, or the document's number)")
 
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf encode`."""
-    from ..bank import BankLocked, RankFailed
+    from ..bank import BankError, RankFailed
     from ..bank.encode_corpus import PART_SIZE, TIMEOUT, agreed, connected, encode_bank
     from ..data.documents import Corpus
     from ..model.bank_reader_msa import is_bank, read_manifest
@@ -84,14 +85,15 @@ def run(args: argparse.Namespace) -> int:
                 too_long=args.too_long,
                 part_size=args.part_size or PART_SIZE,
                 batch_tokens=args.batch_tokens,
+                sole_writer=args.sole_writer,
             )
             indexing = time.perf_counter()
             if ranks.rank == 0:
-                keep_indexes(out, args.lexical, embedder)
+                keep_indexes(out, args.lexical, embedder, args.sole_writer)
             indexing, seconds = time.perf_counter() - indexing, time.perf_counter() - start
     except RankFailed as error:
         raise UserError(f"{error} What was encoded is kept: the same command goes on from there.") from error
-    except BankLocked as error:
+    except BankError as error:
         raise UserError(str(error)) from error
     if ranks.rank == 0:
         there = f", {done.found} of {done.parts} parts were there" if done.found else ""

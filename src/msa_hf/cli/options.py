@@ -71,6 +71,16 @@ def add_protocol_option(made: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sole_writer_option(made: argparse.ArgumentParser) -> None:
+    """What a user says of a bank that is written to on a file system without locks."""
+    made.add_argument(
+        "--sole-writer",
+        action="store_true",
+        help="for a bank on a file system without locks: you vouch that nothing else writes to it, and no lock is "
+        "asked for",
+    )
+
+
 def add_model_options(made: argparse.ArgumentParser) -> None:
     """How a model is loaded and asked."""
     add_protocol_option(made)

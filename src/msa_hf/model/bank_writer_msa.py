@@ -45,6 +45,7 @@ from .bank_format_msa import (
     new_manifest,
     parse_size,
 )
+from .bank_lock_msa import WriterLock
 from .bank_reader_msa import file_digest, referenced_files
 
 ChunkSource = Callable[[int, int, int], TensorPair]  # (layer, first, end) -> routing keys and content of these chunks
@@ -250,8 +251,9 @@ def write_bank(
     table: ArrowTable,
     max_shard_size: int | str,
     next_id: int = 0,
+    sole_writer: bool = False,
 ) -> None:
-    """Write a bank, all or nothing; one that lies in `directory` is replaced at the last step. One writer at a time.
+    """Write a bank, all or nothing; one that lies in `directory` is replaced at the last step.
 
     Args:
         directory: made where missing.
@@ -261,31 +263,42 @@ def write_bank(
         table: N rows; the format's version is that of its columns.
         max_shard_size: bytes of tensors per file, `"4GB"` or a number. A file never splits a document.
         next_id: of a table with ids, the first above all that were ever given.
+        sole_writer: ask for no lock, see `WriterLock`.
 
     Raises:
+        BankLocked: where another writer has the directory open.
+        BankNotWritable: where the directory cannot be locked, see `WriterLock`.
         ValueError: for a dtype that the format does not have, or an unreadable size.
         BankFormatError: if the directory holds a manifest that cannot be read.
     """
     limit, layout = parse_size(max_shard_size), TensorLayout.of_tensors(layers)
     directory.mkdir(parents=True, exist_ok=True)
-    try:
-        old = referenced_files(directory)
-    except BankFormatError as error:
-        raise format_error(
-            directory, f"not overwritten, because what lies there cannot be read ({error})", "Save elsewhere"
-        ) from error
+    _replaced_files(directory)  # where it refuses, nothing is made
     manifest = new_manifest(origin, layout, 2 if "id" in table.column_names else 1)
 
     def chunks(layer: int, first: int, end: int) -> TensorPair:
         keys, content = layers[layer]
         return keys[first:end], content[first:end]
 
-    with BankWriter(directory) as writer:
-        manifest["prefix"] = writer.prefix(prefix)
-        if len(table):
-            manifest["segments"] = [writer.segment(table, 0, chunks, layout, limit)]
-            manifest["counts"] = counts_of([table])
-        if "next_id" in manifest:
-            manifest["next_id"] = next_id
-        writer.commit(manifest)
-    remove_files(directory, old - file_names(manifest))
+    with WriterLock(directory, sole_writer) as lock:
+        old = _replaced_files(directory)
+        with BankWriter(directory) as writer:
+            manifest["prefix"] = writer.prefix(prefix)
+            if len(table):
+                manifest["segments"] = [writer.segment(table, 0, chunks, layout, limit)]
+                manifest["counts"] = counts_of([table])
+            if "next_id" in manifest:
+                manifest["next_id"] = next_id
+            lock.check()
+            writer.commit(manifest)
+        remove_files(directory, old - file_names(manifest))
+
+
+def _replaced_files(directory: Path) -> set[str]:
+    """The files of the bank that is to be replaced."""
+    try:
+        return referenced_files(directory)
+    except BankFormatError as error:
+        raise format_error(
+            directory, f"not overwritten, because what lies there cannot be read ({error})", "Save elsewhere"
+        ) from error

@@ -522,14 +522,20 @@ class MemoryBank:
             raise ImportError("Searching a bank needs the package: `pip install msa-hf`.") from error
         return module.search(self, query, k, mode, **options)
 
-    def save_pretrained(self, directory: str | Path, max_shard_size: int | str = "4GB") -> None:
+    def save_pretrained(
+        self, directory: str | Path, max_shard_size: int | str = "4GB", sole_writer: bool = False
+    ) -> None:
         """Save to a directory, all or nothing. A bank that lies there is replaced; whoever has it loaded keeps it.
 
         Args:
             directory: made where missing.
             max_shard_size: most bytes of tensors per file; a document is never split.
+            sole_writer: for a file system without locks: you vouch that nothing else writes to the directory, and no
+                lock is asked for.
 
         Raises:
+            BankLocked: where a writer has the directory open, as a `BankStore` does, naming it.
+            BankNotWritable: where the file system of the directory has no locks, naming it.
             ValueError: for a dtype or metadata that the format cannot hold, or a directory whose manifest is not
                 readable.
             ImportError: where pyarrow is missing.
@@ -541,7 +547,7 @@ class MemoryBank:
             layers = {layer: (keys[chunks], pooled_kv[chunks]) for layer, (keys, pooled_kv) in layers.items()}
         table, origin, ids = self.documents.to_arrow(), self.origin.to_manifest(), self.documents.ids()
         next_id = max(self.next_id or 0, 0 if ids is None or not len(ids) else int(ids.max()) + 1)
-        write_bank(Path(directory), origin, layers, self.prefix, table, max_shard_size, next_id)
+        write_bank(Path(directory), origin, layers, self.prefix, table, max_shard_size, next_id, sole_writer)
 
     @classmethod
     def from_pretrained(

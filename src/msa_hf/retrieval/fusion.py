@@ -37,6 +37,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from .sidecar import write_sidecar
+
 FILE = "fusion.json"
 FORMAT = "msa_hf-fusion"
 VERSION = 1
@@ -80,7 +82,7 @@ class FusionWeights:
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `fusion.json` beside a checkpoint or a bank."""
         record = {"format": FORMAT, "version": VERSION, "features": list(FEATURES), **asdict(self)}
-        (Path(directory) / FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_sidecar(Path(directory) / FILE, record)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> FusionWeights:

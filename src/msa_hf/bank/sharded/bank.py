@@ -96,7 +96,9 @@ class ShardedBank(MemoryBank):
         moved._visible = moved._layout = None
         return moved
 
-    def save_pretrained(self, directory: str | Path, max_shard_size: int | str = "4GB") -> None:
+    def save_pretrained(
+        self, directory: str | Path, max_shard_size: int | str = "4GB", sole_writer: bool = False
+    ) -> None:
         """Not of a part: save the whole bank."""
         raise ValueError("This process holds a part of the bank; save the whole one before it is shared.")
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from ...model.bank_format_msa import BankError
+from ...model.bank_lock_msa import BankNotWritable
+
+__all__ = ["BankDamaged", "BankNotWritable"]
 
 
 class BankDamaged(BankError, RuntimeError):
     """A bank with damaged files cannot be written to before it is decided what becomes of their documents."""
-
-
-class BankNotWritable(BankError, RuntimeError):
-    """This `BankStore` may not write: it is closed, read only, forked, or its bank was replaced."""

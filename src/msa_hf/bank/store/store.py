@@ -75,6 +75,8 @@ class BankStore:
         tokenizer: of the texts.
         protocol: how documents are wrapped with their ids; None: texts are encoded as they are.
         read_only: open without the right to write, beside a writer.
+        sole_writer: for a file system without locks: you vouch that nothing else writes to the directory, and no lock
+            is asked for.
         device: of snapshots. Default: the CPU for a directory, else the model's.
         max_shard_size: most bytes of tensors per file.
         encode_options: further arguments of `model.encode_documents`, such as `batch_tokens`.
@@ -85,6 +87,7 @@ class BankStore:
 
     Raises:
         BankLocked: where another writer has the directory open, naming it.
+        BankNotWritable: where the file system of the directory has no locks, naming it, or `.lock` is no plain file.
         BankFormatError: where the directory holds what is no bank or a damaged one.
         ValueError: where another model made the bank.
     """
@@ -101,6 +104,7 @@ class BankStore:
         protocol: PromptProtocol | None = None,
         *,
         read_only: bool = False,
+        sole_writer: bool = False,
         device: torch.device | str | None = None,
         max_shard_size: int | str = "1GB",
         encode_options: Mapping[str, object] | None = None,
@@ -137,7 +141,7 @@ class BankStore:
                 read_manifest(self.directory)  # before anything is made there
             if self.directory is not None and not read_only:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                self._lock = WriterLock(self.directory)
+                self._lock = WriterLock(self.directory, sole_writer)
                 remove_leftovers(self.directory)
             if self.directory is not None and (read_only or is_bank(self.directory)):
                 self._load()
@@ -415,10 +419,8 @@ class BankStore:
             raise BankNotWritable("This bank is closed.")
         if self.read_only:
             raise BankNotWritable("This bank was opened with read_only=True.")
-        if self._lock is not None and not self._lock.held:
-            raise BankNotWritable(
-                "This process was forked from the one that has the bank open; only that one may write."
-            )
+        if self._lock is not None:
+            self._lock.check()
         if lost := len(self.state.hidden) - len(self.state.deleted):
             raise BankDamaged(
                 f"{lost} documents are in damaged files ({', '.join(sorted(self._damage))}). Restore these from a "

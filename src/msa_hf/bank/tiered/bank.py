@@ -103,7 +103,9 @@ class TieredBank(MemoryBank):
         """Not of a placed bank."""
         raise ValueError("This bank has its places; call `place_bank` with the bank that it was made from.")
 
-    def save_pretrained(self, directory: str | Path, max_shard_size: int | str = "4GB") -> None:
+    def save_pretrained(
+        self, directory: str | Path, max_shard_size: int | str = "4GB", sole_writer: bool = False
+    ) -> None:
         """Not of a placed bank."""
         raise ValueError("A placed bank may hold fewer bits than the one that it was made from; save that one.")
 
