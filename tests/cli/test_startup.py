@@ -17,6 +17,7 @@ LIGHT = [
     ["encode", "--help"],
     ["train", "--help"],
     ["bank", "add", "--help"],
+    ["chain", "--help"],
 ]
 
 

@@ -13,7 +13,7 @@ from typing import NoReturn, Protocol
 
 from .. import __version__
 from ..user_errors import UserError, print_error
-from . import ask, bank, doctor, encode, evaluate, inspect, plan, refresh, retrofit, search, train
+from . import ask, bank, chain, doctor, encode, evaluate, inspect, plan, refresh, retrofit, search, train
 
 
 class Command(Protocol):
@@ -35,6 +35,7 @@ COMMANDS: tuple[Command, ...] = (
     encode,
     ask,
     search,
+    chain,
     train,
     evaluate,
     inspect,
