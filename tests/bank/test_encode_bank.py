@@ -309,6 +309,48 @@ def test_what_is_left_of_a_killed_process_is_removed(tmp_path: Path, caplog: pyt
     assert_bank(bank, rows)
 
 
+def test_compacting_erases_what_a_killed_process_left(tmp_path: Path) -> None:
+    rows = [{"key": f"key {number}", "text": f"{number:03} " + "z" * 36} for number in range(12)]
+    source, bank, log = written(tmp_path / "rows.jsonl", rows), tmp_path / "bank", tmp_path / "log"
+    encode(source, bank, log)
+    later = [{"key": row["key"], "text": row["text"].upper()} for row in rows]
+    (death,) = together(1, lambda rank: dying(lambda: encode(written(source, later), bank, log), 13), dead=(0,))
+    assert death is None and list((bank / FOLDER).glob("*.json"))
+
+    def holds(text: str) -> bool:
+        return any(text.encode() in path.read_bytes() for path in bank.rglob("*") if path.is_file())
+
+    assert holds(later[0]["text"]) and holds(rows[0]["text"])
+    with BankStore(None, bank) as writer:
+        writer.delete("key 0")
+        writer.compact()
+    assert not holds(later[0]["text"]) and not holds(rows[0]["text"]) and holds(rows[1]["text"])
+    encode(source, bank, log)
+    assert_bank(bank, later)
+
+
+def test_what_cannot_be_removed_of_the_bank_before_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = rows_of(3, 6)
+    source, bank, log = written(tmp_path / "rows.jsonl", rows), tmp_path / "bank", tmp_path / "log"
+    encode(source, bank, log)
+    old, unlink = next(path.name for path in bank.glob("documents-*")), os.unlink
+
+    def refusing(path: Any, *arguments: Any, **options: Any) -> None:
+        if os.path.basename(os.fspath(path)) == old:
+            raise PermissionError(13, "Permission denied")
+        unlink(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "unlink", refusing)
+    encode(written(source, rows[::-1]), bank, log)
+    assert f"what is no part of it stays: {old} (Permission denied)" in caplog.text
+    monkeypatch.undo()
+    (bank / old).unlink()
+    bank_now = MemoryBank.from_pretrained(bank)
+    assert [item.key for item in bank_now.documents] == [row["key"] for row in rows[::-1]]
+
+
 def test_a_complete_bank_is_taken_over_as_far_as_it_is_the_same(tmp_path: Path) -> None:
     rows = rows_of(2, 20)
     source, bank, log = written(tmp_path / "rows.jsonl", rows), tmp_path / "bank", tmp_path / "log"

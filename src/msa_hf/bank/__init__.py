@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ..model.bank_format_msa import BankError, BankFormatError
     from .sharded.bank import ShardedBank, shard_bank
     from .sharded.collectives import RankFailed
-    from .store.errors import BankDamaged, BankNotWritable
+    from .store.errors import BankDamaged, BankNotWritable, ErasureIncomplete
     from .store.lock import BankLocked
     from .store.segments import Damage
     from .store.store import BankStore
@@ -23,6 +23,7 @@ __all__ = [
     "BankNotWritable",
     "BankStore",
     "Damage",
+    "ErasureIncomplete",
     "RankFailed",
     "ShardedBank",
     "TieredBank",
@@ -36,7 +37,7 @@ __getattr__ = exports(
         "..model.bank_format_msa": ["BankError", "BankFormatError"],
         ".sharded.bank": ["ShardedBank", "shard_bank"],
         ".sharded.collectives": ["RankFailed"],
-        ".store.errors": ["BankDamaged", "BankNotWritable"],
+        ".store.errors": ["BankDamaged", "BankNotWritable", "ErasureIncomplete"],
         ".store.lock": ["BankLocked"],
         ".store.segments": ["Damage"],
         ".store.store": ["BankStore"],

@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..model.arrow_msa import ArrowTable, numbers_of
 from ..model.bank_format_msa import (
-    LEFTOVER,
     OWN_FILE,
+    PARTS,
     BankFormatError,
     FileRecord,
     Manifest,
@@ -26,14 +25,14 @@ from ..model.bank_format_msa import (
     ShardRecord,
     TensorLayout,
     TensorPair,
-    file_names,
 )
 from ..model.bank_lock_msa import WriterLock
 from ..model.bank_reader_msa import checked_file, is_bank, read_manifest
-from ..model.bank_writer_msa import BankWriter, remove_files, remove_leftover, remove_unnamed, write_text
+from ..model.bank_writer_msa import BankWriter, remove_unnamed, write_text
+from .store.erase import described, leftovers, remove_for_good
 
 logger = logging.getLogger(__name__)
-FOLDER = ".encoding"  # in the bank's directory: the parts of a run that is not complete
+FOLDER = PARTS
 MAX_SHARD_BYTES = 10**9
 
 
@@ -204,10 +203,6 @@ def commit_parts(
         manifest["prefix"] = writer.prefix(prefix)
         lock.check()
         writer.commit(manifest)
-    shutil.rmtree(directory / FOLDER, ignore_errors=True)
     # The old bank's files, and what a commit left that did not come to its end.
-    left = {path.name for path in directory.iterdir()} - file_names(manifest)
-    remove_files(directory, left)
-    for name in left:
-        if LEFTOVER.fullmatch(name):
-            remove_leftover(directory / name)
+    if left := remove_for_good(directory, [*leftovers(directory), directory / FOLDER]):
+        logger.warning("%s: the bank is complete, but what is no part of it stays: %s.", directory, described(left))

@@ -28,6 +28,7 @@ FORMAT_VERSION = 2
 READER_FEATURES: frozenset[str] = frozenset()  # what this reader understands beyond the format's versions
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+PARTS = ".encoding"  # a folder in a bank's directory: the parts of a run of `msa-hf encode` that is not complete
 
 # dtype in the manifest -> (torch's, the name in a safetensors header)
 DTYPES = {

@@ -7,12 +7,14 @@ vectors-<first row>-<16 hex>.safetensors   `keys` [C, D], `counts` [R], `digests
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -30,6 +32,7 @@ from .dense import (
     check_probe,
     joined,
     probe,
+    text_digest,
 )
 from .embedders import Embedder
 from .rows import CommittedRows
@@ -39,6 +42,7 @@ logger = logging.getLogger(__name__)
 RECORD = "vectors.json"
 KIND = "msa_hf-vectors"
 VERSION = 1
+FIELDS = {"model", "dimension", "characters", "probe", "commit", "pieces", "hidden", "files"}
 FILE = re.compile(r"vectors-\d+-[0-9a-f]{16}\.safetensors")
 MOST_FILES = 32  # then they are written as one
 
@@ -58,6 +62,20 @@ class _Part:
 def has_vectors(directory: Path) -> bool:
     """Tell whether a bank was made with vectors."""
     return os.path.lexists(directory / RECORD)
+
+
+def _published(directory: Path | None, vectors: Vectors, first: int, dimension: int) -> _Part:
+    """Write vectors of rows from `first` on to a file of a directory; None: they stay in memory."""
+    if directory is None or not len(vectors):
+        return _Part(vectors, None)
+    tensors = {
+        "keys": vectors.keys,
+        "counts": torch.from_numpy(vectors.counts),
+        "digests": torch.from_numpy(vectors.digests),
+    }
+    record = BankWriter(directory).tensors(f"vectors-{first:010d}", tensors)
+    entry = {**record, "rows": len(vectors), "vectors": len(vectors.keys)}
+    return _Part(read_vectors(directory, entry, dimension), entry)  # mapped: not twice in memory
 
 
 class DenseFollower:
@@ -84,7 +102,7 @@ class DenseFollower:
         self._commit: str | None = None
         self._left_out = 0  # rows that were when the vectors were recorded
         record = None if directory is None else read_sidecar(directory / RECORD, KIND)
-        if record is not None and record.get("version") != VERSION:
+        if record is not None and (record.get("version") != VERSION or not record.keys() >= FIELDS):
             record = None
         if record is None and embedder is None:
             raise ValueError("There are no vectors that can be read, and no `embedder` that makes them.")
@@ -137,16 +155,7 @@ class DenseFollower:
         self._record(rows)
 
     def _published(self, vectors: Vectors, first: int) -> _Part:
-        if self.directory is None or not len(vectors):
-            return _Part(vectors, None)
-        tensors = {
-            "keys": vectors.keys,
-            "counts": torch.from_numpy(vectors.counts),
-            "digests": torch.from_numpy(vectors.digests),
-        }
-        record = BankWriter(self.directory).tensors(f"vectors-{first:010d}", tensors)
-        entry = {**record, "rows": len(vectors), "vectors": len(vectors.keys)}
-        return _Part(read_vectors(self.directory, entry, self.dimension), entry)  # mapped: not twice in memory
+        return _published(self.directory, vectors, first, self.dimension)
 
     def _record(self, rows: CommittedRows) -> None:
         if self.directory is None:
@@ -173,7 +182,8 @@ class DenseFollower:
         named = {part.entry["file"] for part in self._parts if part.entry is not None}
         for path in self.directory.iterdir():
             if FILE.fullmatch(path.name) and path.name not in named:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # one that a reader has mapped, on Windows
+                    path.unlink(missing_ok=True)
 
     def searcher(self) -> DenseSearcher:
         """The vectors as they are now."""
@@ -189,6 +199,40 @@ class DenseFollower:
             "vectors": sum(len(part.keys) for part in parts),
             "bytes": sum(part.keys.nbytes for part in parts),
         }
+
+
+def outdated_files(directory: Path, rows: CommittedRows) -> list[Path]:
+    """Files of vectors that are not of these rows' commit: they may hold what was deleted.
+
+    Where the bank's vectors are behind, those of texts that are there still are written anew, as vectors of no commit:
+    they are taken over once an embedder is there to make the rest.
+    """
+    record = read_sidecar(directory / RECORD, KIND)
+    if record is None or record.get("version") != VERSION or not record.keys() >= FIELDS:
+        record = {}
+    try:
+        named = {str(entry["file"]) for entry in record.get("files", ())}
+        if named and record.get("commit") != rows.commit:
+            named = _keep_living(directory, record, rows)
+    except (BankFormatError, KeyError, TypeError) as error:
+        logger.warning("%s: its vectors cannot be read (%s); they are removed.", directory, error)
+        named = set()
+    return [path for path in directory.iterdir() if FILE.fullmatch(path.name) and path.name not in named]
+
+
+def _keep_living(directory: Path, record: JsonObject, rows: CommittedRows) -> set[str]:
+    """Write the vectors of texts that are there still, and a record of them; returns the names of their files."""
+    living = {text_digest(text) for _, text in rows.documents.texts() if text is not None}
+    kept: list[Vectors] = []
+    for entry in record["files"]:
+        vectors = read_vectors(directory, entry, record["dimension"])
+        stays = np.array([digest.tobytes() in living for digest in vectors.digests], bool)
+        keys = vectors.keys[torch.from_numpy(np.repeat(stays, vectors.counts))]
+        kept.append(Vectors(keys, vectors.counts[stays], vectors.digests[stays]))
+    part = _published(directory, joined(kept, record["dimension"]), 0, record["dimension"])
+    files = [] if part.entry is None else [part.entry]
+    write_sidecar(directory / RECORD, {**record, "commit": "", "pieces": [], "hidden": 0, "files": files})
+    return {str(entry["file"]) for entry in files}
 
 
 def read_vectors(directory: Path, entry: JsonObject, dimension: int) -> Vectors:

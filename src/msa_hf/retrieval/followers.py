@@ -11,9 +11,9 @@ from ..model.bank_format_msa import BankFormatError
 from ..model.memory_msa import BankHome
 from .dense_files import KIND as VECTORS_KIND
 from .dense_files import RECORD as VECTORS
-from .dense_files import DenseFollower, VectorsBehind, has_vectors, open_vectors
+from .dense_files import DenseFollower, VectorsBehind, has_vectors, open_vectors, outdated_files
 from .embedders import Embedder
-from .lexical_files import LexicalFollower, open_searcher, read_record
+from .lexical_files import LexicalFollower, open_searcher, outdated_folders, read_record
 from .rows import BankFollower, CommittedRows
 from .sidecar import read_sidecar
 
@@ -75,6 +75,16 @@ class Followers:
                     item.name,
                     exc_info=True,
                 )
+
+    def outdated_files(self) -> list[Path]:
+        """Files and folders of indexes that are not of the commit that was followed last: no search uses them, and they
+        may hold documents that were deleted since."""
+        if self.directory is None or self._rows is None:
+            return []
+        return [
+            *outdated_folders(self.directory, self._rows.commit),
+            *outdated_files(self.directory, self._rows),
+        ]
 
     @property
     def home(self) -> BankHome | None:

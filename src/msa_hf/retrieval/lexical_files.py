@@ -161,6 +161,13 @@ class LexicalFollower:
         return {"language": self.language, "documents": documents, "bytes": size}
 
 
+def outdated_folders(directory: Path, commit: str) -> list[Path]:
+    """Indexes in a directory that are not of this commit of the bank: they may hold what was deleted."""
+    record = read_record(directory) or {}
+    current = record.get("index") if record.get("version") == VERSION and record.get("commit") == commit else None
+    return [path for path in directory.iterdir() if FOLDER.fullmatch(path.name) and path.name != current]
+
+
 def open_searcher(directory: Path, rows: CommittedRows, build: bool = True) -> LexicalSearcher | None:
     """The lexical index of a bank for reading; nothing is written in its directory. None where the bank has none.
 

@@ -40,6 +40,7 @@ from .changes import Changes, GivenDocument, Known, committed
 from .commit import Commit, commit_of, write_commit
 from .compact import compacted_in_memory, groups_of, write_compacted
 from .encoder import DocumentEncoder, EncodingModel
+from .erase import erase
 from .errors import BankDamaged, BankNotWritable
 from .lock import WriterLock
 from .open import new_bank, read_contents, remove_leftovers
@@ -497,8 +498,13 @@ class BankStore:
         Afterwards no file holds anything of a deleted document but the hash of its key beside its version. Snapshots
         that were taken before keep what they have in memory until they are let go.
 
+        What an interrupted `msa-hf encode` left in the directory goes as well, and so do indexes that did not follow:
+        they are made again of what lives.
+
         Raises:
             BankDamaged: where a file that would be copied is not what was written; nothing has changed then.
+            ErasureIncomplete: naming files that may hold deleted documents and could not be removed. The bank is
+                compacted then; once the cause is gone, call this again.
         """
         with self._mutex:
             if self._pending is not None:
@@ -510,6 +516,7 @@ class BankStore:
             groups = groups_of(state, self._limit)
             clean = all(keep for keep, _ in groups) and not len(state.deleted) and not self._damage
             if clean and len(state.manifest["deletions"]) < 2:
+                self._erase()
                 return False
             copied = (state.segments[number] for keep, numbers in groups if not keep for number in numbers)
             if not are_intact(self.directory, copied):
@@ -534,7 +541,13 @@ class BankStore:
             self._buffers = None
             self._load()
             self._follow()
+            self._erase()
             return True
+
+    def _erase(self) -> None:
+        """Remove what may hold deleted documents, and no living one needs."""
+        assert self.directory is not None
+        erase(self.directory, self._followers.outdated_files())
 
     def _compact_memory(self) -> bool:
         if not len(self.state.deleted) and len(self.state.segments) < 2:
