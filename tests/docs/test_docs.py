@@ -14,7 +14,16 @@ PAGES = [page for folder in FOLDERS for page in sorted(ROOT.glob(f"{folder}/*.md
 PAGES.append(ROOT / "docs" / "tutorial.ipynb")
 PATH = re.compile(r"(?<![\w/.-])(?:src|tests|tools|scripts|benchmarks|csrc)/[\w/.-]+\.(?:py|sh|cpp|cuh?)\b")
 HISTORY = {"CHANGELOG.md", "experiments.md"}  # these tell of what was
-PACKAGES = ("bank", "evaluation", "generation", "hybrid.store", "ops", "retrieval", "training")
+PACKAGES = (
+    "bank",
+    "evaluation",
+    "generation",
+    "hybrid.conversation",
+    "hybrid.store",
+    "ops",
+    "retrieval",
+    "training",
+)
 
 
 def test_the_tutorial_prints_what_it_shows() -> None:

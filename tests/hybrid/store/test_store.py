@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+from forking import ended, forked
 from manual_clock import Clock
 
 from msa_hf.hybrid.store import Item, ItemTooLarge, MemoryStore, StoreError, VersionConflict, expiry, update
@@ -20,18 +21,6 @@ from msa_hf.hybrid.store.item import MAX_ITEM, MAX_PARTITION, MAX_SORT
 Opener = Callable[..., MemoryStore]
 SORTS = ["a", "a#", "a#1", "a#10", "a#2", "b", "é", "éa", "\uffff", "\uffffa", "\U0001f600", "\U0001f600b", "a\x01"]
 PREFIXES = ["", "a", "a#", "a#1", "é", "\uffff", "\U0001f600", "nothing"]
-
-
-def forked(work: Callable[[], None]) -> int:
-    """The number of a process that does some work and ends."""
-    if (child := os.fork()) == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
 
 
 def living(state: dict[tuple[str, str], Item], now: float) -> list[Item]:
@@ -173,7 +162,7 @@ def test_no_update_of_a_process_is_lost(open_store: Opener) -> None:
     increment(store, 1)
     children = [forked(lambda: increment(store, 12)) for _ in range(3)]  # the parent's store, and one of its own
     children.append(forked(lambda: increment(open_store(), 12)))
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    assert ended(*children) == [0] * 4
     found = store.get("p", "counter")
     assert found is not None and found.data == {"n": 49}
 
@@ -335,7 +324,7 @@ def test_a_killed_writer_loses_nothing_it_acknowledged(open_store: Opener) -> No
         acknowledged += 1
         time.sleep(pick.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        ended(child)
         while more := os.read(reader, 4096):
             acknowledged += len(more)
         os.close(reader)

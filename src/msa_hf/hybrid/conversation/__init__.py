@@ -1,0 +1,40 @@
+"""Conversations in a store, their older turns in a bank, and the prompt made of both (docs/hybrid.md)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...lazy import exports
+
+if TYPE_CHECKING:
+    from .context import Message, RememberedTurn, SessionContext, count_tokens
+    from .conversation import Conversation, Turn, sessions
+    from .partition import select_partition
+    from .remembering import forget_lost_turns, remember_turns
+    from .session_memory import PromptTooLong, SessionMemory
+
+__all__ = [
+    "Conversation",
+    "Message",
+    "PromptTooLong",
+    "RememberedTurn",
+    "SessionContext",
+    "SessionMemory",
+    "Turn",
+    "count_tokens",
+    "forget_lost_turns",
+    "remember_turns",
+    "select_partition",
+    "sessions",
+]
+
+__getattr__ = exports(
+    __name__,
+    {
+        ".context": ["Message", "RememberedTurn", "SessionContext", "count_tokens"],
+        ".conversation": ["Conversation", "Turn", "sessions"],
+        ".partition": ["select_partition"],
+        ".remembering": ["forget_lost_turns", "remember_turns"],
+        ".session_memory": ["PromptTooLong", "SessionMemory"],
+    },
+)

@@ -1,0 +1,26 @@
+"""Work in a forked process."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+
+
+def forked(work: Callable[[], object]) -> int:
+    """The number of a process that does some work and ends."""
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
+
+
+def ended(*children: int) -> list[int]:
+    """The exit codes of processes, waited for."""
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
