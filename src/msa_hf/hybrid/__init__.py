@@ -7,8 +7,20 @@ from typing import TYPE_CHECKING
 from ..lazy import exports
 
 if TYPE_CHECKING:
-    pass
+    from .conversation import Conversation, SessionMemory
+    from .store import DynamoDBStore, SQLiteStore
 
-__all__: list[str] = []
+__all__ = [
+    "Conversation",
+    "DynamoDBStore",
+    "SQLiteStore",
+    "SessionMemory",
+]
 
-__getattr__ = exports(__name__, {})
+__getattr__ = exports(
+    __name__,
+    {
+        ".conversation": ["Conversation", "SessionMemory"],
+        ".store": ["DynamoDBStore", "SQLiteStore"],
+    },
+)
