@@ -29,6 +29,7 @@ from ..model.bank_format_msa import (
 from ..model.bank_lock_msa import WriterLock
 from ..model.bank_reader_msa import checked_file, is_bank, read_manifest
 from ..model.bank_writer_msa import BankWriter, remove_unnamed, write_text
+from ..model.bounds_msa import read_json
 from .store.erase import described, leftovers, remove_for_good
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def _record_of(segment: SegmentRecord) -> Record | None:
 
 def _read_record(path: Path) -> Record | None:
     try:
-        decoded = json.loads(path.read_text(encoding="utf-8"))
+        decoded = read_json(path)
         _entries(decoded)
         _numbers(decoded)
     except (OSError, ValueError, KeyError, TypeError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from ..user_errors import UserError, reported
@@ -37,10 +36,11 @@ def require_code(directory: Path) -> None:
     Raises:
         UserError: naming what the directory lacks.
     """
+    from ..model.bounds_msa import read_json
     from ..model.configuration_msa import MSAConfig
 
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = read_json(directory / "config.json")
     except OSError as error:
         raise UserError(f"{directory}: no checkpoint ({error.strerror}: config.json)") from error
     except ValueError as error:

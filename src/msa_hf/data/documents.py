@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..json_object import JsonObject
+from ..model.bounds_msa import check_json
 from ..user_errors import UserError, reported
 
 SUFFIXES = (".txt", ".md")
@@ -128,6 +129,7 @@ class Corpus:
                 if not text.strip():
                     continue
                 try:
+                    check_json(text)
                     row = json.loads(text, parse_constant=refuse)
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{place}: not valid JSON ({error})") from error

@@ -10,6 +10,7 @@ from typing import NotRequired, TypedDict
 from transformers import PreTrainedTokenizerBase
 
 from ..json_object import JsonObject
+from ..model.bounds_msa import check_json
 from ..model.tokenizing_msa import tokenize
 from ..moved import renamed
 
@@ -99,10 +100,11 @@ def json_rows(path: Path) -> Iterator[tuple[str, JsonObject]]:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                     if not text.strip():
                         continue
+                    check_json(text)
                     row = json.loads(text)
                 except UnicodeDecodeError as error:
                     raise DataError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from None
-                except (json.JSONDecodeError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:
                     raise DataError(f"{place}: not JSON ({error})") from None
                 if not isinstance(row, dict):
                     raise DataError(f"{place}: a line must be a JSON object, got {type(row).__name__}")

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from ..json_object import JsonObject
+from ..model.bounds_msa import read_json
 from ..model.splitting_msa import split_text
 from ..model.tokenizing_msa import plain_markers, tokenize_texts
 from ..moved import renamed
@@ -403,7 +404,7 @@ class PromptProtocol:
         """
         path = cached_file(str(name_or_path), PROTOCOL_FILE, **hub)
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            record = read_json(Path(path))
             version = record.pop("version", None)
             if version != FORMAT_VERSION:
                 raise ValueError(f"its version is {version!r}, this release reads {FORMAT_VERSION}")

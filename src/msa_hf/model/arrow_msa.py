@@ -5,6 +5,7 @@ loaded does not need this one. pyarrow has no types of its own: the protocols be
 """
 
 import importlib
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,10 @@ from numpy.typing import NDArray
 
 DIGEST_BYTES = 32
 ROWS_PER_BATCH = 16_384  # a reader finds a row by walking over batches
+MERGED_BYTES = 16 * 2**20  # of small batches that are written as one
+MOST_BATCHES = 1024  # that stay as they lie in a file: each takes some kilobytes of memory
+MOST_SCHEMA_BYTES = 2**20
+COMPRESSION = 3  # the number of the field of an Arrow record batch that says how its buffers are compressed
 
 
 class TableRow(TypedDict, total=False):
@@ -74,6 +79,17 @@ class ArrowTable(Protocol):
     def to_pylist(self) -> list[TableRow]: ...
 
 
+class ArrowBuffer(Protocol):
+    size: int
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+
+class ArrowMessage(Protocol):
+    type: str
+    metadata: ArrowBuffer
+
+
 def pyarrow() -> ModuleType:
     """The module `pyarrow`, imported on first use.
 
@@ -129,21 +145,95 @@ def kept_rows(table: ArrowTable, kept: NDArray[np.bool_]) -> ArrowTable:
     return table.filter(pyarrow().array(kept))
 
 
-def read_stream(path: Path) -> ArrowTable:
+def read_stream(path: Path, schema: ArrowSchema) -> ArrowTable:
     """Memory map a table; what its offsets say has not been looked at.
 
+    Nothing is decoded before it is known to be what it says: a batch whose buffers are compressed would grow, and is
+    refused. A table of very many batches is copied, so that these do not take more memory than the rows; its offsets
+    are looked at then.
+
+    Args:
+        schema: whose names and types it must have.
+
     Raises:
-        ValueError: if it is no Arrow stream (`pyarrow.ArrowInvalid`).
+        ValueError: if it is no such table, or no Arrow stream (`pyarrow.ArrowInvalid`).
         OSError: if it cannot be read.
     """
+    file = pyarrow().memory_map(str(path))
+    try:
+        return _read_messages(pyarrow().ipc.MessageReader.open_stream(file), schema)
+    except OSError as error:
+        if error.errno is None:  # of Arrow itself, about what it read
+            raise ValueError(str(error)) from error
+        raise
+
+
+def _read_messages(messages: Iterator[ArrowMessage], schema: ArrowSchema) -> ArrowTable:
     pa = pyarrow()
-    with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
-        table: ArrowTable = reader.read_all()
+    kept: list[object] = []
+    batches: list[ArrowTable] = []
+    first = next(messages, None)
+    if first is None or first.type != "schema" or first.metadata.size > MOST_SCHEMA_BYTES:
+        raise ValueError("it does not begin with a schema")
+    found = pa.ipc.read_schema(first)
+    fields = [(field.name, field.type) for field in found]
+    if fields != [(field.name, field.type) for field in schema]:
+        raise ValueError(f"it has the columns {str(fields)[:400]}")
+    for message in messages:
+        if message.type != "record batch":
+            raise ValueError(f"it holds a {message.type}, which the format does not have")
+        if _is_compressed(memoryview(message.metadata)):
+            raise ValueError("it is compressed, which the format does not allow")
+        batches.append(pa.ipc.read_record_batch(message, found))
+        if len(batches) > MOST_BATCHES:
+            kept, batches = [*kept, *_copied(batches)], []
+    table: ArrowTable = pa.Table.from_batches([*kept, *batches], found)
     return table
 
 
+def _copied(batches: Sequence[ArrowTable]) -> list[object]:
+    """Batches as one, in memory."""
+    for batch in batches:
+        batch.validate(full=True)
+    return list(pyarrow().Table.from_batches(batches).combine_chunks().to_batches())
+
+
+def _is_compressed(batch: memoryview) -> bool:
+    """Tell whether an Arrow message is a record batch with compressed buffers, from its flatbuffer.
+
+    Raises:
+        ValueError: if that cannot be followed.
+    """
+    try:
+        (message,) = struct.unpack_from("<I", batch)
+        header = _field(batch, message, 2)
+        if header is None:
+            raise ValueError("a message of it has no header")
+        return _field(batch, header + struct.unpack_from("<I", batch, header)[0], COMPRESSION) is not None
+    except struct.error as error:
+        raise ValueError(f"a message of it cannot be followed ({error})") from error
+
+
+def _field(batch: memoryview, table: int, number: int) -> int | None:
+    """The place of a field of a flatbuffer's table, None where it has its default."""
+    layout = table - struct.unpack_from("<i", batch, table)[0]
+    (size,) = struct.unpack_from("<H", batch, layout)
+    place = 4 + 2 * number
+    (offset,) = struct.unpack_from("<H", batch, layout + place) if place + 2 <= size else (0,)
+    return table + offset if offset else None
+
+
 def write_stream(table: ArrowTable, path: Path) -> None:
-    """Write a table to a file as an uncompressed Arrow stream."""
+    """Write a table to a file as an uncompressed Arrow stream, small batches of it as one."""
     pa = pyarrow()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=ROWS_PER_BATCH)
+        together: list[ArrowTable] = []
+        rows = size = 0
+        for batch in table.to_batches(max_chunksize=ROWS_PER_BATCH):
+            rows, size = rows + len(batch), size + batch.nbytes
+            if together and (rows > ROWS_PER_BATCH or size > MERGED_BYTES):
+                writer.write_table(pa.Table.from_batches(together).combine_chunks())
+                together, rows, size = [], len(batch), batch.nbytes
+            together.append(batch)
+        if together:
+            writer.write_table(pa.Table.from_batches(together).combine_chunks())

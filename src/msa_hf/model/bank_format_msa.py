@@ -37,6 +37,7 @@ DTYPES = {
     "float16": (torch.float16, "F16"),
 }
 MAX_MANIFEST_BYTES = 256 * 2**20
+MEMORY_PER_FILE = 16 * 2**10  # that a manifest may take once decoded, for each file in the directory
 MAX_WIDTH = 2**20  # of groups and of head_dim: keeps products of manifest numbers far from overflow
 OWN_FILE = re.compile(r"(layer|chunks|prefix|documents|index|deletions)(-\d+)*-[0-9a-f]{16}\.(safetensors|arrow|bin)")
 LEFTOVER = re.compile(r"\.[a-z]+(-\d+)*-[0-9a-f]{32}\.tmp")  # what a writer that was killed had not yet renamed

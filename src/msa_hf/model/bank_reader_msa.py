@@ -28,6 +28,7 @@ from .bank_format_msa import (
     INDEX_ENTRY,
     MANIFEST,
     MAX_MANIFEST_BYTES,
+    MEMORY_PER_FILE,
     RESTORE,
     BankFormatError,
     FileRecord,
@@ -44,9 +45,13 @@ from .bank_format_msa import (
     file_names,
     format_error,
 )
+from .bounds_msa import MEMORY, bytes_there, check_header, json_memory
 from .interface_msa import check_interface
 from .origin_msa import BankOrigin, check_origin
 
+# What a manifest may count beside lost files: rows, which take memory; and bytes of tensors, whose places take none.
+FEW_ROWS, ROW_BYTES = 2**18, 128  # without more; one more for so many bytes that are there
+FEW_TENSORS, LOST_TIMES = 2**30, 1024  # bytes without more; so many for each byte that is there
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the process or the machine: nothing is wrong with a file
 
 
@@ -73,13 +78,22 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not is_bank(directory):
         raise format_error(path, "there is no such file, so this is not a bank", CHOOSE)
-    if _regular_file(directory, MANIFEST).st_size > MAX_MANIFEST_BYTES:
+    if (size := _regular_file(directory, MANIFEST).st_size) > MAX_MANIFEST_BYTES:
         raise format_error(path, f"larger than the {MAX_MANIFEST_BYTES} bytes that a manifest may have")
     try:
+        _check_memory(path, size)
         data = path.read_bytes()
+        _check_memory(path, json_memory(data))
     except OSError as error:
         raise _unreadable(path, error) from error
     return decode_manifest(data, path)
+
+
+def _check_memory(path: Path, needed: int) -> None:
+    """Compare what a manifest takes in memory with the files that lie beside it: it names no others."""
+    if needed > MEMORY and needed > (most := MEMORY + MEMORY_PER_FILE * len(os.listdir(path.parent))):
+        cause = f"so large, or of so many values, that it may take {needed} bytes of memory; beside so few files a"
+        raise format_error(path, f"{cause} manifest has at most {most}")
 
 
 def referenced_files(directory: Path) -> set[str]:
@@ -110,6 +124,25 @@ def checked_file(directory: Path, record: FileRecord, verify: bool) -> Path:
     if digest != record["sha256"]:
         raise format_error(path, f"is corrupted: its SHA-256 is {digest}, the manifest says {record['sha256']}")
     return path
+
+
+def check_claims(directory: Path, manifest: Manifest) -> None:
+    """Compare rows and tensors that a manifest counts with what lies in the directory, of which some may be lost.
+
+    Rows of lost tables and tensors of lost shards keep their places.
+
+    Raises:
+        BankFormatError: where these would be more than what is there lets expect.
+    """
+    counts, layout = manifest["counts"], TensorLayout.of_manifest(manifest)
+    tensors = counts["chunks"] * layout.chunk_bytes(list(layout.shapes))
+    try:
+        there = bytes_there(directory)
+    except OSError as error:
+        raise _unreadable(directory, error) from error
+    if counts["documents"] > FEW_ROWS + there // ROW_BYTES or tensors > FEW_TENSORS + LOST_TIMES * there:
+        stated = f"{counts['documents']} documents with {tensors} bytes of tensors"
+        raise format_error(directory / MANIFEST, f"counts {stated}, but the directory has {there} bytes")
 
 
 def damage_of_file(directory: Path, record: FileRecord) -> str | None:
@@ -147,12 +180,13 @@ def _unreadable(path: Path, error: Exception) -> Exception:
 def _tensor_shapes(path: Path, names: set[str], dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
     """Shapes in the header of a safetensors file that must hold exactly `names`, all of `dtype`."""
     try:
+        check_header(path, len(names))
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except OSError as error:
         raise _unreadable(path, error) from error
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise format_error(path, f"not a valid safetensors file ({error})") from error
     if found.keys() != names:
         raise format_error(path, f"holds the tensors {brief(sorted(found))} instead of {brief(sorted(names))}")
@@ -284,16 +318,13 @@ class BankReader:
         schema = table_schema(self.manifest["format_version"])
         path = self.file(segment["table"])
         try:
-            table = read_stream(path)
+            table = read_stream(path, schema)
             # Only a full check makes offsets and UTF-8 safe to follow; it reads everything, as `verify` does anyway.
             table.validate(full=self.verify)
-            fields = [(field.name, field.type) for field in table.schema]
-            if fields != [(field.name, field.type) for field in schema]:
-                raise ValueError(f"it has the columns {fields}")
             if nulls := [field.name for field in schema if not field.nullable and table[field.name].null_count]:
                 raise ValueError(f"{', '.join(nulls)} are null somewhere")
             if table.nbytes > segment["table"]["bytes"]:
-                raise ValueError("it is compressed, which the format does not allow")
+                raise ValueError("its columns lie in the same bytes")
             if len(table) and numbers_of(table, "chunks").min() < 1:
                 raise ValueError("it has a document without chunks, but chunks ascend by 1 or more")
         except OSError as error:

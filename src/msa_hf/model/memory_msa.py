@@ -21,6 +21,7 @@ from .arrow_msa import pyarrow, table_schema
 from .bank_format_msa import RESTORE, BankFormatError
 from .bank_reader_msa import KnowsOrigin, open_bank
 from .bank_writer_msa import write_bank
+from .bounds_msa import check_json
 from .chunks_msa import ContextRows
 from .dense_layer_msa import DenseLayer as DenseLayer
 from .document_rows_msa import ChunkLayout
@@ -131,7 +132,7 @@ class DocumentTable(Sequence[Document]):
 
     def row(self, row: int) -> Document:
         """What lies in a row, deleted or not."""
-        return self._documents[row] if self._table is None else self._decode(self._table.slice(row, 1))[0]
+        return self._documents[row] if self._table is None else next(self._decode(self._table.slice(row, 1)))
 
     def __iter__(self) -> Iterator[Document]:
         if self._table is None:
@@ -157,10 +158,10 @@ class DocumentTable(Sequence[Document]):
             row += len(batch)
 
     @staticmethod
-    def _decode(rows: Any) -> list[Document]:
-        documents = []
+    def _decode(rows: Any) -> Iterator[Document]:
         for row in _validated(rows).to_pylist():
             try:
+                check_json(row["metadata"] or "")
                 metadata = None if row["metadata"] is None else json.loads(row.pop("metadata"))
                 if not isinstance(metadata, dict | None):
                     raise ValueError("not an object")
@@ -169,8 +170,7 @@ class DocumentTable(Sequence[Document]):
                     f"Document {row['key']!r}: its metadata is not JSON ({error}). {RESTORE}."
                 ) from error
             row.pop("digest", None)
-            documents.append(Document(**{**row, "metadata": metadata}))
-        return documents
+            yield Document(**{**row, "metadata": metadata})
 
     def position(self, key: str) -> int:
         """Index of the document named `key`.
@@ -210,7 +210,8 @@ class DocumentTable(Sequence[Document]):
         """
         if self._table is not None:
             visible = self.visible_rows()
-            return _validated(self._table).filter(pyarrow().array(visible)) if len(self.deleted) else self._table
+            table = _validated(self._table)
+            return table.filter(pyarrow().array(visible)) if len(self.deleted) else table
         numbered = self.ids() is not None
         rows = []
         for document in self:

@@ -22,6 +22,7 @@ from ..json_object import JsonObject
 from ..model.bank_format_msa import BankFormatError, FileRecord
 from ..model.bank_reader_msa import checked_file
 from ..model.bank_writer_msa import BankWriter
+from ..model.bounds_msa import check_header
 from .dense import (
     DIGEST_BYTES,
     DTYPE,
@@ -252,9 +253,10 @@ def read_vectors(directory: Path, entry: JsonObject, dimension: int) -> Vectors:
         "digests": ((rows, DIGEST_BYTES), torch.uint8),
     }
     try:
+        check_header(path, len(wanted))
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in wanted}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, ValueError, OSError) as error:
         raise BankFormatError(f"{path}: not a file of vectors ({error}).") from error
     for name, (shape, kind) in wanted.items():
         if tuple(tensors[name].shape) != shape or tensors[name].dtype != kind:

@@ -28,7 +28,6 @@ With weights on `reciprocal` and `always` alone this is fusion by reciprocal ran
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +36,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..model.bounds_msa import read_json
 from .sidecar import write_sidecar
 
 FILE = "fusion.json"
@@ -94,7 +94,7 @@ class FusionWeights:
         """
         path = Path(directory) / FILE
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path)
             if record["format"] != FORMAT or record["version"] != VERSION or tuple(record["features"]) != FEATURES:
                 raise ValueError("its format, version or features are others")
             ways, method = tuple(map(str, record["ways"])), str(record["method"])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ..model.bounds_msa import read_json
 
 # Words are cut at what is neither letter nor digit, lower-cased, freed of accents, of the language's stop words and of
 # endings. "bigrams" takes pairs of characters instead, for languages that do not put spaces between words; "none" has
@@ -169,7 +170,7 @@ class LexicalSearcher:
 def stamp_of(directory: Path) -> int | None:
     """The number of tantivy's last commit in a directory; None where there is none."""
     try:
-        stamp = json.loads((directory / META).read_text(encoding="utf-8")).get("opstamp")
+        stamp = read_json(directory / META).get("opstamp")
     except (OSError, ValueError, AttributeError):
         return None
     return stamp if type(stamp) is int else None

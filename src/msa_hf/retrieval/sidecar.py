@@ -8,17 +8,14 @@ from pathlib import Path
 
 from ..json_object import JsonObject
 from ..model.bank_writer_msa import write_text
-
-MAX_BYTES = 64 * 2**20
+from ..model.bounds_msa import read_json
 
 
 def read_sidecar(path: Path, kind: str) -> JsonObject | None:
     """What a file says; None where there is none, or one that is damaged or of another `kind`: it is then made anew."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            return None
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = read_json(path)
+    except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and record.get("kind") == kind else None
 

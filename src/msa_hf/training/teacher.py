@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
+
+from ..model.bounds_msa import read_json
 
 
 class Teacher(Protocol):
@@ -40,9 +41,9 @@ def load_teacher(name: str, device: str | torch.device = "cpu") -> Teacher:
 def _pools_means(path: Path) -> bool:
     """Tell whether a directory holds a model whose sentence embeddings are means of its last states."""
     try:
-        modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
+        modules = read_json(path / "modules.json")
         pooling = next(module["path"] for module in modules if module["type"].rpartition(".")[2] == "Pooling")
-        options = json.loads((path / pooling / "config.json").read_text(encoding="utf-8"))
+        options = read_json(path / pooling / "config.json")
         chosen = [name for name, value in options.items() if name.startswith("pooling_mode_") and value]
         kinds = {module["type"].rpartition(".")[2] for module in modules}
         return chosen == ["pooling_mode_mean_tokens"] and kinds <= {"Transformer", "Pooling", "Normalize"}

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...model.bank_format_msa import TensorLayout, TensorPair
+from ...model.bank_format_msa import RESTORE, BankFormatError, TensorLayout, TensorPair
 from .segments import Segment
 
 GROWTH = 5 / 4  # of a buffer that is full: appending costs a few copies of each row, spare room at most a quarter
@@ -45,6 +45,19 @@ def _room_like(rows: Array, length: int) -> Array:
     return np.empty((length, *rows.shape[1:]), rows.dtype)
 
 
+def _zeros(layout: TensorLayout, layer: int, chunks: int, device: torch.device) -> TensorPair:
+    """Zeros that take up no memory on the CPU until they are written to: what is lost costs nothing."""
+    found = []
+    for like in layout.zeros(layer, chunks):
+        try:
+            numbers = np.zeros(like.numel() * like.itemsize, np.uint8)
+        except (MemoryError, ValueError) as error:
+            cause = f"Tensors of {chunks} chunks, of which some are lost, do not fit into memory"
+            raise BankFormatError(f"{cause} ({error}). {RESTORE}.") from error
+        found.append(torch.from_numpy(numbers).view(layout.dtype).view(like.shape).to(device))
+    return found[0], found[1]
+
+
 class Buffers:
     """Routing keys and content of all rows, in memory: what snapshots are views of."""
 
@@ -70,11 +83,12 @@ class Buffers:
             if len(shards) == 1 and shards[0][1].file is not None and device.type == "cpu":
                 layers[layer] = shards[0][1].tensors(layer)
                 continue
-            whole = layout.empty(layer, total + total // SPARE, device)
+            room, lost = total + total // SPARE, any(shard.file is None for _, shard in shards)
+            whole = _zeros(layout, layer, room, device) if lost else layout.empty(layer, room, device)
             for start, shard in shards:
-                parts = layout.zeros(layer, shard.end - shard.first) if shard.file is None else shard.tensors(layer)
-                for all_rows, part in zip(whole, parts, strict=True):
-                    all_rows[start + shard.first : start + shard.end] = part
+                if shard.file is not None:
+                    for all_rows, part in zip(whole, shard.tensors(layer), strict=True):
+                        all_rows[start + shard.first : start + shard.end] = part
             layers[layer] = whole
         return cls(layers, total)
 

@@ -21,7 +21,7 @@ from ...model.bank_format_msa import (
     format_error,
     new_manifest,
 )
-from ...model.bank_reader_msa import BankReader, read_manifest, referenced_files
+from ...model.bank_reader_msa import FEW_ROWS, BankReader, check_claims, read_manifest, referenced_files
 from ...model.bank_writer_msa import BankWriter, remove_unnamed
 from ...model.origin_msa import BankOrigin
 from .encoder import DocumentEncoder
@@ -60,6 +60,8 @@ def read_contents(reader: BankReader, opened: Iterable[Segment], device: torch.d
     """
     manifest = reader.manifest
     path = reader.directory / MANIFEST
+    if manifest["counts"]["documents"] > FEW_ROWS:
+        check_claims(reader.directory, manifest)
     old = {item.record["table"]["file"]: item for item in opened}
     segments: list[Segment] = []
     losses: list[tuple[Segment, Loss]] = []
@@ -73,6 +75,8 @@ def read_contents(reader: BankReader, opened: Iterable[Segment], device: torch.d
             losses += [(segment, loss) for loss in found]
     if losses and read_manifest(reader.directory)["checksum"] != manifest["checksum"]:
         raise format_error(path, "the bank was changed while it was opened", "Open it again")
+    if losses:
+        check_claims(reader.directory, manifest)
     deletions = reader.deletions()
     damage = [damage_of(segment, loss, deletions.rows) for segment, loss in losses]
     versions: dict[KeyHash, int] = {}

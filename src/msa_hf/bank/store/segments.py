@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...model.arrow_msa import ArrowTable, TableRow, numbers_of, pyarrow, table_schema
+from ...model.arrow_msa import DIGEST_BYTES, ArrowField, ArrowTable, TableRow, numbers_of, pyarrow, table_schema
 from ...model.bank_format_msa import (
     INDEX_ENTRY,
     BankFormatError,
@@ -23,6 +23,8 @@ from ...model.bank_format_msa import (
 )
 from ...model.bank_reader_msa import BankReader, Shard, shard_layers
 
+Rows = NDArray[np.int64]
+NO_ROWS = np.empty(0, np.int64)
 NO_INDEX = np.empty((3, 0), np.uint64)
 
 
@@ -52,7 +54,7 @@ class Loss:
 
     file: str
     cause: str
-    rows: list[int]
+    rows: Rows
 
 
 class Segment:
@@ -67,6 +69,7 @@ class Segment:
         shards: where the tensors lie, likewise counted; none in a bank without a directory.
         lost: [rows] bool, rows whose table or tensors are damaged.
         stale: a part was made anew that the directory does not have: a table of format version 1, an index.
+        nameless: the table is lost, and with it all keys.
     """
 
     def __init__(self, record: SegmentRecord, table: ArrowTable, path: Path, stale: bool = False) -> None:
@@ -75,6 +78,7 @@ class Segment:
         self.path = path
         self.index: NDArray[np.uint64] = NO_INDEX
         self.stale = stale
+        self.nameless = False
         self.shards: list[Shard] = []
         self.offsets: NDArray[np.int64] = np.concatenate([[0], numbers_of(table, "chunks").cumsum()])
         self.lost = np.zeros(len(table), bool)
@@ -123,7 +127,7 @@ class Segment:
                     segment.index = reader.segment_index(record)
                 except BankFormatError as error:
                     segment.rebuild_index()
-                    losses.append(Loss(record["index"]["file"], str(error), []))
+                    losses.append(Loss(record["index"]["file"], str(error), NO_ROWS))
         for item in record["tensors"]:
             try:
                 shard = reader.shard(item)
@@ -136,17 +140,33 @@ class Segment:
 
     @classmethod
     def unreadable(cls, record: SegmentRecord, path: Path) -> Segment:
-        """A segment whose table is lost: as many rows, none of which is ever looked at."""
+        """A segment whose table is lost: as many rows, none of which is ever looked at.
+
+        What they have in common, zeros, lies in memory once, and in pages that nobody touches.
+        """
         first, end = record["documents"]
         if "index" not in record or (rows := end - first) * INDEX_ENTRY != record["index"]["bytes"]:
             raise format_error(path, "cannot be read, and with it is lost what a bank of format version 1 has of ids")
         pa, schema = pyarrow(), table_schema(2)
-        chunks = np.ones(rows, np.int64)
-        chunks[-1] += record["chunks"] - rows
-        columns = {field.name: pa.nulls(rows, field.type) for field in schema}
-        columns |= {"chunks": pa.array(chunks), "tokens": pa.array(np.zeros(rows, np.int64))}
-        columns |= {"key": pa.repeat("", rows), "id": pa.array(np.full(rows, -1))}
-        return cls(record, pa.table(columns).cast(schema), path)
+        try:
+            chunks = np.ones(rows, np.int32)
+            chunks[-1] += record["chunks"] - rows
+        except OverflowError as error:
+            raise format_error(path, f"cannot be read, and {record['chunks']} chunks are too many for it") from error
+        zeros = pa.py_buffer(np.zeros(DIGEST_BYTES * rows + 8, np.uint8))
+
+        def nothing(field: ArrowField) -> object:
+            validity = zeros if field.nullable else None
+            wide = pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+            return pa.Array.from_buffers(field.type, rows, [validity, zeros, *([zeros] if wide else [])])
+
+        columns = [nothing(field) for field in schema]
+        names = [field.name for field in schema]
+        columns[names.index("chunks")] = pa.array(chunks)
+        columns[names.index("id")] = pa.array(np.full(rows, -1))
+        segment = cls(record, pa.table(columns, schema=schema), path)
+        segment.nameless = True
+        return segment
 
     def _damaged(self, error: ValueError, row: int | None = None) -> BankFormatError:
         where = "" if row is None else f"in row {row} "
@@ -164,16 +184,16 @@ class Segment:
         """Make the index from the table."""
         self.index, self.stale = index_of(self.whole_table()["key"].to_pylist()), True
 
-    def lose_chunks(self, first: int, end: int) -> list[int]:
+    def lose_chunks(self, first: int, end: int) -> Rows:
         """Mark the documents that have chunks in [first, end) as lost; returns the rows that were not."""
         # Shards hold whole documents; where one does not, the documents at its edges are lost as well.
         start = int(np.searchsorted(self.offsets, first, side="right")) - 1
         stop = int(np.searchsorted(self.offsets, end, side="left"))
         return self.lose_rows(start, stop)
 
-    def lose_rows(self, start: int, stop: int) -> list[int]:
+    def lose_rows(self, start: int, stop: int) -> Rows:
         """Mark rows as lost; returns those that were not."""
-        fresh = [row for row in range(start, stop) if not self.lost[row]]
+        fresh = np.flatnonzero(~self.lost[start:stop]) + start
         self.lost[start:stop] = True
         return fresh
 
@@ -234,6 +254,6 @@ def with_ids(table: ArrowTable, ids: NDArray[np.int64]) -> ArrowTable:
 
 def damage_of(segment: Segment, loss: Loss, deleted: NDArray[np.int64]) -> Damage:
     """A loss in terms of documents: of what was deleted nothing is lost."""
-    gone = set(deleted.tolist())
-    start = segment.record["documents"][0]
-    return Damage(loss.file, loss.cause, tuple(segment.key(row) for row in loss.rows if start + row not in gone))
+    lost = loss.rows[~np.isin(loss.rows + segment.record["documents"][0], deleted)]
+    keys = (None,) * len(lost) if segment.nameless else tuple(segment.key(row) for row in lost.tolist())
+    return Damage(loss.file, loss.cause, keys)

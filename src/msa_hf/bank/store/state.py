@@ -77,7 +77,7 @@ class State:
         growing = GrowableArray(np.zeros(1, np.int64))
         offsets = _grown(growing, segments)
         starts = _starts(segments)
-        hidden = _hidden(segments, starts, deleted)
+        hidden = _hidden(segments, deleted)
         visible = np.ones(len(offsets) - 1, bool)
         visible[hidden] = False
         chunks = int(np.diff(offsets)[visible].sum())
@@ -90,7 +90,7 @@ class State:
         table = concat_tables([self.table, *(item.table for item in fresh)]) if fresh else self.table
         offsets = _grown(self._growing, fresh)
         starts = _starts(segments)
-        hidden = _hidden(segments, starts, deleted)
+        hidden = _hidden(segments, deleted)
         gone = np.setdiff1d(hidden, self.hidden, assume_unique=True)
         chunks, tokens = self.chunks, self.tokens
         for item in fresh:
@@ -151,7 +151,10 @@ def _grown(offsets: GrowableArray[Rows], segments: tuple[Segment, ...]) -> Rows:
     return offsets.view(offsets.length)
 
 
-def _hidden(segments: tuple[Segment, ...], starts: Rows, deleted: Rows) -> Rows:
+def _hidden(segments: tuple[Segment, ...], deleted: Rows) -> Rows:
     """Rows that are deleted or lost."""
-    lost = [np.flatnonzero(item.lost) + start for item, start in zip(segments, starts, strict=True) if item.lost.any()]
-    return np.union1d(deleted, np.concatenate(lost)) if lost else deleted
+    if not any(item.lost.any() for item in segments):
+        return deleted
+    hidden = np.concatenate([item.lost for item in segments])
+    hidden[deleted] = True
+    return np.flatnonzero(hidden)

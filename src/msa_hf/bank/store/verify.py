@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...model.bank_format_msa import data_files
 from ...model.bank_reader_msa import damage_of_file
-from .segments import Damage, Loss, Segment, damage_of
+from .segments import NO_ROWS, Damage, Loss, Rows, Segment, damage_of
 from .state import State
 
 
@@ -19,7 +19,7 @@ def find_damage(directory: Path, state: State, known: Mapping[str, Damage]) -> l
     """
     found: list[Damage] = []
 
-    def note(segment: Segment, file: str, rows: list[int]) -> None:
+    def note(segment: Segment, file: str, rows: Rows) -> None:
         cause = causes.pop(file)
         found.append(known.get(file) or damage_of(segment, Loss(file, cause, rows), state.deleted))
 
@@ -39,7 +39,7 @@ def find_damage(directory: Path, state: State, known: Mapping[str, Damage]) -> l
         if "index" in record and (file := record["index"]["file"]) in causes:
             if not segment.lost.all():
                 segment.rebuild_index()
-            note(segment, file, [])
+            note(segment, file, NO_ROWS)
     return found + [Damage(file, cause) for file, cause in causes.items()]  # what can be done without
 
 
