@@ -27,11 +27,12 @@ from scripted import COMPACT, byte_tokenizer, memory_model
 from test_durability import fast_directory, files_of, named  # noqa: F401
 from test_parallel import FORK, together
 
-from msa_hf.bank import BankLocked, BankStore, RankFailed
+from msa_hf.bank import BankLocked, BankNotWritable, BankStore, RankFailed
 from msa_hf.bank.encode_corpus import FOLDER, Encoded, connected, encode_bank
 from msa_hf.cli import main
 from msa_hf.data.documents import Corpus
 from msa_hf.model.bank_format_msa import BankFormatError
+from msa_hf.model.bank_writer_msa import BankWriter
 from msa_hf.model.memory_msa import BankOrigin, MemoryBank
 from msa_hf.user_errors import UserError
 
@@ -445,6 +446,33 @@ def test_the_bank_that_was_there_stays_until_the_new_one_is_complete(tmp_path: P
     (bank / "manifest.json").write_text("{")
     with pytest.raises(BankFormatError, match="not valid JSON"):
         encode(source, bank, log)
+
+
+@pytest.mark.parametrize("sole_writer", [False, True])
+def test_a_bank_is_not_replaced_once_the_lock_file_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sole_writer: bool
+) -> None:
+    rows = rows_of(6, 4)
+    source, bank, log = written(tmp_path / "rows.jsonl", rows), tmp_path / "bank", tmp_path / "log"
+    encode(source, bank, log)
+    before, prefix = content_of(bank), BankWriter.prefix
+
+    def removing(*arguments: Any) -> Any:
+        (bank / ".lock").unlink()
+        return prefix(*arguments)
+
+    monkeypatch.setattr(BankWriter, "prefix", removing)
+    written(source, rows[::-1])
+    if sole_writer:  # no lock is asked for
+        encode(source, bank, log, sole_writer=True)
+        (bank / ".lock").touch()  # for the comparison
+    else:
+        with pytest.raises(BankNotWritable, match="was removed since"):
+            encode(source, bank, log)
+        assert content_of(bank).items() >= before.items()
+        monkeypatch.undo()
+        encode(source, bank, log)
+    assert_bank(bank, rows[::-1])
 
 
 def test_a_corpus_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:

@@ -180,6 +180,28 @@ def test_a_lock_file_that_changes_while_it_is_locked_is_not_written_to(
     assert swap != "replaced" or lock.read_text() == "not ours either"
 
 
+@pytest.mark.parametrize("make", [made_symlink, made_hard_link, made_pipe])
+def test_a_lock_file_that_changes_before_it_is_opened_is_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path, Path], None]
+) -> None:
+    bank, outside, lstat = small_bank(tmp_path / "bank"), tmp_path / "outside", Path.lstat
+    outside.write_text("keep this")
+
+    def changing(path: Path) -> os.stat_result:
+        found = lstat(path)
+        if path.name == ".lock":
+            path.unlink()
+            make(path, outside)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "lstat", changing)
+        patch.setattr(fcntl, "flock", lambda *_: pytest.fail("it is not locked"))
+        with pytest.raises(BankNotWritable, match=r"remove it"):
+            BankStore(FakeModel(), bank)
+    assert outside.read_text() == "keep this"
+
+
 def test_a_lock_file_that_gets_a_second_name_is_not_written_to_at_the_end(tmp_path: Path) -> None:
     lock = WriterLock(tmp_path)
     (tmp_path / "second").hardlink_to(tmp_path / ".lock")
@@ -229,6 +251,20 @@ def test_a_bank_whose_lock_file_was_removed_is_not_written_to(tmp_path: Path) ->
                 bank.add(["two"])
             other.add(["three"])
     assert [document.text for document in MemoryBank.from_pretrained(tmp_path).documents] == ["one", "three"]
+
+
+def test_a_bank_is_not_saved_once_the_lock_file_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_bank(tmp_path)
+    before, segment = files(tmp_path), BankWriter.segment
+
+    def removing(*arguments: Any) -> Any:
+        (tmp_path / ".lock").unlink()
+        return segment(*arguments)
+
+    monkeypatch.setattr(BankWriter, "segment", removing)
+    with pytest.raises(BankNotWritable, match="was removed since"):
+        save_bank(tmp_path)
+    assert files(tmp_path) == before
 
 
 # File systems without locks -------------------------------------------------------------------------------------------
