@@ -25,8 +25,7 @@ class ChildFailed(Exception):
 
 def start_server(shim: Path | None) -> None:
     """Start the process that children are forked from, with the shim for system calls where there is one."""
-    here = Path(__file__).resolve()
-    paths = [str(here.parents[1]), str(here.parents[2] / "src"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     settings = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     if shim is not None:
         settings["LD_PRELOAD"] = str(shim)

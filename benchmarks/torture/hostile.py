@@ -6,7 +6,6 @@ any JSON object are replaced, and of files that an object names with `bytes` and
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import json
@@ -115,12 +114,18 @@ def _walk(node: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...]
         yield from _walk(value, (*at, step))
 
 
+def _read(path: Path) -> Any:
+    """What a JSON file says; one that says it more than once, in a line each, says it in the first."""
+    text = path.read_text()
+    return json.loads(text if text.startswith("{\n") else text.splitlines()[0])
+
+
 def _found(directory: Path, kind: type, name: str | None = None) -> list[tuple[Path, tuple[Any, ...]]]:
     """Where values of a type lie, in any JSON file; with `name`, those of that name alone."""
     return [
         (path, at)
         for path in _documents(directory)
-        for at, value in _walk(json.loads(path.read_text()))
+        for at, value in _walk(_read(path))
         if type(value) is kind and at and (name is None or at[-1] == name)
     ]
 
@@ -130,33 +135,42 @@ def _records(directory: Path) -> list[tuple[Path, tuple[Any, ...]]]:
     return [
         (path, at)
         for path in _documents(directory)
-        for at, value in _walk(json.loads(path.read_text()))
+        for at, value in _walk(_read(path))
         if isinstance(value, dict) and {"file", "bytes", "sha256"} <= value.keys()
     ]
 
 
+def _at(path: Path, at: tuple[Any, ...]) -> Any:
+    value = _read(path)
+    for step in at:
+        value = value[step]
+    return value
+
+
 def _set(path: Path, at: tuple[Any, ...], value: object) -> None:
-    """Replace a value in a JSON file, and sign it."""
-    whole = json.loads(path.read_text())
+    """Replace a value in a JSON file, and sign it, and whatever refers to it by its signature."""
+    whole, lines = _read(path), path.read_text()
     node = whole
     for step in at[:-1]:
         node = node[step]
     node[at[-1]] = value
-    if "checksum" in whole:
+    before, after = whole.get("checksum"), None
+    if before is not None:
         rest = {name: part for name, part in whole.items() if name != "checksum"}
         text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        whole["checksum"] = hashlib.sha256(text.encode()).hexdigest()
-    path.write_text(json.dumps(whole))
+        after = whole["checksum"] = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text((1 if lines.startswith("{\n") else max(lines.count("\n"), 1)) * (json.dumps(whole) + "\n"))
+    for other in _documents(path.parent):
+        for place, said in _walk(_read(other)) if after is not None else ():
+            if said == before and place != ("checksum",):
+                _set(other, place, after)
 
 
 def _replace(record: tuple[Path, tuple[Any, ...]], data: bytes) -> str:
     """Replace the content of a data file, and put what is said of it right."""
     path, at = record
-    entry = json.loads(path.read_text())
-    for step in at:
-        entry = entry[step]
+    entry = _at(path, at)
     path.with_name(entry["file"]).write_bytes(data)
-    entry = copy.deepcopy(entry)
     entry.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
     _set(path, at, entry)
     return str(entry["file"])
@@ -200,9 +214,7 @@ def make(kind: str, at: int, detail: str, directory: Path, place: Path) -> str:
 
 def _path(record: tuple[Path, tuple[Any, ...]]) -> Path:
     path, at = record
-    entry = json.loads(path.read_text())
-    for step in at:
-        entry = entry[step]
+    entry = _at(path, at)
     return path.with_name(entry["file"])
 
 
