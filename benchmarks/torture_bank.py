@@ -30,6 +30,7 @@ from torture.faults import Bases, Faults
 from torture.flips import Flips
 from torture.hostile import Hostile
 from torture.kills import Kills
+from torture.power import Power
 from torture.readers import Readers
 from torture.shim import build
 from torture.writers import Writers
@@ -38,6 +39,7 @@ from tqdm import tqdm
 # Of the minutes, in the order in which the attacks run.
 SHARES = {
     "kills": 4,
+    "power": 4,
     "flips": 4,
     "faults": 8,
     "writers": 2,
@@ -54,6 +56,7 @@ def attacks_of(settings: Settings, place: Path) -> dict[str, Attack]:
     bases = Bases(place / "bases")
     attacks: list[Attack] = [
         Kills(settings, bases),
+        Power(settings, bases),
         Flips(settings, bases),
         Faults(settings, bases),
         Writers(settings, bases),

@@ -14,7 +14,7 @@ from .attack import Outcome, Settings, Wrong
 from .children import Child, call
 from .events import State
 from .operations import BASES, ERASED, OPERATIONS, Operation, make_base
-from .shim import CHANGING, ERRORS, INTERRUPT, KILL, KINDS, Fault, failing
+from .shim import CHANGING, ERRORS, INTERRUPT, KILL, KINDS, Fault, Trace, failing
 
 UNKNOWN = "CommitOutcomeUnknown"
 DAMAGE = ("BankFormatError", "BankDamaged")
@@ -181,7 +181,7 @@ def attack_writing(name: str, directory: Path, fault: Fault) -> str:
         else:
             check(directory, possible)
         if operation.erases and error is None:
-            _erased(directory)
+            erased(directory)
     except Wrong as wrong:
         raise Wrong(f"{hit.call}: {_said(error)}: {wrong}") from error
     return word
@@ -236,7 +236,8 @@ def _creates(directory: Path, possible: list[State]) -> None:
     check(directory, possible)
 
 
-def _erased(directory: Path) -> None:
+def erased(directory: Path) -> None:
+    """Make sure that no file has a text that no document has."""
     for path in directory.rglob("*"):
         if path.is_file() and any(text.encode() in path.read_bytes() for text in ERASED):
             raise Wrong(f"compact() returned, yet {path.name} has the text of a deleted document")
@@ -304,12 +305,14 @@ def attack_reading(name: str, directory: Path, fault: Fault) -> str:
 # Kills ----------------------------------------------------------------------------------------------------------------
 
 
-def attack_killed(say: Callable[[object], None], name: str, directory: Path, number: int, how: str) -> None:
+def attack_killed(
+    say: Callable[[object], None], name: str, directory: Path, number: int, how: str, trace: Trace | None
+) -> None:
     """Carry an operation out until SIGKILL at a system call; says how many steps are done."""
     operation = OPERATIONS[name]
     bank = None if operation.opening else opened(operation, directory)
     say(0)
-    with failing(directory, Fault(CHANGING, number, KILL, how)):
+    with failing(directory, Fault(CHANGING, number, KILL, how), trace):
         if operation.opening:
             bank = opened(operation, directory)
         for done, step in enumerate(operation.steps, 1):
@@ -317,6 +320,6 @@ def attack_killed(say: Callable[[object], None], name: str, directory: Path, num
             say(done)
 
 
-def killed(name: str, directory: Path, number: int, how: str) -> int:
+def killed(name: str, directory: Path, number: int, how: str, trace: Trace | None = None) -> int:
     """Have a child killed; returns how many steps it acknowledged."""
-    return max(Child(attack_killed, name, directory, number, how).said(60), default=0)
+    return max(Child(attack_killed, name, directory, number, how, trace).said(60), default=0)

@@ -17,7 +17,7 @@ from .operations import BASES
 
 HARMLESS = (".lock",)  # no part of the bank
 ASKED = ("read", "load", "write")
-BANKS = ("mixed", "mixed", "mixed", "version1")
+BANKS = ("mixed", "mixed", "churned", "churned", "copied", "version1")
 
 
 class Flips:
@@ -234,20 +234,20 @@ def _changes(bank: Any, state: State, keys: list[str], gone: list[str]) -> State
             raise Wrong(f"{change} returned {changed}")
         done.append(change)
 
-    apply(Change(deleted, None, 50), bank.delete(deleted, 50))
-    apply(Change(replaced, "a text in its place", 50), bank.upsert(replaced, "a text in its place", 50))
+    apply(Change(deleted, None, 1000), bank.delete(deleted, 1000))
+    apply(Change(replaced, "a text in its place", 1000), bank.upsert(replaced, "a text in its place", 1000))
     if late is not None:
         apply(Change(kept, "a late text", late), bank.upsert(kept, "a late text", late), False)
     for key in gone:
         apply(Change(key, "late", 1), bank.upsert(key, "late", 1), False)
     try:
-        bank.add([{"key": kept, "text": "a second document of the key", "version": 60}])
+        bank.add([{"key": kept, "text": "a second document of the key", "version": 1001}])
     except ValueError as error:
         if type(error) is not ValueError:
             raise
     else:
         raise Wrong(f"add() put in a second document of the key {kept!r}")
-    apply(Change("further", "a further text", 50), bank.upsert("further", "a further text", 50))
+    apply(Change("further", "a further text", 1000), bank.upsert("further", "a further text", 1000))
     if bank.delete("never there"):
         raise Wrong("delete() of a key that was never there returned True")
     bank.compact()

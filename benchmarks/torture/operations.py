@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +69,22 @@ def _states(commits: Iterable[list[Change]]) -> State:
     return state
 
 
-BASES = {"none": State(), "mixed": _states(_mixed()), "version1": SAVED}
+def _churned() -> list[list[Change]]:
+    """So many commits that small segments were merged, and a checkpoint of the log was written."""
+    return [changes for number in range(60) if (changes := events("churned", number, keys=12)) or number < 40]
+
+
+def _saved_of(state: State) -> State:
+    return State(state.documents, {}, state.next_id)  # `save_pretrained` of a snapshot forgets what was deleted
+
+
+BASES = {
+    "none": State(),
+    "mixed": _states(_mixed()),
+    "churned": _states(_churned()),
+    "copied": _saved_of(_states(_mixed())),
+    "version1": SAVED,
+}
 ERASED = ("text k1 ", "text k2 ", "text k6 ")  # texts of documents of the base `mixed` that were deleted or replaced
 
 
@@ -77,11 +93,15 @@ def make_base(name: str, directory: Path) -> None:
     from .check import commit
     from .stub import open_bank
 
-    if name == "mixed":
+    if name in ("mixed", "churned"):
         # Shards so small that there are several.
-        with open_bank(directory, max_shard_size=1000) as bank:
-            for changes in _mixed():
+        with open_bank(directory, max_shard_size=1000 if name == "mixed" else "1GB") as bank:
+            for changes in _mixed() if name == "mixed" else _churned():
                 commit(bank, changes)
+    elif name == "copied":
+        make_base("mixed", directory / "of")
+        open_bank(directory / "of", read_only=True).snapshot().save_pretrained(directory)
+        shutil.rmtree(directory / "of")
     elif name == "version1":
         save(directory)
 
@@ -130,6 +150,8 @@ OPERATIONS = {
     "open": Operation("mixed", [ADD], opening=True),
     "create": Operation("none", [ADD], opening=True),
     "upgrade": Operation("version1", [ADD]),
+    "upgrade_ids": Operation("copied", [ADD]),
+    "go_on": Operation("churned", [ADD, _commit(Change("key 1", None, 99)), _commit(Change("key 2", "later", 99))]),
     "save": Operation("mixed", [Step(lambda bank, directory: save(directory), lambda state: SAVED)], options=None),
     "close": Operation("mixed", [ADD, Step(lambda bank, directory: bank.close())]),
     "index": Operation("mixed", [ADD], options={"lexical": True}, opening=True),

@@ -1,5 +1,8 @@
 /* Makes the n-th system call that touches a directory fail. Loaded with LD_PRELOAD; does nothing until it is armed.
  *
+ * `torture_trace` also writes down every change that was carried out, and keeps files that are removed or replaced in a
+ * graveyard, so that what a loss of power would have left can be made of it.
+ *
  * Calls are counted by kind. `torture_arm` says which directory, which kinds, the number of the first call to fail, with
  * which error, and how: see `fault`. KILL and INTERRUPT stand for SIGKILL and SIGINT in the place of an error.
  */
@@ -70,23 +73,24 @@ static int name_of(int descriptor, char *name, size_t size) {
     return 1;
 }
 
-/* Whether this call fails now. A path is absolute, or relative to `at`; NULL: of the descriptor `at` itself. */
-static int fails(enum kind kind, const char *call, int at, const char *path) {
-    char name[2 * PATH_MAX];
-    if (!fault.armed || !(fault.kinds & 1u << kind)) return 0;
-    int before = errno;
+/* The path that a call means; 0: it does not lie below the directory. NULL: of the descriptor `at` itself. */
+static int resolve(int at, const char *path, char *name, size_t size) {
+    int before = errno, found = 1;
     if (path && path[0] == '/') {
-        snprintf(name, sizeof name, "%s", path);
+        snprintf(name, size, "%s", path);
     } else {
         char base[PATH_MAX];
-        if (at == AT_FDCWD ? !getcwd(base, sizeof base) : !name_of(at, base, sizeof base)) {
-            errno = before;
-            return 0;
-        }
-        snprintf(name, sizeof name, "%s%s%s", base, path ? "/" : "", path ? path : "");
+        found = at == AT_FDCWD ? getcwd(base, sizeof base) != NULL : name_of(at, base, sizeof base);
+        if (found) snprintf(name, size, "%s%s%s", base, path ? "/" : "", path ? path : "");
     }
     errno = before;
-    if (!lies_below(name)) return 0;
+    return found && lies_below(name);
+}
+
+/* Whether this call fails now. */
+static int fails(enum kind kind, const char *call, int at, const char *path) {
+    char name[2 * PATH_MAX];
+    if (!fault.armed || !(fault.kinds & 1u << kind) || !resolve(at, path, name, sizeof name)) return 0;
     fault.of_kind[kind]++;
     fault.calls++;
     if (!fault.first || (fault.how == ON ? fault.calls < fault.first : fault.calls != fault.first)) return 0;
@@ -98,6 +102,51 @@ static int fails(enum kind kind, const char *call, int at, const char *path) {
     if (fault.error == KILL && fault.how != AFTER) kill(getpid(), SIGKILL);
     return 1;
 }
+
+/* The trace ------------------------------------------------------------------------------------------------------- */
+
+static int trace = -1;
+static char graveyard[PATH_MAX];
+static const char *const NAMES[KINDS] = {[CREATE] = "create", [WRITE] = "write",       [SYNC] = "sync",
+                                         [RENAME] = "rename", [LINK] = "link",         [UNLINK] = "unlink",
+                                         [MKDIR] = "mkdir",   [TRUNCATE] = "write"};
+
+/* From here on; the directory is that of `torture_arm`. */
+void torture_trace(const char *file, const char *place) {
+    snprintf(graveyard, sizeof graveyard, "%s", place);
+    trace = syscall(SYS_openat, AT_FDCWD, file, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+}
+
+static unsigned long long inode_of(int at, const char *path) {
+    struct statx found;
+    int flags = path ? AT_SYMLINK_NOFOLLOW : AT_EMPTY_PATH;
+    return syscall(SYS_statx, at, path ? path : "", flags, STATX_INO, &found) ? 0 : found.stx_ino;
+}
+
+/* Before a file is removed or replaced: give it one more name. */
+static void keep(enum kind kind, int at, const char *path) {
+    char name[2 * PATH_MAX], grave[PATH_MAX + 32];
+    if (trace < 0 || !fault.armed || (kind != UNLINK && kind != RENAME) || !resolve(at, path, name, sizeof name)) return;
+    int before = errno;
+    snprintf(grave, sizeof grave, "%s/%llu", graveyard, inode_of(AT_FDCWD, name));
+    syscall(SYS_linkat, AT_FDCWD, name, AT_FDCWD, grave, 0);
+    errno = before;
+}
+
+/* After a call was carried out: the kind, the inode, the path, and where it was before. */
+static void note(enum kind kind, int at, const char *path, int from_at, const char *from) {
+    char name[2 * PATH_MAX], old[2 * PATH_MAX] = "", line[4 * PATH_MAX + 64];
+    if (trace < 0 || !fault.armed || !NAMES[kind] || !resolve(at, path, name, sizeof name)) return;
+    int before = errno;
+    if (from && !resolve(from_at, from, old, sizeof old)) old[0] = 0;
+    unsigned long long inode = kind == UNLINK ? 0 : path ? inode_of(AT_FDCWD, name) : inode_of(at, NULL);
+    int length = snprintf(line, sizeof line, "%s\t%llu\t%s\t%s\n", NAMES[kind], inode, name + fault.length,
+                          old[0] ? old + fault.length : "");
+    syscall(SYS_write, trace, line, length);
+    errno = before;
+}
+
+/* The calls ------------------------------------------------------------------------------------------------------- */
 
 #define REAL(name) \
     static __typeof__(name) *real; \
@@ -114,12 +163,17 @@ static int fails(enum kind kind, const char *call, int at, const char *path) {
         return failed; \
     } while (0)
 
-#define PATH_CALL(kind, name, parameters, arguments, at, path) \
+#define CALL(kind, name, parameters, arguments, at, path, from_at, from) \
     int name parameters { \
         REAL(name); \
+        keep(kind, at, path); \
         if (fails(kind, #name, at, path)) FAIL(-1, real arguments); \
-        return real arguments; \
+        int result = real arguments; \
+        if (!result) note(kind, at, path, from_at, from); \
+        return result; \
     }
+#define PATH_CALL(kind, name, parameters, arguments, at, path) \
+    CALL(kind, name, parameters, arguments, at, path, AT_FDCWD, NULL)
 
 #define OPEN_CALL(name, parameters, arguments, at, path) \
     int name parameters { \
@@ -132,7 +186,10 @@ static int fails(enum kind kind, const char *call, int at, const char *path) {
             va_end(more); \
         } \
         if (fails(flags & O_CREAT ? CREATE : OPEN, #name, at, path)) FAIL(-1, (void)0); \
-        return real arguments; \
+        int file = real arguments; \
+        if (file >= 0 && flags & O_CREAT) note(CREATE, at, path, AT_FDCWD, NULL); \
+        if (file >= 0 && flags & O_TRUNC) note(WRITE, at, path, AT_FDCWD, NULL); \
+        return file; \
     }
 
 OPEN_CALL(open, (const char *path, int flags, ...), (path, flags, mode), AT_FDCWD, path)
@@ -166,6 +223,7 @@ READ_CALL(pread64, (int file, void *data, size_t size, off64_t at), (file, data,
             if (fault.how == SHORT) return real half; \
             FAIL(-1, real arguments); \
         } \
+        note(WRITE, file, NULL, AT_FDCWD, NULL); \
         return real arguments; \
     }
 WRITE_CALL(write, (int file, const void *data, size_t size), (file, data, (size + 1) / 2), (file, data, size))
@@ -178,13 +236,13 @@ WRITE_CALL(writev, (int file, const struct iovec *parts, int count), (file, part
 
 PATH_CALL(SYNC, fsync, (int file), (file), file, NULL)
 PATH_CALL(SYNC, fdatasync, (int file), (file), file, NULL)
-PATH_CALL(RENAME, rename, (const char *from, const char *to), (from, to), AT_FDCWD, to)
-PATH_CALL(RENAME, renameat, (int at, const char *from, int there, const char *to), (at, from, there, to), there, to)
-PATH_CALL(RENAME, renameat2, (int at, const char *from, int there, const char *to, unsigned flags),
-          (at, from, there, to, flags), there, to)
-PATH_CALL(LINK, link, (const char *from, const char *to), (from, to), AT_FDCWD, to)
-PATH_CALL(LINK, linkat, (int at, const char *from, int there, const char *to, int flags), (at, from, there, to, flags),
-          there, to)
+CALL(RENAME, rename, (const char *from, const char *to), (from, to), AT_FDCWD, to, AT_FDCWD, from)
+CALL(RENAME, renameat, (int at, const char *from, int there, const char *to), (at, from, there, to), there, to, at, from)
+CALL(RENAME, renameat2, (int at, const char *from, int there, const char *to, unsigned flags),
+     (at, from, there, to, flags), there, to, at, from)
+CALL(LINK, link, (const char *from, const char *to), (from, to), AT_FDCWD, to, AT_FDCWD, from)
+CALL(LINK, linkat, (int at, const char *from, int there, const char *to, int flags), (at, from, there, to, flags), there,
+     to, at, from)
 PATH_CALL(UNLINK, unlink, (const char *path), (path), AT_FDCWD, path)
 PATH_CALL(UNLINK, unlinkat, (int at, const char *path, int flags), (at, path, flags), at, path)
 PATH_CALL(UNLINK, rmdir, (const char *path), (path), AT_FDCWD, path)

@@ -104,12 +104,27 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+@dataclass(frozen=True)
+class Trace:
+    """Where every change is written down.
+
+    Attributes:
+        file: a line for each.
+        graveyard: a directory of the same file system, for what is removed or replaced, by inode.
+    """
+
+    file: Path
+    graveyard: Path
+
+
 @contextmanager
-def failing(directory: Path, fault: Fault) -> Iterator[Hit]:
+def failing(directory: Path, fault: Fault, trace: Trace | None = None) -> Iterator[Hit]:
     """A block in which a system call that touches a directory fails, in this process."""
     library, hit = _library(), Hit()
     kinds = sum(1 << KINDS.index(kind) for kind in fault.kinds)
     code = SIGNALS.get(fault.error) or getattr(errno, fault.error)
+    if trace is not None:
+        library.torture_trace(str(trace.file).encode(), str(trace.graveyard).encode())
     library.torture_arm(str(directory.resolve()).encode(), kinds, fault.number, code, HOW[fault.how])
     try:
         yield hit

@@ -14,7 +14,7 @@ from msa_hf.bank import BankStore
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = "--minutes 0.12 --commits 40 --segments 70 --readers 3"
-ATTACKS = ["kills", "flips", "faults", "writers", "readers", "hostile", "descriptors", "commits"]
+ATTACKS = ["kills", "power", "flips", "faults", "writers", "readers", "hostile", "descriptors", "commits"]
 HOLD = ["kills"]  # the other attacks are survived once the bank keeps a log of commits
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
