@@ -7,20 +7,32 @@ from typing import TYPE_CHECKING
 from ..lazy import exports
 
 if TYPE_CHECKING:
+    from .chains import ChainRunner, load_chain
+    from .chat import EndpointChat, TransformersChat
     from .conversation import Conversation, SessionMemory
     from .store import DynamoDBStore, SQLiteStore
+    from .synthesis import Synthesizer, summarize
 
 __all__ = [
+    "ChainRunner",
     "Conversation",
     "DynamoDBStore",
+    "EndpointChat",
     "SQLiteStore",
     "SessionMemory",
+    "Synthesizer",
+    "TransformersChat",
+    "load_chain",
+    "summarize",
 ]
 
 __getattr__ = exports(
     __name__,
     {
+        ".chains": ["ChainRunner", "load_chain"],
+        ".chat": ["EndpointChat", "TransformersChat"],
         ".conversation": ["Conversation", "SessionMemory"],
         ".store": ["DynamoDBStore", "SQLiteStore"],
+        ".synthesis": ["Synthesizer", "summarize"],
     },
 )

@@ -12,7 +12,7 @@ from ..chat.json_schema import AnswerError, read_json
 from .chain import MEMORY, Chain, Retrieve, Step
 from .checking import check_chain
 from .errors import ChainError
-from .template import literal
+from .template import literal, render
 
 MOST_HOPS = 8
 _CAPITAL = r"(?:[^\W\d_a-z][\w'\u2019-]*)"
@@ -137,7 +137,7 @@ def plan_by_model(
     Raises:
         ChainError: for a plan that is none, showing it.
     """
-    messages = messages_of(PLAN_PROMPT.replace("{question}", question))
+    messages = messages_of(render(PLAN_PROMPT, {"question": question}, "plan"))
     for attempt in range(repairs + 1):
         written = chat.complete(messages, plan_tokens, schema=PLAN_SCHEMA)
         try:
