@@ -225,8 +225,14 @@ def _field(batch: memoryview, table: int, number: int) -> int | None:
 
 def write_stream(table: ArrowTable, path: Path) -> None:
     """Write a table to a file as an uncompressed Arrow stream, small batches of it as one."""
+    with pyarrow().OSFile(str(path), "wb") as sink:
+        write_batches(table, sink)
+
+
+def write_batches(table: ArrowTable, sink: object) -> None:
+    """Write a table likewise to a `pyarrow.NativeFile`."""
     pa = pyarrow()
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+    with pa.ipc.new_stream(sink, table.schema) as writer:
         together: list[ArrowTable] = []
         rows = size = 0
         for batch in table.to_batches(max_chunksize=ROWS_PER_BATCH):

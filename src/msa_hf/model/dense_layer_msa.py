@@ -54,6 +54,16 @@ class DenseLayer:
             raise ValueError("These chunks are of no documents yet: say whose they are with `layer.over(layout)`.")
         return self.layout
 
+    def __getstate__(self) -> dict[str, object]:
+        """The tensors without what else lies in the file or the buffer that they are a part of; kept, as a bank's."""
+        for name in ("routing_keys", "pooled_kv"):
+            object.__setattr__(self, name, own_tensor(getattr(self, name)))
+        return dict(vars(self))
+
+    def clone(self) -> "DenseLayer":
+        """Copies of the tensors."""
+        return replace(self, routing_keys=self.routing_keys.clone(), pooled_kv=self.pooled_kv.clone())
+
     # `LayerMemory` ----------------------------------------------------------------------------------------------------
 
     def route(self, queries: Tensor, mask: Tensor, k: int, scoring: Scoring) -> Selection:
@@ -87,6 +97,11 @@ class DenseLayer:
         gather = gather_documents if self.pooled_kv.requires_grad else OPERATIONS["gather_documents"]
         found = gather(selection.documents.to(device), self._layout().offsets_on(device), self.pooled_kv)
         return ContextRows(*found).to(device, dtype)
+
+
+def own_tensor(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it is a part of other memory: pickling a tensor takes all of the memory that it lies in."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def select_scored(scores: Tensor, k: int) -> Selection:

@@ -4,239 +4,31 @@ Per memory layer and chunk of `chunk_size` tokens it holds one routing key and o
 its key, text and metadata; and with what model all of it was made, because no other model can read it.
 """
 
+import copy
 import importlib
-import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, overload, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .arrow_msa import pyarrow, table_schema
-from .bank_format_msa import RESTORE, BankFormatError
 from .bank_reader_msa import KnowsOrigin, open_bank
 from .bank_writer_msa import write_bank
-from .bounds_msa import check_json
 from .chunks_msa import ContextRows
 from .dense_layer_msa import DenseLayer as DenseLayer
+from .dense_layer_msa import own_tensor
 from .document_rows_msa import ChunkLayout
+from .document_table_msa import Document as Document
+from .document_table_msa import DocumentTable as DocumentTable
 from .fingerprint_msa import model_fingerprint as model_fingerprint
 from .fingerprint_msa import tokenizer_fingerprint as tokenizer_fingerprint
 from .origin_msa import BankOrigin as BankOrigin
 from .origin_msa import check_origin
 from .routing_msa import RoutingRequest, Scoring, Selection
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A document of a bank.
-
-    Attributes:
-        key: name, unique within the bank.
-        text: original text, None where it was not kept.
-        metadata: JSON values by name (saving turns tuples into lists), or None.
-        tokens: tokens that were encoded, at least 1.
-        chunks: `ceil(tokens / chunk_size)`.
-        id: number that stays the document's for ever, in banks that can be changed; else None.
-        version: of the event that brought this text, None where it had none.
-    """
-
-    key: str
-    text: str | None
-    metadata: dict[str, object] | None
-    tokens: int
-    chunks: int
-    id: int | None = None
-    version: int | None = None
-
-
-class DocumentTable(Sequence[Document]):
-    """The documents of a bank in order, as a sequence.
-
-    Below it lie rows, in which the bank's chunks are counted: those of the documents, and of deleted ones that still
-    take up room. A document's position counts the documents before it, not the rows.
-
-    Args:
-        rows: documents, or a `pyarrow.Table` with the columns of the bank format. The rows of a table are decoded when
-            they are asked for, so that one that is memory mapped stays on disk.
-        deleted: [n] int64 rows without a document, ascending; default none.
-        find: the row of a key, or None, for a table whose keys are known to be unique; default: they are compared, and
-            looked up in a dictionary.
-
-    Raises:
-        ValueError: where two documents have the same key, naming it.
-    """
-
-    def __init__(
-        self, rows: Any, deleted: np.ndarray | None = None, find: Callable[[str], int | None] | None = None
-    ) -> None:
-        self._table = None if isinstance(rows, Sequence) else rows
-        self._documents: list[Document] = list(rows) if isinstance(rows, Sequence) else []
-        self.deleted = np.empty(0, np.int64) if deleted is None else deleted
-        self.num_rows = len(self._documents if self._table is None else self._table)
-        self._find = find
-        self._positions: dict[str, int] | None = None
-        if find is None:
-            distinct = len(set(self._keys())) if self._table is None else len(self._living("key").unique())
-            if distinct < len(self):
-                key, times = Counter(self._keys()).most_common(1)[0]
-                raise ValueError(f"{times} documents have the key {key!r}; keys must be unique.")
-
-    def _living(self, column: str) -> Any:
-        """A column of the table, of documents alone."""
-        assert self._table is not None
-        values = self._table[column]
-        return values.filter(pyarrow().array(self.visible_rows())) if len(self.deleted) else values
-
-    def visible_rows(self) -> np.ndarray:
-        """[R] bool, the rows that are documents."""
-        visible = np.ones(self.num_rows, bool)
-        visible[self.deleted] = False
-        return visible
-
-    def _keys(self) -> list[str]:
-        return [row.key for row in self] if self._table is None else self._living("key").to_pylist()
-
-    def __len__(self) -> int:
-        return self.num_rows - len(self.deleted)
-
-    def rows_of(self, positions: Tensor) -> Tensor:
-        """Rows of the documents at `positions`, any shape; what is negative stays."""
-        if not len(self.deleted):
-            return positions
-        # The i-th deleted row has `deleted[i] - i` documents before it.
-        before = torch.from_numpy(self.deleted - np.arange(len(self.deleted))).to(positions.device)
-        rows = positions + torch.searchsorted(before, positions.contiguous(), right=True)
-        return torch.where(positions < 0, positions, rows)
-
-    def positions_of(self, rows: Tensor) -> Tensor:
-        """Positions of the documents in `rows`, the inverse of `rows_of`."""
-        if not len(self.deleted):
-            return rows
-        positions = rows - torch.searchsorted(torch.from_numpy(self.deleted).to(rows.device), rows.contiguous())
-        return torch.where(rows < 0, rows, positions)
-
-    @overload
-    def __getitem__(self, index: int) -> Document: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Document]: ...
-    def __getitem__(self, index: int | slice) -> Document | list[Document]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        return self.row(int(self.rows_of(torch.tensor(range(len(self))[index]))))
-
-    def row(self, row: int) -> Document:
-        """What lies in a row, deleted or not."""
-        return self._documents[row] if self._table is None else next(self._decode(self._table.slice(row, 1)))
-
-    def __iter__(self) -> Iterator[Document]:
-        if self._table is None:
-            gone = set(self.deleted.tolist())
-            yield from (document for row, document in enumerate(self._documents) if row not in gone)
-            return
-        visible, row = self.visible_rows(), 0
-        for batch in self._table.to_batches(max_chunksize=1024):
-            alive = visible[row : row + len(batch)]
-            row += len(batch)
-            yield from self._decode(batch if alive.all() else _validated(batch).filter(pyarrow().array(alive)))
-
-    def texts(self, first: int = 0) -> Iterator[tuple[int, str | None]]:
-        """Rows from `first` on that are documents, and their texts; nothing else of them is decoded."""
-        visible, row = self.visible_rows(), first
-        if self._table is None:
-            yield from ((row, self._documents[row].text) for row in range(first, self.num_rows) if visible[row])
-            return
-        for batch in self._table.select(["text"]).slice(first).to_batches(max_chunksize=1024):
-            alive = np.flatnonzero(visible[row : row + len(batch)])
-            found = _validated(batch).take(pyarrow().array(alive))["text"].to_pylist() if len(alive) else ()
-            yield from zip((row + alive).tolist(), found, strict=True)
-            row += len(batch)
-
-    @staticmethod
-    def _decode(rows: Any) -> Iterator[Document]:
-        for row in _validated(rows).to_pylist():
-            try:
-                check_json(row["metadata"] or "")
-                metadata = None if row["metadata"] is None else json.loads(row.pop("metadata"))
-                if not isinstance(metadata, dict | None):
-                    raise ValueError("not an object")
-            except (ValueError, RecursionError) as error:
-                raise BankFormatError(
-                    f"Document {row['key']!r}: its metadata is not JSON ({error}). {RESTORE}."
-                ) from error
-            row.pop("digest", None)
-            yield Document(**{**row, "metadata": metadata})
-
-    def position(self, key: str) -> int:
-        """Index of the document named `key`.
-
-        Raises:
-            KeyError: naming a key that no document has.
-        """
-        if self._find is not None:
-            if (row := self._find(key)) is None:
-                raise KeyError(key)
-            return int(self.positions_of(torch.tensor(row)))
-        if self._positions is None:
-            self._positions = {name: row for row, name in enumerate(self._keys())}
-        return self._positions[key]
-
-    def ids(self) -> np.ndarray | None:
-        """`id` of every document, [N] int64; None in banks without."""
-        if self._table is None:
-            ids = [document.id for document in self]
-            return None if None in ids or not ids else np.array(ids, np.int64)
-        if "id" not in self._table.column_names:
-            return None
-        return self._living("id").to_numpy().astype(np.int64)
-
-    def counts(self, column: str) -> np.ndarray:
-        """`"tokens"` or `"chunks"` of every row: [R] int64; R is the number of documents where none was deleted."""
-        if self._table is not None:
-            return self._table[column].to_numpy().astype(np.int64)
-        return np.fromiter((getattr(row, column) for row in self._documents), np.int64, len(self._documents))
-
-    def to_arrow(self) -> Any:
-        """The documents as a `pyarrow.Table` with the columns of the bank format.
-
-        Raises:
-            ValueError: for metadata that JSON cannot express, naming the document.
-            ImportError: where pyarrow is missing.
-        """
-        if self._table is not None:
-            visible = self.visible_rows()
-            table = _validated(self._table)
-            return table.filter(pyarrow().array(visible)) if len(self.deleted) else table
-        numbered = self.ids() is not None
-        rows = []
-        for document in self:
-            metadata = document.metadata
-            try:
-                encoded = None if metadata is None else json.dumps(metadata, ensure_ascii=False, allow_nan=False)
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"Document {document.key!r}: its metadata cannot be written as JSON: {error}."
-                ) from error
-            row = (document.key, document.text, encoded, document.tokens, document.chunks)
-            rows.append((*row, document.id, document.version, None) if numbered else row)
-        schema = table_schema(2 if numbered else 1)
-        columns = zip(*rows, strict=True) if rows else [()] * len(schema)
-        arrays = [pyarrow().array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-        return pyarrow().Table.from_arrays(arrays, schema=schema)
-
-
-def _validated(rows: Any) -> Any:
-    """Rows of a table whose offsets and UTF-8 are safe to follow: it may have been opened without reading it."""
-    try:
-        rows.validate(full=True)
-    except ValueError as error:
-        raise BankFormatError(f"The table of documents is damaged ({error}). {RESTORE}.") from error
-    return rows
 
 
 @dataclass(frozen=True)
@@ -522,6 +314,42 @@ class MemoryBank:
         except ImportError as error:
             raise ImportError("Searching a bank needs the package: `pip install msa-hf`.") from error
         return module.search(self, query, k, mode, **options)
+
+    # Copies -----------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what can be made again, by value: another process needs no file of this bank.
+
+        What is memory mapped is read, and stays in memory: torch lets processes share a tensor that it sends as long as
+        the sender has it.
+        """
+        self._check_free()
+        self.prefix = {layer: (own_tensor(keys), own_tensor(values)) for layer, (keys, values) in self.prefix.items()}
+        self.offsets = own_tensor(self.offsets)
+        return {**vars(self), "_visible": None, "_layout": None}
+
+    def __copy__(self) -> "MemoryBank":
+        other = type(self).__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "MemoryBank":
+        """Copies of the tensors; what is kept for searching never changes and is shared."""
+        self._check_free()
+        other = copy.copy(self)
+        memo[id(self)] = other
+        other.layers = {layer: memory.clone() for layer, memory in self.layers.items()}
+        other.prefix = {layer: (keys.clone(), values.clone()) for layer, (keys, values) in self.prefix.items()}
+        other.offsets, other.documents = self.offsets.clone(), copy.deepcopy(self.documents, memo)
+        other.indexes, other._visible, other._layout = dict(self.indexes), None, None
+        return other
+
+    def _check_free(self) -> None:
+        if not self.is_whole:
+            raise TypeError(
+                f"A {type(self).__name__} is tied to the devices and processes that it was placed in, and cannot be "
+                "pickled or copied: send the bank that it was made from, or the directory, and place that there."
+            )
 
     def save_pretrained(
         self, directory: str | Path, max_shard_size: int | str = "4GB", sole_writer: bool = False

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..model.dense_layer_msa import own_tensor
 from ..model.document_rows_msa import ChunkLayout
 from ..model.memory_msa import DocumentTable
 from ..ops import route_documents
@@ -58,6 +59,11 @@ class Vectors:
     keys: Tensor
     counts: np.ndarray
     digests: np.ndarray
+
+    def __getstate__(self) -> dict[str, object]:
+        """The vectors without the rest of the file that they lie in."""
+        object.__setattr__(self, "keys", own_tensor(self.keys))
+        return dict(vars(self))
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -210,6 +216,15 @@ class DenseSearcher:
         self._placed: PlacedKeys | None = None
         self._counts = np.concatenate([np.empty(0, np.int64), *(part.counts for part in parts)])
         self._known = np.concatenate([np.empty(0, bool), *(part.known for part in parts)])
+
+    def __getstate__(self) -> dict[str, object]:
+        """The vectors by value; the model is not pickled, whoever searches passes it as `embedder`."""
+        return {**vars(self), "embedder": None, "_placed": None}
+
+    def __copy__(self) -> DenseSearcher:
+        other = type(self).__new__(type(self))
+        vars(other).update(vars(self))
+        return other
 
     def __len__(self) -> int:
         return int(self._known.sum())

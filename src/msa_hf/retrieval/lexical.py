@@ -123,11 +123,21 @@ class LexicalIndex:
         return LexicalSearcher(self, self._index.searcher())
 
 
+@dataclass(frozen=True)
+class UnbuiltIndex:
+    """A lexical index that was pickled: another process opens the bank's own, or makes one of its texts."""
+
+    language: str
+
+
 class LexicalSearcher:
     """A lexical index as one commit left it; later ones do not change it."""
 
     def __init__(self, index: LexicalIndex, searcher: Any) -> None:
         self._index, self._searcher = index, searcher
+
+    def __reduce__(self) -> tuple[type[UnbuiltIndex], tuple[str]]:
+        return UnbuiltIndex, (self.language,)  # tantivy's files stay where they are
 
     @property
     def language(self) -> str:

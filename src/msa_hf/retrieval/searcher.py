@@ -27,10 +27,10 @@ from .dense_files import has_vectors, open_vectors
 from .embedders import Embedder
 from .fusion import FusionWeights, fuse
 from .hits import Found, FoundByLayer, Hit, Why
-from .lexical import LexicalSearcher
-from .lexical_files import open_searcher, read_record
+from .lexical import LexicalSearcher, UnbuiltIndex
+from .lexical_files import open_searcher, read_record, search_in_memory
 from .router_scores import RouterScores, router_scores
-from .rows import CommittedRows
+from .rows import CommittedRows, rows_of_bank
 
 logger = logging.getLogger(__name__)
 WAYS = ("router", "lexical", "dense")
@@ -111,7 +111,12 @@ class Searcher:
             ValueError: where it has none.
             ImportError: where tantivy is missing.
         """
-        found: LexicalSearcher | None = self.bank.indexes.get("lexical")
+        found: LexicalSearcher | UnbuiltIndex | None = self.bank.indexes.get("lexical")
+        if isinstance(found, UnbuiltIndex):
+            home, language = self.bank.home, found.language
+            found = None if home is None else open_searcher(home.directory, self._rows(), build=False)
+            if found is None or found.language != language:
+                found = search_in_memory(rows_of_bank(self.bank), language)
         if found is None and self.bank.home is not None:
             found = open_searcher(self.bank.home.directory, self._rows())
         if found is None:

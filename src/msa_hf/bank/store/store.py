@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -598,6 +598,13 @@ class BankStore:
                 raise
             self._adopt(State.of(self.state.manifest, self.state.segments, self.state.deleted))
             return len(lost)
+
+    def __reduce__(self) -> NoReturn:
+        other = "" if self.directory is None else f", or the directory {str(self.directory)!r}, to open it there"
+        raise TypeError(
+            "A BankStore holds open files and the right to write, and cannot be pickled or copied: pass "
+            f"`store.snapshot()`, which can be{other}."
+        )
 
     def __repr__(self) -> str:
         where = "memory" if self.directory is None else repr(str(self.directory))
