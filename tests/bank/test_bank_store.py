@@ -382,7 +382,7 @@ def test_a_bank_of_version_1_is_upgraded_by_its_first_commit(tmp_path: Path, siz
         assert bank.add([{"key": "new", "text": "added"}]) == [8] and model.encoded == ["added"]
         bank.delete("k0")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["format_version"] == 2
+    assert manifest["format_version"] == 3
     tensors = {name for name in before if name.startswith("layer")}
     assert tensors <= {path.name for path in tmp_path.iterdir()}, "tensors are not written again"
     loaded = MemoryBank.from_pretrained(tmp_path)
@@ -406,8 +406,8 @@ def test_a_saved_snapshot_is_a_bank_without_the_deleted(tmp_path: Path) -> None:
 
 def test_deletions_are_put_together(tmp_path: Path) -> None:
     with BankStore(FakeModel(), tmp_path) as bank:
-        bank.add([f"text {row}" for row in range(50)])
-        for row in range(45):
+        bank.add([f"text {row}" for row in range(150)])
+        for row in range(145):
             bank.delete(str(row), row)
         assert len(bank_reader_msa.read_manifest(tmp_path)["deletions"]) < 40
     with BankStore(FakeModel(), tmp_path) as bank:

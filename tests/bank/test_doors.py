@@ -39,6 +39,7 @@ def directory(tmp_path: Path) -> Path:
         bank.add([{"key": f"k{row}", "text": f"text {row}", "n": row} for row in range(5)])
         bank.delete("k1", 3)
         bank.upsert("k2", "another text", 2)
+        bank.checkpoint()  # in the manifest, not in the log
     return tmp_path / "bank"
 
 
@@ -63,7 +64,7 @@ def test_what_is_intact_is_the_same_behind_all_doors(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("altered", "message"),
     [
-        (change("format_version", to=3), "this library reads up to 2. Upgrade"),
+        (change("format_version", to=4), "this library reads up to 3. Upgrade"),
         (change("reader_features", to=["fp4"]), "which this library cannot read. Upgrade"),
         (change("origin", "more", to=1), "unknown field of the origin: more. Restore the bank"),
         (change("deletions", 0, "rows", to=7), "deletions[0].`bytes` is"),
@@ -79,16 +80,16 @@ def test_a_manifest_that_lies(directory: Path, altered: Change, message: str) ->
     assert found.startswith(f"{directory / 'manifest.json'}: ") and message in found
 
 
-@pytest.mark.parametrize("kind", ["manifest", "documents", "chunks", "prefix", "deletions"])
+@pytest.mark.parametrize("kind", ["manifest.json", "documents", "chunks", "prefix", "deletions"])
 def test_files_that_are_missing_cut_or_elsewhere(directory: Path, kind: str) -> None:
     path = next(path for path in sorted(directory.iterdir()) if path.name.startswith(kind))
     data = path.read_bytes()
     path.write_bytes(data[:-2])
     found = said(directory)
-    assert found.startswith(f"{path}: ") and ("truncated" in found or kind == "manifest")
+    assert found.startswith(f"{path}: ") and ("truncated" in found or kind == "manifest.json")
     path.unlink()
     found = said(directory)
-    assert found.startswith(f"{path}: ") and ("cannot be read" in found or "this is not a bank" in found)
+    assert found.startswith(f"{path}: ") and ("cannot be read" in found or "data files of a bank are there" in found)
     (directory.parent / "outside").write_bytes(data)
     path.symlink_to(directory.parent / "outside")
     assert said(directory).startswith(f"{path}: a link that leaves the directory")
@@ -101,7 +102,7 @@ def test_the_bank_of_another_model(directory: Path) -> None:
 def test_too_few_files_may_be_open_is_no_damage(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents would be left out, and offered to be given up, for a limit of the process."""
 
-    def exhausted(path: Path) -> Any:
+    def exhausted(path: Path, *_: object) -> Any:
         raise OSError(24, "Too many open files", str(path))
 
     monkeypatch.setattr("msa_hf.model.bank_reader_msa.read_stream", exhausted)

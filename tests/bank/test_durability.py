@@ -20,8 +20,8 @@ import torch
 from churn import State, apply, commit, event
 from fake_model import CHUNK, LAYERS, FakeModel, contents, vectors
 
-from msa_hf.bank import BankDamaged, BankStore
-from msa_hf.model import bank_format_msa, bank_reader_msa, bank_writer_msa
+from msa_hf.bank import BankDamaged, BankNotWritable, BankStore, CommitOutcomeUnknown, ErasureIncomplete
+from msa_hf.model import bank_format_msa, bank_log_msa, bank_reader_msa, bank_writer_msa
 from msa_hf.model.bank_format_msa import BankFormatError
 from msa_hf.model.memory_msa import MemoryBank
 
@@ -36,7 +36,8 @@ def files_of(directory: Path) -> dict[str, bytes]:
 def named(directory: Path) -> set[str]:
     """The files that the manifest accounts for."""
     manifest = bank_reader_msa.read_manifest(directory)
-    return {"manifest.json", ".lock", *(entry["file"] for entry in bank_format_msa.data_files(manifest))}
+    data = (entry["file"] for entry in bank_format_msa.data_files(manifest))
+    return {"manifest.json", "manifest.backup.json", ".lock", *data, *bank_log_msa.entry_names(manifest)}
 
 
 def texts(bank: MemoryBank) -> dict[str, str]:
@@ -111,6 +112,7 @@ def test_what_a_library_leaves_of_its_own_is_removed_too(
     child = os.fork()
     if child == 0:
         monkeypatch.setattr(bank_writer_msa, "save_file", killed)
+        monkeypatch.setattr(bank_writer_msa, "SMALL_TENSORS", 0)
         try:
             with BankStore(FakeModel(), fast_directory) as bank:
                 bank.add([{"key": "new", "text": "never acknowledged"}])
@@ -128,6 +130,7 @@ def test_what_a_library_leaves_of_its_own_is_removed_too(
 WRITES: list[tuple[Any, str]] = [
     (os, "fsync"),
     (os, "replace"),
+    (os, "link"),
     (Path, "write_bytes"),
     (Path, "write_text"),
     (Path, "touch"),
@@ -179,7 +182,11 @@ def prepared(directory: Path) -> BankStore:
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("compacting", [False, True])
-def test_an_error_at_any_write_leaves_the_last_commit(tmp_path: Path, half: bool, compacting: bool) -> None:
+def test_an_error_at_any_write_leaves_the_last_commit(
+    tmp_path: Path, half: bool, compacting: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = 0
+    monkeypatch.setattr(bank_writer_msa, "SMALL_TENSORS", 1000)  # so that files are written in both ways
     for place in range(1, 100):
         directory = tmp_path / str(place)
         with prepared(directory) as bank:
@@ -193,22 +200,33 @@ def test_an_error_at_any_write_leaves_the_last_commit(tmp_path: Path, half: bool
                 try:
                     action()
                 except OSError:
-                    pass
+                    found = before
+                    assert texts(bank.snapshot()) == before, "nothing has changed"
+                    assert set(files_of(directory)) <= named(directory), "nothing of the failed commit is left"
+                except ErasureIncomplete:
+                    found = before
+                    assert bank.compact() is False or texts(bank.snapshot()) == before
+                except CommitOutcomeUnknown:
+                    with pytest.raises(BankNotWritable, match="closed"):
+                        bank.upsert("further", "by an object that must be opened again")
+                    bank = BankStore(FakeModel(), directory)
+                    found, unknown = texts(bank.snapshot()), unknown + 1
+                    assert found in (before, after) and set(files_of(directory)) == named(directory)
                 else:
-                    assert calls() < place
-                    break
-            found = texts(bank.snapshot())
-            assert found in (before, after)
-            assert set(files_of(directory)) <= named(directory), "nothing of the failed commit is left"
+                    found = after if not compacting else before
+                    if calls() < place:
+                        break
+                    assert "no copy of the manifest could be kept" in caplog.text
             assert texts(MemoryBank.from_pretrained(directory)) == found
             if found == before and not compacting:
-                action()  # the same object goes on
+                changes(bank)
             bank.upsert("further", "after the error")
             after = {**after, "further": "after the error"}
             assert texts(bank.snapshot()) == after
+            bank.close()
         with BankStore(FakeModel(), directory) as bank:
             assert texts(bank.snapshot()) == after and bank.verify() == []
-    assert place > 15
+    assert place > 15 and unknown > 0
 
 
 @pytest.mark.parametrize("limit", [0, 1, 100, 500, 1000, 2000])
@@ -421,24 +439,34 @@ def test_a_committed_manifest_is_flushed_after_what_it_names(tmp_path: Path, mon
     if not Path("/proc/self/fd").exists():
         pytest.skip("needs /proc to tell which file is flushed")
     events: list[tuple[str, str]] = []
-    fsync, replace = os.fsync, os.replace
+    fsync = os.fsync
 
     def record_fsync(descriptor: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         events.append(("flush", "directory" if path == tmp_path else path.name))
         fsync(descriptor)
 
-    def record_replace(source: Path, target: Path) -> None:
-        events.append(("rename", target.name if ("flush", source.name) in events else "unflushed"))
-        replace(source, target)
+    def recorder(original: Callable[..., None]) -> Callable[[Path, Path], None]:
+        def record(source: Path, target: Path) -> None:
+            events.append(("rename", target.name if ("flush", source.name) in events else "unflushed"))
+            original(source, target)
+
+        return record
 
     with BankStore(FakeModel(), tmp_path) as bank:
         monkeypatch.setattr(os, "fsync", record_fsync)
-        monkeypatch.setattr(os, "replace", record_replace)
-        for action in (lambda: bank.add(["one", "two"]), lambda: bank.delete("0", 1), bank.compact):
+        monkeypatch.setattr(os, "replace", recorder(os.replace))
+        monkeypatch.setattr(os, "link", recorder(os.link))
+        for action, name in (
+            (lambda: bank.add(["one", "two"]), "commit-0000000001.json"),
+            (lambda: bank.delete("0", 1), "commit-0000000002.json"),
+            (bank.compact, "manifest.json"),
+        ):
             events.clear()
             action()
             assert ("rename", "unflushed") not in events
-            assert events[-3:] == [("flush", "directory"), ("rename", "manifest.json"), ("flush", "directory")]
+            place = events.index(("rename", name))
+            assert events[place - 1] == events[place + 1] == ("flush", "directory")
+            assert all(kind == "flush" for kind, what in events[place + 1 :] if what != "manifest.backup.json")
     renamed = json.loads((tmp_path / "manifest.json").read_text())
     assert renamed["generation"] == 3 and torch.is_tensor(BankStore(FakeModel(), tmp_path).snapshot().offsets)

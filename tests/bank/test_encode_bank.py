@@ -291,7 +291,7 @@ def test_killed_processes_lose_only_what_they_had_in_hand(fast_directory: Path) 
         assert not kept & set(encoded), "what was kept is encoded again"
         assert all(times == 1 for times in encoded.values())
         ended = [result[0] for result in results if result is not None]
-        assert all(isinstance(result, Encoded) or result.kind is RankFailed for result in ended)
+        assert all(isinstance(result, Encoded) or result.kind is RankFailed for result in ended), ended
         resumed, deaths = resumed + bool(kept), deaths + results.count(None)
         if complete := len(ended) == size and all(isinstance(result, Encoded) for result in ended):
             assert content_of(bank) == content_of(whole)

@@ -30,6 +30,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         bank.delete("k1", 3)
         bank.upsert("k2", "another text", 2)
         bank.upsert("new", "one more")
+        bank.checkpoint()  # in the manifest, not in the log
     return directory, bank_reader_msa.read_manifest(directory)
 
 

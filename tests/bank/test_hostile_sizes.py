@@ -32,7 +32,9 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("original")
     with BankStore(FakeModel(), directory) as bank:
         bank.add([{"key": f"k{row}", "text": f"text {row}", "n": row} for row in range(4)])
+        bank.checkpoint()  # in the manifest, not in the log
         bank.add([{"key": "other", "text": "another one"}])
+        bank.checkpoint()
     return directory
 
 
@@ -237,7 +239,7 @@ def vectors(directory: Path) -> None:
     path = directory / f"vectors-0-{'0' * 16}.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     entry = {"file": path.name, "bytes": path.stat().st_size, "sha256": "", "rows": 5, "vectors": 2**40}
-    commit = bank_reader_msa.read_manifest(directory)["checksum"]
+    commit = bank_format_msa.commit_id(bank_reader_msa.read_manifest(directory))
     record = {
         "kind": "msa_hf-vectors",
         "version": 1,

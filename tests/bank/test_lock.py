@@ -387,14 +387,15 @@ def test_closing_waits_for_the_commit_of_another_thread(
     for text in ("first", "second"):
         bank.upsert(text, text)
     inside, go_on = threading.Event(), threading.Event()
-    commit = BankWriter.commit
+    name = "append" if task == "upsert" else "commit"
+    commit = getattr(BankWriter, name)
 
-    def waiting(writer: BankWriter, manifest: object) -> None:
+    def waiting(writer: BankWriter, what: object) -> None:
         inside.set()
         assert go_on.wait(10)
-        commit(writer, manifest)  # type: ignore[arg-type]
+        commit(writer, what)
 
-    monkeypatch.setattr(BankWriter, "commit", waiting)
+    monkeypatch.setattr(BankWriter, name, waiting)
     writing = threading.Thread(target=lambda: bank.upsert("third", "third") if task == "upsert" else bank.compact())
     closing = threading.Thread(target=bank.close)
     writing.start()

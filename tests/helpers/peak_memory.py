@@ -69,7 +69,7 @@ def open_vectors(path: Path) -> None:
 
     bank = MemoryBank.from_pretrained(path)
     assert bank.home is not None
-    open_vectors(path, CommittedRows(bank.home.commit, path, (), (), bank.documents))
+    open_vectors(path, CommittedRows(bank.home.commit, path, "", bank.documents))
 
 
 def read_protocol(path: Path) -> None:

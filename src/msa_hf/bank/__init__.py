@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 from ..lazy import exports
 
 if TYPE_CHECKING:
-    from ..model.bank_format_msa import BankError, BankFormatError
+    from ..model.bank_format_msa import BankError, BankFormatError, BankUnreadable
+    from ..model.bank_writer_msa import restore_manifest
     from .sharded.bank import ShardedBank, shard_bank
     from .sharded.collectives import RankFailed
-    from .store.errors import BankDamaged, BankNotWritable, ErasureIncomplete
+    from .store.errors import BankDamaged, BankNotWritable, CommitOutcomeUnknown, ErasureIncomplete
     from .store.lock import BankLocked
     from .store.segments import Damage
     from .store.store import BankStore
@@ -22,22 +23,26 @@ __all__ = [
     "BankLocked",
     "BankNotWritable",
     "BankStore",
+    "BankUnreadable",
+    "CommitOutcomeUnknown",
     "Damage",
     "ErasureIncomplete",
     "RankFailed",
     "ShardedBank",
     "TieredBank",
     "place_bank",
+    "restore_manifest",
     "shard_bank",
 ]
 
 __getattr__ = exports(
     __name__,
     {
-        "..model.bank_format_msa": ["BankError", "BankFormatError"],
+        "..model.bank_format_msa": ["BankError", "BankFormatError", "BankUnreadable"],
+        "..model.bank_writer_msa": ["restore_manifest"],
         ".sharded.bank": ["ShardedBank", "shard_bank"],
         ".sharded.collectives": ["RankFailed"],
-        ".store.errors": ["BankDamaged", "BankNotWritable", "ErasureIncomplete"],
+        ".store.errors": ["BankDamaged", "BankNotWritable", "CommitOutcomeUnknown", "ErasureIncomplete"],
         ".store.lock": ["BankLocked"],
         ".store.segments": ["Damage"],
         ".store.store": ["BankStore"],

@@ -27,7 +27,14 @@ from ..model.bank_format_msa import (
     TensorPair,
 )
 from ..model.bank_lock_msa import WriterLock
-from ..model.bank_reader_msa import checked_file, is_bank, read_manifest
+from ..model.bank_reader_msa import (
+    checked_file,
+    data_left,
+    is_bank,
+    missing_manifest,
+    read_manifest,
+    referenced_files,
+)
 from ..model.bank_writer_msa import BankWriter, remove_unnamed, write_text
 from ..model.bounds_msa import read_json
 from .store.erase import described, leftovers, remove_for_good
@@ -155,13 +162,32 @@ def _entries(record: Record) -> list[FileRecord]:
     return [*record["tensors"], record["table"], record["index"]]
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what processes left that were killed while they wrote a part."""
+def check_place(directory: Path) -> None:
+    """Make sure, before any work, that a bank may be written to a directory in the end.
+
+    Raises:
+        BankFormatError: for a manifest that cannot be read; or that is missing while files of a bank are there that no
+            interrupted run has put there.
+    """
+    if is_bank(directory):
+        referenced_files(directory)
+    elif set(data_left(directory)) - _named(directory / FOLDER):
+        raise missing_manifest(directory)
+
+
+def _named(folder: Path) -> set[str]:
+    """Names of the files of the parts whose records lie in a folder."""
     named: set[str] = set()
     for path in folder.glob("*.json"):
         if (record := _read_record(path)) is not None:
             with contextlib.suppress(KeyError, TypeError):
                 named.update(entry["file"] for entry in _entries(record))
+    return named
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes left that were killed while they wrote a part."""
+    named = _named(folder)
     if count := remove_unnamed(folder, named):
         logger.warning("%s: removed %d files of parts that an interrupted run did not complete.", folder, count)
 

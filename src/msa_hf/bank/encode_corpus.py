@@ -31,12 +31,11 @@ from ..data.documents import Corpus
 from ..generation.document_ids import ID_FIELD
 from ..model.arrow_msa import ArrowTable, table_of
 from ..model.bank_format_msa import TensorLayout, new_manifest
-from ..model.bank_reader_msa import referenced_files
 from ..model.encoding_msa import _Item, _Reader
 from ..model.origin_msa import BankOrigin
 from ..model.positions_msa import position_limit
 from ..model.splitting_msa import LimitTooSmall, split_text
-from .corpus_parts import FOLDER, Part, Record, commit_parts, find_parts, remove_unfinished, write_part
+from .corpus_parts import FOLDER, Part, Record, check_place, commit_parts, find_parts, remove_unfinished, write_part
 from .sharded.collectives import Collectives, RankFailed
 from .store.changes import text_digest
 from .store.encoder import EncodingModel
@@ -202,7 +201,7 @@ def encode_bank(
             if ranks.rank == 0:
                 directory.mkdir(parents=True, exist_ok=True)
                 lock = WriterLock(directory, sole_writer)
-                referenced_files(directory)  # else the end would refuse, after all the work
+                check_place(directory)  # else the end would refuse, after all the work
                 folder.mkdir(exist_ok=True)
                 remove_unfinished(folder)
                 (folder / mark).touch()
@@ -222,7 +221,7 @@ def encode_bank(
                 # What its tensors look like is learnt by encoding one token.
                 like = model.encode_documents([[0]], None, bank_device="cpu", show_progress=False)
                 layers = {layer: (memory.routing_keys, memory.pooled_kv) for layer, memory in like.layers.items()}
-                manifest = new_manifest(encoder.origin.to_manifest(), TensorLayout.of_tensors(layers))
+                manifest = new_manifest(encoder.origin.to_manifest(), TensorLayout.of_tensors(layers), version=2)
                 commit_parts(directory, manifest, like.prefix, [records[part.name] for part in parts], lock)
         documents, tokens, chunks = (
             sum(record[name] for record in records.values()) for name in ("documents", "tokens", "chunks")

@@ -145,8 +145,8 @@ def kept_rows(table: ArrowTable, kept: NDArray[np.bool_]) -> ArrowTable:
     return table.filter(pyarrow().array(kept))
 
 
-def read_stream(path: Path, schema: ArrowSchema) -> ArrowTable:
-    """Memory map a table; what its offsets say has not been looked at.
+def read_stream(path: Path, schema: ArrowSchema, mapped: bool = True) -> ArrowTable:
+    """Memory map a table, or read it; what its offsets say has not been looked at.
 
     Nothing is decoded before it is known to be what it says: a batch whose buffers are compressed would grow, and is
     refused. A table of very many batches is copied, so that these do not take more memory than the rows; its offsets
@@ -154,14 +154,16 @@ def read_stream(path: Path, schema: ArrowSchema) -> ArrowTable:
 
     Args:
         schema: whose names and types it must have.
+        mapped: memory map it.
 
     Raises:
         ValueError: if it is no such table, or no Arrow stream (`pyarrow.ArrowInvalid`).
         OSError: if it cannot be read.
     """
-    file = pyarrow().memory_map(str(path))
+    pa = pyarrow()
+    file = pa.memory_map(str(path)) if mapped else pa.BufferReader(path.read_bytes())
     try:
-        return _read_messages(pyarrow().ipc.MessageReader.open_stream(file), schema)
+        return _read_messages(pa.ipc.MessageReader.open_stream(file), schema)
     except OSError as error:
         if error.errno is None:  # of Arrow itself, about what it read
             raise ValueError(str(error)) from error

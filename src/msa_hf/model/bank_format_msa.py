@@ -1,4 +1,4 @@
-"""The format of a bank on disk, versions 1 and 2: `docs/bank_format.md` is the specification.
+"""The format of a bank on disk, versions 1 to 3: `docs/bank_format.md` is the specification.
 
 What a manifest says, as types and as checks; the names of files; the content of indices and of deletions. Nothing here
 opens a file, and nothing trusts what one says: every name, size, shape and count is checked before memory is allocated
@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ from torch import Tensor
 from .arrow_msa import DIGEST_BYTES, ArrowTable, numbers_of
 
 FORMAT = "msa_hf-bank"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 READER_FEATURES: frozenset[str] = frozenset()  # what this reader understands beyond the format's versions
 MANIFEST = "manifest.json"
+BACKUP = "manifest.backup.json"  # a copy of it
 LOCK = ".lock"
 PARTS = ".encoding"  # a folder in a bank's directory: the parts of a run of `msa-hf encode` that is not complete
 
@@ -62,6 +64,10 @@ class BankError(Exception):
 
 class BankFormatError(BankError, ValueError):
     """A directory is not a readable bank. The message names the file, the cause and the remedy."""
+
+
+class BankUnreadable(BankError, OSError):
+    """A file of a bank cannot be read now, for want of descriptors, permission or a working disk: it is not damaged."""
 
 
 def format_error(file: Path, cause: str, remedy: str = RESTORE) -> BankFormatError:
@@ -137,7 +143,14 @@ class OriginEntries(TypedDict):
 
 
 class Manifest(OriginEntries):
-    """A checked manifest, as decoded; it may have fields that nobody here knows. The last three: format version 2."""
+    """A checked manifest, as decoded; it may have fields that nobody here knows.
+
+    Attributes:
+        generation, next_id, deletions: from format version 2 on.
+        lineage: from version 3 on; another one wherever rows were numbered anew.
+        checkpoint: the generation that `manifest.json` itself has; later ones are those of commits in the log.
+        watermark: versions of events up to which nothing has an effect any more.
+    """
 
     format: str
     format_version: int
@@ -153,6 +166,9 @@ class Manifest(OriginEntries):
     generation: NotRequired[int]
     next_id: NotRequired[int]
     deletions: NotRequired[list[DeletionsRecord]]
+    lineage: NotRequired[str]
+    checkpoint: NotRequired[int]
+    watermark: NotRequired[int | None]
 
 
 @dataclass(frozen=True)
@@ -234,7 +250,30 @@ def new_manifest(origin: OriginEntries, layout: TensorLayout, version: int = FOR
     }
     if version > 1:
         manifest.update({"generation": 0, "next_id": 0, "deletions": []})
+    if version > 2:
+        manifest.update({"lineage": uuid.uuid4().hex, "checkpoint": 0, "watermark": None})
     return manifest
+
+
+def lineage_of(manifest: Manifest) -> str:
+    """A name of the numbering of a bank's rows: of two banks with an equal one, one begins with the rows of the other.
+
+    Before format version 3 it is that of these rows alone.
+    """
+    if "lineage" in manifest:
+        return manifest["lineage"]
+    names = [segment["table"]["file"] for segment in manifest["segments"]]  # which have hashes of the content
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:32]
+
+
+def commit_id(manifest: Manifest) -> str:
+    """A name of the state that a manifest describes, by which it is told from all others of a directory.
+
+    From format version 3 on it does not depend on how the state lies in files.
+    """
+    if "lineage" in manifest:
+        return f"{manifest['lineage']}-{manifest['generation']}"
+    return manifest["checksum"]
 
 
 def counts_of(tables: Iterable[ArrowTable]) -> Counts:
@@ -267,7 +306,7 @@ def file_names(manifest: Manifest) -> set[str]:
 
 
 def manifest_checksum(manifest: Mapping[str, object]) -> str:
-    """SHA-256 of a manifest without its `checksum`, as canonical JSON (RFC 8785)."""
+    """SHA-256 of a manifest, or of a commit, without its `checksum`, as canonical JSON (RFC 8785)."""
     content = {name: value for name, value in manifest.items() if name != "checksum"}
     canonical = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
@@ -293,15 +332,23 @@ def decode_manifest(data: bytes, path: Path) -> Manifest:
     try:
         _check_manifest(decoded, path)
         manifest: Manifest = decoded
-        # A file that counted twice would let a small bank claim the memory of a large one.
-        for name, times in Counter(record["file"] for record in data_files(manifest)).items():
-            if times > 1:
-                raise ValueError(f"the file {brief(name)} is named more than once")
+        check_unique(manifest, path)
     except BankFormatError:
         raise
     except (ValueError, RecursionError) as error:
         raise format_error(path, str(error)) from error
     return manifest
+
+
+def check_unique(manifest: Manifest, path: Path) -> None:
+    """Make sure that no file is named twice: it would let a small bank claim the memory of a large one.
+
+    Raises:
+        BankFormatError: naming the file.
+    """
+    for name, times in Counter(record["file"] for record in data_files(manifest)).items():
+        if times > 1:
+            raise format_error(path, f"the file {brief(name)} is named more than once")
 
 
 def _check_manifest(manifest: object, path: Path) -> None:
@@ -339,6 +386,13 @@ def _check_manifest(manifest: object, path: Path) -> None:
         _count(manifest, "", "generation")
         _count(manifest, "", "next_id")
         _check_deletions(manifest, totals["documents"])
+    if version > 2:
+        if not re.fullmatch("[0-9a-f]{32}", lineage := _get(manifest, "", "lineage", str)):
+            raise ValueError(f"`lineage` must be 32 lower-case hexadecimal digits, got {brief(lineage)}")
+        if _count(manifest, "", "checkpoint") != manifest["generation"]:
+            raise ValueError(f"`checkpoint` is {manifest['checkpoint']}, `generation` is {manifest['generation']}")
+        if _get(manifest, "", "watermark", object) is not None:
+            _count(manifest, "", "watermark")
 
 
 def _get(record: object, where: str, name: str, kind: type[T]) -> T:
@@ -373,7 +427,7 @@ def brief(value: object) -> str:
 
 def _check_file(record: object, where: str) -> None:
     name = _get(record, where, "file", str)
-    if not name.isprintable() or name in ("", ".", "..", MANIFEST) or re.search(r"[/\\:]", name):
+    if not name.isprintable() or name in ("", ".", "..", MANIFEST, BACKUP) or re.search(r"[/\\:]", name):
         raise ValueError(f"{where}`file` must be the plain name of a file beside the manifest, got {brief(name)}")
     _count(record, where, "bytes", least=1)
     if not re.fullmatch("[0-9a-f]{64}", digest := _get(record, where, "sha256", str)):
@@ -415,6 +469,21 @@ def _check_segment(record: object, where: str, first: int, layers: Sequence[int]
         _check_size(index, inside, (end - first) * INDEX_ENTRY)
 
 
+def checked_segment(record: object, first: int, layers: Sequence[int]) -> None:
+    """Check the record of a segment that begins at row `first`, of a bank with these layers."""
+    _check_segment(record, "segment.", first, layers, FORMAT_VERSION)
+
+
+def checked_deletions(record: object) -> None:
+    """Check the record of a file of deletions."""
+    _check_deletions_record(record, "deletions.")
+
+
+def count_of(record: object, name: str, least: int = 0) -> int:
+    """A number of a record, checked."""
+    return _count(record, "", name, least)
+
+
 def _check_size(record: object, where: str, size: int) -> None:
     if (stated := _get(record, where, "bytes", int)) != size:
         raise ValueError(f"{where}`bytes` is {stated} instead of {size}")
@@ -423,13 +492,16 @@ def _check_size(record: object, where: str, size: int) -> None:
 def _check_deletions(manifest: object, documents: int) -> None:
     deleted = 0
     for number, record in enumerate(_get(manifest, "", "deletions", list)):
-        where = f"deletions[{number}]."
-        rows, keys = _count(record, where, "rows"), _count(record, where, "keys")
-        _check_file(record, where)
-        _check_size(record, where, 2 * (DIGEST_BYTES + 8 * rows + KEY_ENTRY * keys))
-        deleted += rows
+        deleted += _check_deletions_record(record, f"deletions[{number}].")
     if deleted > documents:
         raise ValueError(f"`deletions` name {deleted} documents of {documents}")
+
+
+def _check_deletions_record(record: object, where: str) -> int:
+    rows, keys = _count(record, where, "rows"), _count(record, where, "keys")
+    _check_file(record, where)
+    _check_size(record, where, 2 * (DIGEST_BYTES + 8 * rows + KEY_ENTRY * keys))
+    return rows
 
 
 # --- indices and deletions --------------------------------------------------------------------------------------------

@@ -18,19 +18,24 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .arrow_msa import ArrowTable, concat_tables, numbers_of, pyarrow, read_stream, table_schema
 from .bank_format_msa import (
+    BACKUP,
     CHOOSE,
     DTYPES,
     INDEX_ENTRY,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MEMORY_PER_FILE,
+    OWN_FILE,
     RESTORE,
+    BankError,
     BankFormatError,
+    BankUnreadable,
+    DeletionsRecord,
     FileRecord,
     Manifest,
     SegmentRecord,
@@ -38,6 +43,7 @@ from .bank_format_msa import (
     TensorLayout,
     TensorPair,
     brief,
+    check_unique,
     data_files,
     decode_deletions,
     decode_manifest,
@@ -45,14 +51,17 @@ from .bank_format_msa import (
     file_names,
     format_error,
 )
-from .bounds_msa import MEMORY, bytes_there, check_header, json_memory
+from .bank_log_msa import ENTRY_FILE, MAX_ENTRY_BYTES, decode_entry, entry_name, entry_names, manifest_after
+from .bounds_msa import MEMORY, bytes_there, check_header, check_json, json_memory
 from .interface_msa import check_interface
+from .open_files_msa import SMALL_FILE, TensorFile
 from .origin_msa import BankOrigin, check_origin
 
 # What a manifest may count beside lost files: rows, which take memory; and bytes of tensors, whose places take none.
 FEW_ROWS, ROW_BYTES = 2**18, 128  # without more; one more for so many bytes that are there
 FEW_TENSORS, LOST_TIMES = 2**30, 1024  # bytes without more; so many for each byte that is there
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the process or the machine: nothing is wrong with a file
+MOST_MAPPED = 16  # tables
+TRIES = 10  # of a reader whose files a writer removes meanwhile
 
 
 class KnowsOrigin(Protocol):
@@ -70,23 +79,127 @@ def is_bank(directory: Path) -> bool:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read and check `manifest.json` of a bank; returns it as decoded.
+    """Read and check the manifest of a bank, and the commits since it was written.
+
+    Returns:
+        the manifest of the last commit, as decoded.
+
+    Raises:
+        BankFormatError: naming the file, the cause and the remedy.
+    """
+    for attempt in range(TRIES):
+        manifest, mark = read_checkpoint(directory)
+        if "lineage" not in manifest:
+            return manifest
+        try:
+            return _with_log(directory, manifest)
+        except BankFormatError:
+            # A writer removes the commits that its next manifest has: then that one is there.
+            if attempt + 1 == TRIES or manifest_mark(directory) == mark:
+                raise
+    raise AssertionError
+
+
+def read_checkpoint(directory: Path) -> tuple[Manifest, tuple[int, ...]]:
+    """Read and check `manifest.json` alone, without the commits since; returns it and its `manifest_mark`.
 
     Raises:
         BankFormatError: naming the file, the cause and the remedy.
     """
     path = directory / MANIFEST
     if not is_bank(directory):
-        raise format_error(path, "there is no such file, so this is not a bank", CHOOSE)
+        raise missing_manifest(directory)
     if (size := _regular_file(directory, MANIFEST).st_size) > MAX_MANIFEST_BYTES:
         raise format_error(path, f"larger than the {MAX_MANIFEST_BYTES} bytes that a manifest may have")
     try:
         _check_memory(path, size)
-        data = path.read_bytes()
+        with open(path, "rb") as file:
+            data, mark = file.read(MAX_MANIFEST_BYTES + 1), _mark(os.fstat(file.fileno()))
         _check_memory(path, json_memory(data))
     except OSError as error:
         raise _unreadable(path, error) from error
-    return decode_manifest(data, path)
+    try:
+        return decode_manifest(data, path), mark
+    except BankFormatError as error:
+        if backup_of(directory) is None or ("checksum" not in str(error) and "JSON" not in str(error)):
+            raise
+        raise BankFormatError(f"{str(error).removesuffix('.')}; {_RESTORE_BACKUP.format(directory)}.") from error
+
+
+def manifest_mark(directory: Path) -> tuple[int, ...] | None:
+    """A mark of the file `manifest.json` that is another one once it was replaced; None where there is none."""
+    try:
+        return _mark(os.stat(directory / MANIFEST))
+    except OSError:
+        return None
+
+
+def _mark(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _with_log(directory: Path, manifest: Manifest) -> Manifest:
+    """The manifest after the commits that lie beside it."""
+    later = sorted(number for number in log_generations(directory) if number > manifest["generation"])
+    for number in later:
+        path = directory / entry_name(number)
+        if number != manifest["generation"] + 1:
+            missing = directory / entry_name(manifest["generation"] + 1)
+            raise format_error(missing, f"is missing, and with it the commits after it, up to {path.name}")
+        try:
+            if _regular_file(directory, path.name).st_size > MAX_ENTRY_BYTES:
+                raise format_error(path, f"larger than the {MAX_ENTRY_BYTES} bytes that a commit may have")
+            data = path.read_bytes()
+            check_json(data)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        except ValueError as error:
+            raise format_error(path, str(error)) from error
+        manifest = manifest_after(manifest, decode_entry(data, path, manifest))
+    check_unique(manifest, directory / MANIFEST)
+    return manifest
+
+
+def log_generations(directory: Path) -> list[int]:
+    """Generations of the commits whose files lie in a directory, in any order."""
+    found = (ENTRY_FILE.fullmatch(name) for name in os.listdir(directory))
+    return [int(match[1]) for match in found if match is not None]
+
+
+def missing_manifest(directory: Path) -> BankFormatError:
+    """The error about a directory without a manifest, by what else lies there."""
+    path = directory / MANIFEST
+    if left := data_left(directory):
+        cause = f"is missing, but {len(left)} data files of a bank are there ({left[0]}, ...)"
+        remedy = f"{RESTORE}; if `msa-hf encode` was interrupted, run it again"
+        if backup_of(directory) is not None:
+            remedy = _RESTORE_BACKUP.format(directory)
+        return format_error(path, cause, f"Nothing was removed. {remedy}")
+    return format_error(path, "there is no such file, so this is not a bank", CHOOSE)
+
+
+_RESTORE_BACKUP = f"`msa-hf bank restore {{}}` puts the copy in its place that is kept in {BACKUP}"
+
+
+def data_left(directory: Path) -> list[str]:
+    """Names of files of a bank in a directory, but for a prefix, which a bank that was never begun may leave."""
+    try:
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+    return [
+        name
+        for name in names
+        if name == BACKUP or ENTRY_FILE.fullmatch(name) or (OWN_FILE.fullmatch(name) and not name.startswith("prefix-"))
+    ]
+
+
+def backup_of(directory: Path) -> Manifest | None:
+    """The copy of the manifest that is kept beside it, None where there is none that is intact."""
+    try:
+        return decode_manifest((directory / BACKUP).read_bytes(), directory / BACKUP)
+    except (OSError, BankFormatError):
+        return None
 
 
 def _check_memory(path: Path, needed: int) -> None:
@@ -97,8 +210,15 @@ def _check_memory(path: Path, needed: int) -> None:
 
 
 def referenced_files(directory: Path) -> set[str]:
-    """Names of the data files of the bank that lies in `directory`; empty if none does."""
-    return file_names(read_manifest(directory)) if is_bank(directory) else set()
+    """Names of the data files of the bank that lies in `directory`, and of its log; empty if none does.
+
+    Raises:
+        BankFormatError: for a manifest that cannot be read, or that is missing while data files are there.
+    """
+    if not is_bank(directory) and not data_left(directory):
+        return set()
+    manifest = read_manifest(directory)
+    return file_names(manifest) | entry_names(manifest)
 
 
 def file_digest(path: Path) -> str:
@@ -122,8 +242,12 @@ def checked_file(directory: Path, record: FileRecord, verify: bool) -> Path:
     except OSError as error:
         raise _unreadable(path, error) from error
     if digest != record["sha256"]:
-        raise format_error(path, f"is corrupted: its SHA-256 is {digest}, the manifest says {record['sha256']}")
+        raise _corrupted(path, digest, record)
     return path
+
+
+def _corrupted(path: Path, digest: str, record: FileRecord) -> BankFormatError:
+    return format_error(path, f"is corrupted: its SHA-256 is {digest}, the manifest says {record['sha256']}")
 
 
 def check_claims(directory: Path, manifest: Manifest) -> None:
@@ -169,21 +293,34 @@ def _regular_file(directory: Path, name: str) -> os.stat_result:
     return status
 
 
-def _unreadable(path: Path, error: Exception) -> Exception:
-    """What to raise for a file that cannot be read; what the process lacks is no damage, and stays what it was."""
-    if isinstance(error, OSError) and error.errno in EXHAUSTED:
-        return error
+def _unreadable(path: Path, error: Exception) -> BankError:
+    """The error about a file that cannot be read: it is missing, or nothing is known about it."""
+    if isinstance(error, OSError) and error.errno is None:  # pyarrow's, about what the file holds
+        return format_error(path, f"cannot be read ({error})")
+    if isinstance(error, OSError) and error.errno not in _MISSING:
+        return BankUnreadable(error.errno or errno.EIO, _UNREADABLE.format(path, error.strerror or error))
+    try:
+        there = path.name in os.listdir(path.parent)
+    except OSError as listing:
+        return BankUnreadable(listing.errno or errno.EIO, _UNREADABLE.format(path, listing.strerror))
+    if there and isinstance(error, FileNotFoundError) and not path.is_symlink():
+        return BankUnreadable(errno.ENOENT, _UNREADABLE.format(path, error.strerror))
     remedy = f"{RESTORE}; where another process saved the bank meanwhile, load it again"
     return format_error(path, f"cannot be read ({error})", remedy)
 
 
-def _tensor_shapes(path: Path, names: set[str], dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
-    """Shapes in the header of a safetensors file that must hold exactly `names`, all of `dtype`."""
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_UNREADABLE = "{}: cannot be read now ({}). That is no damage: try again, or see what the system lacks"
+
+
+def _tensor_shapes(file: TensorFile, names: set[str], dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
+    """Shapes in the header of a safetensors file that must hold exactly `names`, all of `dtype`; it stays open."""
+    path = file.path
     try:
         check_header(path, len(names))
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        opened = file.open()
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+        found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except OSError as error:
         raise _unreadable(path, error) from error
     except (SafetensorError, ValueError) as error:
@@ -199,7 +336,7 @@ def _tensor_shapes(path: Path, names: set[str], dtype: torch.dtype) -> dict[str,
 
 @dataclass
 class Shard:
-    """Tensors of a run of chunks, in one file that is opened once: others may remove it meanwhile.
+    """Tensors of a run of chunks, in one file whose header was checked.
 
     Attributes:
         first, end: the chunks; of the segment or of the bank, as whoever opened it counts.
@@ -210,18 +347,26 @@ class Shard:
     first: int
     end: int
     layers: list[int]
-    file: safe_open | None
+    file: TensorFile | None
 
     def tensors(self, layer: int, first: int | None = None, end: int | None = None) -> TensorPair:
-        """Routing keys and content of a layer, memory mapped on the CPU; or a copy of chunks [first, end) of them."""
+        """Routing keys and content of a layer, memory mapped on the CPU; or a copy of chunks [first, end) of them.
+
+        Raises:
+            BankFormatError: if a writer has removed the file meanwhile.
+        """
         if self.file is None:
             raise ValueError("A damaged shard has no tensors.")
         names = f"layers.{layer}.routing_keys", f"layers.{layer}.content"
         low, high = self.first if first is None else first, self.end if end is None else end
-        if (low, high) == (self.first, self.end):
-            return self.file.get_tensor(names[0]), self.file.get_tensor(names[1])
-        keys, content = (self.file.get_slice(name)[low - self.first : high - self.first] for name in names)
-        return keys, content
+        try:
+            file = self.file.open()
+            if (low, high) == (self.first, self.end):
+                return file.get_tensor(names[0]), file.get_tensor(names[1])
+            keys, content = (file.get_slice(name)[low - self.first : high - self.first] for name in names)
+            return keys, content
+        except OSError as error:
+            raise _unreadable(self.file.path, error) from error
 
 
 # --- a bank -----------------------------------------------------------------------------------------------------------
@@ -300,7 +445,10 @@ class BankReader:
         """All rows of the bank."""
         manifest = self.manifest
         tables = [table_schema(manifest["format_version"]).empty_table()]
-        table = concat_tables(tables + [self.segment_table(segment) for segment in manifest["segments"]])
+        mapped = mapped_tables(manifest)
+        table = concat_tables(
+            tables + [self.segment_table(item, item["table"]["file"] in mapped) for item in manifest["segments"]]
+        )
         tokens = int(table["tokens"].to_numpy().sum(dtype=np.int64))
         if tokens != (stated := manifest["counts"]["tokens"]):
             raise format_error(self.directory / MANIFEST, f"counts.`tokens` is {stated}, the documents have {tokens}")
@@ -313,12 +461,12 @@ class BankReader:
         offsets = torch.from_numpy(np.concatenate([[0], numbers_of(table, "chunks").cumsum()]))
         return Rows(table, deleted, offsets, manifest.get("next_id"))
 
-    def segment_table(self, segment: SegmentRecord) -> ArrowTable:
-        """Memory map the table of a segment, with the columns of the format's version."""
+    def segment_table(self, segment: SegmentRecord, mapped: bool = True) -> ArrowTable:
+        """The table of a segment, with the columns of the format's version; memory mapped, or read."""
         schema = table_schema(self.manifest["format_version"])
         path = self.file(segment["table"])
         try:
-            table = read_stream(path, schema)
+            table = read_stream(path, schema, mapped)
             # Only a full check makes offsets and UTF-8 safe to follow; it reads everything, as `verify` does anyway.
             table.validate(full=self.verify)
             if nulls := [field.name for field in schema if not field.nullable and table[field.name].null_count]:
@@ -339,21 +487,21 @@ class BankReader:
         return table.replace_schema_metadata(None).cast(schema)
 
     def segment_index(self, segment: SegmentRecord) -> NDArray[np.uint64]:
-        """Memory map the index of a segment, [3, rows]; see `index_of`."""
-        path = self.file(segment["index"])
+        """Read the index of a segment, [3, rows]; see `index_of`. It is always verified: it says what is not there."""
+        path = checked_file(self.directory, segment["index"], verify=False)
         try:
-            return np.memmap(path, "<u8", "r").view(np.ndarray).reshape(INDEX_ENTRY // 8, -1)
-        except (OSError, ValueError) as error:
+            data = path.read_bytes()
+        except OSError as error:
             raise _unreadable(path, error) from error
+        if (digest := hashlib.sha256(data).hexdigest()) != segment["index"]["sha256"]:
+            raise _corrupted(path, digest, segment["index"])
+        return np.frombuffer(data, "<u8").astype(np.uint64, copy=False).reshape(INDEX_ENTRY // 8, -1)
 
     def deletions(self) -> Deletions:
         """What was deleted; each file says it twice, so that one damaged place brings no document back."""
         rows, keys = [np.empty(0, np.int64)], [np.empty((0, 3), np.uint64)]
         for record in deletions_of(self.manifest):
-            path = checked_file(self.directory, record, verify=False)
-            found = decode_deletions(path.read_bytes(), record["rows"])
-            if found is None:
-                raise format_error(path, "is damaged in both of its copies, so that deleted documents are not known")
+            found = self.deletions_file(record)
             rows.append(found[0])
             keys.append(found[1])
         dead, documents = np.sort(np.concatenate(rows)), self.manifest["counts"]["documents"]
@@ -361,6 +509,17 @@ class BankReader:
             cause = f"`deletions` name documents twice, or none of these {documents}"
             raise format_error(self.directory / MANIFEST, cause)
         return Deletions(dead, np.concatenate(keys))
+
+    def deletions_file(self, record: DeletionsRecord) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Rows [n] and keys [m, 3] of one file of deletions, from whichever of its copies is intact."""
+        path = checked_file(self.directory, record, verify=False)
+        try:
+            found = decode_deletions(path.read_bytes(), record["rows"])
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if found is None:
+            raise format_error(path, "is damaged in both of its copies, so that deleted documents are not known")
+        return found
 
     @contextmanager
     def contradictions(self) -> Iterator[None]:
@@ -381,9 +540,10 @@ class BankReader:
             return {}
         path = self.file(record)
         names = {layer: (f"layers.{layer}.keys", f"layers.{layer}.values") for layer in record["layers"]}
-        _tensor_shapes(path, {name for pair in names.values() for name in pair}, self.layout.dtype)
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            return {layer: (file.get_tensor(keys), file.get_tensor(values)) for layer, (keys, values) in names.items()}
+        file = TensorFile(path, str(device))
+        _tensor_shapes(file, {name for pair in names.values() for name in pair}, self.layout.dtype)
+        opened = file.open()
+        return {layer: (opened.get_tensor(keys), opened.get_tensor(values)) for layer, (keys, values) in names.items()}
 
     def shard(self, record: ShardRecord, device: torch.device | str = "cpu") -> Shard:
         """Open a shard whose header was checked; its chunks are counted as the record does."""
@@ -395,12 +555,9 @@ class BankReader:
             groups, dim = layout.shapes[layer]
             wanted[f"layers.{layer}.routing_keys"] = (end - first, groups * dim)
             wanted[f"layers.{layer}.content"] = (end - first, 2, groups, dim)
-        if (found := _tensor_shapes(path, set(wanted), layout.dtype)) != wanted:
+        file = TensorFile(path, str(device))
+        if (found := _tensor_shapes(file, set(wanted), layout.dtype)) != wanted:
             raise format_error(path, f"tensors have the shapes {found} instead of {wanted}")
-        try:
-            file = safe_open(path, framework="pt", device=str(device))
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(path, error) from error
         return Shard(first, end, layers, file)
 
     def shards(self, device: torch.device | str = "cpu", first: int = 0, end: int | None = None) -> list[Shard]:
@@ -434,6 +591,12 @@ class BankReader:
                 for whole, part in zip(layers[layer], shard.tensors(layer, low, high), strict=True):
                     whole[low - first : high - first] = part
         return layers
+
+
+def mapped_tables(manifest: Manifest) -> set[str]:
+    """The tables that are memory mapped, the largest ones; others are read, so that mappings stay few."""
+    records = sorted((item["table"] for item in manifest["segments"]), key=lambda record: -record["bytes"])
+    return {record["file"] for record in records[:MOST_MAPPED] if record["bytes"] > SMALL_FILE}
 
 
 def shard_layers(record: ShardRecord, layout: TensorLayout) -> list[int]:

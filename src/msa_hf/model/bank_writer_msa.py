@@ -1,10 +1,13 @@
 """The one writer of a bank's directory: data files that never change, and the manifest that makes them a bank.
 
 The order is that of `docs/bank_format.md`: a data file is written under a temporary name, flushed and renamed; the
-directory is flushed before the manifest is renamed to its place, which is the commit, and after it.
+directory is flushed before the manifest is renamed to its place, or the file of a commit is linked to its own, which is
+the commit; and after it.
 """
 
+import errno
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -15,18 +18,18 @@ from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from .arrow_msa import ArrowTable, numbers_of, write_stream
 from .bank_format_msa import (
+    BACKUP,
     LEFTOVER,
     MANIFEST,
     OWN_FILE,
     BankFormatError,
     DeletionsRecord,
     FileRecord,
-    KeyHash,
     Manifest,
     OriginEntries,
     PrefixRecord,
@@ -36,6 +39,7 @@ from .bank_format_msa import (
     TensorPair,
     chunk_ranges,
     counts_of,
+    data_files,
     deletions_payload,
     file_names,
     format_error,
@@ -46,8 +50,19 @@ from .bank_format_msa import (
     parse_size,
 )
 from .bank_lock_msa import WriterLock
-from .bank_reader_msa import file_digest, referenced_files
+from .bank_log_msa import ENTRY_FILE, LogEntry, encode_entry, entry_name
+from .bank_reader_msa import (
+    backup_of,
+    checked_file,
+    file_digest,
+    manifest_mark,
+    read_checkpoint,
+    read_manifest,
+    referenced_files,
+)
 
+logger = logging.getLogger(__name__)
+SMALL_TENSORS = 2**20  # bytes; a file of more is written without a copy of it in memory
 ChunkSource = Callable[[int, int, int], TensorPair]  # (layer, first, end) -> routing keys and content of these chunks
 
 
@@ -64,6 +79,7 @@ class BankWriter:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._created: list[Path] = []
+        self._commits: Callable[[], bool] | None = None  # tells whether the commit that was begun is there
 
     def __enter__(self) -> "BankWriter":
         return self
@@ -86,17 +102,8 @@ class BankWriter:
         """Write tensors by name to a file named after `stem` and its content."""
         # Always a copy: safetensors refuses tensors that share storage, as the halves of one K/V tensor do.
         copies = {name: part.detach().to("cpu", copy=True).contiguous() for name, part in tensors.items()}
-        return self._publish(stem, "safetensors", lambda path: save_file(copies, path))
-
-    def table(self, stem: str, table: ArrowTable) -> FileRecord:
-        """Write a table, likewise."""
-        return self._publish(stem, "arrow", lambda path: write_stream(table, path))
-
-    def content(self, stem: str, data: bytes) -> FileRecord:
-        """Write bytes, likewise."""
-        return self._publish(stem, "bin", lambda path: path.write_bytes(data))
-
-    def _publish(self, stem: str, suffix: str, write: Callable[[Path], object]) -> FileRecord:
+        if sum(part.nbytes for part in copies.values()) <= SMALL_TENSORS:
+            return self._publish(stem, "safetensors", save(copies))
         # In a folder of its own, because safetensors writes beside the file it was asked for and renames: whatever a
         # kill leaves of that is found under a name of ours.
         folder = self.directory / f".{stem}-{uuid.uuid4().hex}.tmp"
@@ -105,17 +112,41 @@ class BankWriter:
             folder.mkdir()
             temporary.touch()
             mode = temporary.stat().st_mode
-            write(temporary)
+            save_file(copies, temporary)
             temporary.chmod(mode)  # safetensors makes files that only their owner can read
-            sync(temporary)
-            digest, size = file_digest(temporary), temporary.stat().st_size
-            target = self.directory / f"{stem}-{digest[:16]}.{suffix}"
-            if not target.exists():
-                self._created.append(target)
-            # Also over an equal file: that one may be damaged, and whoever has it mapped keeps it.
-            os.replace(temporary, target)
+            return self._place(stem, "safetensors", temporary)
         finally:
             remove_leftover(folder)
+
+    def table(self, stem: str, table: ArrowTable) -> FileRecord:
+        """Write a table, likewise."""
+        return self._publish(stem, "arrow", lambda path: write_stream(table, path))
+
+    def content(self, stem: str, data: bytes) -> FileRecord:
+        """Write bytes, likewise."""
+        return self._publish(stem, "bin", data)
+
+    def _publish(self, stem: str, suffix: str, content: bytes | Callable[[Path], object]) -> FileRecord:
+        """Write bytes, or what writes to a path, to a file named after `stem` and its content."""
+        temporary = self.directory / f".{stem}-{uuid.uuid4().hex}.tmp"
+        try:
+            if isinstance(content, bytes):
+                temporary.write_bytes(content)
+            else:
+                content(temporary)
+            return self._place(stem, suffix, temporary)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _place(self, stem: str, suffix: str, temporary: Path) -> FileRecord:
+        """Flush a file and give it its name."""
+        sync(temporary)
+        digest, size = file_digest(temporary), temporary.stat().st_size
+        target = self.directory / f"{stem}-{digest[:16]}.{suffix}"
+        if not target.exists():
+            self._created.append(target)
+        # Also over an equal file: that one may be damaged, and whoever has it mapped keeps it.
+        os.replace(temporary, target)
         return {"file": target.name, "bytes": size, "sha256": digest}
 
     def prefix(self, prefix: Mapping[int, TensorPair]) -> PrefixRecord | None:
@@ -173,9 +204,8 @@ class BankWriter:
         """Write the index of a segment whose first row is `first`."""
         return self.content(f"index-{first:010d}", index_payload(index_of(table["key"].to_pylist())))
 
-    def deletions(self, generation: int, rows: NDArray[np.int64], versions: Mapping[KeyHash, int]) -> DeletionsRecord:
-        """Write rows of deleted documents, and versions of deleted keys."""
-        keys = np.array([(*key, version) for key, version in versions.items()], np.uint64).reshape(-1, 3)
+    def deletions(self, generation: int, rows: NDArray[np.int64], keys: NDArray[np.uint64]) -> DeletionsRecord:
+        """Write rows [n] of deleted documents; and deleted keys [m, 3], halves of a hash and a version."""
         record = self.content(f"deletions-{generation:010d}", deletions_payload(rows, keys))
         return {**record, "rows": len(rows), "keys": len(keys)}
 
@@ -186,9 +216,87 @@ class BankWriter:
     # The commit
 
     def commit(self, manifest: Manifest) -> None:
-        """Sign a manifest and put it in the place of the one that lies there."""
+        """Sign a manifest and put it in the place of the one that lies there; a copy is kept beside it."""
+        if "lineage" in manifest:
+            manifest["checkpoint"] = manifest["generation"]
         manifest["checksum"] = manifest_checksum(manifest)
-        write_text(self.directory / MANIFEST, json.dumps(manifest, indent=2) + "\n", "manifest")
+        text, path, before = (
+            json.dumps(manifest, indent=2) + "\n",
+            self.directory / MANIFEST,
+            manifest_mark(self.directory),
+        )
+        self._commits = lambda: manifest_mark(self.directory) != before
+        write_text(path, text, "manifest")
+        try:
+            keep_copy(self.directory)
+        except OSError as error:  # the commit stands
+            logger.warning("%s: no copy of the manifest could be kept (%s).", self.directory, error)
+
+    def append(self, entry: LogEntry) -> None:
+        """Add a commit to the log.
+
+        Raises:
+            FileExistsError: if another writer has committed this generation.
+        """
+        path = self.directory / entry_name(entry["generation"])
+        temporary = self.directory / f".commit-{uuid.uuid4().hex}.tmp"
+        try:
+            temporary.write_text(encode_entry(entry), encoding="utf-8")
+            sync(temporary)
+            sync(self.directory)  # the names of the data files, before anything refers to them
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            self._commits = path.exists
+            _link(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(self.directory)
+
+    def may_have_committed(self) -> bool:
+        """Tell whether readers may see the commit: asked after an error."""
+        try:
+            return self._commits is not None and self._commits()
+        except OSError:
+            return True
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give a file another name that nothing has."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # A file system without hard links. Nothing has the name, of which the caller and its lock have made sure.
+        os.rename(temporary, path)
+
+
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK)
+
+
+def keep_copy(directory: Path) -> None:
+    """Keep a copy of the manifest beside it, of whatever lies there."""
+    write_text(directory / BACKUP, (directory / MANIFEST).read_text(encoding="utf-8"), "manifest")
+
+
+def restore_manifest(directory: Path) -> Manifest:
+    """Put the copy of a bank's manifest in the place of one that is missing or damaged; returns it.
+
+    Raises:
+        BankFormatError: if there is no intact copy, if a file that it names is missing, or if the manifest is intact.
+    """
+    try:
+        read_checkpoint(directory)
+    except BankFormatError:
+        pass
+    else:
+        raise format_error(directory / MANIFEST, "is intact", "Nothing was changed")
+    if (manifest := backup_of(directory)) is None:
+        raise format_error(directory / BACKUP, "there is no intact copy of the manifest")
+    for record in data_files(manifest):
+        checked_file(directory, record, verify=False)
+    write_text(directory / MANIFEST, (directory / BACKUP).read_text(encoding="utf-8"), "manifest")
+    return read_manifest(directory)
 
 
 def write_text(path: Path, text: str, stem: str) -> None:
@@ -224,9 +332,11 @@ def remove_leftover(path: Path) -> None:
 
 
 def remove_files(directory: Path, names: Iterable[str]) -> None:
-    """Remove data files that no manifest names any more, if they are named as a bank's are."""
+    """Remove data files that no manifest names any more, and commits, if they are named as a bank's are."""
     for name in names:
-        if OWN_FILE.fullmatch(name):  # a manifest by another hand may name any file of the directory
+        if OWN_FILE.fullmatch(name) or ENTRY_FILE.fullmatch(
+            name
+        ):  # a manifest by another hand may name any file of the directory
             with suppress(OSError):  # Windows keeps a mapped file; it does no harm
                 (directory / name).unlink(missing_ok=True)
 
@@ -236,7 +346,8 @@ def remove_unnamed(directory: Path, named: set[str]) -> int:
     left = [
         path
         for path in directory.iterdir()
-        if path.name not in named and (OWN_FILE.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
+        if path.name not in named
+        and (OWN_FILE.fullmatch(path.name) or ENTRY_FILE.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
     ]
     for path in left:
         remove_leftover(path)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .bank_format_msa import commit_id
 from .bank_reader_msa import KnowsOrigin, open_bank
 from .bank_writer_msa import write_bank
 from .chunks_msa import ContextRows
@@ -413,7 +414,7 @@ class MemoryBank:
         with reader.contradictions():
             documents = DocumentTable(rows.table, rows.deleted)
             bank = cls(layers, rows.offsets, prefix, documents, reader.origin, next_id=rows.next_id)
-        bank.home = BankHome(reader.directory, reader.manifest["checksum"])
+        bank.home = BankHome(reader.directory, commit_id(reader.manifest))
         return bank
 
     def __repr__(self) -> str:

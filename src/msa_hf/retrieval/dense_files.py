@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 RECORD = "vectors.json"
 KIND = "msa_hf-vectors"
 VERSION = 1
-FIELDS = {"model", "dimension", "characters", "probe", "commit", "pieces", "hidden", "files"}
+FIELDS = {"model", "dimension", "characters", "probe", "commit", "hidden", "files"}
 FILE = re.compile(r"vectors-\d+-[0-9a-f]{16}\.safetensors")
 MOST_FILES = 32  # then they are written as one
 
@@ -99,7 +99,7 @@ class DenseFollower:
     ) -> None:
         self.directory, self.embedder = directory, embedder
         self._parts: list[_Part] = []
-        self._pieces: tuple[object, ...] = ()
+        self._lineage, self._rows = "", 0
         self._commit: str | None = None
         self._left_out = 0  # rows that were when the vectors were recorded
         record = None if directory is None else read_sidecar(directory / RECORD, KIND)
@@ -122,9 +122,11 @@ class DenseFollower:
         assert directory is not None
         try:
             parts = [_Part(read_vectors(directory, entry, self.dimension), entry) for entry in record["files"]]
-            self._pieces, self._commit = tuple(record["pieces"]), record["commit"]
+            # Earlier releases say it in another way: vectors are then taken over by their texts.
+            self._lineage, self._rows = str(record.get("lineage", "")), int(record.get("rows", 0))
+            self._commit = record["commit"]
             self._parts, self._left_out = parts, record["hidden"]
-        except (BankFormatError, KeyError, TypeError) as error:
+        except (BankFormatError, KeyError, TypeError, ValueError) as error:
             logger.warning("%s: its vectors cannot be read (%s); they are made anew.", directory, error)
             self._parts = []
 
@@ -134,7 +136,7 @@ class DenseFollower:
         if self._commit == rows.commit != "" and not restored:
             self._tidy()
             return
-        known = None if restored else rows.rows_of_first(self._pieces)
+        known = self._rows if not restored and rows.begins_with(self._lineage, self._rows) else None
         if known is not None and known != sum(len(part.vectors) for part in self._parts):
             known = None
         old = [part.vectors for part in self._parts]
@@ -151,7 +153,7 @@ class DenseFollower:
                 parts.append(self._published(fresh, known))
             if len(parts) > MOST_FILES:
                 parts = [self._published(joined([part.vectors for part in parts], self.dimension), 0)]
-        self._parts, self._pieces, self._commit = parts, rows.pieces, rows.commit
+        self._parts, self._lineage, self._rows, self._commit = parts, rows.lineage, rows.rows, rows.commit
         self._left_out = len(rows.hidden)
         self._record(rows)
 
@@ -170,7 +172,8 @@ class DenseFollower:
             "characters": self.characters,
             "probe": self.fingerprint,
             "commit": rows.commit,
-            "pieces": list(rows.pieces),
+            "lineage": rows.lineage,
+            "rows": rows.rows,
             "hidden": len(rows.hidden),
             "files": files,
         }
@@ -232,7 +235,7 @@ def _keep_living(directory: Path, record: JsonObject, rows: CommittedRows) -> se
         kept.append(Vectors(keys, vectors.counts[stays], vectors.digests[stays]))
     part = _published(directory, joined(kept, record["dimension"]), 0, record["dimension"])
     files = [] if part.entry is None else [part.entry]
-    write_sidecar(directory / RECORD, {**record, "commit": "", "pieces": [], "hidden": 0, "files": files})
+    write_sidecar(directory / RECORD, {**record, "commit": "", "lineage": "", "rows": 0, "hidden": 0, "files": files})
     return {str(entry["file"]) for entry in files}
 
 

@@ -5,8 +5,8 @@
     lexical-<16 hex>/       tantivy's files
 
 After a crash the index may be behind the bank, never ahead of it unnoticed: `lexical.json` names the commit that it is
-of, the runs of rows (`CommittedRows.pieces`) and tantivy's own last commit. Where one of them differs, a writer brings
-the index up to date when it opens the bank, and a reader makes one of its own in memory.
+of, the rows that it has (`CommittedRows.lineage`) and tantivy's own last commit. If one of them differs, a writer
+brings the index up to date when it opens the bank, and a reader makes one of its own in memory.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class LexicalFollower:
         if language is not None and kept is not None and kept != language:
             raise ValueError(f"The bank's lexical index is of the language {kept!r}, not {language!r}.")
         self.directory, self.language = directory, language or kept or "english"
-        self._pieces: tuple[object, ...] = ()
+        self._lineage, self._rows = "", 0
         self._left_out = 0  # rows that were when the index was recorded
         self._hidden: np.ndarray | None = None  # rows that are known to be left out; None: not known
         self._commit: str | None = None
@@ -83,11 +83,13 @@ class LexicalFollower:
             if found is None or found < stamp:
                 raise ValueError("files of it are missing")
             index = LexicalIndex(self.language, folder)
-            pieces, commit, left_out = tuple(record["pieces"]), record["commit"], int(record["hidden"])
+            lineage, known, commit = str(record["lineage"]), int(record["rows"]), record["commit"]
+            left_out = int(record["hidden"])
         except (ValueError, OSError, KeyError, TypeError) as error:
             logger.warning("%s: the lexical index cannot be used (%s); it is made anew.", directory, error)
             return
-        self._index, self._folder, self._pieces, self._left_out = index, folder, pieces, left_out
+        self._index, self._folder, self._left_out = index, folder, left_out
+        self._lineage, self._rows = lineage, known
         self._commit = commit if found == stamp else None
 
     def follow(self, rows: CommittedRows) -> None:
@@ -97,7 +99,8 @@ class LexicalFollower:
             self._hidden = rows.hidden if self._hidden is None else self._hidden
             self._tidy()
             return
-        known = None if self._index is None or restored else rows.rows_of_first(self._pieces)
+        followed = self._index is not None and not restored and rows.begins_with(self._lineage, self._rows)
+        known = self._rows if followed else None
         if known is None:
             self._rebuild(rows)
         else:
@@ -111,7 +114,7 @@ class LexicalFollower:
             if leaving or len(fresh):
                 change = Change(leaving, rows.documents.texts(known), len(fresh) > FEW_DOCUMENTS)
                 self._index.apply(change)
-        self._pieces, self._hidden, self._commit = rows.pieces, rows.hidden, rows.commit
+        self._lineage, self._rows, self._hidden, self._commit = rows.lineage, rows.rows, rows.hidden, rows.commit
         self._left_out = len(rows.hidden)
         self._record(rows)
 
@@ -135,7 +138,8 @@ class LexicalFollower:
             "index": self._folder.name,
             "stamp": stamp_of(self._folder),
             "commit": rows.commit,
-            "pieces": list(rows.pieces),
+            "lineage": rows.lineage,
+            "rows": rows.rows,
             "hidden": len(rows.hidden),
         }
         write_sidecar(self.directory / RECORD, record)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..json_object import JsonObject
-from ..model.bank_format_msa import Manifest
+from ..model.bank_format_msa import Manifest, commit_id, lineage_of
 from ..model.memory_msa import DocumentTable, MemoryBank
 
 BATCH = 1024  # rows that are decoded at a time
@@ -23,15 +24,13 @@ class CommittedRows:
     Attributes:
         commit: tells this state from every other one of its directory; "" of a bank in memory alone.
         directory: of the bank, None in memory alone.
-        pieces: runs of rows in order: equal pieces, in all banks that a directory ever held, have equal rows.
-        counts: rows of each piece.
+        lineage: equal ones, in all banks that a directory ever held, begin with equal rows.
         documents: the table, its rows and those without a document.
     """
 
     commit: str
     directory: Path | None
-    pieces: tuple[object, ...]
-    counts: tuple[int, ...]
+    lineage: str
     documents: DocumentTable
 
     @property
@@ -44,10 +43,9 @@ class CommittedRows:
         """[n] int64, rows without a document, ascending."""
         return self.documents.deleted
 
-    def rows_of_first(self, pieces: Sequence[object]) -> int | None:
-        """The number of rows of these pieces, None where the bank does not begin with them."""
-        count = len(pieces)
-        return sum(self.counts[:count]) if tuple(pieces) == self.pieces[:count] else None
+    def begins_with(self, lineage: str, rows: int) -> bool:
+        """Tell whether the bank begins with the rows of another one."""
+        return lineage == self.lineage and rows <= self.rows
 
     def texts(self, first: int = 0) -> Iterator[tuple[int, str | None]]:
         """Rows from `first` on that have a document, and their texts."""
@@ -70,15 +68,14 @@ class StoreState(Protocol):
 
 def rows_of_state(state: StoreState, directory: Path | None) -> CommittedRows:
     """The rows of a bank that changes, as its state has them."""
-    pieces = state.segments if directory is None else tuple(item.record["table"]["file"] for item in state.segments)
-    counts = tuple(len(segment) for segment in state.segments)
-    commit = "" if directory is None else state.manifest["checksum"]
-    return CommittedRows(commit, directory, pieces, counts, DocumentTable(state.table, state.hidden, state.find))
+    manifest = state.manifest
+    commit = "" if directory is None else commit_id(manifest)
+    return CommittedRows(commit, directory, lineage_of(manifest), DocumentTable(state.table, state.hidden, state.find))
 
 
 def rows_of_bank(bank: MemoryBank) -> CommittedRows:
-    """The rows of a bank that does not change: one piece."""
-    return CommittedRows("", None, (bank.documents,), (bank.documents.num_rows,), bank.documents)
+    """The rows of a bank that does not change."""
+    return CommittedRows("", None, uuid.uuid4().hex, bank.documents)
 
 
 class BankFollower(Protocol):

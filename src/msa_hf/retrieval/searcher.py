@@ -102,7 +102,7 @@ class Searcher:
     def _rows(self) -> CommittedRows:
         home, documents = self.bank.home, self.bank.documents
         assert home is not None
-        return CommittedRows(home.commit, home.directory, (), (), documents)
+        return CommittedRows(home.commit, home.directory, "", documents)
 
     def lexical(self) -> LexicalSearcher:
         """The bank's lexical index.

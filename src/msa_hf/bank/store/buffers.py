@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Mapping
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...model.bank_format_msa import RESTORE, BankFormatError, TensorLayout, TensorPair
+from ...model.bank_format_msa import RESTORE, BankFormatError, Manifest, TensorLayout, TensorPair
 from .segments import Segment
 
 GROWTH = 5 / 4  # of a buffer that is full: appending costs a few copies of each row, spare room at most a quarter
@@ -58,6 +58,21 @@ def _zeros(layout: TensorLayout, layer: int, chunks: int, device: torch.device) 
     return found[0], found[1]
 
 
+class Committed(Protocol):
+    """Everything asked of a state (`State`)."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+    @property
+    def segments(self) -> tuple[Segment, ...]: ...
+    @property
+    def offsets(self) -> NDArray[np.int64]: ...
+    @property
+    def starts(self) -> NDArray[np.int64]: ...
+    @property
+    def all_chunks(self) -> int: ...
+
+
 class Buffers:
     """Routing keys and content of all rows, in memory: what snapshots are views of."""
 
@@ -92,14 +107,18 @@ class Buffers:
             layers[layer] = whole
         return cls(layers, total)
 
-    def follow(self, old: Sequence[Segment], segments: Sequence[Segment]) -> bool:
+    def follow(self, old: Committed, new: Committed) -> bool:
         """Append what was committed since; False, and nothing was done, if the tensors must be read again."""
-        fresh = segments[len(old) :]
-        if tuple(segments[: len(old)]) != tuple(old) or any(segment.lost.any() for segment in fresh):
+        lineage = old.manifest.get("lineage")
+        if lineage is None or lineage != new.manifest.get("lineage") or new.all_chunks < old.all_chunks:
             return False
-        for segment in fresh:
+        if any(segment.lost.any() for segment in new.segments):
+            return False
+        for segment, start in zip(new.segments, new.offsets[new.starts].tolist(), strict=True):
             for shard in segment.shards:
-                self.append({layer: shard.tensors(layer) for layer in shard.layers})
+                first = max(shard.first, old.all_chunks - start)
+                if first < shard.end:
+                    self.append({layer: shard.tensors(layer, first, shard.end) for layer in shard.layers})
         return True
 
     def append(self, layers: Mapping[int, TensorPair]) -> None:

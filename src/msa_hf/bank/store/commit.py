@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from ...model.arrow_msa import ArrowTable, numbers_of
-from ...model.bank_format_msa import FORMAT_VERSION, KeyHash, Manifest, SegmentRecord, TensorPair, library_version
+from ...model.bank_format_msa import DeletionsRecord, KeyHash, Manifest, SegmentRecord, TensorPair
+from ...model.bank_log_msa import LogEntry, new_entry
 from ...model.bank_writer_msa import BankWriter
 from ...model.origin_msa import BankOrigin
 from .buffers import Buffers
@@ -21,8 +22,6 @@ from .changes import Changes, written_table
 from .encoder import DocumentEncoder
 from .segments import Segment
 from .state import State
-
-MERGE_DELETIONS = 32  # files of deletions that are put into one at the next deletion
 
 Memories = dict[int, TensorPair]
 
@@ -44,26 +43,6 @@ class Commit:
     gone: NDArray[np.int64]
     versions: Mapping[KeyHash, int]
     next_id: int
-
-    def deleted(self, state: State) -> NDArray[np.int64]:
-        """All deleted rows after it."""
-        return np.union1d(state.deleted, self.gone)
-
-    def manifest(self, state: State) -> Manifest:
-        """The manifest after it, without the records of files."""
-        counts = state.manifest["counts"]
-        return {
-            **state.manifest,
-            "format_version": FORMAT_VERSION,
-            "library_version": library_version(),
-            "generation": state.manifest["generation"] + 1,
-            "next_id": self.next_id,
-            "counts": {
-                "documents": counts["documents"] + len(self.table),
-                "chunks": counts["chunks"] + int(numbers_of(self.table, "chunks").sum()),
-                "tokens": counts["tokens"] + int(numbers_of(self.table, "tokens").sum()),
-            },
-        }
 
 
 def commit_of(
@@ -116,21 +95,14 @@ def _tensors_of(row: int, state: State, buffers: Buffers | None, device: torch.d
     return {layer: (keys.to(device), content.to(device)) for layer, (keys, content) in copies.items()}
 
 
-def write_commit(
-    writer: BankWriter,
-    manifest: Manifest,
-    state: State,
-    commit: Commit,
-    versions: Mapping[KeyHash, int],
-    max_bytes: int,
-) -> None:
-    """Write the files of a commit, and put their records into its manifest.
+def write_commit(writer: BankWriter, state: State, commit: Commit, max_bytes: int) -> LogEntry:
+    """Write the files of a commit; returns what the log will say of it.
 
     Args:
-        versions: of all deleted keys before it.
         max_bytes: of tensors per file.
     """
-    manifest["segments"] = renewed_records(writer, state.segments)
+    segment: SegmentRecord | None = None
+    deletions: DeletionsRecord | None = None
     if len(commit.table):
         base = state.all_chunks
 
@@ -138,17 +110,30 @@ def write_commit(
             keys, content = commit.memories[layer]
             return keys[first:end], content[first:end]
 
-        record = writer.segment(
+        segment = writer.segment(
             commit.table, state.rows, part, state.layout, max_bytes, lambda start: f"chunks-{base + start:010d}"
         )
-        manifest["segments"].append(record)
     if len(commit.gone) or commit.versions:
-        if len(manifest["deletions"]) >= MERGE_DELETIONS:
-            everything = commit.deleted(state), {**versions, **commit.versions}
-            manifest["deletions"] = [writer.deletions(manifest["generation"], *everything)]
-        else:
-            entry = writer.deletions(manifest["generation"], commit.gone, commit.versions)
-            manifest["deletions"] = [*manifest["deletions"], entry]
+        keys = np.array([(*key, version) for key, version in commit.versions.items()], np.uint64).reshape(-1, 3)
+        deletions = writer.deletions(state.manifest["generation"] + 1, commit.gone, keys)
+    tokens = int(numbers_of(commit.table, "tokens").sum())
+    return new_entry(state.manifest, commit.next_id, tokens, segment, deletions)
+
+
+def entry_in_memory(state: State, commit: Commit) -> Manifest:
+    """The manifest after a commit of a bank that lies in memory alone, without the records of files."""
+    manifest, table = state.manifest, commit.table
+    counts = manifest["counts"]
+    return {
+        **manifest,
+        "generation": manifest["generation"] + 1,
+        "next_id": commit.next_id,
+        "counts": {
+            "documents": counts["documents"] + len(table),
+            "chunks": counts["chunks"] + int(numbers_of(table, "chunks").sum()),
+            "tokens": counts["tokens"] + int(numbers_of(table, "tokens").sum()),
+        },
+    }
 
 
 def renewed_records(writer: BankWriter, segments: Iterable[Segment]) -> list[SegmentRecord]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ...model.arrow_msa import ArrowTable, concat_tables, kept_rows
-from ...model.bank_format_msa import Manifest, SegmentRecord, TensorPair, counts_of
+from ...model.bank_format_msa import Manifest, SegmentRecord, TensorLayout, TensorPair, counts_of
 from ...model.bank_writer_msa import BankWriter
 from .buffers import Buffers
 from .segments import Segment
@@ -45,7 +48,9 @@ def write_compacted(writer: BankWriter, manifest: Manifest, state: State, groups
             table = concat_tables(_living(state, number) for number in numbers)
             if not len(table):
                 continue
-            record = _write_merged(writer, state, numbers, table, rows, chunks, max_bytes)
+            run = [state.segments[number] for number in numbers]
+            living = [_is_living(state, number) for number in numbers]
+            record = write_merged(writer, run, living, table, rows, chunks, state.layout, max_bytes)
         records.append(record)
         tables.append(table)
         rows, chunks = record["documents"][1], chunks + record["chunks"]
@@ -63,14 +68,28 @@ def _living(state: State, number: int) -> ArrowTable:
     return kept_rows(state.segments[number].whole_table(), _is_living(state, number))
 
 
-def _write_merged(
-    writer: BankWriter, state: State, numbers: list[int], table: ArrowTable, row: int, base: int, max_bytes: int
+def write_merged(
+    writer: BankWriter,
+    segments: Sequence[Segment],
+    living: Sequence[NDArray[np.bool_]] | None,
+    table: ArrowTable,
+    row: int,
+    base: int,
+    layout: TensorLayout,
+    max_bytes: int,
 ) -> SegmentRecord:
-    """Write a run of segments as one, from row `row` and chunk `base`; `table` has what lives of them."""
-    segments = [state.segments[number] for number in numbers]
+    """Write a run of segments as one.
+
+    Args:
+        living: rows [rows] of each that are kept; None: all.
+        table: what is kept of them.
+        row, base: the first row and chunk in the bank.
+    """
     chunks = [
-        np.flatnonzero(np.repeat(_is_living(state, number), np.diff(segment.offsets)))
-        for number, segment in zip(numbers, segments, strict=True)
+        np.arange(segment.offsets[-1])
+        if living is None
+        else np.flatnonzero(np.repeat(living[number], np.diff(segment.offsets)))
+        for number, segment in enumerate(segments)
     ]
     edges = np.concatenate([[0], np.cumsum([len(item) for item in chunks])])
 
@@ -83,7 +102,7 @@ def _write_merged(
         keys, content = zip(*found, strict=True)
         return torch.cat(keys), torch.cat(content)
 
-    return writer.segment(table, row, part, state.layout, max_bytes, lambda start: f"chunks-{base + start:010d}")
+    return writer.segment(table, row, part, layout, max_bytes, lambda start: f"chunks-{base + start:010d}")
 
 
 def compacted_in_memory(state: State, buffers: Buffers, device: torch.device) -> tuple[State, Buffers]:
@@ -101,4 +120,6 @@ def compacted_in_memory(state: State, buffers: Buffers, device: torch.device) ->
         "counts": counts_of([table]),
         "generation": state.manifest["generation"] + 1,
     }
+    if "lineage" in manifest:
+        manifest["lineage"] = uuid.uuid4().hex
     return State.of(manifest, segments, np.empty(0, np.int64)), Buffers(layers, len(chunks))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ...model.bank_format_msa import LEFTOVER, OWN_FILE, PARTS
+from ...model.bank_log_msa import ENTRY_FILE
 from ...model.bank_reader_msa import referenced_files
 from ...model.bank_writer_msa import sync
 from .errors import ErasureIncomplete
@@ -54,7 +55,7 @@ def leftovers(directory: Path) -> list[Path]:
     return [
         path
         for path in directory.iterdir()
-        if path.name not in named and (OWN_FILE.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
+        if path.name not in named and any(kind.fullmatch(path.name) for kind in (OWN_FILE, ENTRY_FILE, LEFTOVER))
     ]
 
 

@@ -1,4 +1,4 @@
-"""Banks of format version 1, whose documents have no ids of their own: what their first commit makes of them."""
+"""Banks of earlier format versions: what their first commit makes of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ...generation.document_ids import DocumentIds
-from ...model.bank_format_msa import FORMAT_VERSION, Manifest, format_error
+from ...model.bank_format_msa import FORMAT_VERSION, Manifest, format_error, lineage_of
 from ...model.memory_msa import DocumentTable
 from .segments import Segment, with_ids
 
@@ -44,4 +44,15 @@ def as_version_2(path: Path, manifest: Manifest, segments: Sequence[Segment]) ->
         plain = segment.table.drop_columns(["id", "version", "digest"])
         segment.table = with_ids(plain, ids[first : first + len(segment)])
         first += len(segment)
-    return {**manifest, "format_version": FORMAT_VERSION, "generation": 0, "next_id": next_id, "deletions": []}
+    return {**manifest, "format_version": 2, "generation": 0, "next_id": next_id, "deletions": []}
+
+
+def as_version_3(manifest: Manifest) -> Manifest:
+    """A manifest of format version 2 as the next checkpoint will write it: with a log."""
+    return {
+        **manifest,
+        "format_version": FORMAT_VERSION,
+        "lineage": lineage_of(manifest),
+        "checkpoint": manifest["generation"],
+        "watermark": None,
+    }

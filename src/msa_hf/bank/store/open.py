@@ -14,16 +14,26 @@ from numpy.typing import NDArray
 from ...model.bank_format_msa import (
     MANIFEST,
     BankFormatError,
-    KeyHash,
     Manifest,
     TensorLayout,
     TensorPair,
     format_error,
     new_manifest,
 )
-from ...model.bank_reader_msa import FEW_ROWS, BankReader, check_claims, read_manifest, referenced_files
-from ...model.bank_writer_msa import BankWriter, remove_unnamed
+from ...model.bank_reader_msa import (
+    FEW_ROWS,
+    BankReader,
+    backup_of,
+    check_claims,
+    is_bank,
+    mapped_tables,
+    read_checkpoint,
+    read_manifest,
+    referenced_files,
+)
+from ...model.bank_writer_msa import BankWriter, keep_copy, remove_unnamed
 from ...model.origin_msa import BankOrigin
+from .deleted_keys import DeletedKeys
 from .encoder import DocumentEncoder
 from .format_v1 import as_version_2
 from .segments import Damage, Loss, Segment, damage_of
@@ -39,7 +49,7 @@ class Contents:
         manifest: of the current format version.
         segments: in order; what of them is lost is marked in them.
         deleted: [n] int64 rows of deleted documents, ascending.
-        versions: of deleted keys, by the hash of the key.
+        keys: of deleted documents, with their versions.
         prefix: keys and values per layer, None where their file is damaged.
         damage: what is not what was written.
     """
@@ -47,13 +57,16 @@ class Contents:
     manifest: Manifest
     segments: tuple[Segment, ...]
     deleted: NDArray[np.int64]
-    versions: dict[KeyHash, int]
+    keys: DeletedKeys
     prefix: dict[int, TensorPair] | None
     damage: list[Damage]
 
 
 def read_contents(reader: BankReader, opened: Iterable[Segment], device: torch.device) -> Contents:
     """Open what a manifest names, the prefix on `device`; segments that are `opened` already are taken over.
+
+    With `reader.verify` what decides about keys, versions and ids is compared with its SHA-256: the tables. Indices and
+    deletions always are, tensors are not.
 
     Raises:
         BankFormatError: for what a bank cannot do without, and where a writer changes it meanwhile.
@@ -65,12 +78,13 @@ def read_contents(reader: BankReader, opened: Iterable[Segment], device: torch.d
     old = {item.record["table"]["file"]: item for item in opened}
     segments: list[Segment] = []
     losses: list[tuple[Segment, Loss]] = []
+    mapped = mapped_tables(manifest)
     for record in manifest["segments"]:
         known = old.get(record["table"]["file"])
         if known is not None and known.record == record:
             segments.append(known)
         else:
-            segment, found = Segment.open(reader, record)
+            segment, found = Segment.open(reader, record, record["table"]["file"] in mapped)
             segments.append(segment)
             losses += [(segment, loss) for loss in found]
     if losses and read_manifest(reader.directory)["checksum"] != manifest["checksum"]:
@@ -79,9 +93,6 @@ def read_contents(reader: BankReader, opened: Iterable[Segment], device: torch.d
         check_claims(reader.directory, manifest)
     deletions = reader.deletions()
     damage = [damage_of(segment, loss, deletions.rows) for segment, loss in losses]
-    versions: dict[KeyHash, int] = {}
-    for first, second, version in deletions.keys.tolist():
-        versions[first, second] = max(version, versions.get((first, second), -1))
     prefix = None
     try:
         prefix = replace(reader, verify=True).prefix(device)
@@ -90,7 +101,7 @@ def read_contents(reader: BankReader, opened: Iterable[Segment], device: torch.d
         damage.append(Damage(manifest["prefix"]["file"], str(error)))
     if manifest["format_version"] == 1:
         manifest = as_version_2(path, manifest, segments)
-    return Contents(manifest, tuple(segments), deletions.rows, versions, prefix, damage)
+    return Contents(manifest, tuple(segments), deletions.rows, DeletedKeys(deletions.keys), prefix, damage)
 
 
 def new_bank(
@@ -112,7 +123,14 @@ def new_bank(
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what a writer left that died before its commit, or after it and before it had tidied up."""
+    """Remove what a writer left that died before its commit, or after it and before it had tidied up.
+
+    Raises:
+        BankFormatError: for a manifest that cannot be read, or that is missing while data files are there: what it
+            named is then not known.
+    """
     kept = referenced_files(directory)
+    if is_bank(directory) and backup_of(directory) != read_checkpoint(directory)[0]:
+        keep_copy(directory)  # before what the copy names is removed
     if count := remove_unnamed(directory, kept):
         logger.warning("%s: removed %d files of an interrupted write; the last commit is intact.", directory, count)

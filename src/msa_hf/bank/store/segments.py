@@ -15,6 +15,7 @@ from ...model.arrow_msa import DIGEST_BYTES, ArrowField, ArrowTable, TableRow, n
 from ...model.bank_format_msa import (
     INDEX_ENTRY,
     BankFormatError,
+    KeyHash,
     SegmentRecord,
     TensorPair,
     format_error,
@@ -22,6 +23,7 @@ from ...model.bank_format_msa import (
     key_hash,
 )
 from ...model.bank_reader_msa import BankReader, Shard, shard_layers
+from ...model.open_files_msa import TensorFile
 
 Rows = NDArray[np.int64]
 NO_ROWS = np.empty(0, np.int64)
@@ -101,20 +103,32 @@ class Segment:
         return segment
 
     @classmethod
-    def open(cls, reader: BankReader, record: SegmentRecord) -> tuple[Segment, list[Loss]]:
-        """Map the files of a segment; what cannot be read is left out and told.
+    def of_commit(cls, table: ArrowTable, record: SegmentRecord, reader: BankReader) -> Segment:
+        """The segment that this process has just written to a directory, of the table that it wrote."""
+        segment = cls(record, table, reader.directory / record["table"]["file"])
+        segment.index = index_of(table["key"].to_pylist())
+        for item in record["tensors"]:
+            first, end = item["chunks"]
+            file = TensorFile(reader.directory / item["file"])
+            segment.shards.append(Shard(first, end, shard_layers(item, reader.layout), file))
+        return segment
+
+    @classmethod
+    def open(cls, reader: BankReader, record: SegmentRecord, mapped: bool = True) -> tuple[Segment, list[Loss]]:
+        """Open the files of a segment, its table memory mapped or read; what is damaged is left out and told.
 
         The documents of format version 1, which have no ids, get the numbers of their rows.
         """
         losses: list[Loss] = []
         first, end = record["documents"]
         path = reader.directory / record["table"]["file"]
+        tensors = replace(reader, verify=False)  # which decide about no key, version or id
         stale = reader.manifest["format_version"] == 1
         try:
             if stale:
-                table = with_ids(replace(reader, verify=True).segment_table(record), np.arange(first, end))
+                table = with_ids(replace(reader, verify=True).segment_table(record, mapped), np.arange(first, end))
             else:
-                table = reader.segment_table(record)
+                table = reader.segment_table(record, mapped)
             segment = cls(record, table, path, stale)
         except BankFormatError as error:
             segment = cls.unreadable(record, path)
@@ -130,7 +144,7 @@ class Segment:
                     losses.append(Loss(record["index"]["file"], str(error), NO_ROWS))
         for item in record["tensors"]:
             try:
-                shard = reader.shard(item)
+                shard = tensors.shard(item)
             except BankFormatError as error:
                 start, stop = item["chunks"]
                 shard = Shard(start, stop, shard_layers(item, reader.layout), None)
@@ -198,11 +212,12 @@ class Segment:
         return fresh
 
     def key(self, row: int) -> str | None:
-        """The key of a row, None where it cannot be read."""
+        """The key of a row, None if it cannot be read, or is not the one that the index has for the row."""
         try:
-            return self.fields(row, ["key"])["key"] or None
+            key = self.fields(row, ["key"])["key"]
         except BankFormatError:
             return None
+        return key if row in self._indexed(key_hash(key)) else None
 
     def fields(self, row: int, columns: Sequence[str]) -> TableRow:
         """Some columns of a row.
@@ -217,17 +232,22 @@ class Segment:
         except ValueError as error:
             raise self._damaged(error, row) from error
 
-    def rows_of(self, key: str) -> Iterator[int]:
-        """Rows that have this key, lost ones left out."""
-        first, second = key_hash(key)
-        halves = self.index[0]
-        place = int(np.searchsorted(halves, np.uint64(first)))
-        while place < len(halves) and int(halves[place]) == first:
-            row = int(self.index[2, place])
-            found = int(self.index[1, place]) == second and row < len(self) and not self.lost[row]
-            if found and self.fields(row, ["key"])["key"] == key:
+    def rows_of(self, key: str, hashed: KeyHash) -> Iterator[int]:
+        """Rows that have this key, of which this is the hash; lost ones left out."""
+        for row in self._indexed(hashed):
+            if row < len(self) and not self.lost[row] and self.fields(row, ["key"])["key"] == key:
                 yield row
+
+    def _indexed(self, hashed: KeyHash) -> list[int]:
+        """Rows that the index has for the hash of a key."""
+        found: list[int] = []
+        halves = self.index[0]
+        place = int(np.searchsorted(halves, np.uint64(hashed[0])))
+        while place < len(halves) and int(halves[place]) == hashed[0]:
+            if int(self.index[1, place]) == hashed[1]:
+                found.append(int(self.index[2, place]))
             place += 1
+        return found
 
     def gather(self, layer: int, chunks: NDArray[np.int64]) -> TensorPair:
         """Copies of some chunks of a layer, ascending: routing keys and content."""

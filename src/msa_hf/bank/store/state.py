@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...model.arrow_msa import ArrowTable, concat_tables, numbers_of, pyarrow, table_schema
-from ...model.bank_format_msa import Manifest, TensorLayout
+from ...model.bank_format_msa import KeyHash, Manifest, TensorLayout, key_hash
 from .buffers import GrowableArray
 from .segments import Segment
 
 Rows = NDArray[np.int64]
+FEW_ROWS = 256  # a segment of at most so many is searched through a dictionary
 
 
 class BankStat(TypedDict):
@@ -57,6 +58,8 @@ class State:
         hidden: `deleted`, and the rows that are lost to damage.
         chunks, tokens: of the documents.
         starts: [segments] int64, the first row of each.
+        indexed: how many of the first segments are searched by their indices; later ones are few rows, whose keys are
+            in `_recent`.
     """
 
     manifest: Manifest
@@ -68,7 +71,9 @@ class State:
     chunks: int
     tokens: int
     starts: Rows = field(repr=False)
+    indexed: int
     _growing: GrowableArray[Rows] = field(repr=False)  # whose view `offsets` is; the next state's too
+    _recent: dict[KeyHash, list[int]] = field(repr=False)  # rows that a later state added are in it as well
 
     @classmethod
     def of(cls, manifest: Manifest, segments: tuple[Segment, ...], deleted: Rows) -> State:
@@ -82,23 +87,58 @@ class State:
         visible[hidden] = False
         chunks = int(np.diff(offsets)[visible].sum())
         tokens = int(numbers_of(table, "tokens")[visible].sum())
-        return cls(manifest, segments, table, offsets, deleted, hidden, chunks, tokens, starts, growing)
+        indexed = len(segments)
+        while indexed and len(segments[indexed - 1]) <= FEW_ROWS:
+            indexed -= 1
+        recent: dict[KeyHash, list[int]] = {}
+        _remember(recent, segments[indexed:], starts[indexed:])
+        return cls(
+            manifest, segments, table, offsets, deleted, hidden, chunks, tokens, starts, indexed, growing, recent
+        )
 
-    def followed_by(self, manifest: Manifest, segments: tuple[Segment, ...], deleted: Rows) -> State:
-        """The state after a commit that deleted rows and added one segment or none, at the cost of these alone."""
+    def followed_by(self, manifest: Manifest, segments: tuple[Segment, ...], gone: Rows) -> State:
+        """The state after a commit that deleted rows `gone`, ascending, and added one segment or none.
+
+        It costs what the commit changes; of the rest, an array of deleted rows is copied if it deletes any.
+        """
         fresh = segments[len(self.segments) :]
         table = concat_tables([self.table, *(item.table for item in fresh)]) if fresh else self.table
         offsets = _grown(self._growing, fresh)
         starts = _starts(segments)
-        hidden = _hidden(segments, deleted)
-        gone = np.setdiff1d(hidden, self.hidden, assume_unique=True)
+        deleted = hidden = self.deleted
+        if len(gone):
+            deleted = np.insert(self.deleted, np.searchsorted(self.deleted, gone), gone)
+        hidden = deleted
+        if len(self.hidden) > len(self.deleted) or any(item.lost.any() for item in fresh):
+            hidden = _hidden(segments, deleted)
         chunks, tokens = self.chunks, self.tokens
         for item in fresh:
             chunks += int(item.offsets[-1])
             tokens += int(numbers_of(item.table, "tokens").sum())
-        chunks -= int((offsets[gone + 1] - offsets[gone]).sum())
-        tokens -= int(table["tokens"].take(pyarrow().array(gone)).to_numpy().sum(dtype=np.int64)) if len(gone) else 0
-        return State(manifest, segments, table, offsets, deleted, hidden, chunks, tokens, starts, self._growing)
+        there = gone[[not self.is_hidden(row) for row in gone.tolist()]] if len(gone) else gone
+        chunks -= int((offsets[there + 1] - offsets[there]).sum())
+        tokens -= self._tokens_of(there)
+        indexed, recent = self.indexed, self._recent
+        for number, item in enumerate(fresh, start=len(self.segments)):
+            if len(item) > FEW_ROWS:
+                indexed, recent = number + 1, {}  # earlier states keep the old one
+        first = max(indexed, len(self.segments))
+        _remember(recent, segments[first:], starts[first:])
+        return State(
+            manifest, segments, table, offsets, deleted, hidden, chunks, tokens, starts, indexed, self._growing, recent
+        )
+
+    def merged(self, manifest: Manifest, segments: tuple[Segment, ...]) -> State:
+        """The same rows in other segments."""
+        return replace(
+            self,
+            manifest=manifest,
+            segments=segments,
+            table=concat_tables([table_schema(2).empty_table(), *(item.table for item in segments)]),
+            starts=_starts(segments),
+            indexed=len(segments),
+            _recent={},
+        )
 
     @property
     def layout(self) -> TensorLayout:
@@ -122,11 +162,27 @@ class State:
 
     def find(self, key: str) -> int | None:
         """The row of the document named `key`."""
-        for number in range(len(self.segments) - 1, -1, -1):
-            for row in self.segments[number].rows_of(key):
+        hashed = key_hash(key)
+        for row in reversed(self._recent.get(hashed, ())):
+            if row < self.rows and not self.is_hidden(row):
+                segment, place = self.place(row)
+                if segment.fields(place, ["key"])["key"] == key:
+                    return row
+        for number in range(self.indexed - 1, -1, -1):
+            for row in self.segments[number].rows_of(key, hashed):
                 if not self.is_hidden(int(self.starts[number]) + row):
                     return int(self.starts[number]) + row
         return None
+
+    def _tokens_of(self, rows: Rows) -> int:
+        """Tokens of the documents in some rows, ascending."""
+        total = 0
+        edges = np.searchsorted(rows, [*self.starts, self.rows])
+        for number in np.flatnonzero(np.diff(edges)).tolist():
+            inside = rows[edges[number] : edges[number + 1]] - self.starts[number]
+            column = self.segments[number].table["tokens"]
+            total += int(column.take(pyarrow().array(inside)).to_numpy().sum(dtype=np.int64))
+        return total
 
     def place(self, row: int) -> tuple[Segment, int]:
         """The segment of a row, and the row in it."""
@@ -138,6 +194,13 @@ class State:
         start = int(self.starts[number])
         first, end = np.searchsorted(self.deleted, [start, start + len(self.segments[number])])
         return self.deleted[first:end] - start
+
+
+def _remember(recent: dict[KeyHash, list[int]], segments: tuple[Segment, ...], starts: Rows) -> None:
+    """Add the keys of segments, by hash, with their rows."""
+    for segment, start in zip(segments, starts.tolist(), strict=True):
+        for first, second, row in segment.index.T.tolist():
+            recent.setdefault((first, second), []).append(start + row)
 
 
 def _starts(segments: tuple[Segment, ...]) -> Rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -17,19 +18,33 @@ import torch
 from ...model.arrow_msa import table_schema
 from ...model.bank_format_msa import (
     MANIFEST,
+    BankError,
     BankFormatError,
-    KeyHash,
     Manifest,
     TensorPair,
+    commit_id,
     data_files,
     file_names,
     library_version,
     parse_size,
 )
-from ...model.bank_reader_msa import BankReader, is_bank, open_bank, read_manifest
+from ...model.bank_log_msa import entry_names, manifest_after
+from ...model.bank_reader_msa import (
+    TRIES,
+    BankReader,
+    damage_of_file,
+    is_bank,
+    log_generations,
+    manifest_mark,
+    mapped_tables,
+    open_bank,
+    read_checkpoint,
+    read_manifest,
+)
 from ...model.bank_writer_msa import BankWriter, remove_files
 from ...model.interface_msa import check_interface
 from ...model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable, LayerMemory, MemoryBank
+from ...model.open_files_msa import SMALL_FILE
 from ...model.routing_msa import RoutingRequest
 from ...moved import renamed
 from ...retrieval.embedders import Embedder
@@ -37,12 +52,15 @@ from ...retrieval.followers import Followers
 from ...retrieval.rows import rows_of_state
 from .buffers import Buffers
 from .changes import Changes, GivenDocument, Known, committed
-from .commit import Commit, commit_of, write_commit
+from .commit import Commit, commit_of, entry_in_memory, write_commit
 from .compact import compacted_in_memory, groups_of, write_compacted
+from .deleted_keys import DeletedKeys
 from .encoder import DocumentEncoder, EncodingModel
 from .erase import erase
-from .errors import BankDamaged, BankNotWritable
+from .errors import BankDamaged, BankNotWritable, CommitOutcomeUnknown
+from .format_v1 import as_version_3
 from .lock import WriterLock
+from .merge import LOG_COMMITS, merged_in_memory, segment_bytes, segments_to_merge, write_checkpoint
 from .open import new_bank, read_contents, remove_leftovers
 from .segments import Damage, Segment, damage_of
 from .state import BankStat, State
@@ -54,7 +72,6 @@ if TYPE_CHECKING:
     from ...generation.protocol import PromptProtocol
 
 logger = logging.getLogger(__name__)
-TRIES = 10  # of a reader whose files a writer removes while they are opened
 
 
 class BankStore:
@@ -132,7 +149,9 @@ class BankStore:
         self._pending: Changes | None = None
         self._buffers: Buffers | None = None
         self._snapshot: MemoryBank | None = None
-        self._versions: dict[KeyHash, int] = {}
+        self._deleted_keys = DeletedKeys()
+        self._verified: set[str] = set()  # tables that were compared with their SHA-256
+        self._mark: tuple[int, ...] | None = None  # of the manifest that lies there
         self._opened: tuple[Segment, ...] = ()
         self._damage: dict[str, Damage] = {}
         self._lock: WriterLock | None = None
@@ -145,7 +164,7 @@ class BankStore:
                 self._lock = WriterLock(self.directory, sole_writer)
                 remove_leftovers(self.directory)
             if self.directory is not None and (read_only or is_bank(self.directory)):
-                self._load()
+                self._load(verify=not read_only)
             else:
                 self._create()
             self._followers = Followers(self.directory, read_only, lexical, embedder)
@@ -164,13 +183,17 @@ class BankStore:
         self._buffers = Buffers(layers, 0) if self.directory is None else None
         self._adopt(State.of(manifest, (), np.empty(0, np.int64)))
 
-    def _load(self) -> None:
-        """Open the bank as it lies in the directory now, keeping what is open already."""
+    def _load(self, verify: bool = False) -> None:
+        """Open the bank as it lies in the directory now, keeping what is open already.
+
+        Args:
+            verify: compare what decides about keys, versions and ids with its SHA-256.
+        """
         assert self.directory is not None
         for attempt in range(TRIES):
             reader = open_bank(self.directory, self.model, self.tokenizer, verify=False)
             try:
-                return self._read(reader)
+                return self._read(replace(reader, verify=verify))
             except BankFormatError:
                 checksum = reader.manifest["checksum"]
                 if attempt + 1 == TRIES or read_manifest(self.directory)["checksum"] == checksum:
@@ -181,7 +204,7 @@ class BankStore:
         prefix = contents.prefix
         if prefix is None and self._encoder is not None:
             prefix = self._encoder.prefix(reader.layout.dtype)
-        self.origin, self._prefix, self._versions = reader.origin, prefix, contents.versions
+        self.origin, self._prefix, self._deleted_keys = reader.origin, prefix, contents.keys
         self._adopt(State.of(contents.manifest, contents.segments, contents.deleted))
         self._note(contents.damage)
 
@@ -228,22 +251,34 @@ class BankStore:
                 logger.warning("%s: %s; %s.", self.directory, item.cause.rstrip("."), left_out)
 
     def snapshot(self) -> MemoryBank:
-        """The bank as it is now, for good: later commits do not change it. `generate(memory=...)` takes it."""
+        """The bank as it is now, for good: later commits do not change it. `generate(memory=...)` takes it.
+
+        If it was opened to read and a writer has removed files of the state it was at, it moves on to the last commit.
+        """
         with self._mutex:
-            if self._snapshot is None:
-                state = self.state
-                if self._buffers is None:
-                    starts = state.offsets[state.starts].tolist()
-                    segments = dict(zip(starts, state.segments, strict=True))
-                    self._buffers = Buffers.load(segments, state.layout, state.all_chunks, self.device)
-                layers = {layer: DenseLayer(*pair) for layer, pair in self._buffers.view(state.all_chunks).items()}
-                documents = DocumentTable(state.table, state.hidden, state.find)
-                offsets, counts = torch.from_numpy(state.offsets), (state.chunks, state.tokens)
-                next_id = state.manifest["next_id"]
-                bank = MemoryBank(layers, offsets, self.whole_prefix(), documents, self.origin, counts, next_id)
-                bank.home, bank.indexes = self._followers.home, self._followers.searchers()
-                self._snapshot = bank
-            return self._snapshot
+            for attempt in range(TRIES):
+                try:
+                    if self._snapshot is None:
+                        self._snapshot = self._new_snapshot()
+                    return self._snapshot
+                except BankFormatError:
+                    if attempt + 1 == TRIES or not self.refresh():
+                        raise
+            raise AssertionError
+
+    def _new_snapshot(self) -> MemoryBank:
+        state = self.state
+        if self._buffers is None:
+            starts = state.offsets[state.starts].tolist()
+            segments = dict(zip(starts, state.segments, strict=True))
+            self._buffers = Buffers.load(segments, state.layout, state.all_chunks, self.device)
+        layers = {layer: DenseLayer(*pair) for layer, pair in self._buffers.view(state.all_chunks).items()}
+        documents = DocumentTable(state.table, state.hidden, state.find)
+        offsets, counts = torch.from_numpy(state.offsets), (state.chunks, state.tokens)
+        next_id = state.manifest["next_id"]
+        bank = MemoryBank(layers, offsets, self.whole_prefix(), documents, self.origin, counts, next_id)
+        bank.home, bank.indexes = self._followers.home, self._followers.searchers()
+        return bank
 
     @property
     def documents(self) -> DocumentTable:
@@ -290,20 +325,43 @@ class BankStore:
             return True
 
     def _keep_buffers(self, old: State) -> None:
-        """Append to the tensors in memory what is new since a state; where rows were moved, they are read again."""
-        if self._buffers is not None and not self._buffers.follow(old.segments, self.state.segments):
+        """Append to the tensors in memory what is new since a state; if rows were moved, they are read again."""
+        if self._buffers is not None and not self._buffers.follow(old, self.state):
             self._buffers = None
 
     def __len__(self) -> int:
         return len(self.state)
 
     def __contains__(self, key: str) -> bool:
-        return self.state.find(key) is not None
+        return self._find(key) is not None
 
     def get(self, key: str) -> Document | None:
-        """The document named `key` as it was last committed, None where there is none."""
-        row = self.state.find(key)
+        """The document named `key` as it was last committed, None if there is none.
+
+        Raises:
+            BankDamaged: if a table that may hold the document is damaged.
+        """
+        row = self._find(key)
         return None if row is None else DocumentTable(self.state.table, find=self.state.find).row(row)
+
+    def _find(self, key: str) -> int | None:
+        """The row of a key; that there is none is never said from bytes that were not verified."""
+        row = self.state.find(key)
+        if row is None and self.directory is not None:
+            self._verify_tables()
+        return row
+
+    def _verify_tables(self) -> None:
+        """Compare the tables of a bank that was opened to read with their SHA-256, each of them once."""
+        assert self.directory is not None
+        if not self.read_only:
+            return  # it was opened with that
+        for segment in self.state.segments:
+            record = segment.record["table"]
+            if record["file"] not in self._verified and not segment.lost.all():
+                if (cause := damage_of_file(self.directory, record)) is not None:
+                    raise BankDamaged(f"{cause} Whether the document is there is not known.")
+                self._verified.add(record["file"])
 
     @property
     def generation(self) -> int:
@@ -323,7 +381,7 @@ class BankStore:
             "segments": len(state.segments),
             "generation": self.generation,
             "next_id": state.manifest["next_id"],
-            "remembered_deletions": len(self._versions),
+            "remembered_deletions": len(self._deleted_keys),
             "bytes": sum(entry["bytes"] for entry in files),
             "indexes": self._followers.describe(),
         }
@@ -400,7 +458,7 @@ class BankStore:
             return changes.delete(str(key), version)
 
     def _committed(self, key: str) -> tuple[Known, int | None]:
-        return committed(self.state, self._versions, key)
+        return committed(self.state, self._deleted_keys, key)
 
     def _put(
         self,
@@ -436,59 +494,161 @@ class BankStore:
 
     def _apply(self, commit: Commit) -> None:
         """Make what a commit does the bank, on the disk first."""
-        state, segments = self.state, self.state.segments
-        manifest, deleted = commit.manifest(state), commit.deleted(state)
         if self.directory is None:
-            segments += (Segment.of_table(commit.table, state.rows),) if len(commit.table) else ()
-        else:
-            self._write(
-                manifest, lambda writer: write_commit(writer, manifest, state, commit, self._versions, self._limit)
-            )
-            if len(commit.table):
-                # From the files, so that the rows do not stay in memory twice.
+            segments = self.state.segments
+            segments += (Segment.of_table(commit.table, self.state.rows),) if len(commit.table) else ()
+            self._follow_commit(commit, entry_in_memory(self.state, commit), segments)
+            if len(self.state.segments) % LOG_COMMITS == 0:
+                self._adopt(merged_in_memory(self.state))
+            return
+        if "lineage" not in self.state.manifest or any(segment.stale for segment in self.state.segments):
+            self._checkpoint()  # an earlier format, or an index that was made anew: nothing of it lies there yet
+        self._check_is_last()
+        with self._committing() as writer:
+            entry = write_commit(writer, self.state, commit, self._limit)
+            try:
+                writer.append(entry)
+            except FileExistsError:
+                raise self._replaced() from None
+        with self._after_commit():
+            manifest, segments = manifest_after(self.state.manifest, entry), self.state.segments
+            if entry["segment"] is not None:
                 reader = BankReader(self.directory, manifest, self.origin, verify=False)
-                segment, losses = Segment.open(reader, manifest["segments"][-1])
-                segments += (segment,)
-                self._note([damage_of(segment, loss, deleted) for loss in losses])
-        self._versions.update(commit.versions)
+                if segment_bytes(entry["segment"]) <= SMALL_FILE:
+                    segments += (Segment.of_commit(commit.table, entry["segment"], reader),)
+                else:  # from the files, so that the rows do not stay in memory twice
+                    segment, losses = Segment.open(reader, entry["segment"])
+                    segments += (segment,)
+                    deleted = np.union1d(self.state.deleted, commit.gone)
+                    self._note([damage_of(segment, loss, deleted) for loss in losses])
+            self._follow_commit(commit, manifest, segments)
+        if len(entry_names(self.state.manifest)) >= LOG_COMMITS:
+            self._maintain()
+
+    def _follow_commit(self, commit: Commit, manifest: Manifest, segments: tuple[Segment, ...]) -> None:
+        """Make what was committed the current state."""
+        self._deleted_keys.update(commit.versions)
         if commit.memories and self._buffers is not None:
             self._buffers.append(commit.memories)
-        self._adopt(state.followed_by(manifest, segments, deleted))
+        self._adopt(self.state.followed_by(manifest, segments, commit.gone))
         self._follow()
 
-    def _write(self, manifest: Manifest, write: Callable[[BankWriter], None]) -> None:
-        """Run what writes files and fills the manifest, and commit; where that fails, all is as before."""
-        assert self.directory is not None
-        if (now := read_manifest(self.directory))["checksum"] != self.state.manifest["checksum"]:
-            raise BankNotWritable(
-                f"{self.directory} was replaced since it was opened (generation {now.get('generation')})."
-            )
-        try:
-            with BankWriter(self.directory) as writer:
-                write(writer)
-                writer.commit(manifest)
-        except BaseException:
-            self._recover()
-            raise
-        for segment, record in zip(self.state.segments, manifest["segments"], strict=False):
-            # Only after the commit: a part that was made anew lies in the directory now.
-            if segment.stale and record["documents"] == segment.record["documents"]:
-                segment.record, segment.stale = record, False
-        remove_files(self.directory, file_names(self.state.manifest) - file_names(manifest))
+    @contextlib.contextmanager
+    def _committing(self) -> Iterator[BankWriter]:
+        """A writer; if what is done with it fails, all is as before, or this bank must be opened again.
 
-    def _recover(self) -> None:
-        """After a failed commit: read again where the directory has the new state after all."""
+        Raises:
+            CommitOutcomeUnknown: if it fails when readers may see the commit.
+        """
         assert self.directory is not None
+        writer = BankWriter(self.directory)
         try:
-            if read_manifest(self.directory)["checksum"] != self.state.manifest["checksum"]:
-                old = self.state
-                self._load()
-                self._keep_buffers(old)
-                self._follow()
-                remove_files(self.directory, file_names(old.manifest) - file_names(self.state.manifest))
-        except BaseException:
-            self._closed = True  # what lies there is not known: it must be opened again
-            logger.exception("%s: cannot be read after a failed commit; open it again.", self.directory)
+            with writer:
+                yield writer
+        except BaseException as error:
+            if writer.may_have_committed():
+                self._give_up()
+                raise CommitOutcomeUnknown(
+                    f"{self.directory}: a commit was begun and its end is not known ({type(error).__name__}: {error}). "
+                    "Open the bank again: it has the commit as a whole, or nothing of it."
+                ) from error
+            raise
+
+    @contextlib.contextmanager
+    def _after_commit(self) -> Iterator[None]:
+        """What follows a commit that is on the disk; if that fails, this bank must be opened again.
+
+        Raises:
+            CommitOutcomeUnknown: for whatever is raised.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self._give_up()
+            raise CommitOutcomeUnknown(
+                f"{self.directory}: the commit is on the disk, but this object could not follow it "
+                f"({type(error).__name__}: {error}). Open the bank again."
+            ) from error
+
+    def _give_up(self) -> None:
+        """Let another writer in, and refuse everything from now on."""
+        self._closed = True
+        if self._lock is not None:
+            self._lock.release()
+
+    def _check_is_last(self) -> None:
+        """Make sure, directly before a commit, that nobody else has written meanwhile."""
+        assert self.directory is not None
+        if self._lock is not None:
+            self._lock.check()
+        manifest = self.state.manifest
+        if self._mark is not None and manifest_mark(self.directory) == self._mark:
+            return
+        now, self._mark = read_checkpoint(self.directory)
+        same = "lineage" in manifest and commit_id(now) == f"{manifest['lineage']}-{manifest['checkpoint']}"
+        if not same and read_manifest(self.directory)["checksum"] != manifest.get("checksum"):
+            self._mark = None
+            raise self._replaced()
+
+    def _replaced(self) -> BankNotWritable:
+        assert self.directory is not None
+        generation = read_manifest(self.directory).get("generation")
+        return BankNotWritable(f"{self.directory} was replaced since it was opened (generation {generation}).")
+
+    def _swap(self, manifest: Manifest, write: Callable[[BankWriter], None]) -> None:
+        """Run what writes files and fills a manifest, and put that in the place of the one that lies there."""
+        assert self.directory is not None
+        self._check_is_last()
+        with self._committing() as writer:
+            write(writer)
+            self._check_is_last()
+            if log_generations(self.directory) and max(log_generations(self.directory)) > self.generation:
+                raise self._replaced()
+            writer.commit(manifest)
+        self._mark = manifest_mark(self.directory)
+
+    def _checkpoint(self) -> None:
+        """Write a manifest of the state of now, with small segments put together; the log begins anew."""
+        assert self.directory is not None
+        state = self.state
+        numbers = segments_to_merge(state, self._limit)
+        if not are_intact(self.directory, (state.segments[number] for number in numbers)):
+            self.verify()  # finds what else is damaged, and leaves the documents out
+            self._check_writable()
+        upgraded = state.manifest if "lineage" in state.manifest else as_version_3(state.manifest)
+        manifest: Manifest = {**upgraded, "library_version": library_version()}
+        reader = BankReader(self.directory, state.manifest, self.origin, verify=False)
+        self._swap(manifest, lambda writer: write_checkpoint(writer, manifest, state, reader, numbers, self._limit))
+        with self._after_commit():
+            kept = state.segments[: numbers[0]] if numbers else state.segments
+            for segment, record in zip(kept, manifest["segments"], strict=False):
+                segment.record, segment.stale = record, False
+            segments = kept
+            if numbers:
+                record = manifest["segments"][-1]
+                mapped = record["table"]["file"] in mapped_tables(manifest)
+                after = BankReader(self.directory, manifest, self.origin, verify=False)
+                segment, losses = Segment.open(after, record, mapped)
+                self._note([damage_of(segment, loss, state.deleted) for loss in losses])
+                segments += (segment,)
+            self._adopt(state.merged(manifest, segments))
+            self._follow()
+        old = file_names(state.manifest) | entry_names(state.manifest)
+        remove_files(self.directory, old - file_names(manifest))
+
+    def _maintain(self) -> None:
+        """Put together what the log has; the commits stand, whatever comes of it."""
+        try:
+            self._checkpoint()
+        except CommitOutcomeUnknown:
+            raise
+        except (OSError, BankError) as error:
+            logger.warning(
+                "%s: its %d last commits could not be put together (%s); that is tried again at the next commit.",
+                self.directory,
+                len(entry_names(self.state.manifest)),
+                error,
+            )
 
     # Care -------------------------------------------------------------------------------------------------------------
 
@@ -523,7 +683,9 @@ class BankStore:
                 self.verify()  # finds what else is damaged, and leaves the documents out
                 self._check_writable()
             manifest: Manifest = {
-                **state.manifest,
+                **as_version_3(state.manifest),
+                "lineage": uuid.uuid4().hex,
+                "watermark": state.manifest.get("watermark"),
                 "generation": self.generation + 1,
                 "library_version": library_version(),
                 "deletions": [],
@@ -532,15 +694,16 @@ class BankStore:
             def write(writer: BankWriter) -> None:
                 write_compacted(writer, manifest, state, groups, self._limit)
                 manifest["prefix"] = writer.prefix(self.whole_prefix())
-                if self._versions:
-                    entry = writer.deletions(self.generation + 1, np.empty(0, np.int64), self._versions)
+                if len(keys := self._deleted_keys.array()):
+                    entry = writer.deletions(self.generation + 1, np.empty(0, np.int64), keys)
                     manifest["deletions"] = [entry]
 
-            self._write(manifest, write)
-            self._damage = {}
-            self._buffers = None
-            self._load()
-            self._follow()
+            self._swap(manifest, write)
+            with self._after_commit():
+                self._damage = {}
+                self._buffers = None
+                self._load()
+                self._follow()
             self._erase()
             return True
 
@@ -557,6 +720,20 @@ class BankStore:
         self._adopt(state)
         self._follow()
         return True
+
+    def checkpoint(self) -> bool:
+        """Put the commits of the log into the manifest, and small segments together; returns whether there were any.
+
+        That happens by itself every 64 commits. Rows stay as they are: nothing deleted is removed.
+        """
+        with self._mutex:
+            if self._pending is not None:
+                raise RuntimeError("checkpoint() inside a batch.")
+            self._check_writable()
+            if self.directory is None or not entry_names(self.state.manifest):
+                return False
+            self._checkpoint()
+            return True
 
     def verify(self) -> list[Damage]:
         """Read every file and compare it with its SHA-256; returns what is damaged, an empty list where nothing is.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from ...model.bank_format_msa import data_files
-from ...model.bank_reader_msa import damage_of_file
+from ...model.bank_format_msa import BACKUP, MANIFEST, BankFormatError, Manifest, data_files
+from ...model.bank_log_msa import copies_differ, entry_names
+from ...model.bank_reader_msa import backup_of, damage_of_file, read_checkpoint
 from .segments import NO_ROWS, Damage, Loss, Rows, Segment, damage_of
 from .state import State
 
@@ -40,7 +42,24 @@ def find_damage(directory: Path, state: State, known: Mapping[str, Damage]) -> l
             if not segment.lost.all():
                 segment.rebuild_index()
             note(segment, file, NO_ROWS)
-    return found + [Damage(file, cause) for file, cause in causes.items()]  # what can be done without
+    # What can be done without.
+    return found + [Damage(file, cause) for file, cause in causes.items()] + _damaged_copies(directory, state.manifest)
+
+
+def _damaged_copies(directory: Path, manifest: Manifest) -> list[Damage]:
+    """Find copies that are not what they are copies of."""
+    found: list[Damage] = []
+    for name in sorted(entry_names(manifest)):
+        try:
+            damaged = copies_differ((directory / name).read_bytes())
+        except FileNotFoundError:
+            continue  # it was put into the manifest meanwhile
+        if damaged:
+            found.append(Damage(name, f"{directory / name}: one of its two copies is damaged"))
+    with suppress(BankFormatError):  # of the manifest, which is told elsewhere
+        if "lineage" in manifest and backup_of(directory) != read_checkpoint(directory)[0]:
+            found.append(Damage(BACKUP, f"{directory / BACKUP}: is no copy of {MANIFEST}"))
+    return found
 
 
 def are_intact(directory: Path, segments: Iterable[Segment]) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...model.bank_format_msa import TensorLayout, data_files
+from ...model.bank_format_msa import TensorLayout, commit_id, data_files
 from ...model.bank_reader_msa import KnowsOrigin, open_bank
 from ...model.memory_msa import BankHome, BankOrigin, DenseLayer, DocumentTable, MemoryBank
 from ..store.store import BankStore
@@ -157,5 +157,5 @@ def _of_directory(directory: Path, model: KnowsOrigin | None, tokenizer: object,
         documents = DocumentTable(rows.table, rows.deleted)
         nothing = {layer: DenseLayer(*layout.zeros(layer, chunks)) for layer in layout.shapes}
         bank = MemoryBank(nothing, rows.offsets, prefix, documents, reader.origin, next_id=rows.next_id)  # compares
-    home = BankHome(directory, reader.manifest["checksum"])
+    home = BankHome(directory, commit_id(reader.manifest))
     return replace(_of_memory(bank), parts=parts, directory=directory, bytes=reader.bytes, model=model, home=home)

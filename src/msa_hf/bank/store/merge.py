@@ -1,0 +1,116 @@
+"""Merging: small segments and small files of deletions are put together as they come, as log-structured stores do.
+
+Rows keep their numbers and their order: only neighbors are merged, and deleted rows stay until the bank is compacted.
+Files of about one size become one of the next size once there are `FAN_IN` of them, so that every row is written again
+once per size, and there are few files of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...model.arrow_msa import concat_tables
+from ...model.bank_format_msa import DeletionsRecord, Manifest, SegmentRecord
+from ...model.bank_reader_msa import BankReader
+from ...model.bank_writer_msa import BankWriter
+from .commit import renewed_records
+from .compact import write_merged
+from .deleted_keys import newest
+from .segments import Segment
+from .state import State
+
+LOG_COMMITS = 64  # that a log has before they are put together
+FAN_IN = 8
+SMALLEST = 2**16  # bytes; what is smaller counts as one size
+
+
+def merge_start(sizes: Sequence[int], fresh: int, most: int) -> int:
+    """The first of those files that are put together.
+
+    Args:
+        sizes: bytes of each, in order.
+        fresh: how many of the last ones were not looked at before.
+        most: bytes that one is to have; larger ones stay as they are.
+
+    Returns:
+        the start of a run up to the end, of two files or more; the number of files if nothing is to be done.
+    """
+    start, total = len(sizes), 0
+    while start > len(sizes) - fresh and sizes[start - 1] < most // FAN_IN and total < most:
+        start, total = start - 1, total + sizes[start - 1]
+    while start and start < len(sizes):
+        level, first, more = _level(total), start, 0
+        while first and _level(sizes[first - 1]) <= level and sizes[first - 1] < most and total + more < most:
+            first, more = first - 1, more + sizes[first - 1]
+        if start - first < FAN_IN - 1 or total + more > most:
+            break
+        start, total = first, total + more
+    return start if start < len(sizes) - 1 else len(sizes)
+
+
+def _level(size: int) -> int:
+    level = 0
+    while size > SMALLEST:
+        size, level = size // FAN_IN, level + 1
+    return level
+
+
+def segment_bytes(record: SegmentRecord) -> int:
+    """Bytes of a segment's tensors and table."""
+    return sum(shard["bytes"] for shard in record["tensors"]) + record["table"]["bytes"]
+
+
+def segments_to_merge(state: State, most: int) -> list[int]:
+    """Numbers of the segments that are put together now, a run up to the last one; empty if none are."""
+    manifest, sizes = state.manifest, [segment_bytes(segment.record) for segment in state.segments]
+    # In a bank of an earlier format nothing was merged yet.
+    fresh = manifest["generation"] - manifest["checkpoint"] if "checkpoint" in manifest else len(sizes)
+    return list(range(merge_start(sizes, min(fresh, len(sizes)), most), len(sizes)))
+
+
+def write_checkpoint(
+    writer: BankWriter, manifest: Manifest, state: State, reader: BankReader, numbers: list[int], most: int
+) -> None:
+    """Write a run of segments as one, and deletions of about one size as one; put the records into the manifest.
+
+    Args:
+        numbers: of the segments, up to the last one; all of them are intact.
+        most: bytes of tensors per file.
+    """
+    kept = state.segments[: numbers[0]] if numbers else state.segments
+    records = renewed_records(writer, kept)
+    if numbers:
+        run = [state.segments[number] for number in numbers]
+        table = concat_tables(segment.whole_table() for segment in run)
+        first, base = int(state.starts[numbers[0]]), int(state.offsets[state.starts[numbers[0]]])
+        records.append(write_merged(writer, run, None, table, first, base, state.layout, most))
+    manifest["segments"] = records
+    manifest["deletions"] = _merged_deletions(writer, manifest, reader)
+
+
+def _merged_deletions(writer: BankWriter, manifest: Manifest, reader: BankReader) -> list[DeletionsRecord]:
+    records = manifest["deletions"]
+    start = merge_start([record["bytes"] for record in records], min(LOG_COMMITS, len(records)), 2**62)
+    if start >= len(records):
+        return records
+    rows, keys = zip(*(reader.deletions_file(record) for record in records[start:]), strict=True)
+    kept = newest(np.concatenate(keys))
+    if (watermark := manifest.get("watermark")) is not None:
+        kept = kept[kept[:, 2] > np.uint64(watermark)]
+    joined = np.sort(np.concatenate(rows))
+    if not len(joined) and not len(kept):
+        return records[:start]
+    return [*records[:start], writer.deletions(manifest["generation"], joined, kept)]
+
+
+def merged_in_memory(state: State) -> State:
+    """The same for a bank that lies in memory alone, whose tensors are in one place anyway."""
+    sizes = [segment.table.nbytes for segment in state.segments]
+    start = merge_start(sizes, min(LOG_COMMITS, len(sizes)), 2**62)
+    if start >= len(sizes):
+        return state
+    table = concat_tables(segment.table for segment in state.segments[start:]).combine_chunks()
+    segments = (*state.segments[:start], Segment.of_table(table, int(state.starts[start])))
+    return state.merged(state.manifest, segments)
