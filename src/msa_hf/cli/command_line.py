@@ -13,7 +13,7 @@ from typing import NoReturn, Protocol
 
 from .. import __version__
 from ..user_errors import UserError, print_error
-from . import ask, bank, chain, doctor, encode, evaluate, inspect, plan, refresh, retrofit, search, train
+from . import ask, bank, chain, consume, doctor, encode, evaluate, inspect, plan, refresh, retrofit, search, train
 
 
 class Command(Protocol):
@@ -40,6 +40,7 @@ COMMANDS: tuple[Command, ...] = (
     evaluate,
     inspect,
     bank,
+    consume,
     plan,
     refresh,
     doctor,

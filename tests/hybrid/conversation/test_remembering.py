@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,16 +16,6 @@ from scripted import COMPACT, byte_tokenizer, memory_model
 from msa_hf.bank import BankStore
 from msa_hf.hybrid.conversation import Conversation, forget_lost_turns, remember_turns, sessions
 from msa_hf.hybrid.store import MemoryStore, SQLiteStore
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    """In memory where there is such a place: a kill needs no disk."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
-        yield Path(directory)
 
 
 def texts(bank: BankStore) -> dict[str, str]:
@@ -55,12 +43,12 @@ def live(talks: list[Conversation], pick: random.Random, step: int) -> None:
         talk.forget(pick.choice(turns).number)
 
 
-def test_a_bank_follows_sessions_and_doing_it_again_changes_nothing(place: Path) -> None:
+def test_a_bank_follows_sessions_and_doing_it_again_changes_nothing(fast_path: Path) -> None:
     pick = random.Random(1)
-    store = SQLiteStore(place / "store.db")
+    store = SQLiteStore(fast_path / "store.db")
     talks = [Conversation(store, name) for name in ("a", "a/000000000001", "é")]
     model = FakeModel()
-    with BankStore(model, place / "bank") as bank:
+    with BankStore(model, fast_path / "bank") as bank:
         bank.upsert("a/notes", "of somebody else")
         for step in range(80):
             live(talks, pick, step)
@@ -85,17 +73,17 @@ def test_a_bank_follows_sessions_and_doing_it_again_changes_nothing(place: Path)
         }
 
 
-def test_killed_writers_and_rememberers_lose_nothing_and_remember_nothing_twice(place: Path) -> None:
+def test_killed_writers_and_rememberers_lose_nothing_and_remember_nothing_twice(fast_path: Path) -> None:
     """20 kills at random moments of one that writes turns and remembers them."""
     pick = random.Random(2)
-    store = SQLiteStore(place / "store.db")
-    with BankStore(FakeModel(), place / "bank"):
+    store = SQLiteStore(fast_path / "store.db")
+    with BankStore(FakeModel(), fast_path / "bank"):
         pass
 
     def work(seed: int, pipe: int) -> None:
-        mine, random_of_mine = SQLiteStore(place / "store.db"), random.Random(seed)
+        mine, random_of_mine = SQLiteStore(fast_path / "store.db"), random.Random(seed)
         talks = [Conversation(mine, name) for name in ("a", "b")]
-        with BankStore(FakeModel(), place / "bank") as bank:
+        with BankStore(FakeModel(), fast_path / "bank") as bank:
             os.write(pipe, b"x")
             for step in range(10_000):
                 live(talks, random_of_mine, step)
@@ -112,19 +100,19 @@ def test_killed_writers_and_rememberers_lose_nothing_and_remember_nothing_twice(
         ended(child)
         os.close(reader)
         os.close(writer)
-        with BankStore(FakeModel(), place / "bank") as bank:
+        with BankStore(FakeModel(), fast_path / "bank") as bank:
             behind += texts(bank) != expected(store)
             remember_turns(store, bank)  # those that announced a write are all that have news
             assert texts(bank) == expected(store)
     assert behind > 3 and len(expected(store)) > 20
 
 
-def test_a_session_stays_announced_until_its_write_must_have_happened(place: Path) -> None:
+def test_a_session_stays_announced_until_its_write_must_have_happened(fast_path: Path) -> None:
     now = 1000.0
-    store = SQLiteStore(place / "store.db", clock=lambda: now)
+    store = SQLiteStore(fast_path / "store.db", clock=lambda: now)
     talk = Conversation(store, "s")
     talk.append("user", "first")
-    with BankStore(FakeModel(), place / "bank") as bank:
+    with BankStore(FakeModel(), fast_path / "bank") as bank:
         assert remember_turns(store, bank, grace=60) == 1
         now = 1060.0
         assert (remember_turns(store, bank, grace=60), [item.sort for item in store.query("pending")]) == (0, ["s"])
@@ -134,14 +122,14 @@ def test_a_session_stays_announced_until_its_write_must_have_happened(place: Pat
         assert remember_turns(store, bank) == 1
 
 
-def test_long_turns_become_documents_and_shorter_ones_leave_none_behind(place: Path) -> None:
+def test_long_turns_become_documents_and_shorter_ones_leave_none_behind(fast_path: Path) -> None:
     tokenizer = byte_tokenizer()
     model = memory_model(tokenizer, COMPACT)
-    store = SQLiteStore(place / "store.db")
+    store = SQLiteStore(fast_path / "store.db")
     talk = Conversation(store, "s")
     long = " ".join(f"Sentence {number} is here." for number in range(40))
     talk.append("user", long)
-    with BankStore(model, place / "bank", tokenizer, COMPACT) as bank:
+    with BankStore(model, fast_path / "bank", tokenizer, COMPACT) as bank:
         remember_turns(store, bank, part_tokens=100)
         found = {document.key: document.text or "" for document in bank.documents}
         assert len(found) > 5 and "".join(found[key] for key in sorted(found)) == long
@@ -153,17 +141,17 @@ def test_long_turns_become_documents_and_shorter_ones_leave_none_behind(place: P
         talk.forget(1)
         remember_turns(store, bank, part_tokens=100)
         assert len(bank) == 0
-    with BankStore(FakeModel(), place / "other") as other, pytest.raises(ValueError, match="with its tokenizer"):
+    with BankStore(FakeModel(), fast_path / "other") as other, pytest.raises(ValueError, match="with its tokenizer"):
         Conversation(store, "s").append("user", long)
         remember_turns(store, other, part_tokens=100)
 
 
-def test_turns_that_the_store_lost_are_forgotten(place: Path) -> None:
+def test_turns_that_the_store_lost_are_forgotten(fast_path: Path) -> None:
     now = 1000.0
-    store = SQLiteStore(place / "store.db", clock=lambda: now)
+    store = SQLiteStore(fast_path / "store.db", clock=lambda: now)
     Conversation(store, "short", ttl=10).append("user", "gone soon")
     Conversation(store, "long").append("user", "stays")
-    with BankStore(FakeModel(), place / "bank") as bank:
+    with BankStore(FakeModel(), fast_path / "bank") as bank:
         bank.upsert("short/book", "no turn", metadata={"session": "short", "turn": 1})
         remember_turns(store, bank)
         assert forget_lost_turns(store, bank) == 0

@@ -1,0 +1,210 @@
+"""`RedisSource`: a Redis stream, read by a consumer group."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .errors import StreamError, StreamUnavailable
+from .event_source import Delivery
+
+logger = logging.getLogger(__name__)
+FIELD = b"event"
+PAGE = 256  # pending messages that are claimed at once
+
+
+class RedisSource:
+    """An `EventSource` over a Redis stream (Redis 6.2 or newer) whose entries have the field `event`.
+
+    Messages go to one consumer of the group and stay with it until they are acknowledged. `recover` takes over all that
+    are pending, also those of other consumers: a bank has one writer, so that whoever has it open is the only one at
+    work, and the others are dead. Give each bank a group of its own.
+
+    Args:
+        url: such as `redis://host:6379/0`, `rediss://` with TLS.
+        stream: the stream's key; made if it is missing.
+        group: of consumers; made if it is missing, and then begins with the first message there is.
+        consumer: name of this consumer; several may have the same one, as one is at work.
+        dead_letters: key of the stream for rejected messages. Default: `<stream>:dead`.
+        timeout: seconds to wait for a connection and for an answer.
+        claim_idle: while there is nothing else, messages that have been pending for so many seconds are taken over.
+
+    Attributes:
+        lost: messages that were trimmed from the stream before they were acknowledged, as far as the server says so.
+
+    Raises:
+        ImportError: if redis is missing.
+        StreamError: if the key is no stream, or the server refuses.
+        StreamUnavailable: if no server answers.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        stream: str,
+        group: str,
+        *,
+        consumer: str = "writer",
+        dead_letters: str | None = None,
+        timeout: float = 5.0,
+        claim_idle: float = 60.0,
+    ) -> None:
+        try:
+            import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
+        except ImportError as error:
+            raise ImportError('RedisSource needs redis: `pip install "msa-hf[redis]"`.') from error
+        self.stream, self.group, self.consumer = stream, group, consumer
+        self.dead_letters = dead_letters or f"{stream}:dead"
+        self.lost = 0
+        self._timeout, self._claim_idle = timeout, claim_idle
+        self._exceptions = redis.exceptions
+        self._recovering: bytes | None = b"0-0"
+        self._looked = time.monotonic()
+        try:
+            # No retries inside: messages of an answer that was lost are pending, and must be recovered.
+            self._client: Any = redis.Redis.from_url(
+                url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
+            )
+        except ValueError as error:
+            raise StreamError(f"{_without_password(url)} is no URL of a Redis server: {error}") from error
+        self._where = _without_password(url)
+        with self._reported(), contextlib.suppress(_GroupExists):
+            self._create_group()
+
+    def _create_group(self) -> None:
+        try:
+            self._client.xgroup_create(self.stream, self.group, id="0", mkstream=True)
+        except self._exceptions.ResponseError as error:
+            if "BUSYGROUP" in str(error):
+                raise _GroupExists from None
+            raise
+
+    def receive(self, limit: int, wait: float) -> Sequence[Delivery]:
+        """See `EventSource`; what is recovered comes first."""
+        with self._reported():
+            if self._recovering is not None and (found := self._claim(limit, 0)):
+                return found
+            # A blocked answer must come before the socket's timeout.
+            block = max(1, int(1000 * min(wait, 0.8 * self._timeout)))
+            answer = self._client.xreadgroup(
+                self.group, self.consumer, {self.stream: ">"}, count=limit, block=block if wait > 0 else None
+            )
+            entries = [entry for _, found in _streams(answer) for entry in found]
+            if not entries and time.monotonic() - self._looked > self._claim_idle:
+                self._recovering, self._looked = b"0-0", time.monotonic()
+                claimed = self._claim(limit, self._claim_idle)
+                self._recovering = None
+                return claimed
+            return [_delivery(id, fields) for id, fields in entries]
+
+    def _claim(self, limit: int, idle: float) -> list[Delivery]:
+        """Take over pending messages from where the last call stopped; none when all were seen."""
+        while self._recovering is not None:
+            cursor, entries, *deleted = self._client.xautoclaim(
+                self.stream, self.group, self.consumer, int(1000 * idle), self._recovering, count=min(limit, PAGE)
+            )
+            gone = len(deleted[0]) if deleted else 0
+            # Before Redis 7 entries that are not in the stream any more come without fields, and stay pending.
+            alive = [(id, fields) for id, fields in entries if fields is not None]
+            missing = [id for id, fields in entries if fields is None and id is not None]
+            if missing:
+                self._client.xack(self.stream, self.group, *missing)
+            self._note_lost(gone + len(missing))
+            self._recovering = None if cursor == b"0-0" else cursor
+            if alive:
+                return [_delivery(id, fields) for id, fields in alive]
+        return []
+
+    def _note_lost(self, count: int) -> None:
+        if count:
+            self.lost += count
+            logger.warning(
+                "%s: %d messages were trimmed from the stream before they were acknowledged; write these events again.",
+                self.stream,
+                count,
+            )
+
+    def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
+        """See `EventSource`."""
+        if deliveries:
+            with self._reported():
+                self._client.xack(self.stream, self.group, *(delivery.id for delivery in deliveries))
+
+    def reject(self, delivery: Delivery, reason: str) -> None:
+        """See `EventSource`; both in one transaction, so that a rejected message is there once."""
+        fields = {FIELD: delivery.body, "reason": reason, "id": delivery.id, "group": self.group, "at": time.time()}
+        with self._reported(), self._client.pipeline(transaction=True) as pipeline:
+            pipeline.xadd(self.dead_letters, fields)
+            pipeline.xack(self.stream, self.group, delivery.id)
+            pipeline.execute()
+
+    def recover(self) -> None:
+        """See `EventSource`."""
+        self._recovering = b"0-0"
+
+    def lag(self) -> int | None:
+        """See `EventSource`; None before Redis 7, and where entries that were not delivered were deleted."""
+        with self._reported():
+            for group in self._client.xinfo_groups(self.stream):
+                if group["name"] == self.group.encode():
+                    unread = group.get("lag")
+                    return None if unread is None else int(unread) + int(group["pending"])
+        raise StreamError(f"{self.stream!r} at {self._where} has no group {self.group!r} any more; begin again.")
+
+    def close(self) -> None:
+        """See `EventSource`."""
+        self._client.close()
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Turn redis-py's errors into a stream's."""
+        exceptions = self._exceptions
+        try:
+            yield
+        except exceptions.AuthenticationError as error:
+            raise StreamError(f"{self._where} refuses the user or password: {error}") from error
+        except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
+            raise StreamUnavailable(
+                f"No answer from {self._where} within {self._timeout:g} s ({error}). Is the server there?"
+            ) from error
+        except exceptions.RedisError as error:
+            text = str(error)
+            hint = "."
+            if "WRONGTYPE" in text:
+                hint = f": {self.stream!r} is no stream; name another key."
+            elif "NOGROUP" in text:
+                hint = f": the stream or the group {self.group!r} was deleted; begin again."
+            elif "unknown command" in text.lower():
+                hint = ": Redis 6.2 or newer is needed."
+            raise StreamError(f"{self.stream!r} at {self._where}: {text}{hint}") from error
+
+
+class _GroupExists(Exception):
+    """The group is there already."""
+
+
+def _streams(answer: Any) -> Sequence[tuple[bytes, Sequence[tuple[bytes, Mapping[bytes, bytes]]]]]:
+    """Streams and their entries, in either form that redis-py answers in."""
+    if not answer:
+        return []
+    if isinstance(answer, Mapping):  # RESP3: a list of lists per stream
+        return [(name, [entry for page in pages for entry in page]) for name, pages in answer.items()]
+    streams: Sequence[tuple[bytes, Sequence[tuple[bytes, Mapping[bytes, bytes]]]]] = answer
+    return streams
+
+
+def _delivery(id: bytes, fields: Mapping[bytes, bytes]) -> Delivery:
+    body = fields.get(FIELD)
+    if body is None:  # kept as it is for those who look at it
+        body = repr(dict(fields)).encode()
+    return Delivery(id.decode(), body, int(id.partition(b"-")[0]) / 1000)
+
+
+def _without_password(url: str) -> str:
+    scheme, mark, rest = url.partition("://")
+    return f"{scheme}{mark}{rest.rpartition('@')[2]}"
