@@ -22,6 +22,7 @@ PACKAGES = (
     "hybrid.chat",
     "hybrid.conversation",
     "hybrid.store",
+    "hybrid.streams",
     "hybrid.synthesis",
     "ops",
     "retrieval",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .chat import EndpointChat, TransformersChat
     from .conversation import Conversation, SessionMemory
     from .store import DynamoDBStore, SQLiteStore
+    from .streams import RedisSource, StreamConsumer
     from .synthesis import Synthesizer, summarize
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "Conversation",
     "DynamoDBStore",
     "EndpointChat",
+    "RedisSource",
     "SQLiteStore",
     "SessionMemory",
+    "StreamConsumer",
     "Synthesizer",
     "TransformersChat",
     "load_chain",
@@ -33,6 +36,7 @@ __getattr__ = exports(
         ".chat": ["EndpointChat", "TransformersChat"],
         ".conversation": ["Conversation", "SessionMemory"],
         ".store": ["DynamoDBStore", "SQLiteStore"],
+        ".streams": ["RedisSource", "StreamConsumer"],
         ".synthesis": ["Synthesizer", "summarize"],
     },
 )
