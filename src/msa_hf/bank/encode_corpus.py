@@ -36,7 +36,7 @@ from ..model.origin_msa import BankOrigin
 from ..model.positions_msa import position_limit
 from ..model.splitting_msa import LimitTooSmall, split_text
 from .corpus_parts import FOLDER, Part, Record, check_place, commit_parts, find_parts, remove_unfinished, write_part
-from .sharded.collectives import Collectives, RankFailed
+from .sharded.collectives import Collectives, RankFailed, connect_within
 from .store.changes import text_digest
 from .store.encoder import EncodingModel
 from .store.lock import WriterLock
@@ -92,16 +92,24 @@ def connected(timeout: timedelta = TIMEOUT) -> Iterator[Collectives]:
 
     Args:
         timeout: of every wait for another process; must exceed the time that a part takes.
+
+    Raises:
+        RankFailed: where the processes cannot be connected in time.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if launched:
-        dist.init_process_group("gloo", timeout=timeout)
-    ranks = Collectives(None, timeout)
+        connect_within(timeout, lambda: dist.init_process_group("gloo", timeout=timeout))
     try:
-        yield ranks
-        _part_with(ranks)
+        ranks = Collectives(None, timeout)
+        try:
+            yield ranks
+            _part_with(ranks)
+        except BaseException as error:
+            ranks.fail(error)  # what the others have not been told
+            raise
+        finally:
+            ranks.close()
     finally:
-        ranks.close()
         if launched:
             dist.destroy_process_group()
 
@@ -126,6 +134,7 @@ def agreed(ranks: Collectives) -> Iterator[None]:
         raise
     if any(text is not None for text in told):
         _part_with(ranks)
+        ranks.close()  # nothing is left to tell
     if error is not None:
         raise error
     for rank, text in enumerate(told):

@@ -14,9 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-FAILED = "failed"
-SEEN = "seen/{}"
-PATIENCE = timedelta(seconds=5)  # of a process that fails, for the others to read its error
+from .notices import PATIENCE, Notices, within
 
 
 class Exchange(Protocol):
@@ -26,7 +24,7 @@ class Exchange(Protocol):
 
 
 class RankFailed(RuntimeError):
-    """Another process of a shared memory failed. The message holds its error where it could still tell it."""
+    """Another process of a shared memory failed. The message holds its error, or says which one does not answer."""
 
 
 class Collectives:
@@ -37,13 +35,19 @@ class Collectives:
 
     Args:
         group: of the processes; None for all. Without torch.distributed there is one process.
-        timeout: of every exchange.
+        timeout: of every exchange, and of connecting.
+
+    Raises:
+        RankFailed: where the processes could not be connected in time.
+        RuntimeError: where torch.distributed is not connected, but should be.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout: timedelta) -> None:
         self.timeout = timeout
         self.rank, self.size, self.control, self.data = 0, 1, None, None
         self.closed = False
+        self._notices: Notices | None = None
+        self._holds_store = False
         if not dist.is_available() or not dist.is_initialized():
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 raise RuntimeError(
@@ -58,9 +62,19 @@ class Collectives:
         if group is not None:  # processes outside of it do not take part
             options.update(ranks=dist.get_process_group_ranks(group), use_local_synchronization=True)
         backend = dist.get_backend(group)
-        self.control = dist.new_group(backend="gloo", **options)
-        if backend != "gloo":
-            self.data = dist.new_group(backend=backend, **options)
+        self._holds_store = dist.get_rank() == 0  # by torch.distributed's custom
+        device = torch.cuda.current_device() if backend != "gloo" and torch.cuda.is_initialized() else None
+
+        def connect() -> None:
+            if device is not None:
+                torch.cuda.set_device(device)  # every thread has its own
+            self.control = dist.new_group(backend="gloo", **options)
+            if backend != "gloo":
+                self.data = dist.new_group(backend=backend, **options)
+            if self.size > 1:
+                self._notices = Notices(self.control.get_group_store().clone(), self.rank, self.size)
+
+        connect_within(timeout, connect)
 
     def gather(self, part: Tensor) -> Tensor:
         """The parts of all processes [W, ...], of one shape."""
@@ -92,10 +106,11 @@ class Collectives:
         # Backends take the first dimension of the longer tensor for the processes.
         result = sent.new_empty(shape_of(sent.shape))
         flat = result.flatten() if exchange is not _sum_into else result
+        started = time.monotonic()
         try:
             exchange(flat, sent.flatten() if exchange is not _sum_into else sent, group=group)
         except RuntimeError as error:
-            raise self.failure(error) from error
+            raise self.failure(error, started) from error
         return result.view(given.dtype).to(device)
 
     def everyone(self, value: object) -> list[Any]:
@@ -104,56 +119,54 @@ class Collectives:
             return [value]
         self.check_open()
         values: list[object] = [None] * self.size
+        started = time.monotonic()
         try:
             dist.all_gather_object(values, value, group=self.control)
         except RuntimeError as error:
-            raise self.failure(error) from error
+            raise self.failure(error, started) from error
         return values
 
     def check_open(self) -> None:
         if self.closed:
             raise RankFailed("This shared memory was closed, or a process of it failed before; share the bank again.")
 
-    def failure(self, error: BaseException) -> RankFailed:
-        """The error that an exchange that broke off stands for: another process' error, or that it is gone."""
-        message = (
-            f"Another process of this shared memory died, or did not answer within {self.timeout.total_seconds():g} "
-            f"seconds ({error})."
-        )
-        with suppress(RuntimeError):  # the store goes with the process that holds it
-            store = self._store()
-            deadline = time.monotonic() + 1.0  # connections may break before the error is written
-            while not store.check([FAILED]) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            if store.check([FAILED]):
-                message = store.get(FAILED).decode(errors="replace")
-                store.set(SEEN.format(self.rank), "")
-        self.close()
+    def failure(self, error: BaseException, started: float) -> RankFailed:
+        """The error that an exchange that broke off stands for: another process' error, or which one does not answer.
+
+        Args:
+            started: when this process began to wait, by `time.monotonic`.
+        """
+        notices, message = self._notices, str(error)
+        if notices is not None:
+            message = notices.explain(error, started, self.timeout.total_seconds())
+        self._leave(notices, stay=self._holds_store)
         return RankFailed(message)
 
     def fail(self, error: BaseException) -> None:
         """Tell the others of this process' error, and leave."""
         if self.closed or isinstance(error, RankFailed):
             return
-        if self.size > 1:
-            with suppress(RuntimeError):
-                text = "".join(traceback.format_exception(error))
-                text = f"Process {self.rank} of this shared memory failed:\n{text}"
-                store = self._store()
-                first = store.compare_set(FAILED, "", text).decode(errors="replace") == text
-                store.set(SEEN.format(self.rank), "")
-                self.close()
-                if first:  # the store may lie in this process
-                    store.wait([SEEN.format(rank) for rank in range(self.size)], PATIENCE)
-        self.close()
+        notices, first = self._notices, False
+        if notices is not None:
+            text = "".join(traceback.format_exception(error))
+            first = notices.tell(f"Process {self.rank} of this shared memory failed:\n{text}")
+        self._leave(notices, stay=first or self._holds_store)
 
-    def _store(self) -> dist.Store:
-        assert self.control is not None
-        return self.control.get_group_store()
+    def _leave(self, notices: Notices | None, stay: bool) -> None:
+        """Close the connections, and `stay` until the others know why: the store may lie in this process."""
+        self._notices = None
+        self.close()
+        if notices is not None:
+            if stay:
+                notices.wait_until_heard()
+            notices.close()
 
     def close(self) -> None:
         """Close the connections: whoever waits for this process hears of it."""
         self.closed = True
+        if self._notices is not None:
+            self._notices.close()
+            self._notices = None
         data, control, self.data, self.control = self.data, self.control, None, None
         for group in (data, control):
             with suppress(RuntimeError, ValueError):
@@ -161,6 +174,23 @@ class Collectives:
                     group.abort()  # what the device still waits for
                 if group is not None:
                     dist.destroy_process_group(group)
+
+
+def connect_within(timeout: timedelta, connect: Callable[[], None]) -> None:
+    """Run what connects processes and has this timeout; it gets a little more.
+
+    Raises:
+        RankFailed: where it fails, or takes longer.
+    """
+    seconds = timeout.total_seconds()
+    try:
+        within(seconds + PATIENCE, connect)
+    except (TimeoutError, RuntimeError) as error:  # gloo's errors are plain ones
+        cause = str(error) or "whoever holds their store, process 0 or the launcher, does not answer"
+        raise RankFailed(
+            f"The processes could not be connected, with a timeout of {seconds:g} seconds: {' '.join(cause.split())}. "
+            "Start all of them, and see which one is late."
+        ) from error
 
 
 # Newer versions of PyTorch name these otherwise.
