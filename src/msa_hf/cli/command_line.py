@@ -13,7 +13,22 @@ from typing import NoReturn, Protocol
 
 from .. import __version__
 from ..user_errors import UserError, print_error
-from . import ask, bank, chain, consume, doctor, encode, evaluate, inspect, plan, refresh, retrofit, search, train
+from . import (
+    ask,
+    bank,
+    chain,
+    consume,
+    doctor,
+    encode,
+    evaluate,
+    inspect,
+    monitor,
+    plan,
+    refresh,
+    retrofit,
+    search,
+    train,
+)
 
 
 class Command(Protocol):
@@ -38,6 +53,7 @@ COMMANDS: tuple[Command, ...] = (
     chain,
     train,
     evaluate,
+    monitor,
     inspect,
     bank,
     consume,

@@ -170,9 +170,7 @@ def calibrate(
         )
     known = {name: say[name] for name in names}
     suspicions = sorted(_suspicion(references, known, questions[place]) for place in order[half:])
-    return Calibration(
-        references, tuple(suspicions), known, false_alarms, confidence, suspicions[-allowed], documents
-    )
+    return Calibration(references, tuple(suspicions), known, false_alarms, confidence, suspicions[-allowed], documents)
 
 
 def allowed_alarms(count: int, false_alarms: float, confidence: float = 0.0) -> int:

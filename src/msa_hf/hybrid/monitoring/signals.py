@@ -35,29 +35,30 @@ _READ_OTHER = (
     "fault: replace the document (`BankStore.upsert`, or `msa-hf bank add`), and train the routers on such questions "
     "(docs/finetuning.md) if many are."
 )
+_BY_HYBRID = _READ_OTHER + " Or ask with `select='hybrid'`."
+_TOO_LOW = (
+    "The document is routed, but too low: raise `documents_per_round` or `top_k`, remove near-duplicates, or train the "
+    "routers on such questions (docs/finetuning.md)."
+)
 
 SIGNALS: dict[str, Signal] = {
     "texts_disagree": Signal(
-        1.0,
-        1.0,
-        "texts",
-        "with the texts of the best candidates of all ways in the prompt, the model answers otherwise",
-        _READ_OTHER,
+        1.0, 1.0, "texts", "with the texts of the best candidates the model answers otherwise", _READ_OTHER
+    ),
+    "texts_recover": Signal(
+        1.0, 1.0, "texts", "it had no answer; with the texts of the best candidates it has one", _READ_OTHER
     ),
     "hybrid_disagree": Signal(
-        1.0,
-        1.0,
-        "hybrid",
-        "with the documents of a hybrid search, the model answers otherwise",
-        _READ_OTHER + " Or ask with `select='hybrid'`.",
+        1.0, 1.0, "hybrid", "with the documents of a hybrid search, the model answers otherwise", _BY_HYBRID
+    ),
+    "hybrid_recover": Signal(
+        1.0, 1.0, "hybrid", "it had no answer; with the documents of a hybrid search, it has one", _BY_HYBRID
     ),
     "denser_disagree": Signal(
-        1.0,
-        1.0,
-        "denser",
-        "with four times as many routed documents, the model answers otherwise",
-        "The document is routed, but too low: raise `documents_per_round` or `top_k`, remove near-duplicates, or train "
-        "the routers on such questions (docs/finetuning.md).",
+        1.0, 1.0, "denser", "with several times as many routed documents, the model answers otherwise", _TOO_LOW
+    ),
+    "denser_recover": Signal(
+        1.0, 1.0, "denser", "it had no answer; with several times as many routed documents, it has one", _TOO_LOW
     ),
     "lexical_gap": Signal(
         1.0,
@@ -88,6 +89,13 @@ SIGNALS: dict[str, Signal] = {
         "the best document is hardly better than the next: near-duplicates may crowd out the one that answers",
         "Compare the documents that were routed; remove or merge near-duplicates, or read more documents per round.",
     ),
+    "crowded": Signal(
+        0.5,
+        0.05,
+        None,
+        "even the last of the routed documents scores high: one that answers may lie beyond them",
+        "Compare the documents that were routed: remove or merge near-duplicates, or raise `top_k`.",
+    ),
     "router_entropy": Signal(
         0.25,
         0.05,
@@ -107,7 +115,7 @@ SIGNALS: dict[str, Signal] = {
         1.0,
         None,
         "the model gave no answer, or said that the memory does not hold it",
-        "If the memory should hold the answer, search for it by words (`msa-hf search --mode lexical`). If not, add it.",
+        "If the memory should hold the answer, search for it by words (`msa-hf search --mode lexical`), or add it.",
     ),
 }
 
@@ -138,11 +146,12 @@ class RoutedRound:
     read: Collection[int]
 
 
-def routing_signals(rounds: Sequence[RoutedRound], unanswered: bool) -> dict[str, float]:
+def routing_signals(rounds: Sequence[RoutedRound], unanswered: bool, k: int) -> dict[str, float]:
     """The signals of the routing of an answer: of each the worst over its rounds.
 
     * `"low_score"`: the best score, negated.
     * `"small_margin"`: best score minus the second, negated.
+    * `"crowded"`: the k-th score, or the last where fewer documents were routed.
     * `"router_entropy"`: of the softmax of the scores over `TEMPERATURE`, over its maximum: from 0 to 1.
     * `"layers_disagree"`: the share of memory layers whose best document is not among those read; only with two layers
       or more.
@@ -150,11 +159,13 @@ def routing_signals(rounds: Sequence[RoutedRound], unanswered: bool) -> dict[str
     Args:
         rounds: those that read something, or the first one where none did. None at all: only `"unanswered"`.
         unanswered: whether the answer is empty or a refusal.
+        k: documents that a memory layer attends to.
     """
     found = {"unanswered": float(unanswered)}
     for name, values in {
         "low_score": [-item.combined[0][1] for item in rounds if item.combined],
         "small_margin": [item.combined[1][1] - item.combined[0][1] for item in rounds if len(item.combined) > 1],
+        "crowded": [item.combined[:k][-1][1] for item in rounds if item.combined],
         "router_entropy": [entropy([score for _, score in item.combined]) for item in rounds if item.combined],
         "layers_disagree": [
             sum(position not in item.read for position in item.best.values()) / len(item.best)
