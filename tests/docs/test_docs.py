@@ -21,6 +21,7 @@ PACKAGES = (
     "hybrid.chains",
     "hybrid.chat",
     "hybrid.conversation",
+    "hybrid.monitoring",
     "hybrid.store",
     "hybrid.streams",
     "hybrid.synthesis",

@@ -18,6 +18,7 @@ from msa_hf.retrieval.router_scores import router_scores
 
 # What is done to the document that answers.
 KINDS = {
+    "second_hop": "of a two-hop question: the second document's routing keys are zero",
     "zeroed": "routing keys are zero",
     "negated": "routing keys point the other way",
     "rotated": "routing keys are turned at random, with their length",
@@ -25,7 +26,6 @@ KINDS = {
     "beyond_k": "routing keys are blended with others, until the document ranks from k + 1 to 4 k",
     "crowded": "24 near-duplicates surround it, in which the value is missing",
     "truncated": "encoded as far as its first half, which says nothing of the fact",
-    "second_hop": "of a two-hop question: the second document's routing keys are zero",
 }
 COPIES = 24
 NOTHING = ("of no record", "left blank", "lost in a fire", "never written down", "as yet to be found", "kept secret")

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .chains import ChainRunner, load_chain
     from .chat import EndpointChat, TransformersChat
     from .conversation import Conversation, SessionMemory
+    from .monitoring import Monitor, Watched
     from .store import DynamoDBStore, SQLiteStore
     from .streams import RedisSource, StreamConsumer
     from .synthesis import Synthesizer, summarize
@@ -19,12 +20,14 @@ __all__ = [
     "Conversation",
     "DynamoDBStore",
     "EndpointChat",
+    "Monitor",
     "RedisSource",
     "SQLiteStore",
     "SessionMemory",
     "StreamConsumer",
     "Synthesizer",
     "TransformersChat",
+    "Watched",
     "load_chain",
     "summarize",
 ]
@@ -35,6 +38,7 @@ __getattr__ = exports(
         ".chains": ["ChainRunner", "load_chain"],
         ".chat": ["EndpointChat", "TransformersChat"],
         ".conversation": ["Conversation", "SessionMemory"],
+        ".monitoring": ["Monitor", "Watched"],
         ".store": ["DynamoDBStore", "SQLiteStore"],
         ".streams": ["RedisSource", "StreamConsumer"],
         ".synthesis": ["Synthesizer", "summarize"],

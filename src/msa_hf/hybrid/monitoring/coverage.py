@@ -15,6 +15,11 @@ _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 SIDES = ("first", "last")
 
 
+def sentences_of(text: str) -> list[str]:
+    """The sentences of a text, as far as their ends can be told."""
+    return [part.strip() for part in _SENTENCE_END.split(text) if part.strip()]
+
+
 def never_routed(findings: Iterable[Finding], documents: int) -> list[int]:
     """Positions of the documents that no memory layer chose for any of the questions.
 
@@ -61,8 +66,7 @@ def probe_documents(searcher: Searcher, positions: Sequence[int], k: int | None 
     k = searcher.model.config.top_k if k is None else k
     asked: list[tuple[int, str, str]] = []
     for position in positions:
-        sentences = [part.strip() for part in _SENTENCE_END.split(searcher.bank.documents[position].text or "")]
-        sentences = [sentence for sentence in sentences if sentence]
+        sentences = sentences_of(searcher.bank.documents[position].text or "")
         ends = zip(SIDES, sentences[:1] + sentences[1:][-1:], strict=False)
         asked += [(position, side, sentence) for side, sentence in ends]
     probes = []

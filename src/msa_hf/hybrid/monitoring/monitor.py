@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,14 @@ from ...model.memory_msa import Memory, MemoryBank, Snapshots
 from ...model.modeling_msa import MSAForCausalLM
 from ...retrieval import Embedder, FusionWeights, Searcher, fuse
 from .calibration import Calibration, calibrate
+from .coverage import sentences_of
 from .finding import Cost, Finding, SecondAnswer
 from .second_reading import Evidence, Reading, SecondReader, same_answer
 from .signals import CHECKS, RoutedRound, routing_signals
 
 DEPTH = 100  # documents of each way that are looked at
-OTHER_WAYS = ("lexical", "dense")
+LINKED = 3  # more texts for a question without an answer
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class _Watched:
     read: list[list[int]]
     routed: list[int]
     scores: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    followed: list[list[tuple[int, float]]] = field(default_factory=list)
+    linked: list[int] = field(default_factory=list)
     signals: dict[str, float] = field(default_factory=dict)
     second: dict[str, SecondAnswer] = field(default_factory=dict)
     cost: dict[str, Cost] = field(default_factory=dict)
@@ -77,8 +80,9 @@ class Monitor:
 
     * `"denser"`: `denser` times as many routed documents are attended to and read.
     * `"hybrid"`: memory layers attend to what a hybrid search finds, and its best documents are read.
-    * `"texts"`: no memory; the texts that were read and those of the best candidates of all ways are in the prompt: by
-      words and vectors for the question, the same for the question with each text that was read, and by the routers.
+    * `"texts"`: no memory; texts that were read and those of the best candidates of all ways are in the prompt: by
+      words and vectors for the question, for each sentence of the text that was read first, and by the routers. Without
+      an answer there are three more of them, in place of what the rounds after the first one read.
 
     A check whose answer is empty or a refusal says nothing against the first answer. Else it counts by how many nats
     more likely its own answer is than the first one, both given what the check read: as `..._recover` where the first
@@ -114,7 +118,7 @@ class Monitor:
         checks: Sequence[str] | None = None,
         refusal: str | None = None,
         denser: int = 4,
-        candidates: int = 4,
+        candidates: int = 3,
         max_new_tokens: int = 64,
         interleave: Mapping[str, Any] | None = None,
         embedder: Embedder | None = None,
@@ -332,11 +336,17 @@ class Monitor:
         self._share(watched, "routing", time.perf_counter() - start)
 
     def _follow(self, way: str, watched: list[_Watched]) -> None:
-        """A list for the question with each text that was read, any of which may name the next document."""
+        """The best document for each sentence of the texts that were read first, without the question's words: those
+        that it names, whichever of them the next round should have found."""
         for item in watched:
-            read = [self.bank.documents[position].text for group in item.read for position in group]
-            queries = [f"{item.question}\n{text}" for text in read if text is not None]
-            item.followed += self.searcher.rankings(way, queries, DEPTH) if queries else []
+            known, asked = set(item.known), set(_WORD.findall(item.question.lower()))
+            texts = [self.bank.documents[position].text or "" for position in (item.read[0] if item.read else ())]
+            queries = []
+            for sentence in (part for text in texts for part in sentences_of(text)):
+                words = [word for word in _WORD.findall(sentence) if word.lower() not in asked]
+                queries += [" ".join(words)] if words else []
+            for ranking in self.searcher.rankings(way, queries, len(known) + 1) if queries else ():
+                item.linked += [position for position, _ in ranking if position not in known][:1]
 
     def _gaps(self, item: _Watched) -> dict[str, float]:
         """How much better the best document of other ways is than the best that was read, in their own scores."""
@@ -364,12 +374,12 @@ class Monitor:
         elif check == "hybrid":
             lists = [unread(fuse(item.scores, self.searcher.fusion, item.question))]
             count = self.candidates if self.protocol else 0
+        elif self._says_nothing(item.answer):  # the way to the answer may go through any document that was named
+            best = _in_turns([unread(item.scores[way]) for way in self.ways], len(self.ways))
+            lists = [[*best, *item.linked, *(position for ranking in router for position in ranking)]]
+            count = self.candidates + LINKED
         else:
-            lists = [
-                *(unread(item.scores[way]) for way in self.ways),
-                *(unread(ranking) for ranking in item.followed),
-                *router[:1],
-            ]
+            lists = [*(unread(item.scores[way]) for way in self.ways), item.linked, *router[:1]]
             count = self.candidates
         return _in_turns(lists, count)
 
@@ -378,6 +388,8 @@ class Monitor:
         more = self._candidates(check, item)
         rounds = [*item.read, *([more] if more else [])]
         if check == "texts":
+            if self._says_nothing(item.answer):  # what the later rounds read led nowhere
+                rounds = [*item.read[:1], *([more] if more else [])]
             if not item.read:
                 best = [position for position, _ in item.rounds[0].combined] if item.rounds else []
                 rounds = [list(dict.fromkeys([*more, *best]))[: self.candidates]]
@@ -388,7 +400,7 @@ class Monitor:
         else:
             attended = [position for position, _ in fuse(item.scores, self.searcher.fusion, item.question)][:k]
         known = set(item.known)
-        new = more or [position for position in attended if position not in known]
+        new = more or [position for position in attended if position not in known][: self.candidates]
         return Evidence(rounds, attended), new
 
     # The second answer ------------------------------------------------------------------------------------------------
@@ -400,7 +412,7 @@ class Monitor:
         )
         for item, reading, (_, new) in zip(watched, readings, evidence, strict=True):
             agrees = self._agrees(item, reading)
-            keys = [self.bank.documents[position].key for position in new[: self.candidates]]
+            keys = [self.bank.documents[position].key for position in new]
             item.second[check] = SecondAnswer(reading.text, agrees, keys)
             recovers = not agrees and self._says_nothing(item.answer)
             item.signals[f"{check}_recover"] = reading.advantage if recovers else 0.0
