@@ -99,6 +99,8 @@ def test_mistakes_are_named(open_store: Opener) -> None:
     for text in ("", " \n"):
         with pytest.raises(ValueError, match="`text` must be a text that is not empty"):
             talk.append("user", text)
+    with pytest.raises(ValueError, match="`role` must be one of"):
+        talk.append("robot", "text")
     with pytest.raises(ItemTooLarge, match="Split it"):
         talk.append("user", "x" * 500_000)
     with pytest.raises(ItemTooLarge):

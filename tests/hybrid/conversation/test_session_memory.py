@@ -13,14 +13,16 @@ from msa_hf import MSAForCausalLM
 from msa_hf.bank import BankStore
 from msa_hf.evaluation import exact_match, make_corpus
 from msa_hf.generation import MemoryInterleave, PromptProtocol
+from msa_hf.hybrid.chat import PromptTooLong
 from msa_hf.hybrid.conversation import (
     Conversation,
-    PromptTooLong,
     SessionContext,
     SessionMemory,
+    Turn,
     count_tokens,
     remember_turns,
 )
+from msa_hf.hybrid.conversation.context import LEFT_OUT
 from msa_hf.hybrid.conversation.session_memory import _largest
 from msa_hf.hybrid.store import SQLiteStore
 
@@ -104,9 +106,9 @@ def test_older_turns_are_remembered_as_they_are_now(store: SQLiteStore) -> None:
         memory = memory_of(store, "s", bank, budget=60)
         context = memory.context("What is the name of my cat?")
         assert {item.number for item in context.remembered} == {1, 2}
-        head, *recent, last = context.messages()
-        assert [message["role"] for message in recent] == ["user"] * len(recent) and head["role"] == "user"
-        assert last["content"].startswith("From earlier turns:\n[turn 1, user] My cat is called Birch.\n[turn 2, ass")
+        (message,) = context.messages()  # all of the user's
+        assert message.content.startswith("Something else") and message.content.endswith("name of my cat?")
+        assert "\n\nFrom earlier turns:\n[turn 1, user] My cat is called Birch.\n[turn 2, assi" in message.content
         talk.edit(1, "My cat is called Cedar.")
         talk.forget(2)
         context = memory.context("What is the name of my cat?")
@@ -164,6 +166,19 @@ def test_mistakes_are_named(store: SQLiteStore) -> None:
             memory_of(store, "s", bank, recent_share=1.5)
 
 
+def test_roles_of_messages_alternate() -> None:
+    turns = [Turn(number, role, f"t{number}", 0.0, 1) for number, role in enumerate(["assistant", "user", "user"], 4)]
+
+    def roles(*turns: Turn, **pins: str) -> str:
+        return " ".join(message.role[0] for message in SessionContext("q", pins, {}, turns).messages())
+
+    assert roles(*turns) == "u a u" and roles(*turns, name="Ana") == "s u a u" and roles() == "u"
+    context = SessionContext("q", {}, {}, turns)
+    assert [message.content for message in context.messages()] == [LEFT_OUT, "t4", "t5\n\nt6\n\nq"]
+    greeting = Turn(1, "assistant", "hello", 0.0, 1)
+    assert roles(greeting, turns[1]) == "a u"
+
+
 def test_tokens_are_counted_as_the_model_gets_them() -> None:
     context = SessionContext("Why?", {"name": "Ana"}, {"n": 1}, ())
     tokenizer = byte_tokenizer()
@@ -172,7 +187,9 @@ def test_tokens_are_counted_as_the_model_gets_them() -> None:
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    ids = tokenizer.apply_chat_template(context.messages(), add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(
+        [item.to_dict() for item in context.messages()], add_generation_prompt=True, return_dict=False
+    )
     assert count_tokens(tokenizer)(context) == len(ids) > 40
 
 

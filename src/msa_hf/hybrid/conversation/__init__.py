@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING
 from ...lazy import exports
 
 if TYPE_CHECKING:
-    from .context import Message, RememberedTurn, SessionContext, count_tokens
+    from .context import RememberedTurn, SessionContext, count_tokens
     from .conversation import Conversation, Turn, sessions
     from .partition import select_partition
     from .remembering import forget_lost_turns, remember_turns
-    from .session_memory import PromptTooLong, SessionMemory
+    from .session_memory import SessionMemory
 
 __all__ = [
     "Conversation",
-    "Message",
-    "PromptTooLong",
     "RememberedTurn",
     "SessionContext",
     "SessionMemory",
@@ -31,10 +29,10 @@ __all__ = [
 __getattr__ = exports(
     __name__,
     {
-        ".context": ["Message", "RememberedTurn", "SessionContext", "count_tokens"],
+        ".context": ["RememberedTurn", "SessionContext", "count_tokens"],
         ".conversation": ["Conversation", "Turn", "sessions"],
         ".partition": ["select_partition"],
         ".remembering": ["forget_lost_turns", "remember_turns"],
-        ".session_memory": ["PromptTooLong", "SessionMemory"],
+        ".session_memory": ["SessionMemory"],
     },
 )

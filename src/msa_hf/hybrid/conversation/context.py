@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
+from ..chat.chat_model import Message
 from .conversation import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Message(TypedDict):
-    """A message as chat templates take it."""
-
-    role: str
-    content: str
+LEFT_OUT = "(Earlier turns are left out.)"  # said by the user where an assistant's turn would be the first message
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +60,19 @@ class SessionContext:
     def messages(self) -> list[Message]:
         """The prompt as messages: pinned texts and state as the system's, the recent turns, then the question.
 
-        What was remembered stands in the message of the question, not in the system's: users wrote it.
+        What was remembered stands in the message of the question, not in the system's: users wrote it. Roles alternate,
+        as many chat templates ask for: what one says in several turns is one message.
         """
+        messages: list[Message] = []
+        said = [(turn.role, turn.text or "") for turn in self.recent]
+        if self.recent and self.recent[0].role == "assistant" and self.recent[0].number > 1:
+            said.insert(0, ("user", LEFT_OUT))
         head = self._head()
-        messages: list[Message] = [{"role": "system", "content": head}] if head else []
-        messages += [{"role": turn.role, "content": turn.text or ""} for turn in self.recent]
-        return [*messages, {"role": "user", "content": self._remembered() + self.question}]
+        for role, text in [*([("system", head)] if head else []), *said, ("user", self._remembered() + self.question)]:
+            if messages and messages[-1].role == role:
+                text = f"{messages.pop().content}\n\n{text}"
+            messages.append(Message(role, text))
+        return messages
 
     def text(self) -> str:
         """The prompt as plain text, ending with the question: for Memory Interleave, and models without a template."""
@@ -100,7 +104,7 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase) -> TokenCounter:
     def count(context: SessionContext) -> int:
         if tokenizer.chat_template is None:
             return len(tokenizer(context.text())["input_ids"])
-        messages = [dict(message) for message in context.messages()]
+        messages = [message.to_dict() for message in context.messages()]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 

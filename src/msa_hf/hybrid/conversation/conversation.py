@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from ..chat.chat_model import ROLES
 from ..store import Item, MemoryStore, StoreFormatError, VersionConflict, expiry, update
 
 # Partitions and the sort keys in them.
@@ -62,11 +63,15 @@ class Conversation:
     def append(self, role: str, text: str) -> Turn:
         """Add a turn behind the last one.
 
+        Args:
+            role: `"user"`, `"assistant"` or `"system"`.
+
         Raises:
             ItemTooLarge: for a text that no item can hold.
         """
         _check_text("text", text)
-        _check_text("role", role)
+        if role not in ROLES:
+            raise ValueError(f"`role` must be one of {ROLES}, got {role!r:.80}.")
         self._announce()
         now = self.store.now()
         expires_at = None if self.ttl is None else expiry(now, self.ttl)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ...bank import BankStore
 from ...model.memory_msa import MemoryBank
 from ...retrieval import Hit, add_lexical_index
+from ..chat.chat_model import PromptTooLong
 from ..store import MemoryStore
 from .context import RememberedTurn, SessionContext, TokenCounter, count_tokens
 from .conversation import Conversation, Turn
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-
-class PromptTooLong(ValueError):
-    """What must stand in a prompt does not fit its budget."""
 
 
 class SessionMemory:
@@ -44,7 +41,8 @@ class SessionMemory:
         k: older turns, or parts of them, to search for.
         mode: of `bank.search`.
         ttl: as of `Conversation`.
-        count: counts the tokens of a prompt. Default: `count_tokens(tokenizer)`.
+        count: counts the tokens of a prompt. Default: `count_tokens(tokenizer)`. For a `ChatModel`:
+            `lambda context: chat.count_tokens(context.messages())`.
         part_tokens: as of `remember_turns`.
     """
 
