@@ -11,7 +11,7 @@ from typing import Any
 
 from .attack import Outcome, Settings, Wrong
 from .children import Child, killed_at_the_end
-from .events import Change, State, events
+from .events import Change, Held, State, events
 
 CLOCK = "clock"  # a document whose text is the number of the commit, so that a reader knows which state it reads
 WAYS = ("open", "refresh", "load", "lookup")
@@ -91,7 +91,7 @@ def write_clock(say: Callable[[object], None], directory: Path, seed: int) -> No
 
 def read_clock(say: Callable[[object], None], directory: Path, seed: int, until: float, way: str) -> None:
     """Read again and again; says how often, and how often it was refused."""
-    from msa_hf.bank import BankError
+    from msa_hf.bank import BankDamaged, BankError, BankFormatError
     from msa_hf.model.memory_msa import MemoryBank
 
     from .check import contents, lookups
@@ -110,23 +110,30 @@ def read_clock(say: Callable[[object], None], directory: Path, seed: int, until:
             else:
                 kept = open_bank(directory, read_only=True)
                 read = kept.snapshot()
-            found = contents(read)
+            number = is_consistent(contents(read), states, last)
+            if way == "lookup":
+                lookups(kept, states[number])
+        except Wrong as wrong:
+            raise Wrong(f"{way}: {wrong}") from wrong
+        except (BankDamaged, BankFormatError) as error:
+            raise Wrong(f"{way}: {type(error).__name__}, though nothing is damaged: {error}") from error
         except BankError:
             counted["refused"] += 1
             kept = None
             continue
-        except Wrong:
-            raise
         except Exception as error:
             raise Wrong(f"{way}: {type(error).__name__}: {error}") from error
-        number = int(found[CLOCK].text) if CLOCK in found else -1
-        if number < last:
-            raise Wrong(f"{way}: commit {number} was read after commit {last}")
-        if found != states[number].documents:
-            raise Wrong(f"{way}: commit {number} is not what was written")
-        if way == "lookup":
-            lookups(kept, states[number])
         last = number
         counted["read"] += 1
     for item in counted.items():
         say(item)
+
+
+def is_consistent(found: dict[str, Held], states: States, last: int) -> int:
+    """Make sure that documents are a whole state, none before commit `last`; returns the number of its commit."""
+    number = int(found[CLOCK].text) if CLOCK in found else -1
+    if number < last:
+        raise Wrong(f"commit {number} was read after commit {last}")
+    if found != states[number].documents:
+        raise Wrong(f"commit {number} is not what was written")
+    return number
