@@ -67,6 +67,15 @@ def add_options(made: argparse.ArgumentParser) -> None:
 
     made = command("compact", compact, "Remove deleted documents from the files, and put small segments together.")
     made.add_argument("bank", metavar="BANK")
+    made.add_argument(
+        "--forget-deletions",
+        type=int,
+        metavar="VERSION",
+        help="forget deletions up to a version; events up to it, about any key, have no effect from now on",
+    )
+
+    made = command("restore", restore, "Put the copy of a bank's manifest in the place of a missing or damaged one.")
+    made.add_argument("bank", metavar="BANK")
 
     made = command("verify", verify, "Compare every file with its checksum; exit code 1 where one is damaged.")
     made.add_argument("bank", metavar="BANK")
@@ -160,14 +169,36 @@ def compact(args: argparse.Namespace) -> int:
     """`msa-hf bank compact`."""
     with opened(args.bank, sole_writer=args.sole_writer) as bank:
         before = bank.stat()
+        forgotten = 0
+        if args.forget_deletions is not None:
+            try:
+                forgotten = bank.forget_deletions(args.forget_deletions)
+            except ValueError as error:
+                raise UserError(str(error)) from error
         done = bank.compact()
         after = bank.stat()
+    if args.forget_deletions is not None:
+        print(f"{args.bank}: {forgotten} deletions forgotten, {after['remembered_deletions']} remembered")
     if not done:
         print(f"{args.bank}: nothing to do")
         return 0
     removed = f"{before['deleted']} deleted documents removed"
     print(f"{args.bank}: {removed}, {before['segments']} -> {after['segments']} segments, ", end="")
     print(f"{before['bytes']} -> {after['bytes']} bytes")
+    return 0
+
+
+def restore(args: argparse.Namespace) -> int:
+    """`msa-hf bank restore`."""
+    from ..bank import restore_manifest
+    from ..model.bank_lock_msa import WriterLock
+
+    directory = Path(args.bank)
+    if not directory.is_dir():
+        raise UserError(f"{directory} is no directory")
+    with reported(), WriterLock(directory, args.sole_writer):
+        manifest = restore_manifest(directory)
+    print(f"{args.bank}: its manifest was restored, of generation {manifest.get('generation', 0)}")
     return 0
 
 

@@ -9,11 +9,11 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -62,6 +62,9 @@ FEW_ROWS, ROW_BYTES = 2**18, 128  # without more; one more for so many bytes tha
 FEW_TENSORS, LOST_TIMES = 2**30, 1024  # bytes without more; so many for each byte that is there
 MOST_MAPPED = 16  # tables
 TRIES = 10  # of a reader whose files a writer removes meanwhile
+
+
+T = TypeVar("T")
 
 
 class KnowsOrigin(Protocol):
@@ -629,3 +632,26 @@ def open_bank(
     if model is not None:
         check_origin(origin, model.memory_origin(tokenizer))
     return BankReader(directory, manifest, origin, verify)
+
+
+def read_bank(
+    directory: str | Path, model: KnowsOrigin | None, tokenizer: object, verify: bool, read: Callable[[BankReader], T]
+) -> T:
+    """Open the bank that lies in a directory and read it; anew if a writer has changed it meanwhile.
+
+    Args:
+        model, tokenizer, verify: as of `open_bank`.
+        read: what is done with the open bank; it may be called several times.
+
+    Raises:
+        BankFormatError, ValueError: as `open_bank`, and what `read` raises about a bank that nobody has changed.
+    """
+    for attempt in range(TRIES):
+        reader = open_bank(directory, model, tokenizer, verify)
+        try:
+            return read(reader)
+        except BankFormatError:
+            # Else a writer has removed what this manifest names: its next one is there.
+            if attempt + 1 == TRIES or read_manifest(reader.directory)["checksum"] == reader.manifest["checksum"]:
+                raise
+    raise AssertionError

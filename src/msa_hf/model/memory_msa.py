@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .bank_format_msa import commit_id
-from .bank_reader_msa import KnowsOrigin, open_bank
+from .bank_reader_msa import BankReader, KnowsOrigin, read_bank
 from .bank_writer_msa import write_bank
 from .chunks_msa import ContextRows
 from .dense_layer_msa import DenseLayer as DenseLayer
@@ -404,13 +404,16 @@ class MemoryBank:
             ValueError: where another model made it, listing every difference.
             ImportError: where pyarrow is missing.
         """
-        reader = open_bank(directory, model, tokenizer, verify)
-        rows = reader.rows()
-        reader.check_side_files()
         # With its index: safetensors takes a bare "cuda" for the first device, torch for the current one.
         target = torch.empty(0, device=device or "cpu").device
-        layers = {layer: DenseLayer(*pair) for layer, pair in reader.tensors(target).items()}
-        prefix = reader.prefix(target)
+        return read_bank(directory, model, tokenizer, verify, lambda reader: cls._read(reader, target))
+
+    @classmethod
+    def _read(cls, reader: BankReader, device: torch.device) -> "MemoryBank":
+        rows = reader.rows()
+        reader.check_side_files()
+        layers = {layer: DenseLayer(*pair) for layer, pair in reader.tensors(device).items()}
+        prefix = reader.prefix(device)
         with reader.contradictions():
             documents = DocumentTable(rows.table, rows.deleted)
             bank = cls(layers, rows.offsets, prefix, documents, reader.origin, next_id=rows.next_id)

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...model.bank_reader_msa import KnowsOrigin, open_bank
+from ...model.bank_reader_msa import BankReader, KnowsOrigin, read_bank
 from ...model.memory_msa import DenseLayer, DocumentTable, MemoryBank
 from ...model.routing_msa import RoutingRequest
 from ..store.store import BankStore
@@ -241,13 +241,16 @@ def _read(
     device: torch.device | str | None,
     verify: bool,
 ) -> ShardedBank:
-    reader = open_bank(directory, model, tokenizer, verify)
+    target = torch.empty(0, device=device or "cpu").device
+    return read_bank(directory, model, tokenizer, verify, lambda reader: _read_share(reader, ranks, inputs, target))
+
+
+def _read_share(reader: BankReader, ranks: Collectives, inputs: str, target: torch.device) -> ShardedBank:
     found = reader.rows()
     with reader.contradictions():
         documents = DocumentTable(found.table, found.deleted)
     rows = shares(found.offsets, ranks.size)
     first, end = int(found.offsets[rows[ranks.rank]]), int(found.offsets[rows[ranks.rank + 1]])
-    target = torch.empty(0, device=device or "cpu").device
     prefix = reader.prefix(target)
     layers = {layer: DenseLayer(*pair) for layer, pair in reader.tensors(target, first, end).items()}
     visible = documents.visible_rows()

@@ -79,6 +79,7 @@ class Changes:
         committed: what the bank knows of a key, and its row there.
         next_id: the first id that no document ever had.
         protocol: what wraps the texts, None for nothing.
+        watermark: versions up to which no event has an effect.
     """
 
     def __init__(
@@ -86,9 +87,10 @@ class Changes:
         committed: Callable[[str], tuple[Known, int | None]],
         next_id: int,
         protocol: PromptProtocol | None,
+        watermark: int | None = None,
     ) -> None:
         self._committed = committed
-        self._protocol = protocol
+        self._protocol, self._watermark = protocol, watermark
         self.next_id = next_id
         self.of_keys: dict[str, Change] = {}
 
@@ -108,8 +110,8 @@ class Changes:
     ) -> bool:
         """Put a document in, or in the place of the one with its key; returns whether anything changed."""
         known, row = self.known(key)
-        stated = _checked_version(version)
-        if _is_late(known, stated):
+        stated = None if version is None else checked_version(version)
+        if self._is_late(known, stated):
             return False
         if not isinstance(text, str | None):
             raise TypeError(f"Document {key!r}: its text is a {type(text).__name__}.")
@@ -138,11 +140,17 @@ class Changes:
     def delete(self, key: str, version: int | None) -> bool:
         """Delete a document; returns whether there was one."""
         known, row = self.known(key)
-        if _is_late(known, _checked_version(version)) or (not known.exists and version is None):
+        stated = None if version is None else checked_version(version)
+        if self._is_late(known, stated) or (not known.exists and version is None):
             return False
         version = known.version if version is None else version
         self.of_keys[key] = Change(Known(version), row)
         return known.exists
+
+    def _is_late(self, known: Known, version: int | None) -> bool:
+        """Tell whether an event comes after one that is newer, or may have been forgotten."""
+        latest = [item for item in (known.version, self._watermark) if item is not None]
+        return version is not None and bool(latest) and version <= max(latest)
 
     def written(self) -> dict[str, Change]:
         """Those that write a document: first those that encode it, then those that copy its tensors."""
@@ -204,11 +212,12 @@ def text_digest(wrapping: str, key: str, text: str | None, tokens: object) -> by
     return digest.digest()
 
 
-def _checked_version(version: object) -> int | None:
-    if version is not None and not (type(version) is int and 0 <= version <= MAX_VERSION):
+def checked_version(version: object) -> int:
+    """A version that a user gave.
+
+    Raises:
+        ValueError: for what is no integer from 0 to 2^62.
+    """
+    if type(version) is not int or not 0 <= version <= MAX_VERSION:
         raise ValueError(f"`version` must be an integer from 0 to 2^62, got {version!r:.80}.")
     return version
-
-
-def _is_late(known: Known, version: int | None) -> bool:
-    return version is not None and known.version is not None and version <= known.version

@@ -23,6 +23,7 @@ from .state import State
 
 LOG_COMMITS = 64  # that a log has before they are put together
 FAN_IN = 8
+LARGEST = 2**28  # bytes of a segment that was put together: what a commit may have to write again
 SMALLEST = 2**16  # bytes; what is smaller counts as one size
 
 
@@ -38,13 +39,16 @@ def merge_start(sizes: Sequence[int], fresh: int, most: int) -> int:
         the start of a run up to the end, of two files or more; the number of files if nothing is to be done.
     """
     start, total = len(sizes), 0
-    while start > len(sizes) - fresh and sizes[start - 1] < most // FAN_IN and total < most:
+    while start > len(sizes) - fresh and sizes[start - 1] < most // FAN_IN and total + sizes[start - 1] <= most:
         start, total = start - 1, total + sizes[start - 1]
     while start and start < len(sizes):
         level, first, more = _level(total), start, 0
-        while first and _level(sizes[first - 1]) <= level and sizes[first - 1] < most and total + more < most:
+        while first and _level(sizes[first - 1]) <= level and total + more + sizes[first - 1] <= most:
             first, more = first - 1, more + sizes[first - 1]
-        if start - first < FAN_IN - 1 or total + more > most:
+        # Of the largest size there may be fewer: what they make is as large as files become.
+        if start - first < FAN_IN - 1 and total + more < most // 2:
+            break
+        if first == start:
             break
         start, total = first, total + more
     return start if start < len(sizes) - 1 else len(sizes)
@@ -67,7 +71,7 @@ def segments_to_merge(state: State, most: int) -> list[int]:
     manifest, sizes = state.manifest, [segment_bytes(segment.record) for segment in state.segments]
     # In a bank of an earlier format nothing was merged yet.
     fresh = manifest["generation"] - manifest["checkpoint"] if "checkpoint" in manifest else len(sizes)
-    return list(range(merge_start(sizes, min(fresh, len(sizes)), most), len(sizes)))
+    return list(range(merge_start(sizes, min(fresh, len(sizes)), min(most, LARGEST)), len(sizes)))
 
 
 def write_checkpoint(
@@ -91,13 +95,16 @@ def write_checkpoint(
 
 
 def _merged_deletions(writer: BankWriter, manifest: Manifest, reader: BankReader) -> list[DeletionsRecord]:
-    records = manifest["deletions"]
-    start = merge_start([record["bytes"] for record in records], min(LOG_COMMITS, len(records)), 2**62)
+    records, watermark = manifest["deletions"], manifest.get("watermark")
+    forgets = watermark is not None and watermark != reader.manifest.get("watermark")
+    start = (
+        0 if forgets else merge_start([record["bytes"] for record in records], min(LOG_COMMITS, len(records)), 2**62)
+    )
     if start >= len(records):
         return records
     rows, keys = zip(*(reader.deletions_file(record) for record in records[start:]), strict=True)
     kept = newest(np.concatenate(keys))
-    if (watermark := manifest.get("watermark")) is not None:
+    if watermark is not None:
         kept = kept[kept[:, 2] > np.uint64(watermark)]
     joined = np.sort(np.concatenate(rows))
     if not len(joined) and not len(kept):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,11 +40,14 @@ class Damage:
         cause: what was found.
         keys: of the documents that are left out for it; None for those whose names went with the file.
         documents: how many these are; 0 where the file could be done without.
+        unreadable: it could not be read now, for want of descriptors, permission or a working disk: nothing is left
+            out for that.
     """
 
     file: str
     cause: str
     keys: tuple[str | None, ...] = ()
+    unreadable: bool = False
 
     @property
     def documents(self) -> int:
@@ -132,6 +136,8 @@ class Segment:
             segment = cls(record, table, path, stale)
         except BankFormatError as error:
             segment = cls.unreadable(record, path)
+            with suppress(BankFormatError):  # which says at least what is lost
+                segment.index = reader.segment_index(record)
             losses.append(Loss(path.name, str(error), segment.lose_rows(0, end - first)))
         else:
             if stale:
@@ -237,6 +243,10 @@ class Segment:
         for row in self._indexed(hashed):
             if row < len(self) and not self.lost[row] and self.fields(row, ["key"])["key"] == key:
                 yield row
+
+    def lost_rows_of(self, hashed: KeyHash) -> Rows:
+        """Rows that are lost and have a key of this hash."""
+        return np.array([row for row in self._indexed(hashed) if row < len(self) and self.lost[row]], np.int64)
 
     def _indexed(self, hashed: KeyHash) -> list[int]:
         """Rows that the index has for the hash of a key."""

@@ -174,6 +174,18 @@ class State:
                     return int(self.starts[number]) + row
         return None
 
+    def may_have_lost(self, key: str) -> bool:
+        """Tell whether a document named `key` may be among those that are lost to damage."""
+        if len(self.hidden) == len(self.deleted):
+            return False
+        hashed = key_hash(key)
+        for segment, start in zip(self.segments, self.starts.tolist(), strict=True):
+            known = segment.index.shape[1] > 0
+            lost = segment.lost_rows_of(hashed) if known else np.flatnonzero(segment.lost)
+            if len(np.setdiff1d(start + lost, self.deleted)):
+                return True
+        return False
+
     def _tokens_of(self, rows: Rows) -> int:
         """Tokens of the documents in some rows, ascending."""
         total = 0

@@ -37,7 +37,7 @@ from ...model.bank_reader_msa import (
     log_generations,
     manifest_mark,
     mapped_tables,
-    open_bank,
+    read_bank,
     read_checkpoint,
     read_manifest,
 )
@@ -51,7 +51,7 @@ from ...retrieval.embedders import Embedder
 from ...retrieval.followers import Followers
 from ...retrieval.rows import rows_of_state
 from .buffers import Buffers
-from .changes import Changes, GivenDocument, Known, committed
+from .changes import Changes, GivenDocument, Known, checked_version, committed
 from .commit import Commit, commit_of, entry_in_memory, write_commit
 from .compact import compacted_in_memory, groups_of, write_compacted
 from .deleted_keys import DeletedKeys
@@ -190,14 +190,9 @@ class BankStore:
             verify: compare what decides about keys, versions and ids with its SHA-256.
         """
         assert self.directory is not None
-        for attempt in range(TRIES):
-            reader = open_bank(self.directory, self.model, self.tokenizer, verify=False)
-            try:
-                return self._read(replace(reader, verify=verify))
-            except BankFormatError:
-                checksum = reader.manifest["checksum"]
-                if attempt + 1 == TRIES or read_manifest(self.directory)["checksum"] == checksum:
-                    raise  # else a writer has removed what this manifest names: its next one is there
+        read_bank(
+            self.directory, self.model, self.tokenizer, False, lambda reader: self._read(replace(reader, verify=verify))
+        )
 
     def _read(self, reader: BankReader) -> None:
         contents = read_contents(reader, self._opened, self.device)
@@ -348,8 +343,13 @@ class BankStore:
         """The row of a key; that there is none is never said from bytes that were not verified."""
         row = self.state.find(key)
         if row is None and self.directory is not None:
+            if self.state.may_have_lost(key):
+                raise BankDamaged(f"{key!r} may be the key of a document in damaged files ({self._damaged_files()}).")
             self._verify_tables()
         return row
+
+    def _damaged_files(self) -> str:
+        return ", ".join(sorted(self._damage))
 
     def _verify_tables(self) -> None:
         """Compare the tables of a bank that was opened to read with their SHA-256, each of them once."""
@@ -395,7 +395,12 @@ class BankStore:
             if self._pending is not None:
                 raise RuntimeError("A batch of this bank is open already.")
             self._check_writable()
-            self._pending = Changes(self._committed, self.state.manifest["next_id"], self.protocol)
+            self._pending = Changes(
+                self._committed,
+                self.state.manifest["next_id"],
+                self.protocol,
+                self.state.manifest.get("watermark"),
+            )
             try:
                 yield self
                 self._commit(self._pending)
@@ -482,7 +487,7 @@ class BankStore:
             self._lock.check()
         if lost := len(self.state.hidden) - len(self.state.deleted):
             raise BankDamaged(
-                f"{lost} documents are in damaged files ({', '.join(sorted(self._damage))}). Restore these from a "
+                f"{lost} documents are in damaged files ({self._damaged_files()}). Restore these from a "
                 "copy, or give the documents up with discard_damaged()."
             )
 
@@ -607,8 +612,12 @@ class BankStore:
             writer.commit(manifest)
         self._mark = manifest_mark(self.directory)
 
-    def _checkpoint(self) -> None:
-        """Write a manifest of the state of now, with small segments put together; the log begins anew."""
+    def _checkpoint(self, watermark: int | None = None) -> None:
+        """Write a manifest of the state of now, with small segments put together; the log begins anew.
+
+        Args:
+            watermark: deletions up to which are forgotten. None: as it is.
+        """
         assert self.directory is not None
         state = self.state
         numbers = segments_to_merge(state, self._limit)
@@ -617,6 +626,8 @@ class BankStore:
             self._check_writable()
         upgraded = state.manifest if "lineage" in state.manifest else as_version_3(state.manifest)
         manifest: Manifest = {**upgraded, "library_version": library_version()}
+        if watermark is not None:
+            manifest["watermark"] = watermark
         reader = BankReader(self.directory, state.manifest, self.origin, verify=False)
         self._swap(manifest, lambda writer: write_checkpoint(writer, manifest, state, reader, numbers, self._limit))
         with self._after_commit():
@@ -734,6 +745,31 @@ class BankStore:
                 return False
             self._checkpoint()
             return True
+
+    def forget_deletions(self, until: int) -> int:
+        """Forget deletions whose version is `until` or lower; returns how many.
+
+        A bank remembers the version of every deletion, so that a late event does not bring a document back. Call this
+        once no event up to a version will come any more: from then on, events up to it have no effect, whatever key
+        they are about.
+
+        Args:
+            until: a watermark, from 0 to 2^62; never lower than the one before.
+        """
+        with self._mutex:
+            if self._pending is not None:
+                raise RuntimeError("forget_deletions() inside a batch.")
+            self._check_writable()
+            until = checked_version(until)
+            if until < (before := self.state.manifest.get("watermark") or 0):
+                raise ValueError(f"The bank has forgotten deletions up to {before} already, which is above {until}.")
+            known = len(self._deleted_keys)
+            if self.directory is None:
+                self._adopt(replace(self.state, manifest={**self.state.manifest, "watermark": until}))
+            else:
+                self._checkpoint(watermark=until)
+            self._deleted_keys.forget(until)
+            return known - len(self._deleted_keys)
 
     def verify(self) -> list[Damage]:
         """Read every file and compare it with its SHA-256; returns what is damaged, an empty list where nothing is.

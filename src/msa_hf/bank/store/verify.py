@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ...model.bank_format_msa import BACKUP, MANIFEST, BankFormatError, Manifest, data_files
+from ...model.bank_format_msa import BACKUP, MANIFEST, BankFormatError, BankUnreadable, Manifest, data_files
 from ...model.bank_log_msa import copies_differ, entry_names
 from ...model.bank_reader_msa import backup_of, damage_of_file, read_checkpoint
 from .segments import NO_ROWS, Damage, Loss, Rows, Segment, damage_of
@@ -25,11 +25,14 @@ def find_damage(directory: Path, state: State, known: Mapping[str, Damage]) -> l
         cause = causes.pop(file)
         found.append(known.get(file) or damage_of(segment, Loss(file, cause, rows), state.deleted))
 
-    causes = {
-        entry["file"]: cause
-        for entry in data_files(state.manifest)
-        if (cause := damage_of_file(directory, entry)) is not None
-    }
+    causes: dict[str, str] = {}
+    unreadable: list[Damage] = []
+    for entry in data_files(state.manifest):
+        try:
+            if (cause := damage_of_file(directory, entry)) is not None:
+                causes[entry["file"]] = cause
+        except BankUnreadable as error:
+            unreadable.append(Damage(entry["file"], str(error.strerror), unreadable=True))
     for segment in state.segments:
         record = segment.record
         if (file := record["table"]["file"]) in causes:
@@ -43,7 +46,8 @@ def find_damage(directory: Path, state: State, known: Mapping[str, Damage]) -> l
                 segment.rebuild_index()
             note(segment, file, NO_ROWS)
     # What can be done without.
-    return found + [Damage(file, cause) for file, cause in causes.items()] + _damaged_copies(directory, state.manifest)
+    found += [Damage(file, cause) for file, cause in causes.items()]
+    return [*found, *_damaged_copies(directory, state.manifest), *unreadable]
 
 
 def _damaged_copies(directory: Path, manifest: Manifest) -> list[Damage]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...model.bank_format_msa import TensorLayout, commit_id, data_files
-from ...model.bank_reader_msa import KnowsOrigin, open_bank
+from ...model.bank_reader_msa import BankReader, KnowsOrigin, read_bank
 from ...model.memory_msa import BankHome, BankOrigin, DenseLayer, DocumentTable, MemoryBank
 from ..store.store import BankStore
 
@@ -143,7 +143,10 @@ def _of_open(bank: BankStore) -> BankSource:
 
 
 def _of_directory(directory: Path, model: KnowsOrigin | None, tokenizer: object, verify: bool) -> BankSource:
-    reader = open_bank(directory, model, tokenizer, verify)
+    return read_bank(directory, model, tokenizer, verify, lambda reader: _of_reader(reader, model))
+
+
+def _of_reader(reader: BankReader, model: KnowsOrigin | None) -> BankSource:
     rows = reader.rows()
     reader.check_side_files()
     prefix = reader.prefix(torch.device("cpu"))
@@ -157,5 +160,7 @@ def _of_directory(directory: Path, model: KnowsOrigin | None, tokenizer: object,
         documents = DocumentTable(rows.table, rows.deleted)
         nothing = {layer: DenseLayer(*layout.zeros(layer, chunks)) for layer in layout.shapes}
         bank = MemoryBank(nothing, rows.offsets, prefix, documents, reader.origin, next_id=rows.next_id)  # compares
-    home = BankHome(directory, commit_id(reader.manifest))
-    return replace(_of_memory(bank), parts=parts, directory=directory, bytes=reader.bytes, model=model, home=home)
+    home = BankHome(reader.directory, commit_id(reader.manifest))
+    return replace(
+        _of_memory(bank), parts=parts, directory=reader.directory, bytes=reader.bytes, model=model, home=home
+    )
