@@ -341,10 +341,14 @@ def main(given: Sequence[str] | None = None) -> None:
     for part, run, count in ((world, worlds, 16), (asked, real, 200)):
         part.add_argument("--questions", type=int, default=count, help=f"of each kind (default: {count})")
         part.add_argument("--seed", type=int, default=99)
+        part.add_argument(
+            "--threads", type=int, default=1, help="of torch; more wait for each other on a loaded machine"
+        )
         part.add_argument("--out", type=Path)
         part.set_defaults(run=run)
     arguments = parser.parse_args(given)
     transformers.logging.set_verbosity_error()
+    torch.set_num_threads(arguments.threads)
     save(arguments, arguments.run(arguments))
 
 

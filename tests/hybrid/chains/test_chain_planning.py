@@ -31,9 +31,13 @@ def test_descriptions_are_taken_from_the_inside_out() -> None:
         "Did {hop2} know {hop1}?",
     ]
     assert prompts(plan_by_rules("What {is} the {x} of Y?")) == ["What {{is}} the {{x}} of Y?"]
-    with pytest.raises(ChainError, match="more than 8 hops"):
-        plan_by_rules("Who is " + "the friend of " * 8 + "Ada?")
-    assert len(plan_by_rules("Who is " + "the friend of " * 7 + "Ada?").steps) == 8
+    assert prompts(plan_by_rules("Which old man is the maker of the Oskel Lantern ?")) == [
+        "What is the maker of the Oskel Lantern?"
+    ]
+    for opening, most in (("Who is ", 8), ("Who met ", 7)):
+        with pytest.raises(ChainError, match="more than 8 hops"):
+            plan_by_rules(opening + "the friend of " * (most + 1) + "Ada?")
+        assert len(plan_by_rules(opening + "the friend of " * most + "Ada?").steps) == 8
 
 
 @pytest.mark.parametrize("hops", [1, 2, 3, 4])

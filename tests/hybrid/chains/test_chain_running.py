@@ -230,6 +230,8 @@ def test_a_cut_line_is_done_again_wherever_it_was_cut(tmp_path: Path) -> None:
         trace.write_bytes(content[:size])
         result = runner().run(HOPS, "who?", trace)
         assert result.answer == whole.answer and plain(result.records) == plain(whole.records), size
+        lines = [json.loads(line) for line in trace.read_text(encoding="utf-8").splitlines()]
+        assert lines[0] == json.loads(content.splitlines()[0]) and lines[1:] == list(result.records), size
 
 
 def _slowly(trace: str) -> None:

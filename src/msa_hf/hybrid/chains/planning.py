@@ -18,6 +18,8 @@ MOST_HOPS = 8
 _CAPITAL = r"(?:[^\W\d_a-z][\w'\u2019-]*)"
 # A name as descriptions have it: capitalized words behind "the" or nothing, or what an earlier hop found.
 NAME = rf"(?:(?:the )?{_CAPITAL}(?: (?:of |the |and |de )?{_CAPITAL})*|\u27e8\d+\u27e9)"
+# What asks for nothing but what was found.
+_IDENTITY = re.compile(r"(?:who|what|which [a-z ]+) (?:is|are|was|were) \u27e8\d+\u27e9\s*\??", re.IGNORECASE)
 _NOUN = r"[a-z][a-z-]*(?: [a-z][a-z-]*){0,2}"
 
 
@@ -68,7 +70,8 @@ def plan_by_rules(
     the maker of X, then for that one's teacher, then where that one was born.
 
     The longest description that fits is taken first, of equally long ones the one that stands first in the question,
-    then the one of the first rule. A question that no rule fits is a chain of one step.
+    then the one of the first rule. A question that no rule fits is a chain of one step. If all that is left is to ask
+    who or what the thing found is, that is not asked.
 
     Args:
         question: as it was asked.
@@ -88,14 +91,18 @@ def plan_by_rules(
         found = [(match, rule) for rule, pattern in patterns for match in pattern.finditer(left)]
         if not found:
             break
-        if len(asked) + 1 >= MOST_HOPS:
+        if len(asked) == MOST_HOPS:
             raise ChainError(f"{question!r} needs more than {MOST_HOPS} hops")
         match, rule = min(found, key=lambda pair: (-len(pair[0][0]), pair[0].start()))
         groups = match.groupdict()
         inner = rule.question.replace("{x}", groups.get("x") or "").replace("{n}", groups["n"])
         left = f"{left[: match.start()]}\u27e8{len(asked) + 1}\u27e9{left[match.end() :]}"
         asked.append(inner)
-    return _chain_of("planned by rules", [*asked, left], model, retrieve, prompt, max_new_tokens)
+    if not asked or not _IDENTITY.fullmatch(left.strip()):
+        asked.append(left)
+    if len(asked) > MOST_HOPS:
+        raise ChainError(f"{question!r} needs more than {MOST_HOPS} hops")
+    return _chain_of("planned by rules", asked, model, retrieve, prompt, max_new_tokens)
 
 
 PLAN_SCHEMA: Mapping[str, Any] = {
