@@ -14,7 +14,7 @@ from fake_model import FakeModel, contents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from msa_hf.bank import BankStore
+from msa_hf.bank import BankDamaged, BankStore
 from msa_hf.model import bank_format_msa, bank_reader_msa, bank_writer_msa
 from msa_hf.model.bank_format_msa import BankFormatError
 from msa_hf.model.memory_msa import MemoryBank
@@ -65,7 +65,7 @@ def use(directory: Path, verify: bool) -> None:
                     with suppress(KeyError):  # an index that lies finds nothing
                         bank.documents.position(document.key)
                 bank.documents.ids()
-            except BankFormatError:
+            except (BankFormatError, BankDamaged):
                 pass
             except ValueError as error:
                 assert "not made with this model" in str(error)
