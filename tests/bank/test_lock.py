@@ -352,6 +352,22 @@ def test_commands_take_the_word_of_a_sole_writer(
         assert len(reader) == 0 and reader.stat()["deleted"] == 0
 
 
+def test_a_manifest_is_restored_by_who_has_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank = small_bank(tmp_path / "bank")
+    (bank / "manifest.json").unlink()
+    with WriterLock(bank):
+        assert main(["bank", "restore", str(bank)]) == 2
+        error = capsys.readouterr().err
+        assert "is open for writing in process" in error and error.count("\n") == 1
+    refuse(monkeypatch, errno.ENOSYS)
+    assert main(["bank", "restore", str(bank)]) == 2
+    assert "gives no locks" in capsys.readouterr().err
+    assert main(["bank", "restore", str(bank), "--sole-writer"]) == 0
+    assert [document.text for document in MemoryBank.from_pretrained(bank).documents] == ["a text"]
+
+
 def test_the_file_system_of_a_path_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = tmp_path / "mountinfo"
     monkeypatch.setattr(bank_lock_msa, "MOUNTS", mounts)

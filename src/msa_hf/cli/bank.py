@@ -190,14 +190,18 @@ def compact(args: argparse.Namespace) -> int:
 
 def restore(args: argparse.Namespace) -> int:
     """`msa-hf bank restore`."""
-    from ..bank import restore_manifest
+    from ..bank import BankError, restore_manifest
     from ..model.bank_lock_msa import WriterLock
 
     directory = Path(args.bank)
     if not directory.is_dir():
         raise UserError(f"{directory} is no directory")
-    with reported(), WriterLock(directory, args.sole_writer):
-        manifest = restore_manifest(directory)
+    with reported():
+        try:
+            with WriterLock(directory, args.sole_writer):
+                manifest = restore_manifest(directory)
+        except BankError as error:
+            raise UserError(str(error)) from error
     print(f"{args.bank}: its manifest was restored, of generation {manifest.get('generation', 0)}")
     return 0
 

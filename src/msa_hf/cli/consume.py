@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..user_errors import UserError, reported
 from .indexes import add_index_options, embedder_of
 from .loading import load, new_directory, protocol_of
-from .options import add_model_options, device_in, positive
+from .options import add_model_options, add_sole_writer_option, device_in, positive
 
 if TYPE_CHECKING:
     from ..hybrid.streams import StreamMetrics
@@ -55,6 +55,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
     add_model_options(made)
     made.add_argument("--batch-tokens", type=positive, default=16384, help="tokens per batch (default: 16384)")
     add_index_options(made)
+    add_sole_writer_option(made)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     device = device_in(args)
     model, tokenizer = load(args.model, device, args.dtype)
     protocol = protocol_of(args.protocol, args.model)
-    kept = {"lexical": args.lexical, "embedder": embedder_of(args.embedder, device)}
+    kept = {"lexical": args.lexical, "embedder": embedder_of(args.embedder, device), "sole_writer": args.sole_writer}
     options = {"batch_tokens": args.batch_tokens}
 
     def open_bank() -> BankStore:
