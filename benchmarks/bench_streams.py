@@ -53,13 +53,14 @@ class TimedModel:
 
     def __init__(self, model: Any) -> None:
         self._model, self.device = model, model.device
-        self.seconds, self.documents, self.tokens = 0.0, 0, 0
+        self.seconds, self.cpu_seconds, self.documents, self.tokens = 0.0, 0.0, 0, 0
         self.memory_origin, self.encode_prefix = model.memory_origin, model.encode_prefix
 
     def encode_documents(self, documents: Iterable[object], tokenizer: object = None, **options: object) -> MemoryBank:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         bank: MemoryBank = self._model.encode_documents(documents, tokenizer, **options)
         self.seconds += time.perf_counter() - start
+        self.cpu_seconds += time.process_time() - cpu
         self.documents += len(bank)
         self.tokens += bank.num_tokens
         return bank
@@ -88,9 +89,9 @@ def measure(name: str, url: str, stream: str, batch: int, directory: Path, lexic
     model = TimedModel(MSAForCausalLM.from_pretrained(name).eval())
     with BankStore(model, directory, tokenizer, protocol, lexical=lexical) as bank:
         consumer = StreamConsumer(RedisSource(url, stream, f"batch-{batch}"), bank, batch_size=batch, wait=0.01)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         metrics = consumer.run(until_idle=True)
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         stat = bank.stat()
     return {
         "batch": batch,
@@ -102,6 +103,8 @@ def measure(name: str, url: str, stream: str, batch: int, directory: Path, lexic
         "segments": stat["segments"],
         "seconds": round(seconds, 2),
         "encoding_seconds": round(model.seconds, 2),
+        "cpu_seconds": round(cpu, 2),
+        "encoding_cpu_seconds": round(model.cpu_seconds, 2),
         "events_per_second": round(metrics.events / seconds),
         "events_per_second_without_encoding": round(metrics.events / (seconds - model.seconds)),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import threading
@@ -230,6 +231,11 @@ def test_counters_are_prometheus_text(place: Place, fast_path: Path) -> None:
     assert found['msa_hf_stream_events_total{outcome="applied"}'] == metrics.applied > 15
     assert found["msa_hf_stream_lag"] == 0 and 0 <= found["msa_hf_stream_behind_seconds"] < 60
     assert found["msa_hf_stream_apply_seconds_total"] > 0 and found["msa_hf_stream_commits_total"] == 3
+    with contextlib.suppress(ImportError):
+        from prometheus_client.parser import text_string_to_metric_families
+
+        families = {family.name: family for family in text_string_to_metric_families(metrics.prometheus())}
+        assert families["msa_hf_stream_events"].type == "counter" and families["msa_hf_stream_lag"].type == "gauge"
     assert "lag" not in StreamMetrics().prometheus() and StreamMetrics().prometheus().endswith("\n")
 
 
