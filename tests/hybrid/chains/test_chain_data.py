@@ -1,10 +1,13 @@
 """Chains as data: templates, reading YAML, and every mistake that is told before anything runs."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa_hf.hybrid.chains import Chain, ChainError, Step, chain_from_dict, chain_to_dict, check_chain, load_chain
@@ -145,6 +148,7 @@ BAD = [
     ("steps.1.retrieve.filters", {"a": []}, "`filters` 'a' must be"),
     ("steps.1.retrieve.filters", {"a": {"b": 1}}, "`filters` 'a' must be"),
     ("steps.1.retrieve.filters", {"a": "{gone}"}, "no step or value 'gone'"),
+    ("steps.1.retrieve.max_tokens", 9, "counted by a chat model"),
     ("steps.1.retrieve.rank", 1, "there is no field 'rank'"),
     (f"{LOOP}.at_most", ..., "a loop needs a bound"),
     (f"{LOOP}.at_most", 0, "a loop needs a bound"),
@@ -179,6 +183,42 @@ def test_mistakes_are_told_with_their_place(path: str, value: object, says: str)
     with pytest.raises(ChainError) as caught:
         chain_from_dict(changed(path, value))
     assert says in str(caught.value), str(caught.value)
+
+
+def places(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield (*path, name)
+        yield from places(item, (*path, name))
+
+
+odd = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", "{x}", "{", "{last}", "plan", "json"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(["name", "field", "is", "json", "type", "a"]) | st.integers(), inner, max_size=2
+        )
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(list(places(data()))), odd)
+def test_whatever_stands_in_a_place_is_read_or_refused(path: tuple[object, ...], value: object) -> None:
+    made = data()
+    place: Any = made
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    with contextlib.suppress(ChainError):
+        chain = chain_from_dict(made)
+        assert chain_from_dict(chain_to_dict(chain)) == chain and digest_of(chain)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from msa_hf.cli import main
 from msa_hf.generation import PromptProtocol
 from msa_hf.hybrid.chains import BankRetriever, ChainRunner, InterleaveReader, Retrieve, Rule, plan_by_rules
 from msa_hf.hybrid.chains.sources import Source
-from msa_hf.retrieval import add_lexical_index
+from msa_hf.retrieval import Hit, Why, add_lexical_index
 
 pytest.importorskip("tantivy")
 NAME = Path(__file__).parents[3] / "model_cards" / "msa-hf-tiny"
@@ -47,27 +47,47 @@ def parts(place: Path) -> tuple[Any, ...]:
     return model, tokenizer, MemoryBank.from_pretrained(place / "bank", model, tokenizer), protocol
 
 
-def test_filters_of_a_real_bank(parts: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_filters_of_a_real_bank(parts: tuple[Any, ...]) -> None:
     model, tokenizer, bank, protocol = parts
     retriever = BankRetriever(bank, model=model, tokenizer=tokenizer, protocol=protocol)
     for mode in ("router", "lexical", "hybrid"):
         found = retriever.retrieve("Krikutust Heights is known for", mode, 1, {"kind": ["thing"]})
         assert [source.key for source in found] == ["place"] and found[0].text == TEXTS["place"]
         assert retriever.retrieve("known", mode, 3, {"kind": ["nothing"]}) == []
-    monkeypatch.setattr("msa_hf.hybrid.chains.sources.FIRST_LOOK", 1)
     every = retriever.retrieve("Krikutust Heights", "router", 4, {})
-    for kind in ("thing", "event"):  # however few hits are looked at first
-        wanted = [item.key for item in every if (item.metadata or {})["kind"] == kind][:1]
-        assert [item.key for item in retriever.retrieve("Krikutust Heights", "router", 1, {"kind": [kind]})] == wanted
-    assert BankRetriever(_Empty()).retrieve("x", "lexical", 3, {}) == []
+    for kind in ("thing", "event"):
+        wanted = [item.key for item in every if (item.metadata or {})["kind"] == kind]
+        assert [item.key for item in retriever.retrieve("Krikutust Heights", "router", 4, {"kind": [kind]})] == wanted
 
 
-class _Empty:
+class Ranked:
+    """A bank that finds its documents in their order; each third one is odd."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.looks: list[tuple[int, int | None]] = []
+
     def __len__(self) -> int:
-        return 0
+        return self.size
 
-    def search(self, query: str, k: int, mode: str, **options: Any) -> list[Any]:
-        raise AssertionError("an empty bank is not searched")
+    def search(self, query: str, k: int, mode: str, **options: Any) -> list[Hit]:
+        self.looks.append((k, options.get("depth")))
+        return [
+            Hit(n + 1, f"d{n}", n, n, -n, "text", {"odd": n % 3 == 2, "far": n == self.size - 1}, Why())
+            for n in range(min(k, self.size))
+        ]
+
+
+def test_filters_look_as_far_as_they_must() -> None:
+    bank = Ranked(500)
+    found = BankRetriever(bank).retrieve("x", "hybrid", 3, {"odd": [True]})
+    assert [item.key for item in found] == ["d2", "d5", "d8"] and bank.looks == [(64, None)]
+    bank = Ranked(500)
+    found = BankRetriever(bank).retrieve("x", "hybrid", 3, {"far": [True]})
+    assert [item.key for item in found] == ["d499"] and bank.looks == [(64, None), (256, 256), (500, 500)]
+    bank = Ranked(500)
+    assert len(BankRetriever(bank).retrieve("x", "lexical", 3, {})) == 3 and bank.looks == [(3, None)]
+    assert BankRetriever(Ranked(0)).retrieve("x", "lexical", 3, {}) == []
 
 
 def test_two_hops_by_the_memory_model(parts: tuple[Any, ...]) -> None:

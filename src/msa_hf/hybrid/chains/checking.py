@@ -241,6 +241,10 @@ def _check_step(step: Step) -> None:
         _check_condition(f"{place}, when", step.when)
     if step.retrieve is not None:
         _check_retrieve(f"{place}, retrieve", step.retrieve)
+        if step.retrieve.max_tokens is not None and step.model in (None, MEMORY):
+            raise ChainError(
+                f"{place}, retrieve: `max_tokens` is counted by a chat model, which this step does not ask"
+            )
     _check_extract(f"{place}, extract", step)
 
 

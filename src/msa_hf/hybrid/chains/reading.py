@@ -156,7 +156,9 @@ def _extract(data: object, place: str) -> Extract:
     kind, options = kinds[0], given[kinds[0]]
     repairs = given.get("repairs", Extract().repairs)
     if kind == "json":
-        return Extract(kind, schema=_mapping(options, f"{place}, json", set(options or ()), set()), repairs=repairs)
+        if not isinstance(options, Mapping):
+            raise ChainError(f"{place}, json: must be a schema, a mapping, got {_shown(options)}")
+        return Extract(kind, schema=options, repairs=repairs)
     found = _mapping(options or {}, f"{place}, {kind}", {"at_most"}, set())
     return Extract(kind, at_most=found.get("at_most"), repairs=repairs)
 

@@ -238,9 +238,7 @@ class _Run:
 
     def _fit(self, step: Step, most: int, found: list[Source]) -> tuple[list[Source], list[Source]]:
         """The best sources whose texts fit, and the others."""
-        chat = self.runner.chats.get(step.model or "")
-        if chat is None:
-            raise ChainError("`max_tokens` of `retrieve` is counted by a chat model, which this step does not ask")
+        chat = self.runner.chats[step.model or ""]
         kept = len(found)
         while kept and chat.count_tokens([Message("user", sources_text(found[:kept]))]) > most:
             kept -= 1
