@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from helpers.fake_model import FakeModel, contents
 
-from msa_hf.bank import BankLocked, BankNotWritable, BankStore
+from msa_hf.bank import BankLocked, BankNotWritable, BankStore, BankUnreadable
 from msa_hf.cli.command_line import main
 from msa_hf.model import bank_lock_msa
 from msa_hf.model.bank_lock_msa import WriterLock, file_system
@@ -463,3 +463,60 @@ def test_a_forked_process_closes_though_a_thread_was_writing(tmp_path: Path) -> 
     with pytest.raises(BankLocked):
         BankStore(FakeModel(), tmp_path)
     bank.close()
+
+
+# A disk that fails ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["fstat", "ftruncate", "close"])
+def test_a_failing_disk_does_not_keep_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """What cannot be noted when the lock is given back hides no error, and the next writer comes in."""
+    bank = BankStore(FakeModel(), tmp_path)
+    bank.add(["a text"])
+    original = getattr(os, call)
+
+    def failing(*arguments: Any) -> Any:
+        if call == "close":
+            original(*arguments)
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing)
+        bank.close()
+    with BankStore(FakeModel(), tmp_path) as bank:
+        assert len(bank) == 1
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES])
+def test_a_manifest_that_cannot_be_looked_at_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    small_bank(tmp_path)
+    before, original = files(tmp_path), os.lstat
+
+    def failing(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith("manifest.json"):
+            raise OSError(error, os.strerror(error))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "lstat", failing)
+    for read_only in (False, True):
+        with pytest.raises(BankUnreadable, match=r"manifest.json.*no damage"):
+            BankStore(FakeModel(), tmp_path, read_only=read_only)
+    monkeypatch.undo()
+    assert files(tmp_path) == before
+
+
+def test_a_leftover_that_cannot_be_removed_does_not_undo_what_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = os.unlink
+
+    def failing(path: Any, **options: Any) -> None:
+        if Path(path).name.startswith(".manifest"):
+            raise OSError(errno.EIO, "Input/output error")
+        original(path, **options)
+
+    monkeypatch.setattr(os, "unlink", failing)
+    save_bank(tmp_path)
+    assert contents(MemoryBank.from_pretrained(tmp_path)).keys() == {"0"}

@@ -126,16 +126,18 @@ class WriterLock:
             )
 
     def release(self) -> None:
-        """Let go of the lock."""
-        if self.held and self._descriptor is not None and os.fstat(self._descriptor).st_nlink < 2:
-            os.ftruncate(self._descriptor, 0)
+        """Let go of the lock, whatever the disk says: an error here would hide the one that it is released for."""
+        with suppress(OSError):  # who had the lock is no more than a note
+            if self.held and self._descriptor is not None and os.fstat(self._descriptor).st_nlink < 2:
+                os.ftruncate(self._descriptor, 0)
         self.drop()
 
     def drop(self) -> None:
         """Close the file alone, as a forked process does: its parent keeps the lock."""
         descriptor, self._descriptor, self._released = self._descriptor, None, True
         if descriptor is not None:
-            os.close(descriptor)
+            with suppress(OSError):  # the descriptor is free all the same, and with it the lock
+                os.close(descriptor)
 
     def __enter__(self) -> "WriterLock":
         return self

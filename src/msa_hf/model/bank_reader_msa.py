@@ -78,7 +78,14 @@ class KnowsOrigin(Protocol):
 
 def is_bank(directory: Path) -> bool:
     """Tell whether a bank, or what claims to be one, lies in a directory."""
-    return os.path.lexists(directory / MANIFEST)
+    path = directory / MANIFEST
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return True
 
 
 def read_manifest(directory: Path) -> Manifest:

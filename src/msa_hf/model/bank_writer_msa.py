@@ -308,7 +308,8 @@ def write_text(path: Path, text: str, stem: str) -> None:
         sync(path.parent)  # the names of the data files, before anything refers to them
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of the next writer, who removes leftovers
+            temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 
