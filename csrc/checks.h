@@ -49,6 +49,21 @@ inline void check_device(const char* op, const char* name, const Tensor& tensor,
                   op, ": `", name, "` lies on another device than the rest");
 }
 
+// Sizes that kernels multiply or count in 32 bits.
+constexpr int64_t kMostSize = (int64_t{1} << 31) - 1;
+
+inline void check_size(const char* op, const char* name, int64_t size, int64_t least) {
+  STD_TORCH_CHECK(size >= least && size <= kMostSize, op, ": `", name, "` must ",
+                  size < 0 && least == 0 ? "not be negative" : "lie from " + std::to_string(least) + " to 2^31 - 1",
+                  ", got ", size);
+}
+
+// Groups and numbers of a head, which stand beside each other.
+inline void check_heads(const char* op, const Tensor& tensor, int64_t groups, int64_t dim) {
+  STD_TORCH_CHECK(groups <= kMostSize && dim <= kMostSize && groups * dim <= kMostSize, op,
+                  ": G * D must be below 2^31, got ", shape_of(tensor));
+}
+
 inline void check_route_documents(const Tensor& queries, const Tensor& routing_mask, const Tensor& keys,
                                   const std::optional<Tensor>& scales, const Tensor& offsets,
                                   const std::optional<Tensor>& alive, int64_t k) {
@@ -61,11 +76,13 @@ inline void check_route_documents(const Tensor& queries, const Tensor& routing_m
                   ": `keys` must be floating, int8 or float8_e4m3fn, got ", shape_of(keys));
   STD_TORCH_CHECK(is_quantized(keys.scalar_type()) == scales.has_value(), op,
                   ": `scales` belong to int8 and float8_e4m3fn keys, and only to them; the keys are ", shape_of(keys));
+  // Keys of no numbers take no memory, however many there are; each takes time.
+  STD_TORCH_CHECK(keys.size(1) > 0 || keys.size(0) <= kMostSize, op, ": so many keys of no numbers: ", shape_of(keys));
   if (scales) check_tensor(op, "scales", *scales, {keys.size(0)}, ScalarType::Float);
   check_tensor(op, "offsets", offsets, {-1}, ScalarType::Long);
   STD_TORCH_CHECK(offsets.size(0) >= 1, op, ": `offsets` must begin with 0");
   if (alive) check_tensor(op, "alive", *alive, {offsets.size(0) - 1}, ScalarType::Bool);
-  STD_TORCH_CHECK(k >= 0, op, ": `k` must not be negative, got ", k);
+  check_size(op, "k", k, 0);
   check_device(op, "routing_mask", routing_mask, queries);
   check_device(op, "keys", keys, queries);
   check_device(op, "offsets", offsets, queries);
@@ -85,6 +102,7 @@ inline void check_pool_chunks(const Tensor& keys, const Tensor& values, const Te
   STD_TORCH_CHECK(token_offsets.size(0) >= 1, op, ": `token_offsets` must begin with 0");
   STD_TORCH_CHECK(chunk_size >= 1, op, ": `chunk_size` must be at least 1, got ", chunk_size);
   STD_TORCH_CHECK(chunks >= 0, op, ": `chunks` must not be negative, got ", chunks);
+  check_heads(op, values, values.size(1), values.size(2));
   STD_TORCH_CHECK(!routing_dtype || is_quantized(*routing_dtype), op,
                   ": `routing_dtype` must be int8, float8_e4m3fn or None, got ",
                   torch::headeronly::toString(routing_dtype.value_or(ScalarType::Float)));
@@ -100,6 +118,7 @@ inline void check_pool_chunks_backward(const Tensor& grad_content, const Tensor&
   STD_TORCH_CHECK(is_floating(router_keys.scalar_type()), op, ": `router_keys` must be floating, got ",
                   shape_of(router_keys));
   const int64_t groups = router_keys.size(1), dim = router_keys.size(2);
+  check_heads(op, router_keys, groups, dim);
   check_tensor(op, "grad_content", grad_content, {-1, 2, groups, dim}, std::nullopt);
   check_tensor(op, "grad_routing_keys", grad_routing_keys, {grad_content.size(0), groups * dim}, std::nullopt);
   STD_TORCH_CHECK(is_floating(grad_content.scalar_type()) && is_floating(grad_routing_keys.scalar_type()), op,
@@ -129,7 +148,8 @@ inline void check_gather_documents(const Tensor& documents, const Tensor& offset
   if (scales) check_tensor(op, "scales", *scales, {content.size(0), 2}, ScalarType::Float);
   STD_TORCH_CHECK(!dtype || is_floating(*dtype), op, ": `dtype` must be floating, got ",
                   torch::headeronly::toString(dtype.value_or(ScalarType::Float)));
-  STD_TORCH_CHECK(width >= 0, op, ": `width` must not be negative, got ", width);
+  check_size(op, "width", width, 0);
+  check_heads(op, content, content.size(2), content.size(3));
   check_device(op, "offsets", offsets, documents);
 }
 

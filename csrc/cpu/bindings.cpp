@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstring>
+#include <cstdint>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -44,11 +44,27 @@ Tensor make(std::initializer_list<int64_t> shape, ScalarType type) {
                               torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
+// The tensor itself where its numbers lie at multiples of their size, else a copy: compilers rely on it.
+Tensor aligned(const Tensor& tensor) {
+  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  return address % cpu::size_of(type_of(tensor)) == 0 ? tensor : torch::stable::clone(tensor);
+}
+
+// [n] int64, dense and aligned.
+Tensor dense_integers(const Tensor& tensor) {
+  Tensor dense = torch::stable::contiguous(tensor);
+  const auto address = reinterpret_cast<uintptr_t>(dense.const_data_ptr());
+  return address % sizeof(int64_t) == 0 ? dense : torch::stable::clone(dense);
+}
+
+// Numbers that are true: memory of another type may hold others than 0 and 1.
+const uint8_t* flags(const Tensor& tensor) { return static_cast<const uint8_t*>(tensor.const_data_ptr()); }
+
 const int64_t* integers(const Tensor& tensor) { return static_cast<const int64_t*>(tensor.const_data_ptr()); }
 
 // Offsets from 0 to `end` that never fall.
 Tensor checked_offsets(const char* op, const char* name, const Tensor& offsets, int64_t end) {
-  Tensor dense = torch::stable::contiguous(offsets);
+  Tensor dense = dense_integers(offsets);
   const int64_t* values = integers(dense);
   const int64_t count = dense.size(0) - 1;
   bool rising = values[0] == 0 && values[count] == end;
@@ -57,11 +73,14 @@ Tensor checked_offsets(const char* op, const char* name, const Tensor& offsets, 
   return dense;
 }
 
-// The tensor itself where its last dimension is dense, else a dense copy.
+// The tensor itself where its last dimension is dense and its numbers are aligned, else a copy.
 Tensor with_dense_rows(const Tensor& tensor) {
-  return tensor.stride(tensor.dim() - 1) == 1 || tensor.size(tensor.dim() - 1) == 1 ? tensor
-                                                                                    : torch::stable::contiguous(tensor);
+  const int64_t last = tensor.dim() - 1;
+  const bool dense = tensor.stride(last) == 1 || tensor.size(last) == 1;
+  return aligned(dense ? tensor : torch::stable::contiguous(tensor));
 }
+
+Tensor with_all_dense(const Tensor& tensor) { return aligned(torch::stable::contiguous(tensor)); }
 
 cpu::Rows rows_of(const Tensor& tensor) {
   return {tensor.const_data_ptr(), type_of(tensor), tensor.stride(0), tensor.stride(1)};
@@ -74,12 +93,12 @@ std::tuple<Tensor, Tensor> route_documents(const Tensor& queries, const Tensor& 
   const int64_t samples = queries.size(0), tokens = queries.size(1), width = queries.size(2);
   Tensor limits = checked_offsets("route_documents", "offsets", offsets, keys.size(0));
   Tensor mask = torch::stable::contiguous(routing_mask), rows = with_dense_rows(keys), states = with_dense_rows(queries);
-  const bool* routes = static_cast<const bool*>(mask.const_data_ptr());
+  const uint8_t* routes = flags(mask);
 
   std::vector<int64_t> starts(samples + 1, 0);
   for (int64_t sample = 0; sample < samples; ++sample) {
     starts[sample + 1] = starts[sample];
-    for (int64_t token = 0; token < tokens; ++token) starts[sample + 1] += routes[sample * tokens + token];
+    for (int64_t token = 0; token < tokens; ++token) starts[sample + 1] += routes[sample * tokens + token] != 0;
   }
   std::vector<float> packed(starts[samples] * width);
   float* target = packed.data();
@@ -94,7 +113,7 @@ std::tuple<Tensor, Tensor> route_documents(const Tensor& queries, const Tensor& 
   }
 
   std::optional<Tensor> factors, living;
-  if (scales) factors = torch::stable::contiguous(*scales);
+  if (scales) factors = with_all_dense(*scales);
   if (alive) living = torch::stable::contiguous(*alive);
   Tensor documents = make({samples, k}, ScalarType::Long), scores = make({samples, k}, ScalarType::Float);
   cpu::Route route;
@@ -109,7 +128,7 @@ std::tuple<Tensor, Tensor> route_documents(const Tensor& queries, const Tensor& 
   route.scales = factors ? static_cast<const float*>(factors->const_data_ptr()) : nullptr;
   route.offsets = integers(limits);
   route.count = limits.size(0) - 1;
-  route.alive = living ? static_cast<const bool*>(living->const_data_ptr()) : nullptr;
+  route.alive = living ? flags(*living) : nullptr;
   route.k = k;
   route.documents = static_cast<int64_t*>(documents.mutable_data_ptr());
   route.scores = static_cast<float*>(scores.mutable_data_ptr());
@@ -155,6 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> pool(const Tensor& keys, const Tensor& values
   Tensor content = make({chunks, 2, groups, dim}, values.scalar_type());
   Tensor routing_keys = make({chunks, groups * dim}, routing_dtype.value_or(values.scalar_type()));
   Tensor scales = make({routing_dtype ? chunks : 0}, ScalarType::Float);
+  if (groups * dim == 0 && !routing_dtype) return {content, routing_keys, scales};  // of any number of tokens
   cpu::Pool call;
   call.keys = rows_of(key_rows);
   call.values = rows_of(value_rows);
@@ -189,10 +209,11 @@ std::tuple<Tensor, Tensor, Tensor> pool_backward(const Tensor& grad_content, con
   STD_TORCH_CHECK(wide == (grad_content.scalar_type() == ScalarType::Double) &&
                       wide == (grad_routing_keys.scalar_type() == ScalarType::Double),
                   op, ": float64 gradients belong to float64 router keys, and only to them");
-  Tensor content = torch::stable::contiguous(grad_content), routing = torch::stable::contiguous(grad_routing_keys);
+  Tensor content = with_all_dense(grad_content), routing = with_all_dense(grad_routing_keys);
   Tensor router_rows = with_dense_rows(router_keys);
   Tensor grads[3];
   for (Tensor& grad : grads) grad = make({tokens, groups, dim}, router_keys.scalar_type());
+  if (groups * dim == 0) return {grads[0], grads[1], grads[2]};
   cpu::PoolBackward call;
   call.grad_content = content.const_data_ptr();
   call.content_type = type_of(content);
@@ -223,8 +244,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather(const Tensor& documents, const
   if (scales) check_device(op, "scales", *scales, documents);
   const int64_t samples = documents.size(0), k = documents.size(1), groups = content.size(2), dim = content.size(3);
   Tensor limits = checked_offsets(op, "offsets", offsets, content.size(0));
-  Tensor chosen = torch::stable::contiguous(documents), rows = torch::stable::contiguous(content);
-  for (int64_t sample = 0; sample < samples; ++sample) {
+  Tensor chosen = dense_integers(documents), rows = with_all_dense(content);
+  for (int64_t sample = 0; k > 0 && sample < samples; ++sample) {
     int64_t needed = 0;
     for (int64_t i = sample * k; i < (sample + 1) * k; ++i) {
       const int64_t document = integers(chosen)[i], count = limits.size(0) - 1;
@@ -235,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather(const Tensor& documents, const
                     " chunks");
   }
   std::optional<Tensor> factors;
-  if (scales) factors = torch::stable::contiguous(*scales);
+  if (scales) factors = with_all_dense(*scales);
   const ScalarType type =
       dtype.value_or(scales ? ScalarType::Float : content.scalar_type());
   Tensor keys = make({samples, groups, width, dim}, type), values = make({samples, groups, width, dim}, type);

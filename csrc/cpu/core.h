@@ -39,7 +39,7 @@ struct Route {
   const float* scales;     // [chunks] or nullptr
   const int64_t* offsets;  // [count + 1]
   int64_t count;           // documents
-  const bool* alive;       // [count] or nullptr
+  const uint8_t* alive;    // [count], 0 for no, or nullptr
   int64_t k;
   int64_t* documents;  // [samples, k]
   float* scores;       // [samples, k]

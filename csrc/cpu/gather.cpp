@@ -17,7 +17,7 @@ constexpr int64_t kRows = 64;
 }  // namespace
 
 void gather_documents(const Gather& gather, const Threads& threads) {
-  const int64_t pieces = (gather.width + kRows - 1) / kRows;
+  const int64_t pieces = gather.width / kRows + (gather.width % kRows != 0);
   const int64_t source_bytes = gather.dim * size_of(gather.content_type), bytes = gather.dim * size_of(gather.type);
   const bool copies = gather.content_type == gather.type;
   threads.each(gather.samples * pieces, [&](int64_t task) {

@@ -64,6 +64,7 @@ void narrow(const double* source, int64_t count, Type, void* target) {
 template <class Real>
 void mean(const Rows& rows, Span span, int64_t groups, int64_t dim, Real* target) {
   std::fill(target, target + groups * dim, Real(0));
+  if (groups * dim == 0) return;
   const bool dense = rows.group_stride == dim || groups == 1;
   for (int64_t token = span.start; token < span.start + span.length; ++token) {
     if (dense) {
@@ -114,7 +115,8 @@ void each_chunk(int64_t chunks, const Threads& threads, const Body& body) {
 std::vector<int64_t> chunk_offsets_of(const int64_t* token_offsets, int64_t count, int64_t chunk_size) {
   std::vector<int64_t> offsets(count + 1, 0);
   for (int64_t i = 0; i < count; ++i) {
-    offsets[i + 1] = offsets[i] + (token_offsets[i + 1] - token_offsets[i] + chunk_size - 1) / chunk_size;
+    const int64_t length = token_offsets[i + 1] - token_offsets[i];
+    offsets[i + 1] = offsets[i] + length / chunk_size + (length % chunk_size != 0);
   }
   return offsets;
 }

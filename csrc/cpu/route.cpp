@@ -31,8 +31,11 @@ int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step
 template <class Number>
 class Buffer {
  public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<Number*>(::operator new(std::max<int64_t>(count, 1) * sizeof(Number), kAlignment))) {}
+  explicit Buffer(int64_t count) {
+    constexpr int64_t most = std::numeric_limits<int64_t>::max() / static_cast<int64_t>(sizeof(Number));
+    if (count < 0 || count > most) throw std::bad_alloc();
+    data_ = static_cast<Number*>(::operator new(std::max<int64_t>(count, 1) * sizeof(Number), kAlignment));
+  }
   ~Buffer() { ::operator delete(data_, kAlignment); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -40,7 +43,7 @@ class Buffer {
 
  private:
   static constexpr std::align_val_t kAlignment{64};
-  Number* data_;
+  Number* data_ = nullptr;
 };
 
 // --- scoring a block of keys ---------------------------------------------------------------------------------------------
@@ -311,6 +314,7 @@ void choose(const float* scores, int64_t count, int64_t k, int64_t* documents, f
   auto better = [](const Entry& a, const Entry& b) {
     return a.first > b.first || (a.first == b.first && a.second < b.second);
   };
+  if (k == 0) return;
   std::vector<Entry> heap;
   heap.reserve(static_cast<size_t>(std::min(k, count)));
   constexpr int64_t kStretch = 64;
@@ -411,7 +415,7 @@ void route_documents(const Route& route, Level level, const Threads& threads) {
     uint32_t infinite = 0;
     for (int64_t i = 0; i < tokens * route.width; ++i) infinite |= (as_bits(queries[i]) & 0x7F800000u) == 0x7F800000u;
     if (infinite != 0) std::fill(row, row + route.count, kNone);
-    for (int64_t i = 0; route.alive != nullptr && i < route.count; ++i) row[i] = route.alive[i] ? row[i] : kNone;
+    for (int64_t i = 0; route.alive != nullptr && i < route.count; ++i) row[i] = route.alive[i] != 0 ? row[i] : kNone;
     choose(row, route.count, route.k, route.documents + sample * route.k, route.scores + sample * route.k);
   });
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bank_files import sign, tampered
+from bank_files import make_bank, sign, tampered
 from fake_model import FakeModel, contents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -173,3 +173,20 @@ def test_links_out_of_the_directory_are_not_followed(bank_copy: Path, tmp_path: 
                 assert contents(bank.snapshot()).items() <= everything.items()
             path.unlink()
             shutil.move(outside, path)
+
+
+@pytest.mark.parametrize("place", [1, 3, ROWS - 2])
+@pytest.mark.parametrize("lie", [2**31 - 1, -(2**31), 2**20])
+def test_keys_whose_offsets_lie_are_not_followed(tmp_path: Path, place: int, lie: int) -> None:
+    """Not even where nothing was compared: a process would end there, of memory that is not its own."""
+    bank = make_bank([4] * ROWS, numbered=True)
+    bank.save_pretrained(tmp_path)
+    path = tmp_path / bank_reader_msa.read_manifest(tmp_path)["segments"][0]["table"]["file"]
+    offsets = np.cumsum([0, *(len(document.key) for document in bank.documents)]).astype("<i4")
+    content = path.read_bytes()
+    assert content.count(offsets.tobytes()) == 1
+    lying = offsets.copy()
+    lying[place] = lie
+    path.write_bytes(content.replace(offsets.tobytes(), lying.tobytes()))
+    with pytest.raises(BankFormatError, match="table of documents is damaged"):
+        MemoryBank.from_pretrained(tmp_path, verify=False)

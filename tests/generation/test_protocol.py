@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -255,3 +256,36 @@ def test_an_id_can_be_written_with_no_characters() -> None:
     assert tokenizer.decode(row["input_ids"]) == "Ann came." and row["metadata"] == {"id": 7}
     assert PromptProtocol.from_dict(plain.to_dict()) == plain
     assert tokenizer.decode(COMPACT.encode(tokenizer, "{id!r:>4}", id=7)) == "   7"
+
+
+@pytest.mark.parametrize(
+    ("field", "template", "said"),
+    [
+        ("id_format", "[{id:999999999}]", "widths above 64"),
+        ("id_format", "[{id:>" + "9" * 5000 + "}]", "widths above 64"),
+        ("id_format", "[{id:.999999999f}]", "widths above 64"),
+        ("block_item", "[{id:{text}}] {text}", "another field gives"),
+        ("block_item", "[{id}] {text:65}", "widths above 64"),
+        ("document", "{id:q} {text}", "Unknown format code"),
+        ("document", "{id} " + "{text}" * 100, "101 fields"),
+        ("restated", "{question:x<1000000000}", "widths above 64"),
+        ("prompt", (("{question:1000000000}", True),), "widths above 64"),
+        ("document", "{id!x} {text}", "conversion"),
+    ],
+)
+def test_templates_that_make_much_of_little_are_refused(
+    field: str, template: Any, said: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(COMPACT, **{field: template})
+    COMPACT.save_pretrained(tmp_path)
+    path = tmp_path / "memory_protocol.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: template}))
+    with pytest.raises(ValueError, match=f"(?s)memory_protocol.json.*{said}"):
+        PromptProtocol.from_pretrained(tmp_path)
+
+
+def test_small_formats_are_taken(tokenizer: Any) -> None:
+    padded = dataclasses.replace(COMPACT, id_format="[{id:04}]", document="{id!s:.0}{text}")
+    assert tokenizer.decode(list(padded.ids_segment(tokenizer, [7]).input_ids)).startswith("[0007]")
+    assert padded.document_row(7, "words", tokenizer)["input_ids"] == whole(tokenizer, "words")

@@ -39,11 +39,86 @@ def route(**changes: object) -> tuple[Tensor, Tensor]:
         ({"routing_mask": torch.ones(1, 3, dtype=torch.bool)}, r"`routing_mask` must be \[1, 2\] Bool"),
         ({"alive": torch.ones(3, dtype=torch.bool)}, r"`alive` must be \[2\] Bool"),
         ({"k": -1}, "`k` must not be negative"),
+        ({"k": 2**31}, "`k` must lie from 0 to"),
+        ({"k": 2**63 - 1}, "`k` must lie from 0 to"),
     ],
 )
 def test_contradictions_of_route_documents(changes: dict[str, object], said: str) -> None:
     with pytest.raises(RuntimeError, match=said):
         route(**changes)
+
+
+def test_no_document_can_be_asked_for() -> None:
+    documents, scores = route(k=0)
+    assert documents.shape == scores.shape == (1, 0)
+
+
+def test_true_is_whatever_is_not_zero() -> None:
+    """Memory of another type, seen as bool, may hold any byte."""
+    queries, keys = torch.randn(2, 3, 4), torch.randn(6, 4)
+    mask, alive = torch.tensor([[7, 0, 255], [0, 128, 0]], dtype=torch.uint8), torch.tensor([2, 0], dtype=torch.uint8)
+    found = route(queries=queries, keys=keys, routing_mask=mask.view(torch.bool), alive=alive.view(torch.bool))
+    expected = route(queries=queries, keys=keys, routing_mask=mask != 0, alive=alive != 0)
+    assert found[0].equal(expected[0]) and found[1].equal(expected[1])
+
+
+@pytest.mark.parametrize("shift", [1, 2, 3, 4, 6])
+def test_numbers_at_any_address(shift: int) -> None:
+    def moved(tensor: Tensor) -> Tensor:
+        memory = bytearray(shift) + bytearray(tensor.numpy().tobytes())
+        return torch.frombuffer(memory, dtype=tensor.dtype, offset=shift).view(tensor.shape)
+
+    queries, keys, offsets = torch.randn(1, 2, 33), torch.randn(6, 33), torch.tensor([0, 2, 6])
+    expected = route(queries=queries, keys=keys, offsets=offsets)
+    found = route(queries=moved(queries), keys=moved(keys), offsets=moved(offsets))
+    assert found[0].equal(expected[0]) and found[1].equal(expected[1])
+    states, content = torch.randn(6, 3, 11), torch.randn(6, 2, 3, 11)
+    pooled = [OPS.pool_chunks(*3 * [each], offsets, 2, 3, True, None) for each in (states, moved(states))]
+    gathered = [
+        OPS.gather_documents(torch.tensor([[1]]), offsets, each, None, 4, None) for each in (content, moved(content))
+    ]
+    for ours, theirs in (pooled, gathered):
+        assert all(one.equal(other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("size", [9, 2**31, 2**62, 2**63 - 1])
+@pytest.mark.parametrize("namespace", ["msa_hf", "msa_hf_pytorch"])
+def test_chunks_larger_than_all_documents(size: int, namespace: str) -> None:
+    assert dispatch.BACKENDS["pytorch"].probe("pool_chunks") is None
+    assert dispatch.BACKENDS["pytorch"].probe("pool_chunks_backward") is None
+    operations = getattr(torch.ops, namespace)
+    states, offsets = torch.randn(9, 1, 2), torch.tensor([0, 4, 9])
+    content, routing_keys, _ = operations.pool_chunks(states, states, states, offsets, size, 2, False, None)
+    expected = torch.stack([states[:4].mean(0), states[4:].mean(0)])
+    torch.testing.assert_close(content[:, 0], expected)
+    torch.testing.assert_close(routing_keys, expected.flatten(1))
+    grads = operations.pool_chunks_backward(content, routing_keys, states, offsets, size, False)
+    torch.testing.assert_close(grads[0][:4], (expected[0] / 4).expand(4, 1, 2))
+
+
+@pytest.mark.parametrize("namespace", ["msa_hf", "msa_hf_pytorch"])
+def test_sizes_that_do_not_fit_32_bits(namespace: str) -> None:
+    assert dispatch.BACKENDS["pytorch"].probe("gather_documents") is None
+    operations, offsets = getattr(torch.ops, namespace), torch.tensor([0])
+    with pytest.raises((RuntimeError, ValueError), match="width"):
+        operations.gather_documents(torch.zeros(0, 1, dtype=torch.int64), offsets, torch.zeros(0, 2, 1, 1), None, 2**62)
+    states = torch.empty(0, 2**40, 2**20)
+    with pytest.raises((RuntimeError, ValueError), match=r"G \* D"):
+        operations.pool_chunks(states, states, states, offsets, 4, 0, True, None)
+
+
+def test_sizes_that_take_no_memory_take_no_time() -> None:
+    many, none = 2**40, torch.tensor([0])
+    gathered = OPS.gather_documents(
+        torch.empty(many, 0, dtype=torch.int64), none, torch.zeros(0, 2, 1, 1), None, 0, None
+    )
+    assert gathered[0].shape == (many, 1, 0, 1)
+    states, offsets = torch.empty(many, 0, 3), torch.tensor([0, many])
+    content, routing_keys, _ = OPS.pool_chunks(states, states, states, offsets, 1, many, True, None)
+    assert content.shape == (many, 2, 0, 3)
+    assert OPS.pool_chunks_backward(content, routing_keys, states, offsets, 1, True)[0].shape == states.shape
+    with pytest.raises(RuntimeError, match="keys of no numbers"):
+        route(queries=torch.empty(1, 2, 0), keys=torch.empty(many, 0), offsets=offsets)
 
 
 def test_pool_chunks_counts_chunks() -> None:

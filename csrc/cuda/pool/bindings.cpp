@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -28,7 +29,8 @@ Chunking chunking_of(const Tensor& offsets, int64_t chunks, int64_t chunk_size, 
   chunking.token_offsets = integers(offsets);
   chunking.documents = offsets.size(0) - 1;
   chunking.chunks = chunks;
-  chunking.chunk_size = static_cast<int>(chunk_size);
+  // A chunk larger than all tokens is as one of them all; kernels count it in 32 bits.
+  chunking.chunk_size = static_cast<int>(std::min(chunk_size, std::clamp<int64_t>(states.size(0), 1, kMostSize)));
   chunking.groups = static_cast<int>(states.size(1));
   chunking.dim = static_cast<int>(states.size(2));
   chunking.tokens = states.size(0);

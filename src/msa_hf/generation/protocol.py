@@ -30,6 +30,7 @@ PROTOCOL_FILE = "memory_protocol.json"
 FORMAT_VERSION = 1
 FORMATTER = string.Formatter()
 DIGITS = 18  # a longer number is no id: it would not fit an int64
+MOST_WIDTH, MOST_FIELDS = 64, 64  # of a field in a template, and fields of one
 
 # Template -> the fields it must have; it may have no others.
 TEMPLATES = {
@@ -84,7 +85,7 @@ class PromptProtocol:
 
     Attributes:
         document: how a document is encoded, of `{id}` and `{text}`. Where no model is to name it from the memory, an id
-            of no characters can be written as `{id!s:.0}`.
+            of no characters can be written as `{id!s:.0}`. Fields of all templates are at most 64 characters wide.
         prompt: pieces of the prompt, of `{question}`, each with whether its tokens route.
         id_format: how the model names a document, of `{id}`; ends with a character that is no digit.
         ids_end: ends the ids of a round.
@@ -117,6 +118,11 @@ class PromptProtocol:
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", tuple((str(text), bool(routes)) for text, routes in self.prompt))
         object.__setattr__(self, "special_tokens", tuple(self.special_tokens))
+        for name, template in [
+            *((name, vars(self)[name]) for name in TEMPLATES),
+            *(("prompt", text) for text, _ in self.prompt),
+        ]:
+            _check_fields(name, template)
         for name, wanted in TEMPLATES.items():
             if (found := _fields_of(vars(self)[name])) != wanted:
                 raise ValueError(f"`{name}` must have the fields {sorted(wanted)}, got {sorted(found)}.")
@@ -422,6 +428,28 @@ def _any_of(tokens: frozenset[str]) -> re.Pattern[str]:
 def _literal(text: str) -> str:
     """A template that says `text`."""
     return text.replace("{", "{{").replace("}", "}}")
+
+
+def _check_fields(name: str, template: str) -> None:
+    """Refuse a template that makes much of little: it may come from a file of a stranger.
+
+    Raises:
+        ValueError: for too many fields, and for a format that is wide, that another field gives, or that does not fit.
+    """
+    found = [piece for piece in FORMATTER.parse(template) if piece[1] is not None]
+    if len(found) > MOST_FIELDS:
+        raise ValueError(f"`{name}` has {len(found)} fields; at most {MOST_FIELDS} are taken.")
+    for _, field, specification, conversion in found:
+        specification = specification or ""
+        sizes = [int(digits[:DIGITS]) for digits in re.findall("[0-9]+", specification)]
+        try:
+            if "{" in specification or max(sizes, default=0) > MOST_WIDTH:
+                raise ValueError(f"widths above {MOST_WIDTH}, and those that another field gives, are refused")
+            format(FORMATTER.convert_field(0 if field == "id" else "", conversion), specification)
+        except ValueError as error:
+            raise ValueError(
+                f"`{name}`: the format {specification[:40]!r} of {{{field}}} cannot be used: {error}."
+            ) from error
 
 
 def _fields_of(template: str) -> set[str]:

@@ -34,7 +34,7 @@ class ContextRows:
 
 def chunk_counts(lengths: Tensor, chunk_size: int) -> Tensor:
     """Chunks per document: `ceil(length / chunk_size)`; the last chunk may be partial."""
-    return (lengths + chunk_size - 1) // chunk_size
+    return -(-lengths // chunk_size)
 
 
 def pool_chunks(states: Tensor, lengths: Tensor, chunk_size: int) -> Tensor:

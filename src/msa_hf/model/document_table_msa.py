@@ -65,6 +65,8 @@ class DocumentTable(Sequence[Document]):
         self._find = find
         self._positions: dict[str, int] | None = None
         if find is None:
+            if self._table is not None:
+                _validated(self._table.select(["key"]))
             distinct = len(set(self._keys())) if self._table is None else len(self._living("key").unique())
             if distinct < len(self):
                 key, times = Counter(self._keys()).most_common(1)[0]

@@ -16,6 +16,7 @@ The first in this order that is there and takes the call runs it. What a backend
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -51,6 +52,8 @@ class Operation(Generic[P, R_co]):
         schema: its arguments and results; csrc declares the same and says what they are, and a test compares them.
         folder: the package that it lies in, whose `triton.py` holds a function of its name where there is one.
         reference: the implementation in PyTorch, which takes every call.
+        check: raises ValueError for arguments that contradict each other, in front of what is written in Python; the
+            compiled backends have csrc/checks.h.
         fake: the shapes and dtypes of the results, for tracing.
         limits: backend -> what it does not take; one that is not named takes everything. Features that stand for sizes
             are rounded (`size_class`, `alignment`), because torch.compile may not know the number.
@@ -62,6 +65,7 @@ class Operation(Generic[P, R_co]):
     schema: str
     folder: str
     reference: Callable[P, R_co]
+    check: Callable[P, None]
     fake: Callable[P, R_co]
     limits: dict[str, Limit]
     derivative: Callable[[str], tuple[Backward, SetupContext]] | None = None
@@ -234,8 +238,15 @@ _libraries: dict[str, torch.library.Library] = {}
 def _register(namespace: str, operation: str, function: Callable[..., object]) -> None:
     """Make `function` the torch operation `namespace::operation`."""
     library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
-    library.define(operation + OPERATIONS[operation].schema)
-    library.impl(operation, function, "CompositeExplicitAutograd")
+    described = OPERATIONS[operation]
+
+    @functools.wraps(function)
+    def checked(*args: object, **kwargs: object) -> object:
+        described.check(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    library.define(operation + described.schema)
+    library.impl(operation, checked, "CompositeExplicitAutograd")
     _register_derived(namespace, operation)
 
 

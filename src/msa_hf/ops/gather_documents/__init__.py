@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..dispatch import Operation, alignment, choose, not_floating
 from ..formats import is_scaled, scaled_names
 from . import reference
@@ -91,6 +92,7 @@ GATHER_DOCUMENTS = Operation(
     "(Tensor keys, Tensor values, Tensor valid, Tensor slots)",
     __name__,
     reference.gather_documents,
+    checks.check_gather_documents,
     reference.fake_gather_documents,
     {"cuda": _cuda_limit, "triton": _triton_limit},
 )

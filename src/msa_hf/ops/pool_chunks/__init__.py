@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...model import chunks_msa
+from .. import checks
 from ..dispatch import Backward, Operation, SetupContext, alignment, choose, not_floating, size_class
 from ..formats import is_scaled, scaled_dtypes
 from . import reference
@@ -148,6 +149,7 @@ POOL_CHUNKS = Operation(
     "bool normalize, ScalarType? routing_dtype=None) -> (Tensor content, Tensor routing_keys, Tensor scales)",
     __name__,
     reference.pool_chunks,
+    checks.check_pool_chunks,
     reference.fake_pool_chunks,
     {"cuda": _cuda_limit, "triton": _triton_limit},
     _derivative,
@@ -158,6 +160,7 @@ POOL_CHUNKS_BACKWARD = Operation(
     "bool normalize) -> (Tensor grad_keys, Tensor grad_values, Tensor grad_router_keys)",
     __name__,
     reference.pool_chunks_backward,
+    checks.check_pool_chunks_backward,
     reference.fake_pool_chunks_backward,
     {"cuda": _cuda_backward_limit, "triton": _triton_limit},
 )

@@ -9,6 +9,8 @@ from ...model import chunks_msa
 from ...model.routing_msa import NORM_EPSILON, normalize_heads
 from ..quantize.reference import quantize_keys
 
+FEW_TOKENS = 1024  # room that a chunk may have beyond its tokens
+
 
 def chunk_spans(token_offsets: Tensor, chunk_size: int, chunks: int) -> tuple[Tensor, Tensor]:
     """First token and length of every chunk: two [chunks] int64."""
@@ -23,6 +25,7 @@ def _means(states: Tensor, start: Tensor, lengths: Tensor, chunk_size: int) -> T
     """[tokens, G, D] -> [chunks, G, D], in float32 or wider: every chunk pooled as a document of its own."""
     if not start.shape[0]:
         return states.new_empty(0, *states.shape[1:], dtype=torch.promote_types(states.dtype, torch.float32))
+    chunk_size = min(chunk_size, max(states.shape[0], FEW_TOKENS))  # no chunk is longer than all tokens
     place = torch.arange(chunk_size, device=states.device)
     token = start[:, None] + torch.minimum(place, lengths[:, None] - 1)
     return chunks_msa.pool_chunks(states[token], lengths, chunk_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..dispatch import Operation, alignment, choose, not_floating, size_class
 from . import reference
 
@@ -77,6 +78,7 @@ RESCORE_DOCUMENTS = Operation(
     "(Tensor documents, Tensor scores)",
     __name__,
     reference.rescore_documents,
+    checks.check_rescore_documents,
     reference.fake_rescore_documents,
     {"cuda": _cuda_limit},
 )

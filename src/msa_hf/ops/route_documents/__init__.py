@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...model.routing_msa import reduce_queries
+from .. import checks
 from ..dispatch import Operation, alignment, choose, not_floating, size_class
 from ..formats import is_scaled, scaled_names, usual_candidates
 from ..rescore_documents import rescore_documents
@@ -169,6 +170,7 @@ ROUTE_DOCUMENTS = Operation(
     "(Tensor documents, Tensor scores)",
     __name__,
     reference.route_documents,
+    checks.check_route_documents,
     reference.fake_route_documents,
     {"cuda": _limit, "triton": _limit},
 )
