@@ -1,6 +1,6 @@
 """Events per second from a Redis stream into a bank, with encoding and without.
 
-    python benchmarks/bench_streams.py model_cards/msa-hf-tiny --events 8000 --batch 64 256 1024
+    python benchmarks/bench_streams.py model_cards/msa-hf-tiny --events 4000 --batch 256 1024
 
 Starts a redis-server of its own. Of the events 10 % delete, 20 % replace a document, 10 % come twice; documents have
 about 36 tokens. The time that the model takes is measured around it: without encoding means without that.
@@ -83,10 +83,12 @@ def events(count: int, seed: int = 0) -> list[bytes]:
     return bodies
 
 
-def measure(name: str, url: str, stream: str, batch: int, directory: Path, lexical: bool) -> dict[str, object]:
+def measure(
+    name: str, dtype: str, url: str, stream: str, batch: int, directory: Path, lexical: bool
+) -> dict[str, object]:
     """Rates of applying a whole stream."""
     tokenizer, protocol = AutoTokenizer.from_pretrained(name), PromptProtocol.from_pretrained(name)
-    model = TimedModel(MSAForCausalLM.from_pretrained(name).eval())
+    model = TimedModel(MSAForCausalLM.from_pretrained(name, dtype=dtype).eval())
     with BankStore(model, directory, tokenizer, protocol, lexical=lexical) as bank:
         consumer = StreamConsumer(RedisSource(url, stream, f"batch-{batch}"), bank, batch_size=batch, wait=0.01)
         start, cpu = time.perf_counter(), time.process_time()
@@ -94,6 +96,7 @@ def measure(name: str, url: str, stream: str, batch: int, directory: Path, lexic
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         stat = bank.stat()
     return {
+        "dtype": dtype,
         "batch": batch,
         "lexical": lexical,
         "events": metrics.events,
@@ -114,8 +117,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", help="a checkpoint with a protocol")
-    parser.add_argument("--events", type=int, default=8000)
+    parser.add_argument("--events", type=int, default=4000)
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument(
+        "--dtype", default="float32", help="of the weights (default: float32, the fastest on most CPUs)"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--lexical", action="store_true", help="keep a lexical index as well")
     parser.add_argument("--json", type=Path, help="write the figures there")
@@ -137,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
             pipeline.execute()
             for batch in args.batch:
                 bank = Path(folder) / f"bank-{batch}"
-                found.append(measure(args.model, url, "events", batch, bank, args.lexical))
+                found.append(measure(args.model, args.dtype, url, "events", batch, bank, args.lexical))
                 print(json.dumps(found[-1]), flush=True)
         finally:
             server.terminate()

@@ -48,7 +48,7 @@ def client(url: str) -> Iterator[Any]:
         yield client
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def workers() -> Iterator[subprocess.Popen[str]]:
     """A process that forks a consumer for every line it reads."""
     command = [sys.executable, str(Path(__file__).parents[2] / "helpers" / "stream_worker.py")]
