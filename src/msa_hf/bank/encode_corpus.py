@@ -103,7 +103,7 @@ def connected(timeout: timedelta = TIMEOUT) -> Iterator[Collectives]:
         ranks = Collectives(None, timeout)
         try:
             yield ranks
-            _part_with(ranks)
+            ranks.part()
         except BaseException as error:
             ranks.fail(error)  # what the others have not been told
             raise
@@ -133,19 +133,12 @@ def agreed(ranks: Collectives) -> Iterator[None]:
             raise error from None
         raise
     if any(text is not None for text in told):
-        _part_with(ranks)
-        ranks.close()  # nothing is left to tell
+        ranks.part()
     if error is not None:
         raise error
     for rank, text in enumerate(told):
         if text is not None:
             raise RankFailed(f"Process {rank} failed: {text}")
-
-
-def _part_with(ranks: Collectives) -> None:
-    """Wait until all have what was told last: who leaves earlier breaks the connections that others still read from."""
-    with contextlib.suppress(RankFailed):
-        ranks.everyone(None)
 
 
 # Encoding -------------------------------------------------------------------------------------------------------------

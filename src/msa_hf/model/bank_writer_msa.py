@@ -351,8 +351,11 @@ def remove_unnamed(directory: Path, named: set[str]) -> int:
         and (OWN_FILE.fullmatch(path.name) or ENTRY_FILE.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
     ]
     for path in left:
-        remove_leftover(path)
-    return len(left)
+        try:
+            remove_leftover(path)
+        except OSError as error:
+            logger.warning("%s: it belongs to nothing, but cannot be removed (%s).", path, error.strerror)
+    return sum(not os.path.lexists(path) for path in left)
 
 
 def write_bank(

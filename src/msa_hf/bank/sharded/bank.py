@@ -132,7 +132,7 @@ class ShardedBank(MemoryBank):
                 break
             with session:
                 session.serve(self.layers.values(), self.origin.similarity)
-        self._ranks.close()
+        self._ranks.part()
 
     def __enter__(self) -> ShardedBank:
         return self
@@ -206,14 +206,14 @@ def shard_bank(
         error = failed
     states = ranks.everyone((digest, inputs, None if error is None else f"{type(error).__name__}: {error}"))
     if error is not None:
-        ranks.close()
+        ranks.part()
         raise error
     problem = next((f"Process {rank}: {text}" for rank, (*_, text) in enumerate(states) if text is not None), None)
     if problem is not None:
-        ranks.close()
+        ranks.part()
         raise RankFailed(problem)
     if len(set(states)) > 1:
-        ranks.close()
+        ranks.part()
         raise ValueError("The processes have different banks, or differ in `inputs`; all must share the same one.")
     assert shared is not None
     return shared

@@ -161,6 +161,14 @@ class Collectives:
                 notices.wait_until_heard()
             notices.close()
 
+    def part(self) -> None:
+        """Leave together with the others, once all have what was told last: who leaves earlier breaks connections that
+        others still read from."""
+        if not self.closed:
+            with suppress(RankFailed):
+                self.everyone(None)
+        self.close()
+
     def close(self) -> None:
         """Close the connections: whoever waits for this process hears of it."""
         self.closed = True
