@@ -136,17 +136,30 @@ def table(scores: list[Score], command: str) -> str:
         total = sum(score.tried.values())
         held = "all: " if not score.failures else f"**{len(score.failures):,} failed**: "
         outcomes = ", ".join(f"{word} {count:,}" for word, count in score.outcomes.most_common())
-        figures = "".join(f"; {name} {value:,.4g}" for name, value in score.figures.items())
+        figures = "".join(f"; {name} {value:,.0f}" for name, value in score.figures.items() if ": " not in name)
         lines.append(
             f"| {score.title} | {total:,} ({tried}){whole} in {score.seconds:.0f} s | {held}{outcomes}{figures} |"
         )
-    lines += ["", f"{machine()}; `{command}`"]
+    lines += [*figures_of(scores), "", f"{machine()}; `{command}`"]
     for score in scores:
         for case, cause in list(score.failures.items())[:SHOWN]:
             lines += ["", f"* `--case {score.name} {case}`: {cause.splitlines()[-1] if cause else ''}"]
         if len(score.failures) > SHOWN:
             lines += ["", f"* {len(score.failures) - SHOWN:,} more failures of {score.name}"]
     return "\n".join(lines) + "\n"
+
+
+def figures_of(scores: list[Score]) -> list[str]:
+    """A table of the figures that are called `kind: what`, a column per kind."""
+    named = {tuple(name.split(": ", 1)): value for score in scores for name, value in score.figures.items()}
+    found = {key: value for key, value in named.items() if len(key) == 2}
+    kinds, rows = dict.fromkeys(key[0] for key in found), dict.fromkeys(key[1] for key in found)
+    lines = ["", "| | " + " | ".join(kinds) + " |", "|---|" + "---:|" * len(kinds)] if found else []
+    for row in rows:
+        values = (found.get((kind, row)) for kind in kinds)
+        cells = ("" if value is None else f"{value:,.{2 if value < 10 else 0}f}" for value in values)
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -140,7 +140,7 @@ def is_consistent(found: dict[str, Held], states: States, last: int) -> int:
 
 
 def look_up(bank: Any, state: State) -> None:
-    """Look every key up; where the bank moves on to a later commit meanwhile, what was asked before and after differ."""
+    """Look every key up; a bank that moves on to a later commit meanwhile may say what that one says."""
     from .check import lookups
 
     generation = bank.generation
