@@ -199,13 +199,10 @@ def write(directory: Path, state: State, seed: int) -> str:
     random.Random(seed).shuffle(keys)
     with bank:
         damaged = bank.stat()["damaged"]
-        for key in keys:
-            if key not in bank and not damaged:
-                raise Wrong(f"{key!r} is said not to be there")
-        for key in gone:
-            if key in bank:
-                raise Wrong(f"the deleted {key!r} is said to be there")
         try:
+            for key in (*keys, *gone):
+                if (key in bank) is not (key in keys):
+                    raise Wrong(f"{key!r} is said {'not ' if key in keys else ''}to be there")
             expected = _changes(bank, state, keys, gone)
         except Wrong:
             raise

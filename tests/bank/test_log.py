@@ -468,3 +468,21 @@ def test_banks_of_version_2_are_upgraded_at_the_first_write(tmp_path: Path) -> N
     assert set(texts(MemoryBank.from_pretrained(tmp_path))) == {"k0", "k1"}, "replaced, with its log"
     with BankStore(FakeModel(), tmp_path) as store:
         assert len(store) == 2 and not list(tmp_path.glob("commit-*"))
+
+
+def test_a_lookup_beside_a_writer_moves_on_to_the_last_commit(tmp_path: Path) -> None:
+    """That a key is not there is said of a table that was verified; one that a writer has removed cannot be."""
+    with BankStore(FakeModel(), tmp_path) as bank:
+        bank.add([{"key": "a", "text": "first"}, {"key": "b", "text": "second"}])
+        readers = [BankStore(None, tmp_path, read_only=True) for _ in range(2)]
+        bank.delete("b")
+        bank.add([{"key": "c", "text": "third"}])
+        bank.compact()
+        assert "never" not in readers[0] and readers[0].generation == bank.generation
+        assert readers[1].get("c") is not None and "b" not in readers[1]
+        assert contents(readers[1].snapshot()).keys() == {"a", "c"}
+        last = BankStore(None, tmp_path, read_only=True)
+        for path in tmp_path.glob("documents-*"):
+            path.unlink()
+        with pytest.raises(BankDamaged, match="cannot be read"):  # nobody has committed since
+            assert "never" not in last

@@ -4,6 +4,9 @@ What was opened stays open, because who writes the bank may remove it; beyond th
 the longest time is let go, and opened again when it is asked for.
 """
 
+import errno
+import os
+import re
 import threading
 import weakref
 from collections import OrderedDict
@@ -36,12 +39,26 @@ class TensorFile:
         """
         with _lock:
             if (file := self._file) is None:
-                file = self._file = safe_open(self.path, framework="pt", device=self.device)
+                try:
+                    file = self._file = safe_open(self.path, framework="pt", device=self.device)
+                except (OSError, MemoryError, RuntimeError) as error:
+                    raise _numbered(error, self.path) from error
             _used(self)
         return file
 
     def __reduce__(self) -> tuple[type["TensorFile"], tuple[Path, str]]:
         return TensorFile, (self.path, self.device)
+
+
+def _numbered(error: Exception, path: Path) -> Exception:
+    """An error of the system with its number, which safetensors, and torch that maps the file, say in words alone."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    said = re.search(r"\((?:os error )?(\d+)\)$", str(error))
+    if said is None and not isinstance(error, FileNotFoundError):
+        return error
+    number = errno.ENOENT if said is None else int(said[1])
+    return OSError(number, os.strerror(number), str(path))
 
 
 _lock = threading.RLock()

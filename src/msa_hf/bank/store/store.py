@@ -340,13 +340,24 @@ class BankStore:
         return None if row is None else DocumentTable(self.state.table, find=self.state.find).row(row)
 
     def _find(self, key: str) -> int | None:
-        """The row of a key; that there is none is never said from bytes that were not verified."""
-        row = self.state.find(key)
-        if row is None and self.directory is not None:
+        """The row of a key; that there is none is never said from bytes that were not verified.
+
+        If a writer has removed files of the state of a bank that was opened to read, it moves on to the last commit.
+        """
+        for attempt in range(TRIES):
+            row = self.state.find(key)
+            if row is not None or self.directory is None:
+                return row
             if self.state.may_have_lost(key):
                 raise BankDamaged(f"{key!r} may be the key of a document in damaged files ({self._damaged_files()}).")
-            self._verify_tables()
-        return row
+            try:
+                self._verify_tables()
+            except BankDamaged:
+                if attempt + 1 == TRIES or not self.refresh():
+                    raise
+            else:
+                return None
+        raise AssertionError
 
     def _damaged_files(self) -> str:
         return ", ".join(sorted(self._damage))
