@@ -32,7 +32,7 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert missed.startswith("True | The memory does not hold the answer. | ") and missed.endswith(
         names["missed"].answer
     )
-    assert found == f"False | {names['found'].answer} | {names['found'].answer}"
+    assert found.startswith(f"False | {names['found'].answer} | ")
     assert title == "# Blind spots" and "1 of 2 questions are to be looked at" in first
     seen, sampled, dropped, checked = map(int, second.split())
     assert (seen, dropped) == (6, 0) and sampled == checked > 0

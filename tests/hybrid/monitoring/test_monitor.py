@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from msa_hf.bank import BankStore
 from msa_hf.evaluation import UNANSWERABLE, Question, exact_match, make_corpus
 from msa_hf.generation import MemoryInterleave, PromptProtocol
 from msa_hf.hybrid.monitoring import Budget, Finding, Monitor, Watched, calibrate, make_report
+from msa_hf.hybrid.monitoring.names import KnownNames, known_names, names_of
 from msa_hf.hybrid.monitoring.second_reading import Evidence, SecondReader
 from msa_hf.model.memory_msa import DocumentTable
-from msa_hf.retrieval import add_lexical_index
+from msa_hf.retrieval import Searcher, add_lexical_index
 
 pytest.importorskip("tantivy")
 ROOT = Path(__file__).parents[3]
@@ -95,7 +97,12 @@ def test_given_answers_are_checked_and_cost_nothing(world: World) -> None:
     traced, said = monitor.check(texts, [asker.ask(texts[0]), "Nobody knows."])
     ours = world.findings[-HEALTHY]
     same = {name: pytest.approx(ours.signals[name], abs=1e-4) for name in traced.signals}
-    assert traced.cost["answer"].seconds == 0.0 and traced.signals == same and "texts_disagree" in same
+    assert (
+        "answer" not in traced.cost
+        and said.cost["answer"].tokens > 20
+        and traced.signals == same
+        and "texts_disagree" in same
+    )
     assert said.answer == "Nobody knows." and said.flagged and said.signals["texts_disagree"] > 1.0
     watched = Watched(asker.ask, monitor, rate=1.0)
     assert watched(texts[0]).text == ours.answer
@@ -165,6 +172,32 @@ def test_a_calibration_decides(world: World) -> None:
     report = make_report(monitor, findings)
     assert "at most 5.0% are flagged" in report.to_markdown() and report.drift is not None
     assert not report.drift.drifted
+
+
+def test_names_that_no_document_has_make_an_answer_worth_less(world: World) -> None:
+    texts = ["Ada Quorn keeps bees.", "Ada Velt keeps ducks, as Ada does.", "It rains on the hill."]
+    bank = world.model.encode_documents(texts, world.tokenizer, show_progress=False)
+    add_lexical_index(bank)
+    searcher = Searcher(bank)
+
+    def names(question: str, read: set[int]) -> KnownNames:
+        return known_names(searcher, question, searcher.rankings("lexical", [question], 10)[0], read)
+
+    def weight(word: str) -> float:
+        return searcher.rankings("lexical", [word], 1)[0][0][1]
+
+    assert names("What does Ada Quorn keep?", {0}) == KnownNames(
+        pytest.approx(_share(weight("Ada"), weight("Quorn"))), 1.0
+    )
+    assert names("What does Ada Quorn keep?", {2}) == KnownNames(1.0, 0.0)
+    unknown = math.log(1 + 3.5 / 0.5)  # a word of no document, of three
+    assert names("What does Ada Holm keep?", set()).other == pytest.approx(_share(weight("Ada"), unknown))
+    assert names("where is rain", {0}) == names("Who is he?", {0}) == KnownNames(1.0, 0.0)
+    assert names_of("Who knows Ada's hill, Bo?") == ["Ada", "Bo"]
+
+
+def _share(there: float, missing: float) -> float:
+    return there / (there + missing)
 
 
 def test_without_a_protocol(world: World) -> None:

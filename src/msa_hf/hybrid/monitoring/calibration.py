@@ -14,6 +14,8 @@ from ...json_object import JsonObject
 from .signals import SIGNALS, signal_named
 
 FORMAT_VERSION = 1
+CAP = 4.0  # no signal counts more than this beyond its largest reference value, in nats
+RARE = 0.1  # a signal is a reason if at most this share of well answered questions looks as bad
 TAIL = 0.1  # the share of the largest reference values whose mean excess says how fast a signal's tail falls
 
 Signals = Mapping[str, float]  # signal -> value, of one question
@@ -25,7 +27,7 @@ class Calibration:
 
     Every signal of a question becomes the share of well answered questions that look at least as bad, by one half of
     the calibration's questions, the references; behind the largest of these the tail is taken to fall exponentially.
-    The question's suspicion is the largest logarithm of one over such a share, plus that of the signal's weight. The
+    The question's suspicion is the sum of the logarithms of one over these shares, times the signals' weights. The
     threshold of suspicions comes from the other half, which the suspicion does not depend on: so the guarantee holds
     whatever the signals and weights are, as long as well answered questions are alike (exchangeable) then and now.
 
@@ -69,26 +71,13 @@ class Calibration:
         return (1 + above) / (len(self.suspicions) + 1)
 
     def reasons(self, signals: Signals) -> list[str]:
-        """The signals by which a question is flagged, the worst first; none where it is not."""
+        """The signals by which a question is flagged, those that count most first; none where it is not flagged."""
+        if self.suspicion(signals) <= self.threshold:
+            return []
         shares = self.shares(signals)
-        found = {name: math.log(self.weights[name] / share) for name, share in shares.items()}
-        return sorted((name for name in found if found[name] > self.threshold), key=lambda name: -found[name])
-
-    def limit(self, name: str) -> float:
-        """The value of a signal above which it flags by itself; minus infinity where any value does.
-
-        Raises:
-            ValueError: for a signal that the calibration does not know.
-        """
-        if name not in self.references:
-            raise ValueError(f"The calibration has no signal {name!r}; it has {', '.join(self.references)}.")
-        reference = self.references[name]
-        log_share = math.log(self.weights[name]) - self.threshold
-        beyond = -log_share - math.log(len(reference) + 1)
-        if beyond >= 0:
-            return reference[-1] + beyond * _scale(reference, signal_named(name).unit)
-        shown = (value for value in reference if math.log(self.share(name, value)) >= log_share)
-        return max(shown, default=-math.inf)
+        counts = {name: _counted(self.references[name], self.weights[name], share) for name, share in shares.items()}
+        ordered = sorted(counts, key=lambda name: -counts[name])
+        return [name for name in ordered if shares[name] <= RARE] or ordered[:1]
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file."""
@@ -207,12 +196,17 @@ def _share(reference: Sequence[float], value: float, unit: float) -> float:
     return share * math.exp(-min((value - reference[-1]) / _scale(reference, unit), 600.0))
 
 
+def _counted(reference: Sequence[float], weight: float, share: float) -> float:
+    """How much a signal counts that is as bad as a share of the references."""
+    return weight * min(-math.log(share), math.log(len(reference) + 1) + CAP)
+
+
 def _suspicion(references: Mapping[str, Sequence[float]], weights: Mapping[str, float], signals: Signals) -> float:
     found = [
-        math.log(weights[name] / _share(references[name], value, SIGNALS[name].unit))
+        _counted(references[name], weights[name], _share(references[name], value, SIGNALS[name].unit))
         for name, value in signals.items()
         if name in references
     ]
     if not found:
         raise ValueError(f"None of the signals {sorted(signals)} is one of the calibration's {sorted(references)}.")
-    return max(found)
+    return sum(found)

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ...evaluation.metrics import normalize_answer
 from ...generation import Answer, MemoryInterleave, PromptProtocol
 from ...generation.combining import combine_layers
 from ...model.memory_msa import Memory, MemoryBank, Snapshots
@@ -19,10 +20,12 @@ from ...retrieval import Embedder, FusionWeights, Searcher, fuse
 from .calibration import Calibration, calibrate
 from .coverage import sentences_of
 from .finding import Cost, Finding, SecondAnswer
+from .names import known_names
 from .second_reading import Evidence, Reading, SecondReader, same_answer
-from .signals import CHECKS, RoutedRound, routing_signals
+from .signals import CHECKS, SIGNALS, RoutedRound, routing_signals
 
 DEPTH = 100  # documents of each way that are looked at
+CONFIRMING = 2  # documents that must be enough for an answer where there was none
 LINKED = 3  # more texts for a question without an answer
 _WORD = re.compile(r"\w+")
 
@@ -59,6 +62,7 @@ class _Watched:
     routed: list[int]
     scores: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     linked: list[int] = field(default_factory=list)
+    names: float = 1.0
     signals: dict[str, float] = field(default_factory=dict)
     second: dict[str, SecondAnswer] = field(default_factory=dict)
     cost: dict[str, Cost] = field(default_factory=dict)
@@ -85,8 +89,10 @@ class Monitor:
       an answer there are three more of them, in place of what the rounds after the first one read.
 
     A check whose answer is empty or a refusal says nothing against the first answer. Else it counts by how many nats
-    more likely its own answer is than the first one, both given what the check read: as `..._recover` where the first
-    answer was empty or a refusal, else as `..._disagree`.
+    more likely its own answer is than the first one, both given what the check read: as `..._disagree`; or where the
+    first answer was empty or a refusal as `..._recover`, times the share of the question's names that a document has.
+    Where more checks give the first answer again than do not, disagreements count nothing; and what `"texts"` recovers
+    counts if the documents that say it are enough for it.
 
     Args:
         model, tokenizer: that answer.
@@ -245,6 +251,8 @@ class Monitor:
             start = time.perf_counter()
             self._second(check, watched)
             self._share(watched, check, time.perf_counter() - start)
+        for item in watched:
+            self._outvote(item)
         return [self._finding(item) for item in watched]
 
     def _share(self, watched: Sequence[_Watched], part: str, seconds: float) -> None:
@@ -261,16 +269,21 @@ class Monitor:
         if self.asker is None:
             watched = self._plain(questions, answers)
         else:
-            asked = self.asker.ask([questions[place] for place in missing], batch_size=self.batch_size)
-            known = {place: answer for place, answer in enumerate(answers) if isinstance(answer, Answer)}
-            known |= dict(zip(missing, asked, strict=True))
+            asked = dict(zip(missing, self._ask([questions[place] for place in missing]), strict=True))
+            known = {place: answer for place, answer in enumerate(answers) if isinstance(answer, Answer)} | asked
             watched = [self._traced(questions[place], known[place]) for place in range(len(questions))]
+            for place, answer in asked.items():
+                watched[place].cost["answer"] = Cost(0.0, _tokens(answer))
         for place in missing:
             if isinstance(given := answers[place], str):
                 watched[place].answer = given
         if missing:
             self._share([watched[place] for place in missing], "answer", time.perf_counter() - start)
         return watched
+
+    def _ask(self, questions: list[str]) -> list[Answer]:
+        assert self.asker is not None
+        return self.asker.ask(questions, batch_size=self.batch_size)
 
     def _traced(self, question: str, answer: Answer) -> _Watched:
         rounds, read, before = [], [], set()
@@ -289,11 +302,7 @@ class Monitor:
             if here:
                 read.append(here)
                 before |= set(here)
-        watched = _Watched(question, answer.text, rounds, read, list(routed))
-        tokens = sum(stage.tokens for item in answer.trace.rounds for stage in item.stages.values())
-        tokens += sum(stage.tokens for stage in answer.trace.stages.values())
-        watched.cost["answer"] = Cost(0.0, tokens)
-        return watched
+        return _Watched(question, answer.text, rounds, read, list(routed))
 
     def _plain(self, questions: list[str], answers: list[Answer | str | None]) -> list[_Watched]:
         """Without a protocol: memory layers attend to what they choose, and nothing is read."""
@@ -306,7 +315,7 @@ class Monitor:
             prompts = [self.reader.writer.prompt(question, ())[0] for question in questions]
             written = self.reader.writer.write(prompts, memory=True)
             texts = [given if isinstance(given, str) else made for given, made in zip(answers, written, strict=True)]
-        watched = []
+        watched: list[_Watched] = []
         for number, (question, text) in enumerate(zip(questions, texts, strict=True)):
             values, positions = scores.mean[number].topk(k)
             combined = list(zip(positions.tolist(), values.tolist(), strict=True))
@@ -349,15 +358,19 @@ class Monitor:
                 item.linked += [position for position, _ in ranking if position not in known][:1]
 
     def _gaps(self, item: _Watched) -> dict[str, float]:
-        """How much better the best document of other ways is than the best that was read, in their own scores."""
-        found = {}
-        known = set(item.known)
+        """How much better the best document of other ways is than the best that was read, in their own scores; of words
+        as far as it has names of the question that the others lack."""
+        found, known = {}, set(item.known)
         for way in self.ways:
             ranking = item.scores[way]
             best = ranking[0][1] if ranking else 0.0
             low = 0.0 if way == "lexical" or not ranking else ranking[-1][1]
             own = max((score for position, score in ranking if position in known), default=low)
             found[f"{way}_gap"] = best - own
+        if "lexical" in self.ways:
+            names = known_names(self.searcher, item.question, item.scores["lexical"], known)
+            item.names = max(names.other, names.read)
+            found["lexical_gap"] *= max(names.other - names.read, 0.0)
         return found
 
     def _candidates(self, check: str, item: _Watched) -> list[int]:
@@ -411,13 +424,34 @@ class Monitor:
             [item.question for item in watched], [found for found, _ in evidence], [item.answer for item in watched]
         )
         for item, reading, (_, new) in zip(watched, readings, evidence, strict=True):
-            agrees = self._agrees(item, reading)
+            agrees, advantage, tokens = self._agrees(item, reading), reading.advantage, reading.tokens
+            recovers = not agrees and self._says_nothing(item.answer)
+            if recovers and check == "texts":
+                advantage, more = self._confirmed(item, reading, new)
+                agrees, tokens = advantage == 0.0, tokens + more
             keys = [self.bank.documents[position].key for position in new]
             item.second[check] = SecondAnswer(reading.text, agrees, keys)
-            recovers = not agrees and self._says_nothing(item.answer)
-            item.signals[f"{check}_recover"] = reading.advantage if recovers else 0.0
-            item.signals[f"{check}_disagree"] = 0.0 if agrees or recovers else reading.advantage
-            item.cost[check] = Cost(0.0, reading.tokens)
+            item.signals[f"{check}_recover"] = advantage * item.names if recovers else 0.0
+            item.signals[f"{check}_disagree"] = 0.0 if agrees or recovers else advantage
+            item.cost[check] = Cost(0.0, tokens)
+
+    def _confirmed(self, item: _Watched, reading: Reading, new: Sequence[int]) -> tuple[float, int]:
+        """The advantage of an answer where there was none, if the documents that say it are enough for it, else 0; and
+        the tokens for that. An answer that no document says in these words keeps its advantage."""
+        said = f" {normalize_answer(reading.text)} "
+        texts = {position: self.bank.documents[position].text or "" for position in new}
+        saying = [position for position, text in texts.items() if said in f" {normalize_answer(text)} "][:CONFIRMING]
+        if not saying:
+            return reading.advantage, 0
+        (again,) = self.reader.read([item.question], [Evidence([*item.read[:1], saying])], [item.answer])
+        same = same_answer(again.text, reading.text)
+        return (min(reading.advantage, again.advantage) if same else 0.0), again.tokens
+
+    def _outvote(self, item: _Watched) -> None:
+        """Let disagreements count nothing where more checks give the first answer again."""
+        same = sum(same_answer(second.text, item.answer) for second in item.second.values())
+        if not self._says_nothing(item.answer) and same > len(item.second) - same:
+            item.signals |= {f"{check}_disagree": 0.0 for check in item.second}
 
     def _agrees(self, item: _Watched, reading: Reading) -> bool:
         return self._says_nothing(reading.text) or same_answer(reading.text, item.answer)
@@ -435,11 +469,7 @@ class Monitor:
             signals=item.signals,
             second=item.second,
             cost=item.cost,
-            reasons=[
-                f"{check}_{'recover' if self._says_nothing(item.answer) else 'disagree'}"
-                for check, second in item.second.items()
-                if not second.agrees
-            ],
+            reasons=[name for name, value in item.signals.items() if value > 0 and SIGNALS[name].check is not None],
         )
         return found if self.calibration is None else judged(found, self.calibration)
 
@@ -454,6 +484,12 @@ def judged(finding: Finding, calibration: Calibration) -> Finding:
         p_value=calibration.p_value(finding.signals),
         reasons=calibration.reasons(finding.signals),
     )
+
+
+def _tokens(answer: Answer) -> int:
+    """The tokens that all stages of an answer processed."""
+    stages = [stage for item in answer.trace.rounds for stage in item.stages.values()]
+    return sum(stage.tokens for stage in (*stages, *answer.trace.stages.values()))
 
 
 def _in_turns(lists: Sequence[Sequence[int]], count: int) -> list[int]:

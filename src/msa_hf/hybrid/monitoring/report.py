@@ -164,10 +164,7 @@ class Report:
     def _value(self, name: str, finding: Finding) -> str:
         if self.calibration is None or name not in finding.shares:
             return f"({name} {finding.signals[name]:.2f})"
-        return (
-            f"({name} {finding.signals[name]:.2f}, above {self.calibration.limit(name):.2f}; as bad as "
-            f"{finding.shares[name]:.1%} of questions answered well)"
-        )
+        return f"({name} {finding.signals[name]:.2f}; {finding.shares[name]:.2%} of good answers look as bad)"
 
 
 def make_report(monitor: Monitor, findings: Sequence[Finding], asked: int | None = None, probes: int = 0) -> Report:

@@ -14,7 +14,7 @@ class Signal:
     """A number per question that is large where routing may have missed a document.
 
     Attributes:
-        weight: its say, relative to the others': a signal of weight 1 may cause twice the false alarms of one of 0.5.
+        weight: its say: what it counts relative to the others.
         unit: a difference that means something; tails of calibrations fall no faster.
         check: the second answer that it needs; None: the routing of the first answer is enough.
         meaning: what a large value says.
@@ -43,28 +43,28 @@ _TOO_LOW = (
 
 SIGNALS: dict[str, Signal] = {
     "texts_disagree": Signal(
-        1.0, 1.0, "texts", "with the texts of the best candidates the model answers otherwise", _READ_OTHER
+        1.0, 3.0, "texts", "with the texts of the best candidates the model answers otherwise", _READ_OTHER
     ),
     "texts_recover": Signal(
-        1.0, 1.0, "texts", "it had no answer; with the texts of the best candidates it has one", _READ_OTHER
+        1.0, 3.0, "texts", "it had no answer; with the texts of the best candidates it has one", _READ_OTHER
     ),
     "hybrid_disagree": Signal(
-        1.0, 1.0, "hybrid", "with the documents of a hybrid search, the model answers otherwise", _BY_HYBRID
+        1.0, 3.0, "hybrid", "with the documents of a hybrid search, the model answers otherwise", _BY_HYBRID
     ),
     "hybrid_recover": Signal(
-        1.0, 1.0, "hybrid", "it had no answer; with the documents of a hybrid search, it has one", _BY_HYBRID
+        1.0, 3.0, "hybrid", "it had no answer; with the documents of a hybrid search, it has one", _BY_HYBRID
     ),
     "denser_disagree": Signal(
-        1.0, 1.0, "denser", "with several times as many routed documents, the model answers otherwise", _TOO_LOW
+        1.0, 3.0, "denser", "with several times as many routed documents, the model answers otherwise", _TOO_LOW
     ),
     "denser_recover": Signal(
-        1.0, 1.0, "denser", "it had no answer; with several times as many routed documents, it has one", _TOO_LOW
+        1.0, 3.0, "denser", "it had no answer; with several times as many routed documents, it has one", _TOO_LOW
     ),
     "lexical_gap": Signal(
         1.0,
         1.0,
         None,
-        "by its words another document fits the question far better than what was read",
+        "another document has names of the question that what was read lacks",
         _READ_OTHER,
     ),
     "dense_gap": Signal(
