@@ -522,6 +522,7 @@ class BankStore:
         self._check_is_last()
         with self._committing() as writer:
             entry = write_commit(writer, self.state, commit, self._limit)
+            self._check_is_last()  # again: what was written may have taken its time
             try:
                 writer.append(entry)
             except FileExistsError:
