@@ -70,6 +70,17 @@ def test_follows_all_changes(tmp_path: Path, in_memory: bool, seed: int, monkeyp
         assert reader.search("ba de", 3, "dense", embedder=FakeEmbedder())[0].why.dense.rank == 1
 
 
+def test_a_damaged_record_keeps_no_bank_from_being_written_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with BankStore(FakeModel(), tmp_path, embedder=FakeEmbedder()) as bank:
+        bank.add([{"key": "a", "text": "ba be"}])
+    (tmp_path / "vectors.json").write_text('{"kind": ')
+    with BankStore(FakeModel(), tmp_path) as bank:
+        bank.upsert("b", "da de")
+    assert "its vectors are left behind" in caplog.text
+    with BankStore(FakeModel(), tmp_path, embedder=FakeEmbedder()) as bank:
+        assert {hit.key for hit in bank.search("da de", 2, "dense")} == {"a", "b"}
+
+
 def test_vectors_that_fell_behind_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with BankStore(FakeModel(), tmp_path, embedder=FakeEmbedder()) as bank:
         bank.add([{"key": "a", "text": "ba be"}, {"key": "b", "text": "da de"}])

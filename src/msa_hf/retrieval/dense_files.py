@@ -48,6 +48,10 @@ FILE = re.compile(r"vectors-\d+-[0-9a-f]{16}\.safetensors")
 MOST_FILES = 32  # then they are written as one
 
 
+class VectorsLost(ValueError):
+    """A bank has no vectors that can be read, and there is no model to make them."""
+
+
 class VectorsBehind(ValueError):
     """A bank's vectors are not of the commit that was opened."""
 
@@ -106,7 +110,7 @@ class DenseFollower:
         if record is not None and (record.get("version") != VERSION or not record.keys() >= FIELDS):
             record = None
         if record is None and embedder is None:
-            raise ValueError("There are no vectors that can be read, and no `embedder` that makes them.")
+            raise VectorsLost("There are no vectors that can be read, and no `embedder` that makes them.")
         if record is None:
             assert embedder is not None
             self.characters: int | None = characters or PASSAGE_CHARACTERS

@@ -11,7 +11,7 @@ from ..model.bank_format_msa import BankFormatError
 from ..model.memory_msa import BankHome
 from .dense_files import KIND as VECTORS_KIND
 from .dense_files import RECORD as VECTORS
-from .dense_files import DenseFollower, VectorsBehind, has_vectors, open_vectors, outdated_files
+from .dense_files import DenseFollower, VectorsBehind, VectorsLost, has_vectors, open_vectors, outdated_files
 from .embedders import Embedder
 from .lexical_files import LexicalFollower, open_searcher, outdated_folders, read_record
 from .rows import BankFollower, CommittedRows
@@ -57,7 +57,10 @@ class Followers:
                     raise
                 logger.warning("%s: its lexical index is left behind by what changes now (%s).", directory, error)
         if embedder is not None or (directory is not None and has_vectors(directory)):
-            self._followers.append(DenseFollower(directory, embedder))
+            try:
+                self._followers.append(DenseFollower(directory, embedder))
+            except VectorsLost as error:  # the bank can be written to without them
+                logger.warning("%s: its vectors are left behind by what changes now (%s)", directory, error)
 
     def follow(self, rows: CommittedRows) -> None:
         """Bring all to these rows. What fails is left behind with a warning: the bank's commit stands."""
