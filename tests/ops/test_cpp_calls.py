@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from extension import why_not_built
 from torch import Tensor
 
 from msa_hf.ops import dispatch, quantize_keys
 
-REASON = dispatch.load_extension()
+REASON = why_not_built()
 if REASON is not None:
     pytest.skip(REASON, allow_module_level=True)
 

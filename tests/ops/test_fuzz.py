@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from extension import why_not_built
 
 from msa_hf.ops import dispatch
 
-ROOT = Path(__file__).parents[2]
 HELPER = Path(__file__).parent.parent / "helpers" / "fuzz_ops.py"
-
-
-def sources() -> str:
-    """The digest of csrc/ that setup.py builds in."""
-    kinds = (".cpp", ".h", ".inc", ".cu", ".cuh")
-    read = sorted(path for path in ROOT.glob("csrc/**/*") if path.suffix in kinds)
-    return hashlib.sha256(b"".join(path.read_bytes() for path in read)).hexdigest()[:16]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is limited as Linux does")
 @pytest.mark.parametrize(("namespace", "count"), [("msa_hf", 700), ("msa_hf_pytorch", 400)])
 def test_wrong_arguments_raise(namespace: str, count: int, tmp_path: Path) -> None:
-    reason = dispatch.load_extension()
-    if namespace == "msa_hf" and reason is None and sources() not in dispatch.extension_info():
-        reason = "the extension was built from other sources: python setup.py build_ext --inplace"
-    if namespace == "msa_hf" and reason is not None:
+    if namespace == "msa_hf" and (reason := why_not_built()) is not None:
         pytest.skip(reason)
     source = str(Path(dispatch.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
