@@ -10,17 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from bank_files import sign
 from fake_model import FakeModel
 from peak_memory import Measured, measured
 
-from msa_hf.bank import BankStore
+from msa_hf.bank import BankDamaged, BankStore
 from msa_hf.generation.protocol import COMPACT
-from msa_hf.model import bank_format_msa, bank_reader_msa, bounds_msa
+from msa_hf.model import bank_format_msa, bank_log_msa, bank_reader_msa, bounds_msa
 from msa_hf.model.arrow_msa import MOST_BATCHES, read_stream, table_schema, write_stream
-from msa_hf.model.bank_format_msa import BankFormatError
+from msa_hf.model.bank_format_msa import BankFormatError, deletions_payload
 
 MOST = 64 * 2**20  # bytes beside those of the bank's own files
 MANY = 10_000_000  # of `{}`: 30 MB
@@ -133,6 +134,15 @@ def many_batches(directory: Path, manifest: dict[str, Any]) -> None:
     put(directory, manifest["segments"][0]["table"], write)
 
 
+def many_deletions(directory: Path, manifest: dict[str, Any]) -> None:
+    """Remembered deletions of keys."""
+    keys = np.arange(3 * 500_000, dtype=np.uint64).reshape(-1, 3)
+    record = {"file": f"deletions-{0:010d}-{'0' * 16}.bin", "rows": 0, "keys": len(keys)}
+    (directory / record["file"]).touch()
+    put(directory, record, lambda path: path.write_bytes(deletions_payload(np.empty(0, np.int64), keys)))
+    manifest["deletions"] = [record]
+
+
 def long_schema(directory: Path, manifest: dict[str, Any]) -> None:
     def write(path: Path) -> None:
         fields = [pa.field(f"column {number}", pa.int8()) for number in range(100_000)]
@@ -173,6 +183,8 @@ names = [field.name for field in schema]
         (long_header("prefix"), "load", "a header of"),
         (many_batches, "load", None),
         (many_batches, "load_unverified", None),
+        (many_deletions, "load", None),
+        (many_deletions, "open_bank", None),
         (long_schema, "load", "begin with a schema"),
         (metadata, "load", "so many values"),
     ],
@@ -233,6 +245,17 @@ def wide_manifest(directory: Path) -> None:
     (directory / "manifest.json").write_bytes(b'{"more": "' + "\U0001f600".encode() + b"a" * 5_000_000 + b'",' + text)
 
 
+def long_backup(directory: Path) -> None:
+    long_manifest(2_000_000)(directory)
+    (directory / "manifest.json").rename(directory / bank_format_msa.BACKUP)
+
+
+def long_commit(directory: Path) -> None:
+    """A commit behind the manifest."""
+    generation = bank_reader_msa.read_checkpoint(directory)[0].get("generation", 0)
+    hostile_sidecar(bank_log_msa.entry_name(generation + 1), {"format": "x"})(directory)
+
+
 def vectors(directory: Path) -> None:
     """Vectors whose file begins with a long header."""
     header = b'{"__metadata__":{' + b",".join(b'"%d":"x"' % number for number in range(500_000)) + b"}}"
@@ -257,6 +280,8 @@ def vectors(directory: Path) -> None:
         (long_manifest(80_000_000), "load", "beside so few files"),
         (long_manifest(1_000_000), "open_bank", "beside so few files"),
         (wide_manifest, "load", "beside so few files"),
+        (long_backup, "load", "is missing, but"),
+        (long_commit, "load", "commit"),
         (hostile_sidecar("lexical.json", {"kind": "msa_hf-lexical-index"}), "search_words", "damaged"),
         (hostile_sidecar("vectors.json", {"kind": "msa_hf-vectors"}), "open_vectors", "brings them up to date"),
         (vectors, "open_vectors", "a header of"),
@@ -319,7 +344,9 @@ def test_a_lost_table_leaves_the_other_documents(bank: Path) -> None:
     first = bank_reader_msa.read_manifest(bank)["segments"][0]
     (bank / first["table"]["file"]).unlink()
     with BankStore(FakeModel(), bank) as store:
-        assert [document.key for document in store.documents] == ["other"] and store.get("k0") is None
+        assert [document.key for document in store.documents] == ["other"]
+        with pytest.raises(BankDamaged, match="'k0' may be the key"):
+            store.get("k0")
         assert store.stat()["damaged"] == 4 and store.snapshot().num_tokens == len("another one")
         (damage, *_) = store.verify()
         assert damage.keys == (None,) * 4

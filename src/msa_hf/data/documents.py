@@ -125,11 +125,14 @@ class Corpus:
             for number, line in enumerate(file, start=first):
                 offset, following = following, following + len(line)
                 place = f"{self.path}, line {number}"
+                try:
+                    check_json(line)
+                except ValueError as error:
+                    raise UserError(f"{place}: {error}") from error
                 text = _decoded(line, place)
                 if not text.strip():
                     continue
                 try:
-                    check_json(text)
                     row = json.loads(text, parse_constant=refuse)
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{place}: not valid JSON ({error})") from error

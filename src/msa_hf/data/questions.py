@@ -97,10 +97,10 @@ def json_rows(path: Path) -> Iterator[tuple[str, JsonObject]]:
             for number, line in enumerate(file, 1):
                 place = f"{path}:{number}"
                 try:
+                    check_json(line)
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                     if not text.strip():
                         continue
-                    check_json(text)
                     row = json.loads(text)
                 except UnicodeDecodeError as error:
                     raise DataError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from None

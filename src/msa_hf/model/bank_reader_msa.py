@@ -119,21 +119,28 @@ def read_checkpoint(directory: Path) -> tuple[Manifest, tuple[int, ...]]:
     path = directory / MANIFEST
     if not is_bank(directory):
         raise missing_manifest(directory)
-    if (size := _regular_file(directory, MANIFEST).st_size) > MAX_MANIFEST_BYTES:
-        raise format_error(path, f"larger than the {MAX_MANIFEST_BYTES} bytes that a manifest may have")
-    try:
-        _check_memory(path, size)
-        with open(path, "rb") as file:
-            data, mark = file.read(MAX_MANIFEST_BYTES + 1), _mark(os.fstat(file.fileno()))
-        _check_memory(path, json_memory(data))
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    data, mark = _manifest_bytes(directory, MANIFEST)
     try:
         return decode_manifest(data, path), mark
     except BankFormatError as error:
         if backup_of(directory) is None or ("checksum" not in str(error) and "JSON" not in str(error)):
             raise
         raise BankFormatError(f"{str(error).removesuffix('.')}; {_RESTORE_BACKUP.format(directory)}.") from error
+
+
+def _manifest_bytes(directory: Path, name: str) -> tuple[bytes, tuple[int, ...]]:
+    """The content of a manifest or its copy, which takes no more memory than one of these files does; and its mark."""
+    path = directory / name
+    if (size := _regular_file(directory, name).st_size) > MAX_MANIFEST_BYTES:
+        raise format_error(path, f"larger than the {MAX_MANIFEST_BYTES} bytes that a manifest may have")
+    try:
+        _check_memory(path, size)
+        with open(path, "rb") as file:
+            data, mark = file.read(size), _mark(os.fstat(file.fileno()))
+        _check_memory(path, json_memory(data))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return data, mark
 
 
 def manifest_mark(directory: Path) -> tuple[int, ...] | None:
@@ -207,7 +214,7 @@ def data_left(directory: Path) -> list[str]:
 def backup_of(directory: Path) -> Manifest | None:
     """The copy of the manifest that is kept beside it, None where there is none that is intact."""
     try:
-        return decode_manifest((directory / BACKUP).read_bytes(), directory / BACKUP)
+        return decode_manifest(_manifest_bytes(directory, BACKUP)[0], directory / BACKUP)
     except (OSError, BankFormatError):
         return None
 
