@@ -131,7 +131,7 @@ def table(scores: list[Score], command: str) -> str:
         if score.skipped:
             lines.append(f"| {score.title} | left out: {score.skipped} | |")
             continue
-        tried = ", ".join(f"{name} {count:,}" for name, count in sorted(score.tried.items()))
+        tried = ", ".join(sorted(score.tried))
         whole = ", which are all there are," if score.complete else ""
         total = sum(score.tried.values())
         held = "all: " if not score.failures else f"**{len(score.failures):,} failed**: "
