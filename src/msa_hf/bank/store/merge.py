@@ -66,20 +66,31 @@ def segment_bytes(record: SegmentRecord) -> int:
     return sum(shard["bytes"] for shard in record["tensors"]) + record["table"]["bytes"]
 
 
-def segments_to_merge(state: State, most: int) -> list[int]:
-    """Numbers of the segments that are put together now, a run up to the last one; empty if none are."""
-    manifest, sizes = state.manifest, [segment_bytes(segment.record) for segment in state.segments]
-    # In a bank of an earlier format nothing was merged yet.
-    fresh = manifest["generation"] - manifest["checkpoint"] if "checkpoint" in manifest else len(sizes)
-    return list(range(merge_start(sizes, min(fresh, len(sizes)), min(most, LARGEST)), len(sizes)))
+def segments_to_merge(state: State, before: Manifest, most: int) -> list[int]:
+    """Numbers of the segments that are put together now, a run up to the last one; empty if none are.
+
+    Args:
+        before: the manifest that lies in the directory, without the commits since.
+        most: bytes of tensors per file.
+    """
+    sizes = [segment_bytes(segment.record) for segment in state.segments]
+    fresh = len(sizes) - (len(before["segments"]) if "lineage" in before else 0)  # earlier formats put none together
+    return list(range(merge_start(sizes, fresh, min(most, LARGEST)), len(sizes)))
 
 
 def write_checkpoint(
-    writer: BankWriter, manifest: Manifest, state: State, reader: BankReader, numbers: list[int], most: int
+    writer: BankWriter,
+    manifest: Manifest,
+    state: State,
+    reader: BankReader,
+    before: Manifest,
+    numbers: list[int],
+    most: int,
 ) -> None:
     """Write a run of segments as one, and deletions of about one size as one; put the records into the manifest.
 
     Args:
+        before: the manifest that lies in the directory, without the commits since.
         numbers: of the segments, up to the last one; all of them are intact.
         most: bytes of tensors per file.
     """
@@ -91,15 +102,16 @@ def write_checkpoint(
         first, base = int(state.starts[numbers[0]]), int(state.offsets[state.starts[numbers[0]]])
         records.append(write_merged(writer, run, None, table, first, base, state.layout, most))
     manifest["segments"] = records
-    manifest["deletions"] = _merged_deletions(writer, manifest, reader)
+    manifest["deletions"] = _merged_deletions(writer, manifest, reader, before)
 
 
-def _merged_deletions(writer: BankWriter, manifest: Manifest, reader: BankReader) -> list[DeletionsRecord]:
+def _merged_deletions(
+    writer: BankWriter, manifest: Manifest, reader: BankReader, before: Manifest
+) -> list[DeletionsRecord]:
     records, watermark = manifest["deletions"], manifest.get("watermark")
-    forgets = watermark is not None and watermark != reader.manifest.get("watermark")
-    start = (
-        0 if forgets else merge_start([record["bytes"] for record in records], min(LOG_COMMITS, len(records)), 2**62)
-    )
+    forgets = watermark is not None and watermark != before.get("watermark")
+    fresh = len(records) - (len(before["deletions"]) if "lineage" in before else 0)
+    start = 0 if forgets else merge_start([record["bytes"] for record in records], fresh, 2**62)
     if start >= len(records):
         return records
     rows, keys = zip(*(reader.deletions_file(record) for record in records[start:]), strict=True)

@@ -632,7 +632,8 @@ class BankStore:
         """
         assert self.directory is not None
         state = self.state
-        numbers = segments_to_merge(state, self._limit)
+        before, _ = read_checkpoint(self.directory)
+        numbers = segments_to_merge(state, before, self._limit)
         if not are_intact(self.directory, (state.segments[number] for number in numbers)):
             self.verify()  # finds what else is damaged, and leaves the documents out
             self._check_writable()
@@ -641,7 +642,9 @@ class BankStore:
         if watermark is not None:
             manifest["watermark"] = watermark
         reader = BankReader(self.directory, state.manifest, self.origin, verify=False)
-        self._swap(manifest, lambda writer: write_checkpoint(writer, manifest, state, reader, numbers, self._limit))
+        self._swap(
+            manifest, lambda writer: write_checkpoint(writer, manifest, state, reader, before, numbers, self._limit)
+        )
         with self._after_commit():
             kept = state.segments[: numbers[0]] if numbers else state.segments
             for segment, record in zip(kept, manifest["segments"], strict=False):
@@ -660,18 +663,27 @@ class BankStore:
         remove_files(self.directory, old - file_names(manifest))
 
     def _maintain(self) -> None:
-        """Put together what the log has; the commits stand, whatever comes of it."""
+        """Put together what the log has; the commits stand, whatever comes of it.
+
+        Raises:
+            CommitOutcomeUnknown: if it fails once readers may see it, or is interrupted: nobody may take that for a
+                failure of the commit before it.
+        """
         try:
             self._checkpoint()
         except CommitOutcomeUnknown:
             raise
-        except (OSError, BankError) as error:
+        except Exception as error:
             logger.warning(
                 "%s: its %d last commits could not be put together (%s); that is tried again at the next commit.",
                 self.directory,
                 len(entry_names(self.state.manifest)),
                 error,
+                exc_info=not isinstance(error, OSError | BankError),
             )
+        except BaseException:
+            with self._after_commit():
+                raise
 
     # Care -------------------------------------------------------------------------------------------------------------
 
