@@ -414,6 +414,18 @@ def test_deletions_are_put_together(tmp_path: Path) -> None:
         assert len(bank) == 5 and not bank.upsert("3", "late", 3)
 
 
+@pytest.mark.parametrize("key", [["a"], ("a",), None, True, 1.5, b"a", {"key": "a"}])
+def test_what_is_no_key_is_refused(key: Any) -> None:
+    bank = BankStore(FakeModel())
+    bank.upsert("a", "text")
+    for change in (lambda: bank.delete(key), lambda: bank.upsert(key, "text")):
+        with pytest.raises(TypeError, match="A key is a string"):
+            change()
+    assert len(bank) == 1
+    bank.upsert(7, "an integer is taken as its digits")  # type: ignore[arg-type]
+    assert "7" in bank and bank.delete(7)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("sizes, left", [([200, 9, 5], 2), ([9, 200, 5], 3), ([9, 5, 200, 9], 3), ([200, 200, 9], 3)])
 def test_compacting_keeps_large_segments_and_joins_small_ones(tmp_path: Path, sizes: list[int], left: int) -> None:
     """In any order; each large one stays the file it is, neighboring small ones become one."""

@@ -221,3 +221,16 @@ def checked_version(version: object) -> int:
     if type(version) is not int or not 0 <= version <= MAX_VERSION:
         raise ValueError(f"`version` must be an integer from 0 to 2^62, got {version!r:.80}.")
     return version
+
+
+def named(key: object) -> str:
+    """A key as a user gave it: a string, or an integer as one.
+
+    Raises:
+        TypeError: for anything else, such as a list of keys.
+    """
+    if isinstance(key, str):
+        return key
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        return str(int(key))
+    raise TypeError(f"A key is a string, got {type(key).__name__}: {key!r:.80}. Give one key at a time.")

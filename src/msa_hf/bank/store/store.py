@@ -51,7 +51,7 @@ from ...retrieval.embedders import Embedder
 from ...retrieval.followers import Followers
 from ...retrieval.rows import rows_of_state
 from .buffers import Buffers
-from .changes import Changes, GivenDocument, Known, checked_version, committed
+from .changes import Changes, GivenDocument, Known, checked_version, committed, named
 from .commit import Commit, commit_of, entry_in_memory, write_commit
 from .compact import compacted_in_memory, groups_of, write_compacted
 from .deleted_keys import DeletedKeys
@@ -444,7 +444,7 @@ class BankStore:
         with self._changing() as changes:
             for document in documents:
                 given = GivenDocument.of(document)
-                key = str(changes.next_id if given.key is None else given.key)
+                key = str(changes.next_id) if given.key is None else named(given.key)
                 if changes.known(key)[0].exists:
                     raise ValueError(f"The bank has a document with the key {key!r}; replace it with upsert().")
                 added = self._put(changes, key, given.text, given.tokens, given.version, given.metadata)
@@ -463,7 +463,7 @@ class BankStore:
             whether anything changed: not for an event that is known or late, nor for an equal document.
         """
         with self._changing() as changes:
-            return self._put(changes, str(key), text, None, version, metadata)
+            return self._put(changes, named(key), text, None, version, metadata)
 
     def delete(self, key: str, version: int | None = None) -> bool:
         """Delete a document; returns whether there was one.
@@ -471,7 +471,7 @@ class BankStore:
         Its version stays known, so that a late event does not bring it back. `compact()` removes it from the files.
         """
         with self._changing() as changes:
-            return changes.delete(str(key), version)
+            return changes.delete(named(key), version)
 
     def _committed(self, key: str) -> tuple[Known, int | None]:
         return committed(self.state, self._deleted_keys, key)
