@@ -81,7 +81,8 @@ def spoilt(pick: random.Random, value: Any) -> Any:
             return pick.choice((*HUGE, value + pick.choice((-1, 1)), 1.5, None))
         return pick.choice(("", "none", None, 1, *DTYPES))
     try:
-        return pick.choice(SPOILERS)(pick, value)
+        # What takes no memory takes much where it is copied, or time where it is read.
+        return pick.choice(SPOILERS if value.numel() < 2**20 else (resized, without_room))(pick, value)
     except (RuntimeError, ValueError, TypeError, MemoryError, NotImplementedError):  # PyTorch has no such tensor
         return value
 
