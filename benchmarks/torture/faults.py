@@ -167,6 +167,8 @@ def attack_writing(name: str, directory: Path, fault: Fault) -> str:
             _refuses(bank)
         else:
             word, possible = "raised, and nothing had changed", states[done : done + 1]
+            if bank is None and isinstance(error, KeyboardInterrupt):  # saving promises the old bank or the new one
+                word, possible = "interrupted: the bank before or after, whole", states[done : done + 2]
             _no_damage(error)
             if bank is not None and "close" not in name:
                 if not _goes_on(bank, operation, directory, states, done):

@@ -84,7 +84,9 @@ def _run_of(data: bytearray, pick: random.Random, fill: Callable[[int], bytes]) 
 
 
 def _remove(directory: Path, pick: random.Random) -> str:
-    path = pick.choice(_files(directory))
+    # Without its newest commit a bank is what it was before that: nothing tells that there ever was one.
+    newest = max(directory.glob("commit-*.json"), default=None)
+    path = pick.choice([path for path in _files(directory) if path != newest])
     path.unlink()
     return f"{path.name} removed"
 

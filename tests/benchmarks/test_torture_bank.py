@@ -15,7 +15,7 @@ from msa_hf.bank import BankStore
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = "--minutes 0.05 --commits 40 --segments 70 --readers 3"
 ATTACKS = ["kills", "power", "flips", "faults", "writers", "readers", "hostile", "descriptors", "commits"]
-HOLD = ["kills", "power", "flips", "writers", "hostile", "descriptors"]
+HOLD = ["kills", "power", "flips", "faults", "writers", "readers", "hostile", "descriptors", "commits"]
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 

@@ -198,7 +198,7 @@ SHARD = ("segments", 0, "tensors", 0)
     ("changes", "message"),
     [
         ([change("format", to="other")], "not the manifest of a bank"),
-        ([change("format_version", to=3)], "`format_version` is 3, this library reads up to 2. Upgrade"),
+        ([change("format_version", to=4)], "`format_version` is 4, this library reads up to 3. Upgrade"),
         ([change("format_version", to=0)], "`format_version` must lie between 1"),
         ([change("format_version", to=True)], "`format_version` must be of type int"),
         (

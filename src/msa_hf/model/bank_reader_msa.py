@@ -64,7 +64,7 @@ MOST_MAPPED = 16  # tables
 TRIES = 10  # of a reader whose files a writer removes meanwhile
 
 
-T = TypeVar("T")
+Read = TypeVar("Read")
 
 
 class KnowsOrigin(Protocol):
@@ -326,7 +326,7 @@ def _unreadable(path: Path, error: Exception) -> BankError:
     return format_error(path, f"cannot be read ({error})", remedy)
 
 
-_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _UNREADABLE = "{}: cannot be read now ({}). That is no damage: try again, or see what the system lacks"
 
 
@@ -649,8 +649,12 @@ def open_bank(
 
 
 def read_bank(
-    directory: str | Path, model: KnowsOrigin | None, tokenizer: object, verify: bool, read: Callable[[BankReader], T]
-) -> T:
+    directory: str | Path,
+    model: KnowsOrigin | None,
+    tokenizer: object,
+    verify: bool,
+    read: Callable[[BankReader], Read],
+) -> Read:
     """Open the bank that lies in a directory and read it; anew if a writer has changed it meanwhile.
 
     Args:

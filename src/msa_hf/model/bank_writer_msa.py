@@ -216,7 +216,7 @@ class BankWriter:
     # The commit
 
     def commit(self, manifest: Manifest) -> None:
-        """Sign a manifest and put it in the place of the one that lies there; a copy is kept beside it."""
+        """Sign a manifest and put it in the place of the one that lies there; a bank that changes has a copy of it."""
         if "lineage" in manifest:
             manifest["checkpoint"] = manifest["generation"]
         manifest["checksum"] = manifest_checksum(manifest)
@@ -228,7 +228,8 @@ class BankWriter:
         self._commits = lambda: manifest_mark(self.directory) != before
         write_text(path, text, "manifest")
         try:
-            keep_copy(self.directory)
+            if "lineage" in manifest or os.path.lexists(self.directory / BACKUP):
+                keep_copy(self.directory)
         except OSError as error:  # the commit stands
             logger.warning("%s: no copy of the manifest could be kept (%s).", self.directory, error)
 

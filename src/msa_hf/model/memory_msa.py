@@ -357,6 +357,8 @@ class MemoryBank:
     ) -> None:
         """Save to a directory, all or nothing. A bank that lies there is replaced; whoever has it loaded keeps it.
 
+        If it raises, or is interrupted, the directory has the bank before or this one, as a whole.
+
         Args:
             directory: made where missing.
             max_shard_size: most bytes of tensors per file; a document is never split.
