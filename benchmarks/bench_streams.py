@@ -91,6 +91,8 @@ def measure(
     model = TimedModel(MSAForCausalLM.from_pretrained(name, dtype=dtype).eval())
     with BankStore(model, directory, tokenizer, protocol, lexical=lexical) as bank:
         consumer = StreamConsumer(RedisSource(url, stream, f"batch-{batch}"), bank, batch_size=batch, wait=0.01)
+        model.seconds = model.cpu_seconds = 0.0  # opening a bank may have encoded something
+        model.documents = model.tokens = 0
         start, cpu = time.perf_counter(), time.process_time()
         metrics = consumer.run(until_idle=True)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
@@ -119,9 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", help="a checkpoint with a protocol")
     parser.add_argument("--events", type=int, default=4000)
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument(
-        "--dtype", default="float32", help="of the weights (default: float32, the fastest on most CPUs)"
-    )
+    parser.add_argument("--dtype", default="auto", help="of the weights (default: the checkpoint's)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--lexical", action="store_true", help="keep a lexical index as well")
     parser.add_argument("--json", type=Path, help="write the figures there")
