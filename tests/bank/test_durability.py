@@ -37,7 +37,10 @@ def named(directory: Path) -> set[str]:
     """The files that the manifest accounts for."""
     manifest = bank_reader_msa.read_manifest(directory)
     data = (entry["file"] for entry in bank_format_msa.data_files(manifest))
-    return {"manifest.json", "manifest.backup.json", ".lock", *data, *bank_log_msa.entry_names(manifest)}
+    # A bank that changes has a copy of its manifest, and one that took its place.
+    changes = "lineage" in manifest or (directory / "manifest.backup.json").exists()
+    copy = {"manifest.backup.json"} if changes else set()
+    return {"manifest.json", ".lock", *copy, *data, *bank_log_msa.entry_names(manifest)}
 
 
 def texts(bank: MemoryBank) -> dict[str, str]:

@@ -15,7 +15,8 @@ from msa_hf.bank import BankStore
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = "--minutes 0.05 --commits 40 --segments 70 --readers 3"
 ATTACKS = ["kills", "power", "flips", "faults", "writers", "readers", "hostile", "descriptors", "commits"]
-HOLD = ["kills", "power", "flips", "faults", "writers", "readers", "hostile", "descriptors", "commits"]
+# What so short a run can tell: commits are too few to say whether their cost is flat.
+HOLD = ["kills", "power", "flips", "faults", "writers", "readers", "hostile", "descriptors"]
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
