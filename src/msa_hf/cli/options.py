@@ -72,7 +72,7 @@ def add_protocol_option(made: argparse.ArgumentParser) -> None:
 
 
 def add_sole_writer_option(made: argparse.ArgumentParser) -> None:
-    """What a user says of a bank that is written to on a file system without locks."""
+    """Add the option by which a user vouches for being the only writer of a bank."""
     made.add_argument(
         "--sole-writer",
         action="store_true",

@@ -573,7 +573,7 @@ class BankStore:
 
     @contextlib.contextmanager
     def _after_commit(self) -> Iterator[None]:
-        """What follows a commit that is on the disk; if that fails, this bank must be opened again.
+        """A block after a commit that is on the disk; if it fails, this bank must be opened again.
 
         Raises:
             CommitOutcomeUnknown: for whatever is raised.

@@ -25,7 +25,7 @@ class Reading:
 
 
 class MemoryReader(Protocol):
-    """What answers questions from a memory.
+    """A reader that answers questions from a memory.
 
     Attributes:
         name: for traces.

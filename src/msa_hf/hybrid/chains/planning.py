@@ -43,7 +43,7 @@ class Rule:
             raise ValueError(f"The rule's question asks for {{x}}, which {self.description!r} does not have.")
 
     def pattern(self) -> re.Pattern[str]:
-        """What matches the description, inside of a longer text."""
+        """A pattern of the description, inside of a longer text."""
         text = re.escape(self.description)
         text = text.replace(r"\{n\}", f"(?P<n>{NAME})", 1).replace(r"\{x\}", f"(?P<x>{_NOUN})", 1)
         return re.compile(rf"(?<!\w){text}(?!\w)")

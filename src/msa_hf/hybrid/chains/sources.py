@@ -41,7 +41,7 @@ class Source:
 
 
 class Retriever(Protocol):
-    """What finds documents for the steps of a chain.
+    """A source of documents for the steps of a chain.
 
     Attributes:
         name: for traces.

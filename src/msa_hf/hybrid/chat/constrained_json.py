@@ -81,7 +81,7 @@ class JsonProcessor(LogitsProcessor):
 
 
 def _vocabulary(package: Any, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> Any:
-    """What llguidance makes of a tokenizer, kept, as it takes a second for a large vocabulary."""
+    """The tokenizer as llguidance has it, kept, as making it takes a second for a large vocabulary."""
     made_of: tuple[object, ...] = (len(tokenizer), tuple(stops))
     found = _vocabularies.get(tokenizer)
     if found is None or found[0] != made_of:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class SessionMemory:
-    """What a model is told of a session with a question, within a budget of tokens.
+    """The context that a model is told of a session with a question, within a budget of tokens.
 
     Pinned texts, state, and the last turns stand in the prompt as they are; no router decides about them. Older turns
     are in a bank, and those that fit the question are added. A session sees its own turns alone.
@@ -128,7 +128,7 @@ class SessionMemory:
         return self._count(context)
 
     def _fitting(self, context: SessionContext, turns: Sequence[Turn], least: int, limit: int) -> int:
-        """How many of the last turns fit, at least `least`."""
+        """The number of the last turns that fit, at least `least`."""
 
         def fits(recent: int) -> bool:
             return self._counted(_with_recent(context, turns, recent)) <= limit

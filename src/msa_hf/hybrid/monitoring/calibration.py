@@ -58,7 +58,7 @@ class Calibration:
         return {name: self.share(name, value) for name, value in signals.items() if name in self.references}
 
     def suspicion(self, signals: Signals) -> float:
-        """How unlike well answered questions a question is; more where more signals are given.
+        """The unlikeness of a question to well answered ones; more where more signals are given.
 
         Raises:
             ValueError: where no signal is one of the calibration's.
@@ -197,7 +197,7 @@ def _share(reference: Sequence[float], value: float, unit: float) -> float:
 
 
 def _counted(reference: Sequence[float], weight: float, share: float) -> float:
-    """How much a signal counts that is as bad as a share of the references."""
+    """The weight of a signal that is as bad as a share of the references."""
     return weight * min(-math.log(share), math.log(len(reference) + 1) + CAP)
 
 

@@ -358,7 +358,7 @@ class Monitor:
                 item.linked += [position for position, _ in ranking if position not in known][:1]
 
     def _gaps(self, item: _Watched) -> dict[str, float]:
-        """How much better the best document of other ways is than the best that was read, in their own scores; of words
+        """The lead of the best document of other ways over the best that was read, in their own scores; of words
         as far as it has names of the question that the others lack."""
         found, known = {}, set(item.known)
         for way in self.ways:

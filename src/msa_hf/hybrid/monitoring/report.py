@@ -19,7 +19,7 @@ SHOWN_QUESTIONS = 50  # in Markdown; JSON has all
 
 @dataclass(frozen=True)
 class Report:
-    """What a monitor found.
+    """The finding of a monitor.
 
     Attributes:
         findings: the suspicious first.

@@ -16,7 +16,7 @@ FIELDS = {"key", "version", "text", "metadata", "delete"}
 
 @dataclass(frozen=True, slots=True)
 class MemoryEvent:
-    """What is known of a document from a version on.
+    """The state of a document from a version on.
 
     Attributes:
         key: of the document.

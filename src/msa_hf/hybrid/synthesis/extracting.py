@@ -28,7 +28,7 @@ _SENTENCE = re.compile(
 
 
 class Extractor(Protocol):
-    """What finds answers in a group of documents."""
+    """A finder of answers in a group of documents."""
 
     def extract(self, questions: Sequence[str], group: DocumentGroup) -> list[Finding]:
         """The findings for some questions; none for a question that the group does not answer."""

@@ -22,7 +22,7 @@ class DocumentGroup:
     documents: tuple[Source, ...]
 
     def keys(self) -> set[str]:
-        """Of its documents."""
+        """The keys of its documents."""
         return {document.key for document in self.documents}
 
 
