@@ -130,7 +130,7 @@ class DocumentTable(Sequence[Document]):
         return self.row(int(self.rows_of(torch.tensor(range(len(self))[index]))))
 
     def row(self, row: int) -> Document:
-        """What lies in a row, deleted or not."""
+        """The document of a row, deleted or not."""
         return self._documents[row] if self._table is None else next(self._decode(self._table.slice(row, 1)))
 
     def __iter__(self) -> Iterator[Document]:
