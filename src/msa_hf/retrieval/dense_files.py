@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ..model.bank_format_msa import BankFormatError, FileRecord
 from ..model.bank_reader_msa import checked_file
 from ..model.bank_writer_msa import BankWriter
 from ..model.bounds_msa import check_header
+from ..model.open_files_msa import SMALL_FILE
 from .dense import (
     DIGEST_BYTES,
     DTYPE,
@@ -46,6 +48,7 @@ VERSION = 1
 FIELDS = {"model", "dimension", "characters", "probe", "commit", "hidden", "files"}
 FILE = re.compile(r"vectors-\d+-[0-9a-f]{16}\.safetensors")
 MOST_FILES = 32  # then they are written as one
+MOST_MAPPED = 12  # files that are larger than `SMALL_FILE`; then they are written as one
 
 
 class VectorsLost(ValueError):
@@ -80,7 +83,7 @@ def _published(directory: Path | None, vectors: Vectors, first: int, dimension: 
     }
     record = BankWriter(directory).tensors(f"vectors-{first:010d}", tensors)
     entry = {**record, "rows": len(vectors), "vectors": len(vectors.keys)}
-    return _Part(read_vectors(directory, entry, dimension), entry)  # mapped: not twice in memory
+    return _Part(read_vectors(directory, entry, dimension), entry)  # mapped if it is large: not twice in memory
 
 
 class DenseFollower:
@@ -125,7 +128,8 @@ class DenseFollower:
             raise ValueError(f"The bank's vectors are of passages of {self.characters} characters, not {characters}.")
         assert directory is not None
         try:
-            parts = [_Part(read_vectors(directory, entry, self.dimension), entry) for entry in record["files"]]
+            read = _read_all(directory, record["files"], self.dimension)
+            parts = [_Part(vectors, entry) for vectors, entry in zip(read, record["files"], strict=True)]
             # Earlier releases say it in another way: vectors are then taken over by their texts.
             self._lineage, self._rows = str(record.get("lineage", "")), int(record.get("rows", 0))
             self._commit = record["commit"]
@@ -155,7 +159,7 @@ class DenseFollower:
                 # To look for equal texts in all others takes longer than to embed a few.
                 fresh = maker.make(rows.rows - known, texts, old if self.embedder is None else ())
                 parts.append(self._published(fresh, known))
-            if len(parts) > MOST_FILES:
+            if len(parts) > MOST_FILES or len(_large_files(part.entry for part in parts)) > MOST_MAPPED:
                 parts = [self._published(joined([part.vectors for part in parts], self.dimension), 0)]
         self._parts, self._lineage, self._rows, self._commit = parts, rows.lineage, rows.rows, rows.commit
         self._left_out = len(rows.hidden)
@@ -243,8 +247,24 @@ def _keep_living(directory: Path, record: JsonObject, rows: CommittedRows) -> se
     return {str(entry["file"]) for entry in files}
 
 
-def read_vectors(directory: Path, entry: JsonObject, dimension: int) -> Vectors:
-    """Vectors of a file, memory mapped.
+def _large_files(entries: Iterable[JsonObject | None]) -> list[str]:
+    """Names of the files that are worth a mapping, the largest ones first."""
+    sizes = {str(entry["file"]): entry["bytes"] for entry in entries if entry is not None}
+    large = {name: size for name, size in sizes.items() if type(size) is int and size > SMALL_FILE}
+    return sorted(large, key=lambda name: -large[name])
+
+
+def _read_all(directory: Path, entries: Sequence[JsonObject], dimension: int) -> list[Vectors]:
+    """Vectors of files, of which the largest are memory mapped: mappings stay few."""
+    mapped = _large_files(entries)[:MOST_MAPPED]
+    return [read_vectors(directory, entry, dimension, entry["file"] in mapped) for entry in entries]
+
+
+def read_vectors(directory: Path, entry: JsonObject, dimension: int, mapped: bool | None = None) -> Vectors:
+    """Vectors of a file.
+
+    Args:
+        mapped: memory mapped, else read. None: if the file is larger than `SMALL_FILE`.
 
     Raises:
         BankFormatError: for a file that is not what its entry says.
@@ -263,6 +283,8 @@ def read_vectors(directory: Path, entry: JsonObject, dimension: int) -> Vectors:
         check_header(path, len(wanted))
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in wanted}
+        if not (record["bytes"] > SMALL_FILE if mapped is None else mapped):
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     except (SafetensorError, ValueError, OSError) as error:
         raise BankFormatError(f"{path}: not a file of vectors ({error}).") from error
     for name, (shape, kind) in wanted.items():
@@ -291,7 +313,7 @@ def open_vectors(directory: Path, rows: CommittedRows, embedder: Embedder | None
             "`embedder` that made them, or `msa-hf bank index BANK --embedder MODEL` brings them up to date."
         )
     try:
-        parts = [read_vectors(directory, entry, record["dimension"]) for entry in record["files"]]
+        parts = _read_all(directory, record["files"], record["dimension"])
         found = DenseSearcher(parts, record["dimension"], record["model"], None, record["probe"])
     except (KeyError, TypeError) as error:
         raise BankFormatError(f"{directory / RECORD}: {error!r} is missing or no value of its kind.") from error

@@ -29,6 +29,7 @@ from ..store.store import BankStore
 from .hardware import Tiers, measured_tiers
 from .layer import PooledKV, RoutingKeys, TieredLayer
 from .lru_cache import DocumentLRU
+from .parts import Part
 from .plan import Placement, PlacementOptions, Reserves, plan_placement
 from .rows import Rows, placed_rows
 from .shapes import BankShape
@@ -134,6 +135,8 @@ def place_bank(
 
     The bank is read layer by layer and piece by piece, and converted on the way, so that little is needed beside its
     final place. Content on disk stays where the bank has it: memory mapped, if that is a directory; it is not read.
+    Of many files a bounded number stays open; where a writer has removed one that was let go, asking for its documents
+    raises `BankFormatError`: place the bank again.
 
     Args:
         bank: a directory; a `BankStore`, as it is now; or a `MemoryBank` in host memory, of which is used without a
@@ -213,17 +216,18 @@ def _placed(
     (groups, dim), dtype = source.shapes[layer], source.dtype
     own = own_format(dtype).name
     parts = source.parts(layer)
-    keys = [part.routing_keys for part in parts] or [torch.empty(0, groups * dim, dtype=dtype)]
-    content = [part.pooled_kv for part in parts] or [torch.empty(0, 2, groups, dim, dtype=dtype)]
+    keys: list[Part] = [part.routing_keys for part in parts] or [torch.empty(0, groups * dim, dtype=dtype)]
+    content: list[Part] = [part.pooled_kv for part in parts] or [torch.empty(0, 2, groups, dim, dtype=dtype)]
     has_device = plan.tiers.device is not None
 
-    def rows(tensors: list[Tensor], form: str, tier: str) -> Rows:
+    def rows(parts: list[Part], form: str, tier: str) -> Rows:
         # In host memory as it is wanted, locked where there is a GPU: no copy.
-        there = source.directory is None if device.type == "cpu" else tier == "host" and tensors[0].is_pinned()
-        as_it_is = there and form == own and len(tensors) == 1
+        locked = tier == "host" and isinstance(parts[0], Tensor) and parts[0].is_pinned()
+        there = source.directory is None if device.type == "cpu" else locked
+        as_it_is = there and form == own and len(parts) == 1
         if tier == "disk" or as_it_is:
-            return Rows(tensors, device)
-        return placed_rows(tensors, form, device, on_device=tier == "device")
+            return Rows(parts, device)
+        return placed_rows(parts, form, device, on_device=tier == "device")
 
     exact = None
     if plan.keys != own:

@@ -1,4 +1,4 @@
-"""Rows of chunks where they lie: one tensor of a tier, or the mapped parts of files; and how they get there."""
+"""Rows of chunks where they lie: one tensor of a tier, or parts in files; and how they get there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...ops.formats import FORMATS, index_rows
+from .parts import Part, tensor_of
 
 # Numbers that move at once while a bank is placed; a few times as many bytes are needed beside its final place.
 MOVED_ELEMENTS = 1 << 24
@@ -26,14 +27,14 @@ class Rows:
         scales: [C] or [C, 2] float32 of quantized numbers beside the only part, None for others.
 
     Attributes:
-        whole: the only part, None where there are several.
+        whole: the only part, which stays mapped if it is a file's; None where there are several.
     """
 
-    def __init__(self, parts: Sequence[Tensor], device: torch.device, scales: Tensor | None = None) -> None:
-        self.parts = list(parts)
+    def __init__(self, parts: Sequence[Part], device: torch.device, scales: Tensor | None = None) -> None:
         self.device = device
         self.scales = scales
-        self.whole = self.parts[0] if len(self.parts) == 1 else None
+        self.whole = tensor_of(parts[0]) if len(parts) == 1 else None
+        self.parts = list(parts) if self.whole is None else [self.whole]
         starts = [0]
         for part in self.parts:
             starts.append(starts[-1] + len(part))
@@ -49,17 +50,17 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.parts, *([] if self.scales is None else [self.scales])))
+        return sum(part.nbytes for part in self.parts) + (0 if self.scales is None else self.scales.nbytes)
 
     def select(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Rows [n] int64 on the CPU, ascending -> numbers [n, ...], and scales where there are any, on the device."""
         edges = torch.searchsorted(rows, self.starts).tolist()
         found = [
-            index_rows(part, (rows[first:end] - start).to(part.device))
+            _selected(tensor_of(part), rows[first:end] - start)
             for part, start, first, end in zip(self.parts, self.starts.tolist(), edges[:-1], edges[1:], strict=False)
             if end > first
         ]
-        numbers = torch.cat(found) if len(found) > 1 else found[0] if found else self.parts[0][:0]
+        numbers = torch.cat(found) if len(found) > 1 else found[0] if found else tensor_of(self.parts[0])[:0]
         scales = () if self.scales is None else (self.scales.index_select(0, rows.to(self.scales.device)),)
         return tuple(tensor.to(self.device) for tensor in (numbers, *scales))
 
@@ -67,11 +68,11 @@ class Rows:
         """Numbers and scales of the rows from `first` to `end`, on the device."""
         edges = self.starts.tolist()
         found = [
-            part[max(first - start, 0) : max(min(end, stop) - start, 0)]
+            tensor_of(part)[max(first - start, 0) : max(min(end, stop) - start, 0)]
             for part, start, stop in zip(self.parts, edges[:-1], edges[1:], strict=True)
             if start < end and first < stop
         ]
-        moved = [part.to(self.device, non_blocking=True) for part in found or [self.parts[0][:0]]]
+        moved = [part.to(self.device, non_blocking=True) for part in found or [tensor_of(self.parts[0])[:0]]]
         scales = None if self.scales is None else self.scales[first:end].to(self.device, non_blocking=True)
         return torch.cat(moved) if len(moved) > 1 else moved[0], scales
 
@@ -82,7 +83,11 @@ class Rows:
             yield self.between(first, min(first + size, count))[0]
 
 
-def placed_rows(parts: Sequence[Tensor], form: str, device: torch.device, *, on_device: bool) -> Rows:
+def _selected(part: Tensor, rows: Tensor) -> Tensor:
+    return index_rows(part, rows.to(part.device))
+
+
+def placed_rows(parts: Sequence[Part], form: str, device: torch.device, *, on_device: bool) -> Rows:
     """Read rows piece by piece into one tensor of a tier, in the format wanted.
 
     Args:
@@ -109,7 +114,7 @@ def placed_rows(parts: Sequence[Tensor], form: str, device: torch.device, *, on_
     through = on_device or scales is not None
     staging = Staging(device, step * math.prod(shape), parts[0].dtype) if on_gpu and through else None
     for part in parts:
-        for piece in part.split(step):
+        for piece in tensor_of(part).split(step):
             rows = slice(start, start + len(piece))
             moved = piece if staging is None else staging.moved(piece)
             if scales is not None:

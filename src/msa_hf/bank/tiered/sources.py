@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ...model.bank_format_msa import TensorLayout, commit_id, data_files
 from ...model.bank_reader_msa import BankReader, KnowsOrigin, read_bank
 from ...model.memory_msa import BankHome, BankOrigin, DenseLayer, DocumentTable, MemoryBank
 from ..store.store import BankStore
+from .parts import FileLayer, LayerPart
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class BankSource:
         documents, offsets, prefix, origin, counts, next_id: as `MemoryBank`; the prefix on any device.
         dtype: of all tensors.
         shapes: memory layer -> (groups, head_dim).
-        parts: memory layer -> its chunks, in order and without gaps, on the CPU: views, or maps of files that are read
+        parts: memory layer -> its chunks, in order and without gaps, on the CPU: views, or rows of files that are read
             when they are looked at.
         directory: where it lies, None in memory.
         bytes: of the files in the directory, 0 in memory.
@@ -41,7 +42,7 @@ class BankSource:
     next_id: int | None
     dtype: torch.dtype
     shapes: dict[int, tuple[int, int]]
-    parts: Callable[[int], list[DenseLayer]]
+    parts: Callable[[int], Sequence[LayerPart]]
     directory: Path | None = None
     bytes: int = 0
     model: PreTrainedModel | None = None
@@ -114,12 +115,12 @@ def _of_open(bank: BankStore) -> BankSource:
         home, indexes = bank._followers.home, bank._followers.searchers()
     layout = TensorLayout.of_manifest(state.manifest)
 
-    def parts(layer: int) -> list[DenseLayer]:
-        found = []
+    def parts(layer: int) -> list[LayerPart]:
+        found: list[LayerPart] = []
         for segment in state.segments:
             for shard in segment.shards:
                 if layer in shard.layers and shard.file is not None:
-                    found.append(DenseLayer(*shard.tensors(layer)))
+                    found.append(FileLayer.of(replace(shard), layer, layout.shapes[layer], layout.dtype))
                 elif layer in shard.layers:  # damaged: nothing of it is ever chosen
                     found.append(DenseLayer(*layout.zeros(layer, shard.end - shard.first)))
         return found
@@ -151,11 +152,12 @@ def _of_reader(reader: BankReader, model: KnowsOrigin | None) -> BankSource:
     reader.check_side_files()
     prefix = reader.prefix(torch.device("cpu"))
     shards = reader.shards()  # opened now: who replaces the bank may remove them
-
-    def parts(layer: int) -> list[DenseLayer]:
-        return [DenseLayer(*shard.tensors(layer)) for shard in shards if layer in shard.layers]
-
     layout, chunks = reader.layout, int(rows.offsets[-1])
+
+    def parts(layer: int) -> list[LayerPart]:
+        mine = [shard for shard in shards if layer in shard.layers]
+        return [FileLayer.of(shard, layer, layout.shapes[layer], layout.dtype) for shard in mine]
+
     with reader.contradictions():
         documents = DocumentTable(rows.table, rows.deleted)
         nothing = {layer: DenseLayer(*layout.zeros(layer, chunks)) for layer in layout.shapes}
