@@ -88,7 +88,14 @@ MOVED = {
 }
 # Modules whose content lies in several now: the old name is a module in which the names of all of them are found.
 SPLIT = {
-    "model.storage_msa": ("model.bank_format_msa", "model.bank_reader_msa", "model.bank_writer_msa", "model.arrow_msa"),
+    "model.storage_msa": (
+        "model.bank_format_msa",
+        "model.bank_files_msa",
+        "model.bank_manifest_msa",
+        "model.bank_reader_msa",
+        "model.bank_writer_msa",
+        "model.arrow_msa",
+    ),
 }
 SPLIT["storage_msa"] = SPLIT["model.storage_msa"]
 

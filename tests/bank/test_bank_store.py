@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from msa_hf.bank import BankDamaged, BankLocked, BankStore
 from msa_hf.bank.store.segments import Segment
 from msa_hf.generation import COMPACT, DocumentIds
-from msa_hf.model import bank_format_msa, bank_reader_msa
+from msa_hf.model import bank_format_msa, bank_manifest_msa
 from msa_hf.model.bank_format_msa import FileRecord
-from msa_hf.model.bank_reader_msa import Shard
 from msa_hf.model.bank_writer_msa import BankWriter
 from msa_hf.model.memory_msa import BankOrigin, Document, DocumentTable, MemoryBank
+from msa_hf.model.shard_msa import Shard
 
 PLACES = [pytest.param(False, id="memory"), pytest.param(True, id="directory")]
 
@@ -409,7 +409,7 @@ def test_deletions_are_put_together(tmp_path: Path) -> None:
         bank.add([f"text {row}" for row in range(150)])
         for row in range(145):
             bank.delete(str(row), row)
-        assert len(bank_reader_msa.read_manifest(tmp_path)["deletions"]) < 40
+        assert len(bank_manifest_msa.read_manifest(tmp_path)["deletions"]) < 40
     with BankStore(FakeModel(), tmp_path) as bank:
         assert len(bank) == 5 and not bank.upsert("3", "late", 3)
 
@@ -432,9 +432,9 @@ def test_compacting_keeps_large_segments_and_joins_small_ones(tmp_path: Path, si
     with BankStore(FakeModel(), tmp_path, max_shard_size=2000) as bank:
         for number, size in enumerate(sizes):
             bank.add([{"key": str(number), "text": chr(97 + number) * size}])
-        before, expected = bank_reader_msa.read_manifest(tmp_path)["segments"], texts(bank)
+        before, expected = bank_manifest_msa.read_manifest(tmp_path)["segments"], texts(bank)
         bank.compact()
-        after = bank_reader_msa.read_manifest(tmp_path)["segments"]
+        after = bank_manifest_msa.read_manifest(tmp_path)["segments"]
         assert texts(bank) == expected and texts(MemoryBank.from_pretrained(tmp_path)) == expected
     large = [part["tensors"] for part, size in zip(before, sizes, strict=True) if size == 200]
     assert all(tensors in [part["tensors"] for part in after] for tensors in large)

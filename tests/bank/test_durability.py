@@ -21,7 +21,7 @@ from churn import State, apply, commit, event
 from fake_model import CHUNK, LAYERS, FakeModel, contents, vectors
 
 from msa_hf.bank import BankDamaged, BankNotWritable, BankStore, CommitOutcomeUnknown, ErasureIncomplete
-from msa_hf.model import bank_format_msa, bank_log_msa, bank_reader_msa, bank_writer_msa
+from msa_hf.model import bank_format_msa, bank_log_msa, bank_manifest_msa, bank_writer_msa
 from msa_hf.model.bank_format_msa import BankFormatError
 from msa_hf.model.memory_msa import MemoryBank
 
@@ -35,7 +35,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 def named(directory: Path) -> set[str]:
     """The files that the manifest accounts for."""
-    manifest = bank_reader_msa.read_manifest(directory)
+    manifest = bank_manifest_msa.read_manifest(directory)
     data = (entry["file"] for entry in bank_format_msa.data_files(manifest))
     # A bank that changes has a copy of its manifest, and one that took its place.
     changes = "lineage" in manifest or (directory / "manifest.backup.json").exists()

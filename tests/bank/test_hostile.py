@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from msa_hf.bank import BankDamaged, BankStore
-from msa_hf.model import bank_format_msa, bank_reader_msa, bank_writer_msa
+from msa_hf.model import bank_files_msa, bank_format_msa, bank_manifest_msa, bank_writer_msa
 from msa_hf.model.bank_format_msa import BankFormatError
 from msa_hf.model.memory_msa import MemoryBank
 
@@ -31,7 +31,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         bank.upsert("k2", "another text", 2)
         bank.upsert("new", "one more")
         bank.checkpoint()  # in the manifest, not in the log
-    return directory, bank_reader_msa.read_manifest(directory)
+    return directory, bank_manifest_msa.read_manifest(directory)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_fuzzed_files(bank_copy: Path, original: tuple[Path, dict[str, Any]], da
         fresh = data.draw(st.sampled_from([b"\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0\0\0\0\0", b"\x80", b"\1\0\0\0"]))
         content[place : place + len(fresh)] = fresh[: len(content) - place]
     path.write_bytes(content)
-    entry["sha256"] = bank_reader_msa.file_digest(path)
+    entry["sha256"] = bank_files_msa.file_digest(path)
     sign(bank_copy, manifest)
     try:
         use(bank_copy, data.draw(st.booleans()))
@@ -181,7 +181,7 @@ def test_keys_whose_offsets_lie_are_not_followed(tmp_path: Path, place: int, lie
     """Not even where nothing was compared: a process would end there, of memory that is not its own."""
     bank = make_bank([4] * ROWS, numbered=True)
     bank.save_pretrained(tmp_path)
-    path = tmp_path / bank_reader_msa.read_manifest(tmp_path)["segments"][0]["table"]["file"]
+    path = tmp_path / bank_manifest_msa.read_manifest(tmp_path)["segments"][0]["table"]["file"]
     offsets = np.cumsum([0, *(len(document.key) for document in bank.documents)]).astype("<i4")
     content = path.read_bytes()
     assert content.count(offsets.tobytes()) == 1

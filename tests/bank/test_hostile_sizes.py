@@ -19,7 +19,7 @@ from peak_memory import Measured, measured
 
 from msa_hf.bank import BankDamaged, BankStore
 from msa_hf.generation.protocol import COMPACT
-from msa_hf.model import bank_format_msa, bank_log_msa, bank_reader_msa, bounds_msa
+from msa_hf.model import bank_files_msa, bank_format_msa, bank_log_msa, bank_manifest_msa, bounds_msa
 from msa_hf.model.arrow_msa import MOST_BATCHES, read_stream, table_schema, write_stream
 from msa_hf.model.bank_format_msa import BankFormatError, deletions_payload
 
@@ -55,7 +55,7 @@ def put(directory: Path, record: dict[str, Any], write: Callable[[Path], object]
     path = directory / record["file"]
     path.unlink()
     write(path)
-    record.update(bytes=path.stat().st_size, sha256=bank_reader_msa.file_digest(path))
+    record.update(bytes=path.stat().st_size, sha256=bank_files_msa.file_digest(path))
 
 
 def rows(count: int, text: str = "") -> pa.Table:
@@ -192,7 +192,7 @@ names = [field.name for field in schema]
 def test_banks(
     change: Callable[[Path, dict[str, Any]], None], reader: str, error: str | None, bank: Path, measure: Measured
 ) -> None:
-    manifest = copy.deepcopy(dict(bank_reader_msa.read_manifest(bank)))
+    manifest = copy.deepcopy(dict(bank_manifest_msa.read_manifest(bank)))
     change(bank, manifest)
     sign(bank, manifest)
     check(measure.run(reader, bank), error, size_of(bank))
@@ -252,7 +252,7 @@ def long_backup(directory: Path) -> None:
 
 def long_commit(directory: Path) -> None:
     """A commit behind the manifest."""
-    generation = bank_reader_msa.read_checkpoint(directory)[0].get("generation", 0)
+    generation = bank_manifest_msa.read_checkpoint(directory)[0].get("generation", 0)
     hostile_sidecar(bank_log_msa.entry_name(generation + 1), {"format": "x"})(directory)
 
 
@@ -262,7 +262,7 @@ def vectors(directory: Path) -> None:
     path = directory / f"vectors-0-{'0' * 16}.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     entry = {"file": path.name, "bytes": path.stat().st_size, "sha256": "", "rows": 5, "vectors": 2**40}
-    commit = bank_format_msa.commit_id(bank_reader_msa.read_manifest(directory))
+    commit = bank_format_msa.commit_id(bank_manifest_msa.read_manifest(directory))
     record = {
         "kind": "msa_hf-vectors",
         "version": 1,
@@ -300,14 +300,14 @@ def test_files_of_json(write: Callable[[Path], None], reader: str, error: str, b
 
 def test_a_manifest_may_be_as_large_as_its_files_need(bank: Path) -> None:
     """The records of files that are there are read, however many; the same without the files are not."""
-    manifest: Any = copy.deepcopy(dict(bank_reader_msa.read_manifest(bank)))
+    manifest: Any = copy.deepcopy(dict(bank_manifest_msa.read_manifest(bank)))
     manifest["more"] = [{"file": f"chunks-{number:010d}-{number:016x}", "sha256": "0" * 64} for number in range(60_000)]
     sign(bank, manifest)
     with pytest.raises(BankFormatError, match="beside so few files"):
-        bank_reader_msa.read_manifest(bank)
+        bank_manifest_msa.read_manifest(bank)
     for number in range(3000):
         (bank / f"chunks-{number}").touch()
-    assert bank_reader_msa.read_manifest(bank)["more"] == manifest["more"]
+    assert bank_manifest_msa.read_manifest(bank)["more"] == manifest["more"]
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_a_table_without_rows_can_be_written(tmp_path: Path) -> None:
 
 
 def test_a_lost_table_leaves_the_other_documents(bank: Path) -> None:
-    first = bank_reader_msa.read_manifest(bank)["segments"][0]
+    first = bank_manifest_msa.read_manifest(bank)["segments"][0]
     (bank / first["table"]["file"]).unlink()
     with BankStore(FakeModel(), bank) as store:
         assert [document.key for document in store.documents] == ["other"]

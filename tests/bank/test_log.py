@@ -27,7 +27,7 @@ from msa_hf.bank import (
 )
 from msa_hf.bank.store.deleted_keys import DeletedKeys
 from msa_hf.bank.store.merge import FAN_IN, LOG_COMMITS, merge_start
-from msa_hf.model import bank_reader_msa, bank_writer_msa
+from msa_hf.model import bank_files_msa, bank_manifest_msa, bank_reader_msa, bank_writer_msa
 from msa_hf.model.bank_log_msa import entry_name
 from msa_hf.model.memory_msa import MemoryBank
 
@@ -133,7 +133,7 @@ def test_what_was_put_together_is_not_written_again_at_every_checkpoint(tmp_path
             bank.upsert(f"new{number}", "x", version=1)
             bank.delete(f"new{number}", version=2)
         assert large <= {path.name for path in tmp_path.iterdir()}
-        assert len(bank_reader_msa.read_manifest(tmp_path)["deletions"]) < LOG_COMMITS + 2 * FAN_IN
+        assert len(bank_manifest_msa.read_manifest(tmp_path)["deletions"]) < LOG_COMMITS + 2 * FAN_IN
         assert bank.stat()["remembered_deletions"] == 2900 + 3 * LOG_COMMITS and len(bank) == 100
 
 
@@ -358,14 +358,14 @@ def test_a_missing_commit_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ENOENT])
 def test_what_cannot_be_read_now_is_no_damage(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with filled(tmp_path) as bank:
-        original = bank_reader_msa.file_digest
+        original = bank_files_msa.file_digest
 
         def failing(path: Path) -> str:
             if path.name.startswith("documents"):
                 raise OSError(number, os.strerror(number), str(path))
             return original(path)
 
-        monkeypatch.setattr(bank_reader_msa, "file_digest", failing)
+        monkeypatch.setattr(bank_files_msa, "file_digest", failing)
         found = bank.verify()
         assert {item.documents for item in found} == {0} and all(item.unreadable for item in found)
         assert len(found) == 3, "it goes on to the end"

@@ -17,7 +17,7 @@ from fake_embedder import FakeEmbedder
 from fake_model import FakeModel, contents
 
 from msa_hf.bank import BankStore, place_bank
-from msa_hf.model import bank_reader_msa
+from msa_hf.model import bank_manifest_msa
 from msa_hf.model.bank_format_msa import BankFormatError
 from msa_hf.model.memory_msa import Document, MemoryBank
 from msa_hf.retrieval import add_lexical_index, add_vectors
@@ -52,7 +52,7 @@ def fill(store: BankStore) -> BankStore:
 def damaged(directory: Path, name: str) -> BankStore:
     """A bank one of whose tables or shards is lost."""
     fill(BankStore(FakeModel(), directory)).close()
-    segment = bank_reader_msa.read_manifest(directory)["segments"][0]
+    segment = bank_manifest_msa.read_manifest(directory)["segments"][0]
     record = segment["table"] if name == "table" else segment["tensors"][0]
     (directory / record["file"]).unlink()
     return BankStore(FakeModel(), directory, read_only=True)
@@ -141,7 +141,7 @@ def test_nothing_travels_but_the_bank(tmp_path: Path) -> None:
 
 def test_a_damaged_table_is_not_passed_on(tmp_path: Path) -> None:
     fill(BankStore(FakeModel(), tmp_path)).close()
-    path = tmp_path / bank_reader_msa.read_manifest(tmp_path)["segments"][0]["table"]["file"]
+    path = tmp_path / bank_manifest_msa.read_manifest(tmp_path)["segments"][0]["table"]["file"]
     path.write_bytes(path.read_bytes().replace(b"text 3", b"text \xff"))
     store = BankStore(FakeModel(), tmp_path, read_only=True)
     with pytest.raises(BankFormatError, match="table of documents is damaged"):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from msa_hf.model.bank_files_msa import file_digest
 from msa_hf.model.bank_format_msa import LOCK, manifest_checksum
-from msa_hf.model.bank_reader_msa import file_digest
 from msa_hf.model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable, MemoryBank
 
 CHUNK = 4

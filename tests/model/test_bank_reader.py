@@ -31,7 +31,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from msa_hf.model import bank_reader_msa
+from msa_hf.model import bank_manifest_msa
 from msa_hf.model.bank_format_msa import BankFormatError
 from msa_hf.model.memory_msa import BankOrigin, MemoryBank
 
@@ -301,7 +301,7 @@ def test_an_edited_manifest_and_a_huge_one(saved: Path, monkeypatch: pytest.Monk
     manifest["origin"]["similarity"] = "dot"
     (saved / "manifest.json").write_text(json.dumps(manifest))
     refused(saved, "does not match its `checksum`")
-    monkeypatch.setattr(bank_reader_msa, "MAX_MANIFEST_BYTES", 100)
+    monkeypatch.setattr(bank_manifest_msa, "MAX_MANIFEST_BYTES", 100)
     refused(saved, "larger than the 100 bytes")
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..model.arrow_msa import ArrowTable, numbers_of
+from ..model.bank_files_msa import checked_file
 from ..model.bank_format_msa import (
     OWN_FILE,
     PARTS,
@@ -27,14 +28,7 @@ from ..model.bank_format_msa import (
     TensorPair,
 )
 from ..model.bank_lock_msa import WriterLock
-from ..model.bank_reader_msa import (
-    checked_file,
-    data_left,
-    is_bank,
-    missing_manifest,
-    read_manifest,
-    referenced_files,
-)
+from ..model.bank_manifest_msa import data_left, is_bank, missing_manifest, read_manifest, referenced_files
 from ..model.bank_writer_msa import BankWriter, remove_unnamed, write_text
 from ..model.bounds_msa import read_json
 from .store.erase import described, leftovers, remove_for_good

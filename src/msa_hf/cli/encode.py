@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from ..bank import BankError, RankFailed
     from ..bank.encode_corpus import PART_SIZE, TIMEOUT, agreed, connected, encode_bank
     from ..data.documents import Corpus
-    from ..model.bank_reader_msa import is_bank, read_manifest
+    from ..model.bank_manifest_msa import is_bank, read_manifest
     from ..retrieval import keep_indexes
 
     timeout = TIMEOUT if args.timeout is None else timedelta(seconds=args.timeout)

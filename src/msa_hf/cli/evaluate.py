@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from ..data.documents import Corpus
     from ..evaluation.diagnosis import diagnose
     from ..evaluation.judged_questions import read_judged
-    from ..model.bank_reader_msa import is_bank
+    from ..model.bank_manifest_msa import is_bank
 
     device = device_in(args)
     if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):

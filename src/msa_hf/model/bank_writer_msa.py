@@ -22,6 +22,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from .arrow_msa import ArrowTable, numbers_of, write_stream
+from .bank_files_msa import checked_file, file_digest
 from .bank_format_msa import (
     BACKUP,
     LEFTOVER,
@@ -51,15 +52,7 @@ from .bank_format_msa import (
 )
 from .bank_lock_msa import WriterLock
 from .bank_log_msa import ENTRY_FILE, LogEntry, encode_entry, entry_name
-from .bank_reader_msa import (
-    backup_of,
-    checked_file,
-    file_digest,
-    manifest_mark,
-    read_checkpoint,
-    read_manifest,
-    referenced_files,
-)
+from .bank_manifest_msa import backup_of, manifest_mark, read_checkpoint, read_manifest, referenced_files
 
 logger = logging.getLogger(__name__)
 SMALL_TENSORS = 2**20  # bytes; a file of more is written without a copy of it in memory

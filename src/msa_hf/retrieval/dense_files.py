@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..json_object import JsonObject
+from ..model.bank_files_msa import checked_file
 from ..model.bank_format_msa import BankFormatError, FileRecord
-from ..model.bank_reader_msa import checked_file
 from ..model.bank_writer_msa import BankWriter
 from ..model.bounds_msa import check_header
 from ..model.open_files_msa import SMALL_FILE

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...model.bank_format_msa import LEFTOVER, OWN_FILE, PARTS
 from ...model.bank_log_msa import ENTRY_FILE
-from ...model.bank_reader_msa import referenced_files
+from ...model.bank_manifest_msa import referenced_files
 from ...model.bank_writer_msa import sync
 from .errors import ErasureIncomplete
 

@@ -20,17 +20,16 @@ from ...model.bank_format_msa import (
     format_error,
     new_manifest,
 )
-from ...model.bank_reader_msa import (
+from ...model.bank_manifest_msa import (
     FEW_ROWS,
-    BankReader,
     backup_of,
     check_claims,
     is_bank,
-    mapped_tables,
     read_checkpoint,
     read_manifest,
     referenced_files,
 )
+from ...model.bank_reader_msa import BankReader, mapped_tables
 from ...model.bank_writer_msa import BankWriter, keep_copy, remove_unnamed
 from ...model.origin_msa import BankOrigin
 from .deleted_keys import DeletedKeys

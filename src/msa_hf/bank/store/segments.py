@@ -23,8 +23,9 @@ from ...model.bank_format_msa import (
     index_of,
     key_hash,
 )
-from ...model.bank_reader_msa import BankReader, Shard, shard_layers
+from ...model.bank_reader_msa import BankReader
 from ...model.open_files_msa import TensorFile
+from ...model.shard_msa import Shard, shard_layers
 
 Rows = NDArray[np.int64]
 NO_ROWS = np.empty(0, np.int64)

@@ -4,67 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ...model.arrow_msa import table_schema
-from ...model.bank_format_msa import (
-    MANIFEST,
-    BankError,
-    BankFormatError,
-    Manifest,
-    TensorPair,
-    commit_id,
-    data_files,
-    file_names,
-    library_version,
-    parse_size,
-)
+from ...model.bank_format_msa import BankError, Manifest, file_names, library_version, parse_size
 from ...model.bank_log_msa import entry_names, manifest_after
-from ...model.bank_reader_msa import (
-    TRIES,
-    BankReader,
-    damage_of_file,
-    is_bank,
-    log_generations,
-    manifest_mark,
-    mapped_tables,
-    read_bank,
-    read_checkpoint,
-    read_manifest,
-)
+from ...model.bank_manifest_msa import is_bank, read_checkpoint, read_manifest
+from ...model.bank_reader_msa import BankReader, mapped_tables
 from ...model.bank_writer_msa import BankWriter, remove_files
 from ...model.interface_msa import check_interface
-from ...model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable, LayerMemory, MemoryBank
 from ...model.open_files_msa import SMALL_FILE
-from ...model.routing_msa import RoutingRequest
 from ...moved import renamed
 from ...retrieval.embedders import Embedder
 from ...retrieval.followers import Followers
-from ...retrieval.rows import rows_of_state
 from .buffers import Buffers
 from .changes import Changes, GivenDocument, Known, checked_version, committed, named
 from .commit import Commit, commit_of, entry_in_memory, write_commit
 from .compact import compacted_in_memory, groups_of, write_compacted
-from .deleted_keys import DeletedKeys
 from .encoder import DocumentEncoder, EncodingModel
 from .erase import erase
 from .errors import BankDamaged, BankNotWritable, CommitOutcomeUnknown
 from .format_v1 import as_version_3
-from .lock import WriterLock
 from .merge import LOG_COMMITS, merged_in_memory, segment_bytes, segments_to_merge, write_checkpoint
-from .open import new_bank, read_contents, remove_leftovers
-from .segments import Damage, Segment, damage_of
-from .state import BankStat, State
-from .verify import are_intact, find_damage
+from .open import new_bank, remove_leftovers
+from .reading import CommittedBank
+from .segments import Segment, damage_of
+from .state import State
+from .verify import are_intact
+from .write_access import WriteAccess
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class BankStore:
+class BankStore(CommittedBank):
     """A bank that changes by commits, in a directory or in memory alone.
 
     Every method that changes something is one commit: when it returns, the change is on the disk as a whole; when it
@@ -110,10 +84,6 @@ class BankStore:
         ValueError: where another model made the bank.
     """
 
-    state: State
-    origin: BankOrigin
-    _prefix: dict[int, TensorPair] | None  # None: damaged, and no model to make it again
-
     def __init__(
         self,
         model: EncodingModel | None,
@@ -135,33 +105,23 @@ class BankStore:
             if model is None:
                 raise ValueError("A bank in memory alone needs a `model`, which encodes its documents.")
             device = model.device if device is None else device
-        self.model, self.tokenizer, self.protocol = model, tokenizer, protocol
-        self.directory = None if directory is None else Path(directory)
-        self.read_only = read_only
-        self._limit = parse_size(max_shard_size)
-        self.device = torch.empty(0, device=device or "cpu").device
-        self._encoder: DocumentEncoder | None = None
         check_interface(model)
+        place, encoder = torch.empty(0, device=device or "cpu").device, None
         if model is not None:
             options = {"show_progress": False, **(encode_options or {})}
-            self._encoder = DocumentEncoder(model, tokenizer, protocol, self.device, options)
-        self._mutex = threading.RLock()
+            encoder = DocumentEncoder(model, tokenizer, protocol, place, options)
+        home = None if directory is None else Path(directory)
+        super().__init__(model, home, tokenizer, protocol, read_only, place, encoder)
+        self._limit = parse_size(max_shard_size)
         self._pending: Changes | None = None
-        self._buffers: Buffers | None = None
-        self._snapshot: MemoryBank | None = None
-        self._deleted_keys = DeletedKeys()
-        self._verified: set[str] = set()  # tables that were compared with their SHA-256
-        self._mark: tuple[int, ...] | None = None  # of the manifest that lies there
-        self._opened: tuple[Segment, ...] = ()
-        self._damage: dict[str, Damage] = {}
-        self._lock: WriterLock | None = None
+        self._access: WriteAccess | None = None
         self._closed = False
         try:
             if model is None and self.directory is not None:
                 read_manifest(self.directory)  # before anything is made there
             if self.directory is not None and not read_only:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                self._lock = WriterLock(self.directory, sole_writer)
+                self._access = WriteAccess(self.directory, sole_writer)
                 remove_leftovers(self.directory)
             if self.directory is not None and (read_only or is_bank(self.directory)):
                 self._load(verify=not read_only)
@@ -183,219 +143,28 @@ class BankStore:
         self._buffers = Buffers(layers, 0) if self.directory is None else None
         self._adopt(State.of(manifest, (), np.empty(0, np.int64)))
 
-    def _load(self, verify: bool = False) -> None:
-        """Open the bank as it lies in the directory now, keeping what is open already.
-
-        Args:
-            verify: compare what decides about keys, versions and ids with its SHA-256.
-        """
-        assert self.directory is not None
-        read_bank(
-            self.directory, self.model, self.tokenizer, False, lambda reader: self._read(replace(reader, verify=verify))
-        )
-
-    def _read(self, reader: BankReader) -> None:
-        contents = read_contents(reader, self._opened, self.device)
-        prefix = contents.prefix
-        if prefix is None and self._encoder is not None:
-            prefix = self._encoder.prefix(reader.layout.dtype)
-        self.origin, self._prefix, self._deleted_keys = reader.origin, prefix, contents.keys
-        self._adopt(State.of(contents.manifest, contents.segments, contents.deleted))
-        self._note(contents.damage)
-
     def close(self) -> None:
         """Let another writer in, once a commit that another thread is in has come to its end. Snapshots live on.
 
         Raises:
             RuntimeError: inside a batch of this thread, which goes on.
         """
-        if self._lock is not None and not self._lock.held:  # a forked process may have inherited a mutex that is taken
+        # A forked process may have inherited a mutex that is taken.
+        if self._access is not None and not self._access.held:
             self._closed = True
             return
         with self._mutex:
             if self._pending is not None:
                 raise RuntimeError("close() inside a batch: leave the batch first, which commits it.")
             self._closed = True
-            if self._lock is not None:
-                self._lock.release()
+            if self._access is not None:
+                self._access.release()
 
     def __enter__(self) -> BankStore:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _follow(self) -> None:
-        """Tell what is kept beside the bank of the commit that the bank is at now."""
-        self._followers.follow(rows_of_state(self.state, self.directory))
-
-    # State ------------------------------------------------------------------------------------------------------------
-
-    def _adopt(self, state: State) -> None:
-        """Make this the current state."""
-        self.state = state
-        self._opened = state.segments
-        self._snapshot = None
-
-    def _note(self, damage: list[Damage]) -> None:
-        """Say once what is damaged."""
-        for item in damage:
-            if item.file not in self._damage:
-                self._damage[item.file] = item
-                left_out = f"{item.documents} documents are left out" if item.documents else "no document is lost"
-                logger.warning("%s: %s; %s.", self.directory, item.cause.rstrip("."), left_out)
-
-    def snapshot(self) -> MemoryBank:
-        """The bank as it is now, for good: later commits do not change it. `generate(memory=...)` takes it.
-
-        If it was opened to read and a writer has removed files of the state it was at, it moves on to the last commit.
-        """
-        with self._mutex:
-            for attempt in range(TRIES):
-                try:
-                    if self._snapshot is None:
-                        self._snapshot = self._new_snapshot()
-                    return self._snapshot
-                except BankFormatError:
-                    if attempt + 1 == TRIES or not self.refresh():
-                        raise
-            raise AssertionError
-
-    def _new_snapshot(self) -> MemoryBank:
-        state = self.state
-        if self._buffers is None:
-            starts = state.offsets[state.starts].tolist()
-            segments = dict(zip(starts, state.segments, strict=True))
-            self._buffers = Buffers.load(segments, state.layout, state.all_chunks, self.device)
-        layers = {layer: DenseLayer(*pair) for layer, pair in self._buffers.view(state.all_chunks).items()}
-        documents = DocumentTable(state.table, state.hidden, state.find)
-        offsets, counts = torch.from_numpy(state.offsets), (state.chunks, state.tokens)
-        next_id = state.manifest["next_id"]
-        bank = MemoryBank(layers, offsets, self.whole_prefix(), documents, self.origin, counts, next_id)
-        bank.home, bank.indexes = self._followers.home, self._followers.searchers()
-        return bank
-
-    @property
-    def documents(self) -> DocumentTable:
-        """The documents of now; their tensors are not read."""
-        return DocumentTable(self.state.table, self.state.hidden, self.state.find)
-
-    @property
-    def prefix(self) -> dict[int, TensorPair]:
-        """Keys and values of the template prefix; see `MemoryBank`."""
-        return self.whole_prefix()
-
-    def session(self, request: RoutingRequest) -> AbstractContextManager[Mapping[int, LayerMemory]]:
-        """The layers of the state of now, for one forward; see `Memory`."""
-        return self.snapshot().session(request)
-
-    def whole_prefix(self) -> dict[int, TensorPair]:
-        """Keys and values of the template prefix, per layer.
-
-        Raises:
-            BankDamaged: if its file is damaged and there is no model to make it again.
-        """
-        if self._prefix is None:
-            raise BankDamaged(
-                "The file of the template prefix is damaged: open the bank with its model, which makes it."
-            )
-        return self._prefix
-
-    def search(self, query: str | Sequence[str], k: int = 10, mode: str = "hybrid", **options: Any) -> Any:
-        """`MemoryBank.search` in the bank as it is now, with its own model, tokenizer, protocol and embedder."""
-        own = {"model": self.model, "tokenizer": self.tokenizer, "protocol": self.protocol}
-        return self.snapshot().search(query, k, mode, **{**own, **options})
-
-    def refresh(self) -> bool:
-        """Move on to the last commit of another process; returns whether there was one."""
-        with self._mutex:
-            if self.directory is None or self._lock is not None:
-                return False
-            if read_manifest(self.directory)["checksum"] == self.state.manifest.get("checksum"):
-                return False
-            old = self.state
-            self._load()
-            self._keep_buffers(old)
-            self._follow()
-            return True
-
-    def _keep_buffers(self, old: State) -> None:
-        """Append to the tensors in memory what is new since a state; if rows were moved, they are read again."""
-        if self._buffers is not None and not self._buffers.follow(old, self.state):
-            self._buffers = None
-
-    def __len__(self) -> int:
-        return len(self.state)
-
-    def __contains__(self, key: str) -> bool:
-        return self._find(key) is not None
-
-    def get(self, key: str) -> Document | None:
-        """The document named `key` as it was last committed, None if there is none.
-
-        Raises:
-            BankDamaged: if a table that may hold the document is damaged.
-        """
-        row = self._find(key)
-        return None if row is None else DocumentTable(self.state.table, find=self.state.find).row(row)
-
-    def _find(self, key: str) -> int | None:
-        """The row of a key; that there is none is never said from bytes that were not verified.
-
-        If a writer has removed files of the state of a bank that was opened to read, it moves on to the last commit.
-        """
-        for attempt in range(TRIES):
-            row = self.state.find(key)
-            if row is not None or self.directory is None:
-                return row
-            if self.state.may_have_lost(key):
-                raise BankDamaged(f"{key!r} may be the key of a document in damaged files ({self._damaged_files()}).")
-            try:
-                self._verify_tables()
-            except BankDamaged:
-                if attempt + 1 == TRIES or not self.refresh():
-                    raise
-            else:
-                return None
-        raise AssertionError
-
-    def _damaged_files(self) -> str:
-        return ", ".join(sorted(self._damage))
-
-    def _verify_tables(self) -> None:
-        """Compare the tables of a bank that was opened to read with their SHA-256, each of them once."""
-        assert self.directory is not None
-        if not self.read_only:
-            return  # it was opened with that
-        for segment in self.state.segments:
-            record = segment.record["table"]
-            if record["file"] not in self._verified and not segment.lost.all():
-                if (cause := damage_of_file(self.directory, record)) is not None:
-                    raise BankDamaged(f"{cause} Whether the document is there is not known.")
-                self._verified.add(record["file"])
-
-    @property
-    def generation(self) -> int:
-        """Commits that led here."""
-        return self.state.manifest["generation"]
-
-    def stat(self) -> BankStat:
-        """Numbers about the bank."""
-        state = self.state
-        files = [] if self.directory is None else data_files(state.manifest)
-        return {
-            "documents": len(state),
-            "deleted": len(state.deleted),
-            "damaged": len(state.hidden) - len(state.deleted),
-            "chunks": state.chunks,
-            "tokens": state.tokens,
-            "segments": len(state.segments),
-            "generation": self.generation,
-            "next_id": state.manifest["next_id"],
-            "remembered_deletions": len(self._deleted_keys),
-            "bytes": sum(entry["bytes"] for entry in files),
-            "indexes": self._followers.describe(),
-        }
 
     # Changes ----------------------------------------------------------------------------------------------------------
 
@@ -490,12 +259,12 @@ class BankStore:
         return changes.put(key, text, tokens, version, metadata)
 
     def _check_writable(self) -> None:
-        if self._closed:
+        if self._closed or (self._access is not None and self._access.given_up):
             raise BankNotWritable("This bank is closed.")
         if self.read_only:
             raise BankNotWritable("This bank was opened with read_only=True.")
-        if self._lock is not None:
-            self._lock.check()
+        if self._access is not None:
+            self._access.check()
         if lost := len(self.state.hidden) - len(self.state.deleted):
             raise BankDamaged(
                 f"{lost} documents are in damaged files ({self._damaged_files()}). Restore these from a "
@@ -517,17 +286,18 @@ class BankStore:
             if len(self.state.segments) % LOG_COMMITS == 0:
                 self._adopt(merged_in_memory(self.state))
             return
+        access = self._required_access()
         if "lineage" not in self.state.manifest or any(segment.stale for segment in self.state.segments):
             self._checkpoint()  # an earlier format, or an index that was made anew: nothing of it lies there yet
-        self._check_is_last()
-        with self._committing() as writer:
+        access.check_is_last(self.state.manifest)
+        with access.committing() as writer:
             entry = write_commit(writer, self.state, commit, self._limit)
-            self._check_is_last()  # again: what was written may have taken its time
+            access.check_is_last(self.state.manifest)  # again: what was written may have taken its time
             try:
                 writer.append(entry)
             except FileExistsError:
-                raise self._replaced() from None
-        with self._after_commit():
+                raise access.replaced() from None
+        with access.after_commit():
             manifest, segments = manifest_after(self.state.manifest, entry), self.state.segments
             if entry["segment"] is not None:
                 reader = BankReader(self.directory, manifest, self.origin, verify=False)
@@ -542,6 +312,11 @@ class BankStore:
         if len(entry_names(self.state.manifest)) >= LOG_COMMITS:
             self._maintain()
 
+    def _required_access(self) -> WriteAccess:
+        """The right to write, of a bank in a directory that was opened with it."""
+        assert self._access is not None
+        return self._access
+
     def _follow_commit(self, commit: Commit, manifest: Manifest, segments: tuple[Segment, ...]) -> None:
         """Make what was committed the current state."""
         self._deleted_keys.update(commit.versions)
@@ -550,80 +325,6 @@ class BankStore:
         self._adopt(self.state.followed_by(manifest, segments, commit.gone))
         self._follow()
 
-    @contextlib.contextmanager
-    def _committing(self) -> Iterator[BankWriter]:
-        """A writer; if what is done with it fails, all is as before, or this bank must be opened again.
-
-        Raises:
-            CommitOutcomeUnknown: if it fails when readers may see the commit.
-        """
-        assert self.directory is not None
-        writer = BankWriter(self.directory)
-        try:
-            with writer:
-                yield writer
-        except BaseException as error:
-            if writer.may_have_committed():
-                self._give_up()
-                raise CommitOutcomeUnknown(
-                    f"{self.directory}: a commit was begun and its end is not known ({type(error).__name__}: {error}). "
-                    "Open the bank again: it has the commit as a whole, or nothing of it."
-                ) from error
-            raise
-
-    @contextlib.contextmanager
-    def _after_commit(self) -> Iterator[None]:
-        """A block after a commit that is on the disk; if it fails, this bank must be opened again.
-
-        Raises:
-            CommitOutcomeUnknown: for whatever is raised.
-        """
-        try:
-            yield
-        except BaseException as error:
-            self._give_up()
-            raise CommitOutcomeUnknown(
-                f"{self.directory}: the commit is on the disk, but this object could not follow it "
-                f"({type(error).__name__}: {error}). Open the bank again."
-            ) from error
-
-    def _give_up(self) -> None:
-        """Let another writer in, and refuse everything from now on."""
-        self._closed = True
-        if self._lock is not None:
-            self._lock.release()
-
-    def _check_is_last(self) -> None:
-        """Make sure, directly before a commit, that nobody else has written meanwhile."""
-        assert self.directory is not None
-        if self._lock is not None:
-            self._lock.check()
-        manifest = self.state.manifest
-        if self._mark is not None and manifest_mark(self.directory) == self._mark:
-            return
-        now, self._mark = read_checkpoint(self.directory)
-        same = "lineage" in manifest and commit_id(now) == f"{manifest['lineage']}-{manifest['checkpoint']}"
-        if not same and read_manifest(self.directory)["checksum"] != manifest.get("checksum"):
-            self._mark = None
-            raise self._replaced()
-
-    def _replaced(self) -> BankNotWritable:
-        assert self.directory is not None
-        generation = read_manifest(self.directory).get("generation")
-        return BankNotWritable(f"{self.directory} was replaced since it was opened (generation {generation}).")
-
-    def _swap(self, manifest: Manifest, write: Callable[[BankWriter], None]) -> None:
-        """Run what writes files and fills a manifest, and put that in the place of the one that lies there."""
-        assert self.directory is not None
-        self._check_is_last()
-        with self._committing() as writer:
-            write(writer)
-            self._check_is_last()
-            if log_generations(self.directory) and max(log_generations(self.directory)) > self.generation:
-                raise self._replaced()
-            writer.commit(manifest)
-        self._mark = manifest_mark(self.directory)
-
     def _checkpoint(self, watermark: int | None = None) -> None:
         """Write a manifest of the state of now, with small segments put together; the log begins anew.
 
@@ -631,7 +332,7 @@ class BankStore:
             watermark: deletions up to which are forgotten. None: as it is.
         """
         assert self.directory is not None
-        state = self.state
+        state, access = self.state, self._required_access()
         before, _ = read_checkpoint(self.directory)
         numbers = segments_to_merge(state, before, self._limit)
         if not are_intact(self.directory, (state.segments[number] for number in numbers)):
@@ -642,10 +343,12 @@ class BankStore:
         if watermark is not None:
             manifest["watermark"] = watermark
         reader = BankReader(self.directory, state.manifest, self.origin, verify=False)
-        self._swap(
-            manifest, lambda writer: write_checkpoint(writer, manifest, state, reader, before, numbers, self._limit)
+        access.swap(
+            state.manifest,
+            manifest,
+            lambda writer: write_checkpoint(writer, manifest, state, reader, before, numbers, self._limit),
         )
-        with self._after_commit():
+        with access.after_commit():
             kept = state.segments[: numbers[0]] if numbers else state.segments
             for segment, record in zip(kept, manifest["segments"], strict=False):
                 segment.record, segment.stale = record, False
@@ -682,7 +385,7 @@ class BankStore:
                 exc_info=not isinstance(error, OSError | BankError),
             )
         except BaseException:
-            with self._after_commit():
+            with self._required_access().after_commit():
                 raise
 
     # Care -------------------------------------------------------------------------------------------------------------
@@ -733,8 +436,9 @@ class BankStore:
                     entry = writer.deletions(self.generation + 1, np.empty(0, np.int64), keys)
                     manifest["deletions"] = [entry]
 
-            self._swap(manifest, write)
-            with self._after_commit():
+            access = self._required_access()
+            access.swap(state.manifest, manifest, write)
+            with access.after_commit():
                 self._damage = {}
                 self._buffers = None
                 self._load()
@@ -795,30 +499,6 @@ class BankStore:
             self._deleted_keys.forget(until)
             return known - len(self._deleted_keys)
 
-    def verify(self) -> list[Damage]:
-        """Read every file and compare it with its SHA-256; returns what is damaged, an empty list where nothing is.
-
-        Documents of damaged files are left out from now on; the others stay usable. Before the bank can be written to
-        again, the files must be restored, or the documents given up with `discard_damaged()`.
-        """
-        with self._mutex:
-            if self.directory is None:
-                return []
-            found: list[Damage] = []
-            try:
-                read_manifest(self.directory)
-            except BankFormatError as error:
-                found.append(Damage(MANIFEST, str(error), tuple(self.state.table["key"].to_pylist())))
-            else:
-                self.refresh()
-            state = self.state
-            found += find_damage(self.directory, state, self._damage)
-            if found:
-                self._note(found)
-                self._buffers = None
-                self._adopt(State.of(state.manifest, state.segments, state.deleted))
-            return found
-
     def discard_damaged(self) -> int:
         """Give up the documents in damaged files, as if they were deleted; returns how many. Ids stay taken."""
         with self._mutex:
@@ -835,17 +515,6 @@ class BankStore:
                 raise
             self._adopt(State.of(self.state.manifest, self.state.segments, self.state.deleted))
             return len(lost)
-
-    def __reduce__(self) -> NoReturn:
-        other = "" if self.directory is None else f", or the directory {str(self.directory)!r}, to open it there"
-        raise TypeError(
-            "A BankStore holds open files and the right to write, and cannot be pickled or copied: pass "
-            f"`store.snapshot()`, which can be{other}."
-        )
-
-    def __repr__(self) -> str:
-        where = "memory" if self.directory is None else repr(str(self.directory))
-        return f"BankStore({where}, documents={len(self)}, tokens={self.state.tokens}, generation={self.generation})"
 
 
 __getattr__ = renamed(__name__, {"OpenBank": "BankStore"})

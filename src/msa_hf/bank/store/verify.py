@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from ...model.bank_files_msa import damage_of_file
 from ...model.bank_format_msa import BACKUP, MANIFEST, BankFormatError, BankUnreadable, Manifest, data_files
 from ...model.bank_log_msa import copies_differ, entry_names
-from ...model.bank_reader_msa import backup_of, damage_of_file, read_checkpoint
+from ...model.bank_manifest_msa import backup_of, read_checkpoint
 from .segments import NO_ROWS, Damage, Loss, Rows, Segment, damage_of
 from .state import State
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...model.bank_reader_msa import Shard
+from ...model.shard_msa import Shard
 
 
 @dataclass(frozen=True)
