@@ -27,6 +27,7 @@ from . import (
     refresh,
     retrofit,
     search,
+    serve,
     train,
 )
 
@@ -50,6 +51,7 @@ COMMANDS: tuple[Command, ...] = (
     encode,
     ask,
     search,
+    serve,
     chain,
     train,
     evaluate,
