@@ -1,0 +1,1 @@
+"""A bank as tools for assistants: a server of the Model Context Protocol, `msa-hf mcp` (docs/mcp.md)."""
