@@ -28,6 +28,7 @@ from . import (
     refresh,
     retrofit,
     search,
+    serve,
     train,
 )
 
@@ -51,6 +52,7 @@ COMMANDS: tuple[Command, ...] = (
     encode,
     ask,
     search,
+    serve,
     chain,
     train,
     evaluate,

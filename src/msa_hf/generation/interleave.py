@@ -45,12 +45,14 @@ class Answer:
         documents: those that were read, in reading order.
         trace: how it came about.
         token_ids: what the model wrote in the answer stage, opening and end included.
+        prompt_tokens: of the transcript that the answer follows, texts that were read among them.
     """
 
     text: str
     documents: list[Source]
     trace: Trace
     token_ids: list[int]
+    prompt_tokens: int = 0
 
 
 @dataclass
@@ -217,6 +219,14 @@ class MemoryInterleave:
             raise
         return answers[0] if isinstance(questions, str) else answers
 
+    def check(self, question: str, **generate_kwargs: Any) -> None:
+        """Make sure that a question can be asked, with the options of `ask`.
+
+        Raises:
+            ValueError: as `ask` would.
+        """
+        self._sample(0, question, self.answering.options(None, generate_kwargs, self.max_new_tokens))
+
     # Rounds -----------------------------------------------------------------------------------------------------------
 
     def _sample(self, number: int, question: str, options: GenerateOptions) -> _Sample:
@@ -371,7 +381,9 @@ class MemoryInterleave:
         for sample, found, count in zip(samples, written, fed, strict=True):
             sample.trace.answer = found.text
             sample.trace.stages["answer"] = Stage(count + len(found.token_ids), seconds)
-            answers.append(Answer(found.text, sample.documents, sample.trace, found.token_ids))
+            answers.append(
+                Answer(found.text, sample.documents, sample.trace, found.token_ids, _tokens(sample.segments))
+            )
         return answers
 
 

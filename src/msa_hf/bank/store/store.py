@@ -242,6 +242,14 @@ class BankStore(CommittedBank):
         with self._changing() as changes:
             return changes.delete(named(key), version)
 
+    def known_version(self, key: str) -> int | None:
+        """The version up to which events about a key have no effect: that of its document or of its deletion, or a
+        watermark above it; None where none is known."""
+        with self._mutex:
+            known, _ = self._committed(key) if self._pending is None else self._pending.known(key)
+            versions = [item for item in (known.version, self.state.manifest.get("watermark")) if item is not None]
+            return max(versions, default=None)
+
     def _committed(self, key: str) -> tuple[Known, int | None]:
         return committed(self.state, self._deleted_keys, key)
 
