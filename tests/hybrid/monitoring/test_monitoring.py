@@ -18,7 +18,7 @@ from msa_hf.bank import BankStore
 from msa_hf.evaluation import UNANSWERABLE, Question, exact_match, make_corpus
 from msa_hf.generation import MemoryInterleave, PromptProtocol
 from msa_hf.hybrid.monitoring import Budget, Finding, Monitor, Watched, calibrate, make_report
-from msa_hf.hybrid.monitoring.names import KnownNames, known_names, names_of
+from msa_hf.hybrid.monitoring.names import KnownNames, QuestionNames, names_of
 from msa_hf.hybrid.monitoring.second_reading import Evidence, SecondReader
 from msa_hf.model.memory_msa import DocumentTable
 from msa_hf.retrieval import Searcher, add_lexical_index
@@ -181,7 +181,7 @@ def test_names_that_no_document_has_make_an_answer_worth_less(world: World) -> N
     searcher = Searcher(bank)
 
     def names(question: str, read: set[int]) -> KnownNames:
-        return known_names(searcher, question, searcher.rankings("lexical", [question], 10)[0], read)
+        return QuestionNames(searcher, question).known(searcher.rankings("lexical", [question], 10)[0], read)
 
     def weight(word: str) -> float:
         return searcher.rankings("lexical", [word], 1)[0][0][1]
@@ -192,6 +192,9 @@ def test_names_that_no_document_has_make_an_answer_worth_less(world: World) -> N
     assert names("What does Ada Quorn keep?", {2}) == KnownNames(1.0, 0.0)
     unknown = math.log(1 + 3.5 / 0.5)  # a word of no document, of three
     assert names("What does Ada Holm keep?", set()).other == pytest.approx(_share(weight("Ada"), unknown))
+    both = QuestionNames(searcher, "Do Ada Quorn and Ada Velt meet?")
+    assert both.share([0]) < 1.0 == both.share([0, 1]) and both.share([2]) == both.share([]) == 0.0
+    assert QuestionNames(searcher, "who is he?").share([]) == 1.0, "without names nothing is missing"
     assert names("where is rain", {0}) == names("Who is he?", {0}) == KnownNames(1.0, 0.0)
     assert names_of("Who knows Ada's hill, Bo?") == ["Ada", "Bo"]
 

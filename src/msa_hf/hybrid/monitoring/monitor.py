@@ -11,7 +11,6 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ...evaluation.metrics import normalize_answer
 from ...generation import Answer, MemoryInterleave, PromptProtocol
 from ...generation.combining import combine_layers
 from ...model.memory_msa import Memory, MemoryBank, Snapshots
@@ -20,13 +19,14 @@ from ...retrieval import Embedder, FusionWeights, Searcher, fuse
 from .calibration import Calibration, calibrate
 from .coverage import sentences_of
 from .finding import Cost, Finding, SecondAnswer
-from .names import known_names
+from .names import QuestionNames
+from .recovering import Recovered, Unanswered, confirm, read_one_by_one
 from .second_reading import Evidence, Reading, SecondReader, same_answer
 from .signals import CHECKS, SIGNALS, RoutedRound, routing_signals
 
 DEPTH = 100  # documents of each way that are looked at
-CONFIRMING = 2  # documents that must be enough for an answer where there was none
 LINKED = 3  # more texts for a question without an answer
+ALONE = 2  # more that are read by themselves
 _WORD = re.compile(r"\w+")
 
 
@@ -62,7 +62,8 @@ class _Watched:
     routed: list[int]
     scores: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     linked: list[int] = field(default_factory=list)
-    names: float = 1.0
+    names: QuestionNames | None = None
+    known_names: float = 1.0
     signals: dict[str, float] = field(default_factory=dict)
     second: dict[str, SecondAnswer] = field(default_factory=dict)
     cost: dict[str, Cost] = field(default_factory=dict)
@@ -91,8 +92,9 @@ class Monitor:
     A check whose answer is empty or a refusal says nothing against the first answer. Else it counts by how many nats
     more likely its own answer is than the first one, both given what the check read: as `..._disagree`; or where the
     first answer was empty or a refusal as `..._recover`, times the share of the question's names that a document has.
-    Where more checks give the first answer again than do not, disagreements count nothing; and what `"texts"` recovers
-    counts if the documents that say it are enough for it.
+    Where more checks give the first answer again than do not, disagreements count nothing. Without an answer `"texts"`
+    also reads each candidate alone, behind what was read first, and what all of them together say counts if the
+    documents that say it are enough for it; the better of the two counts.
 
     Args:
         model, tokenizer: that answer.
@@ -368,8 +370,9 @@ class Monitor:
             own = max((score for position, score in ranking if position in known), default=low)
             found[f"{way}_gap"] = best - own
         if "lexical" in self.ways:
-            names = known_names(self.searcher, item.question, item.scores["lexical"], known)
-            item.names = max(names.other, names.read)
+            item.names = QuestionNames(self.searcher, item.question)
+            names = item.names.known(item.scores["lexical"], known)
+            item.known_names = max(names.other, names.read)
             found["lexical_gap"] *= max(names.other - names.read, 0.0)
         return found
 
@@ -424,28 +427,43 @@ class Monitor:
             [item.question for item in watched], [found for found, _ in evidence], [item.answer for item in watched]
         )
         for item, reading, (_, new) in zip(watched, readings, evidence, strict=True):
-            agrees, advantage, tokens = self._agrees(item, reading), reading.advantage, reading.tokens
+            agrees, advantage = self._agrees(item, reading), reading.advantage
             recovers = not agrees and self._says_nothing(item.answer)
-            if recovers and check == "texts":
-                advantage, more = self._confirmed(item, reading, new)
-                agrees, tokens = advantage == 0.0, tokens + more
             keys = [self.bank.documents[position].key for position in new]
             item.second[check] = SecondAnswer(reading.text, agrees, keys)
-            item.signals[f"{check}_recover"] = advantage * item.names if recovers else 0.0
+            item.signals[f"{check}_recover"] = advantage * item.known_names if recovers else 0.0
             item.signals[f"{check}_disagree"] = 0.0 if agrees or recovers else advantage
-            item.cost[check] = Cost(0.0, tokens)
+            item.cost[check] = Cost(0.0, reading.tokens)
+        if check == "texts":
+            rows = zip(watched, readings, evidence, strict=True)
+            self._recover([(item, reading, new) for item, reading, (_, new) in rows if self._says_nothing(item.answer)])
 
-    def _confirmed(self, item: _Watched, reading: Reading, new: Sequence[int]) -> tuple[float, int]:
-        """The advantage of an answer where there was none, if the documents that say it are enough for it, else 0; and
-        the tokens for that. An answer that no document says in these words keeps its advantage."""
-        said = f" {normalize_answer(reading.text)} "
-        texts = {position: self.bank.documents[position].text or "" for position in new}
-        saying = [position for position, text in texts.items() if said in f" {normalize_answer(text)} "][:CONFIRMING]
-        if not saying:
-            return reading.advantage, 0
-        (again,) = self.reader.read([item.question], [Evidence([*item.read[:1], saying])], [item.answer])
-        same = same_answer(again.text, reading.text)
-        return (min(reading.advantage, again.advantage) if same else 0.0), again.tokens
+    def _recover(self, rows: Sequence[tuple[_Watched, Reading, Sequence[int]]]) -> None:
+        """Look for the answer to questions without one: by what their texts say together, if that is confirmed, and by
+        each of them alone; the better one counts."""
+        asked = []
+        for item, _, new in rows:
+            ranked = [position for way in self.ways for position, _ in item.scores[way]]
+            others = [position for position in dict.fromkeys(ranked) if position not in {*new, *item.known}]
+            read = item.read[0] if item.read else ()
+            asked.append(Unanswered(item.question, item.answer, read, [*new, *others[:ALONE]], item.names))
+        alone = read_one_by_one(self.reader, asked, self._says_nothing, self.batch_size)
+        for (item, reading, new), question, single in zip(rows, asked, alone, strict=True):
+            together, tokens = 0.0, single.tokens
+            if not self._agrees(item, reading):
+                together, more = confirm(
+                    self.reader, question, reading, lambda position: self.bank.documents[position].text or ""
+                )
+                together, tokens = together * item.known_names, tokens + more
+            item.second["texts"] = self._recovered(reading, new, together, single)
+            item.signals["texts_recover"] = max(together, single.advantage)
+            item.cost["texts"] = Cost(0.0, item.cost["texts"].tokens + tokens)
+
+    def _recovered(self, reading: Reading, new: Sequence[int], together: float, single: Recovered) -> SecondAnswer:
+        best = single.position if single.advantage > together else None
+        order = new if best is None else [best, *(position for position in new if position != best)]
+        keys = [self.bank.documents[position].key for position in order]
+        return SecondAnswer(reading.text if best is None else single.text, not max(together, single.advantage), keys)
 
     def _outvote(self, item: _Watched) -> None:
         """Let disagreements count nothing where more checks give the first answer again."""

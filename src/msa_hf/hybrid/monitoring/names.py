@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from ...retrieval import Searcher
@@ -26,38 +26,48 @@ class KnownNames:
     read: float
 
 
-def known_names(
-    searcher: Searcher, question: str, ranking: Sequence[tuple[int, float]], read: Collection[int]
-) -> KnownNames:
-    """Look for the names of a question in documents: an answer about a name that no document has is none.
+class QuestionNames:
+    """The names of a question, and which of them documents have: an answer about a name that no document has is none.
 
     A name weighs what it scores by itself in the best document that has it; one that no document has, as much as it
-    would by the formula of BM25. A question without names is taken for one whose names only others have.
+    would by the formula of BM25.
 
     Args:
         searcher: of a bank with a lexical index.
         question: text.
-        ranking: what the index has for it, positions with scores, best first.
-        read: positions of the documents that were read.
 
     Raises:
         ValueError: where the bank has no lexical index.
     """
-    index, weights = searcher.lexical(), dict[str, float]()
-    for word in names_of(question):
-        for term in index.terms(word):
-            (hits,) = searcher.rankings("lexical", [word], 1)
-            weights[term] = hits[0][1] if hits else math.log(1 + (len(searcher.bank) + 0.5) / 0.5)
-    total = sum(weights.values())
-    if not total:
-        return KnownNames(1.0, 0.0)
 
-    def share(position: int) -> float:
-        there = set(index.terms(searcher.bank.documents[position].text or ""))
-        return sum(weight for term, weight in weights.items() if term in there) / total
+    def __init__(self, searcher: Searcher, question: str) -> None:
+        self._documents, self._index = searcher.bank.documents, searcher.lexical()
+        self.weights = dict[str, float]()
+        for word in names_of(question):
+            for term in self._index.terms(word):
+                (hits,) = searcher.rankings("lexical", [word], 1)
+                unknown = math.log(1 + (len(searcher.bank) + 0.5) / 0.5)
+                self.weights[term] = hits[0][1] if hits else unknown
 
-    others = [position for position, _ in ranking if position not in read][:LOOKED_AT]
-    return KnownNames(max(map(share, others), default=0.0), max(map(share, read), default=0.0))
+    def share(self, positions: Iterable[int]) -> float:
+        """The share of the names that these documents have together; 1 for a question without names."""
+        total = sum(self.weights.values())
+        there = {term for position in positions for term in self._index.terms(self._documents[position].text or "")}
+        return sum(weight for term, weight in self.weights.items() if term in there) / total if total else 1.0
+
+    def known(self, ranking: Sequence[tuple[int, float]], read: Collection[int]) -> KnownNames:
+        """The shares that single documents have. A question without names is taken for one whose names only others
+        have.
+
+        Args:
+            ranking: what the index has for the question, positions with scores, best first.
+            read: positions of the documents that were read.
+        """
+        if not self.weights:
+            return KnownNames(1.0, 0.0)
+        others = [position for position, _ in ranking if position not in read][:LOOKED_AT]
+        best_other = max((self.share([position]) for position in others), default=0.0)
+        return KnownNames(best_other, max((self.share([position]) for position in read), default=0.0))
 
 
 def names_of(question: str) -> list[str]:
