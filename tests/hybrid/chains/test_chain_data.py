@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msa_hf.hybrid.chains import Chain, ChainError, Step, chain_from_dict, chain_to_dict, check_chain, load_chain
+from msa_hf.hybrid.chains import (
+    Chain,
+    ChainError,
+    ChainRunner,
+    Loop,
+    Step,
+    StepError,
+    chain_from_dict,
+    chain_to_dict,
+    check_chain,
+    load_chain,
+)
 from msa_hf.hybrid.chains.chain import Condition, Extract
 from msa_hf.hybrid.chains.checking import in_order
 from msa_hf.hybrid.chains.extracting import extract, holds, names_in
@@ -175,6 +187,8 @@ BAD = [
     ("name", ..., "lacks `name`"),
     ("name", " ", "`name` must be a text"),
     ("version", 1, "there is no field 'version'"),
+    ("name", "a\ud800", "name: is no Unicode"),
+    ("steps.3.prompt", "a\ud800", "step 'last', prompt: is no Unicode"),
 ]  # fmt: skip
 
 
@@ -248,6 +262,22 @@ def test_files_that_are_no_chain(tmp_path: Path, text: str, says: str) -> None:
         load_chain(path)
 
 
+def test_chains_that_would_never_end_are_refused() -> None:
+    """Too many steps, also multiplied by loops within loops, and texts that double from round to round."""
+    many = tuple(Step(f"s{number}", f"{{s{number + 1}}}") for number in range(1000))
+    with pytest.raises(ChainError, match="more than 1000 steps"):
+        check_chain(Chain("x", (*many, Step("s1000", "x"))))
+    nested = Loop((Step("a", loop=Loop((Step("b", "{question}"),), 100, until=Condition("b", "is", "empty"))),), 100)
+    nested = dataclasses.replace(nested, until=Condition("a/last", "is", "empty"))
+    check_chain(Chain("x", (Step("c", loop=nested),)))
+    nested = Loop((Step("c", loop=nested),), 100, until=Condition("c/last", "is", "empty"))
+    with pytest.raises(ChainError, match="allow 1010102 steps, more than 100000; lower an `at_most`"):
+        check_chain(Chain("x", (Step("d", loop=nested), Step("e", "{question}"))))
+    doubling = Loop((Step("s", "{v}", model=None),), 100, start={"v": "{question}"}, next={"v": "{s}{s}"})
+    with pytest.raises(StepError, match="more than 8388608 characters"):
+        ChainRunner().run(Chain("x", (Step("l", loop=doubling),)), "question")
+
+
 def test_order_and_the_default_answer() -> None:
     steps = [Step("c", "{b}{a}"), Step("a", "{question}"), Step("b", "{a}"), Step("d", "x")]
     assert [step.name for step in in_order(steps)] == ["a", "b", "c", "d"]
@@ -255,8 +285,6 @@ def test_order_and_the_default_answer() -> None:
     check_chain(chain)
     assert chain.answer_template == "{d}"
     deep = Step("e0", "x")
-    from msa_hf.hybrid.chains import Loop
-
     for number in range(1, 6):
         deep = Step(f"e{number}", loop=Loop((deep,), 1))
     with pytest.raises(ChainError, match="loops within loops"):

@@ -74,6 +74,8 @@ def test_deep_schemas_are_refused() -> None:
         ('{"answer": "a", "keys": [], "sure": 1}', "it.sure must be a boolean"),
         ('{"answer": "a", "answer": "b", "keys": []}', "stands twice"),
         ('{"answer": NaN, "keys": []}', "NaN is no number"),
+        ('{"answer": 1e999, "keys": []}', "1e999 is larger than any number"),
+        ('{"answer": -1e999, "keys": []}', "-1e999 is larger than any number"),
         ("[" * 100_000, "it is not JSON"),
         ("[1]", "it must be an object"),
     ],

@@ -211,6 +211,27 @@ def test_entries_without_the_field_are_kept_for_those_who_look(url: str, client:
     assert fields[b"id"].decode() == client.xrange("fields")[0][0].decode()
 
 
+def test_a_message_that_nobody_keeps_is_not_acknowledged(url: str, client: Any, fast_path: Path) -> None:
+    """Dead letters that cannot be written: the consumer stops, and goes on once they can be."""
+    source = RedisSource(url, "poison", "g")
+    client.xadd("poison", {"event": b"no event"})
+    with BankStore(FakeModel(), fast_path / "bank") as bank:
+        consumer = StreamConsumer(source, bank, wait=0.01)
+        client.set("poison:dead", "no stream")
+        with pytest.raises(StreamError, match="'poison:dead' is no stream"):
+            consumer.run(until_idle=True)
+        client.delete("poison:dead")
+        source.recover()
+        client.config_set("maxmemory", "1")
+        with pytest.raises(StreamError, match="memory is full"):
+            consumer.run(until_idle=True)
+        client.config_set("maxmemory", "0")
+        assert client.xpending("poison", "g")["pending"] == 1
+        source.recover()
+        consumer.run(until_idle=True)
+    assert client.xpending("poison", "g")["pending"] == 0 and client.xlen("poison:dead") == 1
+
+
 def test_mistakes_are_named(url: str, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     client.set("text", "no stream")
     with pytest.raises(StreamError, match="'text' is no stream; name another key"):
@@ -219,6 +240,12 @@ def test_mistakes_are_named(url: str, client: Any, monkeypatch: pytest.MonkeyPat
         RedisSource("http://somewhere", "s", "g")
     with pytest.raises(StreamUnavailable, match=r"redis://127\.0\.0\.1:1 within"):
         RedisSource("redis://user:secret@127.0.0.1:1", "s", "g")
+    with pytest.raises(StreamError, match=r"'text' at .* is a string, no stream; name another key for dead letters"):
+        RedisSource(url, "s", "g", dead_letters="text")
+    with pytest.raises(StreamError, match="'s' cannot get its own dead letters"):
+        RedisSource(url, "s", "g", dead_letters="s")
+    with pytest.raises(StreamError, match="`group` is no Unicode"):
+        RedisSource(url, "s", "\ud800")
     source = RedisSource(url, "deleted", "g")
     client.delete("deleted")
     for call in (lambda: source.receive(1, 0), source.lag):

@@ -1,6 +1,7 @@
 """Semantic chunks: texts that stay whole, limits, cuts where the subject changes, and sections of hits."""
 
 import random
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from scripted import byte_tokenizer
 
 from msa_hf.hybrid.synthesis import chunk_document, expand_hits, split_semantically
-from msa_hf.hybrid.synthesis.chunking import _best_cuts
+from msa_hf.hybrid.synthesis.chunking import _best_cuts, _sections
 from msa_hf.model.tokenizing_msa import tokenize
 
 TOKENIZER = byte_tokenizer()
@@ -106,6 +107,15 @@ def test_a_document_becomes_chunks_that_know_their_section() -> None:
         chunk_document("doc", GUIDE, Subjects(), TOKENIZER, 60, metadata={"section": 1})
     with pytest.raises(ValueError, match="no text"):
         chunk_document("doc", " \n", Subjects(), TOKENIZER, 60)
+
+
+def test_headings_that_make_matching_slow_are_read_in_time() -> None:
+    """Long runs of what may end a heading, behind which it goes on: a second for 40 KB where this was quadratic."""
+    for line, title in (("# " + "#" * 40_000 + "x", "#" * 40_000 + "x"), ("# a" + " #" * 40_000, "a"), ("# #", "#")):
+        start = time.process_time()
+        sections = list(_sections(f"Before.\n{line}\nBehind."))
+        assert sections == [("", "Before.\n"), (title, f"{line}\nBehind.")]
+        assert time.process_time() - start < 0.5
 
 
 @settings(max_examples=40, deadline=None)

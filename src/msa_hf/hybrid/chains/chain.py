@@ -14,6 +14,8 @@ TESTS = ("is", "equals", "differs", "contains", "in")
 CHAT = "chat"  # the model that writes unless a step names another one
 MEMORY = "memory"  # the memory model, which reads the bank
 MOST_ROUNDS = 100
+MOST_STEPS = 1000  # of a chain, those in loops as well
+MOST_DONE = 100_000  # steps of a run, rounds multiplied
 MOST_REPAIRS = 5
 MOST_HITS = 1000
 

@@ -11,9 +11,11 @@ from .chain import (
     KINDS,
     MEMORY,
     MODES,
+    MOST_DONE,
     MOST_HITS,
     MOST_REPAIRS,
     MOST_ROUNDS,
+    MOST_STEPS,
     TESTS,
     Chain,
     Condition,
@@ -46,11 +48,23 @@ def check_chain(chain: Chain) -> None:
     if not chain.steps:
         raise ChainError(f"chain {chain.name!r}: `steps` is empty; a chain has at least one")
     names: set[str] = set()
-    for step in _all_steps(chain.steps):
+    for number, step in enumerate(_all_steps(chain.steps)):
+        if number == MOST_STEPS:
+            raise ChainError(f"chain {chain.name!r}: it has more than {MOST_STEPS} steps; put what repeats in a loop")
         _check_name(step.name, names, "step")
     known: Fields = {QUESTION: None}
     fields = _check_steps(chain.steps, known, depth=0)
     _check_fields("answer", fields_of(chain.answer_template, "answer"), fields, chain.steps)
+    if (most := _most_done(chain.steps)) > MOST_DONE:
+        raise ChainError(
+            f"chain {chain.name!r}: its loops within loops allow {most} steps, more than {MOST_DONE}; lower an "
+            "`at_most`"
+        )
+
+
+def _most_done(steps: Sequence[Step]) -> int:
+    """Steps of a run at most."""
+    return sum(1 if step.loop is None else 1 + step.loop.at_most * _most_done(step.loop.steps) for step in steps)
 
 
 def in_order(steps: Sequence[Step]) -> list[Step]:
@@ -61,15 +75,17 @@ def in_order(steps: Sequence[Step]) -> list[Step]:
     """
     waits = {step.name: _asked_steps(step, steps) for step in steps}
     ordered: list[Step] = []
+    done: set[str] = set()
     left = list(steps)
     while left:
-        ready = next((step for step in left if not waits[step.name] & {item.name for item in left}), None)
+        ready = next((step for step in left if waits[step.name] <= done), None)
         if ready is None:
             raise ChainError(
                 f"steps wait for each other: {_cycle(waits, left)}. Each may ask only for values of steps that do not "
                 "need its own; what goes round belongs into a loop with `at_most`"
             )
         ordered.append(ready)
+        done.add(ready.name)
         left.remove(ready)
     return ordered
 

@@ -79,7 +79,7 @@ def chain_to_dict(chain: Chain) -> JsonObject:
 def digest_of(chain: Chain) -> str:
     """SHA-256 of a chain's data: equal for chains that do the same."""
     text = json.dumps(chain_to_dict(chain), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 # From data ------------------------------------------------------------------------------------------------------------
@@ -99,6 +99,10 @@ def _mapping(data: object, place: str, known: set[str], needed: set[str]) -> Map
 def _text(value: object, place: str) -> str:
     if not isinstance(value, str):
         raise ChainError(f"{place}: must be a text, got {_shown(value)} (quote it in YAML)")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ChainError(f"{place}: is no Unicode ({error.reason}), got {_shown(value)}") from None
     return value
 
 

@@ -154,7 +154,8 @@ class _Run:
             else:
                 record = self._work(step, values, path)
         done = {"step": path, **record, "seconds": round(time.perf_counter() - start, 6)}
-        self.trace.add(done)
+        with _told(path):
+            self.trace.add(done)
         found: JsonValue = done["value"]
         return found
 

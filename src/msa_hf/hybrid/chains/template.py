@@ -17,6 +17,7 @@ JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "Jso
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 FIELD = re.compile(rf"({NAME.pattern})(?:/({NAME.pattern}))?")
+MOST_CHARACTERS = 2**23  # of a template filled in
 _PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
@@ -86,10 +87,18 @@ def render(text: str, values: Mapping[str, JsonValue], place: str) -> str:
     """A template filled in.
 
     Raises:
-        ChainError: for a field that has no value.
+        ChainError: for a field that has no value, and a text that grows beyond all use.
     """
-    parts = parse_template(text, place)
-    return "".join(part if isinstance(part, str) else as_text(look_up(part, values, place)) for part in parts)
+    made, size = [], 0
+    for part in parse_template(text, place):
+        made.append(part if isinstance(part, str) else as_text(look_up(part, values, place)))
+        size += len(made[-1])
+        if size > MOST_CHARACTERS:
+            raise ChainError(
+                f"{place}: filled in, it has more than {MOST_CHARACTERS} characters; what goes round a loop must not "
+                "grow without end"
+            )
+    return "".join(made)
 
 
 def look_up(field: Field, values: Mapping[str, JsonValue], place: str) -> JsonValue:

@@ -212,7 +212,8 @@ def _http_package() -> Any:
 
 def _seconds(text: str | None) -> float | None:
     """The seconds of a Retry-After; a date, or nonsense, counts as none."""
-    return float(text) if text is not None and text.strip().isdigit() else None
+    plain = (text or "").strip()
+    return float(plain) if plain.isascii() and plain.isdigit() else None
 
 
 def _shown(body: bytes | bytearray) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -165,7 +166,9 @@ def read_json(text: str, schema: Mapping[str, Any]) -> Any:
     value, problem = None, "it is empty" if not text.strip() else ""
     for candidate in _candidates(text):
         try:
-            value = json.loads(candidate, parse_constant=_refuse_constant, object_pairs_hook=_refuse_twice)
+            value = json.loads(
+                candidate, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_refuse_twice
+            )
         except (ValueError, RecursionError) as error:
             problem = problem or f"it is not JSON ({error})"
             continue
@@ -185,6 +188,13 @@ def _candidates(text: str) -> Iterator[str]:
         end = text.rfind("}" if opening[0] == "{" else "]")
         if end > opening.start():
             yield text[opening.start() : end + 1]
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is larger than any number")
+    return value
 
 
 def _refuse_constant(name: str) -> None:

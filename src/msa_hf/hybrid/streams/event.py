@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...json_object import JsonObject
 from .errors import BadEvent
@@ -11,6 +12,7 @@ from .errors import BadEvent
 MAX_KEY = 1024  # bytes of UTF-8
 MAX_TEXT = 2**20  # bytes of UTF-8: longer ones are refused before they are tokenized
 MAX_VERSION = 2**62  # as of `BankStore`
+MAX_METADATA = 2**20  # bytes of JSON
 FIELDS = {"key", "version", "text", "metadata", "delete"}
 
 
@@ -51,7 +53,7 @@ def decode_event(body: bytes, max_text: int = MAX_TEXT) -> MemoryEvent:
         BadEvent: naming what is wrong with it.
     """
     try:
-        record = json.loads(body)
+        record = json.loads(body, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise BadEvent(f"not JSON in UTF-8: {error}"[:300]) from None
     if not isinstance(record, dict):
@@ -65,23 +67,37 @@ def decode_event(body: bytes, max_text: int = MAX_TEXT) -> MemoryEvent:
         raise BadEvent(f"`key` has {size} bytes, at most {MAX_KEY} are allowed")
     if type(version) is not int or not 0 <= version <= MAX_VERSION:
         raise BadEvent(f"`version` must be an integer from 0 to 2^62, got {version!r:.80}")
-    text, metadata = record.get("text"), record.get("metadata") or {}
-    if record.get("delete", False) not in (True, False) or (text is not None and not isinstance(text, str)):
-        raise BadEvent(f"`text` must be a text and `delete` true or false, got {text!r:.80}")
-    if record.get("delete", False) is (text is not None):
+    text, delete, metadata = record.get("text"), record.get("delete", False), record.get("metadata")
+    if text is not None and not isinstance(text, str):
+        raise BadEvent(f"`text` must be a text, got {text!r:.80}")
+    if not isinstance(delete, bool):
+        raise BadEvent(f"`delete` must be true or false, got {delete!r:.80}")
+    if delete is (text is not None):
         raise BadEvent("an event has either `text` or `delete`")
+    if metadata is None:
+        metadata = {}
     if not isinstance(metadata, dict):
         raise BadEvent(f"`metadata` must be an object, got {metadata!r:.80}")
     try:
-        json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode()
-    except ValueError as error:
+        size = len(json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode())
+    except (ValueError, RecursionError) as error:
         raise BadEvent(f"`metadata` is not JSON in Unicode: {error}"[:300]) from None
+    if size > MAX_METADATA:
+        raise BadEvent(f"`metadata` has {size} bytes, at most {MAX_METADATA} are allowed")
     if text is not None:
         if not text.strip():
             raise BadEvent("`text` is empty; delete the document instead")
         if (size := _bytes_of("text", text)) > max_text:
             raise BadEvent(f"`text` has {size} bytes, at most {max_text} are allowed; split it into documents")
     return MemoryEvent(key, version, text, metadata)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> JsonObject:
+    """An object of JSON; a name that stands twice leaves open what was meant."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return made
 
 
 def _bytes_of(name: str, text: str) -> int:

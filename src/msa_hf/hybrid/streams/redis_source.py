@@ -14,6 +14,11 @@ from .event_source import Delivery
 logger = logging.getLogger(__name__)
 FIELD = b"event"
 PAGE = 256  # pending messages that are claimed at once
+# A script ends where a command fails; a transaction would go on, and acknowledge a message that nobody kept.
+REJECT = """
+redis.call('XADD', KEYS[1], '*', unpack(ARGV, 3))
+return redis.call('XACK', KEYS[2], ARGV[1], ARGV[2])
+"""
 
 
 class RedisSource:
@@ -60,6 +65,13 @@ class RedisSource:
             raise ImportError('RedisSource needs redis: `pip install "msa-hf[redis]"`.') from error
         self.stream, self.group, self.consumer = stream, group, consumer
         self.dead_letters = dead_letters or f"{stream}:dead"
+        if self.dead_letters == stream:
+            raise StreamError(f"{stream!r} cannot get its own dead letters, which would come again for ever.")
+        for name, key in (("stream", stream), ("group", group), ("dead_letters", self.dead_letters)):
+            try:
+                key.encode()
+            except UnicodeEncodeError as error:
+                raise StreamError(f"`{name}` is no Unicode ({error.reason}), got {key!r:.80}.") from None
         self.lost = 0
         self._timeout, self._claim_idle = timeout, claim_idle
         self._exceptions = redis.exceptions
@@ -73,6 +85,12 @@ class RedisSource:
         except ValueError as error:
             raise StreamError(f"{_without_password(url)} is no URL of a Redis server: {error}") from error
         self._where = _without_password(url)
+        with self._reported(self.dead_letters):
+            kind: Any = self._client.type(self.dead_letters)
+        if kind not in (b"none", b"stream"):
+            raise StreamError(
+                f"{self.dead_letters!r} at {self._where} is a {kind.decode()}, no stream; name another key for dead letters."
+            )
         with self._reported(), contextlib.suppress(_GroupExists):
             self._create_group()
 
@@ -136,12 +154,11 @@ class RedisSource:
                 self._client.xack(self.stream, self.group, *(delivery.id for delivery in deliveries))
 
     def reject(self, delivery: Delivery, reason: str) -> None:
-        """See `EventSource`; both in one transaction, so that a rejected message is there once."""
+        """See `EventSource`; both at once, so that a rejected message is there once, and never nowhere."""
         fields = {FIELD: delivery.body, "reason": reason, "id": delivery.id, "group": self.group, "at": time.time()}
-        with self._reported(), self._client.pipeline(transaction=True) as pipeline:
-            pipeline.xadd(self.dead_letters, fields)
-            pipeline.xack(self.stream, self.group, delivery.id)
-            pipeline.execute()
+        values = [part for field in fields.items() for part in field]
+        with self._reported(self.dead_letters):
+            self._client.eval(REJECT, 2, self.dead_letters, self.stream, self.group, delivery.id, *values)
 
     def recover(self) -> None:
         """See `EventSource`."""
@@ -161,9 +178,9 @@ class RedisSource:
         self._client.close()
 
     @contextlib.contextmanager
-    def _reported(self) -> Iterator[None]:
-        """Turn redis-py's errors into a stream's."""
-        exceptions = self._exceptions
+    def _reported(self, key: str | None = None) -> Iterator[None]:
+        """Turn redis-py's errors into a stream's. `key`: what is written. Default: the stream."""
+        exceptions, key = self._exceptions, self.stream if key is None else key
         try:
             yield
         except exceptions.AuthenticationError as error:
@@ -173,15 +190,17 @@ class RedisSource:
                 f"No answer from {self._where} within {self._timeout:g} s ({error}). Is the server there?"
             ) from error
         except exceptions.RedisError as error:
-            text = str(error)
+            text = str(error).partition(" script: ")[0].rstrip(".")
             hint = "."
             if "WRONGTYPE" in text:
-                hint = f": {self.stream!r} is no stream; name another key."
+                hint = f": {key!r} is no stream; name another key."
+            elif "maxmemory" in text:
+                hint = ": the server's memory is full; trim its streams, or raise `maxmemory`. Nothing is lost."
             elif "NOGROUP" in text:
                 hint = f": the stream or the group {self.group!r} was deleted; begin again."
             elif "unknown command" in text.lower():
                 hint = ": Redis 6.2 or newer is needed."
-            raise StreamError(f"{self.stream!r} at {self._where}: {text}{hint}") from error
+            raise StreamError(f"{key!r} at {self._where}: {text}{hint}") from error
 
 
 class _GroupExists(Exception):

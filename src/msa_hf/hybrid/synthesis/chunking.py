@@ -15,7 +15,7 @@ from ...model.tokenizing_msa import tokenize_texts
 from ...retrieval.embedders import Embedder
 
 PARENT, SECTION, PART, SPAN = "parent", "section", "part", "section_parts"
-_HEADING = re.compile(r"^(#{1,6})[ \t]+(.+?)[ \t#]*$", re.MULTILINE)
+_HEADING = re.compile(r"^(#{1,6})[ \t]+(\S.*)$", re.MULTILINE)
 _END = re.compile(r"(?:[.!?][\"')\]]*|[\u3002\uff01\uff1f])(?=\s)\s+|\n\s*\n|(?<=[\u3002\uff01\uff1f])")
 WINDOW = 2  # sentences on each side of a place that are compared
 PARAGRAPH = 0.1  # of similarity: how much rather a chunk ends with a paragraph
@@ -189,6 +189,7 @@ def _sections(text: str) -> Iterator[tuple[str, str]]:
         if found.start() > start:
             yield title, text[start : found.start()]
         depth = len(found[1])
-        headings = [*headings[: depth - 1], *[""] * (depth - 1 - len(headings)), found[2]]
+        name = found[2].rstrip(" \t#") or found[2].strip()
+        headings = [*headings[: depth - 1], *[""] * (depth - 1 - len(headings)), name]
         start, title = found.start(), " > ".join(filter(None, headings))
     yield title, text[start:]
