@@ -52,13 +52,15 @@ def hook(checkout: Path, name: str, out: Path) -> Path:
 
 
 def test_a_wheel_without_native_operations(checkout: Path, tmp_path: Path) -> None:
-    """By pip: every module, nothing compiled, and the command."""
+    """By pip: every module, the files of the server's page, nothing compiled, and the command."""
     pytest.importorskip("pip")
     run(checkout, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps", "-q", "-w", str(tmp_path))
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     modules = {path.relative_to(checkout / "src").as_posix() for path in (checkout / "src" / "msa_hf").rglob("*.py")}
-    assert modules | {"msa_hf/py.typed"} <= set(names)
+    page = {path.relative_to(checkout / "src").as_posix() for path in checkout.glob("src/msa_hf/serving/page/*")}
+    assert "msa_hf/serving/page/index.html" in page
+    assert modules | page | {"msa_hf/py.typed"} <= set(names)
     assert not [name for name in names if name.endswith((".so", ".o", ".dylib"))]
     assert any(name.endswith("entry_points.txt") for name in names)
 

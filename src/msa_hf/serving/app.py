@@ -15,6 +15,7 @@ from .hosts import HostGate
 from .keys import ApiKey, KeyGate
 from .limits import BodyGate, LoadGate
 from .metrics import Observer
+from .page_routes import page_routes
 from .service import Service
 from .status_routes import status_routes
 
@@ -36,6 +37,7 @@ class Application:
         install_handlers(routes)
         routes.include_router(asking_routes(service))
         routes.include_router(document_routes(service))
+        routes.include_router(page_routes())
         routes.include_router(status_routes(service, lambda: self.load.draining))
         app: ASGIApp = BodyGate(routes, service.limits)
         app = KeyGate(app, keys)

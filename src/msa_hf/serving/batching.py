@@ -14,6 +14,7 @@ from .errors import ApiError, internal_error
 from .waiting import Question, Work
 
 logger = logging.getLogger(__name__)
+WORKS_IN_A_ROW = 16  # between two batches
 
 
 class BatchWatcher(Protocol):
@@ -24,7 +25,8 @@ class BatchWatcher(Protocol):
 
 
 class ModelThread:
-    """Runs everything that a model does, in the order in which it came; of questions, those that can go together.
+    """Runs everything that a model does: questions that can go together, in the order in which they came, and between
+    two batches other work, which is short; never more than a few pieces of it, so that questions get their turn.
 
     Args:
         answer: answers questions, all of which can be generated together, and hands out their events.
@@ -37,7 +39,9 @@ class ModelThread:
         self, answer: Callable[[Sequence[Question]], None], most: int, waiting: int, watcher: BatchWatcher
     ) -> None:
         self.answer, self.most, self.limit, self.watcher = answer, most, waiting, watcher
-        self._waiting: deque[Question | Work] = deque()
+        self._questions: deque[Question] = deque()
+        self._works: deque[Work] = deque()
+        self._works_in_a_row = 0
         self._changed = threading.Condition()
         self._ended = False
         self._seconds = 1.0  # of a batch, about
@@ -48,7 +52,7 @@ class ModelThread:
         self._thread.start()
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._questions) + len(self._works)
 
     @property
     def alive(self) -> bool:
@@ -64,12 +68,15 @@ class ModelThread:
         with self._changed:
             if self._ended:
                 raise ApiError(503, "This server is ending.", "draining", headers={"Retry-After": "5"})
-            if len(self._waiting) >= self.limit:
-                turns = math.ceil(len(self._waiting) / self.most)
+            if len(self) >= self.limit:
+                turns = math.ceil(len(self) / self.most)
                 wait = {"Retry-After": str(min(max(math.ceil(turns * self._seconds), 1), 60))}
-                message = f"{len(self._waiting)} requests wait for the model, as many as may; ask again later."
+                message = f"{len(self)} requests wait for the model, as many as may; ask again later."
                 raise ApiError(429, message, "queue_full", headers=wait)
-            self._waiting.append(item)
+            if isinstance(item, Work):
+                self._works.append(item)
+            else:
+                self._questions.append(item)
             self._changed.notify()
 
     def end(self, seconds: float = 60.0) -> None:
@@ -92,29 +99,33 @@ class ModelThread:
                 self.watcher.batch(len(item), seconds)
 
     def _next(self) -> Work | list[Question] | None:
-        """What comes first; if it is a question, with those that can go together with it. None at the end."""
+        """What comes next: a piece of work, or questions that can go together. None at the end."""
         with self._changed:
             while True:
-                while self._waiting and isinstance(self._waiting[0], Question) and self._waiting[0].cancelled:
-                    self._waiting.popleft()
-                if self._waiting:
-                    break
+                while self._questions and self._questions[0].cancelled:
+                    self._questions.popleft()
+                if self._works and (not self._questions or self._works_in_a_row < WORKS_IN_A_ROW):
+                    self._works_in_a_row += 1
+                    return self._works.popleft()
+                self._works_in_a_row = 0
+                if self._questions:
+                    return self._batch()
                 if self._ended:
                     return None
                 self._changed.wait()
-            first = self._waiting.popleft()
-            if isinstance(first, Work):
-                return first
-            batch = [first]
-            kind = first.options.together
-            if kind is not None:
-                for item in list(self._waiting):
-                    if len(batch) == self.most:
-                        break
-                    if isinstance(item, Question) and item.raw == first.raw and item.options.together == kind:
-                        self._waiting.remove(item)
-                        batch.append(item)
-            return batch
+
+    def _batch(self) -> list[Question]:
+        """The first question, and those that can go together with it."""
+        first = self._questions.popleft()
+        batch = [first]
+        if (kind := first.options.together) is not None:
+            for item in list(self._questions):
+                if len(batch) == self.most:
+                    break
+                if item.raw == first.raw and item.options.together == kind:
+                    self._questions.remove(item)
+                    batch.append(item)
+        return batch
 
     def _do(self, work: Work) -> None:
         if not work.future.set_running_or_notify_cancel():

@@ -52,11 +52,16 @@ def document_routes(service: Service) -> APIRouter:
         return JSONResponse(await to_thread.run_sync(documents.page, after, limit))
 
     @router.post("/v1/documents", tags=["documents"])
-    async def put_documents(body: KeyedDocument | DocumentList, request: Request) -> Response:
+    async def put_documents(
+        body: KeyedDocument | DocumentList, request: Request, if_match: Tags = None, if_none_match: Tags = None
+    ) -> Response:
         """Put a document in, or several in one commit: all of them or none."""
         several = isinstance(body, DocumentList)
+        if several and (if_match or if_none_match):
+            raise bad_parameter("documents", "ETags belong to a single document; use `expected_version`.")
         bodies = body.documents if isinstance(body, DocumentList) else [body]
-        done = await put(request, [given(item.key, item, expected(item.expected_version)) for item in bodies])
+        wanted = [expected(item.expected_version, if_match, if_none_match) for item in bodies]
+        done = await put(request, [given(item.key, item, one) for item, one in zip(bodies, wanted, strict=True)])
         records = [as_put(*item) for item in done]
         if several:
             return JSONResponse({"object": "list", "data": records})

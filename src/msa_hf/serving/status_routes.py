@@ -16,7 +16,7 @@ def status_routes(service: Service, draining: Callable[[], bool]) -> APIRouter:
     """The routes."""
     router = APIRouter(tags=["status"])
 
-    @router.get("/healthz")
+    @router.api_route("/healthz", methods=["GET", "HEAD"])
     async def healthz() -> Response:
         """200 while the server takes requests, 503 when it is ending or cannot work."""
         problem = service.problem()
