@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from servers import free_port
 
 from msa_hf.bank import BankStore
 from msa_hf.cli.command_line import parser
-from msa_hf.cli.mcp import check, keys_in, open_bank, tell_failure
+from msa_hf.cli.mcp import check, open_bank, run, tell_failure
 from msa_hf.generation import Answer, MemoryInterleave, Trace
 from msa_hf.mcp_server import server as server_module
 from msa_hf.mcp_server.limits import Limits
@@ -35,6 +36,7 @@ from msa_hf.mcp_server.stopping import Stop
 from msa_hf.mcp_server.tools import tools_for
 from msa_hf.mcp_server.transports import http_app
 from msa_hf.mcp_server.unreadable import Readable, id_in
+from msa_hf.serving.keys import ApiKey
 from msa_hf.user_errors import UserError
 
 QUESTION = "What is the venue of the Jethefux Crossing known for?"
@@ -214,9 +216,9 @@ def test_what_cannot_be_loaded_is_told_to_whoever_calls(directory: Path, capsys:
         (["nowhere", "--create", "--model", CARD, "--read-only"], "--create needs --model"),
         (["made", "--model", "./nobody"], "no such directory"),
         (["made", "--api-keys", "keys"], "--api-keys belongs to --http"),
-        (["made", "--http", "0.0.0.0:80"], "could read and change the bank"),
+        (["made", "--http", "0.0.0.0:80"], "could read and change the bank: give --api-keys"),
         (["made", "--http", "[::]:80", "--read-only"], "could read the bank"),
-        (["made", "--http", "example.org:80"], "name keys with --api-keys"),
+        (["made", "--http", "example.org:80"], "lets other machines in"),
         (["made", "--http", "web"], "must be PORT or HOST:PORT"),
         (["made", "--http", "70000"], "must be PORT or HOST:PORT"),
     ],
@@ -240,15 +242,12 @@ def test_addresses(made: Path, options: list[str], where: Any) -> None:
     assert args.http == where
 
 
-def test_keys_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("\ufeff one \r\n\ntwo\n", encoding="utf-8")
-    assert keys_in(str(tmp_path / "keys")) == ["one", "two"] and keys_in(None) == []
-    (tmp_path / "keys").write_text("\n \n")
-    with pytest.raises(UserError, match="no key in it"):
-        keys_in(str(tmp_path / "keys"))
-    (tmp_path / "keys").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="keys"):
-        keys_in(str(tmp_path / "keys"))
+def test_what_is_not_installed_is_named(made: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "mcp", None)
+    for name in [name for name in sys.modules if name.startswith("msa_hf.mcp_server")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(UserError, match=r'needs the package mcp: pip install "msa-hf\[mcp\]"'):
+        run(parser(["mcp"]).parse_args(["mcp", str(made)]))
 
 
 @contextmanager
@@ -268,7 +267,8 @@ def serving(app: Any) -> Iterator[str]:
 
 
 def test_http_serves_who_has_a_key(directory: Path, server_of: Any) -> None:
-    app = http_app(server_of(directory, with_model=False), "127.0.0.1", ["one", "schlüssel"], body=100_000)
+    keys = [ApiKey.of("a-key-that-writes"), ApiKey.of("a-key-that-reads", writes=False)]
+    app = http_app(server_of(directory, with_model=False), "127.0.0.1", keys, body=100_000)
     with serving(app) as url:
         message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call"}
         message["params"] = {"name": "read", "arguments": {"key": "crossing"}}
@@ -277,12 +277,17 @@ def test_http_serves_who_has_a_key(directory: Path, server_of: Any) -> None:
             known = {"accept": "application/json, text/event-stream", "content-type": "application/json"}
             return httpx.post(url, content=content or json.dumps(message), headers={**known, **headers})
 
-        for given in ({}, {"authorization": "Bearer on"}, {"authorization": "one"}, {"authorization": "Basic one"}):
-            refused = post(**given)
+        for given in ("", "Bearer a-key-that-rea", "a-key-that-reads", "Basic a-key-that-reads", "Bearer \xff"):
+            refused = post(**({"authorization": given.encode("latin-1")} if given else {}))
             assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
-        for key in ("Bearer one", "bearer schlüssel".encode()):
+        for key in ("Bearer a-key-that-writes", "bearer a-key-that-reads"):
             assert TEXTS["crossing"] in post(authorization=key).text
-        right = {"authorization": "Bearer one"}
+        right = {"authorization": "Bearer a-key-that-writes"}
+        message["params"] = {"name": "forget", "arguments": {"key": "crossing"}}
+        assert "no tool 'forget'; there are search, read" in post(authorization="Bearer a-key-that-reads").text
+        assert '"deleted":true' in post(**right).text
+        message["method"] = "tools/list"
+        assert "forget" in post(**right).text and "forget" not in post(authorization="Bearer a-key-that-reads").text
         assert post("x" * 100_001, **right).status_code == 413
         assert post('{"text": "\\ud83d"', **right).status_code == 400
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import logging
 import sys
 from collections.abc import Callable
@@ -47,7 +46,13 @@ def add_options(made: argparse.ArgumentParser) -> None:
         metavar="[HOST:]PORT",
         help="serve many clients over streamable HTTP at /mcp (default: one, over standard input and output)",
     )
-    made.add_argument("--api-keys", metavar="FILE", help="with --http: a key per line, of which clients send one")
+    made.add_argument(
+        "--api-keys",
+        metavar="FILE",
+        help="with --http: a key per line, `read` behind one that may change nothing. Clients send `Authorization: "
+        "Bearer KEY`",
+    )
+    made.add_argument("--no-keys", action="store_true", help="let everybody in who reaches an --http of other machines")
     made.add_argument("--max-k", type=positive, default=50, help="documents of a search at most (default: 50)")
     made.add_argument(
         "--max-text", type=positive, default=1_000_000, help="characters of a document at most (default: 1000000)"
@@ -74,9 +79,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f'the server needs the package {error.name}: pip install "msa-hf[mcp]"') from error
     from ..mcp_server.limits import Limits
     from ..mcp_server.tools import tools_for
+    from ..serving.keys import read_keys
 
     check(args)
-    keys = keys_in(args.api_keys)
+    with reported():
+        keys = [] if args.api_keys is None else read_keys(args.api_keys)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("mcp").setLevel(logging.WARNING)
     limits = Limits(results=args.max_k, text=args.max_text, seconds=args.timeout)
@@ -95,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what can be seen to be wrong before anything is loaded."""
+    from ..serving.hosts import is_loopback
+
     bank = Path(args.bank)
     if not (bank / MANIFEST).exists() and not args.create:
         raise UserError(f"{bank}: there is no bank; --create makes an empty one")
@@ -104,31 +113,12 @@ def check(args: argparse.Namespace) -> None:
         checkpoint(args.model)
     if args.api_keys is not None and args.http is None:
         raise UserError("--api-keys belongs to --http")
-    if args.http is not None and args.api_keys is None and not is_loopback(args.http[0]):
+    if args.http is not None and not (is_loopback(args.http[0]) or args.api_keys or args.no_keys):
         what = "read" if args.read_only else "read and change"
         raise UserError(
-            f"--http {args.http[0]}: whoever reaches this machine could {what} the bank; name keys with --api-keys, or "
-            "serve 127.0.0.1"
+            f"--http {args.http[0]} lets other machines in, who could {what} the bank: give --api-keys FILE, or say "
+            "--no-keys"
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def keys_in(name: str | None) -> list[str]:
-    """The keys of a file, one per line."""
-    if name is None:
-        return []
-    with reported(foreign=True, subject=name):
-        keys = [line.strip() for line in Path(name).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if not keys:
-        raise UserError(f"{name}: no key in it; write one per line")
-    return keys
 
 
 def in_background(work: Callable[[], SharedBank]) -> Future[SharedBank]:

@@ -21,6 +21,7 @@ from .documents import BANK_URI, TEMPLATE, key_of, title_of, uri_of
 from .limits import Limits
 from .stopping import Stop
 from .tools import Tool
+from .transports import READS_ONLY
 
 if TYPE_CHECKING:
     from .shared_bank import SharedBank
@@ -68,7 +69,12 @@ class MemoryServer:
         self, context: ServerRequestContext[object], params: types.PaginatedRequestParams | None
     ) -> types.ListToolsResult:
         """All tools at once."""
-        return types.ListToolsResult(tools=[described(tool) for tool in self._tools.values()])
+        return types.ListToolsResult(tools=[described(tool) for tool in self._offered(context).values()])
+
+    def _offered(self, context: ServerRequestContext[object]) -> dict[str, Tool]:
+        """The tools for whoever sent a request, by name."""
+        scope = getattr(context.request, "scope", {})  # of a request over HTTP
+        return {name: tool for name, tool in self._tools.items() if tool.reads_only or not scope.get(READS_ONLY)}
 
     async def call_tool(
         self, context: ServerRequestContext[object], params: types.CallToolRequestParams
@@ -78,9 +84,10 @@ class MemoryServer:
         Raises:
             MCPError: for a tool that is not there.
         """
-        tool = self._tools.get(params.name)
+        offered = self._offered(context)
+        tool = offered.get(params.name)
         if tool is None:
-            known = ", ".join(self._tools)
+            known = ", ".join(offered)
             raise MCPError(types.INVALID_PARAMS, f"There is no tool {params.name!r:.80}; there are {known}.")
         start = time.perf_counter()
         try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import io
 import logging
 import sys
@@ -17,11 +15,13 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..serving.keys import ApiKey, find_key
 from .unreadable import Readable
 
 logger = logging.getLogger(__name__)
 PATH = "/mcp"
 DRAIN = 10  # seconds for calls at work once the server is to end
+READS_ONLY = "msa_hf.reads_only"  # in the scope of a request whose key may change nothing
 
 
 def serve_stdio(server: Server[object]) -> None:
@@ -36,7 +36,7 @@ def serve_stdio(server: Server[object]) -> None:
     anyio.run(serve)
 
 
-def http_app(server: Server[object], host: str, keys: Sequence[str], body: int) -> ASGIApp:
+def http_app(server: Server[object], host: str, keys: Sequence[ApiKey], body: int) -> ASGIApp:
     """The application that serves any number of clients over streamable HTTP at `/mcp`.
 
     Args:
@@ -58,26 +58,19 @@ def serve_http(app: ASGIApp, host: str, port: int) -> None:
 
 
 class KeyRequired:
-    """Lets requests through that have one of the keys."""
+    """Lets requests through that have one of the keys, and says which may change nothing."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self._app = app
-        self._digests = [_digest(key.encode()) for key in keys]
+    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey]) -> None:
+        self._app, self._keys = app, tuple(keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with status 401."""
         if scope["type"] == "http":
-            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            given = _digest(key.strip().encode("latin-1"))  # headers are bytes, read as Latin-1
-            fits = [hmac.compare_digest(given, digest) for digest in self._digests]
-            if scheme.lower() != "bearer" or not any(fits):
-                refusal = JSONResponse(
-                    {"error": "A key is needed: Authorization: Bearer KEY"}, 401, {"WWW-Authenticate": "Bearer"}
-                )
-                await refusal(scope, receive, send)
+            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+            key = find_key(self._keys, given.strip()) if scheme.lower() == "bearer" else None
+            if key is None:
+                refusal = {"error": "This server wants an API key: send `Authorization: Bearer KEY`."}
+                await JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
                 return
+            scope[READS_ONLY] = not key.writes
         await self._app(scope, receive, send)
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from .errors import ApiError
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 def is_loopback(host: str) -> bool:
@@ -29,6 +29,8 @@ class HostGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse a request, or hand it on."""
+        from .errors import ApiError
+
         if scope["type"] == "http":
             given = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
             name = given.rpartition(":")[0] if given.rpartition(":")[2].isdigit() else given

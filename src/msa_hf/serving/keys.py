@@ -7,10 +7,12 @@ import hmac
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .errors import ApiError
+    from .errors import ApiError  # which needs FastAPI; keys do not
 
 SHORTEST = 16  # characters of a key
 OPEN = ("/", "/healthz", "/page/")  # what the page is made of holds no data; it asks for the key itself
@@ -94,6 +96,8 @@ class KeyGate:
 
     def refusal(self, scope: Scope) -> ApiError | None:
         """Why a request may not come through."""
+        from .errors import ApiError
+
         path, method = scope["path"], scope["method"]
         if path in OPEN or path.startswith(OPEN[-1]):
             return None
