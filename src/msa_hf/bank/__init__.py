@@ -8,6 +8,7 @@ from ..lazy import exports
 if TYPE_CHECKING:
     from ..model.bank_format_msa import BankError, BankFormatError, BankUnreadable
     from ..model.bank_writer_msa import restore_manifest
+    from ..model.hub_msa import BankUnavailable, bank_directory
     from .sharded.bank import ShardedBank, shard_bank
     from .sharded.collectives import RankFailed
     from .store.errors import BankDamaged, BankNotWritable, CommitOutcomeUnknown, ErasureIncomplete
@@ -23,6 +24,7 @@ __all__ = [
     "BankLocked",
     "BankNotWritable",
     "BankStore",
+    "BankUnavailable",
     "BankUnreadable",
     "CommitOutcomeUnknown",
     "Damage",
@@ -30,6 +32,7 @@ __all__ = [
     "RankFailed",
     "ShardedBank",
     "TieredBank",
+    "bank_directory",
     "place_bank",
     "restore_manifest",
     "shard_bank",
@@ -40,6 +43,7 @@ __getattr__ = exports(
     {
         "..model.bank_format_msa": ["BankError", "BankFormatError", "BankUnreadable"],
         "..model.bank_writer_msa": ["restore_manifest"],
+        "..model.hub_msa": ["BankUnavailable", "bank_directory"],
         ".sharded.bank": ["ShardedBank", "shard_bank"],
         ".sharded.collectives": ["RankFailed"],
         ".store.errors": ["BankDamaged", "BankNotWritable", "CommitOutcomeUnknown", "ErasureIncomplete"],

@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.diagnosis import diagnose
     from ..evaluation.judged_questions import read_judged
     from ..model.bank_manifest_msa import is_bank
+    from ..model.hub_msa import is_hub_name
 
     device = device_in(args)
     if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise UserError(f"{error}, or leave it out of --conditions") from error
     with reported():
-        corpus = None if is_bank(Path(args.bank)) else Corpus(args.bank)
+        corpus = None if is_bank(Path(args.bank)) or is_hub_name(args.bank) else Corpus(args.bank)
     model, tokenizer = load(args.model, device, args.dtype)
     with reported():
         if corpus is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from ..json_object import JsonObject
 from ..user_errors import reported
@@ -30,7 +29,8 @@ def run(args: argparse.Namespace) -> int:
 
     with reported():
         bank = MemoryBank.from_pretrained(args.bank, verify=args.verify)
-        size = sum(path.stat().st_size for path in Path(args.bank).iterdir() if path.is_file())
+        assert bank.home is not None
+        size = sum(path.stat().st_size for path in bank.home.directory.iterdir() if path.is_file())
         shown = bank.documents[: args.documents]
     record: JsonObject = {
         "documents": len(bank),

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 from .bank_format_msa import RESTORE, BankError, BankFormatError, BankUnreadable, FileRecord, format_error
+from .hub_cache_msa import blob_of, is_snapshot
 
 
 def file_digest(path: Path) -> str:
@@ -49,16 +50,22 @@ def damage_of_file(directory: Path, record: FileRecord) -> str | None:
 
 
 def regular_file(directory: Path, name: str) -> os.stat_result:
-    """The status of a file that is none but a regular one in this directory, or a link to one there."""
+    """The status of a file that is none but a regular one in this directory, or a link to one there.
+
+    In the Hub's cache also a link to a blob, as its client makes them.
+    """
     path = directory / name
     try:
         resolved = path.resolve(strict=True)
         status = resolved.stat()
     except (OSError, RuntimeError) as error:
         raise unreadable(path, error) from error
-    if resolved.parent != directory.resolve():
+    if resolved.parent != directory.resolve() and resolved != blob_of(directory, name):
+        cause = "a link that leaves the directory of the bank"
+        if is_snapshot(directory):
+            cause += ", and none that the Hub's client makes"
         remedy = "Copy the bank with its files, not links to them (`snapshot_download(..., local_dir=...)`)"
-        raise format_error(path, "a link that leaves the directory of the bank", remedy)
+        raise format_error(path, cause, remedy)
     if not stat.S_ISREG(status.st_mode):
         raise format_error(path, "not a regular file")
     return status
@@ -77,6 +84,8 @@ def unreadable(path: Path, error: Exception) -> BankError:
     if there and isinstance(error, FileNotFoundError) and not path.is_symlink():
         return BankUnreadable(errno.ENOENT, _UNREADABLE.format(path, error.strerror))
     remedy = f"{RESTORE}; where another process saved the bank meanwhile, load it again"
+    if is_snapshot(path.parent):
+        remedy = "Download the bank again: load it by its name on the Hub with force_download=True"
     return format_error(path, f"cannot be read ({error})", remedy)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from .bank_format_msa import LOCK, BankError
+from .hub_cache_msa import is_snapshot
 
 logger = logging.getLogger(__name__)
 MOUNTS = Path("/proc/self/mountinfo")
@@ -29,7 +30,8 @@ class BankLocked(BankError, RuntimeError):
 class BankNotWritable(BankError, RuntimeError):
     """A bank may not be written to from here.
 
-    It is closed, read only or forked; it was replaced or its lock was lost; or its directory cannot be locked.
+    It is closed, read only or forked; it was replaced or its lock was lost; its directory cannot be locked, or belongs
+    to the Hub's cache.
     """
 
 
@@ -45,8 +47,8 @@ class WriterLock:
 
     Raises:
         BankLocked: naming the process, the host and since when.
-        BankNotWritable: where the file system has no locks, naming it; or where the lock file is none of ours: a link,
-            a file with several names, or no file at all. Nothing is written to it then.
+        BankNotWritable: where the file system has no locks, naming it; where the lock file is none of ours: a link, a
+            file with several names, or no file at all; or in a snapshot of the Hub's cache. Nothing is written then.
     """
 
     def __init__(self, directory: Path, sole_writer: bool = False) -> None:
@@ -54,6 +56,12 @@ class WriterLock:
         self._process = os.getpid()
         self._descriptor: int | None = None
         self._released = False
+        if is_snapshot(directory):
+            raise BankNotWritable(
+                f"{directory} is a snapshot in the Hub's cache: its files are shared, and stay what was downloaded. "
+                'Change a copy, `MemoryBank.from_pretrained("user/bank").save_pretrained("my-bank")`; or open the bank '
+                "here with read_only=True."
+            )
         if not sole_writer:
             self._descriptor = _open(self._path)
             try:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor
 
 from .bank_format_msa import commit_id
@@ -27,8 +28,10 @@ from .document_table_msa import Document as Document
 from .document_table_msa import DocumentTable as DocumentTable
 from .fingerprint_msa import model_fingerprint as model_fingerprint
 from .fingerprint_msa import tokenizer_fingerprint as tokenizer_fingerprint
+from .hub_msa import bank_directory
 from .origin_msa import BankOrigin as BankOrigin
 from .origin_msa import check_origin
+from .pushing_msa import push_bank
 from .routing_msa import RoutingRequest, Scoring, Selection
 
 
@@ -381,6 +384,50 @@ class MemoryBank:
         next_id = max(self.next_id or 0, 0 if ids is None or not len(ids) else int(ids.max()) + 1)
         write_bank(Path(directory), origin, layers, self.prefix, table, max_shard_size, next_id, sole_writer)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        model_id: str | None = None,
+        license: str | None = None,
+        max_shard_size: int | str = "4GB",
+    ) -> CommitInfo:
+        """Put the bank on the Hub, as a dataset with a card; one that lies there is replaced, in one commit.
+
+        What is sent was saved to a temporary directory before: deleted documents are in no file of it. Earlier commits
+        on the Hub keep what they had.
+
+        Args:
+            repo_id: `"user/bank"`; made where missing.
+            private: of a repository that is made; None: the Hub's default, which is public for most users. Texts of
+                documents are in the files.
+            revision: a branch, made where missing. Default: main.
+            commit_message: default "Upload memory bank".
+            token: default that of `hf auth login`, or of the variable HF_TOKEN.
+            model_id: the name of the model that reads the bank, for the card.
+            license: of the documents, as the Hub writes it, for the card. None: left to be filled in.
+            max_shard_size: as of `save_pretrained`.
+
+        Raises:
+            BankUnavailable: where the Hub refuses or cannot be reached, with the remedy.
+            OSError: where the temporary directory has no room.
+        """
+        return push_bank(
+            self,
+            repo_id,
+            private=private,
+            revision=revision,
+            message=commit_message or "Upload memory bank",
+            token=token,
+            model_id=model_id,
+            license=license,
+            max_shard_size=max_shard_size,
+        )
+
     @classmethod
     def from_pretrained(
         cls,
@@ -389,26 +436,45 @@ class MemoryBank:
         tokenizer: object = None,
         device: torch.device | str | None = None,
         verify: bool = True,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
     ) -> "MemoryBank":
         """Load a bank; texts, and on the CPU most tensors, stay memory mapped.
 
         Args:
-            directory: where `save_pretrained` put it.
+            directory: where `save_pretrained` put it; or `"user/bank"`, where `push_to_hub` did: a text that is no path
+                here is a dataset on the Hub, and comes into its cache.
             model: the model that is to read the bank; its `memory_origin(tokenizer)` is compared with the bank's origin
                 before anything is loaded. None: not compared.
             tokenizer: compared as well where given.
             device: where the tensors go. Default: the CPU.
             verify: compare the SHA-256 of every file, which reads all of them. Sizes, shapes and counts are always
                 checked; turn this off only for files that you wrote yourself.
+            revision, token, cache_dir, local_files_only, force_download: of a bank on the Hub; see `bank_directory`.
 
         Raises:
             BankFormatError: where the directory is no bank or a damaged one, naming file, cause and remedy.
+            BankUnavailable: where the Hub has no such bank, or cannot be reached and the cache has no copy.
             ValueError: where another model made it, listing every difference.
             ImportError: where pyarrow is missing.
         """
+        found = bank_directory(
+            directory,
+            model,
+            tokenizer,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
         # With its index: safetensors takes a bare "cuda" for the first device, torch for the current one.
         target = torch.empty(0, device=device or "cpu").device
-        return read_bank(directory, model, tokenizer, verify, lambda reader: cls._read(reader, target))
+        return read_bank(found, model, tokenizer, verify, lambda reader: cls._read(reader, target))
 
     @classmethod
     def _read(cls, reader: BankReader, device: torch.device) -> "MemoryBank":

@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from types import TracebackType
 
@@ -26,6 +26,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...model.bank_reader_msa import BankReader, KnowsOrigin, read_bank
+from ...model.hub_msa import bank_directory
 from ...model.memory_msa import DenseLayer, DocumentTable, MemoryBank
 from ...model.routing_msa import RoutingRequest
 from ..store.store import BankStore
@@ -198,7 +199,9 @@ def shard_bank(
         if isinstance(bank, str | PathLike):
             if device is None and model is not None:
                 device = model.device
-            shared = _read(Path(bank), ranks, inputs, model, tokenizer, device, verify)
+            shared = _read(
+                bank_directory(fspath(bank), model, tokenizer), ranks, inputs, model, tokenizer, device, verify
+            )
         else:
             shared = _part(bank.snapshot(), ranks, inputs, device)
         digest = _digest(shared)

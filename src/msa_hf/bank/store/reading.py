@@ -30,6 +30,7 @@ from .state import BankStat, State
 from .verify import find_damage
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
     from transformers import PreTrainedTokenizerBase
 
     from ...generation.protocol import PromptProtocol
@@ -174,6 +175,10 @@ class CommittedBank:
         """`MemoryBank.search` in the bank as it is now, with its own model, tokenizer, protocol and embedder."""
         own = {"model": self.model, "tokenizer": self.tokenizer, "protocol": self.protocol}
         return self.snapshot().search(query, k, mode, **{**own, **options})
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Put the bank as it is now on the Hub; see `MemoryBank.push_to_hub`."""
+        return self.snapshot().push_to_hub(repo_id, **options)
 
     def refresh(self) -> bool:
         """Move on to the last commit of another process; returns whether there was one."""

@@ -19,6 +19,7 @@ from ...model.bank_log_msa import entry_names, manifest_after
 from ...model.bank_manifest_msa import is_bank, read_checkpoint, read_manifest
 from ...model.bank_reader_msa import BankReader, mapped_tables
 from ...model.bank_writer_msa import BankWriter, remove_files
+from ...model.hub_msa import bank_directory
 from ...model.interface_msa import check_interface
 from ...model.open_files_msa import SMALL_FILE
 from ...moved import renamed
@@ -63,7 +64,8 @@ class BankStore(CommittedBank):
     Args:
         model: encodes the documents; the bank must be of its making. None: for a bank that is there, to which nothing
             can be added; deleting, compacting, verifying and reading need no model.
-        directory: made where missing. None: the bank lies in memory alone.
+        directory: made where missing. None: the bank lies in memory alone. With `read_only` also `"user/bank"`, a
+            dataset on the Hub.
         tokenizer: of the texts.
         protocol: how documents are wrapped with their ids; None: texts are encoded as they are.
         read_only: open without the right to write, beside a writer.
@@ -79,7 +81,8 @@ class BankStore(CommittedBank):
 
     Raises:
         BankLocked: where another writer has the directory open, naming it.
-        BankNotWritable: where the file system of the directory has no locks, naming it, or `.lock` is no plain file.
+        BankNotWritable: where the file system of the directory has no locks, naming it, `.lock` is no plain file, or
+            the directory belongs to the Hub's cache.
         BankFormatError: where the directory holds what is no bank or a damaged one.
         ValueError: where another model made the bank.
     """
@@ -110,6 +113,8 @@ class BankStore(CommittedBank):
         if model is not None:
             options = {"show_progress": False, **(encode_options or {})}
             encoder = DocumentEncoder(model, tokenizer, protocol, place, options)
+        if read_only and directory is not None:
+            directory = bank_directory(directory, model, tokenizer)
         home = None if directory is None else Path(directory)
         super().__init__(model, home, tokenizer, protocol, read_only, place, encoder)
         self._limit = parse_size(max_shard_size)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ...model.bank_format_msa import TensorLayout, commit_id, data_files
 from ...model.bank_reader_msa import BankReader, KnowsOrigin, read_bank
+from ...model.hub_msa import bank_directory
 from ...model.memory_msa import BankHome, BankOrigin, DenseLayer, DocumentTable, MemoryBank
 from ..store.store import BankStore
 from .parts import FileLayer, LayerPart
@@ -72,7 +73,7 @@ def source_of(
             `MemoryBank.from_pretrained` raises.
     """
     if isinstance(bank, str | Path):
-        return _of_directory(Path(bank), model, tokenizer, verify)
+        return _of_directory(bank_directory(bank, model, tokenizer), model, tokenizer, verify)
     if isinstance(bank, BankStore):
         return _of_memory(bank.snapshot()) if bank.directory is None else _of_open(bank)
     if not isinstance(bank, MemoryBank):
