@@ -13,7 +13,7 @@ from .events import Change, Held, State
 from .stub import LAYER, PREFIX, memory_of, numbers_of, open_bank
 
 if TYPE_CHECKING:
-    from msa_hf.bank import BankStore
+    from msa_hf.bank import BankStore, TieredBank
     from msa_hf.model.memory_msa import MemoryBank
 
 
@@ -36,6 +36,30 @@ def contents(bank: MemoryBank) -> dict[str, Held]:
         if not torch.equal(layer.routing_keys[chunks], expected.routing_keys):
             raise Wrong(f"{document.key!r} has routing keys that are not of its text")
         if not torch.equal(layer.pooled_kv[chunks], expected.pooled_kv):
+            raise Wrong(f"{document.key!r} has content that is not of its text")
+        found[document.key] = Held(position if document.id is None else document.id, document.version, document.text)
+    return found
+
+
+def contents_in_tiers(bank: TieredBank) -> dict[str, Held]:
+    """The documents of a bank in tiers by key; makes sure that the content of each is that of its text.
+
+    Raises:
+        Wrong: for content of another text.
+    """
+    from msa_hf.model.routing_msa import Selection
+
+    found: dict[str, Held] = {}
+    for position, document in enumerate(bank.documents):
+        assert document.text is not None
+        row = int(bank.documents.rows_of(torch.tensor(position)))
+        chosen = Selection(torch.tensor([[row]]), torch.zeros(1, 1))
+        rows = bank.layers[LAYER].over(bank.layout).gather(chosen, torch.float32)
+        expected = memory_of(numbers_of(document.text, document.chunks)).pooled_kv.permute(1, 2, 0, 3)
+        there = rows.row_mask[0]
+        if not (
+            torch.equal(rows.keys[0, :, there], expected[0]) and torch.equal(rows.values[0, :, there], expected[1])
+        ):
             raise Wrong(f"{document.key!r} has content that is not of its text")
         found[document.key] = Held(position if document.id is None else document.id, document.version, document.text)
     return found

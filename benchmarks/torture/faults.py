@@ -18,7 +18,7 @@ from .shim import CHANGING, ERRORS, INTERRUPT, KILL, KINDS, Fault, Trace, failin
 
 UNKNOWN = "CommitOutcomeUnknown"
 DAMAGE = ("BankFormatError", "BankDamaged")
-READS = ("read", "load", "verify", "refresh")
+READS = ("read", "load", "place", "place_open", "verify", "refresh")
 
 
 class Bases:
@@ -256,6 +256,8 @@ def reader(name: str, directory: Path) -> Callable[[], dict[str, Any] | None]:
         return lambda: contents(open_bank(directory, read_only=True).snapshot())
     if name == "load":
         return lambda: contents(MemoryBank.from_pretrained(directory))
+    if name in ("place", "place_open"):
+        return lambda: placed(directory if name == "place" else open_bank(directory, read_only=True))
     bank = open_bank(directory, read_only=True)
     if name == "verify":
 
@@ -274,6 +276,18 @@ def reader(name: str, directory: Path) -> Callable[[], dict[str, Any] | None]:
         return contents(bank.snapshot())
 
     return refresh
+
+
+def placed(bank: Any) -> dict[str, Any]:
+    """The contents of a bank whose content stays on the disk, of which one file at a time is open."""
+    from msa_hf.bank import place_bank
+    from msa_hf.bank.tiered.plan import PlacementOptions
+    from msa_hf.model import open_files_msa
+
+    from .check import contents_in_tiers
+
+    open_files_msa.MOST_OPEN = 1
+    return contents_in_tiers(place_bank(bank, "cpu", PlacementOptions(content_on="disk")))
 
 
 def attack_reading(name: str, directory: Path, fault: Fault) -> str:

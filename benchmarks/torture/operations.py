@@ -133,6 +133,8 @@ def _add(bank: Bank, directory: Path) -> None:
 NEW = Change("new", "a new text", 5)
 ADD = Step(_add, lambda state: state.after([NEW]))
 
+ADD_MORE = _commit(Change("more", "one more", 6))
+
 OPERATIONS = {
     "add": Operation("mixed", [ADD]),
     "upsert": Operation("mixed", [_commit(Change("k3", "k3 has this text now", 5))]),
@@ -145,6 +147,8 @@ OPERATIONS = {
     "delete_compact": Operation(
         "mixed", [_commit(Change("k4", None, 5)), Step(lambda bank, directory: bank.compact())], erases=True
     ),
+    "forget": Operation("mixed", [Step(lambda bank, directory: bank.forget_deletions(20), lambda state: state)]),
+    "checkpoint": Operation("mixed", [ADD, Step(lambda bank, directory: bank.checkpoint()), ADD_MORE]),
     # So many commits that small segments are merged, and a checkpoint of the log is written, at some of them.
     "many": Operation("mixed", [_commit(*(events("many", number) or [NEW])) for number in range(1, 41)]),
     "open": Operation("mixed", [ADD], opening=True),

@@ -12,6 +12,7 @@ from fake_model import FakeModel
 
 from msa_hf.bank import BankStore, place_bank
 from msa_hf.bank.tiered.plan import PlacementOptions
+from msa_hf.model.bank_format_msa import BankFormatError
 from msa_hf.model.memory_msa import MemoryBank
 from msa_hf.retrieval import MeanPoolingEmbedder, add_vectors, dense_files
 from msa_hf.retrieval.dense import normalized, passages_of
@@ -121,10 +122,19 @@ def test_damaged_files_are_made_anew(tmp_path: Path) -> None:
     chance = random.Random(0)
     with BankStore(FakeModel(), tmp_path, embedder=FakeEmbedder()) as bank:
         bank.add([{"text": text_of(chance)} for _ in range(5)])
-    (path,) = tmp_path.glob("vectors-*")
-    path.write_bytes(path.read_bytes()[:-1])
-    with BankStore(None, tmp_path, embedder=FakeEmbedder()) as bank:
-        assert_exact(bank.snapshot(), chance)
+    for damage in (lambda data: data[:-1], lambda data: data[:-1] + bytes([data[-1] ^ 1])):
+        (path,) = tmp_path.glob("vectors-*")
+        with BankStore(None, tmp_path, read_only=True) as reader:
+            assert reader.verify() == []
+            path.write_bytes(damage(path.read_bytes()))
+            assert [item.file for item in reader.verify()] == [path.name]
+        with (
+            BankStore(None, tmp_path, read_only=True) as reader,
+            pytest.raises(BankFormatError, match="makes them anew"),
+        ):
+            reader.search("anything", 1, "dense", embedder=FakeEmbedder())
+        with BankStore(None, tmp_path, embedder=FakeEmbedder()) as bank:
+            assert_exact(bank.snapshot(), chance)
 
 
 def test_a_long_text_has_a_vector_for_every_passage() -> None:

@@ -1,6 +1,7 @@
 """The lexical index that is kept with a bank: it finds what the bank holds, whatever was done to the bank and whoever
 died meanwhile, and nothing of what was erased."""
 
+import json
 import os
 import random
 import re
@@ -188,6 +189,49 @@ def test_damaged_files_of_the_index_are_made_anew(tmp_path: Path) -> None:
         with BankStore(FakeModel(), tmp_path) as bank:
             assert is_exact(bank.snapshot(), chance)
         assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "of an earlier release"])
+def test_flipped_bits_are_found_before_tantivy_sees_them(tmp_path: Path, recorded: bool) -> None:
+    """It would find something else in them, or end with what is no `Exception`."""
+    chance = random.Random(5)
+    with BankStore(FakeModel(), tmp_path, lexical="none") as bank:
+        churn(bank, chance, 4)
+    for kind in ("fast", "term", "json") if recorded else ("fast", "term"):
+        path = chance.choice([path for path in tmp_path.rglob(f"*.{kind}") if path.parent != tmp_path])
+        name, data = str(path.relative_to(tmp_path)), bytearray(path.read_bytes())
+        with BankStore(None, tmp_path, read_only=True) as reader:
+            assert reader.verify() == []
+            path.write_bytes(bytes(255 - byte for byte in data) if not recorded else flipped(data, chance))
+            assert not recorded or [damage.file for damage in reader.verify()] == [name]
+        if not recorded:
+            record = json.loads((tmp_path / "lexical.json").read_text())
+            (tmp_path / "lexical.json").write_text(json.dumps({**record, "files": {}}))
+        with BankStore(None, tmp_path, read_only=True) as reader:
+            assert [hit.key for hit in reader.search("absent", 3, "lexical")] == []
+        with BankStore(FakeModel(), tmp_path) as bank:
+            assert is_exact(bank.snapshot(), chance)
+            bank.upsert("k1", text_of(chance))
+            assert is_exact(bank.snapshot(), chance) and bank.verify() == []
+
+
+def flipped(data: bytearray, chance: random.Random) -> bytes:
+    data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("files", [{"../x": ""}, {"": ""}, ["x"], {"/dev/zero": ""}, 3])
+def test_a_record_of_files_that_are_elsewhere(tmp_path: Path, files: object) -> None:
+    chance = random.Random(6)
+    with BankStore(FakeModel(), tmp_path, lexical="none") as bank:
+        churn(bank, chance, 1)
+    record = json.loads((tmp_path / "lexical.json").read_text())
+    (tmp_path / "lexical.json").write_text(json.dumps({**record, "files": files}))
+    with BankStore(None, tmp_path, read_only=True) as reader:
+        assert [damage.file for damage in reader.verify()] == ["lexical.json"]
+        assert reader.search("absent", 3, "lexical") == []
+    with BankStore(FakeModel(), tmp_path) as bank:
+        assert is_exact(bank.snapshot(), chance)
 
 
 def test_erased_words_are_in_no_file(tmp_path: Path) -> None:

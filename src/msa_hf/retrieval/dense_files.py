@@ -39,7 +39,7 @@ from .dense import (
 )
 from .embedders import Embedder
 from .rows import CommittedRows
-from .sidecar import read_sidecar, write_sidecar
+from .sidecar import damage_of, digest_of, read_sidecar, write_sidecar
 
 logger = logging.getLogger(__name__)
 RECORD = "vectors.json"
@@ -273,6 +273,12 @@ def read_vectors(directory: Path, entry: JsonObject, dimension: int, mapped: boo
         raise BankFormatError(f"{entry['file']!r:.80} is no name of a file of vectors.")
     record: FileRecord = {"file": entry["file"], "bytes": entry["bytes"], "sha256": entry["sha256"]}
     path = checked_file(directory, record, verify=False)
+    try:
+        digest = digest_of(path)
+    except (OSError, ValueError) as error:
+        raise BankFormatError(f"{path}: cannot be read ({error}).") from error
+    if digest != record["sha256"]:
+        raise BankFormatError(f"{path}: is corrupted: its SHA-256 is {digest}, the record says {record['sha256']}.")
     rows, count = entry["rows"], entry["vectors"]
     wanted = {
         "keys": ((count, dimension), DTYPE),
@@ -296,6 +302,19 @@ def read_vectors(directory: Path, entry: JsonObject, dimension: int, mapped: boo
     return Vectors(tensors["keys"], counts, tensors["digests"].numpy())
 
 
+def damaged_files(directory: Path, commit: str) -> dict[str, str]:
+    """What is wrong with files of the vectors of this commit, by name."""
+    record = read_sidecar(directory / RECORD, KIND) or {}
+    try:
+        if record.get("commit") != commit or record.get("version") != VERSION:
+            return {}
+        named = {str(entry["file"]): entry["sha256"] for entry in record["files"]}
+    except (KeyError, TypeError) as error:
+        return {RECORD: f"{directory / RECORD}: {error!r} is missing or no value of its kind"}
+    found = {name: damage_of(directory / name, digest) for name, digest in named.items() if FILE.fullmatch(name)}
+    return {name: cause for name, cause in found.items() if cause is not None}
+
+
 def open_vectors(directory: Path, rows: CommittedRows, embedder: Embedder | None = None) -> DenseSearcher | None:
     """The vectors of a bank for reading; None where it has none.
 
@@ -313,7 +332,12 @@ def open_vectors(directory: Path, rows: CommittedRows, embedder: Embedder | None
             "`embedder` that made them, or `msa-hf bank index BANK --embedder MODEL` brings them up to date."
         )
     try:
-        parts = _read_all(directory, record["files"], record["dimension"])
+        try:
+            parts = _read_all(directory, record["files"], record["dimension"])
+        except BankFormatError as error:
+            raise BankFormatError(
+                f"{error} Opening the bank to write, with the `embedder`, makes them anew."
+            ) from error
         found = DenseSearcher(parts, record["dimension"], record["model"], None, record["probe"])
     except (KeyError, TypeError) as error:
         raise BankFormatError(f"{directory / RECORD}: {error!r} is missing or no value of its kind.") from error

@@ -12,8 +12,10 @@ from ..model.memory_msa import BankHome
 from .dense_files import KIND as VECTORS_KIND
 from .dense_files import RECORD as VECTORS
 from .dense_files import DenseFollower, VectorsBehind, VectorsLost, has_vectors, open_vectors, outdated_files
+from .dense_files import damaged_files as damaged_vectors
 from .embedders import Embedder
 from .lexical_files import LexicalFollower, open_searcher, outdated_folders, read_record
+from .lexical_files import damaged_files as damaged_index
 from .rows import BankFollower, CommittedRows
 from .sidecar import read_sidecar
 
@@ -88,6 +90,13 @@ class Followers:
             *outdated_folders(self.directory, self._rows.commit),
             *outdated_files(self.directory, self._rows),
         ]
+
+    def damaged_files(self) -> dict[str, str]:
+        """What is wrong with files of the indexes of the commit that was followed last, by their paths."""
+        if self.directory is None or self._rows is None:
+            return {}
+        commit = self._rows.commit
+        return {**damaged_index(self.directory, commit), **damaged_vectors(self.directory, commit)}
 
     @property
     def home(self) -> BankHome | None:

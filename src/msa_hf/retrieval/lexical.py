@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,11 @@ class LexicalIndex:
         builder.add_text_field("text", tokenizer_name="words", index_option="freq")
         builder.add_integer_field("row", indexed=True, fast=True)
         self._schema = builder.build()
-        self._index = self._tantivy.Index(self._schema, path=None if directory is None else str(directory))
-        self._index.register_tokenizer("words", self._analyzer)
-        self._index.config_reader("manual")  # a searcher sees what was committed when it was asked for
-        self._index.reload()
+        with _panics_told():
+            self._index = self._tantivy.Index(self._schema, path=None if directory is None else str(directory))
+            self._index.register_tokenizer("words", self._analyzer)
+            self._index.config_reader("manual")  # a searcher sees what was committed when it was asked for
+            self._index.reload()
 
     def _make_analyzer(self) -> Any:
         tantivy, language = self._tantivy, self.language
@@ -101,17 +103,19 @@ class LexicalIndex:
         threads = max(min(os.cpu_count() or 1, MOST_THREADS), 1) if change.many else 1
         writer = self._index.writer(threads * THREAD_BYTES, threads)
         try:
-            for row in change.gone:
-                writer.delete_documents_by_term("row", row)
-            for row, text in change.texts:
-                if text is not None:
-                    document = self._tantivy.Document()
-                    document.add_text("text", text)
-                    document.add_integer("row", row)
-                    writer.add_document(document)
-            stamp: int = writer.commit()
+            with _panics_told():
+                for row in change.gone:
+                    writer.delete_documents_by_term("row", row)
+                for row, text in change.texts:
+                    if text is not None:
+                        document = self._tantivy.Document()
+                        document.add_text("text", text)
+                        document.add_integer("row", row)
+                        writer.add_document(document)
+                stamp: int = writer.commit()
         except BaseException:
-            writer.rollback()
+            with _panics_told():
+                writer.rollback()
             raise
         finally:
             writer.wait_merging_threads()  # and lets go of the lock
@@ -121,6 +125,21 @@ class LexicalIndex:
     def searcher(self) -> LexicalSearcher:
         """The index as it is now, for good."""
         return LexicalSearcher(self, self._index.searcher())
+
+
+@contextlib.contextmanager
+def _panics_told() -> Iterator[None]:
+    """A block in which tantivy works on files; it panics, with what is no `Exception`, where they are not its own.
+
+    Raises:
+        ValueError: for a panic.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"tantivy cannot work with the files of this index ({error}).") from error
 
 
 @dataclass(frozen=True)
@@ -168,8 +187,9 @@ class LexicalSearcher:
             return []
         question, limit = tantivy.Query.boolean_query(clauses), k + 1
         while True:
-            hits = self._searcher.search(question, limit, count=False).hits
-            rows: Sequence[int] = self._searcher.fast_field_values("row", [address for _, address in hits])
+            with _panics_told():
+                hits = self._searcher.search(question, limit, count=False).hits
+                rows: Sequence[int] = self._searcher.fast_field_values("row", [address for _, address in hits])
             found = [(row, score) for row, (score, _) in zip(rows, hits, strict=True) if is_there(row)]
             # Until the last one is worse than the k-th: tantivy breaks ties by where a row lies in its files.
             if len(hits) < limit or (len(found) >= k and hits[-1][0] < found[k - 1][1]):

@@ -5,8 +5,9 @@
     lexical-<16 hex>/       tantivy's files
 
 After a crash the index may be behind the bank, never ahead of it unnoticed: `lexical.json` names the commit that it is
-of, the rows that it has (`CommittedRows.lineage`) and tantivy's own last commit. If one of them differs, a writer
-brings the index up to date when it opens the bank, and a reader makes one of its own in memory.
+of, the rows that it has (`CommittedRows.lineage`), tantivy's own last commit, and its files with their SHA-256: tantivy
+compares nothing, and finds something else in damaged ones. If one of them differs, a writer brings the index up to date
+when it opens the bank, or makes it anew, and a reader makes one of its own in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from ..json_object import JsonObject
 from .lexical import FEW_DOCUMENTS, META, Change, LexicalIndex, LexicalSearcher, stamp_of
 from .rows import CommittedRows
-from .sidecar import read_sidecar, write_sidecar
+from .sidecar import damage_of, digest_of, read_sidecar, write_sidecar
 
 logger = logging.getLogger(__name__)
 RECORD = "lexical.json"
@@ -82,6 +83,8 @@ class LexicalFollower:
             found = stamp_of(folder)
             if found is None or found < stamp:
                 raise ValueError("files of it are missing")
+            # After a crash tantivy may be ahead, and have put files together.
+            _check_files(folder, record, META if found != stamp else None)
             index = LexicalIndex(self.language, folder)
             lineage, known, commit = str(record["lineage"]), int(record["rows"]), record["commit"]
             left_out = int(record["hidden"])
@@ -137,6 +140,7 @@ class LexicalFollower:
             "language": self.language,
             "index": self._folder.name,
             "stamp": stamp_of(self._folder),
+            "files": {path.name: digest_of(path) for path in _files(self._folder)},
             "commit": rows.commit,
             "lineage": rows.lineage,
             "rows": rows.rows,
@@ -190,7 +194,7 @@ def open_searcher(directory: Path, rows: CommittedRows, build: bool = True) -> L
             if len(rows.hidden) < record["hidden"]:
                 cause = "it lacks documents of files that were damaged"
                 break
-            return _opened(_folder(directory, record), record["language"], record["stamp"])
+            return _opened(_folder(directory, record), record)
         except (ValueError, OSError, KeyError, TypeError) as error:
             cause = str(error)
     if not build:
@@ -217,20 +221,64 @@ def _folder(directory: Path, record: JsonObject) -> Path:
     return directory / str(record["index"])
 
 
-def _opened(folder: Path, language: str, stamp: int) -> LexicalSearcher:
+def damaged_files(directory: Path, commit: str) -> dict[str, str]:
+    """What is wrong with files of the index of this commit, by their paths in the directory."""
+    for _ in range(TRIES):
+        record = read_record(directory) or {}
+        if record.get("commit") != commit or record.get("version") != VERSION:
+            return {}
+        try:
+            folder, files = _folder(directory, record), _digests(record)
+        except (ValueError, KeyError, TypeError) as error:
+            return {RECORD: f"{directory / RECORD}: {error}"}
+        found = {f"{folder.name}/{name}": damage_of(folder / name, digest) for name, digest in files.items()}
+        damaged = {name: cause for name, cause in found.items() if cause is not None}
+        if not damaged or read_record(directory) == record:  # else a writer has put files together
+            return damaged
+    return {}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _digests(record: JsonObject) -> dict[str, object]:
+    """SHA-256 of the files of an index, by name; earlier releases put none down."""
+    found = dict(record.get("files", {}))
+    if any(os.path.basename(name) != name or name in ("", ".", "..") for name in found):
+        raise ValueError("`files` has what is no name of a file in a folder")
+    return found
+
+
+def _check_files(folder: Path, record: JsonObject, changed: str | None = None) -> None:
+    """Compare the files of an index with its record.
+
+    Args:
+        changed: a file that is another one by now; others may then be gone as well.
+
+    Raises:
+        ValueError: naming the one that differs.
+        OSError: for one that cannot be read.
+    """
+    for name, digest in _digests(record).items():
+        if name != changed and not (changed and not (folder / name).exists()) and digest_of(folder / name) != digest:
+            raise ValueError(f"{name} is corrupted")
+
+
+def _opened(folder: Path, record: JsonObject) -> LexicalSearcher:
     """tantivy's files as they are, by links in a folder of our own: it would make a lock beside them."""
     with tempfile.TemporaryDirectory(prefix="msa-hf-lexical-") as links:
-        for path in folder.iterdir():
-            if not path.name.startswith("."):
-                target = Path(links) / path.name
-                if path.name == META:
-                    shutil.copyfile(path, target)
-                else:
-                    with contextlib.suppress(FileNotFoundError):
-                        _link(path, target)
-        if stamp_of(Path(links)) != stamp:
+        for path in _files(folder):
+            target = Path(links) / path.name
+            if path.name == META:
+                shutil.copyfile(path, target)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    _link(path, target)
+        if stamp_of(Path(links)) != record["stamp"]:
             raise ValueError("its files are of another commit")
-        return LexicalIndex(language, Path(links)).searcher()  # it has all of them open now
+        _check_files(folder, record)
+        return LexicalIndex(record["language"], Path(links)).searcher()  # it has all of them open now
 
 
 def _link(path: Path, target: Path) -> None:

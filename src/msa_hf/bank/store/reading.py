@@ -275,7 +275,8 @@ class CommittedBank:
         """Read every file and compare it with its SHA-256; returns what is damaged, an empty list where nothing is.
 
         Documents of damaged files are left out from now on; the others stay usable. Before the bank can be written to
-        again, the files must be restored, or the documents given up with `discard_damaged()`.
+        again, the files must be restored, or the documents given up with `discard_damaged()`. Indexes for searching are
+        made anew when the bank is opened to write.
         """
         with self._mutex:
             if self.directory is None:
@@ -289,6 +290,7 @@ class CommittedBank:
                 self.refresh()
             state = self.state
             found += find_damage(self.directory, state, self._damage)
+            found += [Damage(file, cause) for file, cause in self._followers.damaged_files().items()]
             if found:
                 self._note(found)
                 self._buffers = None
