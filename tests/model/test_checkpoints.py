@@ -348,10 +348,10 @@ def test_a_score_bias_added_on_loading_keeps_the_routers(saved: Any) -> None:
 
 
 def test_directory_holds_no_pickle(tmp_path: Path) -> None:
-    """Weights are safetensors; the rest is JSON and the code."""
+    """Weights are safetensors; the rest is JSON, the code and the card."""
     shared_model("qwen3").save_pretrained(tmp_path, max_shard_size=SHARD)
     names = {path.name for path in tmp_path.iterdir()}
-    assert {Path(name).suffix for name in names} == {".safetensors", ".json", ".py"}
+    assert {Path(name).suffix for name in names} == {".safetensors", ".json", ".py", ".md"}
     assert {name for name in names if name.endswith(".py")} == set(REMOTE_FILES)
     assert {name for name in names if name.endswith(".json")} == {
         "config.json",

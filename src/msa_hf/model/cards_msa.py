@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import DatasetCard, ModelCard
+from huggingface_hub import DatasetCard, ModelCard, ModelCardData
 
 CARD = "README.md"
 MOST_BYTES = 2**20  # of a card that is read
@@ -25,6 +25,21 @@ def is_ours(path: Path) -> bool:
     text = read_card(path)
     found = None if text is None else _MARKED.search(text)
     return text is not None and found is not None and found[1] == _digest(text[: found.start()])
+
+
+def is_made_by_transformers(path: Path) -> bool:
+    """Tell whether a card is the empty one that transformers makes, as where a tokenizer is pushed first."""
+    text = read_card(path)
+    if text is None or "[More Information Needed]" not in text:
+        return False
+    try:
+        said = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
+        said += " This model card has been automatically generated."
+        empty = ModelCard.from_template(ModelCardData(library_name="transformers"), model_description=said)
+    except ImportError:  # of jinja2, with which it was made
+        return False
+    added = metadata_of(path).keys() - {"library_name", "tags"}
+    return not added and ModelCard(text, ignore_metadata_errors=True).text.strip() == empty.text.strip()
 
 
 def write_card(directory: Path, text: str) -> bool:

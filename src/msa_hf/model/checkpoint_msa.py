@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -17,9 +18,12 @@ from transformers.utils import ModelOutput, logging
 
 from .attention_config_msa import Implementations, check_holds_memory, implementations_in
 from .attention_msa import IMPLEMENTATIONS
+from .cards_msa import CARD, write_card
 from .compat_msa import warn_of_untested_version
 from .configuration_msa import AUTO_MAP, OWN_FIELDS, MSAConfig
+from .model_card_msa import base_facts, model_card
 from .peft_msa import teach_virtual_tokens
+from .publishing_msa import publish
 from .quantized_msa import is_quantized_checkpoint, note_plain_routers, refuse_bare_gguf
 from .retrofit_msa import (
     ROUTER_MODULES,
@@ -45,6 +49,7 @@ PAGED = tuple(f"paged|{name}" for name in IMPLEMENTATIONS)
 UNTRAINED = "what they choose is little better than chance until `msa-hf train` has trained them."
 # Fields of a configuration that are arguments of `from_pretrained` in their own right.
 LOADING_ARGUMENTS = {"dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config"}
+PUSH_ARGUMENTS = ("repo_id", "commit_message", "description", "private", "revision", "create_pr", "tags")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -374,16 +379,92 @@ class CheckpointMixin(ModelMixin):
             )
         setter(name)
 
-    def save_pretrained(self, save_directory: str | PathLike[str], *args: object, **kwargs: object) -> object:
-        """Save weights and configuration, and the code that `trust_remote_code=True` needs to load them."""
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: object, **kwargs: Any) -> object:
+        """Save weights and configuration, the code that `trust_remote_code=True` needs to load them, and a card.
+
+        The card is the README.md of the directory; one that a person wrote or changed stays. Adapters that were put
+        into the model itself are saved without one, as transformers does.
+
+        Args:
+            kwargs: as of `PreTrainedModel.save_pretrained`; with `push_to_hub=True` those of `push_to_hub`, and
+                `repo_id`, by default the name of the directory.
+        """
+        directory, pushed = Path(save_directory), bool(kwargs.pop("push_to_hub", False))
+        hub = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs and pushed}
+        before = _written(directory)
         renumber_memory_layers(self)
         # Under the parameters' own names the base class finds them too; it converts none for this model type.
         kwargs.setdefault("save_original_format", False)
         self.config.auto_map = dict(AUTO_MAP)
         result = super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            copy_code(Path(save_directory))
-        return result
+        if not kwargs.get("is_main_process", True):
+            return result
+        copy_code(directory)
+        repo_id = str(hub.pop("repo_id", None) or directory.resolve().name) if pushed else None
+        tags = [*(getattr(self, "model_tags", None) or []), *(hub.pop("tags", None) or [])]
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            base = base_facts(self.config, ask_hub=pushed)
+            write_card(directory, model_card(self.config, base, repo_id, tags, headless=not self.can_generate()))
+        if repo_id is None:
+            return result
+        changed = [name for name, time in _written(directory).items() if before.get(name) != time]
+        names = {*changed, *(name for name in (*REMOTE_FILES, CARD) if (directory / name).is_file())}
+        message = hub.pop("commit_message", None) or "Upload model"
+        options = {"repo_type": "model", "message": message, "token": kwargs.get("token"), **hub}
+        return publish(directory, sorted(names), repo_id, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> object:
+        """Put the model on the Hub, with its code and a card; a card that a person wrote there stays.
+
+        Args:
+            repo_id: `"user/model"`; made where missing.
+            commit_message: default "Upload model".
+            commit_description: of the commit.
+            private: of a repository that is made; None: the Hub's default.
+            token: default that of `hf auth login`, or of the variable HF_TOKEN.
+            revision: a branch, made where missing. Default: main.
+            create_pr: open a pull request instead.
+            max_shard_size: most bytes of a file of weights.
+            tags: further ones of the card.
+
+        Returns:
+            the commit.
+
+        Raises:
+            BankUnavailable: where the Hub refuses or cannot be reached, with the remedy.
+        """
+        with tempfile.TemporaryDirectory(prefix="msa-hf-push-") as folder:
+            return self.save_pretrained(
+                folder,
+                max_shard_size=max_shard_size,
+                push_to_hub=True,
+                repo_id=repo_id,
+                commit_message=commit_message,
+                description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                tags=tags,
+            )
+
+
+def _written(directory: Path) -> dict[str, int]:
+    """The files of a directory, with the times when they were written."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_mtime_ns for path in files}
 
 
 def _taken_by_config(config: PreTrainedConfig, arguments: Arguments) -> Arguments:

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from .cards_msa import CARD, is_ours
+from .cards_msa import CARD, is_made_by_transformers, is_ours
 from .hub_msa import LIBRARY, SECONDS, hub_errors
 
 MANY_FILES, MANY_BYTES = 100, 10 * 2**30  # above, files go ahead in as many commits as they take
@@ -96,4 +96,4 @@ def _card_is_ours(repo_id: str, repo_type: str, commit: str | None, token: str |
         path = hf_hub_download(repo_id, CARD, repo_type=repo_type, revision=commit, token=token, etag_timeout=SECONDS)
     except EntryNotFoundError:
         return True
-    return is_ours(Path(path))
+    return is_ours(Path(path)) or is_made_by_transformers(Path(path))
