@@ -141,7 +141,8 @@ class BankAsker:
             try:
                 asker.check(question)
             except ValueError as error:
-                question.fail(ApiError(400, str(error), "invalid_question", "prompt" if question.raw else "messages"))
+                code = "context_length_exceeded" if "too long" in str(error) else "invalid_question"
+                question.fail(ApiError(400, str(error), code, "prompt" if question.raw else "messages"))
             else:
                 asked.append(question)
         if not asked:

@@ -140,7 +140,10 @@ class Documents:
             message = f"The change could not be written ({error.strerror}); nothing has changed."
             raise ApiError(507, message, "storage_error") from error
         except (ValueError, TypeError) as error:
-            raise ApiError(400, str(error), "invalid_document") from error
+            text, of_length, _ = str(error).partition(" Pass too_long=")
+            if of_length:
+                text += " Send it in parts, each with a key of its own."
+            raise ApiError(400, text, "document_too_long" if of_length else "invalid_document", "text") from error
 
     def follow(self) -> None:
         """Move on to the last commit, where another process writes."""

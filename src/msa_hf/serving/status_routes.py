@@ -16,7 +16,8 @@ def status_routes(service: Service, draining: Callable[[], bool]) -> APIRouter:
     """The routes."""
     router = APIRouter(tags=["status"])
 
-    @router.api_route("/healthz", methods=["GET", "HEAD"])
+    @router.head("/healthz", include_in_schema=False)
+    @router.get("/healthz")
     async def healthz() -> Response:
         """200 while the server takes requests, 503 when it is ending or cannot work."""
         problem = service.problem()
