@@ -12,7 +12,7 @@ import httpx
 import pytest
 from served import MODEL, Served, serving
 
-from msa_hf.bank import BankStore
+from msa_hf.bank import BankDamaged, BankStore
 
 KEYS = [
     "a",
@@ -261,6 +261,23 @@ def test_a_disk_that_is_full_loses_nothing(fresh: Path, monkeypatch: pytest.Monk
         monkeypatch.undo()
         assert client.get("/v1/documents/lost").status_code == 404
         assert put(client, "kept", "A text.").status_code == 201
+
+
+def test_a_bank_that_is_damaged_says_so(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(fresh) as served:
+        client = served.client()
+
+        def damaged(self: BankStore, *arguments: object) -> None:
+            raise BankDamaged("/secret/path is damaged")
+
+        question = {"model": MODEL, "messages": [{"role": "user", "content": "Where is the reef?"}]}
+        monkeypatch.setattr(BankStore, "snapshot", damaged)
+        monkeypatch.setattr(BankStore, "get", damaged)
+        found = [client.post("/v1/chat/completions", json={**question, "stream": stream}) for stream in (False, True)]
+        found += [client.get("/v1/documents/doc-1"), client.post("/v1/search", json={"query": "a"})]
+        for answer in (*found, put(client, "x", "y")):
+            assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error", answer.text
+        assert not any("secret" in answer.text for answer in found)
 
 
 def _full(self: BankStore, commit: object) -> None:

@@ -1,6 +1,8 @@
 """OpenAI's own client talks to the server."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from served import MODEL, Served, serving
@@ -35,6 +37,16 @@ def test_chats(client: openai.OpenAI) -> None:
     assert chunks[-1].usage == whole.usage and chunks[-2].sources == whole.sources
     again = [*MESSAGES, whole.choices[0].message, {"role": "user", "content": [{"type": "text", "text": "And now?"}]}]
     assert client.chat.completions.create(model=MODEL, messages=again, max_completion_tokens=3).choices
+
+
+def test_the_example_of_the_document_runs(guarded: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    for old, new in (("http://127.0.0.1:8000/", guarded.url), ('"none"', repr(KEY)), ('"my-msa"', repr(MODEL))):
+        assert old in example
+        example = example.replace(old, new)
+    exec(compile(example, "serving.md", "exec"), {})
+    assert "'passage': " in capsys.readouterr().out
 
 
 def test_completions_and_models(client: openai.OpenAI) -> None:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..json_object import JsonObject
-from .errors import ApiError, internal_error
+from .errors import api_error
 from .service import Service
 from .waiting import Answered, Delta, Options, Question, Turn
 
@@ -123,7 +123,7 @@ class AnswerStream(Response):
             if not begun:
                 begun = True
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            text = event if isinstance(event, str) else json.dumps(event, ensure_ascii=False, allow_nan=False)
+            text = event if isinstance(event, str) else json.dumps(event, allow_nan=False)
             await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
 
         try:
@@ -133,7 +133,7 @@ class AnswerStream(Response):
         except Exception as error:
             if not begun:
                 raise
-            await write((error if isinstance(error, ApiError) else internal_error(error)).to_dict())
+            await write(api_error(error).to_dict())
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def events(self) -> AsyncIterator[JsonObject]:

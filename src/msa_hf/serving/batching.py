@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from .errors import ApiError, internal_error
+from .errors import ApiError, api_error
 from .waiting import Question, Work
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class ModelThread:
             self.answer(questions)
         except Exception as error:
             if len(questions) == 1:
-                questions[0].fail(error if isinstance(error, ApiError) else internal_error(error))
+                questions[0].fail(api_error(error))
                 return
             logger.warning("a batch of %d questions failed (%s); each is asked alone", len(questions), error)
             for question in questions:

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from ..json_object import JsonObject
+from ..model.bank_format_msa import BankError
 
 if TYPE_CHECKING:
     from starlette.responses import Response
@@ -83,16 +84,23 @@ def install_handlers(app: FastAPI) -> None:
         return found.response()
 
     async def failed(request: Request, error: Exception) -> Response:
-        return internal_error(error).response()
+        return api_error(error).response()
 
     app.add_exception_handler(ApiError, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, not_served)
+    app.add_exception_handler(BankError, failed)
     app.add_exception_handler(Exception, failed)
 
 
-def internal_error(error: BaseException) -> ApiError:
-    """A fault of the server: told to its log, and to the client only that there was one."""
+def api_error(error: Exception) -> ApiError:
+    """An error as clients get it. Faults of the server are told to its log, and to the client only that there was
+    one."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, BankError):
+        logger.error("the bank cannot be used: %s", error)
+        return ApiError(503, "The bank cannot be used now; the log of the server says why.", "bank_error")
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "The server failed at this request; its log says why.", "internal_error")
 
