@@ -355,6 +355,40 @@ def test_a_missing_commit_is_told(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
+@pytest.mark.parametrize("compacted", [False, True])
+def test_newest_commits_that_are_missing_are_told(
+    tmp_path: Path, compacted: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They cannot be told from those that a copy lacks which was made beside a writer: the bank stays usable."""
+    with filled(tmp_path, 2) as bank:
+        bank.compact() if compacted else None
+        before = texts(bank.snapshot())
+        last = bank.generation
+        bank.upsert("new", "lost", 7)
+        bank.upsert("new", "lost as well", 8)
+        assert bank.verify() == []
+    lost = [tmp_path / entry_name(last + number) for number in (1, 2)]
+    doors = {
+        "load": lambda: MemoryBank.from_pretrained(tmp_path),
+        "read": lambda: BankStore(None, tmp_path, read_only=True).snapshot(),
+    }
+    for door in doors.values():
+        assert texts(door())["new"] == "lost as well" and "was made" not in caplog.text
+    for path in lost:
+        path.unlink()
+    for door in doors.values():
+        assert texts(door()) == before
+        assert f"commit {last + 2} was made, but the bank ends with commit {last}" in caplog.text
+        caplog.clear()
+    with BankStore(FakeModel(), tmp_path) as bank:
+        assert [item.file for item in bank.verify()] == [lost[0].name] and "was made" in caplog.text
+        for version in (7, 8):
+            bank.upsert("new", f"again {version}", version)
+        assert bank.verify() == []
+    caplog.clear()
+    assert texts(doors["load"]()) == {**before, "new": "again 8"} and not caplog.text
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ENOENT])
 def test_what_cannot_be_read_now_is_no_damage(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with filled(tmp_path) as bank:

@@ -1,4 +1,7 @@
-"""One writer at a time: a lock file that the operating system frees when its holder dies."""
+"""One writer at a time: a lock file that the operating system frees when its holder dies.
+
+Its first bytes name the holder. Behind them stands the last commit that was made: if its file is gone, that is told.
+"""
 
 import errno
 import importlib
@@ -20,6 +23,8 @@ from .hub_cache_msa import is_snapshot
 logger = logging.getLogger(__name__)
 MOUNTS = Path("/proc/self/mountinfo")
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}  # what `flock` is refused with
+NAMED = 1000  # bytes, of the holder
+NOTED_AT, NOTED = 1024, re.compile(rb"([0-9a-f]{32})-(\d{1,20})\n *")  # a lineage, and a generation of it
 _held: "weakref.WeakSet[WriterLock]" = weakref.WeakSet()
 
 
@@ -85,12 +90,11 @@ class WriterLock:
             logger.warning("%s: taken over from %s, which did not close it.", directory, _holder(left))
         since = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"pid": self._process, "host": socket.gethostname(), "since": since}
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(record).encode(), 0)
+        os.pwrite(self._descriptor, json.dumps(record).encode().ljust(NAMED), 0)
 
     def _content(self) -> str:
         assert self._descriptor is not None
-        return os.pread(self._descriptor, 1000, 0).decode(errors="replace").strip()
+        return os.pread(self._descriptor, NAMED, 0).decode(errors="replace").strip(" \n\0")
 
     def _not_ours(self) -> str | None:
         """Say why the file that is locked is not the one that others would lock, None if it is."""
@@ -133,11 +137,17 @@ class WriterLock:
                 "Nothing was committed; open the bank again."
             )
 
+    def note_commit(self, lineage: str, generation: int) -> None:
+        """Note the last commit, which is on the disk. Without a lock, or on a disk that fails, it is not noted."""
+        with suppress(OSError):
+            if self.held and self._descriptor is not None and os.fstat(self._descriptor).st_nlink < 2:
+                os.pwrite(self._descriptor, f"{lineage}-{generation}\n".encode().ljust(64), NOTED_AT)
+
     def release(self) -> None:
         """Let go of the lock, whatever the disk says: an error here would hide the one that it is released for."""
         with suppress(OSError):  # who had the lock is no more than a note
             if self.held and self._descriptor is not None and os.fstat(self._descriptor).st_nlink < 2:
-                os.ftruncate(self._descriptor, 0)
+                os.pwrite(self._descriptor, b" " * NAMED, 0)
         self.drop()
 
     def drop(self) -> None:
@@ -154,6 +164,32 @@ class WriterLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def noted_commit(directory: Path) -> tuple[str, int] | None:
+    """The lineage and generation of the last commit that a writer noted, None where nobody did.
+
+    Commits are noted once they are made: whoever asks before looking for them finds all up to this one.
+    """
+    try:
+        if not stat.S_ISREG((directory / LOCK).lstat().st_mode):
+            return None
+        with open(directory / LOCK, "rb") as file:
+            file.seek(NOTED_AT)
+            found = NOTED.fullmatch(file.read(64))
+    except OSError:
+        return None
+    return None if found is None else (found[1].decode(), int(found[2]))
+
+
+def missing_commit(directory: Path, lineage: str | None, generation: int, noted: tuple[str, int] | None) -> str | None:
+    """Say that commits up to a noted one are missing behind a generation, None if none is."""
+    if noted is None or noted[0] != lineage or noted[1] <= generation:
+        return None
+    return (
+        f"{directory}: commit {noted[1]} was made, but the bank ends with commit {generation}. Later ones were "
+        "removed, or this is a copy that was made while somebody wrote: restore their files, or go on without them."
+    )
 
 
 def _open(path: Path) -> int:

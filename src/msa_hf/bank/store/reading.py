@@ -14,6 +14,8 @@ import torch
 
 from ...model.bank_files_msa import damage_of_file
 from ...model.bank_format_msa import MANIFEST, BankFormatError, TensorPair, data_files
+from ...model.bank_lock_msa import missing_commit, noted_commit
+from ...model.bank_log_msa import entry_name
 from ...model.bank_manifest_msa import TRIES, read_manifest
 from ...model.bank_reader_msa import BankReader, read_bank
 from ...model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable, LayerMemory, MemoryBank
@@ -282,6 +284,7 @@ class CommittedBank:
             if self.directory is None:
                 return []
             found: list[Damage] = []
+            noted = noted_commit(self.directory)  # before what it is compared with
             try:
                 read_manifest(self.directory)
             except BankFormatError as error:
@@ -295,6 +298,9 @@ class CommittedBank:
                 self._note(found)
                 self._buffers = None
                 self._adopt(State.of(state.manifest, state.segments, state.deleted))
+            lineage = state.manifest.get("lineage")
+            if cause := missing_commit(self.directory, lineage, self.generation, noted):
+                found.append(Damage(entry_name(self.generation + 1), cause))
             return found
 
     def __reduce__(self) -> NoReturn:

@@ -312,6 +312,7 @@ class BankStore(CommittedBank):
                 raise access.replaced() from None
         with access.after_commit():
             manifest, segments = manifest_after(self.state.manifest, entry), self.state.segments
+            access.note(manifest)
             if entry["segment"] is not None:
                 reader = BankReader(self.directory, manifest, self.origin, verify=False)
                 if segment_bytes(entry["segment"]) <= SMALL_FILE:

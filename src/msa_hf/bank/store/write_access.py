@@ -67,6 +67,11 @@ class WriteAccess:
                 ) from error
             raise
 
+    def note(self, manifest: Manifest) -> None:
+        """Note that the bank is at this manifest, so that a commit whose file is removed later is told."""
+        if "lineage" in manifest:
+            self._lock.note_commit(manifest["lineage"], manifest["generation"])
+
     @contextlib.contextmanager
     def after_commit(self) -> Iterator[None]:
         """A block after a commit that is on the disk; if it fails, the bank must be opened again.
@@ -120,3 +125,4 @@ class WriteAccess:
                 raise self.replaced()
             writer.commit(new)
         self._mark = manifest_mark(self.directory)
+        self.note(new)
