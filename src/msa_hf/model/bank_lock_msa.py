@@ -192,6 +192,14 @@ def missing_commit(directory: Path, lineage: str | None, generation: int, noted:
     )
 
 
+def warn_of_missing_commit(
+    directory: Path, lineage: str | None, generation: int, noted: tuple[str, int] | None
+) -> None:
+    """Warn of what `missing_commit` says: a copy that was made beside a writer lacks commits as well, and is usable."""
+    if cause := missing_commit(directory, lineage, generation, noted):
+        logger.warning("%s", cause)
+
+
 def _open(path: Path) -> int:
     """Open a lock file, made where missing: only a regular one that has no other name."""
     with suppress(FileNotFoundError):

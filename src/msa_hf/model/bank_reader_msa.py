@@ -6,7 +6,6 @@ header and shape are checked, and its SHA-256 if that is asked for.
 """
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,14 +35,13 @@ from .bank_format_msa import (
     deletions_of,
     format_error,
 )
-from .bank_lock_msa import missing_commit, noted_commit
+from .bank_lock_msa import noted_commit, warn_of_missing_commit
 from .bank_manifest_msa import TRIES, read_manifest
 from .interface_msa import check_interface
 from .open_files_msa import SMALL_FILE, TensorFile
 from .origin_msa import BankOrigin, check_origin
 from .shard_msa import Shard, shard_layers, tensor_shapes
 
-logger = logging.getLogger(__name__)
 MOST_MAPPED = 16  # tables
 Read = TypeVar("Read")
 
@@ -300,8 +298,7 @@ def open_bank(
     directory = Path(directory)
     noted = noted_commit(directory)  # before what it is compared with
     manifest = read_manifest(directory)
-    if cause := missing_commit(directory, manifest.get("lineage"), manifest.get("generation", 0), noted):
-        logger.warning("%s", cause)
+    warn_of_missing_commit(directory, manifest.get("lineage"), manifest.get("generation", 0), noted)
     try:
         origin = BankOrigin.from_manifest(manifest)
     except ValueError as error:
