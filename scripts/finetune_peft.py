@@ -15,7 +15,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from msa_hf.data.questions import DataError, read_documents, read_questions
+from msa_hf.data import DataError, read_documents
+from msa_hf.data.questions import read_questions
 from msa_hf.training import CollapsedError
 from msa_hf.training.finetune import make_trainer, prepare, protocol_of, train
 from msa_hf.training.settings import SettingError, TrainingError, add_options, settings_of
@@ -26,7 +27,7 @@ HELD_OUT = "--eval-questions"
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description="Fine-tune a model with a memory: LoRA, and the routers whole.")
     made.add_argument("--base", required=True, help="a plain checkpoint, which gets a memory, or one that has a memory")
-    made.add_argument("--documents", required=True, help="JSON Lines with key, text")
+    made.add_argument("--documents", required=True, help="as `msa-hf encode` takes them")
     made.add_argument("--questions", required=True, help="JSON Lines with question, answer, positives (document keys)")
     made.add_argument("--output", required=True, help="directory of the adapter")
     add_options(made, held_out=HELD_OUT)
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         settings = settings_of(options, options.base, options.output)
-        documents = read_documents(options.documents)
+        documents = {row["key"]: row["text"] for row in read_documents(options.documents)}
         questions = read_questions(options.questions, documents)
         prepared = prepare(settings, documents, questions, protocol_of(options.base))
         trainer = make_trainer(prepared)

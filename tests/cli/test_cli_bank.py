@@ -132,7 +132,7 @@ def test_mistakes(
 ) -> None:
     nameless = written(tmp_path / "nameless.jsonl", {"text": "the sea"})
     said = refusal(capsys, "bank", "add", place / "compact", bank, nameless)
-    assert "document 0" in said and "--key-column" in said
+    assert "nameless.jsonl, line 1" in said and "--key-column" in said
     said = refusal(capsys, "bank", "add", place / "compact", bank, place / "docs", "--version-column", "at")
     assert "'at' (--version-column)" in said
     assert "no keys" in refusal(capsys, "bank", "delete", bank)

@@ -90,17 +90,21 @@ def test_encode_refuses_folders_without_documents(
 ) -> None:
     (tmp_path / "docs").mkdir()
     command = ("encode", place / "plain", tmp_path / "docs", tmp_path / "bank")
-    assert "docs: no .txt or .md file with text" in refusal(capsys, *command)
+    assert "docs: no documents" in refusal(capsys, *command)
     (tmp_path / "docs" / "empty.md").write_text("\n")
-    assert "docs: no .txt or .md file with text" in refusal(capsys, *command)
+    (tmp_path / "docs" / "photo.png").write_text("\n")
+    said = refusal(capsys, *command)
+    assert (
+        "docs: no documents, skipped 1 " in said and "no text in it: empty.md" in said and "(.png): photo.png" in said
+    )
     (tmp_path / "docs" / "latin.txt").write_bytes("café".encode("latin-1"))
     assert "latin.txt: not UTF-8 text (byte 0xe9 at 3)" in refusal(capsys, *command)
     assert "none: no such file or directory" in refusal(
         capsys, "encode", place / "plain", tmp_path / "none", tmp_path / "bank"
     )
-    (tmp_path / "docs.csv").write_text("a")
-    assert "docs.csv: not a folder" in refusal(
-        capsys, "encode", place / "plain", tmp_path / "docs.csv", tmp_path / "bank"
+    (tmp_path / "docs.xyz").write_text("a")
+    assert "docs.xyz: not a kind of file that is read" in refusal(
+        capsys, "encode", place / "plain", tmp_path / "docs.xyz", tmp_path / "bank"
     )
 
 
@@ -111,7 +115,7 @@ def test_encode_says_that_it_leaves_empty_files_out(
     (tmp_path / "docs" / "empty.txt").write_text("")
     (tmp_path / "docs" / "tea.txt").write_text(TEXTS["tea.md"])
     assert main(["encode", str(place / "plain"), str(tmp_path / "docs"), str(tmp_path / "bank")]) == 0
-    assert "skipping 1 empty files, such as empty.txt" in capsys.readouterr().err
+    assert "skipped 1 empty, no text in it: empty.txt" in capsys.readouterr().err
     assert [item.key for item in MemoryBank.from_pretrained(tmp_path / "bank").documents] == ["tea.txt"]
 
 

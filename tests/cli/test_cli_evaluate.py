@@ -132,9 +132,9 @@ def test_what_is_wrong_is_said_in_one_line(place: Path, tmp_path: Path, capsys: 
     assert "'routed', got" not in said("--conditions", "magic") and "got 'magic'" in said("--conditions", "magic")
     assert "'single_round' needs a protocol" in said("--conditions", "single_round", name="plain")
     assert "missing.jsonl: No such file" in said(replace={3: tmp_path / "missing.jsonl"})
-    assert "broken.jsonl:1: not JSON" in said(replace={3: files["broken"]})
+    assert "broken.jsonl, line 1: not valid JSON" in said(replace={3: files["broken"]})
     assert "empty.jsonl: holds no questions" in said(replace={3: files["empty"]})
-    assert "untyped.jsonl:1: 'answer' must be text" in said(replace={3: files["untyped"]})
+    assert "untyped.jsonl, line 1: 'answer' must be text" in said(replace={3: files["untyped"]})
     assert "'nowhere.txt', which the bank does not hold" in said(replace={3: files["unknown"]})
     for name in ("plain", "compact"):
         assert "The question 'how far how far" in said(replace={3: files["long"]}, name=name)

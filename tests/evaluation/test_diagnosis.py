@@ -576,13 +576,19 @@ def test_questions_are_read_from_a_file(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"answer": "x"}', "questions.jsonl:2: the field 'question' is missing"),
-        ('{"question": "Who?", "answer": 3}', "questions.jsonl:2: 'answer' must be text"),
-        ('{"question": "Who?", "kind": " "}', "questions.jsonl:2: 'kind' must be text"),
-        ('{"question": "Who?", "positives": "a"}', "questions.jsonl:2: 'positives' must be a list of document keys"),
-        ('{"question": "Who?", "positives": [1]}', "questions.jsonl:2: 'positives' must be a list of document keys"),
-        ('{"question": "Who?", "rounds": ["a"]}', "questions.jsonl:2: 'rounds' must be lists of document keys"),
-        ("[]", "questions.jsonl:2: a line must be a JSON object"),
+        ('{"answer": "x"}', "questions.jsonl, line 2: the field 'question' is missing"),
+        ('{"question": "Who?", "answer": 3}', "questions.jsonl, line 2: 'answer' must be text"),
+        ('{"question": "Who?", "kind": " "}', "questions.jsonl, line 2: 'kind' must be text"),
+        (
+            '{"question": "Who?", "positives": "a"}',
+            "questions.jsonl, line 2: 'positives' must be a list",
+        ),
+        (
+            '{"question": "Who?", "positives": [1]}',
+            "questions.jsonl, line 2: 'positives' must be a list",
+        ),
+        ('{"question": "Who?", "rounds": ["a"]}', "questions.jsonl, line 2: 'rounds' must be lists of document keys"),
+        ("[]", "questions.jsonl, line 2: not a JSON object"),
     ],
 )
 def test_a_line_that_is_no_question_is_named(tmp_path: Any, line: str, message: str) -> None:

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from msa_hf import MSAForCausalLM
-from msa_hf.data.questions import DataError, read_documents, read_questions
+from msa_hf.data import DataError, read_documents
+from msa_hf.data.questions import read_questions
 from msa_hf.training import QuestionCollator, router_recall
 
 # PEFT asks a model for a property by the name that the newer transformers has deprecated.
@@ -91,7 +92,7 @@ def test_files_are_read(tmp_path) -> None:
     path = write(
         tmp_path / "d.jsonl", ["\ufeff" + json.dumps({"key": "a", "text": "é", "x": 1}), "", '{"key":"b","text":"c"}']
     )
-    documents = read_documents(path)
+    documents = {row["key"]: row["text"] for row in read_documents(path)}
     assert documents == {"a": "é", "b": "c"}
     rows = [
         {"question": "q", "answer": "r", "positives": ["b", "a", "b"]},
@@ -101,49 +102,25 @@ def test_files_are_read(tmp_path) -> None:
     assert [question["positives"] for question in questions] == [["b", "a"], []]
 
 
-GOOD = '{"key": "a", "text": "b"}'
-
-
-@pytest.mark.parametrize(
-    "lines, message",
-    [
-        ([], "d.jsonl: holds no documents"),
-        (["", " "], "d.jsonl: holds no documents"),
-        ([GOOD, '{"key": "c"}'], "d.jsonl:2: the field 'text' is missing"),
-        ([GOOD, "", '{"text": "c"}'], "d.jsonl:3: the field 'key' is missing"),
-        ([GOOD, '{"key": 3, "text": "c"}'], "d.jsonl:2: 'key' must be text that is not empty, got 3"),
-        ([GOOD, '{"key": "c", "text": " "}'], "d.jsonl:2: 'text' must be text that is not empty"),
-        ([GOOD, GOOD], "d.jsonl:2: an earlier line has the key 'a' too"),
-        ([GOOD, "{"], "d.jsonl:2: not JSON"),
-        ([GOOD, "[1]"], "d.jsonl:2: a line must be a JSON object, got list"),
-    ],
-    ids=["none", "blank", "no-text", "no-key", "number", "empty-text", "twice", "no-json", "list"],
-)
-def test_bad_documents_are_refused(lines, message, tmp_path) -> None:
-    """Naming file and line."""
-    with pytest.raises(DataError, match=re.escape(message)):
-        read_documents(write(tmp_path / "d.jsonl", lines))
-
-
 def test_undecodable_and_missing_files_are_refused(tmp_path) -> None:
-    (tmp_path / "d.jsonl").write_bytes(GOOD.encode() + b'\n{"key": "\xff"}\n')
-    with pytest.raises(DataError, match=r"d\.jsonl:2: not UTF-8"):
-        read_documents(tmp_path / "d.jsonl")
+    (tmp_path / "q.jsonl").write_bytes(b'{"question": "q", "answer": "r", "positives": []}\n{"question": "\xff"}\n')
+    with pytest.raises(DataError, match=r"q\.jsonl, line 2: not UTF-8"):
+        read_questions(tmp_path / "q.jsonl", {})
     with pytest.raises(DataError, match=r"none\.jsonl: No such file"):
-        read_documents(tmp_path / "none.jsonl")
+        read_questions(tmp_path / "none.jsonl", {})
 
 
 @pytest.mark.parametrize(
     "row, message",
     [
         (None, "q.jsonl: holds no questions"),
-        ({"question": None}, "q.jsonl:1: the field 'question' is missing"),
-        ({"answer": None}, "q.jsonl:1: the field 'answer' is missing"),
-        ({"answer": ""}, "q.jsonl:1: 'answer' must be text that is not empty"),
-        ({"positives": None}, "q.jsonl:1: the field 'positives' is missing"),
-        ({"positives": "d1"}, "q.jsonl:1: 'positives' must be a list of document keys"),
-        ({"positives": [1]}, "q.jsonl:1: 'positives' must be a list of document keys"),
-        ({"positives": ["d1", "d99"]}, "q.jsonl:1: 'positives' names 'd99', which is the key of no document"),
+        ({"question": None}, "q.jsonl, line 1: the field 'question' is missing"),
+        ({"answer": None}, "q.jsonl, line 1: the field 'answer' is missing"),
+        ({"answer": ""}, "q.jsonl, line 1: 'answer' must be text that is not empty"),
+        ({"positives": None}, "q.jsonl, line 1: the field 'positives' is missing"),
+        ({"positives": "d1"}, "q.jsonl, line 1: 'positives' must be a list of document keys"),
+        ({"positives": [1]}, "q.jsonl, line 1: 'positives' must be a list of document keys"),
+        ({"positives": ["d1", "d99"]}, "q.jsonl, line 1: 'positives' names 'd99', which is the key of no document"),
     ],
     ids=["none", "no-question", "no-answer", "empty-answer", "no-positives", "one-key", "numbers", "unknown"],
 )

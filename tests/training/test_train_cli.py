@@ -417,7 +417,10 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         ({"documents": ["{"]}, "documents.jsonl, line 1: not valid JSON"),
         ({"questions": "none.jsonl"}, "none.jsonl: No such file or directory"),
         ({"questions": []}, "questions.jsonl: holds no questions"),
-        ({"questions": [{**QUESTIONS[0], "positives": ["d99"]}]}, "questions.jsonl:1: 'positives' names 'd99', which"),
+        (
+            {"questions": [{**QUESTIONS[0], "positives": ["d99"]}]},
+            "questions.jsonl, line 1: 'positives' names 'd99'",
+        ),
         ({"top-k": 0}, "--top-k must be at least 1, got 0"),
         ({"pool": 0}, "--pool must be at least 1, got 0"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),

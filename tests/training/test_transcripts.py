@@ -252,7 +252,7 @@ def test_what_makes_no_step_is_refused(make, message) -> None:
 )
 def test_bad_rounds_are_refused(rounds, message, tmp_path) -> None:
     path = write(tmp_path / "q.jsonl", [ONE, {**HOPS, "rounds": rounds}])
-    with pytest.raises(DataError, match=re.escape(f"q.jsonl:2: {message}")):
+    with pytest.raises(DataError, match=re.escape(f"q.jsonl, line 2: {message}")):
         read_questions(path, DOCUMENTS)
 
 

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
-from ..data.documents import Corpus
+from ..data.documents import Corpus, DocumentRow
 from ..generation.document_ids import ID_FIELD
 from ..model.arrow_msa import ArrowTable, table_of
 from ..model.bank_format_msa import TensorLayout, new_manifest
@@ -314,6 +314,13 @@ class _Encoder:
         self.batch_tokens, self.split = batch_tokens, too_long == "split"
         self.origin: BankOrigin = model.memory_origin(tokenizer)
         positions = position_limit(model.config)
+        if protocol is not None and ID_FIELD in corpus.fields:  # before anything is written
+            for number, document in enumerate(corpus):
+                if document["metadata"].get(ID_FIELD, number) != number:
+                    raise ValueError(
+                        f"{corpus.place(number)}: the field {ID_FIELD!r} has the name that the memory needs for its "
+                        "own numbers; rename it, or make it the document's key."
+                    )
         self.limit = np.iinfo(np.int64).max if positions is None else positions
         self.reader = _Reader(
             tokenizer=tokenizer,
@@ -321,8 +328,8 @@ class _Encoder:
             too_long=too_long if protocol is None else "error",
             chunk_size=model.config.chunk_size,
             add_special_tokens=False,
-            text_column=corpus.text_column,
-            key_column=corpus.key_column,
+            text_column="text",
+            key_column="key",
             vocabulary=model.config.vocab_size,
         )
         self.settings = {
@@ -330,7 +337,6 @@ class _Encoder:
             "origin": self.origin.to_dict(),
             "dtype": str(model.dtype),
             "protocol": None if protocol is None else protocol.to_dict(),
-            "columns": [corpus.text_column, corpus.key_column],
             "limit": self.limit,
             "documents": len(corpus) if self.split else None,  # of which the ids of pieces depend
         }
@@ -379,20 +385,19 @@ class _Encoder:
             }
         )
 
-    def _rows(self, number: int, document: dict[str, object]) -> Iterator[_Row]:
+    def _rows(self, number: int, document: DocumentRow) -> Iterator[_Row]:
         """Document `number` of the corpus, as one row or in pieces."""
-        key = document.get(self.corpus.key_column)
-        document[self.corpus.key_column] = key = str(number if key is None else key)
+        key = document["key"]
         protocol, given, wrapping = self.protocol, None, ""
         if protocol is None:
-            given, pieces = document.get("input_ids"), self.reader.items(number, document)
+            given, pieces = document.get("input_ids"), self.reader.items(number, dict(document))
         else:
-            wrapping, pieces = protocol.document, self._wrapped(protocol, number, key, document)
+            wrapping, pieces = protocol.document, self._wrapped(protocol, number, document)
         for piece, item in enumerate(pieces):
             if item.key != key and item.key in self.corpus.keys:
                 raise ValueError(
                     f"Document {number} (key {key!r}) is stored in parts, of which one gets the key {item.key!r}, "
-                    f"which is that of {self.corpus.keys[item.key]}; rename one of them."
+                    f"which is that of {self.corpus.place(self.corpus.keys[item.key])}; rename one of them."
                 )
             metadata = dict(item.metadata or {})
             if protocol is not None:
@@ -401,21 +406,15 @@ class _Encoder:
                 item,
                 number + piece * len(self.corpus),
                 json.dumps(metadata, ensure_ascii=False, allow_nan=False) if metadata else None,
-                text_digest(wrapping, item.key, item.text, given),
+                text_digest(wrapping, item.text, given),
             )
 
-    def _wrapped(
-        self, protocol: PromptProtocol, number: int, key: str, document: Mapping[str, object]
-    ) -> Iterator[_Item]:
+    def _wrapped(self, protocol: PromptProtocol, number: int, document: DocumentRow) -> Iterator[_Item]:
         """A document with its id around it, in pieces with ids of their own where it is too long."""
-        values = {name: value for name, value in document.items() if name != self.corpus.key_column}
-        text = str(values.pop(self.corpus.text_column))
-        if set(values) == {"metadata"} and isinstance(values["metadata"], Mapping | None):
-            values = dict(values["metadata"] or {})
+        key, text, values = document["key"], document["text"], document["metadata"]
 
         def item(id: int, text: str, key: str, metadata: Mapping[str, object]) -> _Item:
             row: dict[str, object] = {**protocol.document_row(id, text, self.tokenizer, key, metadata)}
-            row[self.corpus.text_column], row[self.corpus.key_column] = row.pop("text"), row.pop("key")
             return next(iter(self.reader.items(number, row)))
 
         if self.split:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..generation.selectors import SELECTORS
@@ -54,6 +54,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`msa-hf ask`."""
     from ..bank import place_bank
+    from ..data.lines import input_lines
     from ..generation import MemoryInterleave
     from ..model.checkpoint_msa import UNTRAINED
 
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
                 max_new_tokens=args.max_new_tokens,
             )
     failed = False
-    for number, question in enumerate(args.questions or lines_of_input()):
+    for number, question in enumerate(args.questions or input_lines("? ")):
         try:
             with reported():
                 if protocol is not None:
@@ -98,21 +99,6 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(("\n" if number else "") + "\n".join(described(record, len(args.questions) > 1)), flush=True)
     return 2 if failed else 0
-
-
-def lines_of_input() -> Iterator[str]:
-    """Questions from the standard input, without blank lines; a prompt only where somebody types."""
-    while True:
-        if sys.stdin.isatty():
-            print("? ", end="", file=sys.stderr, flush=True)
-        try:
-            line = sys.stdin.readline()
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input: not text ({error})") from error
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()
 
 
 def answered(answer: Answer) -> JsonObject:

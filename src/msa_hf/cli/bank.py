@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..user_errors import UserError, reported
+from .documents import add_document_options, read_corpus
 from .indexes import add_index_options, embedder_of
 from .loading import load, new_directory, protocol_of
 from .options import add_model_options, add_sole_writer_option, device_in, device_of, positive
@@ -45,10 +45,8 @@ def add_options(made: argparse.ArgumentParser) -> None:
     add_model_options(made)
     made.add_argument("--batch-tokens", type=positive, default=16384, help="tokens per batch (default: 16384)")
     made.add_argument("--commit-every", type=positive, default=10_000, help="documents per commit (default: 10000)")
-    made.add_argument("--text-column", help="field of the text (default: text)")
-    made.add_argument("--key-column", help="field of the key (default: key)")
     made.add_argument("--version-column", help="field of an integer; what is not newer than the bank's is left out")
-
+    add_document_options(made)
     add_index_options(made)
 
     made = command(
@@ -63,6 +61,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("bank", metavar="BANK")
     made.add_argument("keys", metavar="KEY", nargs="*")
     made.add_argument("--keys-from", metavar="FILE", help="a file with a key per line; - for the standard input")
+    made.add_argument("--encoding", metavar="NAME", help="of that file, such as latin-1 (default: utf-8)")
     made.add_argument("--missing-ok", action="store_true", help="pass over keys that no document has")
 
     made = command("compact", compact, "Remove deleted documents from the files, and put small segments together.")
@@ -110,16 +109,14 @@ def opened(
 
 def add(args: argparse.Namespace) -> int:
     """`msa-hf bank add`."""
-    from ..data.documents import Corpus
-
     directory = new_directory(args.bank)
-    with reported():
-        corpus = Corpus(args.source, args.text_column, args.key_column)
-    for number, row in enumerate(corpus):  # before the model is loaded
-        if row.get(corpus.key_column) is None:
-            raise UserError(f"document {number} has no {corpus.key_column!r}, by which a bank knows it (--key-column)")
-        if args.version_column is not None and type(row.get(args.version_column)) is not int:
-            raise UserError(f"document {number}: {args.version_column!r} (--version-column) is not an integer")
+    corpus = read_corpus(args, args.source)
+    if corpus.nameless is not None:
+        raise UserError(f"{corpus.nameless}: no {corpus.key_column!r} (--key-column), by which a bank knows a document")
+    if args.version_column is not None:  # before the model is loaded
+        for number, row in enumerate(corpus):
+            if version_of(row["metadata"].get(args.version_column)) is None:
+                raise UserError(f"{corpus.place(number)}: {args.version_column!r} (--version-column) is not an integer")
     model, tokenizer = load(args.model, device_in(args), args.dtype)
     protocol = protocol_of(args.protocol, args.model)
     options = {"batch_tokens": args.batch_tokens, "show_progress": True}
@@ -132,10 +129,10 @@ def add(args: argparse.Namespace) -> int:
             outcomes = Counter[str]()
             with bank.batch():
                 for row in batch:
-                    key, text = str(row.pop(corpus.key_column)), row.pop(corpus.text_column)
-                    version = None if args.version_column is None else row.pop(args.version_column)
+                    key, fields = row["key"], row["metadata"]
+                    version = None if args.version_column is None else version_of(fields.pop(args.version_column))
                     known = key in bank
-                    changed = bank.upsert(key, text, version, row)
+                    changed = bank.upsert(key, row["text"], version, fields)
                     outcomes["unchanged" if not changed else "replaced" if known else "added"] += 1
             counts += outcomes
         done = ", ".join(f"{counts[name]} {name}" for name in ("added", "replaced", "unchanged"))
@@ -143,12 +140,21 @@ def add(args: argparse.Namespace) -> int:
     return 0
 
 
+def version_of(value: object) -> int | None:
+    """A version as a document states it; tables of text have its digits. None for anything else."""
+    if isinstance(value, str) and value.isascii() and value.isdecimal():
+        return int(value)
+    return value if type(value) is int else None
+
+
 def delete(args: argparse.Namespace) -> int:
     """`msa-hf bank delete`."""
+    from ..data.lines import input_lines, text_lines
+
     keys = list(args.keys)
     if args.keys_from is not None:
-        text = sys.stdin.read() if args.keys_from == "-" else Path(args.keys_from).read_text(encoding="utf-8")
-        keys += text.splitlines()
+        lines = input_lines() if args.keys_from == "-" else text_lines(Path(args.keys_from), args.encoding)
+        keys += dict.fromkeys(lines)
     if not keys:
         raise UserError("no keys: name documents, or a file of them with --keys-from")
     with opened(args.bank, sole_writer=args.sole_writer) as bank:

@@ -31,6 +31,7 @@ from . import (
     serve,
     train,
 )
+from .characters import check_arguments, show_all_characters
 
 
 class Command(Protocol):
@@ -90,7 +91,9 @@ def parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: that of the process) and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    show_all_characters()
     try:
+        check_arguments(arguments)
         args = parser(arguments).parse_args(arguments)
         code = args.run(args)
         sys.stdout.flush()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from datetime import timedelta
 
 from ..user_errors import UserError, reported
+from .documents import SOURCE_HELP, add_document_options, read_corpus
 from .indexes import add_index_options, embedder_of
 from .loading import load, new_directory, protocol_of
 from .options import add_model_options, add_sole_writer_option, device_in, positive
@@ -22,9 +22,7 @@ HELP = (
 def add_options(made: argparse.ArgumentParser) -> None:
     """Its options."""
     made.add_argument("model", metavar="MODEL", help="a checkpoint with a memory: directory or Hub id")
-    made.add_argument(
-        "source", metavar="SOURCE", help="a folder of .txt and .md, a .jsonl, or what datasets.save_to_disk saved"
-    )
+    made.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     made.add_argument(
         "bank", metavar="BANK", help="directory for the bank; one that lies there is replaced when this one is complete"
     )
@@ -47,15 +45,13 @@ def add_options(made: argparse.ArgumentParser) -> None:
     )
     add_index_options(made)
     add_sole_writer_option(made)
-    made.add_argument("--text-column", help="field of the text (default: text)")
-    made.add_argument("--key-column", help="field of the key (default: key, or the document's number)")
+    add_document_options(made)
 
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf encode`."""
     from ..bank import BankError, RankFailed
     from ..bank.encode_corpus import PART_SIZE, TIMEOUT, agreed, connected, encode_bank
-    from ..data.documents import Corpus
     from ..model.bank_manifest_msa import is_bank, read_manifest
     from ..retrieval import keep_indexes
 
@@ -67,10 +63,7 @@ def run(args: argparse.Namespace) -> int:
                 with reported():
                     if is_bank(out):
                         read_manifest(out)  # before the model is loaded
-                    corpus = Corpus(args.source, args.text_column, args.key_column)
-                if corpus.skipped and ranks.rank == 0:
-                    names = f"{len(corpus.skipped)} empty files, such as {min(corpus.skipped)}"
-                    print(f"msa-hf: skipping {names}", file=sys.stderr)
+                corpus = read_corpus(args, args.source, quiet=ranks.rank > 0)
                 model, tokenizer = load(args.model, device_in(args), args.dtype)
                 protocol = protocol_of(args.protocol, args.model)
                 embedder = embedder_of(args.embedder, device_in(args)) if ranks.rank == 0 else None

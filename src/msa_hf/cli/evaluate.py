@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..evaluation.conditions import CONDITIONS, checked_conditions
 from ..generation.selectors import SELECTORS
 from ..user_errors import UserError, reported
+from .documents import add_document_options, read_corpus
 from .loading import load, protocol_of
 from .options import add_model_options, at_least, device_in, positive
 
@@ -32,6 +33,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
         "questions", metavar="QUESTIONS", help="a .jsonl of question, answer, positives (document keys), kind"
     )
     add_model_options(made)
+    add_document_options(made)
     made.add_argument(
         "--conditions",
         type=lambda text: text.split(","),
@@ -50,7 +52,6 @@ def add_options(made: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf eval`."""
-    from ..data.documents import Corpus
     from ..evaluation.diagnosis import diagnose
     from ..evaluation.judged_questions import read_judged
     from ..model.bank_manifest_msa import is_bank
@@ -63,11 +64,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         with reported():
             conditions = checked_conditions(args.conditions, protocol)
-            questions = read_judged(args.questions)
+            questions = read_judged(args.questions, args.encoding)
     except ImportError as error:
         raise UserError(f"{error}, or leave it out of --conditions") from error
-    with reported():
-        corpus = None if is_bank(Path(args.bank)) or is_hub_name(args.bank) else Corpus(args.bank)
+    corpus = None if is_bank(Path(args.bank)) or is_hub_name(args.bank) else read_corpus(args, args.bank)
     model, tokenizer = load(args.model, device, args.dtype)
     with reported():
         if corpus is None:
@@ -99,9 +99,4 @@ def encoded(
     corpus: Corpus, model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase, protocol: PromptProtocol | None
 ) -> MemoryBank:
     """Documents as a bank in memory, wrapped as the protocol says."""
-    text, key = corpus.text_column, corpus.key_column
-    if protocol is None:
-        return model.encode_documents(corpus, tokenizer, text_column=text, key_column=key)
-    return model.encode_documents(
-        protocol.encode_corpus(corpus, tokenizer, text_column=text, key_column=key), tokenizer
-    )
+    return model.encode_documents(corpus if protocol is None else protocol.encode_corpus(corpus, tokenizer), tokenizer)

@@ -39,6 +39,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("bank", metavar="BANK")
     made.add_argument("model", metavar="MODEL", help="the checkpoint that made the bank")
     made.add_argument("--questions", metavar="FILE", required=True, help="a .jsonl of objects with `question`")
+    made.add_argument("--encoding", metavar="NAME", help="of the files of questions (default: utf-8)")
     add_model_options(made)
     made.add_argument(
         "--good",
@@ -86,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
     for name in (args.out, args.metrics, args.dashboard, args.calibration if args.good else None):
         require_place(name)
     with reported():
-        asked = read_judged(args.questions)
-        good = None if args.good is None else read_judged(args.good)
+        asked = read_judged(args.questions, args.encoding)
+        good = None if args.good is None else read_judged(args.good, args.encoding)
         calibration = None if args.calibration is None or good else Calibration.load(args.calibration)
     try:
         metrics = None if args.metrics is None else MonitorMetrics()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..user_errors import UserError, reported
+from .documents import add_document_options, read_corpus
 from .loading import checkpoint, new_directory
 from .options import layer_list, positive
 
@@ -42,22 +43,23 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--whiten",
         metavar="DOCS",
-        help="set the routers in closed form from documents like those to come (a folder, .jsonl or saved dataset): "
-        "above chance without training, by the mean of a question's tokens",
+        help="set the routers in closed form from documents like those to come, as `encode` takes them: above chance "
+        "without training, by the mean of a question's tokens",
     )
     made.add_argument("--score-bias", action="store_true", help="let scores weigh the documents in the attention")
+    add_document_options(made)
 
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf retrofit`."""
     from transformers import AutoTokenizer
 
-    from ..data.documents import Corpus
     from ..model.modeling_msa import MSAForCausalLM
 
     out = new_directory(args.out)
     if out.exists() and Path(checkpoint(args.base)).exists() and out.samefile(args.base):
         raise UserError(f"{args.out}: is BASE itself, which would be overwritten; give another OUT")
+    corpus = None if args.whiten is None else read_corpus(args, args.whiten)  # before the model is loaded
     with reported(foreign=True, subject=args.base):
         model = MSAForCausalLM.from_base(
             checkpoint(args.base),
@@ -70,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
             **({} if args.rope_length is None else {"rope_length": args.rope_length}),
         )
         tokenizer = AutoTokenizer.from_pretrained(args.base)
-    if args.whiten is not None:
-        whiten(model, tokenizer, Corpus(args.whiten))
+    if corpus is not None:
+        whiten(model, tokenizer, corpus)
     with reported():
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -85,7 +87,7 @@ def whiten(model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase, corpus: Co
     from ..training.centering import center_routers, sample_rows
 
     places = range(0, len(corpus), -(-len(corpus) // SAMPLE))
-    texts = (row[corpus.text_column] for place in places for row in corpus.read(place, place + 1))
+    texts = (row["text"] for place in places for row in corpus.read(place, place + 1))
     with reported():
         center_routers(model.eval(), sample_rows(tokenizer, texts), "whiten")
     model.config.query_reduction = "mean"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -10,6 +11,7 @@ from dataclasses import fields
 from ..training import settings as training_settings
 from ..training.router_settings import STARTS, RouterSettings
 from ..user_errors import UserError, print_error, reported
+from .documents import add_document_options, read_corpus
 from .loading import checkpoint, new_directory, protocol_of
 from .options import add_protocol_option, layer_list, positive
 
@@ -32,6 +34,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
     # Of its own kind of optional: one with nargs="?" is taken for absent where an option stands before it.
     made.add_argument("out", metavar="OUT", help="directory for the result").required = False
     add_protocol_option(made)
+    add_document_options(made)
     training_settings.add_options(made)
     group = made.add_argument_group(
         "without QUESTIONS",
@@ -79,7 +82,6 @@ def add_options(made: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf train`."""
-    from ..data.documents import Corpus
     from ..training import CollapsedError
 
     given: dict[str, object] = vars(args)
@@ -88,13 +90,13 @@ def run(args: argparse.Namespace) -> int:
     _refuse_options_of_the_other_kind(given, labeled)
     new_directory(out)
     with reported():
-        corpus = Corpus(args.documents)
+        corpus = read_corpus(args, args.documents, quiet=os.environ.get("RANK", "0") != "0")
         documents, titles = {}, {}
-        for number, row in enumerate(corpus):
-            key = str(number if row.get(corpus.key_column) is None else row[corpus.key_column])
-            documents[key] = row[corpus.text_column]
-            if isinstance(row.get("title"), str):
-                titles[key] = row["title"].strip()
+        for row in corpus:
+            documents[row["key"]] = row["text"]
+            title = row["metadata"].get("title")
+            if isinstance(title, str):
+                titles[row["key"]] = title.strip()
         try:
             if labeled:
                 return _train_by_questions(args, documents, args.third, out)
@@ -126,7 +128,7 @@ def _train_by_questions(args: argparse.Namespace, documents: Mapping[str, str], 
 
     settings = training_settings.settings_of(args, checkpoint(args.model), out)
     protocol = protocol_of(args.protocol, args.model)
-    prepared = finetune.prepare(settings, documents, read_questions(questions, documents), protocol)
+    prepared = finetune.prepare(settings, documents, read_questions(questions, documents, args.encoding), protocol)
     trainer = finetune.make_trainer(prepared)
     if trainer.is_world_process_zero():
         for note in prepared.notes:
@@ -149,7 +151,7 @@ def _train_by_documents(
     if "memory_layers" in given:
         given["memory_layers"] = tuple(given["memory_layers"])
     settings = RouterSettings(**{**given, "base": checkpoint(args.model), "output": out})
-    labeled = [] if questions is None else read_questions(questions, documents)
+    labeled = [] if questions is None else read_questions(questions, documents, args.encoding)
     prepared = prepare_routers(settings, documents, labeled, protocol_of(args.protocol, args.model), titles)
     for note in prepared.notes:
         print(f"msa-hf: {note}", file=sys.stderr)

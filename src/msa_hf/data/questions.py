@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
 from ..json_object import JsonObject
-from ..model.bounds_msa import check_json
 from ..model.tokenizing_msa import tokenize
+from ..model.unicode_msa import check_unicode
 from ..moved import renamed
+from .errors import DataError
+from .lines import json_rows
 
 IGNORED = -100
 SEPARATOR = "\n"
@@ -33,29 +35,7 @@ class Question(TypedDict):
     rounds: NotRequired[list[list[str]]]
 
 
-class DataError(ValueError):
-    """A file of the user's that cannot be trained on; the message names file and line."""
-
-
-def read_documents(path: str | Path) -> dict[str, str]:
-    """Key -> text of a JSON Lines file of objects with `key` and `text`.
-
-    Raises:
-        DataError: for a file that is missing, undecodable or empty, a field that is missing or no text, and a key that
-            is used twice.
-    """
-    documents: dict[str, str] = {}
-    for place, row in json_rows(Path(path)):
-        key, text = text_field(place, row, "key"), text_field(place, row, "text")
-        if key in documents:
-            raise DataError(f"{place}: an earlier line has the key {key!r} too")
-        documents[key] = text
-    if not documents:
-        raise DataError(f"{path}: holds no documents")
-    return documents
-
-
-def read_questions(path: str | Path, documents: Mapping[str, str]) -> list[Question]:
+def read_questions(path: str | Path, documents: Mapping[str, str], encoding: str | None = None) -> list[Question]:
     """The objects of a JSON Lines file with `question`, `answer` and `positives`, a list of keys of `documents`.
 
     A question that no document answers has an empty list. A question whose documents lead to one another can have
@@ -67,7 +47,7 @@ def read_questions(path: str | Path, documents: Mapping[str, str]) -> list[Quest
             positive that no document has as its key, and rounds that do not hold the positives, each once.
     """
     questions: list[Question] = []
-    for place, row in json_rows(Path(path)):
+    for place, row in json_rows(Path(path), encoding):
         question, answer = text_field(place, row, "question"), text_field(place, row, "answer")
         if "positives" not in row:
             raise DataError(f"{place}: the field 'positives' is missing")
@@ -90,40 +70,21 @@ def read_questions(path: str | Path, documents: Mapping[str, str]) -> list[Quest
     return questions
 
 
-def json_rows(path: Path) -> Iterator[tuple[str, JsonObject]]:
-    """The objects of a JSON Lines file, each with `file:line`; empty lines are passed over."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                place = f"{path}:{number}"
-                try:
-                    check_json(line)
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                    if not text.strip():
-                        continue
-                    row = json.loads(text)
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from None
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{place}: not JSON ({error})") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{place}: a line must be a JSON object, got {type(row).__name__}")
-                yield place, row
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-
-
 def text_field(place: str, row: JsonObject, name: str) -> str:
     """A field that must be text.
 
     Raises:
-        DataError: where it is missing, no text or empty.
+        DataError: where it is missing, no text, empty or not Unicode.
     """
     if name not in row:
         raise DataError(f"{place}: the field {name!r} is missing")
     if not isinstance(row[name], str) or not row[name].strip():
         raise DataError(f"{place}: {name!r} must be text that is not empty, got {json.dumps(row[name])}")
-    return row[name]
+    try:
+        check_unicode(row[name], f"{place}: {name!r}")
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    return str(row[name])
 
 
 def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.questions import DataError, json_rows, text_field
+from ..data.errors import DataError
+from ..data.lines import json_rows
+from ..data.questions import text_field
 from ..model.memory_msa import MemoryBank
 from .recall import JudgedFields, positions_of
 
@@ -30,14 +32,14 @@ class JudgedQuestion:
         return [position for found in self.rounds for position in found]
 
 
-def read_judged(path: str | Path) -> list[JudgedFields]:
+def read_judged(path: str | Path, encoding: str | None = None) -> list[JudgedFields]:
     """The questions of a JSON Lines file for `diagnose`; fields that it does not know are passed over.
 
     Raises:
         DataError: for a file that is missing, undecodable or empty, and a field of another type, naming file and line.
     """
     questions: list[JudgedFields] = []
-    for place, row in json_rows(Path(path)):
+    for place, row in json_rows(Path(path), encoding):
         question: JudgedFields = {"question": text_field(place, row, "question")}
         if row.get("answer") is not None:
             question["answer"] = text_field(place, row, "answer")

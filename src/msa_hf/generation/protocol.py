@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 
 from ..json_object import JsonObject
 from ..model.bounds_msa import read_json
+from ..model.given_documents_msa import each_document
 from ..model.splitting_msa import split_text
 from ..model.tokenizing_msa import plain_markers, tokenize_texts
 from ..moved import renamed
@@ -354,7 +355,7 @@ class PromptProtocol:
             ValueError: for a document without text.
         """
         number = first_id
-        for place, document in enumerate(documents):
+        for place, document in enumerate(each_document(documents)):
             values: dict[str, object] = dict(document) if isinstance(document, Mapping) else {text_column: document}
             text, key = values.pop(text_column, None), values.pop(key_column, None)
             key = str(place + first_id if key is None else key)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,12 +13,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .dense_layer_msa import chunks_of
+from .given_documents_msa import are_paths, each_document, key_of, read_paths
 from .memory_msa import DenseLayer, Document, DocumentTable, MemoryBank
+from .metadata_msa import checked_metadata
 from .modes_msa import evaluating
 from .positions_msa import position_limit
 from .splitting_msa import LimitTooSmall, split_text
 from .tokenizing_msa import tokenize_texts
 from .types_msa import RawDocument
+from .unicode_msa import check_unicode
 from .wrapping_msa import input_device
 
 # Documents read ahead and sorted by length, in batches' worth of tokens: little padding, bounded memory.
@@ -38,7 +41,7 @@ class _Item:
 
 def encode_documents(
     model: PreTrainedModel,
-    documents: Iterable[RawDocument],
+    documents: Iterable[RawDocument] | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     batch_tokens: int = 16384,
@@ -53,10 +56,6 @@ def encode_documents(
     """Encode documents into a bank; see `MSAForCausalLM.encode_documents`."""
     if too_long not in ("error", "split"):
         raise ValueError(f"`too_long` must be 'error' or 'split', got {too_long!r}.")
-    if isinstance(documents, str | bytes | Mapping):
-        raise TypeError(
-            f"`documents` must be an iterable of documents, got one {type(documents).__name__}; put it in a list."
-        )
     for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -65,17 +64,24 @@ def encode_documents(
     limit = min(item for item in (max_length, positions, torch.iinfo(torch.int64).max) if item is not None)
     device = torch.device(bank_device) if bank_device is not None else input_device(model)
 
+    given: Iterable[object]
+    if are_paths(documents):
+        given = read_paths(documents, text_column=text_column, key_column=None if key_column == "key" else key_column)
+        text_column, key_column = "text", "key"
+    else:
+        given = documents  # type: ignore[assignment]  # no path, which is not iterable
     reader = _Reader(
         tokenizer, limit, too_long, config.chunk_size, add_special_tokens, text_column, key_column, config.vocab_size
     )
-    total = len(documents) if isinstance(documents, Sized) else None
+    reader.check(given)
+    total = len(given) if isinstance(given, Sized) else None
     progress = tqdm(total=total, desc="Encoding documents", unit="doc", disable=not show_progress)
     pieces: dict[int, list[DenseLayer]] = {layer: [] for layer in config.memory_layers}
     table: list[Document] = []
     lengths: list[int] = []
     with torch.inference_mode(False), evaluating(model), progress:
         prefix = model.encode_prefix()
-        items = reader.read(documents, progress)
+        items = reader.read(given, progress)
         while window := _window(items, batch_tokens * WINDOW_BATCHES):
             for layer, memory in _encode_window(model, window, batch_tokens, device).items():
                 pieces[layer].append(memory)
@@ -183,7 +189,7 @@ class _Reader:
     key_column: str
     vocabulary: int | None = None
 
-    def read(self, documents: Iterable[RawDocument], progress: tqdm[object]) -> Iterator[_Item]:
+    def read(self, documents: Iterable[object], progress: tqdm[object]) -> Iterator[_Item]:
         keys: set[str] = set()
         for block in self._blocks(documents):
             for number, items in self._tokenized(block):
@@ -194,15 +200,31 @@ class _Reader:
                     yield item
                 progress.update()
 
+    def check(self, documents: Iterable[object]) -> None:
+        """Look at documents that can be read again, before any is encoded.
+
+        Raises:
+            ValueError, TypeError: for what is not documents, a field that cannot be kept and a key used twice.
+        """
+        rows = each_document(documents)
+        if not isinstance(documents, Sized):
+            return
+        keys: set[str] = set()
+        for number, document in enumerate(rows):
+            key = self._fields(number, document).key
+            if key in keys:
+                raise ValueError(f"Document {number} has the key {key!r}, which an earlier document has.")
+            keys.add(key)
+
     def items(self, number: int, document: RawDocument) -> Iterator[_Item]:
         """A document, or its parts."""
         return next(self._tokenized([self._fields(number, document)]))[1]
 
-    def _blocks(self, documents: Iterable[RawDocument]) -> Iterator[list[_Fields]]:
+    def _blocks(self, documents: Iterable[object]) -> Iterator[list[_Fields]]:
         """Documents whose texts are tokenized together; no more are read ahead than that is of use for."""
         block: list[_Fields] = []
         held = 0
-        for number, document in enumerate(documents):
+        for number, document in enumerate(each_document(documents)):
             fields = self._fields(number, document)
             block.append(fields)
             held += BLOCK_CHARACTERS if fields.ids is not None or fields.text is None else len(fields.text)
@@ -246,30 +268,33 @@ class _Reader:
             except LimitTooSmall as error:
                 raise ValueError(f"Document {number} (key {key!r}) cannot be split: {error}.") from None
 
-    def _fields(self, number: int, document: RawDocument) -> _Fields:
+    def _fields(self, number: int, document: object) -> _Fields:
+        what = f"Document {number}"
         if isinstance(document, str):
-            return _Fields(number, str(number), document, None, None)
+            check_unicode(document, f"{what}: its text")
+            return _Fields(number, str(number), str(document), None, None)
         if not isinstance(document, Mapping):
-            return _Fields(number, str(number), None, None, _ids(number, document))
+            return _Fields(number, str(number), None, None, token_ids(document, what))
         fields = dict(document)
         key = fields.pop(self.key_column, None)
         text, ids = fields.pop(self.text_column, None), fields.pop("input_ids", None)
         fields.pop("attention_mask", None)
         if text is None and ids is None:
             raise ValueError(
-                f"Document {number} has neither {self.text_column!r} nor 'input_ids', only {sorted(document)}; "
+                f"{what} has neither {self.text_column!r} nor 'input_ids', only {sorted(map(str, document))}; "
                 "name its column with `text_column`."
             )
         if not isinstance(text, str | None):
-            raise TypeError(f"Document {number}: {self.text_column!r} is a {type(text).__name__}, not text.")
+            raise TypeError(f"{what}: {self.text_column!r} is a {type(text).__name__}, not text.")
+        if text is not None:
+            check_unicode(text, f"{what}: {self.text_column!r}")
+            text = str(text)
         if set(fields) == {"metadata"} and isinstance(fields["metadata"], Mapping | None):
             fields = dict(fields["metadata"] or {})
-        try:
-            json.dumps(fields, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"Document {number}: its metadata cannot be written as JSON: {error}.") from error
-        given = None if ids is None else _ids(number, ids)
-        return _Fields(number, str(number if key is None else key), text, fields or None, given)
+        metadata = checked_metadata(fields, what) or None
+        given = None if ids is None else token_ids(ids, what)
+        name = str(number) if key is None else key_of(key, f"{what}: its key")
+        return _Fields(number, name, text, metadata, given)
 
     def _split(self, text: str | None, ids: list[int]) -> Iterator[tuple[str | None, list[int]]]:
         """Cut at a paragraph, line, sentence or word of the text; between chunks where only ids are there."""
@@ -282,16 +307,23 @@ class _Reader:
             yield None if self.tokenizer is None else self.tokenizer.decode(piece), piece
 
 
-def _ids(number: int, values: object) -> Tensor:
-    """Token ids of document `number` as [tokens] int64 on the CPU."""
+def token_ids(values: object, what: str) -> Tensor:
+    """Token ids as a user gave them, as [tokens] int64 on the CPU.
+
+    Args:
+        what: the document, which a message begins with.
+
+    Raises:
+        TypeError: for what is no flat list of integers.
+    """
     if isinstance(values, bytes | bytearray) or not (
         isinstance(values, Sequence | Tensor) or hasattr(values, "tolist")
     ):
-        raise TypeError(f"Document {number} is a {type(values).__name__}; a document is text, token ids or a mapping.")
+        raise TypeError(f"{what} is a {type(values).__name__}; a document is text, token ids or a mapping.")
     try:
         ids = torch.as_tensor(values if isinstance(values, Tensor | Sequence) else values.tolist(), device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
         ids = None
     if ids is None or ids.dim() != 1 or (len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool)):
-        raise TypeError(f"Document {number}: token ids must be a flat list of integers.")
+        raise TypeError(f"{what}: token ids must be a flat list of integers.")
     return ids.to(torch.int64)

@@ -138,14 +138,20 @@ class MemoryMixin(ModelMixin):
         return layers
 
     def encode_documents(
-        self, documents: Iterable[RawDocument], tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any
+        self,
+        documents: Iterable[RawDocument] | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
     ) -> MemoryBank:
         """Encode documents into a bank (paper, 3.1). The result does not depend on batch size or order.
 
         Args:
             documents: an iterable, of any length, of texts, of token id lists, or of mappings such as the rows of a
                 `datasets.Dataset`: `text` or `input_ids`, a `key` (default: the document's number) and anything else,
-                which becomes its metadata. Where both are given, `input_ids` are encoded and `text` is kept.
+                which becomes its metadata. Where both are given, `input_ids` are encoded and `text` is kept. Or a table
+                of pandas, polars or pyarrow; documents of LangChain or LlamaIndex; the `Path` of a file or folder,
+                read by the package (`msa_hf.data.read_documents` has options). What has a length is looked through
+                before anything is encoded.
             tokenizer: needed for texts.
             batch_tokens: tokens per batch, padding included (default 16384).
             max_length: longest document in tokens (default: the model's positions).

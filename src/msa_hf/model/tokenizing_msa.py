@@ -19,6 +19,8 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerBase
 
+from .unicode_msa import check_unicode
+
 # Besides letters, digits and white space: what an added token may hold that is a word and no marker.
 WORD_CHARACTERS = frozenset("-_'’.▁")
 
@@ -48,7 +50,12 @@ def tokenize_texts(
         texts: what to tokenize.
         add_special_tokens: whether the tokenizer adds its own, at the beginning or the end.
         markers: further token ids that no text may become, however they are spelt.
+
+    Raises:
+        ValueError: for a text that is not Unicode.
     """
+    for text in texts:
+        check_unicode(text, f"The text {text!r:.60}")
     if not getattr(tokenizer, "is_fast", False):
         refused = _markers(tokenizer).union(markers)
         return [_tokenize_slowly(tokenizer, text, add_special_tokens, refused) for text in texts]

@@ -22,6 +22,7 @@ from ..model.interface_msa import check_interface
 from ..model.memory_msa import MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.routing_msa import select_documents
+from ..model.unicode_msa import check_unicode
 from .dense import DenseSearcher
 from .dense_files import has_vectors, open_vectors
 from .embedders import Embedder
@@ -203,6 +204,7 @@ class Searcher:
         for number, query in enumerate(queries):
             if not isinstance(query, str) or not query.strip():
                 raise ValueError(f"Query {number} is {query!r}; a query is a text that is not empty.")
+            check_unicode(query, f"Query {number}")
         for name, value in (("k", k), ("depth", depth), ("batch_size", batch_size)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from ...model.arrow_msa import ArrowTable, table_of
 from ...model.bank_format_msa import KeyHash, key_hash
+from ...model.encoding_msa import token_ids
+from ...model.metadata_msa import checked_metadata
+from ...model.unicode_msa import check_unicode
 from .state import State
 
 if TYPE_CHECKING:
@@ -67,8 +70,8 @@ class GivenDocument:
         fields = dict(document)
         key, version = fields.pop("key", None), fields.pop("version", None)
         text, tokens = fields.pop("text", None), fields.pop("input_ids", None)
-        if set(fields) == {"metadata"}:
-            fields = fields["metadata"] or {}
+        if set(fields) == {"metadata"} and isinstance(fields["metadata"], Mapping | None):
+            fields = dict(fields["metadata"] or {})
         return cls(key, text, tokens, version, fields)
 
 
@@ -119,11 +122,14 @@ class Changes:
             raise ValueError(f"Document {key!r} has `input_ids`, but it is this bank's protocol that wraps the texts.")
         if (text is None and tokens is None) or (self._protocol is not None and not text):
             raise ValueError(f"Document {key!r} has no text; leave it out.")
-        try:
-            encoded = json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False) if metadata else None
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"Document {key!r}: its metadata cannot be written as JSON: {error}.") from error
-        digest = text_digest("" if self._protocol is None else self._protocol.document, key, text, tokens)
+        if text is not None:
+            check_unicode(text, f"Document {key!r}: its text")
+            text = str(text)
+        if tokens is not None:
+            tokens = token_ids(tokens, f"Document {key!r}")
+        checked = checked_metadata(metadata or {}, f"Document {key!r}")
+        encoded = json.dumps(checked, ensure_ascii=False, allow_nan=False) if checked else None
+        digest = text_digest("" if self._protocol is None else self._protocol.document, text, tokens)
         same = known.exists and known.digest == digest
         latest = known.version if stated is None else stated
         if same and encoded == known.metadata and latest == known.version:
@@ -196,17 +202,10 @@ def written_table(changes: Mapping[str, Change], tokens: Sequence[int], chunk_si
     )
 
 
-def text_digest(wrapping: str, key: str, text: str | None, tokens: object) -> bytes:
-    """The digest of what is encoded: the text with what wraps it (`PromptProtocol.document`, or nothing), or token ids.
-
-    Raises:
-        ValueError: for a text that is not Unicode, naming the document.
-    """
+def text_digest(wrapping: str, text: str | None, tokens: object) -> bytes:
+    """A digest of what is encoded: a text with what wraps it (`PromptProtocol.document`, or nothing), or token ids."""
     digest = hashlib.sha256(json.dumps([wrapping, text is None, tokens is None]).encode())
-    try:
-        digest.update((text or "").encode())
-    except UnicodeEncodeError as error:
-        raise ValueError(f"Document {key!r}: its text is not Unicode ({error.reason}).") from error
+    digest.update((text or "").encode())
     if tokens is not None:
         digest.update(np.asarray(tokens, np.int64).tobytes())
     return digest.digest()
@@ -221,16 +220,3 @@ def checked_version(version: object) -> int:
     if type(version) is not int or not 0 <= version <= MAX_VERSION:
         raise ValueError(f"`version` must be an integer from 0 to 2^62, got {version!r:.80}.")
     return version
-
-
-def named(key: object) -> str:
-    """A key as a user gave it: a string, or an integer as one.
-
-    Raises:
-        TypeError: for anything else, such as a list of keys.
-    """
-    if isinstance(key, str):
-        return key
-    if isinstance(key, int | np.integer) and not isinstance(key, bool):
-        return str(int(key))
-    raise TypeError(f"A key is a string, got {type(key).__name__}: {key!r:.80}. Give one key at a time.")

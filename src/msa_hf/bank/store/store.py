@@ -19,6 +19,7 @@ from ...model.bank_log_msa import entry_names, manifest_after
 from ...model.bank_manifest_msa import is_bank, read_checkpoint, read_manifest
 from ...model.bank_reader_msa import BankReader, mapped_tables
 from ...model.bank_writer_msa import BankWriter, remove_files
+from ...model.given_documents_msa import are_paths, each_document, key_of, read_paths
 from ...model.hub_msa import bank_directory
 from ...model.interface_msa import check_interface
 from ...model.open_files_msa import SMALL_FILE
@@ -26,7 +27,7 @@ from ...moved import renamed
 from ...retrieval.embedders import Embedder
 from ...retrieval.followers import Followers
 from .buffers import Buffers
-from .changes import Changes, GivenDocument, Known, checked_version, committed, named
+from .changes import Changes, GivenDocument, Known, checked_version, committed
 from .commit import Commit, commit_of, entry_in_memory, write_commit
 from .compact import compacted_in_memory, groups_of, write_compacted
 from .encoder import DocumentEncoder, EncodingModel
@@ -202,23 +203,22 @@ class BankStore(CommittedBank):
                     assert self._pending is not None
                     yield self._pending
 
-    def add(self, documents: Iterable[object]) -> list[int | None]:
+    def add(self, documents: Iterable[object] | Path) -> list[int | None]:
         """Add documents with new keys; returns their ids, None for one whose `version` is late.
 
         Args:
-            documents: texts, token ids, or mappings with `text` or `input_ids`, and perhaps `key` (default: the id),
-                `version` and further metadata.
+            documents: as `model.encode_documents` takes them: texts, token ids, or mappings with `text` or `input_ids`,
+                and perhaps `key` (default: the id), `version` and further metadata.
 
         Raises:
             ValueError: for a key that a document has, or a document that cannot be encoded, naming it.
         """
-        if isinstance(documents, str | bytes | Mapping):
-            raise TypeError(f"`documents` must be an iterable of documents, got one {type(documents).__name__}.")
+        given_documents = each_document(read_paths(documents) if are_paths(documents) else documents)
         ids: list[int | None] = []
         with self._changing() as changes:
-            for document in documents:
+            for document in given_documents:
                 given = GivenDocument.of(document)
-                key = str(changes.next_id) if given.key is None else named(given.key)
+                key = str(changes.next_id) if given.key is None else key_of(given.key)
                 if changes.known(key)[0].exists:
                     raise ValueError(f"The bank has a document with the key {key!r}; replace it with upsert().")
                 added = self._put(changes, key, given.text, given.tokens, given.version, given.metadata)
@@ -237,7 +237,7 @@ class BankStore(CommittedBank):
             whether anything changed: not for an event that is known or late, nor for an equal document.
         """
         with self._changing() as changes:
-            return self._put(changes, named(key), text, None, version, metadata)
+            return self._put(changes, key_of(key), text, None, version, metadata)
 
     def delete(self, key: str, version: int | None = None) -> bool:
         """Delete a document; returns whether there was one.
@@ -245,7 +245,7 @@ class BankStore(CommittedBank):
         Its version stays known, so that a late event does not bring it back. `compact()` removes it from the files.
         """
         with self._changing() as changes:
-            return changes.delete(named(key), version)
+            return changes.delete(key_of(key), version)
 
     def known_version(self, key: str) -> int | None:
         """The version up to which events about a key have no effect: that of its document or of its deletion, or a

@@ -89,7 +89,8 @@ class RedisSource:
             kind: Any = self._client.type(self.dead_letters)
         if kind not in (b"none", b"stream"):
             raise StreamError(
-                f"{self.dead_letters!r} at {self._where} is a {kind.decode()}, no stream; name another key for dead letters."
+                f"{self.dead_letters!r} at {self._where} is a {kind.decode()}, no stream; name another key for "
+                "dead letters."
             )
         with self._reported(), contextlib.suppress(_GroupExists):
             self._create_group()
