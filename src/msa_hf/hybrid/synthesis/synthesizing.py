@@ -10,11 +10,13 @@ from ..chains.template import JsonValue, render
 from ..chat.chat_model import ChatModel, Message, messages_of
 from .budget import Budget, BudgetError, Spending, pack, shorten
 from .citations import CitationError, label_keys, resolve, without_labels
+from .cited_sentences import attributed, write_sentences
 from .conflicts import Conflict, find_conflicts
 from .findings import Finding
 
 STRATEGIES = ("map_reduce", "refine")
 ON_UNKNOWN = ("mark", "refuse")
+CITING = ("free", "every_sentence")
 NOTHING = "No document answers this."
 
 SYSTEM = "You put together what documents say. You use only what you are shown, and cite the label of each source."
@@ -35,6 +37,21 @@ Further material:
 Write the whole answer anew with what this adds or corrects. Keep the labels in brackets behind each statement, such \
 as [S1]. Where sources disagree, give each view with its source."""
 
+SENTENCES = """Write the answer as a JSON list. Each entry has `sources`, the labels of the sources that it takes \
+from, and `sentence`, one sentence that says what they say. Where sources disagree, give each view its own entry."""
+WRITE_SENTENCES = f"{{task}}\n\n{{items}}\n\n{SENTENCES}"
+REFINE_SENTENCES = f"""{{task}}
+
+The answer so far:
+{{before}}
+
+Further material:
+{{items}}
+
+Write the whole answer anew with what this adds or corrects. {SENTENCES}"""
+# By the way of citing: the prompt of a text, and of one with a text so far.
+PROMPTS = {"free": (WRITE, REFINE), "every_sentence": (WRITE_SENTENCES, REFINE_SENTENCES)}
+
 
 @dataclass(frozen=True)
 class Synthesis:
@@ -50,6 +67,7 @@ class Synthesis:
         calls, tokens: of the chat model; tokens with the whole room of each answer.
         cut: findings that were shortened to fit.
         truncated: texts that the model did not end within `answer_tokens`.
+        unbacked: sentences that have no answer of a source, of a text whose every sentence was to cite.
     """
 
     question: str
@@ -62,13 +80,17 @@ class Synthesis:
     tokens: int
     cut: int = 0
     truncated: int = 0
+    unbacked: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
-        """The answer, and behind it every disagreement of the sources, side by side."""
-        if not self.conflicts:
-            return self.answer
-        return "\n".join([self.answer, "", "Sources disagree:", *(f"- {item.describe()}" for item in self.conflicts)])
+        """The answer, and behind it what no source backs, and every disagreement of the sources, side by side."""
+        lines = [self.answer]
+        if self.unbacked:
+            lines += ["", "In no source in these words:", *(f"- {sentence}" for sentence in self.unbacked)]
+        if self.conflicts:
+            lines += ["", "Sources disagree:", *(f"- {item.describe()}" for item in self.conflicts)]
+        return "\n".join(lines)
 
     def to_dict(self) -> JsonObject:
         """JSON values, all of the above."""
@@ -88,6 +110,7 @@ class Synthesis:
             "tokens": self.tokens,
             "cut": self.cut,
             "truncated": self.truncated,
+            "unbacked": list(self.unbacked),
         }
 
 
@@ -109,6 +132,9 @@ class Synthesizer:
             `"refine"`: one run after the other, each with the text so far.
         on_unknown: if a text cites what it was not shown: `"mark"` it, or `"refuse"` the text.
         conflicts: whether different answers to one question are contradictions.
+        citing: `"free"`: the model writes labels into its text as it likes. `"every_sentence"`: it writes a list of
+            sentences, each with labels of sources that it was shown, by constrained decoding where the model can; what
+            no source backs is listed. For models that do not cite by themselves.
     """
 
     def __init__(
@@ -118,12 +144,15 @@ class Synthesizer:
         strategy: str = "map_reduce",
         on_unknown: str = "mark",
         conflicts: bool = True,
+        citing: str = "free",
     ) -> None:
         if strategy not in STRATEGIES:
             raise ValueError(f"`strategy` must be one of {STRATEGIES}, got {strategy!r}.")
         if on_unknown not in ON_UNKNOWN:
             raise ValueError(f"`on_unknown` must be one of {ON_UNKNOWN}, got {on_unknown!r}.")
-        self.chat, self.budget = chat, budget or Budget()
+        if citing not in CITING:
+            raise ValueError(f"`citing` must be one of {CITING}, got {citing!r}.")
+        self.chat, self.budget, self.citing = chat, budget or Budget(), citing
         self.strategy, self.on_unknown, self.conflicts = strategy, on_unknown, conflicts
 
     def synthesize(self, question: str, findings: Sequence[Finding], spending: Spending | None = None) -> Synthesis:
@@ -137,6 +166,7 @@ class Synthesizer:
         Raises:
             BudgetError: where the budget is too small, with the number that is.
             CitationError: for a citation of something else, with `on_unknown="refuse"`.
+            AnswerError: with `citing="every_sentence"`, for an answer that is not the JSON asked for, after a repair.
         """
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"`question` must be a text that is not empty, got {question!r}.")
@@ -146,7 +176,7 @@ class Synthesizer:
             return Synthesis(question, NOTHING, (), (), (), (), spending.calls, spending.tokens)
         ordered = _sides_together(findings, conflicts)
         labels = label_keys([finding.key for finding in ordered])
-        writing = _Writing(self, spending, f"Question: {question}", labels)
+        writing = _Writing(self, spending, f"Question: {question}", labels, ordered)
         pieces, cut = writing.pieces(ordered)
         text = (writing.map_reduce if self.strategy == "map_reduce" else writing.refine)(pieces)
         answer, cited, _ = resolve(text, labels)
@@ -161,6 +191,7 @@ class Synthesizer:
             spending.tokens,
             cut,
             writing.truncated,
+            tuple(writing.unbacked),
         )
 
 
@@ -173,16 +204,27 @@ def _sides_together(findings: Sequence[Finding], conflicts: Sequence[Conflict]) 
 class _Writing:
     """The prompts and texts of one synthesis."""
 
-    def __init__(self, owner: Synthesizer, spending: Spending, task: str, labels: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        owner: Synthesizer,
+        spending: Spending,
+        task: str,
+        labels: Mapping[str, str],
+        findings: Sequence[Finding],
+    ) -> None:
         self.owner, self.spending, self.task, self.labels = owner, spending, task, labels
         self.label_of = {key: label for label, key in labels.items()}
+        self.answers: dict[str, list[str]] = {}
+        for finding in findings:
+            self.answers.setdefault(self.label_of[finding.key], []).append(finding.answer)
         self.unknown: list[str] = []
+        self.unbacked: list[str] = []  # of the last text
         self.truncated = 0
 
     def _messages(self, pieces: Sequence[_Piece], before: str = "") -> list[Message]:
         items = "\n".join(piece.text for piece in pieces)
         values: dict[str, JsonValue] = {"task": self.task, "items": items, "before": before}
-        return messages_of(render(REFINE if before else WRITE, values, "prompt"), SYSTEM)
+        return messages_of(render(PROMPTS[self.owner.citing][bool(before)], values, "prompt"), SYSTEM)
 
     # Pieces -----------------------------------------------------------------------------------------------------------
 
@@ -271,6 +313,8 @@ class _Writing:
 
     def _write(self, shown: Sequence[_Piece], messages: list[Message]) -> str:
         """A text of the model in which every label is one that it was shown; others are marked."""
+        if self.owner.citing == "every_sentence":
+            return self._write_sentences(shown, messages)
         written = self.spending.complete(messages)
         text = written.text.strip()
         if not text:
@@ -289,3 +333,17 @@ class _Writing:
             )
         self.unknown += unknown
         return marked
+
+    def _write_sentences(self, shown: Sequence[_Piece], messages: list[Message]) -> str:
+        """A text each of whose sentences cites what it was shown."""
+        allowed = sorted(frozenset().union(*(piece.labels for piece in shown)), key=lambda label: int(label[1:]))
+        sentences, cut = write_sentences(self.spending, messages, allowed)
+        self.truncated += cut
+        if not sentences:
+            raise ValueError(
+                f"{self.owner.chat.name} wrote nothing; its prompt ended with {messages[-1].content[-200:]!r}."
+            )
+        answers = {label: self.answers[label] for label in allowed}
+        told = [attributed(sentence, answers) for sentence in sentences]
+        self.unbacked = [sentence.text for sentence, backed in told if not backed]
+        return " ".join(sentence.cited() for sentence, _ in told)
