@@ -302,7 +302,7 @@ def bank_retriever(
 
     fields = json.loads((arguments.adapter / "memory.json").read_text())
     model = MSAForCausalLM.from_base(arguments.base, dtype=torch.float32, **fields)
-    model = PeftModel.from_pretrained(model, arguments.adapter).eval()
+    model = PeftModel.from_pretrained(model, arguments.adapter).eval().to(arguments.device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
     protocol = PromptProtocol.from_pretrained(arguments.adapter)
     start = time.perf_counter()
@@ -332,6 +332,7 @@ def main(given: Sequence[str] | None = None) -> None:
     asked.add_argument("data", type=Path)
     asked.add_argument("--base", type=Path, help="a plain checkpoint; with it --adapter")
     asked.add_argument("--adapter", type=Path)
+    asked.add_argument("--device", default="cpu", help="of the checkpoint (default: cpu)")
     asked.add_argument("--passages", type=int, help="gold ones and others, so many in all (default: all)")
     asked.add_argument("--split", default="dev")
     asked.add_argument("--best", type=int, default=2, help="passages whose names the second hop searches for")
