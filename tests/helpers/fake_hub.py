@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub
 import pytest
+import transformers
 from huggingface_hub import constants
 
 TOKENS = {"hf_owner": "user", "hf_stranger": "stranger"}
@@ -293,3 +294,4 @@ def point_to(patch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
     patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     patch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
+    patch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # made once, with the address of then

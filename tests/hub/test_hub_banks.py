@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from scripted import COMPACT, TEXTS, bank_of
 
 from msa_hf import MemoryBank
 from msa_hf.bank import BankFormatError, BankStore, BankUnavailable, bank_directory, place_bank
-from msa_hf.model import publishing_msa
+from msa_hf.model import hub_msa, publishing_msa
 from msa_hf.retrieval import search
 
 NOBODY = "http://127.0.0.1:9"  # discard; nothing listens there
@@ -192,6 +193,20 @@ def test_offline(hub: FakeHub, bank: MemoryBank, patch: pytest.MonkeyPatch, cach
     with pytest.raises(BankUnavailable, match=r"cannot be reached .*Check the connection and HF_ENDPOINT"):
         bank.push_to_hub("user/bank")
     assert time.monotonic() - start < 5, "nothing is tried for long"
+
+
+def test_a_hub_that_does_not_answer(
+    hub: FakeHub, bank: MemoryBank, patch: pytest.MonkeyPatch, cache: Path, caplog: Any
+) -> None:
+    bank.push_to_hub("user/bank")
+    MemoryBank.from_pretrained("user/bank")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        point_to(patch, f"http://127.0.0.1:{silent.getsockname()[1]}", cache)
+        patch.setattr(hub_msa, "SECONDS", 0.3)
+        assert same(MemoryBank.from_pretrained("user/bank"), bank)
+        assert "ReadTimeout" in caplog.text
+        with pytest.raises(BankUnavailable, match=r"cannot be reached .*ReadTimeout"):
+            bank.push_to_hub("user/bank")
 
 
 def test_an_interrupted_download_is_no_copy(hub: FakeHub, bank: MemoryBank, patch: pytest.MonkeyPatch) -> None:

@@ -391,7 +391,7 @@ class CheckpointMixin(ModelMixin):
         """
         directory, pushed = Path(save_directory), bool(kwargs.pop("push_to_hub", False))
         hub = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs and pushed}
-        before = _written(directory)
+        before = _written(directory) if pushed else {}
         renumber_memory_layers(self)
         # Under the parameters' own names the base class finds them too; it converts none for this model type.
         kwargs.setdefault("save_original_format", False)

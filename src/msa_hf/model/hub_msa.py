@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, validate_repo_id
 
 from .bank_format_msa import BACKUP, MANIFEST, BankError, file_names
 from .bank_log_msa import entry_names
@@ -131,6 +131,11 @@ def _reachable(api: HfApi, repo_id: str, revision: str | None) -> bool:
         logger.warning("The Hub cannot be reached (%s): %s is looked for in the cache.", _short(error), repo_id)
         return False
     return True
+
+
+def knock() -> None:
+    """Wait for the first answer of the Hub, but not for long: what its client asks later may wait without a limit."""
+    get_session().head(constants.ENDPOINT, timeout=SECONDS)
 
 
 @contextmanager

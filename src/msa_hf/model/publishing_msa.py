@@ -8,7 +8,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import EntryNotFoundError
 
 from .cards_msa import CARD, is_made_by_transformers, is_ours
-from .hub_msa import LIBRARY, SECONDS, hub_errors
+from .hub_msa import LIBRARY, SECONDS, hub_errors, knock
 
 MANY_FILES, MANY_BYTES = 100, 10 * 2**30  # above, files go ahead in as many commits as they take
 
@@ -52,6 +52,7 @@ def publish(
     """
     api = HfApi(token=token, library_name=LIBRARY)
     with hub_errors(f"the {repo_type} {repo_id!r}", revision):
+        knock()
         repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr") and not create_pr:
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
