@@ -2,16 +2,20 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from commands import QUESTION, loaded, records, refusal
+from commands import QUESTION, TEXTS, loaded, records, refusal
 
 from msa_hf.bank.tiered import bank as tiers
 from msa_hf.bank.tiered.hardware import Tiers
 from msa_hf.cli import main
-from msa_hf.generation import COMPACT, PUBLISHED, MemoryInterleave
+from msa_hf.cli.answers import shown, snippet
+from msa_hf.generation import COMPACT, PUBLISHED, DirectAsker, MemoryInterleave
 
 
 def test_asking_untrained_routers_is_said_in_one_line(place: Path, tmp_path: Path, capsys) -> None:
@@ -54,41 +58,81 @@ def test_ask_reads_no_more_documents_than_told(place: Path, capsys: pytest.Captu
     assert "at least 1" in refusal(capsys, *command, "--documents-per-round", 0)
 
 
-def test_ask_prints_answer_sources_and_times(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["ask", str(place / "compact"), str(place / "compact-bank"), QUESTION, "--max-new-tokens", "4"]
+@pytest.mark.parametrize("model", ["plain", "compact"])
+def test_ask_prints_the_answer_and_its_sources(place: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
+    command = ["ask", str(place / model), str(place / f"{model}-bank"), QUESTION, "--max-new-tokens", "4"]
     (record,) = records(capsys, *command)
     assert record["sources"]
     assert main(command) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == (record["answer"] or "(no answer)")
-    for source in record["sources"]:
-        line = f"  [{source['id']}] {source['key']} (score {source['score']:.3f}, round {source['round'] + 1})"
-        assert line in printed
-    assert any(line.startswith("  round 1 prefill: ") and " ms, " in line for line in printed)
-    assert any(line.startswith("  answer: ") for line in printed)
+    assert printed[:2] == [record["answer"] or "(no answer)", "Sources:"]
+    for line, source in zip(printed[2:], record["sources"], strict=True):
+        assert line == f"  {source['rank']}. {source['key']} ({source['score']:.3f}) {source['snippet']}"
+        assert source["snippet"] == " ".join(TEXTS[source["key"]].split())
+    assert main([*command, "--stream"]) == 0
+    assert capsys.readouterr().out.splitlines() == printed
+    assert main([*command, "--why"]) == 0
+    why = capsys.readouterr().out.splitlines()
+    assert why[: len(printed)] == printed and f"Question: {QUESTION}" in why[len(printed) :]
+    assert any(line.startswith("  layer 2 chose [") for line in why)
+    assert any(line.startswith("  prefill: ") and line.endswith(" ms") for line in why)
 
 
-def test_ask_without_a_protocol_generates_and_lists_the_routing(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ask_without_a_protocol_generates(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ("ask", place / "plain", place / "plain-bank", QUESTION, "--max-new-tokens", 5)
     (record,) = records(capsys, *command)
     model, tokenizer = loaded(place / "plain")
     bank = model.load_memory(place / "plain-bank", tokenizer)
-    inputs = tokenizer(QUESTION, return_tensors="pt", return_token_type_ids=False)
-    wanted = model.generate(**inputs, memory=bank, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert record["answer"] == tokenizer.decode(wanted, skip_special_tokens=True).strip()
-    assert record["stages"][1]["tokens"] == len(wanted)
-    routing = model(**inputs, memory=bank).routing
-    assert list(record["routing"]) == [str(layer) for layer in routing]
-    for layer, found in routing.items():
-        listed = record["routing"][str(layer)]
-        assert [item["position"] for item in listed] == found.documents[0].tolist()
-        assert [item["key"] for item in listed] == [bank.documents[i].key for i in found.documents[0].tolist()]
-        assert [item["score"] for item in listed] == pytest.approx(found.scores[0].tolist())
-    assert main([*map(str, command)]) == 0
-    first = record["routing"]["2"][0]
-    assert f"Layer 2: {first['key']} ({first['score']:.3f})" in capsys.readouterr().out
+    wanted = DirectAsker(model, tokenizer, bank, max_new_tokens=5).ask(QUESTION)
+    assert (record["answer"], record["trace"]["answer"]) == (wanted.text, wanted.text)
+    assert record["stages"][1]["tokens"] == len(wanted.token_ids)
+    assert [item["key"] for item in record["sources"]] == [item.key for item in wanted.documents]
+    assert "--max-rounds: is about rounds" in refusal(capsys, *command, "--max-rounds", 1)
+
+
+def test_ask_puts_questions_by_the_chat_template(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = loaded(place / "plain")
+    tokenizer.chat_template = "{% for item in messages %}tea {{ item['content'] }} sea{% endfor %}"
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    command = ("ask", tmp_path, place / "plain-bank", QUESTION, "--max-new-tokens", 5)
+    bank = model.load_memory(place / "plain-bank", tokenizer)
+    wanted = DirectAsker(model, tokenizer, bank, max_new_tokens=5).ask(QUESTION)
+    for options in ((), ("--protocol", "chat")):
+        (record,) = records(capsys, *command, *options)
+        assert record["answer"] == wanted.text
+        assert record["stages"][0]["tokens"] == len(QUESTION.split()) + 2
+    (plain,) = records(capsys, *command, "--protocol", "none")
+    assert plain["stages"][0]["tokens"] == len(QUESTION.split())
+    assert "has no chat template" in refusal(
+        capsys, "ask", place / "plain", place / "plain-bank", QUESTION, "--protocol", "chat"
+    )
+
+
+def test_what_is_not_there_is_named_at_once(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before torch is imported, and without asking a Hub that cannot be reached again and again."""
+    code = (
+        "import sys; from msa_hf.cli import main; c = main(sys.argv[1:]); sys.exit(9 if 'torch' in sys.modules else c)"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    for model, bank, problem in (
+        ("msa-hf/my-model", place, f"msa-hf/my-model: no such directory (looked for {tmp_path}/msa-hf/my-model), and"),
+        (place / "plian", place, f"{place}/plian: no such directory"),
+        (place / "plain", "my-bnak", f"my-bnak: no bank: there is no such directory (looked for {tmp_path}/my-bnak)"),
+    ):
+        command = [sys.executable, "-c", code, "ask", str(model), str(bank), QUESTION]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"msa-hf: error: {problem}") and done.stderr.count("\n") == 1, done.stderr
+        if str(model).startswith("msa-hf"):
+            assert "the Hub cannot be reached (http://127.0.0.1:9" in done.stderr
+
+
+def test_documents_do_not_command_the_terminal() -> None:
+    assert shown("a\x1b[2Jb\x9b1m\n\tc\r") == "a\ufffd[2Jb\ufffd1m\n\tc\ufffd"
+    assert snippet("one\x1b\n\n two " + "x" * 200) == "one\ufffd two " + "x" * 88 + "..."
 
 
 def test_ask_is_greedy_whatever_the_checkpoint_says(
@@ -113,7 +157,8 @@ def test_ask_reads_questions_from_the_input(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: type[io.StringIO]
 ) -> None:
     monkeypatch.setattr("sys.stdin", kind(f"{QUESTION}\n\n  tea \n"))
-    command = ("ask", place / "compact", place / "compact-bank", "--max-new-tokens", 3, "--json")
+    dash = () if kind is Terminal else ("-",)
+    command = ("ask", place / "compact", place / "compact-bank", *dash, "--max-new-tokens", 3, "--json")
     capsys.readouterr()
     assert main([*map(str, command)]) == 0
     printed = capsys.readouterr()
@@ -163,7 +208,9 @@ def test_ask_refuses_banks_and_questions(place: Path, tmp_path: Path, capsys: py
     assert main(["retrofit", str(place / "base"), str(other), "--chunk-size", "3"]) == 0
     message = refusal(capsys, "ask", other, plain[1], QUESTION)
     assert "This bank was not made with this model" in message and "chunk_size: the bank has 4, the model 3" in message
-    assert "manifest.json: there is no such file" in refusal(capsys, "ask", plain[0], tmp_path / "none", QUESTION)
+    assert "none: no bank: there is no such directory" in refusal(capsys, "ask", plain[0], tmp_path / "none", QUESTION)
+    assert "choose one of them" in refusal(capsys, "ask", *plain, QUESTION, "--stream", "--json")
+    assert "leave the others out" in refusal(capsys, "ask", *plain, QUESTION, "-")
     assert "question is empty" in refusal(capsys, "ask", *plain, "")
     assert "not empty" in refusal(capsys, "ask", place / "compact", place / "compact-bank", " ")
     assert "at least 1" in refusal(capsys, "ask", *plain, QUESTION, "--max-new-tokens", "0")

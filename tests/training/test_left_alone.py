@@ -9,8 +9,7 @@ import pytest
 import torch
 from scripted import COMPACT, TEXTS, bank_of, byte_tokenizer, memory_model
 
-from msa_hf.cli.ask import generated
-from msa_hf.generation import MemoryInterleave, memory_interleave
+from msa_hf.generation import DirectAsker, MemoryInterleave, memory_interleave
 from msa_hf.training import RouterMonitor, diagnose, router_recall
 
 TOKENIZER = byte_tokenizer()
@@ -80,15 +79,15 @@ ENTRIES: dict[str, Callable[[Any], Any]] = {
         max_new_tokens=2,
     ),
     "generate": lambda it: it.model.generate(**INPUTS, memory=it.bank, do_sample=False, max_new_tokens=2),
-    "command": lambda it: generated(it.model, TOKENIZER, it.bank, QUESTION, 2),
+    "direct": lambda it: DirectAsker(it.model, TOKENIZER, it.bank, 2).ask(QUESTION),
     "recall": lambda it: router_recall(it.model, TOKENIZER, it.bank, JUDGED, protocol=COMPACT),
     "monitor": measured,
     "diagnose": lambda it: diagnose(
         it.model, TOKENIZER, it.bank, JUDGED, COMPACT, conditions=["routed", "no_memory", "ids"], max_new_tokens=2
     ),
 }
-# These compute in the mode that the model is in, as `generate` of transformers does.
-IN_ITS_OWN_MODE = ("generate", "command")
+# Computes in the mode that the model is in, as `generate` of transformers does.
+IN_ITS_OWN_MODE = ("generate",)
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])

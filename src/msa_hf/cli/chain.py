@@ -84,7 +84,7 @@ def _answer(args: argparse.Namespace, chain: Chain | None) -> None:
     model = tokenizer = protocol = retriever = memory = None
     chat = _chat(args, device)
     if args.model is not None:
-        model, tokenizer = load(args.model, device, args.dtype)
+        model, tokenizer = load(args.model, device, args.dtype, args.protocol)
         protocol = protocol_of(args.protocol, args.model)
     if args.bank is not None:
         with reported():

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise UserError(f"{error}, or leave it out of --conditions") from error
     corpus = None if is_bank(Path(args.bank)) or is_hub_name(args.bank) else read_corpus(args, args.bank)
-    model, tokenizer = load(args.model, device, args.dtype)
+    model, tokenizer = load(args.model, device, args.dtype, args.protocol)
     with reported():
         if corpus is None:
             bank = model.load_memory(args.bank, tokenizer, device=device)

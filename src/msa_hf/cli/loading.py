@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,44 +16,89 @@ if TYPE_CHECKING:
     from ..generation import PromptProtocol
     from ..model.modeling_msa import MSAForCausalLM
 
-PROTOCOLS = ("compact", "published", "none")
+PROTOCOLS = ("compact", "published", "chat", "none")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+MANIFEST = "manifest.json"  # as model/bank_format_msa.py says, which takes long to import
+PROBE_SECONDS = 3.0  # to ask the Hub whether it has a model, before libraries ask again and again
 
 
 def checkpoint(name: str) -> str:
-    """A directory or a Hub id; a path that does not exist is neither."""
+    """A directory, or the id of a model that the Hub or its cache has; what is neither is refused at once."""
     path = Path(name)
-    if path.is_file():
+    if path.is_dir():
+        return name
+    if path.exists():
         raise UserError(f"{name}: not a directory")
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
+    if path.is_absolute() or name.startswith((".", "~")) or not HUB_ID.fullmatch(name):
         raise UserError(f"{name}: no such directory")
+    if problem := _missing_on_hub(name, "config.json", "model"):
+        raise UserError(f"{name}: no such directory (looked for {path.absolute()}), and {problem}")
     return name
 
 
-def load(name: str, device: torch.device, dtype: str) -> tuple[MSAForCausalLM, PreTrainedTokenizerBase]:
-    """A model with a memory, and its tokenizer."""
-    checkpoint(name)
+def _missing_on_hub(name: str, file: str, kind: str) -> str:
+    """Why the Hub cannot give a model or dataset with this file; empty where it can, or says itself what it wants."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    try:
+        if isinstance(try_to_load_from_cache(name, file, repo_type=kind), str):
+            return ""
+    except HFValidationError:
+        return f"that is no id of a {kind} on the Hub"
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE keeps the Hub from being asked"
+    url = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}/resolve/main/{file}"
+    try:
+        reply = get_session().head(url, headers=build_hf_headers(), timeout=PROBE_SECONDS)
+    except Exception as error:  # of the one of several HTTP libraries that huggingface_hub uses
+        return f"the Hub cannot be reached ({constants.ENDPOINT}: {error})"
+    why = reply.headers.get("X-Error-Code", "")
+    if reply.status_code in (401, 404) and why != "GatedRepo":
+        return f"the Hub has no such {kind} that you may read ({constants.ENDPOINT}: {reply.status_code} {why})"
+    return ""
+
+
+def check_bank(name: str) -> None:
+    """Make sure, before anything is loaded, that a bank's directory is there, or a bank of that name on the Hub."""
+    path = Path(name)
+    if path.exists():
+        return
+    missing = f"{name}: no bank: there is no such directory (looked for {path.absolute()})"
+    if name.count("/") != 1 or name.startswith((".", "~")) or not HUB_ID.fullmatch(name):
+        raise UserError(missing)
+    if problem := _missing_on_hub(name, MANIFEST, "dataset"):
+        raise UserError(f"{missing}, and {problem}")
+
+
+def load(
+    name: str, device: torch.device, dtype: str, protocol: str = "auto"
+) -> tuple[MSAForCausalLM, PreTrainedTokenizerBase]:
+    """A model with a memory, and its tokenizer, which puts questions as `protocol` says."""
+    name = checkpoint(name)
     from transformers import AutoTokenizer
 
     from ..model.modeling_msa import MSAForCausalLM
 
     with reported(foreign=True, subject=name):
         model = MSAForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-        return model, AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if protocol == "none":
+        tokenizer.chat_template = None
+    if protocol == "chat" and not tokenizer.chat_template:
+        raise UserError(f"--protocol chat: the tokenizer of {name} has no chat template")
+    return model, tokenizer
 
 
 def protocol_of(choice: str, name: str) -> PromptProtocol | None:
-    """The protocol that was asked for, or the checkpoint's own; None for plain text."""
-    from ..generation import COMPACT, PUBLISHED, PromptProtocol
+    """The protocol that was asked for, or the checkpoint's own; None where documents are encoded as they are."""
+    from ..generation import COMPACT, PUBLISHED, protocol_beside
 
     if choice != "auto":
-        return {"compact": COMPACT, "published": PUBLISHED, "none": None}[choice]
-    try:
-        with reported():
-            return PromptProtocol.from_pretrained(name)
-    except UserError as error:
-        if not isinstance(error.__cause__, OSError):
-            raise
-        return None
+        return {"compact": COMPACT, "published": PUBLISHED, "chat": None, "none": None}[choice]
+    with reported():
+        return protocol_beside(name)
 
 
 def new_directory(name: str) -> Path:

@@ -147,7 +147,7 @@ def open_bank(args: argparse.Namespace) -> SharedBank:
     device = device_in(args)
     reader = None
     if args.model is not None:
-        model, tokenizer = load(args.model, device, args.dtype)
+        model, tokenizer = load(args.model, device, args.dtype, args.protocol)
         reader = Reader(model, tokenizer, protocol_of(args.protocol, args.model))
     options = Options(
         read_only=args.read_only,

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         Path(args.dashboard).write_text(json.dumps(dashboard(), indent=1) + "\n", encoding="utf-8")
     questions = sample([item["question"] for item in asked], args.rate, args.seed)
     embedder = embedder_of(args.embedder, device)
-    model, tokenizer = load(args.model, device, args.dtype)
+    model, tokenizer = load(args.model, device, args.dtype, args.protocol)
     protocol = protocol_of(args.protocol, args.model)
     options = {
         "select": args.select,

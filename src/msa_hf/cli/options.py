@@ -56,8 +56,13 @@ def device_of(text: str) -> torch.device:
 
 
 def device_in(args: argparse.Namespace) -> torch.device:
-    """The device that was asked for, by default the CPU."""
-    return device_of("cpu") if args.device is None else args.device
+    """The device that was asked for; by default the accelerator, if there is one."""
+    if args.device is not None:
+        return args.device
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return device_of("cpu" if found is None else found.type)
 
 
 def add_protocol_option(made: argparse.ArgumentParser) -> None:
@@ -66,8 +71,8 @@ def add_protocol_option(made: argparse.ArgumentParser) -> None:
         "--protocol",
         choices=("auto", *PROTOCOLS),
         default="auto",
-        help="how documents and questions are wrapped; auto: as the checkpoint's memory_protocol.json says, plain "
-        "text where it has none",
+        help="how documents and questions are put; auto: as the checkpoint's memory_protocol.json says, else by the "
+        "tokenizer's chat template, else plainly; chat: by the template in any case; none: plainly in any case",
     )
 
 
@@ -85,5 +90,5 @@ def add_model_options(made: argparse.ArgumentParser) -> None:
     """How a model is loaded and asked."""
     add_protocol_option(made)
     # No default of its own: argparse would convert that before it looks at the rest, and wait for torch.
-    made.add_argument("--device", type=device_of, help="such as cuda (default: cpu)")
+    made.add_argument("--device", type=device_of, help="such as cuda or cpu (default: the accelerator, if any)")
     made.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     embedder = embedder_of(args.embedder, device)
     model = tokenizer = protocol = None
     if args.model is not None:
-        model, tokenizer = load(args.model, device, args.dtype)
+        model, tokenizer = load(args.model, device, args.dtype, args.protocol)
         protocol = protocol_of(args.protocol, args.model)
     elif args.mode == "router":
         raise UserError("--mode router needs --model, the checkpoint that made the bank")

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     with reported(subject=f"{args.host}:{args.port}"):
         listener = listen(args.host, args.port)
     device = device_in(args)
-    model, tokenizer = load(args.model, device, args.dtype)
+    model, tokenizer = load(args.model, device, args.dtype, args.protocol)
     if model.config.routers_trained is False:
         print(f"msa-hf: the routers of {args.model} are untrained: {UNTRAINED}", file=sys.stderr)
     protocol = protocol_of(args.protocol, args.model)

@@ -128,7 +128,8 @@ def _train_by_questions(args: argparse.Namespace, documents: Mapping[str, str], 
 
     settings = training_settings.settings_of(args, checkpoint(args.model), out)
     protocol = protocol_of(args.protocol, args.model)
-    prepared = finetune.prepare(settings, documents, read_questions(questions, documents, args.encoding), protocol)
+    asked = read_questions(questions, documents, args.encoding)
+    prepared = finetune.prepare(settings, documents, asked, protocol, chat_template=args.protocol != "none")
     trainer = finetune.make_trainer(prepared)
     if trainer.is_world_process_zero():
         for note in prepared.notes:
@@ -152,7 +153,8 @@ def _train_by_documents(
         given["memory_layers"] = tuple(given["memory_layers"])
     settings = RouterSettings(**{**given, "base": checkpoint(args.model), "output": out})
     labeled = [] if questions is None else read_questions(questions, documents, args.encoding)
-    prepared = prepare_routers(settings, documents, labeled, protocol_of(args.protocol, args.model), titles)
+    protocol = protocol_of(args.protocol, args.model)
+    prepared = prepare_routers(settings, documents, labeled, protocol, titles, args.protocol != "none")
     for note in prepared.notes:
         print(f"msa-hf: {note}", file=sys.stderr)
     print(train_routers(prepared))

@@ -1,4 +1,4 @@
-"""Questions as users keep them: reading them, and how they are put where no protocol says so."""
+"""Questions as users keep them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from transformers import PreTrainedTokenizerBase
-
 from ..json_object import JsonObject
-from ..model.tokenizing_msa import tokenize
 from ..model.unicode_msa import check_unicode
 from ..moved import renamed
 from .errors import DataError
 from .lines import json_rows
 
 IGNORED = -100
-SEPARATOR = "\n"
 
 
 class Question(TypedDict):
@@ -85,11 +81,6 @@ def text_field(place: str, row: JsonObject, name: str) -> str:
     except ValueError as error:
         raise DataError(str(error)) from error
     return str(row[name])
-
-
-def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """The prompt that the collator trains: the question and a line break, no special tokens."""
-    return tokenize(tokenizer, question + SEPARATOR)
 
 
 def rounds_of(question: Question) -> list[list[str]]:

@@ -1,17 +1,16 @@
-"""Putting questions to a model as a diagnosis does: with the memory or without, with given texts in the prompt."""
+"""Having a model answer as a diagnosis does: with the memory or without, with given texts in the prompt."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.padding import pad
-from ..data.questions import SEPARATOR, question_ids
-from ..generation import DocumentIds, MemoryInterleave, PromptProtocol
+from ..generation import DocumentIds, PromptProtocol
 from ..generation.answering import Answering
+from ..generation.prompting import Prompt, prompting_of
 from ..model.memory_msa import MemoryBank
 from ..model.positions_msa import in_positions_of, position_limit
 
@@ -28,20 +27,6 @@ def text_of(bank: MemoryBank, position: int) -> str:
     return document.text
 
 
-def prompt_of(
-    tokenizer: PreTrainedTokenizerBase,
-    question: str,
-    protocol: PromptProtocol | None,
-    rounds: Sequence[Sequence[tuple[int, str]]] = (),
-) -> tuple[list[int], list[bool]]:
-    """A question as it is put, behind rounds of (id, text) pairs that were read, and which of its tokens route: as the
-    protocol says, or as `QuestionCollator`."""
-    if protocol is not None:
-        return PromptProtocol.join(protocol.transcript(tokenizer, question, rounds))
-    ids = question_ids(tokenizer, question)
-    return ids, [True] * len(ids)
-
-
 class Writer:
     """Has a model answer prompts, with the memory or without."""
 
@@ -56,19 +41,9 @@ class Writer:
         self.model, self.tokenizer, self.bank, self.protocol = model, tokenizer, bank, protocol
         self.max_new_tokens = max_new_tokens
         self.ids = DocumentIds(bank)
-        self.answering: Answering | None = None
-        if protocol is not None:  # the answer stage, so that the conditions differ in nothing else
-            self.answering = MemoryInterleave(model, tokenizer, bank, protocol).answering
-            self.options = self.answering.options(None, {}, max_new_tokens)
-        else:
-            config = copy.deepcopy(model.generation_config)
-            config.update(do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
-            config.max_length, config.max_new_tokens, config.return_dict_in_generate = None, max_new_tokens, False
-            if config.eos_token_id is None:
-                config.eos_token_id = tokenizer.eos_token_id
-            pads = (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-            config.pad_token_id = next(pad for pad in pads if pad is not None)
-            self.options = {"generation_config": config}
+        self.prompting = prompting_of(tokenizer, protocol)
+        self.answering = Answering(model, tokenizer, protocol)
+        self.options = self.answering.options(None, {}, max_new_tokens)
         config = self.options["generation_config"]
         self.pad = config.pad_token_id
         stops = config.eos_token_id
@@ -76,32 +51,29 @@ class Writer:
         positions = position_limit(model.config)
         self.room = None if positions is None else positions - model.config.first_position - max_new_tokens
 
-    def prompt(self, question: str, rounds: Sequence[Sequence[int]]) -> tuple[tuple[list[int], list[bool]], int]:
+    def prompt(self, question: str, rounds: Sequence[Sequence[int]]) -> tuple[Prompt, int]:
         """The tokens that an answer follows, which of them route, and how many texts were left out for lack of room."""
         left, dropped = [list(group) for group in rounds if group], 0
         while True:
-            ids, routes = self._prompt(question, left)
-            if self.room is None or len(ids) <= self.room:
-                return (ids, routes), dropped
+            prompt = self._prompt(question, left)
+            if self.room is None or len(prompt.input_ids) <= self.room:
+                return prompt, dropped
             if not left:
                 raise ValueError(
-                    f"The question {question[:60]!r} has {len(ids)} tokens with its prompt, but {self.room} fit beside "
-                    f"an answer of {self.max_new_tokens}."
+                    f"The question {question[:60]!r} has {len(prompt.input_ids)} tokens with its prompt, but "
+                    f"{self.room} fit beside an answer of {self.max_new_tokens}."
                 )
             left[-1].pop()
             left = left if left[-1] else left[:-1]
             dropped += 1
 
-    def _prompt(self, question: str, rounds: Sequence[Sequence[int]]) -> tuple[list[int], list[bool]]:
-        if self.protocol is None:
-            texts = [text_of(self.bank, position) for group in rounds for position in group]
-            return prompt_of(self.tokenizer, SEPARATOR.join([*texts, question]), None)
+    def _prompt(self, question: str, rounds: Sequence[Sequence[int]]) -> Prompt:
         pairs = [[(self.ids.id_of(position), text_of(self.bank, position)) for position in group] for group in rounds]
-        return PromptProtocol.join(self.protocol.transcript(self.tokenizer, question, pairs, closed=True))
+        return self.prompting.prompt(question, pairs, closed=True)
 
     def write(
         self,
-        prompts: Sequence[tuple[list[int], list[bool]]],
+        prompts: Sequence[Prompt],
         memory: bool = False,
         forced: Sequence[Sequence[int]] | None = None,
     ) -> list[str]:
@@ -121,10 +93,4 @@ class Writer:
             inputs["force_documents"] = pad([list(row) for row in forced], -1).to(device)
         with in_positions_of(self.model.config):  # also without the memory, so that no answer depends on its batch
             output = self.model.generate(**inputs, **self.options)
-        return [self._answer(row) for row in output[:, ids.shape[1] :].tolist()]
-
-    def _answer(self, tokens: list[int]) -> str:
-        if self.answering is not None:
-            return self.answering.cut(tokens, self.stops).text
-        stop = next((place for place, token in enumerate(tokens) if token in self.stops), len(tokens))
-        return self.tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()
+        return [self.answering.cut(row, self.stops).text for row in output[:, ids.shape[1] :].tolist()]

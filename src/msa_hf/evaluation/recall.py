@@ -10,10 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.padding import pad
 from ..data.questions import Question
 from ..generation import DocumentIds, PromptProtocol
+from ..generation.prompting import prompting_of
 from ..model.memory_msa import MemoryBank
 from ..model.modes_msa import evaluating
 from ..model.routing_msa import select_documents
-from .prompting import prompt_of, text_of
+from .prompting import text_of
 
 
 class JudgedFields(TypedDict):
@@ -82,7 +83,7 @@ def router_recall(
         questions: with `question` and `positives`, keys of the bank; those without positives are left out.
         k: documents per layer (default: those that the model attends to).
         batch_size: questions at a time.
-        protocol: whose prompt puts the question; None: the question and a line break, as `QuestionCollator` does.
+        protocol: whose prompt puts the question; None: the chat template, else the training prompt (`prompting_of`).
         rounds_read: with a protocol, how many rounds' documents have been read already (`rounds`, or one positive
             each): the positives are then those of the rounds to come, and questions without any are left out. The bank
             must hold the texts.
@@ -116,10 +117,11 @@ def router_recall(
     layers = list(model.config.memory_layers)
     found: dict[int, list[list[int]]] = {layer: [] for layer in layers}
     all_scores = k > model.config.top_k
+    prompting = prompting_of(tokenizer, protocol)
     with evaluating(model):
         for start in range(0, len(asked), batch_size):
             rows = [
-                prompt_of(tokenizer, item["question"], protocol, _texts(bank, groups[:rounds_read]))
+                prompting.prompt(item["question"], _texts(bank, groups[:rounds_read]))
                 for item, groups in zip(
                     asked[start : start + batch_size], rounds[start : start + batch_size], strict=True
                 )

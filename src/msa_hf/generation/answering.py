@@ -14,6 +14,7 @@ from transformers.generation import BaseStreamer
 from ..model.compat_msa import CACHE, CACHE_NAMES
 from ..model.memory_msa import Memory
 from ..model.modeling_msa import MSAForCausalLM
+from .prompting import prompting_of
 from .protocol import PromptProtocol
 from .streaming import AnswerStreamer
 
@@ -29,18 +30,21 @@ class Written:
 
 
 class Answering:
-    """Generates answers behind transcripts.
+    """Generates answers behind prompts.
 
     Args:
         model: `MSAForCausalLM`.
         tokenizer: of the model.
-        protocol: whose marker ends an answer.
+        protocol: whose marker ends an answer; None: what `prompting_of` says of the tokenizer.
     """
 
-    def __init__(self, model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase, protocol: PromptProtocol) -> None:
+    def __init__(
+        self, model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase, protocol: PromptProtocol | None
+    ) -> None:
         self.model, self.tokenizer, self.protocol = model, tokenizer, protocol
-        end = protocol.encode(tokenizer, protocol.answer_end.replace("{", "{{").replace("}", "}}"))
-        self._end_id: int | None = end[0] if len(end) == 1 else None
+        self._ends = prompting_of(tokenizer, protocol).ends
+        # A marker of several tokens is looked for in the text.
+        self._end_text = None if protocol is None or self._ends else protocol.answer_end
 
     @property
     def pad_id(self) -> int:
@@ -50,10 +54,10 @@ class Answering:
         return pad if known else next(iter(sorted(self.stop_ids())), 0)
 
     def stop_ids(self, given: int | Sequence[int] | None = None) -> set[int]:
-        """Tokens that end a text: those given or the model's, and the protocol's end of the answer."""
+        """Tokens that end a text: those given or the model's, and what ends an answer."""
         given = self.model.generation_config.eos_token_id if given is None else given
         stops = set(given if isinstance(given, list | tuple) else [] if given is None else [given])
-        return stops | ({self._end_id} if self._end_id is not None else set())
+        return stops | set(self._ends)
 
     def options(
         self, generation_config: GenerationConfig | None, given: GenerateOptions, max_new_tokens: int
@@ -87,9 +91,9 @@ class Answering:
         config.return_dict_in_generate = False
         config.eos_token_id = sorted(self.stop_ids(config.eos_token_id)) or None
         config.pad_token_id = self.pad_id if config.pad_token_id is None else config.pad_token_id
-        if self._end_id is None:
+        if self._end_text is not None:
             stops = config.stop_strings or []
-            config.stop_strings = [*([stops] if isinstance(stops, str) else stops), self.protocol.answer_end]
+            config.stop_strings = [*([stops] if isinstance(stops, str) else stops), self._end_text]
         if config.stop_strings:
             options["tokenizer"] = self.tokenizer
         return {**options, "generation_config": config}
@@ -108,7 +112,8 @@ class Answering:
         config = options["generation_config"]
         stops = config.eos_token_id or []
         if streamer is not None:
-            streamer = AnswerStreamer(streamer, self.tokenizer, self.protocol, stops)
+            opening = "" if self.protocol is None else self.protocol.answer_opening
+            streamer = AnswerStreamer(streamer, self.tokenizer, opening, stops)
         width = inputs["input_ids"].shape[1]
         if isinstance(cache := inputs.get(CACHE), Cache) and (beams := config.num_beams or 1) > 1:
             cache.batch_repeat_interleave(beams)  # generate() expands all inputs but a cache
@@ -118,14 +123,15 @@ class Answering:
     def cut(self, tokens: list[int], stops: Sequence[int]) -> Written:
         """Cut what `generate` wrote where the answer ends, by one of these tokens or the protocol's marker."""
         stop = self._end_of(tokens, stops)
-        shown = tokens[:stop] if self._end_id is not None else tokens[: stop + 1]
-        text = self.protocol.answer_text(self._decode(shown, skip_special_tokens=True))
+        shown = tokens[:stop] if self._end_text is None else tokens[: stop + 1]
+        text = self._decode(shown, skip_special_tokens=True)
+        text = text.strip() if self.protocol is None else self.protocol.answer_text(text)
         return Written(text, tokens[: stop + 1])
 
     def _end_of(self, tokens: list[int], stops: Sequence[int]) -> int:
         """The place of an answer's end marker, or the number of its tokens."""
         for place, token in enumerate(tokens):
-            by_text = self._end_id is None and self.protocol.answer_end in self._decode(tokens[: place + 1])
+            by_text = self._end_text is not None and self._end_text in self._decode(tokens[: place + 1])
             if token in stops or by_text:
                 return place
         return len(tokens)

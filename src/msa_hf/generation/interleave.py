@@ -21,6 +21,8 @@ from ..model.positions_msa import position_limit
 from .answering import Answering, GenerateOptions
 from .combining import LAYER_SCORES, combine_layers
 from .document_ids import DocumentIds
+from .follow_up import standing_alone
+from .prompting import Said, asked_of, prompting_of, recent_text
 from .protocol import PUBLISHED, PromptProtocol, Segment
 from .routed_document import RoutedDocument
 from .selectors import Asked, SelectionRound, selector_named
@@ -162,6 +164,7 @@ class MemoryInterleave:
         self.bank = bank = bank.snapshot()
         self.ids = DocumentIds(bank)
         self.protocol = protocol
+        self.prompting = prompting_of(tokenizer, protocol)
         self.max_rounds = max_rounds
         self.select = select
         self.documents_per_round = documents_per_round
@@ -180,7 +183,7 @@ class MemoryInterleave:
 
     def ask(
         self,
-        questions: str | Sequence[str],
+        questions: Said | Sequence[Said],
         streamer: BaseStreamer | None = None,
         generation_config: GenerationConfig | None = None,
         batch_size: int = 8,
@@ -189,7 +192,9 @@ class MemoryInterleave:
         """Answer a question, or many.
 
         Args:
-            questions: one text, or several.
+            questions: a text, or the messages of a conversation (mappings with `role` and `content`) that ends with a
+                question; or several of either. The last messages before a question are part of it, where the routers
+                find better with them (`standing_alone`).
             streamer: gets the tokens of the answer and nothing else; takes a single question.
             generation_config: of the answer stage. Default: the model's, but greedy unless `do_sample` is passed.
             batch_size: questions at once. The answers do not depend on it.
@@ -202,7 +207,8 @@ class MemoryInterleave:
             ValueError: for an empty question, one that is too long, or options that make no sense here.
         """
         try:
-            texts = [questions] if isinstance(questions, str) else list(questions)
+            asked, alone = asked_of(questions)
+            texts = [item if isinstance(item, str) else self._standing_alone(item) for item in asked]
             if streamer is not None and len(texts) != 1:
                 raise ValueError(f"A streamer takes one question at a time, got {len(texts)}.")
             if batch_size < 1:
@@ -217,7 +223,7 @@ class MemoryInterleave:
             if streamer is not None:
                 streamer.end()  # or whoever reads the stream would wait for ever
             raise
-        return answers[0] if isinstance(questions, str) else answers
+        return answers[0] if alone else answers
 
     def check(self, question: str, **generate_kwargs: Any) -> None:
         """Make sure that a question can be asked, with the options of `ask`.
@@ -229,15 +235,26 @@ class MemoryInterleave:
 
     # Rounds -----------------------------------------------------------------------------------------------------------
 
-    def _sample(self, number: int, question: str, options: GenerateOptions) -> _Sample:
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"Question {number} is {question!r}; a question is a text that is not empty.")
-        sample = _Sample(
+    def room(self, said: Said, max_new_tokens: int | None = None) -> int:
+        """Tokens that the model's positions leave beside a question and its answer; below 0: it cannot be asked."""
+        text, options = recent_text(said), self.answering.options(None, {}, max_new_tokens or self.max_new_tokens)
+        return self._room(self._opened(text), options)
+
+    def _standing_alone(self, said: Said) -> str:
+        return standing_alone(self.model, self.bank, self.prompting, said, self.layer_scores)
+
+    def _opened(self, question: str) -> _Sample:
+        return _Sample(
             question,
             self.protocol.prompt_segments(self.tokenizer, question),
             self.protocol.closing_segments(self.tokenizer, question),
             Trace(question, self.select),
         )
+
+    def _sample(self, number: int, question: str, options: GenerateOptions) -> _Sample:
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"Question {number} is {question!r}; a question is a text that is not empty.")
+        sample = self._opened(question)
         longest = options["generation_config"].max_new_tokens
         if (missing := -self._room(sample, options)) > 0:
             raise ValueError(

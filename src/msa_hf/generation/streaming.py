@@ -8,8 +8,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
-from .protocol import PromptProtocol
-
 
 class AnswerStreamer(BaseStreamer):
     """Hands on the tokens of an answer, without the prompt, the opening and the end marker.
@@ -17,15 +15,15 @@ class AnswerStreamer(BaseStreamer):
     Args:
         inner: the caller's.
         tokenizer: to compare the first tokens with the opening.
-        protocol: whose opening is left out.
+        opening: words that a model begins its answers with, which are left out.
         stops: tokens that end the answer.
     """
 
     def __init__(
-        self, inner: BaseStreamer, tokenizer: PreTrainedTokenizerBase, protocol: PromptProtocol, stops: Sequence[int]
+        self, inner: BaseStreamer, tokenizer: PreTrainedTokenizerBase, opening: str, stops: Sequence[int]
     ) -> None:
         self.inner, self.tokenizer, self.stops = inner, tokenizer, set(stops)
-        self.opening = protocol.answer_opening.strip()
+        self.opening = opening.strip()
         self.held: list[Tensor] = []
         self.prompt_seen = False
 

@@ -9,6 +9,7 @@ from ..moved import renamed
 from .routed_document import RoutedDocument
 from .selectors import SELECTORS
 
+NO_TEXTS = "none"  # in the place of a selector: the model answered from the memory alone
 SHOWN_TEXT = 300  # characters of an appended text that `explain` shows
 
 
@@ -66,7 +67,7 @@ class Trace:
 
     Attributes:
         question, answer: texts.
-        select: how documents were selected.
+        select: how documents were selected; `"none"` where no texts were read.
         rounds: in order.
         stages: `"answer"`: tokens of its prompt and its own together.
     """
@@ -96,6 +97,10 @@ class Trace:
                 lines.append(f"  layer {layer} chose {_listed(documents)}")
             if item.generated:
                 lines.append(f"  the model wrote {item.generated!r}")
+            if self.select == NO_TEXTS:
+                lines.append(f"  attended to {_listed(item.combined)}")
+                lines += [_cost(name, stage) for name, stage in item.stages.items()]
+                continue
             lines.append(f"  {chose} {item.named or 'nothing'}")
             for dropped in item.dropped:
                 lines.append(f"  dropped {dropped.id}: {dropped.reason}")

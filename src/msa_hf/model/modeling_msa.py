@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from .checkpoint_msa import CheckpointMixin
 from .configuration_msa import MSAConfig
 from .generating_msa import GeneratingMixin
+from .idle_routers_msa import warn_of_idle_routers, warn_of_replaced_forward
 from .inference_msa import MEMORY_ARGUMENTS, MemoryMixin, attends
 from .memory_msa import Memory
 from .outputs_msa import MSACausalLMOutput, MSAModelOutput
@@ -66,6 +67,12 @@ class MSAForCausalLM(GeneratingMixin, TrainingMixin, CheckpointMixin, PreTrained
     output_class = MSACausalLMOutput
     forward_arguments = (*MEMORY_ARGUMENTS, *TRAINING_ARGUMENTS)
 
+    def train(self, mode: bool = True) -> PreTrainedModel:
+        """`torch.nn.Module.train`, which trainers call before every step."""
+        if mode:
+            warn_of_replaced_forward(self)
+        return super().train(mode)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -106,10 +113,12 @@ class MSAForCausalLM(GeneratingMixin, TrainingMixin, CheckpointMixin, PreTrained
         if kwargs.get("doc_ids") is not None or kwargs.get("documents") is not None:
             if memory is not None:
                 raise ValueError("A training step brings its own documents; leave `memory` out.")
+            warn_of_idle_routers(self, True, kwargs.get("positive_docs") is not None)
             return self.training_forward(routing_mask=routing_mask, force_documents=force_documents, **kwargs)
         if given := [name for name in TRAINING_ARGUMENTS if kwargs.pop(name, None) is not None]:
             raise ValueError(f"`{given[0]}` belongs to a training step: pass `documents` or `doc_ids` with it.")
         if not attends(memory, routing_mask, force_documents, kwargs):
+            warn_of_idle_routers(self, False, False)
             return super().forward(**kwargs)
         output = self.memory_forward(memory, routing_mask, force_documents, bool(output_document_scores), **kwargs)
         if isinstance(output, MSACausalLMOutput):

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..data.padding import pad
-from ..evaluation.prompting import prompt_of
 from ..generation import PromptProtocol
+from ..generation.prompting import prompting_of
 from ..model.memory_msa import MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.modes_msa import evaluating
@@ -52,9 +52,10 @@ def router_scores(
     Args:
         model: `MSAForCausalLM`.
         questions: B of them, as one batch.
-        protocol: whose prompt puts the question; None: the question and a line break.
+        protocol: whose prompt puts the question; None: the chat template, else the training prompt (`prompting_of`).
     """
-    rows = [prompt_of(tokenizer, question, protocol) for question in questions]
+    prompting = prompting_of(tokenizer, protocol)
+    rows = [prompting.prompt(question) for question in questions]
     with torch.no_grad(), evaluating(model):
         routing = model(
             input_ids=pad([ids for ids, _ in rows], 0, left=True).to(model.device),

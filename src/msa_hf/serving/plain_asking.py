@@ -11,9 +11,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..data.padding import pad
-from ..data.questions import question_ids
 from ..generation import DocumentIds, RoutedDocument
 from ..generation.combining import combine_layers
+from ..generation.prompting import Prompt, prompting_of
 from ..generation.trace import Round, Stage, Trace
 from ..model.memory_msa import MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
@@ -30,25 +30,22 @@ SHOWN = 16  # documents of an answer
 class PlainAsker:
     """Answers with what a model writes behind a prompt, the documents that its routers chose in its context.
 
-    A chat is put by the tokenizer's chat template, or as questions are trained where there is none: the question and a
-    line break. A text to be gone on with is put as it is.
+    A chat is put as everywhere (`prompting_of`); a text to be gone on with as it is.
     """
 
     def __init__(self, model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase, bank: MemoryBank) -> None:
         self.model, self.tokenizer, self.bank = model, tokenizer, bank
+        self.prompting = prompting_of(tokenizer)
 
-    def _prompt(self, question: Question) -> list[int]:
-        last = question.turns[-1]["content"]
-        if question.raw:
-            return tokenize(self.tokenizer, last, add_special_tokens=True)
-        if self.tokenizer.chat_template:
-            coded = self.tokenizer.apply_chat_template(question.turns, add_generation_prompt=True, return_dict=True)
-            return list(coded["input_ids"])
-        return question_ids(self.tokenizer, last)
+    def _prompt(self, question: Question) -> Prompt:
+        if not question.raw:
+            return self.prompting.prompt([dict(turn) for turn in question.turns])
+        ids = tokenize(self.tokenizer, question.turns[-1]["content"], add_special_tokens=True)
+        return Prompt(ids, [True] * len(ids))
 
     def check(self, question: Question) -> None:
         """Make sure that a question can be asked."""
-        ids, longest = self._prompt(question), question.options.new_tokens
+        (ids, _), longest = self._prompt(question), question.options.new_tokens
         if not ids or not question.turns[-1]["content"].strip():
             raise ValueError("The question is empty; a question is a text that is not empty.")
         positions = position_limit(self.model.config)
@@ -72,7 +69,7 @@ class PlainAsker:
             asked, count = question.turns[-1]["content"], len(control.tokens[row])
             found = Round({layer: documents[row] for layer, documents in routing.items()}, [])
             found.combined = combine_layers(found.chosen, "mean") if found.chosen else []
-            found.stages["prefill"] = Stage(len(rows[row]), seconds)
+            found.stages["prefill"] = Stage(len(rows[row].input_ids), seconds)
             spent = Stage(count, time.perf_counter() - start - seconds)
             trace = Trace(asked, "router", [found], text, {"answer": spent})
             sources = [
@@ -85,7 +82,9 @@ class PlainAsker:
                 }
                 for item in found.combined[:SHOWN]
             ]
-            answers.append(Answered(text, reason, len(rows[row]), count, sources, json.loads(trace.to_json())))
+            answers.append(
+                Answered(text, reason, len(rows[row].input_ids), count, sources, json.loads(trace.to_json()))
+            )
         return answers
 
     def _text_of(self, tokens: list[int]) -> str:
@@ -98,14 +97,15 @@ class PlainAsker:
         if options.temperature > 0:
             config.update(do_sample=True, temperature=options.temperature, top_p=options.top_p, top_k=0)
         config.max_length, config.max_new_tokens, config.return_dict_in_generate = None, options.new_tokens, False
-        if config.eos_token_id is None:
-            config.eos_token_id = self.tokenizer.eos_token_id
+        given = config.eos_token_id
+        stops = {*(given if isinstance(given, list) else [] if given is None else [given]), *self.prompting.ends}
+        config.eos_token_id = sorted(stops) or None
         pads = (config.pad_token_id, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         config.pad_token_id = next(item for item in pads if item is not None)
         return config
 
     def _generate(
-        self, rows: list[list[int]], config: Any, control: RowControl
+        self, rows: list[Prompt], config: Any, control: RowControl
     ) -> tuple[dict[int, list[list[RoutedDocument]]], float]:
         """Generate behind prompts; the documents of each layer and row, and the seconds until they were chosen."""
         routing: dict[int, list[list[RoutedDocument]]] = {}
@@ -124,8 +124,11 @@ class PlainAsker:
         hook = self.model.register_forward_hook(keep_routing)
         try:
             self.model.generate(
-                pad(rows, config.pad_token_id, left=True).to(device),
-                attention_mask=pad([[1] * len(row) for row in rows], 0, left=True).to(device),
+                pad([ids for ids, _ in rows], config.pad_token_id, left=True).to(device),
+                attention_mask=pad([[1] * len(ids) for ids, _ in rows], 0, left=True).to(device),
+                routing_mask=pad([[int(item) for item in routes] for _, routes in rows], 0, left=True)
+                .bool()
+                .to(device),
                 memory=self.bank,
                 generation_config=config,
                 stopping_criteria=[control],

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..data.padding import pad
-from ..data.questions import IGNORED, Question, question_ids, rounds_of
+from ..data.questions import IGNORED, Question, rounds_of
 from ..generation import PromptProtocol
+from ..generation.prompting import prompting_of
 from ..generation.protocol import Segment
 from ..model.tokenizing_msa import tokenize
 
@@ -45,9 +46,10 @@ def pooled(documents: Sequence[Sequence[int]]) -> PooledDocuments:
 class QuestionCollator:
     """Batches of questions as a training step on a pool of documents that all of them share.
 
-    A pool holds the positives of the batch's questions and, drawn at random, other documents; in random order. The
-    draws depend on the seed and on how many batches there were before, `drawn`, so a run that goes on after an
-    interruption sees the pools that it would have seen.
+    Questions are put by the tokenizer's chat template, which an instruct model knows; where there is none, by their
+    text and a line break. A pool holds the positives of the batch's questions and, drawn at random, other documents; in
+    random order. The draws depend on the seed and on how many batches there were before, `drawn`, so a run that goes on
+    after an interruption sees the pools that it would have seen.
 
     Args:
         tokenizer: of the model; questions are padded on its `padding_side`.
@@ -74,6 +76,7 @@ class QuestionCollator:
         if not documents:
             raise ValueError("`documents` is empty: a training step needs at least one document.")
         self.tokenizer, self.pool, self.max_length = tokenizer, pool, max_length
+        self.prompting = prompting_of(tokenizer)
         self.seed, self.drawn = seed, 0
         self.keys = list(documents)
         self.tokens = {key: tokenize(tokenizer, text) for key, text in documents.items()}
@@ -84,17 +87,19 @@ class QuestionCollator:
                 raise ValueError(f"Document {key!r} has {len(ids)} tokens, above the limit of {max_length}; split it.")
 
     def row(self, question: Question) -> tuple[list[int], list[int]]:
-        """Token ids of a question with its answer, closed by the end-of-sequence token, and their labels."""
-        asked = question_ids(self.tokenizer, question["question"])
-        answer = tokenize(self.tokenizer, question["answer"])
-        if self.tokenizer.eos_token_id is not None:
-            answer.append(self.tokenizer.eos_token_id)
+        """Token ids of a question with its answer, closed by the token that ends it, and their labels."""
+        ids, labels, _ = self._row(question)
+        return ids, labels
+
+    def _row(self, question: Question) -> tuple[list[int], list[int], list[bool]]:
+        asked, routes = self.prompting.prompt(question["question"])
+        answer = self.prompting.answer_ids(question["answer"])
         if self.max_length is not None and len(asked) + len(answer) > self.max_length:
             raise ValueError(
                 f"Question {question['question'][:60]!r} has {len(asked) + len(answer)} tokens with its answer, above "
                 f"the limit of {self.max_length}."
             )
-        return asked + answer, [IGNORED] * len(asked) + answer
+        return asked + answer, [IGNORED] * len(asked) + answer, routes + [False] * len(answer)
 
     def draw(self, questions: Sequence[Question]) -> list[str]:
         """The keys of the documents of a step, in their order."""
@@ -104,16 +109,17 @@ class QuestionCollator:
 
     def __call__(self, questions: Sequence[Question]) -> Batch:
         """The arguments of the training forward."""
-        rows = [self.row(question) for question in questions]
+        rows = [self._row(question) for question in questions]
         keys = self.draw(questions)
         place = {key: number for number, key in enumerate(keys)}
         left = self.tokenizer.padding_side == "left"
         documents = [self.tokens[key] for key in keys]
         positives = [[place[key] for key in dict.fromkeys(question["positives"])] for question in questions]
         return {
-            "input_ids": pad([ids for ids, _ in rows], 0, left),
-            "attention_mask": pad([[1] * len(ids) for ids, _ in rows], 0, left),
-            "labels": pad([labels for _, labels in rows], IGNORED, left),
+            "input_ids": pad([ids for ids, _, _ in rows], 0, left),
+            "attention_mask": pad([[1] * len(ids) for ids, _, _ in rows], 0, left),
+            "labels": pad([labels for _, labels, _ in rows], IGNORED, left),
+            "routing_mask": pad([[int(item) for item in routes] for _, _, routes in rows], 0, left).bool(),
             "positive_docs": pad(positives, -1),
             "documents": pooled(documents),
         }

@@ -33,15 +33,22 @@ class TokenRows:
     Attributes:
         ids: [N, L] int64.
         lengths: [N] int64, at least 1.
+        skipped: tokens of every question that stand before the first that routes.
     """
 
     ids: Tensor
     lengths: Tensor
+    skipped: int = 0
 
     @property
     def mask(self) -> Tensor:
         """[N, L] bool, tokens that are there."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
+
+    @property
+    def routes(self) -> Tensor:
+        """[N, L] bool, tokens that choose documents."""
+        return self.mask & (torch.arange(self.ids.shape[1], device=self.ids.device) >= self.skipped)
 
 
 class RoutingPass(AttendingPass):
@@ -86,7 +93,7 @@ def route_rows(
     """Layer -> scores [Q, N] float32 of a pool's documents, as the library's routing computes them.
 
     Args:
-        questions: whose tokens all route.
+        questions: whose tokens all route, but for those skipped.
         pool: layer -> what the memory layers hold of the documents, in order.
         lengths: [N] int64, tokens of the documents.
     """
@@ -96,7 +103,7 @@ def route_rows(
         layers=layers_over(pool, lengths, config.chunk_size),
         prefix={},
         request=routing_request(
-            config, scoring_of(config, _similarity(config)), questions.mask, len(lengths), all_scores=True
+            config, scoring_of(config, _similarity(config)), questions.routes, len(lengths), all_scores=True
         ),
     )
     positions = torch.arange(questions.ids.shape[1], device=questions.ids.device) + config.first_position

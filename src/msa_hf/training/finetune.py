@@ -28,7 +28,7 @@ from transformers import (
 from transformers.integrations import is_tensorboard_available, is_wandb_available
 
 from ..data.questions import Question
-from ..generation import PromptProtocol
+from ..generation import PromptProtocol, protocol_beside
 from ..model.configuration_msa import MSAConfig
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.positions_msa import position_limit
@@ -106,6 +106,7 @@ def prepare(
     documents: Mapping[str, str],
     questions: Sequence[Question],
     protocol: PromptProtocol | None = None,
+    chat_template: bool = True,
 ) -> Prepared:
     """Load the model and check the data, before anything is computed or written.
 
@@ -113,7 +114,9 @@ def prepare(
         settings: of the run.
         documents: key -> text; all of them, they are also the bank on which the routers are measured.
         questions: with `question`, `answer` and `positives`, as `read_questions` gives them.
-        protocol: whose transcripts are trained, and which is saved with the result; None: question and answer.
+        protocol: whose transcripts are trained, and which is saved with the result; None: question and answer, by the
+            tokenizer's chat template if it has one.
+        chat_template: False: a chat template is not used, and the result gets none.
 
     Raises:
         TrainingError: for a mistake of the user's, `SettingError` where a setting is at fault.
@@ -126,6 +129,8 @@ def prepare(
     set_seed(settings.seed)
     _check_output(settings)
     model, tokenizer = load(settings)
+    if not chat_template:
+        tokenizer.chat_template = None
     if protocol is not None:
         try:
             protocol.check_tokenizer(tokenizer)
@@ -134,6 +139,7 @@ def prepare(
     record = {
         **settings.decisive(),
         "protocol": None if protocol is None else protocol.to_dict(),
+        "chat_template": tokenizer.chat_template if protocol is None else None,
         "data": digest_of(documents, questions),
     }
     checkpoint = checkpoint_to_resume(settings, record)
@@ -246,9 +252,7 @@ def protocol_of(base: str) -> PromptProtocol | None:
         SettingError: for one that is damaged.
     """
     try:
-        return PromptProtocol.from_pretrained(base)
-    except OSError:
-        return None
+        return protocol_beside(base)
     except ValueError as error:
         raise SettingError("base", "{} {}", error) from None
 

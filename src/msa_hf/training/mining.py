@@ -48,13 +48,15 @@ class TokenStore:
         return found
 
 
-def padded(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", multiple: int = 8) -> TokenRows:
-    """Rows padded to a multiple of a width, so that shapes are few."""
+def padded(
+    rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", multiple: int = 8, skipped: int = 0
+) -> TokenRows:
+    """Rows padded to a multiple of a width, so that shapes are few; `skipped` as of `TokenRows`."""
     width = -(-max(map(len, rows)) // multiple) * multiple
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     for number, row in enumerate(rows):
         ids[number, : len(row)] = torch.tensor(row)
-    return TokenRows(ids.to(device), torch.tensor([len(row) for row in rows]).to(device))
+    return TokenRows(ids.to(device), torch.tensor([len(row) for row in rows]).to(device), skipped)
 
 
 def in_parts(lengths: Sequence[int] | NDArray[np.int64], budget: int) -> Iterator[list[int]]:
@@ -109,9 +111,12 @@ def encode_corpus(model: MSAForCausalLM, store: TokenStore, places: Sequence[int
 
 @torch.no_grad()
 def best_passages(
-    model: MSAForCausalLM, corpus: EncodedCorpus, questions: Sequence[Sequence[int]], count: int
+    model: MSAForCausalLM, corpus: EncodedCorpus, questions: Sequence[Sequence[int]], count: int, skipped: int = 0
 ) -> tuple[dict[int, NDArray[np.int64]], NDArray[np.int64]]:
-    """Layer -> [Q, count] places in the corpus that it scores highest, best first; and those by the sum of layers."""
+    """Layer -> [Q, count] places in the corpus that it scores highest, best first; and those by the sum of layers.
+
+    `skipped` tokens of every question do not route, the first ones.
+    """
     layers, total = list(corpus.layers), len(corpus.lengths)
     count = min(count, total)
     held = SCORES if model.device.type != "cpu" else SCORES // 16
@@ -120,7 +125,7 @@ def best_passages(
     found = np.zeros((len(layers) + 1, len(questions), count), dtype=np.int64)
     for start in range(0, len(questions), step):
         places = order[start : start + step]
-        rows = padded([questions[place] for place in places], model.device)
+        rows = padded([questions[place] for place in places], model.device, skipped=skipped)
         scores = route_rows(model, rows, corpus.layers, corpus.lengths)
         every = [scores[layer] for layer in layers]
         for number, item in enumerate([*every, torch.stack(every).sum(0)]):

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data.questions import SEPARATOR
 from ..generation import PromptProtocol
+from ..generation.prompting import prompting_of
 from ..model.tokenizing_msa import tokenize_texts
 from .mining import TokenStore
 from .pairs import PairMaker
@@ -35,21 +35,20 @@ class Coder:
 
     Args:
         tokenizer: of the model.
-        protocol: that wraps documents and questions; None: plain, as `QuestionCollator` does.
+        protocol: that wraps documents and questions; None: documents are encoded as they are, questions put by the
+            chat template, else by the training prompt.
+
+    Attributes:
+        skipped: tokens of every question that stand before the first that routes.
 
     Raises:
-        ValueError: for a protocol whose prompt has words before its question that do not route.
+        ValueError: for a protocol whose prompt has words between those that route that do not.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, protocol: PromptProtocol | None = None) -> None:
         self.tokenizer, self.protocol = tokenizer, protocol
-        if protocol is not None:
-            routes = [routes for _, routes in protocol.prompt]
-            if False in routes[: len(routes) - routes[::-1].index(True)]:
-                raise ValueError(
-                    "the protocol's prompt has pieces that do not route before one that does, which routers are not "
-                    "trained with here"
-                )
+        self.prompting = prompting_of(tokenizer, protocol)
+        self.skipped, _ = self.prompting.routing_rows(["?"])
 
     def documents(self, texts: Sequence[str], numbers: Sequence[int]) -> list[list[int]]:
         """Token ids of passages; `numbers` are the ids that a protocol may name them by."""
@@ -62,15 +61,7 @@ class Coder:
 
     def questions(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of questions, up to the last that routes."""
-        if self.protocol is None:
-            return tokenize_texts(self.tokenizer, [text + SEPARATOR for text in texts])
-        found = []
-        for text in texts:
-            segments = self.protocol.prompt_segments(self.tokenizer, text)
-            while not segments[-1].routes:
-                segments.pop()
-            found.append([token for segment in segments for token in segment.input_ids])
-        return found
+        return self.prompting.routing_rows(texts)[1]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,11 @@ from .settings import SettingError, Settings
 
 SETTINGS_FILE = "training_settings.json"
 STATE_FILE = "trainer_state.json"  # the last that Trainer writes of a checkpoint
-OTHERS = {"data": "other documents or questions", "protocol": "another protocol"}
+OTHERS = {
+    "data": "other documents or questions",
+    "protocol": "another protocol",
+    "chat_template": "another chat template",
+}
 
 
 def checkpoint_to_resume(settings: Settings, record: Mapping[str, object]) -> Path | None:

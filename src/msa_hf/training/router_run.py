@@ -142,6 +142,7 @@ class _Run:
         self.step = 0 if checkpoint is None else int(checkpoint["step"])
 
         coder, texts = prepared.coder, prepared.corpus
+        self.skipped = coder.skipped
         self.store = TokenStore(coder.documents(texts, range(len(texts))))
         self.measured_rows = coder.questions([item.query for item in prepared.measured])
         torch.manual_seed(self.settings.seed)
@@ -285,7 +286,7 @@ class _Run:
         encoded = encode_corpus(self.model, self.store, self.corpus, self.sizes.part_tokens)
         corpus = np.asarray(self.corpus)
         measured, count = self.prepared.measured, self._found
-        layers, best = best_passages(self.model, encoded, self.measured_rows, count)
+        layers, best = best_passages(self.model, encoded, self.measured_rows, count, self.skipped)
         found, total = {layer: corpus[places] for layer, places in layers.items()}, corpus[best]
         gold = [set(item.gold) for item in measured]
         kinds = sorted({item.kind for item in measured})
@@ -336,7 +337,7 @@ class _Run:
         most = min(steps * self.drawer.seeds_per_pool, max(int(work / (chunks * tokens)), self.drawer.seeds_per_pool))
         seeds = self.drawer.seeds(self.step, most)
         rows = self.prepared.coder.questions([item.query for item in seeds])
-        mistakes = corpus[best_passages(self.model, encoded, rows, CANDIDATES)[1]]
+        mistakes = corpus[best_passages(self.model, encoded, rows, CANDIDATES, self.skipped)[1]]
         lexical = self.index.best([item.query for item in seeds[:MOST_LEXICAL]], CANDIDATES)
         misses = np.full((len(seeds), LEXICAL + MINED), -1, dtype=np.int64)
         for number, item in enumerate(seeds):
@@ -421,7 +422,7 @@ class _Run:
         result = contrastive_step(
             self.model,
             [padded([pool.documents[place] for place in part], device) for part in columns],
-            [padded([pool.questions[place] for place in part], device) for part in rows],
+            [padded([pool.questions[place] for place in part], device, skipped=self.skipped) for part in rows],
             targets.to(device),
             self.temperatures,
             document_weight=DOCUMENT_WEIGHT,

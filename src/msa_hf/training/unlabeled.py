@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..data.questions import Question
 from ..generation import PromptProtocol
+from ..generation.prompting import ChatPrompting, prompting_of
 from ..json_object import JsonObject
 from ..model.configuration_msa import MSAConfig, full_attention_layers
 from ..model.modeling_msa import MSAForCausalLM
@@ -32,8 +33,17 @@ MOST_HELD_OUT = 200
 DEPTH = 0.6  # of the memory layer of a base that has none
 
 
-def plain_protocol(tokenizer: PreTrainedTokenizerBase) -> PromptProtocol:
-    """Questions put plainly and answered from the texts of the passages that routers choose."""
+def reading_protocol(tokenizer: PreTrainedTokenizerBase) -> PromptProtocol:
+    """Questions put as `prompting_of` does without a protocol, and answered from the texts that routers choose.
+
+    With a chat template the texts follow the question in the user's message, and the answer is the assistant's.
+
+    Raises:
+        ValueError: for a chat template that does not show a user's message.
+    """
+    prompting = prompting_of(tokenizer)
+    if isinstance(prompting, ChatPrompting):
+        return _chat_protocol(tokenizer, prompting)
     end = tokenizer.eos_token
     return PromptProtocol(
         document="{text}{id!s:.0}",  # routers choose; no model reads ids from this memory
@@ -47,6 +57,26 @@ def plain_protocol(tokenizer: PreTrainedTokenizerBase) -> PromptProtocol:
         answer_opening=" ",
         answer_end=end or "\n",
         special_tokens=(end,) if end else (),
+    )
+
+
+def _chat_protocol(tokenizer: PreTrainedTokenizerBase, prompting: ChatPrompting) -> PromptProtocol:
+    (head, _), *_, (tail, _) = prompting.pieces([{"role": "user"}])
+    end = tokenizer.convert_ids_to_tokens(prompting.ends[0]) if prompting.ends else "\n"
+    markers = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    head, tail = (words.replace("{", "{{").replace("}", "}}") for words in (head, tail))
+    return PromptProtocol(
+        document="{text}{id!s:.0}",
+        prompt=((head.rstrip(" "), False), (head[len(head.rstrip(" ")) :] + "{question}", True), ("\n", False)),
+        id_format="[{id}]",
+        ids_end="\n",
+        block_item="[{id}]\n{text}\n",
+        block_end="---\n",
+        retrieval_end="Question:",
+        restated=f" {{question}}{tail}",
+        answer_opening="",
+        answer_end=end,
+        special_tokens=tuple(marker for marker in markers if marker in head + tail + end),
     )
 
 
@@ -94,6 +124,7 @@ def prepare_routers(
     questions: Sequence[Question] = (),
     protocol: PromptProtocol | None = None,
     titles: Mapping[str, str] | None = None,
+    chat_template: bool = True,
 ) -> PreparedRouters:
     """Load the model and check the data, before anything is trained or written.
 
@@ -101,9 +132,10 @@ def prepare_routers(
         settings: of the run.
         documents: key -> text.
         questions: with `question`, `answer` and `positives`, as `read_questions` gives them; none are needed.
-        protocol: that wraps documents and questions; None: they are put plainly, and the result gets a protocol that
-            reads the texts of what the routers choose.
+        protocol: that wraps documents and questions; None: questions are put by the tokenizer's chat template, else
+            plainly, and the result gets a protocol that reads the texts of what the routers choose.
         titles: key -> title of documents that have one.
+        chat_template: False: a chat template is not used, and the result gets none.
 
     Raises:
         TrainingError: for a mistake of the user's, `SettingError` where a setting is at fault.
@@ -117,9 +149,11 @@ def prepare_routers(
     output = Path(settings.output)
     _check_output(settings, output)
     model, tokenizer = _load(settings)
+    if not chat_template:
+        tokenizer.chat_template = None
     try:
-        coder = Coder(tokenizer, protocol)  # the plain protocol's tokens are those of none, which are made faster
-        protocol = plain_protocol(tokenizer) if protocol is None else protocol
+        coder = Coder(tokenizer, protocol)  # the tokens of the protocol below are those of none, made faster
+        protocol = reading_protocol(tokenizer) if protocol is None else protocol
         protocol.check_tokenizer(tokenizer)
     except ValueError as error:
         raise SettingError("protocol", "{} {}", error) from None

@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from ...generation.prompting import ChatPrompting
 from ...model.modes_msa import evaluating
 from ...model.tokenizing_msa import tokenize
 from .chat_model import Completion, Message, require_room
 from .constrained_json import JsonProcessor, require_llguidance
-
-# Stands for a message's content while a template is filled in; private characters, which no template looks for.
-PLACE = "\ue0ffcontent{}\ue0fe"
 
 
 class TransformersChat:
@@ -67,23 +65,8 @@ class TransformersChat:
         if not self.tokenizer.chat_template:
             text = "\n\n".join(message.content for message in messages)
             return tokenize(self.tokenizer, text, add_special_tokens=True)
-        marked = [{"role": item.role, "content": PLACE.format(place)} for place, item in enumerate(messages)]
-        rendered = self.tokenizer.apply_chat_template(
-            marked, tokenize=False, add_generation_prompt=True, **self.template_options
-        )
-        ids: list[int] = []
-        for place, message in enumerate(messages):
-            before, found, rendered = rendered.partition(PLACE.format(place))
-            if not found:
-                raise ValueError(
-                    f"The chat template of {self.name} does not show message {place} ({message.role}) in its place; "
-                    "leave the system message out, or give the tokenizer another `chat_template`."
-                )
-            ids += self._template_ids(before) + tokenize(self.tokenizer, message.content)
-        return ids + self._template_ids(rendered)
-
-    def _template_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+        chat = ChatPrompting(self.tokenizer, self.template_options, self.name)
+        return chat.message_ids([message.to_dict() for message in messages]).input_ids
 
     def _stops(self) -> list[int]:
         ends = self.model.generation_config.eos_token_id
