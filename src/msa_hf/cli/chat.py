@@ -149,12 +149,16 @@ def _kept(path: str) -> Conversation:
 
 def _lines(typed: bool) -> Iterator[str]:
     """Lines that are typed or piped in, without blank ones; Ctrl-C takes one back that is being typed."""
-    if typed:
-        with contextlib.suppress(ImportError):
-            importlib.import_module("readline")  # gives input() editing and a history
+    if not typed:
+        from ..data.lines import input_lines
+
+        yield from input_lines()
+        return
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # gives input() editing and a history
     while True:
         try:
-            line = input("> ") if typed else sys.stdin.readline()
+            line = input("> ")
         except EOFError:
             print()
             return
@@ -163,7 +167,5 @@ def _lines(typed: bool) -> Iterator[str]:
             continue
         except UnicodeDecodeError as error:
             raise UserError(f"standard input: not text ({error})") from error
-        if not line and not typed:
-            return
         if line.strip():
             yield line.strip()
