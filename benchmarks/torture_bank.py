@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -149,6 +150,13 @@ def table(scores: list[Score], command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(scores: list[Score]) -> str:
+    """What was tried, in a line."""
+    tried, failed = sum(sum(score.tried.values()) for score in scores), sum(len(score.failures) for score in scores)
+    skipped = "".join(f"; left out: {score.name}, {score.skipped}" for score in scores if score.skipped)
+    return f"{tried:,} trials of {sum(not score.skipped for score in scores)} attacks, {failed:,} failed{skipped}"
+
+
 def figures_of(scores: list[Score]) -> list[str]:
     """A table of the figures that are called `kind: what`, a column per kind."""
     named = {tuple(name.split(": ", 1)): value for score in scores for name, value in score.figures.items()}
@@ -187,6 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = "python benchmarks/torture_bank.py " + " ".join(sys.argv[1:] if arguments is None else arguments)
     text = table(scores, command.strip())
     print(text)
+    print(summary(scores), file=sys.stderr)
     if args.out is not None:
         args.out.write_text(text)
     if args.json is not None:
@@ -215,4 +224,6 @@ def run(args: argparse.Namespace, names: list[str], place: Path) -> list[Score]:
 
 
 if __name__ == "__main__":
+    # Whoever ends it by a signal finds nothing left behind either.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

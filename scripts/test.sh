@@ -5,11 +5,11 @@
 #
 # Without --transformers: uses the active virtual environment, or else .venv in the repository root (made when it is
 # missing), and runs ruff, mypy, pytest, and, where nvcc is, compiles the CUDA kernels (tools/check_cuda.py). All other
-# arguments go to pytest.
+# arguments go to pytest. Without any, banks are tortured beside all this for five minutes (benchmarks/torture_bank.py).
 #
 # With --transformers VERSION: always uses an environment of its own, .venv-transformers-VERSION, because versions of
 # transformers differ in the huggingface-hub they accept. Runs pytest only, on tests/model and tests/goldens unless
-# the arguments name other paths.
+# the arguments name other paths. Where .venv has been made, the new environment begins as a copy of it.
 #
 # The variable PYTHON chooses the interpreter (3.11 or newer) that a new environment is made with.
 set -euo pipefail
@@ -60,36 +60,13 @@ step() {
 
 # --- environment ------------------------------------------------------------------------------------------------------
 
-make_venv() {
-    local interpreter
-    interpreter="$(find_python)" || return
-    "$interpreter" -m venv "$1"
-}
+# A file in the environment that holds what was installed from. With the quick look below, it spares pip a whole
+# resolution.
+STAMP=.msa-hf-test-stamp
 
-if [[ -n "$version" ]]; then
-    venv="$root/.venv-transformers-$version"
-elif [[ -n "${VIRTUAL_ENV:-}" ]]; then
-    venv="$VIRTUAL_ENV"
-else
-    venv="$root/.venv"
-fi
-python="$venv/bin/python"
-if [[ -x "$python" ]]; then
-    say "environment: $venv"
-else
-    step "make environment $venv" make_venv "$venv"
-fi
-"$python" -m pip --version >/dev/null 2>&1 || step "install pip" "$python" -m ensurepip
-
-use_environment "$venv"
-
-# --- installation -----------------------------------------------------------------------------------------------------
-
-# The stamp holds what was installed from. With the quick look at the environment, it spares pip a whole resolution.
-stamp="$venv/.msa-hf-test-stamp"
-
+# fingerprint PYTHON VERSION: of an environment by this interpreter, with this version of transformers.
 fingerprint() {
-    "$python" - "$root" "$version" "$TORCH" <<'PY'
+    "$1" - "$root" "$2" "$TORCH" <<'PY'
 import hashlib, pathlib, sys
 
 root, *rest = sys.argv[1:]
@@ -100,8 +77,60 @@ print(digest.hexdigest())
 PY
 }
 
+make_venv() {
+    local interpreter
+    interpreter="$(find_python)" || return
+    "$interpreter" -m venv "$1"
+}
+
+# copy_venv FROM TO: an environment with the packages of another, as hard links where the file system has them.
+copy_venv() {
+    "$1/bin/python" -m venv --without-pip "$2"
+    "$2/bin/python" - "$("$1/bin/python" -c "$site_packages")" "$("$2/bin/python" -c "$site_packages")" <<'PY'
+import os, shutil, sys
+
+def link(source, target):
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+shutil.copytree(*sys.argv[1:], symlinks=True, copy_function=link, dirs_exist_ok=True)
+PY
+}
+site_packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+
+base="${VIRTUAL_ENV:-$root/.venv}"
+venv="$base"
+[[ -z "$version" ]] || venv="$root/.venv-transformers-$version"
+python="$venv/bin/python"
+# Whether there is an environment of the newest transformers to begin with.
+begun=""
+if [[ -n "$version" && -f "$base/$STAMP" && "$(<"$base/$STAMP")" == "$(fingerprint "$base/bin/python" "")" ]]; then
+    begun=yes
+fi
+copied=""
+if [[ -x "$python" ]]; then
+    say "environment: $venv"
+elif [[ -n "$begun" ]]; then
+    step "copy environment $base to $venv" copy_venv "$base" "$venv"
+    copied=yes
+else
+    step "make environment $venv" make_venv "$venv"
+fi
+"$python" -m pip --version >/dev/null 2>&1 || step "install pip" "$python" -m ensurepip
+
+use_environment "$venv"
+# What is imported is compiled then, and once; of all that is installed, that is little.
+pip+=(--no-compile)
+unset PYTHONDONTWRITEBYTECODE
+
+# --- installation -----------------------------------------------------------------------------------------------------
+
+stamp="$venv/$STAMP"
+
 is_installed() {
-    [[ -f "$stamp" && "$(<"$stamp")" == "$(fingerprint)" ]] || return 1
+    [[ -f "$stamp" && "$(<"$stamp")" == "$(fingerprint "$python" "$version")" ]] || return 1
     "$python" - "$version" <<'PY'
 import sys
 from importlib import metadata, util
@@ -122,20 +151,27 @@ if is_installed; then
 else
     rm -f "$stamp"
     # --no-build-isolation below builds with these.
-    step "install setuptools and wheel" "${pip[@]}" "setuptools>=77" wheel
+    [[ -n "$copied" ]] || step "install setuptools and wheel" "${pip[@]}" "setuptools>=77" wheel
     # Before the package, so that pip keeps this torch instead of choosing one.
-    if "$python" -c 'import torch' 2>/dev/null; then
+    if "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
         say "torch: already installed"
     else
         step "install $TORCH" "${pip[@]}" "$TORCH"
     fi
+    # In a copy, all that the tests need is there already; what transformers asks for may have to change.
     requirements=(-e ".[test]")
+    [[ -z "$copied" ]] || requirements=(-e .)
     [[ -z "$version" ]] || requirements+=("transformers==$version")
-    step "install ${requirements[*]}" "${pip[@]}" --no-build-isolation "${requirements[@]}"
-    fingerprint >"$stamp"
+    # The native operations are built below, once.
+    step "install ${requirements[*]}" env MSA_HF_BUILD=none "${pip[@]}" --no-build-isolation "${requirements[@]}"
+    [[ -z "$copied" ]] || "$python" -m pip check
+    fingerprint "$python" "$version" >"$stamp"
 fi
 # Compiles what has changed of csrc/ since the last time; says so in one line where it cannot, which fails no test.
-step "build native operations" "$python" setup.py -q build_ext --inplace
+# The library is the same for all environments, and would be compiled anew for each.
+builder="$python"
+[[ -z "$begun" ]] || builder="$base/bin/python"
+step "build native operations" "$builder" setup.py -q build_ext --inplace
 "$python" - <<'PY'
 import sys
 from importlib import metadata
@@ -146,6 +182,8 @@ PY
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
+# Two files are tested at once, beside others' processes.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 use_few_threads
 
 names_a_path() {
@@ -160,6 +198,27 @@ failed=()
 # Every check runs, so that one run shows all that is wrong.
 check() { step "$@" || failed+=("$1"); }
 
+# tortured: whether the torture of banks, which runs already, ends well; says what it tried, or else all that it said.
+tortured() {
+    local status=0
+    wait "$torture" || status=$?
+    if ((status == 0)); then
+        tail -n 1 "$attacks/log"
+    else
+        cat "$attacks/log"
+    fi
+    return "$status"
+}
+
+torture=""
+if [[ -z "$version" && ${#pytest_args[@]} -eq 0 ]] && [[ -r /proc/self/maps ]]; then
+    say "torture of banks: runs beside the rest for 5 minutes"
+    attacks="$(mktemp -d)"
+    # What it judges by a clock, it judges by that of its own processes: others beside it only make it try less.
+    TQDM_DISABLE=1 "$python" benchmarks/torture_bank.py --minutes 5 >"$attacks/log" 2>&1 &
+    torture="$!"
+    trap 'kill "$torture" 2>/dev/null || true; rm -rf "$attacks"' EXIT
+fi
 if [[ -z "$version" ]]; then
     check "ruff check" "$python" -m ruff check
     check "ruff format --check" "$python" -m ruff format --check
@@ -171,9 +230,14 @@ if [[ -z "$version" ]]; then
     fi
 elif ! names_a_path ${pytest_args[@]+"${pytest_args[@]}"}; then
     pytest_args+=(tests/model tests/goldens)
+    # Arithmetic, files of banks and the compiler's work: what these test is the same under every version.
+    for name in attention bank_reader bank_writer chunks compiled forced_documents routing; do
+        pytest_args+=("--ignore=tests/model/test_$name.py")
+    done
 fi
 # The models are tiny and run on one thread each, so every core takes its own files.
 check "pytest" "$python" -m pytest -q -p no:cacheprovider --numprocesses auto --dist loadfile ${pytest_args[@]+"${pytest_args[@]}"}
+[[ -z "$torture" ]] || check "torture of banks" tortured
 
 if ((${#failed[@]})); then
     printf 'error: failed: %s\n' "${failed[@]}" >&2

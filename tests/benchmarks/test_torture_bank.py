@@ -1,7 +1,8 @@
-"""benchmarks/torture_bank.py, each attack for a moment."""
+"""benchmarks/torture_bank.py: its oracle, what it finds, and its reports. scripts/test.sh runs it for five minutes."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,10 @@ from fake_model import FakeModel
 from msa_hf.bank import BankStore
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-TINY = "--minutes 0.05 --commits 40 --segments 70 --readers 3"
-ATTACKS = ["kills", "power", "flips", "faults", "writers", "readers", "hostile", "descriptors", "commits"]
+ATTACKS = ["kills", "flips", "hostile", "commits"]
+TINY = f"--minutes 0.05 --commits 40 --only {' '.join(ATTACKS)}"
 # What so short a run can tell: commits are too few to say whether their cost is flat.
-HOLD = ["kills", "power", "flips", "faults", "writers", "readers", "hostile", "descriptors"]
+HOLD = ["kills", "flips", "hostile"]
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -73,7 +74,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=300)
 
 
-def test_every_attack_is_carried_out(tmp_path: Path) -> None:
+def test_attacks_are_carried_out_and_reported(tmp_path: Path) -> None:
     ran = run(*TINY.split(), "--out", str(tmp_path / "table.md"), "--json", str(tmp_path / "results.json"))
     assert ran.returncode in (0, 1), ran.stderr
     found = {score["name"]: score for score in json.loads((tmp_path / "results.json").read_text())["attacks"]}
@@ -84,4 +85,5 @@ def test_every_attack_is_carried_out(tmp_path: Path) -> None:
         assert score["tried"] or score["skipped"]
         if name in HOLD:
             assert score["failures"] == {}
+    assert re.search(r"^[\d,]+ trials of 4 attacks, \d+ failed$", ran.stderr, re.M)
     assert ran.returncode == any(score["failures"] for score in found.values())
