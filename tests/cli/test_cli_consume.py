@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import refusal
+from forking import ended, forked
 from servers import redis_server
 
-import msa_hf
 from msa_hf import MemoryBank
 from msa_hf.cli import main
 
@@ -68,18 +68,23 @@ def test_events_are_applied_once_and_counted(
 
 def test_a_signal_ends_it_between_two_batches(place: Path, url: str, tmp_path: Path) -> None:
     client = publish(url, "live", {"key": "tea", "version": 1, "text": "tea is grown in the hills"})
-    command = [sys.executable, "-m", "msa_hf.cli.command_line", "consume", tmp_path / "bank", "--redis", url]
-    command += ["--model", place / "compact", "--stream", "live", "--group", "g", "--wait", "0.1"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(msa_hf.__file__).parents[1])}
-    with subprocess.Popen(list(map(str, command)), env=environment, stdout=-1, stderr=-1, text=True) as process:
-        deadline = time.monotonic() + 120
-        while not [group for group in client.xinfo_groups("live") if group["lag"] == 0 and group["pending"] == 0]:
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert "1 applied, 0 unchanged, 0 rejected; 1 documents" in out and "finishing the batch" in err
+    command = ["consume", tmp_path / "bank", "--redis", url, "--model", place / "compact"]
+    command += ["--stream", "live", "--group", "g", "--wait", "0.1"]
+
+    def consume() -> None:
+        out, err = ((tmp_path / name).open("w") for name in ("out", "err"))
+        with redirect_stdout(out), redirect_stderr(err), out, err:
+            assert main(list(map(str, command))) == 0
+
+    process = forked(consume)
+    deadline = time.monotonic() + 120
+    while not [group for group in client.xinfo_groups("live") if group["lag"] == 0 and group["pending"] == 0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process, signal.SIGTERM)
+    assert ended(process) == [0]
+    assert "1 applied, 0 unchanged, 0 rejected; 1 documents" in (tmp_path / "out").read_text()
+    assert "finishing the batch" in (tmp_path / "err").read_text()
 
 
 def test_mistakes_are_one_line(

@@ -92,9 +92,7 @@ assert not [item for item in sys.meta_path if type(item).__module__ == "msa_hf.r
 CASES = [
     "import msa_hf",
     "from transformers import AutoModelForCausalLM; import msa_hf",
-    "import msa_hf; from transformers import Trainer",
     "from msa_hf.model.configuration_msa import MSAConfig",
-    "from msa_hf import ops",
     "from msa_hf.generation.interleave import MemoryInterleave",
 ]
 for case in CASES:

@@ -167,9 +167,14 @@ def test_an_end_that_is_no_token() -> None:
 # A batch --------------------------------------------------------------------------------------------------------------
 
 
-@each_protocol
-@each_way
-@each_selection
+@pytest.mark.parametrize(
+    "name, reuse, select",
+    [
+        *itertools.product(["compact"], [False, True], ["generate", "constrained", "router"]),
+        ("published", True, "generate"),
+        ("published", False, "constrained"),
+    ],
+)
 def test_a_batch_equals_each_alone(name, reuse, select) -> None:
     """Samples that end in different rounds, questions and texts of different lengths; answers are the model's own."""
     interleave = asker(name, select=select, reuse_cache=reuse, documents_per_round=2)

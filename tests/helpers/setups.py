@@ -34,6 +34,18 @@ FEW = [
     pytest.param(family, attention, id=f"{family}-{attention}")
     for family, attention in (("qwen3", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager"))
 ]
+
+
+def covered(choices: Sequence[Any], spare: Sequence[Any]) -> list[Any]:
+    """Parameters `family, attention, choice`: every choice for those of `FEW`, the spare ones for others."""
+    known = {param.values for param in FEW}
+    return [
+        pytest.param(*param.values, choice, id=f"{param.id}-{choice}")
+        for param in [*FEW, *(param for param in FAMILIES_ONCE if param.values not in known)]
+        for choice in (choices if param.values in known else spare)
+    ]
+
+
 # A softcap of 1 changes these models' logits; the default of 50 does not.
 OVERRIDES: dict[str, dict[str, Any]] = {"gemma2": {"attn_logit_softcapping": 1.0}}
 LENGTHS = (1, 3, 4, 7, 12)

@@ -1,13 +1,7 @@
-"""One of two processes that share a pool: `python two_pools.py STORE RANK` fails if their gradients are not one's."""
-
-import sys
-from pathlib import Path
+"""One of two processes that share a pool, which fails if their gradients are not one's."""
 
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from families import base_model
 
 from msa_hf import MSAForCausalLM
@@ -74,7 +68,3 @@ def main(store: str, rank: int) -> None:
         dist.all_reduce(found)
         torch.testing.assert_close(found / 2, gradient, atol=1e-5, rtol=1e-3, msg=name)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

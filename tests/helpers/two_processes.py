@@ -1,21 +1,16 @@
-"""One of two processes that train together: `python two_processes.py STORE RANK` fails where they differ from one."""
+"""One of two processes that train together, which fails where they differ from one."""
 
 import copy
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from setups import batch_of, setup, tokens
+from steps import assert_same_gradients, four, gradients
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from setups import batch_of, setup, tokens
-from steps import assert_same_gradients, four, gradients
 
 
 def halves(plain: bool) -> list[dict[str, Any]]:
@@ -60,7 +55,3 @@ def main(store: str, rank: int) -> None:
         parted.generate(**questions, memory=ours, **options), whole.generate(**questions, memory=bank, **options)
     )
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

@@ -84,6 +84,7 @@ PLACES: dict[str, Place] = {
     **{f"shared-{inputs}": shared(inputs) for inputs in ("same", "different")},
 }
 each_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+FIELDS = [{}, *(dict(zip(NAMES, names, strict=True)) for names in REDUCTIONS[1::3]), {"similarity": "dot"}]
 
 
 def tensors_of(bank: Any) -> list[torch.Tensor]:
@@ -109,8 +110,11 @@ def many(seed: int = 2, **fields: Any) -> Setup:
 
 
 @each_place
-@pytest.mark.parametrize("fields", [{}, dict(zip(NAMES, REDUCTIONS[-1], strict=True))], ids=["max", "other"])
-@pytest.mark.parametrize("generates", [False, True], ids=["forward", "generate"])
+@pytest.mark.parametrize(
+    "generates, fields",
+    [(False, {}), (True, dict(zip(NAMES, REDUCTIONS[-1], strict=True)))],
+    ids=["forward-max", "generate-other"],
+)
 def test_keys_of_other_documents_are_not_read(
     place: Place, generates: bool, fields: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,11 +147,15 @@ def test_keys_of_other_documents_are_not_read(
     assert read.rows >= len(bank.layers) * int(bank.offsets[-1])
 
 
-@each_place
 @pytest.mark.parametrize(
-    "fields",
-    [{}, *(dict(zip(NAMES, names, strict=True)) for names in REDUCTIONS[1::3]), {"similarity": "dot"}],
-    ids=str,
+    "place, fields",
+    [
+        pytest.param(place, fields, id=f"{name}-{fields}")
+        for number, (name, place) in enumerate(PLACES.items())
+        for way, fields in enumerate(FIELDS)
+        # Every way to score in one place of each kind, and two of them in the others.
+        if name in ("whole", "fp8-host", "shared-different") or way in (0, 1 + number % (len(FIELDS) - 1))
+    ],
 )
 def test_documents_scores_and_logits_are_those_of_full_scoring(place: Place, fields: dict[str, str]) -> None:
     """Random documents for each sample, none and all of them too, attended to with the bias of their scores."""

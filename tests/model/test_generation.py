@@ -7,7 +7,19 @@ from typing import Any
 import pytest
 import torch
 from reference import Reference
-from setups import BACKENDS, FAMILIES_ONCE, FEW, Setup, assert_same, batch_of, differ, samples_of, setup, tokens
+from setups import (
+    BACKENDS,
+    FAMILIES_ONCE,
+    FEW,
+    Setup,
+    assert_same,
+    batch_of,
+    covered,
+    differ,
+    samples_of,
+    setup,
+    tokens,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -248,8 +260,7 @@ def test_text_streamer(capsys) -> None:
 # Prefill in pieces ----------------------------------------------------------------------------------------------------
 
 
-@families
-@pytest.mark.parametrize("piece", [7, 8, 20])
+@pytest.mark.parametrize("family, attention, piece", covered([7, 8, 20], [8]))
 def test_prefill_in_pieces(family, attention, piece) -> None:
     """Where all routing tokens lie in the first piece, a prompt in pieces gives the same scores as in one."""
     made, prompt = setup(family, attention), tokens(17, seed=8)
@@ -413,11 +424,13 @@ def naive_second_turn(made: Setup, found: Any, answers: Tensor, routes: Any) -> 
             turn = made.reference.turn([token])
 
 
-@families
-@pytest.mark.parametrize("how", ["routes", "keeps", "no memory"])
-@pytest.mark.parametrize("history", ["full history", "new tokens only"])
-def test_turns_through_generate(family, attention, history, how) -> None:
+LATER = [f"{how}, {history}" for how in ("routes", "keeps", "no memory") for history in ("full history", "new tokens")]
+
+
+@pytest.mark.parametrize("family, attention, later", covered(LATER, ["routes, full history", "keeps, new tokens"]))
+def test_turns_through_generate(family, attention, later) -> None:
     """A second generate() with the cache of the first: whole history or new tokens only, routing anew or not."""
+    how, history = later.split(", ")
     made, inputs = setup(family, attention), batch()
     cache = MSACache(config=made.model.config)
     first = generate(made, inputs, past_key_values=cache)
@@ -430,7 +443,7 @@ def test_turns_through_generate(family, attention, history, how) -> None:
         "keeps": {"routing_mask": torch.zeros_like(routes)},
         "no memory": {"memory": None},
     }[how]
-    if history == "new tokens only":  # all but the last generated token are in the cache
+    if history == "new tokens":  # all but the last generated token are in the cache
         ids = ids[:, cache.get_seq_length() :]
         if "routing_mask" in options:
             options["routing_mask"] = options["routing_mask"][:, -ids.shape[1] :]
@@ -546,11 +559,10 @@ class LargestTensor(TorchDispatchMode):
         return output
 
 
-@families
-@pytest.mark.parametrize("prefix", [[5, 6, 7], []], ids=["prefix", "no prefix"])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_decoding_step_does_not_copy_the_memory(family, attention, batch_size, prefix) -> None:
+@pytest.mark.parametrize("family, attention, batch_size", covered([1, 3], [3]))
+def test_a_decoding_step_does_not_copy_the_memory(family, attention, batch_size) -> None:
     """The rows of a context stay where they are, and no tensor made in a step is as large as they are."""
+    prefix = [5, 6, 7] if batch_size == 3 else []
     documents = tokens(*[200] * 12, seed=40)
     made = setup(family, attention, documents, chunk_size=1, top_k=12, prefix_token_ids=prefix)
     inputs = batch_of(QUESTIONS[:batch_size], ROUTES[:batch_size])

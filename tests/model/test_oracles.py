@@ -229,11 +229,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@few
-@pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
+# How scores are made is the same in every family: those with a softcap and with sinks take one form in eight.
+FORMS = [option for option in OPTIONS if option.startswith(("cosine-", "dot-"))]
+
+
+@pytest.mark.parametrize(
+    "family, attention, option",
+    [
+        (*param.values, option)
+        for param in FEW
+        for option in OPTIONS
+        if param.values[0] == "qwen3" or option not in FORMS or option in FORMS[::7]
+    ],
+)
 def test_the_definition_in_every_form(family, attention, option) -> None:
     """Prefixes, chunk sizes, k, layers, routers, reductions and the score bias follow the definition."""
-    assert_reference(setup(family, attention, **option), batch_of(QUESTIONS, ROUTES))
+    assert_reference(setup(family, attention, **OPTIONS[option]), batch_of(QUESTIONS, ROUTES))
 
 
 @pytest.mark.parametrize("heads, groups", [(1, 1), (2, 2), (4, 1), (6, 3)])

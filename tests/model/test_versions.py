@@ -261,7 +261,7 @@ def test_all_of_this_without_the_old_names() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "without_old_names"]
     path = os.pathsep.join([str(ROOT / "tests" / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(
-        [*command, str(Path(__file__)), "-k", "not every_version and not untested and not allows"],
+        [*command, str(Path(__file__)), "-k", "not every_version and not untested and not allows and not gpt_oss"],
         capture_output=True,
         text=True,
         timeout=600,
@@ -279,21 +279,25 @@ sys.modules["msa_hf"] = None  # what cannot be imported is not installed
 import torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, DynamicCache
-directory = Path(sys.argv[1])
-model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
-assert type(model).__module__.startswith("transformers_modules")
-expected = torch.load(directory / "expected.pt", weights_only=True)
-bank = model.load_memory(directory / "bank")
-for name in ("cache", "past_key_values"):
-    found = model.generate(expected["prompt"], attention_mask=expected["mask"], memory=bank, max_new_tokens=6,
-                           min_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    assert torch.equal(found.sequences, expected["sequences"]), (found.sequences, expected["sequences"])
-    torch.testing.assert_close(found.logits[-1], expected["logits"], atol=1e-4, rtol=1e-4)
-    cache = found.get("cache") if "cache" in found.keys() else found.past_key_values
-    history = torch.nn.functional.pad(found.sequences, (0, 1), value=9)
-    again = model.generate(history, attention_mask=torch.ones_like(history), max_new_tokens=2, do_sample=False,
-                           **{name: cache})
-    assert torch.equal(again, expected["again"]), (again, expected["again"])
+modules = set()
+for directory in map(Path, sys.argv[1:]):
+    print(directory.name, flush=True)
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
+    modules.add(type(model).__module__)
+    assert type(model).__module__.startswith("transformers_modules")
+    expected = torch.load(directory / "expected.pt", weights_only=True)
+    bank = model.load_memory(directory / "bank")
+    for name in ("cache", "past_key_values"):
+        found = model.generate(expected["prompt"], attention_mask=expected["mask"], memory=bank, max_new_tokens=6,
+                               min_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        assert torch.equal(found.sequences, expected["sequences"]), (found.sequences, expected["sequences"])
+        torch.testing.assert_close(found.logits[-1], expected["logits"], atol=1e-4, rtol=1e-4)
+        cache = found.get("cache") if "cache" in found.keys() else found.past_key_values
+        history = torch.nn.functional.pad(found.sequences, (0, 1), value=9)
+        again = model.generate(history, attention_mask=torch.ones_like(history), max_new_tokens=2, do_sample=False,
+                               **{name: cache})
+        assert torch.equal(again, expected["again"]), (again, expected["again"])
+assert len(modules) == len(sys.argv) - 1, "each checkpoint runs code of its own"
 """
 
 
@@ -325,11 +329,12 @@ def test_checkpoints_of_every_version(tmp_path: Path) -> None:
         write_checkpoint(own)
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
-    for directory in sorted(meeting.glob("transformers-*")):
-        run = subprocess.run(
-            [sys.executable, "-c", ELSEWHERE, str(directory)], capture_output=True, text=True, env=environment
-        )
-        assert run.returncode == 0, f"{directory.name}: {run.stderr[-3000:]}"
+    directories = sorted(meeting.glob("transformers-*"))
+    run = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *map(str, directories)], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, f"{run.stdout[-300:]}: {run.stderr[-3000:]}"
+    for directory in directories:
         loaded = MSAForCausalLM.from_pretrained(directory)
         assert isinstance(AutoModelForCausalLM.from_pretrained(directory), MSAForCausalLM)
         expected = torch.load(directory / "expected.pt", weights_only=True)

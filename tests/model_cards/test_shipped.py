@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ PROSE_SHARE = 0.2
 SEED = 77
 DOCUMENTS_PER_ROUND = 1
 # Of each kind. Where something is broken the first of them are asked; what remains right then is far below.
-QUESTIONS = 32
+QUESTIONS = 24
 BROKEN_QUESTIONS = 10
 # A bank of so many documents is made with broken pooling: the fewer there are, the easier the right one is found.
 BROKEN_DOCUMENTS = 75
@@ -231,15 +232,14 @@ def fewer(setup: Setup) -> Setup:
     return replace(setup, questions={kind: asked[:BROKEN_QUESTIONS] for kind, asked in setup.questions.items()})
 
 
-@pytest.mark.parametrize("broken", ["negated", "shuffled"])
-def test_a_broken_router_misses(broken: str, fewer: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worst documents are taken for the best, or one document for another."""
+def test_a_broken_router_misses(fewer: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One document is taken for another."""
     intact = attention_msa.OPERATIONS["route_documents"]
     order = torch.randperm(DOCUMENTS, generator=torch.Generator().manual_seed(0))
 
-    def route(queries: torch.Tensor, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        documents, scores = intact(-queries if broken == "negated" else queries, *arguments, **options)
-        return (documents if broken == "negated" else order[documents]), scores
+    def route(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        documents, scores = intact(*arguments, **options)
+        return order[documents], scores
 
     monkeypatch.setitem(attention_msa.OPERATIONS, "route_documents", route)
     assert missed(measured(fewer), BROKEN_QUESTIONS).keys() >= {"recall@16", "ids", "one_hop", "two_hop"}
@@ -267,12 +267,6 @@ def test_a_loop_that_appends_the_text_of_another_document_misses(fewer: Setup, m
     assert missed(measured(fewer), BROKEN_QUESTIONS).keys() == {"one_hop", "two_hop", "two rounds against one"}
 
 
-def first_tokens(states: torch.Tensor, lengths: torch.Tensor, chunk_size: int) -> torch.Tensor:
-    """Not the mean of a chunk but its first token."""
-    starts = torch.arange(0, states.shape[1], chunk_size)
-    return states[:, starts][starts < lengths[:, None]].float()
-
-
 def straddling(states: torch.Tensor, lengths: torch.Tensor, chunk_size: int) -> torch.Tensor:
     """Chunks that do not start anew with every document."""
     tokens = states[torch.arange(states.shape[1]) < lengths[:, None]].float()
@@ -281,15 +275,12 @@ def straddling(states: torch.Tensor, lengths: torch.Tensor, chunk_size: int) -> 
     return torch.stack([*means, *[means[-1]] * (wanted - len(means))])
 
 
-@pytest.mark.parametrize("pooling", [first_tokens, straddling])
-def test_broken_pooling_misses(
-    pooling: Callable[..., torch.Tensor], fewer: Setup, rows: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_broken_pooling_misses(fewer: Setup, rows: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """In a bank of fewer documents, which makes it easier."""
     kept = {id for asked in fewer.questions.values() for question in asked for id in question.positives}
     kept |= set(range(BROKEN_DOCUMENTS - len(kept)))
     documents = list(fewer.protocol.encode_corpus(rows, fewer.tokenizer))
-    monkeypatch.setattr(chunks_msa, "pool_chunks", pooling)
+    monkeypatch.setattr(chunks_msa, "pool_chunks", straddling)
     monkeypatch.setitem(attention_msa.OPERATIONS, "pool_documents", chunks_msa.pool_documents)
     few = [documents[id] for id in sorted(kept)]
     fewer.bank = fewer.model.encode_documents(few, fewer.tokenizer, show_progress=False)
@@ -318,12 +309,14 @@ def test_the_directory_is_a_complete_repository() -> None:
         assert set(json.loads(index.read_text())["weight_map"].values()) == {path.name for path in weights()}
 
 
+PUBLISH: Callable[[list[str]], None] = runpy.run_path(str(ROOT / "tools" / "publish_card.py"))["main"]
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint as the Hub gets it, with its code beside the weights."""
     made = tmp_path_factory.mktemp("hub") / "msa-hf-tiny"
-    command = [sys.executable, str(ROOT / "tools" / "publish_card.py"), str(CHECKPOINT), str(made)]
-    subprocess.run(command, check=True, capture_output=True)
+    PUBLISH([str(CHECKPOINT), str(made)])
     return made
 
 
@@ -334,14 +327,14 @@ def test_a_published_card_is_the_directory_and_the_package_s_code(published: Pat
     assert set(REMOTE_FILES) <= expected.keys() and not set(REMOTE_FILES) & files().keys(), "git keeps the code once"
 
 
-def test_publishing_writes_over_nothing(published: Path, tmp_path: Path) -> None:
+def test_publishing_writes_over_nothing(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for card, out, reason in (
         (CHECKPOINT, published, "not an empty directory"),
         (tmp_path, tmp_path / "new", "no che"),
     ):
-        command = [sys.executable, str(ROOT / "tools" / "publish_card.py"), str(card), str(out)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2 and reason in done.stderr
+        with pytest.raises(SystemExit) as ended:
+            PUBLISH([str(card), str(out)])
+        assert ended.value.code == 2 and reason in capsys.readouterr().err
 
 
 def test_the_weights_are_bfloat16() -> None:

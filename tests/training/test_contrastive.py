@@ -1,12 +1,13 @@
 """Pools of documents: gradient caching, routing as the library's, compiled layers."""
 
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import two_pools
 from families import base_model
+from forking import ended, forked
 from torch import Tensor
 
 from msa_hf import MSAForCausalLM
@@ -131,10 +132,5 @@ def test_compiled_layers_refuse_a_prefix() -> None:
 
 
 def test_two_processes_share_a_pool(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "helpers" / "two_pools.py"
-    both = [
-        subprocess.Popen([sys.executable, script, tmp_path / "store", str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    failures = [process.communicate(timeout=240)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], "\n".join(failures)
+    both = [forked(partial(two_pools.main, str(tmp_path / "store"), rank)) for rank in range(2)]
+    assert ended(*both) == [0, 0]

@@ -1,15 +1,15 @@
 """Training spread over processes: what waits for every parameter's gradient, and what cuts parameters in parts."""
 
 import copy
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import two_processes
+from forking import ended, forked
 from peft import get_peft_model
 from setups import batch_of, setup, tokens
 from steps import assert_same_gradients, gradients, step
@@ -156,11 +156,5 @@ def test_fsdp_encodes_and_generates(one_process) -> None:
 
 def test_two_processes_step_as_one_does(tmp_path) -> None:
     """Under DDP and FSDP, each with its half of the questions, one of them with a half that asks nothing of routers."""
-    script = Path(__file__).parents[1] / "helpers" / "two_processes.py"
-    command = [sys.executable, "-W", "ignore", str(script), str(tmp_path / "store")]
-    processes = [
-        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=180)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    both = [forked(partial(two_processes.main, str(tmp_path / "store"), rank)) for rank in range(2)]
+    assert ended(*both) == [0, 0]

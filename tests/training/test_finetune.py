@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import random
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -335,13 +337,23 @@ def test_routers_learn_at_their_own_rate_and_find_more(base, files, capsys) -> N
 
 
 def test_two_processes_share_the_questions(base, files) -> None:
-    """As `accelerate launch` starts them: 32 questions in two steps of 8 for each, one table, one adapter."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
-    command += options(base, files, steps=2, **{"eval-questions": 8})
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert len(recalls(done.stdout)) == 3 and done.stdout.count("router recall@2") == 1
-    assert re.findall(r"'epoch': '?([\d.]+)'?", done.stdout)[-1] == "1"
+    """With the variables by which launchers connect them: 32 questions in two steps of 8 for each, one table, one
+    adapter."""
+    command = [sys.executable, str(SCRIPT), *options(base, files, steps=2, **{"eval-questions": 8})]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [
+        subprocess.Popen(
+            command, env={**where, "RANK": rank, "LOCAL_RANK": rank}, stdout=-1, stderr=subprocess.STDOUT, text=True
+        )
+        for rank in "01"
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
+    assert len(recalls(outputs[0])) == 3 and "\n".join(outputs).count("router recall@2") == 1
+    assert re.findall(r"'epoch': '?([\d.]+)'?", outputs[0])[-1] == "1"
     assert (files["output"] / "adapter_model.safetensors").exists()
 
 

@@ -4,13 +4,12 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forking import ended, forked
 from peft import PeftModel
 from safetensors.torch import load_file
 from small_corpus import notes, save_base, save_notes, tokenizer_of_notes
@@ -97,23 +96,15 @@ def test_documents_alone_train_routers(place: Path, tmp_path: Path, capsys: pyte
     assert json.loads(said.out.splitlines()[-1])["sources"] and "untrained" not in said.err
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = {paths!r}
-from test_unlabeled import *
-prepared = prepare_routers(settings(Path({place!r}), Path({out!r})), notes())
-train_routers(prepared, after_step=lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == 5 else None)
-"""
-
-
 def test_a_killed_run_goes_on_as_if_it_had_not_been(place: Path, tmp_path: Path, capsys) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train_routers(prepare_routers(settings(place, whole), notes()))
-    tests = Path(__file__).parent
-    code = KILLED.format(paths=[str(tests), str(tests.parent / "helpers")], place=str(place), out=str(killed))
-    path = os.pathsep.join(sys.path)
-    ended = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+
+    def run_and_die() -> None:
+        prepared = prepare_routers(settings(place, killed), notes())
+        train_routers(prepared, after_step=lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == 5 else None)
+
+    assert ended(forked(run_and_die)) == [-signal.SIGKILL]
     assert (killed / CHECKPOINT_FILE).exists() and not (killed / "config.json").exists()
 
     refused = {  # before it goes on

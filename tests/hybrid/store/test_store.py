@@ -15,7 +15,16 @@ import pytest
 from forking import ended, forked
 from manual_clock import Clock
 
-from msa_hf.hybrid.store import Item, ItemTooLarge, MemoryStore, StoreError, VersionConflict, expiry, update
+from msa_hf.hybrid.store import (
+    Item,
+    ItemTooLarge,
+    MemoryStore,
+    SQLiteStore,
+    StoreError,
+    VersionConflict,
+    expiry,
+    update,
+)
 from msa_hf.hybrid.store.item import MAX_ITEM, MAX_PARTITION, MAX_SORT
 
 Opener = Callable[..., MemoryStore]
@@ -305,9 +314,10 @@ def test_sizes_up_to_the_limit_are_taken_and_above_are_refused(open_store: Opene
 
 
 def test_a_killed_writer_loses_nothing_it_acknowledged(open_store: Opener) -> None:
-    """20 kills at random moments: the counter is what was acknowledged, or one more."""
+    """Kills at random moments: the counter is what was acknowledged, or one more."""
     pick = random.Random(0)
     store = open_store()
+    kills = 20 if isinstance(store, SQLiteStore) else 6  # a client of DynamoDB takes a second to make
     acknowledged = 0
 
     def write(pipe: int) -> None:
@@ -316,7 +326,7 @@ def test_a_killed_writer_loses_nothing_it_acknowledged(open_store: Opener) -> No
             increment(mine, 1)
             os.write(pipe, b"x")
 
-    for _ in range(20):
+    for _ in range(kills):
         reader, writer = os.pipe()
         child = forked(lambda writer=writer: write(writer))
         os.close(writer)
@@ -333,7 +343,7 @@ def test_a_killed_writer_loses_nothing_it_acknowledged(open_store: Opener) -> No
         found = store.get("p", "counter")
         assert found is not None and found.data["n"] - acknowledged in (0, 1)
         acknowledged = found.data["n"]
-    assert acknowledged >= 40
+    assert acknowledged >= 2 * kills
     increment(store, 1)
 
 

@@ -330,7 +330,7 @@ def test_a_sentence_without_end_is_halved_and_nothing_is_no_document() -> None:
             return "x"
         return cite_all(prompt)
 
-    text = " ".join(map(str, range(300)))
+    text = " ".join(map(str, range(200)))
     budget = Budget(100, 10, calls=200)
     summarize(text, Budgeted(reply, budget), budget)
     assert " ".join(seen) == text and len(seen) > 3
