@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..user_errors import UserError, reported
 from .documents import add_document_options, read_corpus
 from .indexes import add_index_options, embedder_of
+from .lengths import length_remedy
 from .loading import load, new_directory, protocol_of
 from .options import add_model_options, add_sole_writer_option, device_in, device_of, positive
 
@@ -127,7 +128,7 @@ def add(args: argparse.Namespace) -> int:
     with opened(directory, model, tokenizer, protocol, encode_options=options, **kept) as bank:
         while batch := list(itertools.islice(rows, args.commit_every)):
             outcomes = Counter[str]()
-            with bank.batch():
+            with length_remedy("Cut it into parts with keys of their own."), bank.batch():
                 for row in batch:
                     key, fields = row["key"], row["metadata"]
                     version = None if args.version_column is None else version_of(fields.pop(args.version_column))

@@ -9,6 +9,7 @@ from datetime import timedelta
 from ..user_errors import UserError, reported
 from .documents import SOURCE_HELP, add_document_options, read_corpus
 from .indexes import add_index_options, embedder_of
+from .lengths import length_remedy
 from .loading import load, new_directory, protocol_of
 from .options import add_model_options, add_sole_writer_option, device_in, positive
 
@@ -68,18 +69,19 @@ def run(args: argparse.Namespace) -> int:
                 protocol = protocol_of(args.protocol, args.model)
                 embedder = embedder_of(args.embedder, device_in(args)) if ranks.rank == 0 else None
             start = time.perf_counter()
-            done = encode_bank(
-                corpus,
-                model,
-                out,
-                tokenizer,
-                protocol,
-                ranks=ranks,
-                too_long=args.too_long,
-                part_size=args.part_size or PART_SIZE,
-                batch_tokens=args.batch_tokens,
-                sole_writer=args.sole_writer,
-            )
+            with length_remedy("Pass --too-long split to store it in parts."):
+                done = encode_bank(
+                    corpus,
+                    model,
+                    out,
+                    tokenizer,
+                    protocol,
+                    ranks=ranks,
+                    too_long=args.too_long,
+                    part_size=args.part_size or PART_SIZE,
+                    batch_tokens=args.batch_tokens,
+                    sole_writer=args.sole_writer,
+                )
             indexing = time.perf_counter()
             if ranks.rank == 0:
                 keep_indexes(out, args.lexical, embedder, args.sole_writer)
