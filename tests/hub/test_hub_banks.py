@@ -248,6 +248,16 @@ def test_who_may_see_what(hub: FakeHub, bank: MemoryBank, patch: pytest.MonkeyPa
             MemoryBank.from_pretrained("user/bank", token="hf_stranger", **options)
 
 
+def test_what_is_to_be_private_is_not_sent_where_all_may_see_it(hub: FakeHub, bank: MemoryBank) -> None:
+    bank.push_to_hub("user/bank", private=False)
+    before = dict(hub.dataset("user/bank").commits)
+    with pytest.raises(BankUnavailable, match="is public, so `private=True` would not hold"):
+        bank.push_to_hub("user/bank", private=True, license="mit")
+    assert hub.dataset("user/bank").commits == before
+    hub.dataset("user/bank").private = True
+    bank.push_to_hub("user/bank", private=True, license="mit")
+
+
 def test_what_is_no_bank_on_the_hub(hub: FakeHub, bank: MemoryBank) -> None:
     with pytest.raises(BankUnavailable, match="no directory 'user/nothing' here, and there is no dataset"):
         MemoryBank.from_pretrained("user/nothing")

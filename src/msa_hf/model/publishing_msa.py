@@ -8,7 +8,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import EntryNotFoundError
 
 from .cards_msa import CARD, is_made_by_transformers, is_ours
-from .hub_msa import LIBRARY, SECONDS, hub_errors, knock
+from .hub_msa import LIBRARY, SECONDS, BankUnavailable, hub_errors, knock
 
 MANY_FILES, MANY_BYTES = 100, 10 * 2**30  # above, files go ahead in as many commits as they take
 
@@ -41,7 +41,8 @@ def publish(
         message: of the commit.
         last: those of `names` without which the others say nothing.
         outdated: tells by its name whether a file of the repository is removed in the same commit.
-        private: of a repository that is made; None: as the Hub does by default, which is public for most users.
+        private: of a repository that is made; None: as the Hub does by default, which is public for most users. True
+            refuses one that is there and public.
         revision: a branch, made where missing. Default: main.
         token: default that of `hf auth login`, or of the variable HF_TOKEN.
         description: of the commit.
@@ -54,6 +55,11 @@ def publish(
     with hub_errors(f"the {repo_type} {repo_id!r}", revision):
         knock()
         repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        if private and not api.repo_info(repo_id, repo_type=repo_type, timeout=SECONDS).private:
+            raise BankUnavailable(
+                f"The {repo_type} {repo_id!r} is there already and is public, so `private=True` would not hold. Make "
+                "it private in its settings on the Hub, give another name, or leave `private` out. Nothing was sent."
+            )
         if revision is not None and not revision.startswith("refs/pr") and not create_pr:
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
         ahead = [name for name in names if name not in last and name != CARD]
