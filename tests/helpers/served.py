@@ -87,7 +87,7 @@ def serving(
         with BankStore(model, directory, tokenizer, protocol) as store:
             store.add([{"key": f"doc-{place}", "text": text} for place, text in enumerate(TEXTS)])
     store = BankStore(model, directory, tokenizer, protocol, read_only=read_only)
-    settings = Settings(MODEL, NEW_TOKENS, limits or Limits(), {"max_rounds": 2})
+    settings = Settings(MODEL, NEW_TOKENS, limits or Limits(), {} if protocol is None else {"max_rounds": 2})
     service = Service(store, model, tokenizer, protocol, settings)
     app = Application(service, **application)
     listener = listen("127.0.0.1", 0)

@@ -11,6 +11,7 @@ import pytest
 from served import MODEL, NEW_TOKENS, Served, serving
 
 from msa_hf.generation import MemoryInterleave
+from msa_hf.generation.direct import DirectAsker
 from msa_hf.serving.limits import Limits
 
 QUESTIONS = [f"Where is the {word}?" for word in ("amber", "birch", "cedar", "dune", "ember", "reef", "pine")]
@@ -40,7 +41,7 @@ def events(client: httpx.Client, path: str, body: dict[str, Any]) -> list[dict[s
     return [json.loads(line[6:]) for line in lines[:-1]]
 
 
-def alone(server: Served, question: str, new_tokens: int = NEW_TOKENS) -> Any:
+def alone(server: Served, question: Any, new_tokens: int = NEW_TOKENS) -> Any:
     service = server.service
     bank = service.store.snapshot()
     asker = MemoryInterleave(service.model, service.tokenizer, bank, service.protocol, max_rounds=2)
@@ -101,7 +102,7 @@ def test_a_batch_that_breaks_is_asked_again_one_by_one(
     asked = MemoryInterleave.ask
 
     def breaks(self: Any, questions: Any, **options: Any) -> Any:
-        if len(questions) > 1 or "birch" in questions[0]:
+        if len(questions) > 1 or "birch" in questions[0][-1]["content"]:
             raise RuntimeError("out of memory")
         return asked(self, questions, **options)
 
@@ -119,7 +120,7 @@ def test_a_batch_that_breaks_is_asked_again_one_by_one(
 
 @pytest.mark.parametrize("usage", [False, True])
 def test_a_stream_adds_up_to_the_answer(client: httpx.Client, usage: bool) -> None:
-    for question in QUESTIONS:
+    for question in QUESTIONS[:3]:
         whole = ask(client, question)
         options = {"stream_options": {"include_usage": True}} if usage else {}
         found = events(client, "/v1/chat/completions", chat(question, **options))
@@ -177,10 +178,43 @@ def test_a_seed_decides_a_draw(client: httpx.Client) -> None:
     assert drawn[0] == drawn[1] and len(set(drawn)) > 1
 
 
-def test_earlier_messages_are_not_dropped_silently(client: httpx.Client) -> None:
-    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTIONS[0]}]
+def test_a_conversation_is_asked_as_everywhere_and_nothing_is_dropped_silently(
+    server: Served, client: httpx.Client
+) -> None:
+    turns = [
+        {"role": "user", "content": QUESTIONS[0]},
+        {"role": "assistant", "content": "Far off."},
+        {"role": "user", "content": QUESTIONS[1]},
+    ]
     answer = client.post("/v1/chat/completions", json={"model": MODEL, "messages": turns}).json()
-    assert "notices" in answer and "notices" not in ask(client, QUESTIONS[0])
+    expected = alone(server, turns)
+    assert text_of(answer) == expected.text and "notices" not in answer
+    assert answer["usage"]["prompt_tokens"] == expected.prompt_tokens
+    turns.insert(0, {"role": "system", "content": "Be brief."})
+    assert "notices" in client.post("/v1/chat/completions", json={"model": MODEL, "messages": turns}).json()
+
+
+def test_a_checkpoint_without_a_protocol_answers_from_its_memory(fresh: Path) -> None:
+    with serving(fresh, protocol=None) as served:
+        client, service = served.client(), served.service
+        with ThreadPoolExecutor(3) as pool:
+            with served.busy():
+                sent = [pool.submit(ask, client, question, trace=True) for question in QUESTIONS[:3]]
+                served.wait_for_waiting(3)
+            found = [item.result() for item in sent]
+        asker = DirectAsker(service.model, service.tokenizer, service.store.snapshot())
+        for question, answer in zip(QUESTIONS[:3], found, strict=True):
+            expected = asker.ask(question, max_new_tokens=NEW_TOKENS)
+            assert text_of(answer) == expected.text
+            assert [item["key"] for item in answer["sources"]] == [item.key for item in expected.documents][:16]
+            assert answer["usage"]["prompt_tokens"] == len(service.tokenizer(question + "\n")["input_ids"])
+            assert len(answer["trace"]["rounds"]) == 1
+        whole = events(client, "/v1/chat/completions", chat(QUESTIONS[0]))
+        assert "".join(item["choices"][0]["delta"].get("content", "") for item in whole) == text_of(found[0])
+        empty = client.post("/v1/completions", json={"model": MODEL, "prompt": " "})
+        assert (empty.status_code, empty.json()["error"]["param"]) == (400, "prompt")
+        long = client.post("/v1/completions", json={"model": MODEL, "prompt": "reef " * 1500})
+        assert long.json()["error"]["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from scripted import COMPACT, TEXTS, byte_tokenizer, memory_model
 from servers import free_port
 
 from msa_hf.bank import BankStore
+from msa_hf.cli import main
 
 KEY = "operator-key-0123456789"
 PROGRAM = "import sys; from msa_hf.cli import main; sys.exit(main())"
@@ -37,55 +37,31 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-class Running:
-    """A server in a process of its own."""
-
-    def __init__(self, place: Path, *options: str) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        command = ["serve", str(place / "model"), str(place / "bank"), "--port", str(self.port), *options]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *command], stderr=subprocess.PIPE, text=True, env={**os.environ}
-        )
-        self.lines: list[str] = []
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if "documents at" in line:
-                break
-        threading.Thread(target=lambda: self.lines.extend(self.process.stderr or []), daemon=True).start()
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                if httpx.get(f"{self.url}/healthz", timeout=5).status_code == 200:
-                    return
-            except httpx.TransportError:
-                assert time.monotonic() < deadline and self.process.poll() is None, self.lines
-            time.sleep(0.02)
+def wait_for(url: str) -> None:
+    """Wait until a server takes requests."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            if httpx.get(f"{url}/healthz", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
-@pytest.fixture
-def running(place: Path, tmp_path: Path) -> Iterator[Running]:
-    keys = tmp_path / "keys"
-    keys.write_text(KEY + "\n")
-    keys.chmod(0o600)
-    server = Running(place, "--api-keys", str(keys), "--name", "mine", "--most-new-tokens", "3000")
-    yield server
-    server.process.kill()
-    server.process.wait()
-
-
-def test_it_finishes_what_runs_turns_new_requests_away_and_ends_with_0(running: Running, place: Path) -> None:
+def use_it_and_end_it(url: str) -> dict[str, Any]:
+    """Ask twice, send this process SIGTERM meanwhile, and go on asking; what came of it."""
+    wait_for(url)
     headers = {"Authorization": f"Bearer {KEY}"}
-    body = {"model": "mine", "messages": [{"role": "user", "content": "Where is the reef?"}], "max_tokens": 300}
-    streaming = threading.Event()
+    body = {"model": "mine", "messages": [{"role": "user", "content": "Where is the reef?"}], "max_tokens": 120}
+    streaming, found = threading.Event(), {}
 
     def whole() -> httpx.Response:
-        return httpx.post(f"{running.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+        return httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60)
 
     def stream() -> list[str]:
-        url, asked = f"{running.url}/v1/chat/completions", {**body, "stream": True}
-        with httpx.stream("POST", url, json=asked, headers=headers, timeout=60) as response:
+        asked = {**body, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, headers=headers, timeout=60) as response:
             lines = []
             for line in response.iter_lines():
                 streaming.set()
@@ -94,25 +70,42 @@ def test_it_finishes_what_runs_turns_new_requests_away_and_ends_with_0(running: 
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(stream)
-        assert streaming.wait(30)
+        assert streaming.wait(60)
         second = pool.submit(whole)
-        figures = httpx.get(f"{running.url}/metrics", headers=headers).text
-        while "msa_hf_serve_waiting 1.0" not in figures and not second.done() and not first.done():
-            figures = httpx.get(f"{running.url}/metrics", headers=headers).text
-        running.process.send_signal(signal.SIGTERM)
-        refused = []
-        while not refused and not first.done():
-            late = httpx.put(f"{running.url}/v1/documents/late", json={"text": "x"}, headers=headers)
+        while not second.done() and not first.done():
+            if "msa_hf_serve_waiting 1.0" in httpx.get(f"{url}/metrics", headers=headers).text:
+                break
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not first.done():
+            late = httpx.put(f"{url}/v1/documents/late", json={"text": "x"}, headers=headers)
             if late.status_code != 201:
-                refused.append(late)
-        assert refused and refused[0].status_code == 503 and refused[0].headers["retry-after"]
-        assert refused[0].json()["error"]["code"] == "draining"
-        assert httpx.get(f"{running.url}/healthz").status_code == 503
-        assert first.result()[-1] == "data: [DONE]"
-        assert second.result().status_code == 200 and second.result().json()["usage"]["completion_tokens"] > 0
-    assert running.process.wait(30) == 0
+                found["late"], found["health"] = late, httpx.get(f"{url}/healthz")
+                break
+        found["stream"], found["whole"] = first.result(), second.result()
+    return found
+
+
+def test_it_finishes_what_runs_turns_new_requests_away_and_ends_with_0(place: Path, tmp_path: Path) -> None:
+    """The command runs here, in the main thread, to which signals are delivered; its clients are other threads."""
+    keys, port = tmp_path / "keys", free_port()
+    keys.write_text(KEY + "\n")
+    keys.chmod(0o600)
+    url = f"http://127.0.0.1:{port}"
+    command = ["serve", str(place / "model"), str(place / "bank"), "--port", str(port), "--name", "mine"]
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # before the server listens to it, and after
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            used = pool.submit(use_it_and_end_it, url)
+            assert main([*command, "--api-keys", str(keys), "--device", "cpu"]) == 0
+            found = used.result()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found["late"].status_code == 503 and found["late"].headers["retry-after"]
+    assert found["late"].json()["error"]["code"] == "draining" and found["health"].status_code == 503
+    assert found["stream"][-1] == "data: [DONE]"
+    assert found["whole"].status_code == 200 and found["whole"].json()["usage"]["completion_tokens"] > 0
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{running.url}/healthz")
+        httpx.get(f"{url}/healthz")
     with BankStore(None, place / "bank") as store:  # the lock is free again
         assert store.verify() == []
 

@@ -254,8 +254,7 @@ return [...document.querySelectorAll('button, nav a, input, summary')].filter((i
   .filter(([, box]) => box.height < 24 || box.width < 24).map(([name]) => name)"""
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [320, 1000])
+@pytest.mark.parametrize(("width", "dark"), [(320, False), (1000, True)], ids=["phone, light", "desk, dark"])
 def test_it_can_be_read_and_reached(page: Page, dark: bool, width: int) -> None:
     page.show(width, 800, dark)
     wide = "return document.documentElement.scrollWidth <= window.innerWidth"

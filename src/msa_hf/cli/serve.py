@@ -57,8 +57,8 @@ def add_options(made: argparse.ArgumentParser) -> None:
     limits.add_argument(
         "--drain", type=positive, metavar="SECONDS", default=60, help="that requests have once it ends (default: 60)"
     )
-    made.add_argument("--select", choices=SELECTORS, default="router", help="how documents are chosen for reading")
-    made.add_argument("--max-rounds", type=at_least(0), default=3, help="of retrieval (default: 3)")
+    made.add_argument("--select", choices=SELECTORS, help="how documents are chosen for reading (default: router)")
+    made.add_argument("--max-rounds", type=at_least(0), help="of retrieval (default: 3)")
     made.add_argument("--documents-per-round", type=positive, help="to read at most")
     made.add_argument("--access-log", action="store_true", help="a line per request on stderr")
     add_model_options(made)
@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         "max_rounds": args.max_rounds,
         "documents_per_round": args.documents_per_round,
     }
+    interleave = {name: value for name, value in interleave.items() if value is not None}
     settings = Settings(
         args.name or os.path.basename(os.path.normpath(args.model)),
         min(args.max_new_tokens, args.most_new_tokens),

@@ -10,6 +10,7 @@ from transformers.generation import BaseStreamer
 
 from ..model.memory_msa import Memory, Snapshots
 from ..model.modeling_msa import MSAForCausalLM
+from .answering import Answering
 from .direct import DirectAsker
 from .interleave import MemoryInterleave
 from .prompting import Prompting, Said
@@ -23,6 +24,8 @@ class Asker(Protocol):
 
     tokenizer: PreTrainedTokenizerBase
     bank: Memory
+    answering: Answering
+    max_new_tokens: int
 
     @property
     def prompting(self) -> Prompting: ...

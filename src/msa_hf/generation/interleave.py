@@ -225,14 +225,6 @@ class MemoryInterleave:
             raise
         return answers[0] if alone else answers
 
-    def check(self, question: str, **generate_kwargs: Any) -> None:
-        """Make sure that a question can be asked, with the options of `ask`.
-
-        Raises:
-            ValueError: as `ask` would.
-        """
-        self._sample(0, question, self.answering.options(None, generate_kwargs, self.max_new_tokens))
-
     # Rounds -----------------------------------------------------------------------------------------------------------
 
     def room(self, said: Said, max_new_tokens: int | None = None) -> int:

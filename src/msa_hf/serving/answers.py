@@ -43,6 +43,11 @@ class Asked:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def param(self) -> str:
+        """The parameter of the request that asks."""
+        return "messages" if self.chat else "prompt"
+
     def head(self, streamed: bool) -> JsonObject:
         """What stands before the choices."""
         kind = "chat.completion" if self.chat else "text_completion"
@@ -93,7 +98,7 @@ def notices(answers: Sequence[Answered]) -> JsonObject:
 
 async def answer_whole(service: Service, request: Request, asked: Asked) -> JsonObject:
     """Answer a request."""
-    async with service.asking(request, asked.turns, asked.options, not asked.chat) as questions:
+    async with service.asking(request, asked.turns, asked.options, asked.param) as questions:
         answers = [await question.answer() for question in questions]
     counted = usage(answers)
     service.metrics.count_tokens(counted["prompt_tokens"], counted["completion_tokens"])
@@ -142,7 +147,7 @@ class AnswerStream(Response):
         seen: set[int] = set()
         answers: dict[int, Answered] = {}
         async with (
-            self.service.asking(self.request, asked.turns, asked.options, not asked.chat) as questions,
+            self.service.asking(self.request, asked.turns, asked.options, asked.param) as questions,
             contextlib.aclosing(merged(questions)) as events,
         ):
             async for index, event in events:

@@ -4,97 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..bank import BankStore
-from ..generation import MemoryInterleave, PromptProtocol
+from ..generation import Answer, PromptProtocol
+from ..generation.asking import Asker, asker_of
+from ..generation.prompting import messages_of
 from ..json_object import JsonObject
 from ..model.memory_msa import MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
 from .errors import ApiError
 from .passages import passage_of
-from .plain_asking import PlainAsker
 from .row_control import RowControl
 from .waiting import Answered, Options, Question
 
-EARLIER = "Only the last user message was asked: this checkpoint's protocol puts single questions."
-
-
-class Asker(Protocol):
-    """Answers questions from one state of a bank."""
-
-    def check(self, question: Question) -> None:
-        """Make sure that a question can be asked.
-
-        Raises:
-            ValueError: saying why it cannot.
-        """
-
-    def answer(self, questions: Sequence[Question]) -> list[Answered]:
-        """Answer questions together, handing out pieces of the answers meanwhile."""
-
-
-class InterleaveAsker:
-    """Answers by Memory Interleave, which a checkpoint with a protocol was trained for."""
-
-    def __init__(self, interleave: MemoryInterleave) -> None:
-        self.interleave = interleave
-
-    def check(self, question: Question) -> None:
-        """Make sure that a question can be asked."""
-        self.interleave.check(question.turns[-1]["content"], **_sampling(question.options))
-
-    def answer(self, questions: Sequence[Question]) -> list[Answered]:
-        """Answer questions together."""
-        asker, options = self.interleave, _sampling(questions[0].options)
-        config = asker.answering.options(None, dict(options), asker.max_new_tokens)["generation_config"]
-        ends = config.eos_token_id or []
-        protocol = asker.protocol
-        control = RowControl(
-            questions,
-            lambda tokens: asker.answering.cut(tokens, ends).text,
-            ends,
-            protocol.answer_opening,
-            protocol.answer_end,
-        )
-        texts = [question.turns[-1]["content"] for question in questions]
-        found = asker.ask(texts, batch_size=len(texts), stopping_criteria=[control], **options)
-        answers = []
-        for row, (question, answer) in enumerate(zip(questions, found, strict=True)):
-            text, reason = control.written(row)
-            trace = json.loads(answer.trace.to_json())
-            trace["answer"] = text
-            sources = [
-                source_of(asker.bank, item.position, item.id, item.score, item.round, f"{texts[row]} {text}")
-                for item in answer.documents
-            ]
-            notices = (EARLIER,) if len(question.turns) > 1 else ()
-            count = len(control.tokens[row])
-            answers.append(Answered(text, reason, answer.prompt_tokens, count, sources, trace, notices))
-        return answers
-
-
-def _sampling(options: Options) -> dict[str, Any]:
-    """Options of `generate`."""
-    given: dict[str, Any] = {"max_new_tokens": options.new_tokens}
-    if options.temperature > 0:
-        given |= {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
-    return given
-
-
-def source_of(bank: Any, position: int, id: int, score: float | None, round: int, words: str) -> JsonObject:
-    """A document that an answer comes from, as JSON values, with the passage that has most of these words."""
-    document = bank.documents[position]
-    return {
-        "key": document.key,
-        "id": id,
-        "score": score,
-        "round": round,
-        "passage": passage_of(document.text or "", words),
-    }
+SHOWN = 16  # documents of an answer
+NO_PLACE = "The system's messages were left out: this checkpoint's protocol has no place for them."
 
 
 class BankAsker:
@@ -103,8 +31,8 @@ class BankAsker:
     Args:
         store: the bank.
         model, tokenizer: that made it.
-        protocol: of the checkpoint; None: the model goes on behind its chat template or the plain question.
-        options: of `MemoryInterleave`.
+        protocol: of the checkpoint; with one answers come by Memory Interleave, without one in one run.
+        options: of `asker_of`.
     """
 
     def __init__(
@@ -125,13 +53,8 @@ class BankAsker:
             self.store.refresh()
         bank = self.store.snapshot()
         if self._made is None or self._made[0] is not bank:
-            self._made = bank, self._new(bank)
+            self._made = bank, asker_of(self.model, self.tokenizer, bank, self.protocol, **self.options)
         return self._made[1]
-
-    def _new(self, bank: MemoryBank) -> Asker:
-        if self.protocol is None:
-            return PlainAsker(self.model, self.tokenizer, bank)
-        return InterleaveAsker(MemoryInterleave(self.model, self.tokenizer, bank, self.protocol, **self.options))
 
     def answer(self, questions: Sequence[Question]) -> None:
         """Answer questions, and hand out their events; one that cannot be asked fails alone."""
@@ -139,10 +62,9 @@ class BankAsker:
         asked = []
         for question in questions:
             try:
-                asker.check(question)
-            except ValueError as error:
-                code = "context_length_exceeded" if "too long" in str(error) else "invalid_question"
-                question.fail(ApiError(400, str(error), code, "prompt" if question.raw else "messages"))
+                check(asker, question)
+            except ApiError as error:
+                question.fail(error)
             else:
                 asked.append(question)
         if not asked:
@@ -150,5 +72,72 @@ class BankAsker:
         options = asked[0].options
         if options.temperature > 0:
             torch.manual_seed(torch.seed() if options.seed is None else options.seed)
-        for question, answered in zip(asked, asker.answer(asked), strict=True):
+        for question, answered in zip(asked, answers_of(asker, asked), strict=True):
             question.finish(answered)
+
+
+def check(asker: Asker, question: Question) -> None:
+    """Make sure that a question can be asked.
+
+    Raises:
+        ApiError: 400 where it cannot.
+    """
+    longest = question.options.new_tokens
+    try:
+        messages_of(question.turns)
+        room = asker.room(question.turns, longest)
+    except ValueError as error:
+        raise ApiError(400, str(error), "invalid_question", question.param) from error
+    if room < 0:
+        message = (
+            f"The question is too long: with an answer of {longest} tokens it is {-room} tokens longer than the model "
+            "has positions for. Shorten it, or ask for fewer tokens."
+        )
+        raise ApiError(400, message, "context_length_exceeded", question.param)
+
+
+def answers_of(asker: Asker, questions: Sequence[Question]) -> list[Answered]:
+    """Answer questions together, handing out pieces of the answers meanwhile."""
+    options, protocol = _sampling(questions[0].options), asker.protocol
+    config = asker.answering.options(None, dict(options), asker.max_new_tokens)["generation_config"]
+    ends = config.eos_token_id or []
+    control = RowControl(
+        questions,
+        lambda tokens: asker.answering.cut(tokens, ends).text,
+        ends,
+        "" if protocol is None else protocol.answer_opening,
+        "" if protocol is None else protocol.answer_end,
+    )
+    said = [question.turns for question in questions]
+    found = asker.ask(said, batch_size=len(said), stopping_criteria=[control], **options)
+    pairs = zip(questions, found, strict=True)
+    return [answered(asker, question, answer, control, row) for row, (question, answer) in enumerate(pairs)]
+
+
+def answered(asker: Asker, question: Question, answer: Answer, control: RowControl, row: int) -> Answered:
+    """An answer as clients get it."""
+    text, reason = control.written(row)
+    trace = json.loads(answer.trace.to_json())
+    trace["answer"] = text
+    words = f"{question.turns[-1]['content']} {text}"
+    sources: list[JsonObject] = [
+        {
+            "key": item.key,
+            "id": item.id,
+            "score": item.score,
+            "round": item.round,
+            "passage": passage_of(asker.bank.documents[item.position].text or "", words),
+        }
+        for item in answer.documents[:SHOWN]
+    ]
+    left_out = asker.protocol is not None and any(turn["role"] == "system" for turn in question.turns)
+    count = len(control.tokens[row])
+    return Answered(text, reason, answer.prompt_tokens, count, sources, trace, (NO_PLACE,) if left_out else ())
+
+
+def _sampling(options: Options) -> dict[str, Any]:
+    """Options of `generate`."""
+    given: dict[str, Any] = {"max_new_tokens": options.new_tokens}
+    if options.temperature > 0:
+        given |= {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+    return given

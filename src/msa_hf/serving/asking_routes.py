@@ -42,7 +42,7 @@ def asking_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response | JsonObject:
-        """Answer a text from the memory, or go on with it; several are several choices."""
+        """Answer a text from the memory; several are several choices."""
         turns = [[{"role": "user", "content": text}] for text in body.prompts]
         return await answer(request, body, turns, chat=False)
 

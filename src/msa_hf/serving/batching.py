@@ -122,7 +122,7 @@ class ModelThread:
             for item in list(self._questions):
                 if len(batch) == self.most:
                     break
-                if item.raw == first.raw and item.options.together == kind:
+                if item.options.together == kind:
                     self._questions.remove(item)
                     batch.append(item)
         return batch

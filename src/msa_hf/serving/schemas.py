@@ -190,7 +190,7 @@ class ChatRequest(Generated):
 
 
 class CompletionRequest(Generated):
-    """Texts to be answered or gone on with."""
+    """Texts to be answered."""
 
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=64)]
 

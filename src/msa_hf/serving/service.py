@@ -33,7 +33,7 @@ class Settings:
         name: of the model, as clients call it.
         new_tokens: of an answer where a request does not say.
         limits: what clients may send.
-        interleave: options of `MemoryInterleave`.
+        interleave: options of `MemoryInterleave`, for a checkpoint with a protocol.
     """
 
     name: str = "msa"
@@ -96,14 +96,14 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def asking(
-        self, request: Request, asked: Sequence[list[Turn]], options: Options, raw: bool = False
+        self, request: Request, asked: Sequence[list[Turn]], options: Options, param: str = "messages"
     ) -> AsyncIterator[list[Question]]:
         """Questions on their way; they are let be at the end of the block, and when the client goes or its time is up.
 
         Raises:
             ApiError: 429 where too much waits; 504 where the time is up.
         """
-        questions = [Question(turns, options, raw) for turns in asked]
+        questions = [Question(turns, options, param) for turns in asked]
         watcher = asyncio.create_task(_gone(request, questions))
         try:
             async with asyncio.timeout(self.limits.seconds):

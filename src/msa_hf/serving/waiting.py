@@ -78,14 +78,14 @@ class Question:
 
     Attributes:
         turns: the messages; the last one asks.
-        raw: the text is to be gone on with as it is, and no chat.
         options: of the answer.
+        param: of the request, which has them.
         sent: the text that was handed out so far.
     """
 
     turns: list[Turn]
     options: Options
-    raw: bool = False
+    param: str = "messages"
     sent: str = ""
     _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
