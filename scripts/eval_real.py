@@ -2,14 +2,16 @@
 
     python   scripts/real_lexical.py        --work build/real --parts 0-10
     torchrun --nproc-per-node 1 scripts/eval_real.py search --base build/real/base --work build/real --out OUT
+    torchrun --nproc-per-node 1 scripts/eval_real.py rerank --base build/real/base --work build/real --out OUT
     python   scripts/eval_real.py fuse   --work build/real --out OUT
     torchrun --nproc-per-node 1 scripts/eval_real.py read   --base build/real/base --work build/real --out OUT
     python   scripts/eval_real.py report --work build/real --out OUT
 
 The banks are nested: the passages of all question sets, then those of the further text in order, up to so many million
 tokens. A passage counts as found where it belongs to a gold document. `search` ranks passages by the routers, by BM25
-(`real_lexical.py`) and by the teacher; `fuse` puts these together, with weights fitted on labeled questions that
-training left out. `read` puts the three best passages of every system before the same reader, and no text and the gold
+(`real_lexical.py`) and by the teacher; `rerank` has the model read the best of them again (the likelihood of the
+question behind each); `fuse` puts all of these together, with weights fitted on labeled questions that training left
+out. `read` puts the three best passages of every system before the same reader, and no text and the gold
 text beside them. `report` makes tables with intervals and plots of what both wrote.
 """
 
@@ -26,23 +28,25 @@ from typing import Any
 import numpy as np
 import torch
 from real_model import PROTOCOL, encode_all, load_trained, total_scores
-from real_rows import Flat, connect, device, load, log, rank, source_names, world
-from real_systems import AT, KEPT, asked_questions, bank_limits, fit_on, hit_groups, interval, lists_of, recalls
+from real_rows import Flat, connect, device, load, log, rank, save, source_names, world
+from real_systems import AT, KEPT, Lists, asked_questions, bank_limits, fit_on, hit_groups, interval, lists_of, recalls
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from msa_hf.evaluation import exact_match
 from msa_hf.evaluation.metrics import normalize_answer
 from msa_hf.generation import PromptProtocol
-from msa_hf.retrieval import fuse
+from msa_hf.retrieval import QueryLikelihood, fuse
 from msa_hf.training.compiling import compiled_layers
 from msa_hf.training.contrastive import route_rows
 from msa_hf.training.sharing import gather_rows
 
 FEW = 20  # best passages kept of a ranking
+AGAIN = 50  # of the three systems together that are read again, and as many of the routers alone
 READ = 3  # texts put before the reader
 SYSTEMS = ("router", "bm25", "minilm")
 HYBRIDS = {"hybrid": ("router", "bm25"), "hybrid with minilm": SYSTEMS}  # name -> what it puts together
+READ_AGAIN = ("router", *HYBRIDS)  # what is put together with the scores of reading again
 READ_SETS = ("nq", "squad11", "squadshifts_newwiki")
 
 
@@ -131,6 +135,64 @@ def scores_at(places: Tensor, listed: Tensor, values: Tensor) -> Tensor:
     return values.gather(1, order.gather(1, at)).masked_fill(~there, float("nan"))
 
 
+# rerank ---------------------------------------------------------------------------------------------------------------
+
+
+def rerank(arguments: argparse.Namespace) -> None:
+    """Have the model read the best candidates again, each passage of a question once for all banks."""
+    work, out, where = Path(arguments.work), Path(arguments.out), device()
+    group = connect(where)
+    names = source_names(arguments.parts)
+    loaded = [load(work / f"{name}.pt") for name in names]
+    passages = Flat.joined([Flat(item["tokens"], item["lengths"]) for item in loaded])
+    questions = asked_questions(loaded[0])
+    model = load_trained(work / f"{arguments.name}.pt", arguments.base, where)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
+    reader = QueryLikelihood(model, tokenizer, batch_tokens=arguments.batch_tokens)
+    wanted: dict[str, list[list[int]]] = {}
+    for size in json.loads((out / "search.json").read_text())["sizes"]:
+        kept = dict(np.load(out / f"candidates_{size}.npz"))
+        together = lists_of(kept, SYSTEMS)
+        wanted[size] = [[place for place, _ in [*fuse(item)[:AGAIN], *item["router"][:AGAIN]]] for item in together]
+    start, scores = time.time(), []
+    for number in range(rank(), len(questions), world()):
+        places = sorted({place for lists in wanted.values() for place in lists[number]})
+        asked = tokenizer(questions[number]["question"].strip(), add_special_tokens=False)["input_ids"]
+        found = reader.token_scores(asked, [passages.row(place) for place in places])
+        scores.append((number, dict(zip(places, found, strict=True))))
+        if len(scores) % 500 == 0:
+            log("read again", len(scores), "questions in", round(time.time() - start), "s, by each process")
+    save(work / f"read_again{rank()}.pt", scores)
+    if group is not None:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank() == 0:
+        of_question = dict(item for number in range(world()) for item in load(work / f"read_again{number}.pt"))
+        widest = max(len(row) for lists in wanted.values() for row in lists)
+        for size, lists in wanted.items():
+            places = np.full((len(questions), widest), -1, dtype=np.int32)
+            values = np.full(places.shape, np.nan, dtype=np.float32)
+            for number, row in enumerate(lists):
+                row = list(dict.fromkeys(row))
+                places[number, : len(row)] = row
+                values[number, : len(row)] = [of_question[number][place] for place in row]
+            np.savez_compressed(out / f"read_again_{size}.npz", places=places, scores=values)
+        log("read again", len(questions), "questions in", round(time.time() - start), "s")
+
+
+def read_again_lists(first: list[list[tuple[int, float]]], kept: dict[str, np.ndarray]) -> list[Lists]:
+    """For every question what was found, and the same documents by the scores of reading them again."""
+    found = []
+    for number, ranking in enumerate(first):
+        scores = dict(zip(kept["places"][number].tolist(), kept["scores"][number].tolist(), strict=True))
+        again = [(place, scores[place]) for place, _ in ranking if place in scores]
+        found.append({"found": ranking, "reader": sorted(again, key=lambda pair: -pair[1])})
+    return found
+
+
+# fuse -----------------------------------------------------------------------------------------------------------------
+
+
 def put_together(arguments: argparse.Namespace) -> None:
     """Put the systems together with weights fitted on the questions that training left out; recall of everything."""
     work, out = Path(arguments.work), Path(arguments.out)
@@ -144,24 +206,49 @@ def put_together(arguments: argparse.Namespace) -> None:
             scores = np.where((item["places"] < 0) | np.isnan(item[system]), -np.inf, item[system])
             order = np.argsort(-scores, axis=1, kind="stable")[:, :FEW]
             best[f"{size} {system}"] = np.take_along_axis(item["places"], order, 1)
+    first = {size: {"router": [item["router"] for item in lists_of(kept[size], ("router",))]} for size in kept}
     for name, systems in HYBRIDS.items():
         lists = {size: lists_of(item, systems) for size, item in kept.items()}
-        weights = fit_on(lists, questions)
-        log(name, "by", weights.method, weights.recall)
-        folder = out / name.replace(" ", "-")
-        folder.mkdir(exist_ok=True)
-        weights.save_pretrained(folder)
-        for size, found in lists.items():
-            rows = np.full((len(questions), FEW), -1, dtype=np.int32)
-            for number, item in enumerate(found):
-                ranked = fuse(item, weights, questions[number]["question"])[:FEW]
-                rows[number, : len(ranked)] = [place for place, _ in ranked]
-            best[f"{size} {name}"] = rows
+        for size, ranked in fused(out / name.replace(" ", "-"), name, lists, questions).items():
+            first[size][name] = ranked
+            best[f"{size} {name}"] = places_of(ranked)
+    read = {size: out / f"read_again_{size}.npz" for size in kept}
+    if all(path.exists() for path in read.values()):
+        again = {size: dict(np.load(path)) for size, path in read.items()}
+        for name in READ_AGAIN:
+            lists = {size: read_again_lists(first[size][name], again[size]) for size in kept}
+            name += ", read again"
+            for size, ranked in fused(out / name.replace(", ", "-").replace(" ", "-"), name, lists, questions).items():
+                best[f"{size} {name}"] = places_of(ranked)
     np.savez_compressed(out / "best.npz", **best)
     for name, rows in best.items():
         report[name] = recalls(rows[dev], [questions[number] for number in dev])
         log(name.ljust(24), "  ".join(f"{kind} {v['any@1']:.3f}/{v['any@10']:.3f}" for kind, v in report[name].items()))
     (out / "search.json").write_text(json.dumps(report, indent=1))
+
+
+def fused(
+    folder: Path, name: str, lists: dict[str, list[Lists]], questions: list[dict[str, Any]]
+) -> dict[str, list[list[tuple[int, float]]]]:
+    """Size -> one ranking for every question, by weights that are fitted and written to `folder`."""
+    weights = fit_on(lists, questions)
+    log(name, "by", weights.method, weights.recall)
+    folder.mkdir(exist_ok=True)
+    weights.save_pretrained(folder)
+    return {
+        size: [
+            fuse(item, weights, question["question"])[:AGAIN] for item, question in zip(found, questions, strict=True)
+        ]
+        for size, found in lists.items()
+    }
+
+
+def places_of(rankings: list[list[tuple[int, float]]]) -> np.ndarray:
+    """[Q, FEW] int32, -1 behind short rankings."""
+    rows = np.full((len(rankings), FEW), -1, dtype=np.int32)
+    for number, ranked in enumerate(rankings):
+        rows[number, : len(ranked[:FEW])] = [place for place, _ in ranked[:FEW]]
+    return rows
 
 
 # read -----------------------------------------------------------------------------------------------------------------
@@ -302,7 +389,7 @@ def report(arguments: argparse.Namespace) -> None:
     ]
     sizes = list(found["sizes"])
     kinds = sorted({item["set"] for item in dev})
-    systems = (*SYSTEMS, *HYBRIDS)
+    systems = tuple(dict.fromkeys(name.partition(" ")[2] for name in best))
     for size in sizes:
         tokens = found["sizes"][size]["tokens"] / 1e6
         lines += [f"## {tokens:.1f}M tokens, {found['sizes'][size]['passages']} passages", ""]
@@ -360,7 +447,7 @@ def plot_answers(path: Path, found: dict[str, Any], figures: dict[str, Any]) -> 
 
     figure, panel = pyplot.subplots(figsize=(5, 3.6))
     tokens = [item["tokens"] for item in found["sizes"].values()]
-    for system in (*SYSTEMS, *HYBRIDS):
+    for system in dict.fromkeys(name.partition(" ")[2] for name in figures if name.partition(" ")[0] in found["sizes"]):
         names = [f"{size} {system}" for size in found["sizes"]]
         if all(name in figures for name in names):
             panel.plot(tokens, [figures[name]["all"]["f1"] for name in names], marker="o", label=system)
@@ -402,6 +489,12 @@ def main() -> None:
     made.add_argument("--limit", type=int, help="questions of each set (default: all)")
     made.add_argument("--batch", type=int, default=192)
     made.add_argument("--batch-tokens", type=int, default=160_000)
+
+    made = command("rerank", rerank)
+    made.add_argument("--base", required=True)
+    made.add_argument("--name", default="routers")
+    made.add_argument("--parts", default="0-10")
+    made.add_argument("--batch-tokens", type=int, default=60_000)
 
     command("fuse", put_together)
     command("report", report)

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,16 @@ class Flat:
 
     def to(self, where: torch.device) -> Flat:
         return Flat(self.tokens.to(where), self.lengths.to(where))
+
+    @cached_property
+    def on_host(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, starts and lengths."""
+        return self.tokens.cpu().numpy(), self.starts.cpu().numpy(), self.lengths.cpu().numpy()
+
+    def row(self, place: int) -> list[int]:
+        """The tokens of one row."""
+        tokens, starts, lengths = self.on_host
+        return tokens[starts[place] : starts[place] + lengths[place]].tolist()
 
     def rows(self, places: Tensor, multiple: int = 8) -> TokenRows:
         """The rows at `places`, padded to a multiple."""

@@ -38,7 +38,9 @@ from real_model import (
 )
 from real_pools import SHARES, Pools, is_held_out
 from real_questions import LONGEST_PASSAGE, questions
+from real_ranking import Ranker
 from real_rows import Flat, connect, device, load, log, rank, save, source_names, tokenized, wait_for, world
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from msa_hf.training import peft_config
@@ -241,13 +243,16 @@ def routers(arguments: argparse.Namespace) -> None:
         center_routers(model, [rows for _, rows in sets.parts(sample, arguments.part_tokens)], arguments.first)
     weights = trained_weights(arguments, model)
     temperatures = Temperatures(len(model.config.memory_layers)).to(where)
-    if arguments.start:
+    if arguments.start and Path(arguments.start).is_dir():
+        weights.load_state_dict({name: value.to(where) for name, value in weights_of_adapter(arguments.start).items()})
+    elif arguments.start:
         state = torch.load(arguments.start, map_location=where, weights_only=True)
         weights.load_state_dict({name: value.to(where).float() for name, value in state["weights"].items()})
         temperatures.load_state_dict(state["temperatures"])
     torch.manual_seed(arguments.seed * 1000 + rank())  # every process draws its own part of a pool
     pools = Pools(arguments, where)
     reader = Reader(arguments, work, where)
+    ranker = Ranker(arguments, pools)
     groups = [
         {"params": weights.low_rank_parameters(), "lr": arguments.rate, "weight_decay": 0.0},
         {"params": weights.whole_parameters(), "lr": arguments.router_rate, "weight_decay": 0.0},
@@ -280,10 +285,9 @@ def routers(arguments: argparse.Namespace) -> None:
     minings = [float(share) for share in arguments.mine.split(",") if share]
     last_measured, losses, since = time.time(), [0.0], time.time()
     with compiled_layers(model) if arguments.compile else nullcontext():
-        if not arguments.start:
-            figures = measure(model, sets, dev, arguments.part_tokens, group=group)
-            log("untrained:", shown(figures))
-            report(0, recall=figures)
+        figures = measure(model, sets, dev, arguments.part_tokens, group=group)
+        log("at the start:", shown(figures))
+        report(0, recall=figures)
         while step < arguments.steps:
             # All processes go by the clock of the first.
             clock = torch.tensor([(time.time() - start) / total, time.time() - last_measured], device=where)
@@ -325,6 +329,7 @@ def routers(arguments: argparse.Namespace) -> None:
                 group,
             )
             read = reader.step(model, result) if arguments.read else None
+            ranked = ranker.step(model) if arguments.ranked else None
             weights.take_gradients()
             everything = [*trained, *temperatures.parameters()]
             sum_over_processes([item.grad for item in everything if item.grad is not None], group)
@@ -341,12 +346,12 @@ def routers(arguments: argparse.Namespace) -> None:
             if step <= 3 or step % arguments.log_every == 0:
                 loss = float(np.mean(losses[-arguments.log_every :]))
                 log(
-                    f"step {step}: loss {loss:.3f} hits {float(result.hits):.3f} read {read}",
+                    f"step {step}: loss {loss:.3f} hits {float(result.hits):.3f} read {read} ranked {ranked}",
                     f"norm {norm:.2f} tau {temperatures()[0].item():.4f} pool {len(places)} questions {len(rows)}",
                     f"{tokens / (time.time() - since) / 1000:.0f}k tokens/s; {pairs} pairs;",
                     f"{time.time() - start:.0f} s",
                 )
-                report(step, loss=loss, hits=float(result.hits), read=read, tokens=tokens, pairs=pairs)
+                report(step, loss=loss, hits=float(result.hits), read=read, ranked=ranked, tokens=tokens, pairs=pairs)
         weights.write()
         write_checkpoint(step)
         figures = measure(model, sets, dev, arguments.part_tokens, group=group)
@@ -390,6 +395,17 @@ class Reader:
 
 
 # adapter --------------------------------------------------------------------------------------------------------------
+
+
+def weights_of_adapter(directory: str | Path) -> dict[str, torch.Tensor]:
+    """The state of `TrainedWeights` that an adapter holds, float32."""
+    names = {".lora_A.weight": ".down", ".lora_B.weight": ".up"}
+    found = {}
+    for name, value in load_file(Path(directory, "adapter_model.safetensors")).items():
+        name = name.removeprefix("base_model.model.")
+        ending = next((ending for ending in names if name.endswith(ending)), "")
+        found[name.removesuffix(ending) + names.get(ending, "")] = value.float()
+    return found
 
 
 def adapter(arguments: argparse.Namespace) -> None:
@@ -484,7 +500,7 @@ def main() -> None:
     made.add_argument("--base", required=True)
     made.add_argument("--name", default="routers")
     made.add_argument("--shards", type=int, default=1, help="in which questions were asked and reading rows made")
-    made.add_argument("--start", help="a checkpoint of this command")
+    made.add_argument("--start", help="a checkpoint of this command, or an adapter that `adapter` wrote")
     made.add_argument("--minutes", type=float, default=15.0)
     made.add_argument("--until", type=float, help="seconds since the epoch, instead of minutes")
     made.add_argument("--steps", type=int, default=1_000_000)
@@ -520,6 +536,9 @@ def main() -> None:
     made.add_argument("--question-tokens", type=int, default=30_000)
     made.add_argument("--read", type=int, default=96)
     made.add_argument("--read-weight", type=float, default=1.0)
+    made.add_argument("--ranked", type=int, default=32, help="labeled questions of a step whose candidates are read")
+    made.add_argument("--ranked-candidates", type=int, default=8)
+    made.add_argument("--rank-weight", type=float, default=0.3)
     made.add_argument("--log-every", type=int, default=20)
     made.add_argument("--measure-every", type=float, default=180.0)
     made.add_argument("--no-compile", dest="compile", action="store_false")

@@ -6,6 +6,7 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from families import base_model
@@ -87,7 +88,8 @@ def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.
     run("questions", "--minutes 1 --ask-batch 8 --ask-steps 2 --batch-tokens 2000 --largest 16 --no-compile")
     run("teach", f"--teacher {place / 'teacher'} --asked", base=False)
     run("reading", "--reading 12")
-    sizes = "--pool 24 --labeled 6 --group 4 --near 5 --read 4 --part-tokens 800 --question-tokens 60 --mine 0"
+    sizes = "--pool 24 --labeled 6 --group 4 --near 5 --read 4 --ranked 4"
+    sizes += " --part-tokens 800 --question-tokens 60 --mine 0"
     run("routers", f"--layers 1 --steps 3 --rank 4 --upper-rank 2 --no-compile --log-every 1 {sizes}")
     run("adapter", f"--out {place / 'adapter'}")
 
@@ -95,7 +97,7 @@ def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.
     measured = [row["recall"] for row in rows if "recall" in row]
     assert len(measured) == 2 and set(measured[0]) == {"nq", "squad11"}
     losses = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in losses] == [1, 2, 3] and all(row["read"] > 0 for row in losses)
+    assert [row["step"] for row in losses] == [1, 2, 3] and all(row["read"] > 0 and row["ranked"] > 0 for row in losses)
 
     fields = json.loads((place / "adapter" / "memory.json").read_text())
     assert fields["routers_trained"]
@@ -109,3 +111,36 @@ def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.
     assert not torch.allclose(found.float(), first.float())
     assert any(bool(value.any()) for name, value in tuned.named_parameters() if "lora_B" in name)
     assert (place / "adapter" / "memory_protocol.json").exists()
+
+    # Training goes on from an adapter; what `adapter` wrote is what it starts from.
+    started = train_real.weights_of_adapter(place / "adapter")
+    assert started.keys() == state.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(started[name], value.float(), atol=1e-2, rtol=1e-2)
+
+    # Everything is measured.
+    import eval_real
+    from real_systems import asked_questions
+
+    data = torch.load(place / "work" / "sets.pt", weights_only=True)
+    asked = len(asked_questions(data))
+    passages = len(data["lengths"])
+    drawn = np.stack([np.random.default_rng(row).permutation(passages)[:10] for row in range(asked)]).astype(np.int32)
+    scores = np.tile(np.linspace(9, 1, 10, dtype=np.float32), (asked, 1))
+    sizes = ("5M", "99M")
+    lists = {f"{size} {name}": item for size in sizes for name, item in (("places", drawn), ("scores", scores))}
+    np.savez(place / "work" / "lexical.npz", **lists)
+    for command, options in {
+        "search": f"--sizes 5,99 --no-compile --parts 0 --base {place / 'base'}",
+        "rerank": f"--parts 0 --base {place / 'base'} --batch-tokens 900",
+        "fuse": "",
+        "read": f"--parts 0 --base {place / 'base'} --limit 2",
+        "report": "",
+    }.items():
+        given = ["--work", str(place / "work"), "--out", str(place / "out"), *options.split()]
+        monkeypatch.setattr(sys, "argv", ["eval_real.py", command, *given])
+        eval_real.main()
+    table = (place / "out" / "report.md").read_text()
+    assert "router, read again" in table and "hybrid with minilm, read again" in table
+    again = np.load(place / "out" / "read_again_99M.npz")
+    assert ((again["places"] >= 0) == np.isfinite(again["scores"])).all() and (again["scores"][:, 0] < 0).all()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .hits import Found, FoundByLayer, Hit, Why
     from .keeping import add_lexical_index, add_vectors, keep_indexes
     from .lexical import LexicalSearcher
+    from .reranking import QueryLikelihood
     from .searcher import Searcher, search
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Hit",
     "LexicalSearcher",
     "MeanPoolingEmbedder",
+    "QueryLikelihood",
     "Searcher",
     "SentenceEmbedder",
     "Why",
@@ -46,6 +48,7 @@ __getattr__ = exports(
         ".hits": ["Found", "FoundByLayer", "Hit", "Why"],
         ".keeping": ["add_lexical_index", "add_vectors", "keep_indexes"],
         ".lexical": ["LexicalSearcher"],
+        ".reranking": ["QueryLikelihood"],
         ".searcher": ["Searcher", "search"],
     },
 )
