@@ -217,8 +217,8 @@ def put_together(arguments: argparse.Namespace) -> None:
         again = {size: dict(np.load(path)) for size, path in read.items()}
         for name in READ_AGAIN:
             lists = {size: read_again_lists(first[size][name], again[size]) for size in kept}
-            name += ", read again"
-            for size, ranked in fused(out / name.replace(", ", "-").replace(" ", "-"), name, lists, questions).items():
+            name += " + reader"
+            for size, ranked in fused(out / name.replace(" + ", "-").replace(" ", "-"), name, lists, questions).items():
                 best[f"{size} {name}"] = places_of(ranked)
     np.savez_compressed(out / "best.npz", **best)
     for name, rows in best.items():
