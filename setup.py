@@ -21,6 +21,7 @@ import os
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -105,10 +106,38 @@ def build(library: Path, objects: Path, cuda: bool) -> None:
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CannotBuild(f"the compiler, whose messages stand above, failed: {reason}") from error
+    if library.exists() and library.read_bytes() == made.read_bytes():
+        return
+    check_errors(made, compiler)
     library.parent.mkdir(parents=True, exist_ok=True)
     unfinished = library.with_name(f"{library.name}.{os.getpid()}.tmp")
     shutil.copy2(made, unfinished)
     os.replace(unfinished, library)  # a process that has loaded the one before keeps it
+
+
+# One call that must fail: it has no offsets.
+WRONG_CALL = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+one = torch.ones(1, 1, 1)
+try:
+    torch.ops.msa_hf.route_documents(one, one[0] > 0, one[0], None, torch.ones(0, dtype=torch.int64), None, 1)
+except RuntimeError as error:
+    sys.exit("must begin with 0" not in str(error))
+sys.exit(1)
+"""
+
+
+def check_errors(made: Path, compiler: list[str]) -> None:
+    """Make sure that an error of the library reaches Python: it does not where the compiler links a C++ runtime of its
+    own into it, beside the one that torch has; then wrong arguments end the process."""
+    call = subprocess.run([sys.executable, "-c", WRONG_CALL, str(made)], capture_output=True, text=True, check=False)
+    if call.returncode:
+        raise CannotBuild(
+            f"errors of what {shlex.join(compiler)} made do not reach Python (status {call.returncode}), as where it "
+            "links libstdc++ statically; name another compiler in the variable CXX, such as CXX=/usr/bin/g++"
+            + "".join(f"; {line}" for line in call.stderr.splitlines()[-1:])
+        )
 
 
 def describe(header: Path, cuda: bool) -> None:

@@ -500,7 +500,9 @@ def main() -> None:
     made.add_argument("--base", required=True)
     made.add_argument("--name", default="routers")
     made.add_argument("--shards", type=int, default=1, help="in which questions were asked and reading rows made")
-    made.add_argument("--start", help="a checkpoint of this command, or an adapter that `adapter` wrote")
+    made.add_argument(
+        "--initial", dest="start", help="a checkpoint of this command, or an adapter that `adapter` wrote"
+    )
     made.add_argument("--minutes", type=float, default=15.0)
     made.add_argument("--until", type=float, help="seconds since the epoch, instead of minutes")
     made.add_argument("--steps", type=int, default=1_000_000)

@@ -5,6 +5,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from extension import why_not_built
+
+from msa_hf.ops import dispatch
 
 SETUP = Path(__file__).parents[1] / "setup.py"
 
@@ -79,3 +82,14 @@ def test_what_is_asked_for_by_name_is_built_or_fails(machine, choice, cuda) -> N
 def test_nothing_is_built_where_nothing_is_wanted(machine) -> None:
     assert machine.run("none", nvcc=True, torch_cuda="13.0") == []
     assert not machine.library.exists()
+
+
+def test_a_library_whose_errors_do_not_reach_python_is_refused(machine, tmp_path: Path) -> None:
+    """What a compiler makes that links a C++ runtime of its own; here, what torch cannot even load."""
+    made = tmp_path / "made.so"
+    made.write_text("no library")
+    with pytest.raises(machine.module.CannotBuild, match=r"errors of what /opt/x/g\+\+ made .*CXX=/usr/bin/g\+\+"):
+        machine.module.check_errors(made, ["/opt/x/g++"])
+    if why_not_built() is None:
+        (library,) = Path(dispatch.__file__).parents[1].glob("_C.*")
+        machine.module.check_errors(library, ["g++"])

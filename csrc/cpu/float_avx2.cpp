@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 
+#include <immintrin.h>
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -23,6 +25,19 @@ namespace msa_hf::cpu {
 #define MSA_KEYS 6
 #define MSA_TOKENS 4
 #define MSA_LONE_KEYS 2
+
+namespace {
+
+typedef float Vector __attribute__((vector_size(MSA_LANES * 4), aligned(4), may_alias));
+
+inline __attribute__((always_inline)) Vector broadcast(float value) { return (Vector)_mm256_set1_ps(value); }
+
+inline __attribute__((always_inline)) Vector multiply_add(Vector a, Vector b, Vector c) {
+  return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+
+}  // namespace
+
 #include "float_kernels.inc"
 
 }  // namespace msa_hf::cpu

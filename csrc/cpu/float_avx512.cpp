@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 
+#include <immintrin.h>
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
 #else
@@ -23,6 +25,19 @@ namespace msa_hf::cpu {
 #define MSA_KEYS 12
 #define MSA_TOKENS 4
 #define MSA_LONE_KEYS 6
+
+namespace {
+
+typedef float Vector __attribute__((vector_size(MSA_LANES * 4), aligned(4), may_alias));
+
+inline __attribute__((always_inline)) Vector broadcast(float value) { return (Vector)_mm512_set1_ps(value); }
+
+inline __attribute__((always_inline)) Vector multiply_add(Vector a, Vector b, Vector c) {
+  return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
+}  // namespace
+
 #include "float_kernels.inc"
 
 }  // namespace msa_hf::cpu
