@@ -268,7 +268,7 @@ def routers(arguments: argparse.Namespace) -> None:
                 work / f"{arguments.name}.pt",
                 {
                     "weights": {name: value.bfloat16().cpu() for name, value in weights.state_dict().items()},
-                    "temperatures": temperatures.state_dict(),
+                    "temperatures": {name: value.cpu() for name, value in temperatures.state_dict().items()},
                     "step": step,
                     "arguments": {name: value for name, value in vars(arguments).items() if not callable(value)},
                 },

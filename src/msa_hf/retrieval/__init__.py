@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .hits import Found, FoundByLayer, Hit, Why
     from .keeping import add_lexical_index, add_vectors, keep_indexes
     from .lexical import LexicalSearcher
-    from .reranking import QueryLikelihood
+    from .reranking import QueryLikelihood, reread
     from .searcher import Searcher, search
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "fit_fusion",
     "fuse",
     "keep_indexes",
+    "reread",
     "search",
 ]
 
@@ -48,7 +49,7 @@ __getattr__ = exports(
         ".hits": ["Found", "FoundByLayer", "Hit", "Why"],
         ".keeping": ["add_lexical_index", "add_vectors", "keep_indexes"],
         ".lexical": ["LexicalSearcher"],
-        ".reranking": ["QueryLikelihood"],
+        ".reranking": ["QueryLikelihood", "reread"],
         ".searcher": ["Searcher", "search"],
     },
 )

@@ -45,6 +45,7 @@ class Why:
         lexical: the lexical index.
         terms: words of the query that the text has, as the query spells them.
         dense: the embedding model.
+        reader: reading the text again (`reread`), whose score is a log-likelihood.
         fused_by: how the ways were put together: "reciprocal ranks", "learned weights", or the one way that is as good;
             None where one was asked.
     """
@@ -54,6 +55,7 @@ class Why:
     lexical: Found | None = None
     terms: tuple[str, ...] = ()
     dense: Found | None = None
+    reader: Found | None = None
     fused_by: str | None = None
 
 

@@ -10,12 +10,15 @@ text, so only the best few dozen of a search are read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..model.tokenizing_msa import tokenize_texts
+from .fusion import RECIPROCAL, FusionWeights, fuse
+from .hits import Found, Hit
 
 OPENING = "\nQuestion:\n"  # between a text and the query; training (`msa_hf.training.ranking`) writes the same
 LONGEST_TEXT = 256  # tokens of a text that are read
@@ -89,7 +92,37 @@ class QueryLikelihood:
         return chosen.squeeze(2).sum(1)
 
 
-def rerank(scores: Sequence[float], candidates: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The candidates by these scores, best first; equal ones keep their order."""
-    pairs = [(document, score) for (document, _), score in zip(candidates, scores, strict=True)]
-    return sorted(pairs, key=lambda pair: -pair[1])
+def reread(query: str, hits: Sequence[Hit], reader: QueryLikelihood, weights: FusionWeights | None = None) -> list[Hit]:
+    """The hits of a search in the order of how they were found and of what reading them again says, fused.
+
+    Args:
+        hits: of `search`, best first; a few dozen, each of which costs a forward over its text.
+        weights: of `fit_fusion`, for the ways `found` and `reader`. None: by reciprocal ranks.
+
+    Returns:
+        the same documents, ranked anew; `why.reader` has the place and log-likelihood of each.
+
+    Raises:
+        ValueError: for a hit whose text the bank does not keep, or weights for other ways.
+    """
+    texts = [hit.text for hit in hits if hit.text is not None]
+    if len(texts) < len(hits):
+        key = next(hit.key for hit in hits if hit.text is None)
+        raise ValueError(f"The bank does not keep the text of {key!r}, so it cannot be read again.")
+    scores = reader.scores(query, texts)
+    order = sorted(range(len(hits)), key=lambda place: -scores[place])
+    places = {place: Found(rank, scores[place]) for rank, place in enumerate(order, 1)}
+    lists = {
+        "found": [(place, hit.score) for place, hit in enumerate(hits)],
+        "reader": [(place, scores[place]) for place in order],
+    }
+    method = RECIPROCAL if weights is None else weights.method
+    return [
+        replace(
+            hits[place],
+            rank=rank,
+            score=score,
+            why=replace(hits[place].why, reader=places[place], fused_by=method),
+        )
+        for rank, (place, score) in enumerate(fuse(lists, weights, query), 1)
+    ]
