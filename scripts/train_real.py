@@ -538,7 +538,7 @@ def main() -> None:
     made.add_argument("--question-tokens", type=int, default=30_000)
     made.add_argument("--read", type=int, default=96)
     made.add_argument("--read-weight", type=float, default=1.0)
-    made.add_argument("--ranked", type=int, default=32, help="labeled questions of a step whose candidates are read")
+    made.add_argument("--ranked", type=int, default=0, help="labeled questions of a step whose candidates are read")
     made.add_argument("--ranked-candidates", type=int, default=8)
     made.add_argument("--rank-weight", type=float, default=0.3)
     made.add_argument("--log-every", type=int, default=20)
