@@ -180,14 +180,14 @@ def test_faults_are_logged_and_not_told(directory: Path, server_of: Any, monkeyp
     assert said == "The server has a fault (RuntimeError); its log says more." and "secret" in caplog.text
 
 
-def test_a_model_without_protocol_says_what_it_lacks(tmp_path: Path, reader: Reader) -> None:
+def test_a_model_without_protocol_answers_as_it_does_elsewhere(tmp_path: Path, reader: Reader) -> None:
     plain = Reader(reader.model, reader.tokenizer, None)
     bank = SharedBank(tmp_path / "bank", plain, Options(create=True))
     assert bank.search("roses", 3, None, Stop(60)) == ("router", [])
     assert bank.upsert("heights", TEXTS["heights/main hall?"], None, None, Stop(60)) == "added"
     assert [hit.key for hit in bank.search("roses", 3, None, Stop(60))[1]] == ["heights"]
-    with pytest.raises(UserError, match=r"no memory_protocol\.json"):
-        bank.ask(QUESTION, Stop(60))
+    answer, documents = bank.ask(QUESTION, Stop(60))
+    assert answer.token_ids and [document.key for document in documents] == ["heights"]
 
 
 def test_what_cannot_be_loaded_is_told_to_whoever_calls(directory: Path, capsys: Any) -> None:

@@ -14,7 +14,8 @@ import torch
 from transformers import StoppingCriteria
 
 from ..bank import BankStore
-from ..generation import Answer, MemoryInterleave
+from ..generation import Answer
+from ..generation.asking import Asker, asker_of
 from ..hybrid.streams import open_when_free
 from ..model.bank_format_msa import MANIFEST
 from ..model.checkpoint_msa import UNTRAINED
@@ -95,7 +96,7 @@ class _Current:
     bank: MemoryBank
     searcher: Searcher
     modes: list[str] | None = None
-    asker: MemoryInterleave | None = None
+    asker: Asker | None = None
 
 
 class SharedBank:
@@ -237,24 +238,19 @@ class SharedBank:
         """An answer, and the documents that were read for it as they were then.
 
         Raises:
-            UserError: for a checkpoint that was not taught to answer from a memory.
             TimeoutError: where it takes too long.
         """
         with self._with_model(stop) as reader:
-            if reader.protocol is None:
-                raise UserError(
-                    "this checkpoint has no memory_protocol.json, so it was not taught to answer from a memory; search "
-                    "works with it, and docs/finetuning.md says how to train one"
-                )
             now = self._now()
             if now.asker is None:
-                now.asker = MemoryInterleave(
+                rounds = {} if reader.protocol is None else {"max_rounds": self.options.max_rounds}
+                now.asker = asker_of(
                     reader.model,
                     reader.tokenizer,
                     now.bank,
                     reader.protocol,
-                    max_rounds=self.options.max_rounds,
                     max_new_tokens=self.options.max_new_tokens,
+                    **rounds,
                 )
             answer: Answer = now.asker.ask(question, stopping_criteria=[StopGenerating(stop)])
             stop.check()
