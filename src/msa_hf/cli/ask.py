@@ -27,13 +27,13 @@ def add_options(made: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf ask`."""
-    from ..data.lines import input_lines
-
     if args.stream and args.json:
         raise UserError("--stream and --json: choose one of them")
     if "-" in args.questions and len(args.questions) > 1:
         raise UserError("-: reads the questions from the input; leave the others out")
     asker = opened_asker(args)
+    from ..data.lines import input_lines  # which takes as long to import as a model
+
     given = [] if args.questions == ["-"] else args.questions
     failed = False
     for number, question in enumerate(given or input_lines("? ")):
