@@ -61,6 +61,8 @@ def test_mistakes_are_one_line(place: Path, asked: Path, tmp_path: Path, capsys:
     assert "This bank has no lexical index" in refusal(capsys, *options, "--checks", "hybrid")
     assert "--rate 0 leaves none of 4 questions" in refusal(capsys, *options, "--rate", "0")
     assert "must be a share from 0 to 1" in refusal(capsys, *options, "--rate", "2")
+    assert "--confidence below 1" in refusal(capsys, *options, "--confidence", "1")
+    assert "--false-alarms must lie between" in refusal(capsys, *options, "--false-alarms", "0")
     assert "not a file in a directory" in refusal(capsys, *options, "--out", tmp_path)
     assert "No such file" in refusal(capsys, *options, "--calibration", tmp_path / "none.json")
     assert "not a calibration" in refusal(capsys, *options, "--calibration", asked)

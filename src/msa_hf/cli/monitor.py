@@ -84,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     from ..hybrid.monitoring import Calibration, Monitor, MonitorMetrics, dashboard, make_report
 
     device = device_in(args)
+    if not 0 < args.false_alarms < 1 or args.confidence == 1:
+        raise UserError("--false-alarms must lie between 0 and 1, and --confidence below 1")
     for name in (args.out, args.metrics, args.dashboard, args.calibration if args.good else None):
         require_place(name)
     with reported():

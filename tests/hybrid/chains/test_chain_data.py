@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import datetime
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,9 @@ BAD = [
     ("name", " ", "`name` must be a text"),
     ("version", 1, "there is no field 'version'"),
     ("name", "a\ud800", "name: is no Unicode"),
+    ("steps.3.extract", {"json": {"type": "string", "enum": [datetime.date(2020, 1, 1)]}}, "is no JSON"),
+    ("steps.3.extract", {"json": {"type": "number", "maximum": float("inf")}}, "is no JSON"),
+    ("steps.2.when", {"field": "look", "in": [{1, 2}]}, "is no JSON"),
     ("steps.3.prompt", "a\ud800", "step 'last', prompt: is no Unicode"),
 ]  # fmt: skip
 

@@ -200,6 +200,13 @@ def test_replies_without_end_and_no_server(server: Server, waits: list[float], m
     for options in ({"url": "localhost"}, {"timeout": 0}, {"attempts": 0}, {"pause": -1}):
         with pytest.raises(ValueError):
             EndpointChat(**{"url": "http://x", "model": "m", **options})
+    for url in ("http://", "http:///v1", "http://\ud800/"):
+        with pytest.raises(ValueError, match="`url`"):
+            EndpointChat(url, "m")
+    for key in ("s3cret\nX-Other: 1", "schl\u00fcssel"):
+        with pytest.raises(ValueError, match="`api_key`") as refused:
+            EndpointChat("http://x", "m", api_key=key)
+        assert key not in str(refused.value)
 
 
 def test_a_chain_tells_which_step_asked_an_endpoint_that_hangs(server: Server, waits: list[float]) -> None:

@@ -67,6 +67,7 @@ def chain_from_dict(data: object) -> Chain:
     given = _mapping(data, "chain", {"name", "steps", "answer"}, {"name", "steps"})
     chain = Chain(_text(given["name"], "name"), _steps(given["steps"], "steps"), _optional(given, "answer", "answer"))
     check_chain(chain)
+    digest_of(chain)  # a value that no trace could tell is one of YAML alone
     return chain
 
 
@@ -77,8 +78,15 @@ def chain_to_dict(chain: Chain) -> JsonObject:
 
 
 def digest_of(chain: Chain) -> str:
-    """SHA-256 of a chain's data: equal for chains that do the same."""
-    text = json.dumps(chain_to_dict(chain), sort_keys=True, ensure_ascii=False)
+    """SHA-256 of a chain's data: equal for chains that do the same.
+
+    Raises:
+        ChainError: for a value that is no JSON, such as a date, or infinite.
+    """
+    try:
+        text = json.dumps(chain_to_dict(chain), sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ChainError(f"chain {chain.name!r}: a value in it is no JSON ({error}); quote it in YAML") from error
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 

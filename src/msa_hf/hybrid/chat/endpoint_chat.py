@@ -80,7 +80,15 @@ class EndpointChat:
                 f"`timeout` must be above 0, `attempts` at least 1 and `pause` at least 0, got {timeout}, {attempts} "
                 f"and {pause}."
             )
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("`api_key` has a line break, or a character that is not of ASCII; no key has.")
         self._http = _http_package()
+        try:
+            host = self._http.URL(url).host
+        except (self._http.InvalidURL, UnicodeError) as error:
+            raise ValueError(f"`url` is no address: {error} ({url!a:.200}).") from None
+        if not host:
+            raise ValueError(f"`url` names no host: {url!r:.200}.")
         self.url, self.name, self.tokenizer = url.rstrip("/") + "/chat/completions", model, tokenizer
         self.context_tokens, self.structured = context_tokens, structured
         self.timeout, self.attempts, self.pause, self._sleep = timeout, attempts, pause, sleep
