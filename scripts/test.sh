@@ -235,8 +235,10 @@ elif ! names_a_path ${pytest_args[@]+"${pytest_args[@]}"}; then
         pytest_args+=("--ignore=tests/model/test_$name.py")
     done
 fi
-# The models are tiny and run on one thread each, so every core takes its own files.
-check "pytest" "$python" -m pytest -q -p no:cacheprovider --numprocesses auto --dist loadfile ${pytest_args[@]+"${pytest_args[@]}"}
+# The models are tiny and run on one thread each, so every core takes its own files. In the order of the folders: those of
+# few tests last, as is usual, would let one core wait for the slowest test of all.
+spread=(--numprocesses auto --dist loadfile --no-loadscope-reorder)
+check "pytest" "$python" -m pytest -q -p no:cacheprovider "${spread[@]}" ${pytest_args[@]+"${pytest_args[@]}"}
 [[ -z "$torture" ]] || check "torture of banks" tortured
 
 if ((${#failed[@]})); then
