@@ -133,7 +133,7 @@ def test_adapters_of_peft_keep_its_card(made: Any, tmp_path: Path) -> None:
 
 def test_pushing(hub: FakeHub, base: Path, tmp_path: Path) -> None:
     put(hub, "user/base", base, **{"README.md": b"---\nlicense: mit\n---\n# base\n"})
-    byte_tokenizer().push_to_hub("user/model")  # whose empty card is transformers'
+    byte_tokenizer().push_to_hub("user/model", private=True)  # whose empty card is transformers'
     model = MSAForCausalLM.from_base("user/base")
     info = model.push_to_hub("user/model", private=True, commit_message="First", tags=["notes"])
     there = hub.model("user/model")
