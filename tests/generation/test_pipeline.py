@@ -6,7 +6,7 @@ import pytest
 from scripted import COMPACT, bank_of, byte_tokenizer, memory_model
 from transformers import pipeline
 
-from msa_hf.generation import MemoryInterleave
+from msa_hf.generation import MemoryInterleave, asker_of
 from msa_hf.pipeline import TASK
 
 TOKENIZER = byte_tokenizer()
@@ -54,3 +54,27 @@ def test_a_checkpoint_is_loaded_by_its_path(tmp_path) -> None:
     for item, other in zip(found, expected, strict=True):
         assert item["answer"] == other["answer"]
         assert [source["key"] for source in item["sources"]] == [source["key"] for source in other["sources"]]
+
+
+@pytest.mark.parametrize("protocol", [COMPACT, None])
+def test_the_checkpoints_protocol_is_read_and_messages_are_taken(tmp_path, protocol) -> None:
+    """One conversation, a batch of them, and texts, as `asker_of` answers them; sources come with their texts."""
+    for part in (MODEL, TOKENIZER, *([protocol] if protocol else [])):
+        part.save_pretrained(tmp_path)
+    options = OPTIONS if protocol else {}
+    found = pipeline(TASK, model=str(tmp_path), memory=BANK, interleave=options, device="cpu")
+    asker = asker_of(MODEL, TOKENIZER, BANK, protocol, **options)
+    assert found.asker.protocol == protocol
+    said = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": "Here."}]
+    said.append({"role": "user", "content": "and how far is it?"})
+    batch = [said, said[:1], QUESTIONS[1]]
+    expected = asker.ask(batch, max_new_tokens=5)
+    for item, other in zip(found(batch, max_new_tokens=5), expected, strict=True):
+        assert item["answer"] == other.text
+        texts = {document.key: document.text for document in BANK.documents}
+        assert [(source["key"], source["text"]) for source in item["sources"]] == [
+            (source.key, texts[source.key]) for source in other.documents
+        ]
+    assert found(said, max_new_tokens=5)["answer"] == expected[0].text
+    with pytest.raises(ValueError, match="must be the user's question"):
+        found(said[:2])
