@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 import sys
@@ -261,7 +262,8 @@ def vectors(directory: Path) -> None:
     header = b'{"__metadata__":{' + b",".join(b'"%d":"x"' % number for number in range(500_000)) + b"}}"
     path = directory / f"vectors-0-{'0' * 16}.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
-    entry = {"file": path.name, "bytes": path.stat().st_size, "sha256": "", "rows": 5, "vectors": 2**40}
+    entry = {"file": path.name, "bytes": path.stat().st_size, "rows": 5, "vectors": 2**40}
+    entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     commit = bank_format_msa.commit_id(bank_manifest_msa.read_manifest(directory))
     record = {
         "kind": "msa_hf-vectors",
