@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from msa_hf.hybrid.monitoring.second_reading import standing
 from msa_hf.hybrid.monitoring.signals import CHECKS, SIGNALS, RoutedRound, entropy, routing_signals, signal_named
 
 
@@ -47,3 +48,21 @@ def test_every_signal_says_what_to_do() -> None:
         assert signal.weight > 0 and signal.unit > 0 and signal.meaning and signal.remedy
     with pytest.raises(ValueError, match="no signal 'foo'; there are texts_disagree"):
         signal_named("foo")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ({"denser": "1924", "hybrid": "1924", "texts": "1885"}, set()),  # outvoted
+        ({"denser": "1994", "hybrid": "1885", "texts": "1887"}, set()),  # each alone
+        ({"denser": "1924", "hybrid": "The 1885.", "texts": "1885"}, {"hybrid", "texts"}),
+        ({"denser": "1885", "hybrid": "1885", "texts": "1887"}, {"denser", "hybrid"}),
+        ({"denser": "1924", "hybrid": "1885"}, set()),
+        ({"denser": "1885", "hybrid": "1885"}, {"denser", "hybrid"}),
+        ({"texts": "1885"}, {"texts"}),  # nothing else was asked
+        ({"texts": "1924"}, set()),
+        ({}, set()),
+    ],
+)
+def test_disagreements_stand_if_another_check_says_the_same(seconds: dict[str, str], expected: set[str]) -> None:
+    assert standing("1924", seconds) == expected

@@ -21,7 +21,7 @@ from .coverage import sentences_of
 from .finding import Cost, Finding, SecondAnswer
 from .names import QuestionNames
 from .recovering import Recovered, Unanswered, confirm, read_one_by_one
-from .second_reading import Evidence, Reading, SecondReader, same_answer
+from .second_reading import Evidence, Reading, SecondReader, same_answer, standing
 from .signals import CHECKS, SIGNALS, RoutedRound, routing_signals
 
 DEPTH = 100  # documents of each way that are looked at
@@ -92,9 +92,10 @@ class Monitor:
     A check whose answer is empty or a refusal says nothing against the first answer. Else it counts by how many nats
     more likely its own answer is than the first one, both given what the check read: as `..._disagree`; or where the
     first answer was empty or a refusal as `..._recover`, times the share of the question's names that a document has.
-    Where more checks give the first answer again than do not, disagreements count nothing. Without an answer `"texts"`
-    also reads each candidate alone, behind what was read first, and what all of them together say counts if the
-    documents that say it are enough for it; the better of the two counts.
+    Disagreements count nothing where more checks give the first answer again than do not, and where of several checks
+    no other one gives the same answer. Without an answer `"texts"` also reads each candidate alone, behind what was
+    read first, and what all of them together say counts if the documents that say it are enough for it; the better of
+    the two counts.
 
     Args:
         model, tokenizer: that answer.
@@ -466,10 +467,10 @@ class Monitor:
         return SecondAnswer(reading.text if best is None else single.text, not max(together, single.advantage), keys)
 
     def _outvote(self, item: _Watched) -> None:
-        """Let disagreements count nothing where more checks give the first answer again."""
-        same = sum(same_answer(second.text, item.answer) for second in item.second.values())
-        if not self._says_nothing(item.answer) and same > len(item.second) - same:
-            item.signals |= {f"{check}_disagree": 0.0 for check in item.second}
+        """Let disagreements count nothing that do not stand (`standing`)."""
+        if not self._says_nothing(item.answer):
+            kept = standing(item.answer, {check: second.text for check, second in item.second.items()})
+            item.signals |= {f"{check}_disagree": 0.0 for check in item.second if check not in kept}
 
     def _agrees(self, item: _Watched, reading: Reading) -> bool:
         return self._says_nothing(reading.text) or same_answer(reading.text, item.answer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,6 +123,24 @@ class SecondReader:
             float(row[: len(answer)].gather(1, torch.tensor(answer, device=row.device)[:, None]).sum())
             for row, answer in zip(logs, answers, strict=True)
         ]
+
+
+def standing(first: str, seconds: Mapping[str, str]) -> set[str]:
+    """The checks whose answers may stand against the first one: none where more of them give it again than do not; and
+    of several checks only those whose answer another one gives as well, because a wrong reading seldom comes twice.
+
+    Args:
+        first: the answer, not empty.
+        seconds: check -> its answer.
+    """
+    same = sum(same_answer(text, first) for text in seconds.values())
+    if same > len(seconds) - same:
+        return set()
+    return {
+        check
+        for check, text in seconds.items()
+        if len(seconds) == 1 or any(same_answer(text, seconds[other]) for other in seconds if other != check)
+    }
 
 
 def same_answer(one: str, other: str) -> bool:
