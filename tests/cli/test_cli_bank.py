@@ -55,7 +55,7 @@ def test_documents_are_added_replaced_and_left_alone(
     assert all(found[found.position(key)].key == key for key in before)
     assert "0 added, 0 replaced, 3 unchanged; 6 documents" in run(capsys, *add)
     answered = run_main(capsys, "ask", place / "compact", bank, "when was the tower built", "--max-new-tokens", 4)
-    assert "Time:" in answered
+    assert "Sources:" in answered
 
 
 def run_main(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -139,7 +139,7 @@ def test_what_is_wrong_is_said_in_one_line(place: Path, tmp_path: Path, capsys: 
     for name in ("plain", "compact"):
         assert "The question 'how far how far" in said(replace={3: files["long"]}, name=name)
     assert "no such file or directory" in said(replace={2: tmp_path / "missing"})
-    assert "no .txt or .md file with text" in said(replace={2: tmp_path / "nothing"})
+    assert "no documents" in said(replace={2: tmp_path / "nothing"})
     assert "no such directory" in said(replace={1: tmp_path / "missing"})
     assert "must be an integer of at least 1" in said("--k", 0)
     assert "not a file in a directory that is there" in said("--out", tmp_path / "missing" / "out.json")

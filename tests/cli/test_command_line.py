@@ -30,7 +30,7 @@ def test_an_interrupt_exits_with_130(place: Path, monkeypatch: pytest.MonkeyPatc
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("msa_hf.cli.ask.load", interrupt)
+    monkeypatch.setattr("msa_hf.cli.answers.load", interrupt)
     assert main(["ask", str(place / "plain"), str(place / "plain-bank"), QUESTION]) == 130
 
 

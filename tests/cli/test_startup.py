@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -58,7 +59,9 @@ def test_help_comes_at_once(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("module", ["torch.nn", "transformers"])
-def test_an_interruption_of_an_import_is_one_line(module: str) -> None:
+def test_an_interruption_of_an_import_is_one_line(module: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")  # what is there is looked for before anything is imported
+    (tmp_path / "config.json").write_text("{}")
     code = f"""
 import os, signal, sys
 
@@ -69,7 +72,7 @@ class Interrupt:
 
 from msa_hf.cli import main
 sys.meta_path.insert(0, Interrupt())
-sys.exit(main(["ask", ".", "bank", "question"]))
+sys.exit(main(["ask", {str(tmp_path)!r}, {str(tmp_path)!r}, "question"]))
 """
     found = python(code)
     assert (found.returncode, found.stdout, found.stderr) == (130, "", "\n")

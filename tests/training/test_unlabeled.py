@@ -276,7 +276,7 @@ DUPLICATES = {f"n{n}": "the same words in every single note . again and again" f
 @pytest.mark.parametrize(
     "texts, message",
     [
-        ({}, "no .txt or .md file with text"),
+        ({}, "no documents"),
         (
             {"one": "w0x1 the only note"},
             "the documents have 1 different passages; routers learn to tell",

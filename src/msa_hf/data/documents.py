@@ -164,7 +164,7 @@ class Corpus:
 
     def _why_none(self) -> str:
         said = "; ".join(report_lines(self.skipped))
-        return f", {said}" if said else ""
+        return f", {said}" if said else "; docs/documents.md names the kinds of files that are read"
 
     # Looking --------------------------------------------------------------------------------------------------------
 
