@@ -2,8 +2,9 @@
 
     python benchmarks/bench_monitor.py --out monitor.json
 
-Thresholds come from questions that msa-hf-tiny answers rightly, in healthy banks of some seeds; they are judged on
-banks of other seeds, with blind spots of every kind of `tests/helpers/blind_spots.py`. A blind spot counts if the
+Thresholds come from questions that msa-hf-tiny answers rightly, in banks of some seeds; they are judged on banks of
+other seeds. All banks have blind spots of every kind of `tests/helpers/blind_spots.py`; the thresholds come from
+questions about other documents. A blind spot counts if the
 answer is wrong, so that routing missed it; a false alarm is a flagged question that is answered rightly and about no
 planted document. `--from FILE` prints the tables of an earlier run again, with other options of the calibration.
 """
@@ -51,18 +52,16 @@ def measured(arguments: Any) -> dict[str, Any]:
         for seed in seeds:
             start = time.time()
             corpus = make_corpus(arguments.documents, seed, "test", prose(), 0.2)
-            spots = arguments.spots if part == "test" else 0
-            kinds = tuple(KINDS) if spots else ()
-            healthy = arguments.healthy if spots else arguments.good
-            planted = plant(model, tokenizer, protocol, corpus, spots, healthy, prose(), kinds, seed)
+            # A monitor is calibrated on the kind of bank that it watches: with blind spots, which nobody knows of.
+            healthy = arguments.healthy if part == "test" else arguments.good
+            planted = plant(model, tokenizer, protocol, corpus, arguments.spots, healthy, prose(), tuple(KINDS), seed)
             add_lexical_index(planted.bank)
             print(f"{part}, seed {seed}: {len(planted.bank)} documents, {time.time() - start:.0f} s", flush=True)
             monitor = Monitor(
                 model, tokenizer, planted.bank, protocol, refusal=UNANSWERABLE, max_new_tokens=24, batch_size=16
             )
-            for kind, questions in [*planted.questions.items(), ("healthy", planted.healthy)]:
-                if not questions:
-                    continue
+            asked = planted.questions if part == "test" else {}
+            for kind, questions in [*asked.items(), ("healthy", planted.healthy)]:
                 start = time.time()
                 for question, finding in zip(questions, monitor.check([item.text for item in questions]), strict=True):
                     record = {**finding.to_dict(), "part": part, "seed": seed, "planted": kind, "kind": question.kind}
