@@ -160,10 +160,13 @@ def read_lines(path: Path, encoding: str | None = None, first: int = 1) -> Itera
                 raise DataError(f"{place}: more than {LONGEST >> 20} MiB long")
             if number < first:
                 continue
+            data = data.removesuffix(b"\n").removesuffix(b"\r")
             try:
-                yield Line(number, decode(data, place, encoding).removesuffix("\n"))
+                line: Line | BadLine = Line(number, decode(data, place, encoding))
             except DataError as error:
-                yield BadLine(number, error)
+                line = BadLine(number, error)
+            data = b""  # a long line is not held twice while it is looked at
+            yield line
 
 
 def _decoded_lines(path: Path, encoding: str, first: int) -> Iterator[Line]:

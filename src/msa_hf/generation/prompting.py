@@ -103,10 +103,21 @@ def messages_of(said: Said) -> list[dict[str, str]]:
 
 
 def asked_of(questions: Said | Sequence[Said]) -> tuple[list[Said], bool]:
-    """What is asked, and whether it is one thing: a text or a list of messages is, a list of either is several."""
+    """What is asked, and whether it is one thing: a text or a list of messages is, a list of either is several.
+
+    Raises:
+        ValueError: for one of several that is neither, by its number.
+    """
     if isinstance(questions, str) or (questions and all(isinstance(item, Mapping) for item in questions)):
         return [questions], True  # type: ignore[list-item]
-    return list(questions), False  # type: ignore[arg-type]
+    found: list[Said] = list(questions)  # type: ignore[arg-type]
+    for number, said in enumerate(found):
+        if not isinstance(said, str):
+            try:
+                messages_of(said)
+            except ValueError as error:
+                raise ValueError(f"Question {number}: {error}") from error
+    return found, False
 
 
 def _text_of(place: int, content: object) -> str:

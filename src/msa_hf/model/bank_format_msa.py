@@ -70,6 +70,13 @@ class BankUnreadable(BankError, OSError):
     """A file of a bank cannot be read now, for want of descriptors, permission or a working disk: it is not damaged."""
 
 
+class CommitOutcomeUnknown(BankError, RuntimeError):
+    """A commit was begun and then something failed: whether it is on the disk, only opening the bank again tells.
+
+    A `BankStore` is closed then. What the bank held before is intact, and so is the commit as a whole if it is there.
+    """
+
+
 def format_error(file: Path, cause: str, remedy: str = RESTORE) -> BankFormatError:
     """The error about a file of a bank, in the words that all of them have."""
     return BankFormatError(f"{file}: {cause}. {remedy}.")

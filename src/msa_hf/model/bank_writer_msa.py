@@ -29,6 +29,7 @@ from .bank_format_msa import (
     MANIFEST,
     OWN_FILE,
     BankFormatError,
+    CommitOutcomeUnknown,
     DeletionsRecord,
     FileRecord,
     Manifest,
@@ -379,6 +380,7 @@ def write_bank(
         BankNotWritable: where the directory cannot be locked, see `WriterLock`.
         ValueError: for a dtype that the format does not have, or an unreadable size.
         BankFormatError: if the directory holds a manifest that cannot be read.
+        CommitOutcomeUnknown: for an error of the disk once readers may see the bank.
     """
     limit, layout = parse_size(max_shard_size), TensorLayout.of_tensors(layers)
     directory.mkdir(parents=True, exist_ok=True)
@@ -399,7 +401,15 @@ def write_bank(
             if "next_id" in manifest:
                 manifest["next_id"] = next_id
             lock.check()
-            writer.commit(manifest)
+            try:
+                writer.commit(manifest)
+            except OSError as error:
+                if not writer.may_have_committed():
+                    raise
+                raise CommitOutcomeUnknown(
+                    f"{directory}: the bank was put in its place, but whether the disk has it is not known ({error}). "
+                    "Open it: it is this one or the one before, as a whole."
+                ) from error
         remove_files(directory, old - file_names(manifest))
 
 

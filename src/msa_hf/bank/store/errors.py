@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...model.bank_format_msa import BankError
+from ...model.bank_format_msa import BankError, CommitOutcomeUnknown
 from ...model.bank_lock_msa import BankNotWritable
 
 __all__ = ["BankDamaged", "BankNotWritable", "CommitOutcomeUnknown", "ErasureIncomplete"]
@@ -10,13 +10,6 @@ __all__ = ["BankDamaged", "BankNotWritable", "CommitOutcomeUnknown", "ErasureInc
 
 class BankDamaged(BankError, RuntimeError):
     """A bank with damaged files cannot be written to before it is decided what becomes of their documents."""
-
-
-class CommitOutcomeUnknown(BankError, RuntimeError):
-    """A commit was begun and then something failed: whether it is on the disk, only opening the bank again tells.
-
-    The `BankStore` is closed. What it held before is intact, and so is the commit as a whole if it is there.
-    """
 
 
 class ErasureIncomplete(BankError, RuntimeError):

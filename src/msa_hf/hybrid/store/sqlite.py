@@ -233,7 +233,7 @@ class SQLiteStore:
     def _prepare(self, connection: sqlite3.Connection) -> None:
         """Make the schema in an empty file, or compare that of the file."""
         if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            connection.execute("PRAGMA journal_mode = WAL")
+            self._write_ahead(connection)
             connection.execute("BEGIN IMMEDIATE")
             if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:  # nobody was faster
                 connection.execute(SCHEMA)
@@ -253,6 +253,19 @@ class SQLiteStore:
         found = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'items'").fetchone()
         if found is None or found[0].split() != SCHEMA.split():
             raise StoreFormatError(f"{self.path}: its table `items` was changed; restore the file from a copy.")
+
+    def _write_ahead(self, connection: sqlite3.Connection) -> None:
+        """Have a new file keep a log; SQLite itself does not wait for others who do the same."""
+        end = time.monotonic() + self._timeout
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+                if not busy or time.monotonic() > end:
+                    raise
+            time.sleep(0.01)
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
