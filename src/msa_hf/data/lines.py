@@ -154,7 +154,9 @@ def read_lines(path: Path, encoding: str | None = None, first: int = 1) -> Itera
         yield from _decoded_lines(path, encoding, first)
         return
     with open_bytes(path) as file:
-        for number, data in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), start=1):
+        number = 0  # counted here: `enumerate` would hold every line until the next one is there
+        while data := file.readline(LONGEST + 1):
+            number += 1
             place = f"{path}, line {number}"
             if len(data) > LONGEST:
                 raise DataError(f"{place}: more than {LONGEST >> 20} MiB long")
