@@ -49,33 +49,33 @@ SIGNALS: dict[str, Signal] = {
         1.0, 3.0, "texts", "it had no answer; with the texts of the best candidates it has one", _READ_OTHER
     ),
     "hybrid_disagree": Signal(
-        1.0, 3.0, "hybrid", "with the documents of a hybrid search, the model answers otherwise", _BY_HYBRID
+        0.5, 3.0, "hybrid", "with the documents of a hybrid search, the model answers otherwise", _BY_HYBRID
     ),
     "hybrid_recover": Signal(
-        1.0, 3.0, "hybrid", "it had no answer; with the documents of a hybrid search, it has one", _BY_HYBRID
+        0.5, 3.0, "hybrid", "it had no answer; with the documents of a hybrid search, it has one", _BY_HYBRID
     ),
     "denser_disagree": Signal(
-        1.0, 3.0, "denser", "with several times as many routed documents, the model answers otherwise", _TOO_LOW
+        0.5, 3.0, "denser", "with several times as many routed documents, the model answers otherwise", _TOO_LOW
     ),
     "denser_recover": Signal(
-        1.0, 3.0, "denser", "it had no answer; with several times as many routed documents, it has one", _TOO_LOW
+        0.5, 3.0, "denser", "it had no answer; with several times as many routed documents, it has one", _TOO_LOW
     ),
     "lexical_gap": Signal(
-        1.0,
+        0.5,
         1.0,
         None,
         "another document has names of the question that what was read lacks",
         _READ_OTHER,
     ),
     "dense_gap": Signal(
-        1.0,
+        0.5,
         0.05,
         None,
         "by its vector another document fits the question far better than what was read",
         _READ_OTHER,
     ),
     "low_score": Signal(
-        0.25,
+        0.125,
         0.05,
         None,
         "the routers' best score is low: no document looks like one that answers",
@@ -83,35 +83,35 @@ SIGNALS: dict[str, Signal] = {
         "document is missing: add it.",
     ),
     "small_margin": Signal(
-        0.25,
+        0.125,
         0.05,
         None,
         "the best document is hardly better than the next: near-duplicates may crowd out the one that answers",
         "Compare the documents that were routed; remove or merge near-duplicates, or read more documents per round.",
     ),
     "crowded": Signal(
-        0.5,
+        0.25,
         0.05,
         None,
         "even the last of the routed documents scores high: one that answers may lie beyond them",
         "Compare the documents that were routed: remove or merge near-duplicates, or raise `top_k`.",
     ),
     "router_entropy": Signal(
-        0.25,
+        0.125,
         0.05,
         None,
         "the routers' scores are spread over many documents",
         "The same as for a small margin; if most questions show it, the routers need training (docs/finetuning.md).",
     ),
     "layers_disagree": Signal(
-        0.25,
+        0.125,
         0.25,
         None,
         "memory layers choose different documents",
         "Some layers do not know this kind of document: measure them with `msa-hf eval`, and train them.",
     ),
     "unanswered": Signal(
-        0.25,
+        0.125,
         1.0,
         None,
         "the model gave no answer, or said that the memory does not hold it",
