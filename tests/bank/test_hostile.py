@@ -190,3 +190,15 @@ def test_keys_whose_offsets_lie_are_not_followed(tmp_path: Path, place: int, lie
     path.write_bytes(content.replace(offsets.tobytes(), lying.tobytes()))
     with pytest.raises(BankFormatError, match="table of documents is damaged"):
         MemoryBank.from_pretrained(tmp_path, verify=False)
+
+
+def test_a_directory_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    """Whatever file a write is about to put in its place."""
+    from msa_hf.bank import BankNotWritable
+    from msa_hf.model.bank_writer_msa import put_in_place
+
+    (tmp_path / "new").write_text("new")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(BankNotWritable, match="taken is a directory, where the bank has a file"):
+        put_in_place(tmp_path / "new", tmp_path / "taken")
+    assert (tmp_path / "new").read_text() == "new"

@@ -27,8 +27,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Any:
     logger = logging.getLogger("transformers")
+    level = logger.level
     logger.addHandler(caplog.handler)
+    logger.setLevel(logging.WARNING)  # whatever others have left behind
     yield caplog
+    logger.setLevel(level)
     logger.removeHandler(caplog.handler)
 
 

@@ -51,7 +51,7 @@ from .bank_format_msa import (
     new_manifest,
     parse_size,
 )
-from .bank_lock_msa import WriterLock
+from .bank_lock_msa import BankNotWritable, WriterLock
 from .bank_log_msa import ENTRY_FILE, LogEntry, encode_entry, entry_name
 from .bank_manifest_msa import backup_of, manifest_mark, read_checkpoint, read_manifest, referenced_files
 
@@ -140,7 +140,7 @@ class BankWriter:
         if not target.exists():
             self._created.append(target)
         # Also over an equal file: that one may be damaged, and whoever has it mapped keeps it.
-        os.replace(temporary, target)
+        put_in_place(temporary, target)
         return {"file": target.name, "bytes": size, "sha256": digest}
 
     def prefix(self, prefix: Mapping[int, TensorPair]) -> PrefixRecord | None:
@@ -205,7 +205,7 @@ class BankWriter:
 
     def adopt(self, path: Path) -> None:
         """Move a data file here that a writer published in another folder of the file system."""
-        os.replace(path, self.directory / path.name)
+        put_in_place(path, self.directory / path.name)
 
     # The commit
 
@@ -301,11 +301,23 @@ def write_text(path: Path, text: str, stem: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         sync(temporary)
         sync(path.parent)  # the names of the data files, before anything refers to them
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     finally:
         with suppress(OSError):  # of the next writer, who removes leftovers
             temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def put_in_place(file: Path, path: Path) -> None:
+    """Rename a file, over another one if there is one.
+
+    Raises:
+        BankNotWritable: if a directory has the name.
+    """
+    try:
+        os.replace(file, path)
+    except IsADirectoryError as error:
+        raise BankNotWritable(f"{path} is a directory, where the bank has a file. Move it away.") from error
 
 
 def sync(path: Path) -> None:

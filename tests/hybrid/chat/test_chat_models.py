@@ -159,7 +159,8 @@ def test_constrained_json_is_what_the_schema_says(chat: TransformersChat, seed: 
     written = chat.complete(user("Give JSON."), 200, schema=schema, temperature=pick.choice([0.0, 1.5]), seed=seed)
     if not written.cut:
         value = read_json(written.text, strict(schema))
-        assert json.dumps(value, ensure_ascii=False, separators=(",", ":")) == written.text or "\\u" in written.text
+        spelled = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        assert spelled == written.text.replace("-0", "0") or "\\u" in written.text  # -0 is JSON too
     elif schema is SCHEMA:
         raise AssertionError(f"five characters and two keys end within 200 tokens: {written.text!r}")
 
