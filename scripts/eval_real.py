@@ -161,6 +161,7 @@ def rerank(arguments: argparse.Namespace) -> None:
         found = reader.token_scores(asked, [passages.row(place) for place in places])
         scores.append((number, dict(zip(places, found, strict=True))))
         if len(scores) % 500 == 0:
+            save(work / f"read_again{rank()}.pt", scores)  # a run that is cut off keeps these
             log("read again", len(scores), "questions in", round(time.time() - start), "s, by each process")
     save(work / f"read_again{rank()}.pt", scores)
     if group is not None:

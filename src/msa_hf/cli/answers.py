@@ -29,7 +29,7 @@ INTERLEAVE = ("select", "max_rounds", "documents_per_round")  # options that nee
 
 
 def add_asking_options(made: argparse.ArgumentParser) -> None:
-    """How questions are asked and answered."""
+    """Options of asking and answering."""
     add_model_options(made)
     made.add_argument("--select", choices=SELECTORS, help="how documents are chosen for reading (default: router)")
     made.add_argument("--max-rounds", type=at_least(0), help="of retrieval (default: 3)")
@@ -48,7 +48,7 @@ def add_asking_options(made: argparse.ArgumentParser) -> None:
 
 
 def opened_asker(args: argparse.Namespace) -> Asker:
-    """What answers the questions of a command: MODEL on BANK, as its options say; warns of untrained routers."""
+    """The asker of a command: MODEL on BANK, as its options say; warns of untrained routers."""
     checkpoint(args.model)
     check_bank(args.bank)
     from ..bank import place_bank
@@ -137,7 +137,7 @@ def terminal_streamer(tokenizer: PreTrainedTokenizerBase) -> BaseStreamer:
     from transformers import TextStreamer
 
     class TerminalStreamer(TextStreamer):
-        """What it has printed is its `text`."""
+        """A streamer that keeps what it has printed as its `text`."""
 
         text = ""
 

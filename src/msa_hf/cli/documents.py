@@ -16,7 +16,7 @@ SOURCE_HELP = (
 
 
 def add_document_options(made: argparse.ArgumentParser) -> None:
-    """How documents are read."""
+    """Options of reading documents."""
     group = made.add_argument_group("documents")
     group.add_argument("--text-column", metavar="NAME", help="field of the text in tables and JSON (default: text)")
     group.add_argument("--key-column", metavar="NAME", help="field of the key (default: key, or the document's number)")

@@ -297,7 +297,7 @@ class Corpus:
         return bytes(self._digests[DIGEST_BYTES * first : DIGEST_BYTES * end])
 
     def place(self, number: int) -> str:
-        """Where a document is, for messages: the file, and line or row in it."""
+        """The place of a document, for messages: the file, and line or row in it."""
         file = self._file(number)
         return self._place(file, self._numbers[number])
 
@@ -378,7 +378,7 @@ def document_row(
 
 
 def report_lines(skipped: Sequence[Skipped]) -> list[str]:
-    """What was left out and why, a line for each reason with the first places; bad ones by themselves, ten at most."""
+    """Lines on what was left out, one for each reason with the first places; bad ones by themselves, ten at most."""
     groups: dict[str, list[str]] = {}
     bad = []
     for item in skipped:

@@ -1,4 +1,4 @@
-"""What is said of users' files that cannot be taken."""
+"""The error about users' files that cannot be taken."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def check_encoding(encoding: str | None) -> None:
 
 
 def remedy(data: bytes) -> str:
-    """What to do about bytes that are not UTF-8."""
+    """The remedy for bytes that are not UTF-8."""
     for mark, name in MARKS:
         if data.startswith(mark):
             return f"it begins as {name.upper()} does: --encoding {name} (in Python encoding={name!r})"

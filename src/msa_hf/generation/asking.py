@@ -20,7 +20,7 @@ DIRECT_OPTIONS = ("max_new_tokens", "layer_scores")
 
 
 class Asker(Protocol):
-    """What answers questions of a bank: `MemoryInterleave` and `DirectAsker`."""
+    """An object that answers questions of a bank: `MemoryInterleave` and `DirectAsker`."""
 
     tokenizer: PreTrainedTokenizerBase
     bank: Memory

@@ -69,7 +69,7 @@ class Prompting(Protocol):
 
 
 def prompting_of(tokenizer: PreTrainedTokenizerBase, protocol: PromptProtocol | None = None) -> Prompting:
-    """How questions are put: by the protocol, else the tokenizer's chat template, else the training prompt."""
+    """The way of putting questions: the protocol's, else the tokenizer's chat template, else the training prompt."""
     if protocol is not None:
         return ProtocolPrompting(tokenizer, protocol)
     return ChatPrompting(tokenizer) if getattr(tokenizer, "chat_template", None) else PlainPrompting(tokenizer)
@@ -103,7 +103,7 @@ def messages_of(said: Said) -> list[dict[str, str]]:
 
 
 def asked_of(questions: Said | Sequence[Said]) -> tuple[list[Said], bool]:
-    """What is asked, and whether it is one thing: a text or a list of messages is, a list of either is several.
+    """The questions, and whether it is one alone: a text or a list of messages is, a list of either is several.
 
     Raises:
         ValueError: for one of several that is neither, by its number.

@@ -35,6 +35,6 @@ def excerpt_of(text: str | None, length: int) -> tuple[str | None, bool]:
 
 
 def title_of(document: Document) -> str:
-    """What a client shows of a document in a list: its first words, or its key."""
+    """The title of a document in a client's list: its first words, or its key."""
     words = " ".join((document.text or "")[:200].split())
     return (words[:77] + "..." if len(words) > 80 else words) or document.key

@@ -217,7 +217,7 @@ def refusing(work: Callable[[], T]) -> T:
 
 
 def worded(error: ValidationError) -> str:
-    """What is wrong with arguments, one after the other, without what was given."""
+    """The faults of arguments, one after the other, without what was given."""
     found = []
     for item in error.errors(include_url=False, include_input=False, include_context=False):
         place = ".".join(map(str, item["loc"]))

@@ -38,7 +38,7 @@ TOO_LONG = "Pass too_long="  # how the remedy of encoding a text that is too lon
 
 @dataclass(frozen=True)
 class Options:
-    """How a bank is opened, and asked.
+    """The way a bank is opened, and asked.
 
     Attributes:
         read_only: nothing is written, and no lock is asked for.
@@ -91,7 +91,7 @@ class StopGenerating(StoppingCriteria):
 
 @dataclass
 class _Current:
-    """What was made for one snapshot."""
+    """The things made for one snapshot."""
 
     bank: MemoryBank
     searcher: Searcher
@@ -230,7 +230,7 @@ class SharedBank:
 
     @property
     def note(self) -> str | None:
-        """What to know about what the model says, None where there is nothing."""
+        """A warning about what the model says, None where there is nothing."""
         untrained = self.reader is not None and self.reader.model.config.routers_trained is False
         return f"The routers of this model are untrained: {UNTRAINED}." if untrained else None
 

@@ -33,7 +33,7 @@ class Incoming(Protocol):
 
 
 class Outgoing(Protocol):
-    """Where answers go."""
+    """The stream that answers go to."""
 
     async def send(self, item: SessionMessage, /) -> None: ...
 

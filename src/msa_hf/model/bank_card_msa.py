@@ -15,7 +15,7 @@ UNKNOWN_LICENSE = "unknown"
 
 @dataclass(frozen=True)
 class BankFacts:
-    """What a card says of a bank.
+    """The facts that a card states of a bank.
 
     Attributes:
         manifest: as it was saved.

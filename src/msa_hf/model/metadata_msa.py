@@ -63,7 +63,7 @@ def _value(value: object, field: str, depth: int) -> object:
 
 
 def _other(value: object, field: str, depth: int) -> object:
-    """What is not JSON's own but has one meaning there."""
+    """The JSON value of what is not JSON's own but has one meaning there."""
     if isinstance(value, np.ndarray | np.integer | np.floating | np.bool_):
         return _value(value.tolist(), field, depth + 1)
     if isinstance(value, date | time | np.datetime64):

@@ -24,7 +24,7 @@ TRAINED = {
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What is known of the plain model that a checkpoint was made of.
+    """The plain model that a checkpoint was made of, as far as it is known.
 
     Attributes:
         name: on the Hub; None where it is not known, or lies on one machine alone.
@@ -36,7 +36,7 @@ class BaseFacts:
 
 
 def base_facts(config: MSAConfig, ask_hub: bool = False) -> BaseFacts:
-    """What the card says of the weights that a model was loaded from: of its base, or of a checkpoint of ours.
+    """The card's words on the weights that a model was loaded from: of its base, or of a checkpoint of ours.
 
     Args:
         ask_hub: also for a card that is on the Hub and not in its cache. What it does not say at once is not known.

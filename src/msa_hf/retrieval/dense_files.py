@@ -303,7 +303,7 @@ def read_vectors(directory: Path, entry: JsonObject, dimension: int, mapped: boo
 
 
 def damaged_files(directory: Path, commit: str) -> dict[str, str]:
-    """What is wrong with files of the vectors of this commit, by name."""
+    """The faults of files of the vectors of this commit, by name."""
     record = read_sidecar(directory / RECORD, KIND) or {}
     try:
         if record.get("commit") != commit or record.get("version") != VERSION:

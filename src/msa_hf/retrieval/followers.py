@@ -92,7 +92,7 @@ class Followers:
         ]
 
     def damaged_files(self) -> dict[str, str]:
-        """What is wrong with files of the indexes of the commit that was followed last, by their paths."""
+        """The faults of files of the indexes of the commit that was followed last, by their paths."""
         if self.directory is None or self._rows is None:
             return {}
         commit = self._rows.commit

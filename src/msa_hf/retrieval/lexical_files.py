@@ -222,7 +222,7 @@ def _folder(directory: Path, record: JsonObject) -> Path:
 
 
 def damaged_files(directory: Path, commit: str) -> dict[str, str]:
-    """What is wrong with files of the index of this commit, by their paths in the directory."""
+    """The faults of files of the index of this commit, by their paths in the directory."""
     for _ in range(TRIES):
         record = read_record(directory) or {}
         if record.get("commit") != commit or record.get("version") != VERSION:

@@ -52,7 +52,7 @@ def _mark(path: Path) -> tuple[int, int, int]:
 
 
 def damage_of(path: Path, digest: object) -> str | None:
-    """What is wrong with a file that was recorded with this SHA-256, None if nothing is; it is read anew."""
+    """The fault of a file that was recorded with this SHA-256, None if it has none; it is read anew."""
     try:
         _mark(path)
         found = file_digest(path)

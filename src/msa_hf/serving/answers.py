@@ -49,7 +49,7 @@ class Asked:
         return "messages" if self.chat else "prompt"
 
     def head(self, streamed: bool) -> JsonObject:
-        """What stands before the choices."""
+        """The fields that stand before the choices."""
         kind = "chat.completion" if self.chat else "text_completion"
         return {
             "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{self.id}",
@@ -69,7 +69,7 @@ class Asked:
         return {**self.head(False), "choices": choices, "usage": usage(answers), **origin, **notices(answers)}
 
     def origin(self, answer: Answered) -> JsonObject:
-        """Where an answer comes from."""
+        """The sources of an answer, and its trace where that is asked for."""
         return {"sources": answer.sources, **({"trace": answer.trace} if self.trace else {})}
 
     def chunk(self, index: int, text: str | None, reason: str | None = None, first: bool = False) -> JsonObject:
@@ -91,7 +91,7 @@ def usage(answers: Sequence[Answered]) -> JsonObject:
 
 
 def notices(answers: Sequence[Answered]) -> JsonObject:
-    """What was done otherwise than a client may think, each once."""
+    """The notices of what was done otherwise than a client may think, each once."""
     found = list(dict.fromkeys(notice for answer in answers for notice in answer.notices))
     return {"notices": found} if found else {}
 

@@ -56,7 +56,7 @@ class ModelThread:
 
     @property
     def alive(self) -> bool:
-        """Whether it goes on."""
+        """Tell whether it goes on."""
         return self._thread.is_alive()
 
     def put(self, item: Question | Work) -> None:
@@ -99,7 +99,7 @@ class ModelThread:
                 self.watcher.batch(len(item), seconds)
 
     def _next(self) -> Work | list[Question] | None:
-        """What comes next: a piece of work, or questions that can go together. None at the end."""
+        """The next thing: a piece of work, or questions that can go together. None at the end."""
         with self._changed:
             while True:
                 while self._questions and self._questions[0].cancelled:

@@ -40,7 +40,7 @@ def passage_of(text: str, words: str, longest: int = LONGEST) -> list[Part]:
 
 
 def _best_start(text: str, found: list[tuple[int, str]], longest: int) -> int:
-    """Where a passage begins that has the most distinct words; the first of them, and at the start of a word."""
+    """The beginning of the passage that has the most distinct words; the first of them, and at the start of a word."""
     if len(text) <= longest or not found:
         return 0
     best, most, first = 0, 0, 0

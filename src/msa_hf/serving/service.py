@@ -1,4 +1,4 @@
-"""What a server serves: a model, a bank, and the thread on which the model works."""
+"""The things that a server serves: a model, a bank, and the thread on which the model works."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server answers.
+    """The ways in which a server answers.
 
     Attributes:
         name: of the model, as clients call it.

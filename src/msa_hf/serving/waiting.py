@@ -1,4 +1,4 @@
-"""What waits for the model: questions, of which several are answered together, and other work."""
+"""The things that wait for the model: questions, of which several are answered together, and other work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Turn = dict[str, str]  # `role` and `content`
 
 @dataclass(frozen=True)
 class Options:
-    """How an answer is generated.
+    """The way an answer is generated.
 
     Attributes:
         new_tokens: at most.
@@ -35,7 +35,7 @@ class Options:
 
     @property
     def together(self) -> int | None:
-        """What questions must share to be generated together; None: alone, since a draw depends on its company."""
+        """The number that questions generated together must share; None: alone, since a draw depends on its company."""
         return self.new_tokens if self.temperature == 0 else None
 
 
@@ -95,7 +95,7 @@ class Question:
 
     @property
     def cancelled(self) -> bool:
-        """Whether nobody waits for the answer any more."""
+        """Tell whether nobody waits for the answer any more."""
         return self._cancelled.is_set()
 
     def extend(self, text: str) -> None:

@@ -32,7 +32,7 @@ class WriteAccess:
 
     @property
     def held(self) -> bool:
-        """Whether it is this process that holds the lock: a forked one only seems to."""
+        """Tell whether it is this process that holds the lock: a forked one only seems to."""
         return self._lock.held
 
     def check(self) -> None:

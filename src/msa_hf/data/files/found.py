@@ -1,4 +1,4 @@
-"""What a reader of rows finds."""
+"""The findings of a reader of rows."""
 
 from __future__ import annotations
 

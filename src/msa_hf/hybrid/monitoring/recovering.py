@@ -30,7 +30,7 @@ class Unanswered:
     names: QuestionNames | None = None
 
     def rounds(self, candidate: int) -> tuple[list[list[int]], float]:
-        """What is read for a candidate, and the share of the question's names in it.
+        """The rounds that are read for a candidate, and the share of the question's names in it.
 
         What was read first stands before it where it has names that the candidate lacks: it may lead there. Elsewhere
         it only has the model refuse once more.
