@@ -104,10 +104,8 @@ def test_texts(way: Callable[[Any], Any], texts: Callable[[], Any]) -> None:
     assert found == [("0", "x", None), ("1", "y", None)] and {type(text) for _, text, _ in found} == {str}
 
 
-@WAYS
+@pytest.mark.parametrize("way", [stored, read])  # of the encoder this is asked in tests/cli
 def test_paths(way: Callable[[Any], Any], tmp_path: Path) -> None:
-    if way is looked_at:
-        pytest.skip("asked of the encoder in tests/cli")
     (tmp_path / "a.txt").write_text("alpha")
     (tmp_path / "b.jsonl").write_text('{"key": "k", "text": "beta"}')
     assert way(tmp_path) == way([tmp_path / "a.txt", tmp_path / "b.jsonl"])
