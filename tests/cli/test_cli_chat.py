@@ -135,30 +135,42 @@ def test_a_terminal_stops_answers_and_ends(place: Path) -> None:
     os.close(follower)
     seen = ""
 
-    def wait_for(text: str) -> None:
+    def comes(text: str, seconds: float) -> bool:
         nonlocal seen
-        end = time.monotonic() + 120
+        end = time.monotonic() + seconds
         while text not in seen:
-            ready, _, _ = select.select([leader], [], [], max(end - time.monotonic(), 0))
-            assert ready, f"no {text!r} within two minutes; {seen!r}"
+            if not select.select([leader], [], [], max(end - time.monotonic(), 0))[0]:
+                return False
             seen += os.read(leader, 4096).decode()
         seen = seen.partition(text)[2]
+        return True
+
+    def wait_for(text: str) -> None:
+        assert comes(text, 120), f"no {text!r} within two minutes; {seen!r}"
+
+    def interrupt_until(text: str) -> None:
+        """Ctrl-C again, as a person would: between its prompt and its wait for a line, Python notes a signal
+        without ending the wait, and a loaded machine may stop there.
+        """
+        for _ in range(6):
+            os.kill(process.pid, signal.SIGINT)
+            if comes(text, 20):
+                return
+        raise AssertionError(f"no {text!r} within two minutes; {seen!r}")
 
     try:
         wait_for("puts your questions")
         wait_for("> ")
         os.write(leader, b"slow\n")
         wait_for("[writing]")
-        os.kill(process.pid, signal.SIGINT)
-        wait_for("(stopped)")
+        interrupt_until("(stopped)")
         wait_for("> ")
         os.write(leader, QUESTION.encode() + b"\n")
         wait_for("  from: ")
         wait_for("> ")
         os.write(leader, b"half a li")
         wait_for("half a li")
-        os.kill(process.pid, signal.SIGINT)
-        wait_for("> ")
+        interrupt_until("> ")
         os.write(leader, b"\x04")
         assert process.wait(60) == 0
     finally:
