@@ -16,6 +16,7 @@ from ..user_errors import UserError, print_error
 from . import (
     ask,
     bank,
+    bench,
     chain,
     chat,
     consume,
@@ -59,6 +60,7 @@ COMMANDS: tuple[Command, ...] = (
     chain,
     train,
     evaluate,
+    bench,
     monitor,
     inspect,
     bank,

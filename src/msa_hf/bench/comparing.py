@@ -1,0 +1,113 @@
+"""Two results of one benchmark beside each other, and which differences are more than chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..tables import table_lines
+from .intervals import fisher_test, sign_test
+from .result import Axis, Cell, Result, ResultError, Trial, differences
+
+LEVEL = 0.05  # of all differences of a comparison together (Holm)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One cell of two results.
+
+    Attributes:
+        before, after: None where a result has no such trials.
+        p: the chance of such a difference, were there none; None where there is nothing to compare.
+        beyond_chance: whether it still counts, given how many cells were compared.
+    """
+
+    values: tuple[Axis, ...]
+    before: Cell | None
+    after: Cell | None
+    p: float | None
+    beyond_chance: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two results, cell by cell.
+
+    Attributes:
+        axes: of the cells.
+        changed: settings and facts of the models that are not the same, in words.
+        cells: in order.
+    """
+
+    axes: tuple[str, ...]
+    changed: tuple[str, ...]
+    cells: tuple[Difference, ...]
+
+    def __str__(self) -> str:
+        rows = [[*self.axes, "before", "after", "difference", "p", ""]]
+        for cell in self.cells:
+            known = cell.before is not None and cell.after is not None
+            gain = f"{cell.after.share - cell.before.share:+.3f}" if cell.before and cell.after else "-"
+            mark = ("better" if gain.startswith("+") else "WORSE") if cell.beyond_chance else ""
+            shown = [str(item) if item else "-" for item in (cell.before, cell.after)]
+            rows.append([*map(str, cell.values), *shown, gain, f"{cell.p:.4f}" if known else "-", mark])
+        lines = [f"differs: {item}" for item in self.changed]
+        return "\n".join([*lines, *([""] if lines else []), *table_lines(rows, left=len(self.axes))])
+
+
+def compare(before: Result, after: Result, *axes: str) -> Comparison:
+    """Compare two results of one benchmark.
+
+    Cells whose trials are the same questions are compared question by question (sign test), others by their shares
+    (Fisher's). Of all the cells together, 5 % of comparisons without a difference mark one (Holm's correction).
+
+    Args:
+        axes: of the cells; default: the kind of question and all axes that both results have.
+
+    Raises:
+        ResultError: for results of different benchmarks, and where they have no cell in common.
+    """
+    if before.benchmark != after.benchmark:
+        raise ResultError(f"These are results of different benchmarks: {before.benchmark} and {after.benchmark}.")
+    if not axes:
+        named = [{name for trial in item.trials for name in trial.axes} for item in (before, after)]
+        axes = ("kind", *sorted(named[0] & named[1]))
+    sides = [{cell.values: cell for cell in item.cells(*axes)} for item in (before, after)]
+    if not sides[0].keys() & sides[1].keys():
+        raise ResultError(f"These results have no trials in common by {', '.join(axes)}: nothing can be compared.")
+    trials = [_by_values(item, axes) for item in (before, after)]
+    values = list(sides[0]) + [item for item in sides[1] if item not in sides[0]]
+    chances = {
+        item: _chance(trials[0][item], trials[1][item]) for item in values if item in sides[0] and item in sides[1]
+    }
+    beyond, left = set(), len(chances)
+    for item, p in sorted(chances.items(), key=lambda found: found[1]):
+        if p > LEVEL / left:
+            break
+        beyond.add(item)
+        left -= 1
+    changed = differences(before.settings, after.settings) + differences(before.model, after.model)
+    cells = (
+        Difference(item, sides[0].get(item), sides[1].get(item), chances.get(item), item in beyond) for item in values
+    )
+    return Comparison(axes, tuple(changed), tuple(cells))
+
+
+def _by_values(result: Result, axes: tuple[str, ...]) -> dict[tuple[Axis, ...], list[Trial]]:
+    groups: dict[tuple[Axis, ...], list[Trial]] = {}
+    for trial in result.trials:
+        found: Mapping[str, Axis] = {**trial.axes, "kind": trial.kind}
+        if all(axis in found for axis in axes):
+            groups.setdefault(tuple(found[axis] for axis in axes), []).append(trial)
+    return groups
+
+
+def _chance(before: list[Trial], after: list[Trial]) -> float:
+    ours, theirs = (
+        {(trial.id, trial.question, trial.expected): trial.right for trial in item} for item in (before, after)
+    )
+    if ours.keys() == theirs.keys():
+        gained = sum(theirs[item] and not ours[item] for item in ours)
+        lost = sum(ours[item] and not theirs[item] for item in ours)
+        return sign_test(gained, lost)
+    return fisher_test(sum(ours.values()), len(ours), sum(theirs.values()), len(theirs))

@@ -1,0 +1,63 @@
+"""What a result says of itself: the model, the machine, versions and the command."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .. import __version__
+from ..generation import PromptProtocol
+from ..model.modeling_msa import MSAForCausalLM
+
+
+def model_facts(
+    model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase, protocol: PromptProtocol | None, name: str = ""
+) -> dict[str, Any]:
+    """What tells a model, with the way it is asked, from others.
+
+    Args:
+        name: by which the caller knows it.
+    """
+    origin, config = model.memory_origin(tokenizer), model.config
+    return {
+        "name": name or config.name_or_path,
+        "fingerprint": origin.model_fingerprint,
+        "tokenizer": origin.tokenizer_fingerprint,
+        "type": config.base_model_type,
+        "parameters": sum(item.numel() for item in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "memory_layers": list(config.memory_layers),
+        "top_k": config.top_k,
+        "protocol": None if protocol is None else protocol.to_dict(),
+    }
+
+
+def run_facts(device: torch.device, command: str | None = None) -> dict[str, Any]:
+    """Hardware, versions, the time and the command (default: that of this process)."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv) if command is None else command,
+        "hardware": hardware(device),
+        "versions": {
+            "msa_hf": __version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
+        },
+    }
+
+
+def hardware(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return (
+        f"{threads} CPU thread{'s' * (threads > 1)} ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+    )

@@ -1,0 +1,185 @@
+"""Haystacks: documents of a wanted number of tokens, small ones the beginning of large ones, and sentences in them."""
+
+from __future__ import annotations
+
+import re
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ..data.documents import Corpus
+from ..model.splitting_msa import split_text
+from ..model.tokenizing_msa import tokenize_texts
+from ..synthetic.corpora import make_corpus
+from ..synthetic.prose import prose_documents
+
+SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+|\n+")
+LEAST_TOKENS = 16  # of a document; shorter rests of a text are left out
+GENERATED = 2_000_000  # documents of the generated corpus that texts are taken from, about 200M tokens
+BLOCK = 2048  # texts made or tokenized at a time
+
+
+class HaystackTooSmall(ValueError):
+    """The texts are fewer than were asked for."""
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A sentence that is put into a document.
+
+    Attributes:
+        depth: of the document in the haystack, 0 to 1 by tokens.
+        place: in the document, 0 (before its first sentence) to 1 (behind its last).
+    """
+
+    sentence: str
+    depth: float
+    place: float = 0.5
+
+
+class Haystack:
+    """Documents in order, as many as a number of tokens takes.
+
+    Args:
+        texts: in order; no more are read than it takes.
+        tokenizer: counts tokens, the model's.
+        tokens: at least so many.
+        document_tokens: of a document at most; longer texts are cut where a paragraph or sentence ends.
+        least_tokens: of a document; what is shorter is left out.
+
+    Attributes:
+        texts: of the documents.
+
+    Raises:
+        HaystackTooSmall: where the texts have fewer tokens.
+    """
+
+    def __init__(
+        self,
+        texts: Iterable[str],
+        tokenizer: PreTrainedTokenizerBase,
+        tokens: int,
+        document_tokens: int = 112,
+        least_tokens: int = LEAST_TOKENS,
+    ) -> None:
+        self.texts: list[str] = []
+        self._ends = array("q")  # tokens up to the end of each document
+        total = 0
+        for text, count in _cut(texts, tokenizer, document_tokens):
+            if count < least_tokens:
+                continue
+            total += count
+            self.texts.append(text)
+            self._ends.append(total)
+            if total >= tokens:
+                return
+        raise HaystackTooSmall(
+            f"The texts have {total:,} tokens, but the largest haystack is to have {tokens:,}. Name more texts or ask "
+            "for smaller sizes."
+        )
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def documents(self, tokens: int) -> int:
+        """How many of the first documents have so many tokens."""
+        return min(bisect_left(self._ends, tokens) + 1, len(self))
+
+    def tokens(self, documents: int) -> int:
+        """Tokens of the first documents, without what wraps them."""
+        return self._ends[documents - 1] if documents else 0
+
+    def place(self, documents: int, plants: Sequence[Plant]) -> list[int]:
+        """The document among the first ones that each sentence goes into: the one at its depth, or the nearest that is
+        still free.
+
+        Raises:
+            HaystackTooSmall: for more sentences than documents.
+        """
+        if len(plants) > documents:
+            raise HaystackTooSmall(f"{len(plants)} sentences do not go into {documents} documents, one into each.")
+        total, taken, places = self.tokens(documents), set[int](), []
+        for plant in plants:
+            wanted = min(bisect_left(self._ends, plant.depth * total), documents - 1)
+            near = (step for width in range(documents) for step in (wanted + width, wanted - width))
+            place = next(step for step in near if 0 <= step < documents and step not in taken)
+            taken.add(place)
+            places.append(place)
+        return places
+
+    def planted(self, places: Sequence[int], plants: Sequence[Plant]) -> dict[int, str]:
+        """The texts of the documents at these places with a sentence in each."""
+        return {
+            place: insert_sentence(self.texts[place], plant.sentence, plant.place)
+            for place, plant in zip(places, plants, strict=True)
+        }
+
+
+def insert_sentence(text: str, sentence: str, place: float) -> str:
+    """The text with a sentence between two of its own, at the boundary nearest to `place`, 0 to 1."""
+    ends = [0, *(match.end() for match in SENTENCE_END.finditer(text)), len(text)]
+    cut = min(ends, key=lambda end: abs(end - place * len(text)))
+    before, after = text[:cut].rstrip(" "), text[cut:].lstrip(" ")
+    left = "" if not before or before.endswith("\n") else " "
+    right = "" if not after or after.startswith("\n") else " "
+    return f"{before}{left}{sentence}{right}{after}"
+
+
+def file_texts(sources: Sequence[str | Path], **options: object) -> Iterator[str]:
+    """The texts of files and folders, one source after the other, each read once it is its turn.
+
+    Args:
+        options: of `msa_hf.data.documents.Corpus`.
+
+    Raises:
+        DataError: for what cannot be read.
+    """
+    for source in sources:
+        yield from (row["text"] for row in Corpus(source, **options))  # type: ignore[arg-type]
+
+
+def generated_texts(seed: int = 0, prose_share: float = 0.2) -> Iterator[str]:
+    """Texts about invented entities whose names no training document has, and real prose between them.
+
+    Args:
+        seed: another seed gives other entities.
+        prose_share: of the texts; they come from the standard library's documentation.
+    """
+    prose = prose_documents(200, seed=seed, words=55, packages=False) if prose_share else []
+    corpus = make_corpus(GENERATED, seed=seed, split="test", prose=prose, prose_share=prose_share)
+    for start in range(0, GENERATED, BLOCK):
+        yield from corpus.texts(start, min(start + BLOCK, GENERATED))
+
+
+def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> Iterator[tuple[str, int]]:
+    """Texts in pieces of at most `limit` tokens, and how many each has."""
+    block: list[str] = []
+    size = 64  # so that a small haystack reads little
+    source = iter(texts)
+    while True:
+        block = [text for _, text in zip(range(size), source, strict=False)]
+        if not block:
+            return
+        size = min(2 * size, BLOCK)
+        for text, ids in zip(block, tokenize_texts(tokenizer, block), strict=True):
+            if len(ids) <= limit:
+                yield text, len(ids)
+                continue
+            pieces = [piece for cut, _ in split_text(tokenizer, text, limit) if (piece := cut.strip())]
+            yield from zip(pieces, map(len, tokenize_texts(tokenizer, pieces)), strict=True)
+
+
+def depths_of(count: int) -> list[float]:
+    """Depths from 0 to 1 in equal steps."""
+    if count < 1:
+        raise ValueError(f"`count` must be at least 1, got {count}.")
+    return [0.5] if count == 1 else [round(number / (count - 1), 4) for number in range(count)]
+
+
+def changed_texts(haystack: Haystack, planted: Mapping[int, str], documents: int) -> Iterator[str]:
+    """The first documents, with those planted in the place of theirs."""
+    return (planted.get(number, haystack.texts[number]) for number in range(documents))

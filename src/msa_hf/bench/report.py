@@ -1,0 +1,146 @@
+"""Results for people: tables for the terminal, and a page of HTML that needs nothing but itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+
+from ..tables import table_lines
+from .asking import RUNGS
+from .result import Axis, Cell, Result
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .2rem .7rem; text-align: right }
+th:first-child, td:first-child { text-align: left } tr + tr { border-top: 1px solid #ddd } svg { max-width: 100% }
+pre { white-space: pre-wrap; background: #f6f6f6; padding: .7rem } details { margin: 1rem 0 }
+"""
+CELL = 64, 30  # width and height in a heat map
+MOST_FAILURES = 200  # that a page lists
+
+
+def short(value: Axis) -> str:
+    """A value of an axis in few characters: 65536 is 66K, 1000000 is 1M."""
+    if isinstance(value, int) and value >= 1000:
+        for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+            if value >= size:
+                return f"{value / size:.3g}{unit}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def cell_table(result: Result, *axes: str, kind: str | None = None) -> list[list[str]]:
+    """Rows of a table of shares by some axes, the header first."""
+    rows = [[*axes, "right", "asked", "share", "95 %"]]
+    for cell in result.cells(*axes, kind=kind):
+        shares = [f"{cell.share:.3f}", f"{cell.low:.3f} to {cell.high:.3f}"]
+        rows.append([*map(short, cell.values), str(cell.right), str(cell.asked), *shares])
+    return rows
+
+
+def broken(result: Result) -> list[list[str]]:
+    """Rows of a table of what broke, by kind of question; the header alone where nothing did."""
+    counts = Counter((trial.kind, str(trial.detail.get("broke") or "")) for trial in result.trials if not trial.right)
+    rows = [["kind", "wrong", "broke", ""]]
+    return rows + [[kind, str(count), broke, RUNGS.get(broke, "")] for (kind, broke), count in sorted(counts.items())]
+
+
+def text_report(result: Result, tables: Sequence[Sequence[str]] = (("kind",),)) -> str:
+    """Tables of shares by the axes of each, and what broke, as text."""
+    lines = [title(result)]
+    for axes in tables:
+        rows = cell_table(result, *axes)
+        if len(rows) > 1:
+            lines += ["", *table_lines(rows, left=len(axes))]
+    if len(rows := broken(result)) > 1:
+        lines += ["", *table_lines(rows, left=4)]
+    return "\n".join(lines)
+
+
+def title(result: Result) -> str:
+    """A line that says what a result is of."""
+    right = sum(trial.right for trial in result.trials)
+    return f"{result.benchmark}: {right} of {len(result.trials)} right, {result.model.get('name', '')}"
+
+
+def heat_map(cells: Sequence[Cell], across: str, down: str) -> str:
+    """A heat map as SVG of cells with two values each: the first across, the second down."""
+    columns, rows = (sorted({cell.values[place] for cell in cells}, key=_rank) for place in (0, 1))
+    width, height = CELL
+    left, top = 80, 40
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width * len(columns) + 10}" '
+        f'height="{top + height * len(rows) + 10}" font-family="system-ui, sans-serif" font-size="12">',
+        f'<text x="{left - 8}" y="{top - 24}" text-anchor="end">{escape(across)}</text>',
+        f'<text x="{left - 8}" y="{top - 8}" text-anchor="end">{escape(down)}</text>',
+    ]
+    for number, value in enumerate(columns):
+        x = left + width * number + width // 2
+        parts.append(f'<text x="{x}" y="{top - 8}" text-anchor="middle">{escape(short(value))}</text>')
+    for number, value in enumerate(rows):
+        y = top + height * number + height // 2 + 4
+        parts.append(f'<text x="{left - 8}" y="{y}" text-anchor="end">{escape(short(value))}</text>')
+    for cell in cells:
+        x, y = left + width * columns.index(cell.values[0]), top + height * rows.index(cell.values[1])
+        told = f"{short(cell.values[0])}, {short(cell.values[1])}: {cell.right} of {cell.asked}, {cell}"
+        parts.append(
+            f'<g><title>{escape(told)}</title><rect x="{x}" y="{y}" width="{width - 2}" height="{height - 2}" '
+            f'fill="{color(cell.share)}"/><text x="{x + width // 2 - 1}" y="{y + height // 2 + 3}" '
+            f'text-anchor="middle" fill="{"#fff" if cell.share < 0.35 else "#222"}">{cell.share:.2f}</text></g>'
+        )
+    return "\n".join([*parts, "</svg>"])
+
+
+def color(share: float) -> str:
+    """From dark red (0) through yellow to green (1)."""
+    stops = ((0.0, (150, 20, 40)), (0.5, (250, 220, 120)), (1.0, (60, 170, 90)))
+    (low, first), (high, last) = stops[:2] if share <= 0.5 else stops[1:]
+    part = (share - low) / (high - low)
+    return "#" + "".join(f"{round(one + part * (other - one)):02x}" for one, other in zip(first, last, strict=True))
+
+
+def html_report(
+    result: Result,
+    tables: Sequence[Sequence[str]] = (("kind",),),
+    maps: Sequence[tuple[str, str]] = (),
+    words: Sequence[str] = (),
+) -> str:
+    """A page with what was found: sentences, heat maps, tables, the failures and all that repeats the run.
+
+    Args:
+        tables: axes of each.
+        maps: axes across and down of each heat map, drawn for every kind of question that has both.
+        words: what it comes to, a sentence each.
+    """
+    body = [f"<h1>{escape(title(result))}</h1>", *(f"<p>{escape(sentence)}</p>" for sentence in words)]
+    for across, down in maps:
+        for kind in dict.fromkeys(trial.kind for trial in result.trials):
+            if cells := result.cells(across, down, kind=kind):
+                body += [f"<h2>{escape(kind)}: {escape(down)} by {escape(across)}</h2>", heat_map(cells, across, down)]
+    for axes in tables:
+        if len(rows := cell_table(result, *axes)) > 1:
+            body += [f"<h2>By {escape(', '.join(axes))}</h2>", _table(rows)]
+    if len(rows := broken(result)) > 1:
+        body += ["<h2>What broke</h2>", _table(rows)]
+    failures = [trial for trial in result.trials if not trial.right]
+    if failures:
+        listed = [["id", "question", "expected", "answer"]]
+        listed += [[item.id, item.question, "; ".join(item.expected), item.answer] for item in failures[:MOST_FAILURES]]
+        named = f"{len(failures)} wrong answers" + (f", the first {MOST_FAILURES}" * (len(failures) > MOST_FAILURES))
+        body.append(f"<details><summary>{named}</summary>{_table(listed)}</details>")
+    facts = {"settings": result.settings, "model": result.model, "notes": result.notes, "runs": result.runs}
+    listed = [[name, str(value)] for name, value in facts.items()]
+    body += ["<h2>How it was measured</h2>", _table([["", ""], *listed])]
+    head = f'<meta charset="utf-8"><title>{escape(title(result))}</title><style>{STYLE}</style>'
+    return f"<!doctype html><html lang=en><head>{head}</head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *rest = rows
+    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rest]
+    return "<table>" + "\n".join(lines) + "</table>"
+
+
+def _rank(value: Axis) -> tuple[bool, Axis]:
+    return isinstance(value, str), value

@@ -1,0 +1,238 @@
+"""The results of benchmarks: every trial with what it takes to repeat it, in a file that grows while they run."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .intervals import wilson
+
+FORMAT = 1
+SAVED_EVERY = 2.0  # seconds between two writes of a file
+
+Axis = str | int | float
+
+
+class ResultError(ValueError):
+    """A file of results that cannot be taken: which, why, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One question that was put, and what came of it.
+
+    Attributes:
+        id: names it within its benchmark and settings, such as "single words 65536 0.5 3"; what has been answered is
+            not asked again.
+        kind: of the question.
+        axes: where it stands among the others, such as {"tokens": 65536, "depth": 0.5, "hops": 2}.
+        question, answer: texts.
+        expected: what the answer should hold; of several, all.
+        right: whether it did.
+        detail: JSON values for those who ask why, such as the rung that broke.
+    """
+
+    id: str
+    kind: str
+    axes: Mapping[str, Axis]
+    question: str
+    expected: tuple[str, ...]
+    answer: str
+    right: bool
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The trials that agree on some axes.
+
+    Attributes:
+        values: of these axes.
+        right, asked: numbers of trials.
+        low, high: the 95 % interval of the share (Wilson).
+    """
+
+    values: tuple[Axis, ...]
+    right: int
+    asked: int
+
+    @property
+    def share(self) -> float:
+        return self.right / self.asked
+
+    @property
+    def low(self) -> float:
+        return wilson(self.right, self.asked)[0]
+
+    @property
+    def high(self) -> float:
+        return wilson(self.right, self.asked)[1]
+
+    def __str__(self) -> str:
+        return f"{self.share:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass
+class Result:
+    """What a benchmark found.
+
+    Attributes:
+        benchmark: its name.
+        settings: all that the questions and documents depend on, seeds among them; JSON values.
+        model: facts that tell the model from others, its fingerprint among them (`facts.model_facts`).
+        runs: each time that the benchmark ran: `facts.run_facts`, and the `seconds` it took.
+        notes: facts found on the way, such as tokens of a bank; JSON values.
+        trials: in the order in which they were made.
+        path: the file that grows; None: none does.
+    """
+
+    benchmark: str
+    settings: dict[str, Any]
+    model: dict[str, Any]
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+    trials: list[Trial] = field(default_factory=list)
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        self._known = {trial.id for trial in self.trials}
+        self._saved = self._begun = time.monotonic()
+
+    @classmethod
+    def begin(
+        cls,
+        benchmark: str,
+        settings: Mapping[str, Any],
+        model: Mapping[str, Any],
+        run: Mapping[str, Any],
+        path: str | Path | None = None,
+    ) -> Result:
+        """A new result, or the one in the file, which a run that ended early left there.
+
+        Raises:
+            ResultError: where the file is of another benchmark, other settings or another model, naming what differs.
+        """
+        settings, model = _as_json(settings), _as_json(model)
+        path = None if path is None else Path(path)
+        result = cls(benchmark, settings, model, path=path)
+        if path is not None and path.exists():
+            found = cls.load(path)
+            differ = [f"its benchmark is {found.benchmark}"] if found.benchmark != benchmark else []
+            differ += differences(found.settings, settings) + differences(found.model, model)
+            if differ:
+                raise ResultError(
+                    f"{path}: holds a result that this run cannot go on with ({'; '.join(differ[:4])}). Name another "
+                    "file, or remove this one to begin anew."
+                )
+            result = found
+        result.runs.append({**_as_json(run), "seconds": 0.0})
+        result.save()
+        return result
+
+    def done(self, id: str) -> bool:
+        """Whether a trial of that name is among those made."""
+        return id in self._known
+
+    def add(self, trials: Iterable[Trial]) -> None:
+        """Keep trials; the file is written where it is more than two seconds old.
+
+        Raises:
+            ValueError: for one whose name another has.
+        """
+        for trial in trials:
+            if trial.id in self._known:
+                raise ValueError(f"Trial {trial.id!r} was made already.")
+            self._known.add(trial.id)
+            self.trials.append(trial)
+        if time.monotonic() - self._saved > SAVED_EVERY:
+            self.save()
+
+    def cells(self, *axes: str, kind: str | None = None) -> list[Cell]:
+        """Shares of right answers by these axes, ascending; an axis "kind" is the kind of question.
+
+        Args:
+            axes: trials without one of them are left out; with none of them all trials are one cell.
+            kind: count trials of this kind alone.
+        """
+        groups: dict[tuple[Axis, ...], list[bool]] = {}
+        for trial in self.trials:
+            found = {**trial.axes, "kind": trial.kind}
+            if (kind is None or trial.kind == kind) and all(axis in found for axis in axes):
+                groups.setdefault(tuple(found[axis] for axis in axes), []).append(trial.right)
+        return [Cell(values, sum(right), len(right)) for values, right in sorted(groups.items(), key=_order)]
+
+    def save(self) -> None:
+        """Write the file as a whole, or leave the one that is there."""
+        now = time.monotonic()
+        if self.runs:
+            self.runs[-1]["seconds"] = round(now - self._begun, 1)
+        if self.path is None:
+            return
+        new = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            new.write_text(self.to_json(), encoding="utf-8")
+            os.replace(new, self.path)
+        finally:
+            new.unlink(missing_ok=True)
+        self._saved = time.monotonic()
+
+    def to_json(self) -> str:
+        """All of it as JSON text, a line for each trial."""
+        head = {name: getattr(self, name) for name in ("benchmark", "settings", "model", "runs", "notes")}
+        opening = json.dumps({"format": FORMAT, **head}, ensure_ascii=False, allow_nan=False, indent=1)
+        lines = ",\n".join(json.dumps(asdict(item), ensure_ascii=False, allow_nan=False) for item in self.trials)
+        return f'{opening[:-2]},\n "trials": [\n{lines}\n]}}\n'
+
+    @classmethod
+    def load(cls, path: str | Path) -> Result:
+        """A result from its file.
+
+        Raises:
+            ResultError: for a file that is none, naming what is wrong.
+            OSError: where it cannot be read.
+        """
+        path = Path(path)
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ResultError(f"{path}: no result of a benchmark: {error}") from error
+        if not isinstance(record, dict) or "format" not in record:
+            raise ResultError(f"{path}: no result of a benchmark")
+        if record["format"] != FORMAT:
+            raise ResultError(f"{path}: its format is {record['format']!r}, this release reads {FORMAT}; measure again")
+        try:
+            trials = [_trial(item) for item in record["trials"]]
+            kept = {name: record[name] for name in ("benchmark", "settings", "model", "runs", "notes")}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ResultError(f"{path}: damaged, or made by hand: {error!r}") from error
+        if len({trial.id for trial in trials}) < len(trials):
+            raise ResultError(f"{path}: damaged: a trial is there twice")
+        return cls(**kept, trials=trials, path=path)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What two mappings do not agree on, in words."""
+    names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    return [f"{name}: {before.get(name)!r} there, {after.get(name)!r} here" for name in names]
+
+
+def _trial(record: Mapping[str, Any]) -> Trial:
+    values = {**record, "expected": tuple(record["expected"])}
+    if not isinstance(values["right"], bool) or not isinstance(values["axes"], dict):
+        raise ValueError(f"trial {values.get('id')!r}")
+    return Trial(**values)
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As they come back from a file, so that equal ones are equal."""
+    return json.loads(json.dumps(dict(values), allow_nan=False))
+
+
+def _order(group: tuple[tuple[Axis, ...], Sequence[bool]]) -> tuple[tuple[bool, Axis], ...]:
+    """Numbers before words."""
+    return tuple((isinstance(value, str), value) for value in group[0])

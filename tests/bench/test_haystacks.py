@@ -1,0 +1,107 @@
+"""Haystacks are nested, sentences lie where they were put, and a bank is what encoding its texts would make."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from msa_hf.bench.asking import Ask, holds, put
+from msa_hf.bench.banks import HaystackBanks
+from msa_hf.bench.haystack import Haystack, HaystackTooSmall, Plant, generated_texts, insert_sentence
+from msa_hf.generation import PromptProtocol
+
+Tiny = tuple[Any, Any, PromptProtocol]
+NEEDLE = "The Jethefux Crossing is held at Krikutust Heights."
+
+
+@pytest.fixture(scope="module")
+def haystack(tiny: Tiny) -> Haystack:
+    return Haystack(generated_texts(), tiny[1], 3000)
+
+
+def test_small_haystacks_are_the_beginning_of_large_ones(tiny: Tiny, haystack: Haystack) -> None:
+    small = Haystack(generated_texts(), tiny[1], 1000)
+    assert haystack.texts[: len(small)] == small.texts and haystack.documents(1000) == len(small)
+    assert haystack.tokens(len(small) - 1) < 1000 <= haystack.tokens(len(small))
+    counted = sum(len(tiny[1](text, add_special_tokens=False)["input_ids"]) for text in haystack.texts)
+    assert haystack.tokens(len(haystack)) == counted
+    with pytest.raises(HaystackTooSmall, match=r"have \d\d tokens, but .* 1,000"):
+        Haystack(["One text of enough words that it counts as a document of its own, and no more."], tiny[1], 1000)
+
+
+def test_long_texts_are_cut_and_nothing_is_lost(tiny: Tiny) -> None:
+    text = " ".join(f"Sentence number {number} is here." for number in range(200))
+    made = Haystack([text], tiny[1], 1500, document_tokens=50, least_tokens=1)
+    assert text.startswith(" ".join(made.texts)) and sum(item[-1] == "." for item in made.texts) > 20
+
+
+@pytest.mark.parametrize("text", ["One. Two! Three? Four", "# Head\n\nOne line\nTwo\n", "no end at all", "One."])
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.5, 1.0])
+def test_a_sentence_goes_between_others(text: str, place: float) -> None:
+    found = insert_sentence(text, "NEW.", place)
+    before, _, after = found.partition("NEW.")
+    assert (before + after).replace(" ", "").replace("\n", "") == text.replace(" ", "").replace("\n", "")
+    assert found.split("NEW.")[0][-1:] in ("", " ", "\n")
+    assert (place > 0 or not before) and (place < 1 or not after.strip())
+
+
+def test_plants_lie_at_their_depths_each_in_a_document_of_its_own(haystack: Haystack) -> None:
+    plants = [Plant(f"S{number}.", depth) for number, depth in enumerate([0.0, 0.0, 0.5, 0.5, 1.0, 1.0])]
+    places = haystack.place(20, plants)
+    assert len(set(places)) == 6 and set(places[:2]) == {0, 1} and set(places[4:]) == {18, 19}
+    assert abs(haystack.tokens(places[2]) / haystack.tokens(20) - 0.5) < 0.1
+    planted = haystack.planted(places, plants)
+    assert all(plant.sentence in planted[place] for place, plant in zip(places, plants, strict=True))
+    with pytest.raises(HaystackTooSmall, match="6 sentences do not go into 5 documents"):
+        haystack.place(5, plants)
+
+
+def test_a_bank_of_a_part_with_others_in_it_is_what_encoding_these_texts_makes(tiny: Tiny, haystack: Haystack) -> None:
+    model, tokenizer, protocol = tiny
+    banks = HaystackBanks(model, tokenizer, protocol, haystack)
+    before = {layer: memory.pooled_kv.clone() for layer, memory in banks.whole.layers.items()}
+    planted = {0: NEEDLE, 7: haystack.texts[7] + " " + NEEDLE * 4, 11: "Short."}
+    found = banks.bank(12, planted)
+    texts = [planted.get(number, text) for number, text in enumerate(haystack.texts[:12])]
+    plain = model.encode_documents(list(protocol.encode_corpus(texts, tokenizer)), tokenizer, show_progress=False)
+    assert [item.text for item in found.documents] == texts
+    assert list(found.documents) == list(plain.documents) and torch.equal(found.offsets, plain.offsets)
+    for layer, memory in plain.layers.items():
+        torch.testing.assert_close(found.layers[layer].pooled_kv, memory.pooled_kv)
+        torch.testing.assert_close(found.layers[layer].routing_keys, memory.routing_keys)
+    assert all(torch.equal(banks.whole.layers[layer].pooled_kv, kept) for layer, kept in before.items())
+    assert [item.text for item in banks.bank(12, {}).documents] == haystack.texts[:12]
+    with pytest.raises(ValueError, match="do not fit"):
+        banks.bank(5, planted)
+
+
+def test_what_broke_is_told(tiny: Tiny, haystack: Haystack) -> None:
+    model, tokenizer, protocol = tiny
+    lines = {3: NEEDLE, 9: "Krikutust Heights is known for its roses.", 12: "zxq wvu 99 !!"}
+    bank = HaystackBanks(model, tokenizer, protocol, haystack).bank(len(haystack), lines)
+    asked = [
+        Ask("What is the venue of the Jethefux Crossing known for?", ("roses",), ((3,), (9,))),
+        Ask("What is the wvu of the zxq?", ("99",), ((12,),)),
+        Ask("What is Krikutust Heights known for?", ("nothing that stands there",), ()),
+    ]
+    one, two, three = next(put(model, tokenizer, bank, protocol, asked, max_new_tokens=12))
+    assert one.right and (one.read[:2], one.broke, one.rungs) == ((3, 9), "", {})
+    assert not two.right and two.broke == "reader" and set(two.rungs) == {"forced_gold", "gold_text"}
+    assert not three.right and three.broke == "invented" and three.rungs == {}
+    # One round cannot find both documents: forced, they answer.
+    (cut,) = next(put(model, tokenizer, bank, protocol, asked[:1], max_rounds=1, max_new_tokens=12))
+    assert not cut.right and cut.broke == "routing" and holds(cut.rungs["forced_gold"], "roses")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [
+        ("The code is 1,234.", "1234", True),
+        ("12345", "1234", False),
+        ("it is 6F9619FF-8B86-D011-B42D-00CF4FC964FF", "6f9619ff-8b86-d011-b42d-00cf4fc964ff", True),
+        ("The Oskel Lantern", "oskel lantern", True),
+        ("", "", False),
+    ],
+)
+def test_an_answer_holds_whole_words(answer: str, expected: str, right: bool) -> None:
+    assert holds(answer, expected) is right

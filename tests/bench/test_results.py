@@ -1,0 +1,194 @@
+"""Results: shares with intervals, files that survive interruptions, and differences that are more than chance."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from msa_hf.bench.comparing import compare
+from msa_hf.bench.intervals import fisher_test, sign_test, wilson
+from msa_hf.bench.report import html_report, short, text_report
+from msa_hf.bench.result import Result, ResultError, Trial
+from msa_hf.cli import main
+
+MODEL = {"name": "some", "fingerprint": "f"}
+
+
+def trial(number: int, right: bool, tokens: int = 1000, kind: str = "single", **detail: object) -> Trial:
+    axes = {"tokens": tokens, "depth": number % 3 / 2}
+    return Trial(
+        f"{kind} {tokens} {number}", kind, axes, f"q{number}?", ("yes",), "yes" if right else "no", right, detail
+    )
+
+
+def result(right: list[bool], path: Path | None = None, **settings: object) -> Result:
+    made = Result.begin("needles", {"seed": 0, **settings}, MODEL, {"hardware": "here"}, path)
+    made.add(trial(number, value) for number, value in enumerate(right))
+    made.save()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("right", "asked", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662), (0, 0, 0.0, 1.0)],
+)
+def test_wilson_is_as_published(right: int, asked: int, low: float, high: float) -> None:
+    assert wilson(right, asked) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_fisher_is_the_sum_of_all_tables_as_unlikely() -> None:
+    for right, asked, other, others in itertools.product((0, 3, 7), (7, 9), (0, 2, 5), (5, 12)):
+        good, total = right + other, asked + others
+        chances = {
+            count: math.comb(asked, count) * math.comb(others, good - count) / math.comb(total, good)
+            for count in range(max(0, good - others), min(asked, good) + 1)
+        }
+        expected = sum(chance for chance in chances.values() if chance <= chances[right] * (1 + 1e-7))
+        assert fisher_test(right, asked, other, others) == pytest.approx(expected)
+
+
+def test_the_sign_test_counts_only_what_changed() -> None:
+    assert sign_test(0, 0) == 1 and sign_test(5, 5) == 1
+    assert sign_test(6, 0) == pytest.approx(2 / 64) and sign_test(0, 6) == pytest.approx(2 / 64)
+
+
+def test_cells_group_by_axes_and_leave_out_what_lacks_one() -> None:
+    made = result([True, False, True, True])
+    made.add([Trial("other", "words", {"tokens": 20}, "?", ("a",), "a", True)])
+    assert [(cell.values, cell.right, cell.asked) for cell in made.cells("depth")] == [
+        ((0.0,), 2, 2),
+        ((0.5,), 0, 1),
+        ((1.0,), 1, 1),
+    ]
+    assert [(cell.values, cell.asked) for cell in made.cells("tokens", "kind")] == [
+        ((20, "words"), 1),
+        ((1000, "single"), 4),
+    ]
+    assert [cell.asked for cell in made.cells()] == [5] and made.cells("hops") == []
+
+
+def test_a_run_goes_on_where_it_stopped_and_only_with_its_own_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    result([True, False], path, depths=[0.0, 1.0], values=("words",))
+    again = Result.begin(
+        "needles", {"seed": 0, "depths": (0.0, 1.0), "values": ["words"]}, MODEL, {"hardware": "there"}, path
+    )
+    assert again.done("single 1000 1") and not again.done("single 1000 2")
+    assert [run["hardware"] for run in again.runs] == ["here", "there"]
+    with pytest.raises(ValueError, match="made already"):
+        again.add([trial(1, True)])
+    for settings, model, benchmark, named in (
+        ({"seed": 1, "depths": [0.0, 1.0], "values": ["words"]}, MODEL, "needles", "seed: 0 there, 1 here"),
+        (again.settings, {**MODEL, "fingerprint": "g"}, "needles", "fingerprint"),
+        (again.settings, MODEL, "chains", "its benchmark is needles"),
+    ):
+        before = path.read_bytes()
+        with pytest.raises(ResultError, match=named):
+            Result.begin(benchmark, settings, model, {}, path)
+        assert path.read_bytes() == before
+    assert [item.name for item in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_a_failed_write_leaves_the_file_that_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    made = result([True], path)
+    before = path.read_bytes()
+    made.add([trial(1, True, broke=object())])
+    with pytest.raises(TypeError):
+        made.save()
+    assert path.read_bytes() == before and [item.name for item in tmp_path.iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("", "no result"),
+        ("[]", "no result"),
+        ("{}", "no result"),
+        ('{"format": 2}', "format is 2"),
+        ('{"format": 1}', "damaged"),
+        ('{"format": 1, "trials": [{"id": 1}]}', "damaged"),
+        ('{"format": 1, "trials": 3}', "damaged"),
+    ],
+)
+def test_what_is_no_result_is_refused_by_name(
+    content: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "some.json"
+    path.write_text(content)
+    assert main(["bench", "compare", str(path), str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "some.json" in said and named in said and said.count("\n") == 1
+
+
+def test_a_result_comes_back_from_its_file(tmp_path: Path) -> None:
+    made = result([True, False], tmp_path / "r.json")
+    made.notes["tokens"] = 17
+    made.save()
+    found = Result.load(tmp_path / "r.json")
+    assert (found.trials, found.notes, found.settings, found.runs) == (
+        made.trials,
+        made.notes,
+        made.settings,
+        made.runs,
+    )
+    record = json.loads((tmp_path / "r.json").read_text())
+    record["trials"].append(record["trials"][0])
+    (tmp_path / "r.json").write_text(json.dumps(record))
+    with pytest.raises(ResultError, match="twice"):
+        Result.load(tmp_path / "r.json")
+
+
+def test_differences_beyond_chance_are_marked_and_others_not() -> None:
+    worse, same = [number >= 12 for number in range(40)], [number >= 1 for number in range(40)]
+    before = result([True] * 40)
+    found = compare(before, result(worse), "kind")
+    assert [item.beyond_chance for item in found.cells] == [True] and "WORSE" in str(found)
+    assert "better" in str(compare(result(worse), before, "kind"))
+    assert not compare(before, result(same), "kind").cells[0].beyond_chance
+    assert "differs: seed: 0 there, 9 here" in str(compare(before, result(same, seed=9), "kind"))
+
+
+def test_many_comparisons_do_not_find_a_difference_by_chance() -> None:
+    """Six questions gained in one of forty cells: p is 0.03, which one of forty reaches more often than not."""
+    sides = []
+    for gained in (False, True):
+        made = result([])
+        for tokens in range(40):
+            made.add(trial(number, number > 5 or (gained and tokens == 0), tokens) for number in range(20))
+        sides.append(made)
+    found = compare(*sides, "tokens")
+    assert min(item.p for item in found.cells if item.p is not None) == pytest.approx(2 / 64)
+    assert not any(item.beyond_chance for item in found.cells)
+
+
+def test_other_questions_are_compared_by_shares() -> None:
+    before, after = result([True] * 10), result([])
+    after.add(trial(number + 100, False) for number in range(10))
+    assert compare(before, after, "kind").cells[0].p == pytest.approx(2 / math.comb(20, 10))
+    after = result([], seed=3)
+    after.add([Trial("x", "other", {}, "?", ("a",), "a", True)])
+    with pytest.raises(ResultError, match="no trials in common"):
+        compare(before, after)
+    after.benchmark = "chains"
+    with pytest.raises(ResultError, match="different benchmarks"):
+        compare(before, after)
+
+
+def test_a_page_needs_nothing_but_itself_and_shows_text_as_text() -> None:
+    made = result([True, False])
+    made.add(
+        [Trial("x", "<script>", {"tokens": 5, "depth": 0.5}, "<b>?", ("a",), "</table>", False, {"broke": "routing"})]
+    )
+    page = html_report(made, [("kind",)], [("tokens", "depth")], ["It is <fine>."])
+    assert "<script" not in page and "<b>" not in page and "&lt;fine&gt;" in page
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "") and page.count("<svg") == 2
+    assert "documents were not found" in page and "routing" in text_report(made)
+
+
+def test_numbers_are_short() -> None:
+    assert [short(value) for value in (16000, 1_000_000, 99_000_000, 10**9, 0.5, 1.0, "x", 7)] == [
+        *("16K", "1M", "99M", "1B", "0.5", "1", "x", "7")
+    ]
