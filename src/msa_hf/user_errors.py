@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 
 from safetensors import SafetensorError
@@ -35,8 +34,3 @@ def reported(foreign: bool = False, subject: str = "") -> Iterator[None]:
         if not foreign and home.partition(".")[0] != "msa_hf":
             raise
         raise UserError(f"{opening}{error}") from error
-
-
-def print_error(error: Exception) -> None:
-    """One line on stderr."""
-    print(f"msa-hf: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -14,7 +14,8 @@ from commands import QUESTION, TEXTS, loaded, records, refusal
 from msa_hf.bank.tiered import bank as tiers
 from msa_hf.bank.tiered.hardware import Tiers
 from msa_hf.cli import main
-from msa_hf.cli.answers import shown, snippet
+from msa_hf.cli.answers import snippet
+from msa_hf.cli.characters import shown
 from msa_hf.generation import COMPACT, PUBLISHED, DirectAsker, MemoryInterleave
 
 

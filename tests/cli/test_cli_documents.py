@@ -99,6 +99,24 @@ def test_arguments_are_text_or_there(tmp_path: Path) -> None:
     check_arguments(["encode", "m", str(tmp_path / name), "été"])
 
 
+def test_names_and_texts_do_not_command_the_terminal(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Errors, reports and lists of documents are lines, whatever names and texts hold."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "\x1b[2J.png").touch()
+    (folder / "two\nlines.png").touch()
+    (folder / "\x1b]0;x\x07.txt").write_text("the \x1b[31msea")
+    command = ["encode", str(place / "plain"), str(folder), str(tmp_path / "bank")]
+    assert main(command) == 0 and main(["inspect", str(tmp_path / "bank")]) == 0
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.err + printed.out and "\x07" not in printed.out
+    assert "�[2J.png, two lines.png" in printed.err and "�]0;x�.txt (" in printed.out
+    (folder / "\x1b]0;x\x07.txt").write_bytes(b"caf\xe9")
+    assert "�]0;x�.txt: not UTF-8" in refusal(capsys, *command)
+
+
 def test_any_terminal_shows_any_character(tmp_path: Path) -> None:
     """What it cannot show is an escape, which JSON reads as the character."""
     code = (

@@ -50,6 +50,8 @@ def test_links_are_followed_and_every_file_is_read_once(folder: Path) -> None:
     os.symlink("..", folder / "a" / "up")  # a circle
     os.symlink("../..", folder / "a" / "above")  # would read what lies around the folder
     os.symlink("nowhere", folder / "broken.txt")
+    os.symlink("self.txt", folder / "self.txt")
+    os.symlink("b.lnk/x", folder / "b.lnk")
     os.mkfifo(folder / "pipe.txt")  # would wait for ever
     corpus = Corpus(folder)
     assert [row["key"] for row in corpus] == ["a/c.md", "a/deep/d.py", "a/out/o.txt", "b.txt"]
@@ -57,6 +59,7 @@ def test_links_are_followed_and_every_file_is_read_once(folder: Path) -> None:
     for name in ("0.txt", "twin.txt", "a/up", "a/above", "z"):
         assert reasons[name] == "another name of what is there"
     assert reasons["broken.txt"] == "a link that leads nowhere"
+    assert reasons["self.txt"] == reasons["b.lnk"] == "a link that leads nowhere but back"
     assert reasons["pipe.txt"] == "neither a file nor a folder"
 
 
@@ -100,7 +103,7 @@ def test_names_that_are_no_text_are_bad(folder: Path) -> None:
         (folder / os.fsdecode(b"caf\xe9.txt")).write_text("x")
     except OSError:
         pytest.skip("this file system has no such names")
-    with pytest.raises(DataError, match=r"caf\\xe9\.txt': its name is not Unicode"):
+    with pytest.raises(DataError, match=r"caf\\xe9\.txt': its name is not Unicode.* Rename it"):
         Corpus(folder)
     corpus = Corpus(folder, skip_bad=True)
     assert len(corpus) == 3 and [item.bad for item in corpus.skipped].count(True) == 1
@@ -114,6 +117,15 @@ def test_very_deep_folders_are_read(tmp_path: Path) -> None:
     place.mkdir(parents=True)
     (place / "x.txt").write_text("x")
     assert len(find_files(tmp_path / "deep").names) == 1
+
+
+def test_an_empty_path_is_not_the_folder_that_this_runs_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a variable of the shell that is not set."""
+    monkeypatch.chdir(folder)
+    for source in ("", [folder / "b.txt", ""]):
+        with pytest.raises(DataError, match="path of the documents is empty"):
+            Corpus(source)  # type: ignore[arg-type]
+    assert len(Corpus(".")) == 3
 
 
 def test_what_is_no_folder_or_file_is_refused(tmp_path: Path, folder: Path) -> None:

@@ -234,15 +234,63 @@ def write_pptx(path: Path) -> None:
     slides.save(str(path))
 
 
+def write_xlsx(path: Path) -> None:
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    sheet = book.active
+    sheet.title = "Towers"
+    for row in (["name", "built", None], [], ["old", 1889.0, True], ["new\none", 2.5, "=1+1"]):
+        sheet.append(row)
+    sheet["E5"], sheet["F5"] = datetime.datetime(2020, 1, 2), datetime.time(7, 30)
+    book.create_sheet("Nothing")
+    book.create_sheet("Teas").append(["Assam"])
+    book.save(path)
+
+
+def write_odt(path: Path, body: str = "", manifest: str = "<manifest/>") -> None:
+    names = " ".join(
+        f'xmlns:{name}="urn:oasis:names:tc:opendocument:xmlns:{name}:1.0"'
+        for name in ("office", "text", "table", "drawing")
+    )
+    body = body or (
+        "<office:text><text:tracked-changes><text:p>deleted</text:p></text:tracked-changes>"
+        "<text:h>The <text:span>old</text:span>\n   tower</text:h><text:section><text:list><text:list-item>"
+        '<text:p>one<text:s text:c="3"/>two<text:tab/>three<text:line-break/>four</text:p></text:list-item></text:list>'
+        "</text:section><text:p>Noted<text:note><text:note-citation>1</text:note-citation><text:note-body>"
+        "<text:p>the note</text:p></text:note-body></text:note> here<office:annotation><text:p>a comment</text:p>"
+        "</office:annotation>.</text:p><table:table><table:table-row><table:table-cell><text:p>built</text:p>"
+        "</table:table-cell><table:table-cell><text:p>1889</text:p></table:table-cell></table:table-row></table:table>"
+        "<text:p>a<text:a>nd the</text:a> end</text:p></office:text>"
+    )
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("META-INF/manifest.xml", manifest)
+        archive.writestr("content.xml", f"<document {names}><office:body>{body}</office:body></document>")
+        title = '<m xmlns:dc="http://purl.org/dc/elements/1.1/"><a><dc:title>Towers</dc:title></a></m>'
+        archive.writestr("meta.xml", title)
+
+
 @pytest.mark.parametrize(
     ("suffix", "write", "text", "metadata"),
     [
+        (
+            "xlsx",
+            write_xlsx,
+            "Towers\nname\tbuilt\nold\t1889\tTrue\nnew one\t2.5\n\t\t\t\t2020-01-02\t07:30:00\n\nTeas\nAssam",
+            {},
+        ),
+        (
+            "odt",
+            write_odt,
+            "The old tower\none   two\tthree\nfour\nNoted here.\nthe note\nbuilt\t1889\nand the end",
+            {"title": "Towers"},
+        ),
         ("pdf", lambda path: write_pdf(path, "The tower was built"), "The tower was built", {}),
         ("docx", write_docx, "Towers\nThe old one\nbuilt\t1889\nand the new one", {}),
         ("pptx", write_pptx, "One\na point\na note\n\nTwo\na point\na note", {}),
         ("epub", write_epub, "First é\n\nSecond", {"title": "Two chapters"}),
     ],
-    ids=["pdf", "docx", "pptx", "epub"],
+    ids=["xlsx", "odt", "pdf", "docx", "pptx", "epub"],
 )
 def test_books_and_office(
     tmp_path: Path, suffix: str, write: Callable[[Path], None], text: str, metadata: dict[str, Any]
@@ -251,9 +299,75 @@ def test_books_and_office(
     write(path)
     assert rows_of(path) == [(f"a.{suffix}", text, metadata)]
     data = path.read_bytes()
-    for broken in (b"", b"nothing of the kind", data[: len(data) // 2]):
+    for broken in (b"nothing of the kind", data[: len(data) // 2]):
         path.write_bytes(broken)
         assert "cannot read it" in refused(path)
+
+
+@pytest.mark.parametrize("suffix", ["docx", "pptx", "xlsx", "odt", "epub"])
+def test_older_formats_and_passwords_are_named(tmp_path: Path, suffix: str) -> None:
+    """Both are files of an older kind, in which others lie."""
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(bytes.fromhex("d0cf11e0a1b11ae1") + bytes(512))
+    assert "locked with a password, or of the format" in refused(path)
+
+
+def test_other_open_documents_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.odt"
+    write_odt(path, "<office:spreadsheet/>")
+    assert "another kind of document" in refused(path)
+    write_odt(path, manifest="<manifest><encryption-data/></manifest>")
+    assert "locked with a password" in refused(path)
+    write_odt(path, "<office:text>" + "<text:section>" * 5000 + "</text:section>" * 5000 + "</office:text>")
+    assert "cannot read it" in refused(path)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("version", [3, 4])
+def test_notebooks(tmp_path: Path, version: int, whole: bool) -> None:
+    def kept(text: str) -> str | list[str]:
+        return text if whole else text.splitlines(keepends=True)
+
+    word = "input" if version == 3 else "source"
+    pages = {"text/plain": kept("'1889'"), "text/html": "<b>", "image/png": "iVBO"}
+    shown: dict[str, Any] = {"text": kept("'1889'"), "png": "iVBO"} if version == 3 else {"data": pages}
+    cells = [
+        {"cell_type": "markdown", "source": kept("# Towers\n\nAll of them.")},
+        {
+            "cell_type": "code",
+            word: kept("print(1)\nyear"),
+            "outputs": [
+                {"output_type": "stream", "text": kept("1\n")},
+                {"output_type": "execute_result", **shown},
+                {"output_type": "error", "ename": "NameError", "traceback": ["..."]},
+            ],
+        },
+        {"cell_type": "raw", "source": []},
+    ]
+    notebook = {"worksheets": [{"cells": cells}]} if version == 3 else {"cells": cells, "nbformat": 4}
+    path = tmp_path / "a.ipynb"
+    path.write_text(json.dumps(notebook))
+    text = "# Towers\n\nAll of them.\n\nprint(1)\nyear\n\n1\n\n'1889'"
+    assert rows_of(path) == [("a.ipynb", text, {})]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", "3", '{"cells": 3}', '{"cells": [{}]}', '{"cells": [{"source": 1}]}', "[" * 100_000]
+)
+def test_what_is_no_notebook(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.ipynb").write_text(text)
+    assert "not a notebook" in refused(tmp_path / "a.ipynb")
+
+
+def test_empty_files_of_any_kind_are_left_out_of_folders(tmp_path: Path) -> None:
+    names = ["a.csv", "a.docx", "a.ipynb", "a.json", "a.jsonl", "a.odt", "a.parquet", "a.pdf", "a.txt", "a.jsonl.gz"]
+    for name in names:
+        (tmp_path / name).touch()
+        assert "nothing in it" in refused(tmp_path / name)
+    (tmp_path / "b.txt").write_text("b")
+    corpus = Corpus(tmp_path)
+    assert [row["key"] for row in corpus] == ["b.txt"]
+    assert {(item.place, item.bad) for item in corpus.skipped} == {(name, False) for name in names}
 
 
 def test_what_has_no_text_or_is_locked(tmp_path: Path) -> None:

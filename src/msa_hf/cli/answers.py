@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import unicodedata
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..generation.selectors import SELECTORS
 from ..json_object import JsonObject
 from ..user_errors import UserError, reported
+from .characters import shown
 from .loading import check_bank, checkpoint, load, protocol_of
 from .options import add_model_options, at_least, device_in, positive
 from .plan import placement
@@ -74,11 +74,6 @@ def opened_asker(args: argparse.Namespace) -> Asker:
             bank = place_bank(args.bank, device, args.placement, model=model, tokenizer=tokenizer)
             print(bank.plan, file=sys.stderr)
         return asker_of(model, tokenizer, bank, protocol, max_new_tokens=args.max_new_tokens, **options)
-
-
-def shown(text: str) -> str:
-    """A text for a terminal: what would command it, such as escape sequences in a document, becomes `�`."""
-    return "".join("�" if unicodedata.category(item) == "Cc" and item not in "\n\t" else item for item in text)
 
 
 def snippet(text: str | None, length: int = SHOWN_TEXT) -> str:

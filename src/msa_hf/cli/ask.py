@@ -6,9 +6,10 @@ import argparse
 import json
 from collections.abc import Iterable
 
-from ..user_errors import UserError, print_error, reported
-from .answers import add_asking_options, described_sources, described_trace, opened_asker, record_of, shown
+from ..user_errors import UserError, reported
+from .answers import add_asking_options, described_sources, described_trace, opened_asker, record_of
 from .answers import terminal_streamer as streamer_for
+from .characters import print_error, shown
 
 NAME = "ask"
 HELP = "Ask questions of a bank; without a question, or with -, one per line of the input."

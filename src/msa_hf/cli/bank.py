@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..user_errors import UserError, reported
+from .characters import in_one_line
 from .documents import add_document_options, read_corpus
 from .indexes import add_index_options, embedder_of
 from .lengths import length_remedy
@@ -225,7 +226,7 @@ def verify(args: argparse.Namespace) -> int:
     for item in found:
         print(f"{item.file}: {item.cause}; documents left out: {item.documents}")
         for key in item.keys:
-            print(f"  {'(its key is lost too)' if key is None else key}")
+            print(f"  {'(its key is lost too)' if key is None else in_one_line(key)}")
     print(f"{args.bank}: {len(found)} damaged files" if found else f"{args.bank}: every file is as it was written")
     if given_up:
         print(f"{args.bank}: {given_up} documents given up")

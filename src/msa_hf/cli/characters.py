@@ -6,6 +6,7 @@ import codecs
 import io
 import os
 import sys
+import unicodedata
 from collections.abc import Sequence
 
 from ..user_errors import UserError
@@ -39,6 +40,21 @@ def show_all_characters() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=ESCAPED)
+
+
+def shown(text: str) -> str:
+    """A text for a terminal: what would command it, such as escape sequences in a document, becomes `�`."""
+    return "".join("�" if unicodedata.category(item) == "Cc" and item not in "\n\t" else item for item in text)
+
+
+def in_one_line(text: str) -> str:
+    """A text for a line of a terminal."""
+    return shown(" ".join(text.split()))
+
+
+def print_error(error: Exception) -> None:
+    """One line on stderr."""
+    print(f"msa-hf: error: {in_one_line(str(error))}", file=sys.stderr)
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:

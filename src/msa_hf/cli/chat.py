@@ -9,15 +9,15 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..user_errors import UserError, print_error, reported
+from ..user_errors import UserError, reported
 from .answers import (
     add_asking_options,
     described_sources,
     described_trace,
     opened_asker,
-    shown,
     terminal_streamer,
 )
+from .characters import print_error, shown
 
 if TYPE_CHECKING:
     from ..generation import Answer, Asker

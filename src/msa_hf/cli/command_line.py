@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from .. import __version__
-from ..user_errors import UserError, print_error
+from ..user_errors import UserError
 from . import (
     ask,
     bank,
@@ -33,7 +33,7 @@ from . import (
     serve,
     train,
 )
-from .characters import check_arguments, show_all_characters
+from .characters import check_arguments, print_error, show_all_characters
 
 
 class Command(Protocol):

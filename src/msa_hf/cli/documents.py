@@ -6,12 +6,14 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from .characters import in_one_line
+
 if TYPE_CHECKING:
     from ..data.documents import Corpus
 
 SOURCE_HELP = (
-    "a file or folder: text, source code, .html, .csv, .tsv, .parquet, .json, .jsonl (also .gz, .xz, .zst), .pdf, "
-    ".docx, .pptx, .epub; or what datasets.save_to_disk saved"
+    "a file or folder: text, source code, .ipynb, .html, .csv, .tsv, .parquet, .json, .jsonl (also .gz, .xz, .zst), "
+    ".pdf, .docx, .pptx, .xlsx, .odt, .epub; or what datasets.save_to_disk saved"
 )
 
 
@@ -57,5 +59,5 @@ def read_corpus(args: argparse.Namespace, source: str, quiet: bool = False) -> C
         )
     if not quiet:
         for line in report_lines(corpus.skipped):
-            print(f"msa-hf: {line}", file=sys.stderr)
+            print(f"msa-hf: {in_one_line(line)}", file=sys.stderr)
     return corpus

@@ -7,6 +7,7 @@ import json
 
 from ..json_object import JsonObject
 from ..user_errors import reported
+from .characters import in_one_line
 from .options import at_least
 
 NAME = "inspect"
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     for name, value in {**record, **origin}.items():
         print(f"{name.replace('_', ' ')}: {value}")
     for item in documents:
-        text = " ".join((item["text"] or "").split())
-        print(f"  {item['key']} ({item['tokens']} tokens): {text[:SHOWN_TEXT]}{'...' if text[SHOWN_TEXT:] else ''}")
+        text = in_one_line(item["text"] or "")
+        beginning = f"{text[:SHOWN_TEXT]}{'...' if text[SHOWN_TEXT:] else ''}"
+        print(f"  {in_one_line(item['key'])} ({item['tokens']} tokens): {beginning}")
     return 0

@@ -10,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..user_errors import UserError, print_error, reported
+from ..user_errors import UserError, reported
+from .characters import print_error
 from .indexes import add_index_options, embedder_of
 from .loading import checkpoint, load, protocol_of
 from .options import add_model_options, add_sole_writer_option, at_least, device_in, positive

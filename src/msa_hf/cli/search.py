@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..user_errors import UserError, reported
+from .characters import in_one_line
 from .indexes import EMBEDDER_HELP, embedder_of
 from .loading import load, protocol_of
 from .options import add_model_options, device_in, positive
@@ -93,6 +94,6 @@ def described(hits: list[Hit], bank: Path) -> Iterator[str]:
             why.append(f"words {', '.join(hit.why.terms)}")
         if hit.why.dense is not None:
             why.append(f"dense {hit.why.dense.rank} ({hit.why.dense.score:.3f})")
-        text = " ".join((hit.text or "").split())
-        yield f"{hit.rank}. [{hit.id}] {hit.key} ({hit.score:.3f}): {'; '.join(why)}"
+        text = in_one_line(hit.text or "")
+        yield f"{hit.rank}. [{hit.id}] {in_one_line(hit.key)} ({hit.score:.3f}): {'; '.join(why)}"
         yield f"   {text[:SHOWN_TEXT]}{'...' if len(text) > SHOWN_TEXT else ''}"

@@ -10,7 +10,8 @@ from dataclasses import fields
 
 from ..training import settings as training_settings
 from ..training.router_settings import STARTS, RouterSettings
-from ..user_errors import UserError, print_error, reported
+from ..user_errors import UserError, reported
+from .characters import print_error
 from .documents import add_document_options, read_corpus
 from .loading import checkpoint, new_directory, protocol_of
 from .options import add_protocol_option, layer_list, positive

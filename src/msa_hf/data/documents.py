@@ -154,7 +154,7 @@ class Corpus:
         self._cursor: tuple[SourceFile, int, Iterator[Found]] | None = None
         sources = [source] if isinstance(source, str | os.PathLike) else list(source)
         glob = [glob] if isinstance(glob, str) else list(glob)
-        files = [item for place in sources for item in self._files_of(Path(place), glob, split)]
+        files = [item for place in sources for item in self._files_of(place, glob, split)]
         with tqdm(desc="Reading documents", unit="doc", delay=2, disable=None if show_progress else True) as progress:
             for path, name, kind in files:
                 self._look_at(SourceFile(path, name, kind, len(self)), progress)
@@ -169,9 +169,12 @@ class Corpus:
     # Looking --------------------------------------------------------------------------------------------------------
 
     def _files_of(
-        self, path: Path, glob: Sequence[str], split: str | None
+        self, source: Source, glob: Sequence[str], split: str | None
     ) -> Iterator[tuple[Path, str | None, Rows | Whole]]:
         """The files of a source, with their names in a folder and their kinds."""
+        if source == "":
+            raise DataError("the path of the documents is empty; the folder that this is run in is named `.`")
+        path = Path(source)
         if not path.exists():
             raise DataError(f"{path}: no such file or directory")
         if path.is_dir() and is_saved_dataset(path):
@@ -217,7 +220,13 @@ class Corpus:
         self._files.append(file)
         try:
             if file.name is not None:
-                check_unicode(file.name, f"{os.fsencode(file.path)!r}: its name")
+                try:
+                    check_unicode(file.name, f"{os.fsencode(file.path)!r}: its name")
+                except ValueError as error:
+                    raise DataError(f"{error} Rename it, or leave it out with --glob or --skip-bad.") from error
+            if file.path.is_file() and not file.path.stat().st_size:
+                self.skipped.append(Skipped(file.name or str(file.path), "empty, nothing in it"))
+                return
             if isinstance(file.kind, Whole):
                 self._look_at_text(file, file.kind)
                 progress.update()

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -88,7 +89,10 @@ def find_files(folder: Path, patterns: Sequence[str] = ()) -> Found:
             except FileNotFoundError:
                 skipped.append(Skipped(name, "a link that leads nowhere"))
             except OSError as error:
-                skipped.append(Skipped(name, error.strerror or str(error), bad=True))
+                if error.errno == errno.ELOOP:
+                    skipped.append(Skipped(name, "a link that leads nowhere but back"))
+                else:
+                    skipped.append(Skipped(name, error.strerror or str(error), bad=True))
 
     seen.update((status.st_dev, status.st_ino) for status in map(Path.stat, folder.resolve().parents))
     walk(Path(), follow=True)

@@ -11,7 +11,7 @@ from ...json_object import JsonObject
 from ..compressed import OPENERS
 from ..errors import DataError
 from ..lines import read_text
-from . import json_files, office, pages, tables
+from . import json_files, notebooks, office, open_documents, pages, spreadsheets, tables
 from .found import Found
 
 
@@ -78,8 +78,14 @@ KINDS: dict[str, Rows | Whole] = {
     ".pdf": Whole(office.read_pdf),
     ".docx": Whole(office.read_docx),
     ".pptx": Whole(office.read_pptx),
+    ".xlsx": Whole(spreadsheets.read_xlsx),
+    ".odt": Whole(open_documents.read_odt),
+    ".ipynb": Whole(notebooks.read_ipynb),
 }
-NAMED = ".txt, .md, .rst, .html, source code, .csv, .tsv, .parquet, .json, .jsonl, .pdf, .docx, .pptx, .epub"
+NAMED = (
+    ".txt, .md, .rst, .html, source code, .ipynb, .csv, .tsv, .parquet, .json, .jsonl, .pdf, .docx, .pptx, .xlsx, "
+    ".odt, .epub"
+)
 
 
 def kind_of(name: str) -> Rows | Whole | None:

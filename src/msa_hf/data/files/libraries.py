@@ -7,6 +7,7 @@ import importlib
 import logging
 import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 from ...user_errors import UserError
@@ -60,15 +61,31 @@ def quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def check_archive(archive: zipfile.ZipFile, place: str) -> None:
-    """Refuse an archive whose texts would take more memory than a document may have.
+@contextlib.contextmanager
+def opened_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The archive that a file of today's offices, or a book, is.
 
     Raises:
-        DataError: if they would.
+        DataError: for a file of another format, named as one of these, and for an archive whose texts would take more
+            memory than a document may have.
     """
+    with path.open("rb") as file:
+        older = file.read(len(OLDER)) == OLDER
+    if older:
+        raise DataError(
+            f"{path}: is locked with a password, or of the format that offices had before {path.suffix}; save it "
+            "without a password, and anew"
+        )
+    with zipfile.ZipFile(path) as archive:
+        _check_archive(archive, str(path))
+        yield archive
+
+
+def _check_archive(archive: zipfile.ZipFile, place: str) -> None:
     size = sum(item.file_size for item in archive.infolist() if not item.filename.lower().endswith(IMAGES))
     if size > LONGEST:
         raise DataError(f"{place}: holds {size >> 20} MiB of text, of which {LONGEST >> 20} are read at most")
 
 
+OLDER = bytes.fromhex("d0cf11e0a1b11ae1")  # of files that hold others, before they were archives
 IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".emf", ".wmf", ".svg", ".mp4", ".mp3", ".wav")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 from ...json_object import JsonObject
 from ..errors import DataError
-from .libraries import check_archive, library, quiet, reading
+from .libraries import library, opened_archive, quiet, reading
 
 
 class Paragraph(Protocol):
@@ -57,8 +56,8 @@ def read_docx(path: Path, encoding: str | None) -> JsonObject:
     """The paragraphs and tables of a docx in order, without headers and footers."""
     docx = library("docx", str(path), "python-docx")
     with reading(str(path), "python-docx"):
-        with zipfile.ZipFile(path) as archive:
-            check_archive(archive, str(path))
+        with opened_archive(path):
+            pass
         blocks = docx.Document(str(path)).iter_inner_content()
         texts = [line for block in blocks for line in ([block.text] if hasattr(block, "text") else _rows(block))]
     return {"text": "\n".join(texts).strip()}
@@ -68,8 +67,8 @@ def read_pptx(path: Path, encoding: str | None) -> JsonObject:
     """The texts, tables and notes of a pptx, slide by slide, which are divided by a blank line."""
     pptx = library("pptx", str(path), "python-pptx")
     with reading(str(path), "python-pptx"):
-        with zipfile.ZipFile(path) as archive:
-            check_archive(archive, str(path))
+        with opened_archive(path):
+            pass
         slides = []
         for slide in pptx.Presentation(str(path)).slides:
             lines = [line for shape in slide.shapes for line in _shape_lines(shape)]

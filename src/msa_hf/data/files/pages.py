@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import posixpath
 import re
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -14,7 +13,7 @@ from ...json_object import JsonObject
 from ..compressed import open_bytes
 from ..errors import DataError
 from ..lines import LONGEST, decode
-from .libraries import check_archive, library, reading
+from .libraries import library, opened_archive, reading
 
 if TYPE_CHECKING:
     from bs4 import BeautifulSoup
@@ -83,8 +82,7 @@ def _visible_text(soup: BeautifulSoup) -> str:
 def read_epub(path: Path, encoding: str | None) -> JsonObject:
     """The pages of a book in its order of reading, put together; its title is metadata."""
     library("bs4", str(path), "beautifulsoup4")
-    with reading(str(path), "the reader of epub"), zipfile.ZipFile(path) as book:
-        check_archive(book, str(path))
+    with reading(str(path), "the reader of epub"), opened_archive(path) as book:
         (root,) = ElementTree.fromstring(book.read(CONTAINER)).iterfind("{*}rootfiles/{*}rootfile[1]")
         package_name = root.attrib["full-path"]
         package = ElementTree.fromstring(book.read(package_name))
