@@ -108,7 +108,8 @@ Hook = Callable[[str, dict[str, Any]], str | dict[str, Any] | None]
 
 @pytest.fixture
 def proxy(dynamodb_server: str) -> Iterator[tuple[str, Callable[[Hook], None]]]:
-    """A server before the server: its hook sees every request and may answer it, or have the answer lost ("lose")."""
+    """A server before the server: its hook sees every request and may answer it, have the answer lost ("lose"), or the
+    request ("drop")."""
     hooks: list[Hook] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -116,6 +117,9 @@ def proxy(dynamodb_server: str) -> Iterator[tuple[str, Callable[[Hook], None]]]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             operation = self.headers["X-Amz-Target"].partition(".")[2]
             told = hooks[-1](operation, json.loads(body)) if hooks else None
+            if told == "drop":
+                self.close_connection = True
+                return
             if isinstance(told, dict):
                 status, answer = 200, json.dumps(told).encode()
             else:
@@ -163,18 +167,125 @@ def test_a_write_whose_answer_was_lost_is_not_taken_for_a_conflict(proxy: tuple[
     url, hook = proxy
     store = DynamoDBStore("lossy", endpoint=url, create=True)
     for expected_data in range(1, 5):  # created, then changed
-        hook(lose(("PutItem",), 1))
+        hook(lose(("UpdateItem",), 1))
         update(store, "p", "counter", "t", lambda data: {"n": (data or {"n": 0})["n"] + 1})
         found = store.get("p", "counter")
         assert found is not None and found.data == {"n": expected_data}
-    hook(lose(("PutItem",), 1))
+    hook(lose(("UpdateItem",), 1))
     with pytest.raises(VersionConflict):
         store.put(found, expected=found.version - 1)
-    hook(lose(("PutItem",), 1))
+    hook(lose(("UpdateItem",), 1))
     assert store.put(found).version > found.version
-    hook(lose(("PutItem",), 100))
+    hook(lose(("UpdateItem",), 100))
     with pytest.raises(StoreUnavailable):
         store.put(found)
+
+
+def between(first: str, meanwhile: Callable[[], object], operation: str = "UpdateItem") -> Hook:
+    """The first request of an operation, or its answer, is lost, and something happens before it is sent again."""
+    seen: list[str] = []
+
+    def hook(name: str, body: dict[str, Any]) -> str | None:
+        if name == operation:
+            seen.append(name)
+            if len(seen) == 1:
+                return first
+            if len(seen) == 2:
+                meanwhile()
+        return None
+
+    return hook
+
+
+def one_more(data: dict[str, Any] | None) -> dict[str, Any]:
+    return {"n": (data or {"n": 0})["n"] + 1}
+
+
+@pytest.mark.parametrize("lost", ["lose", "drop"])
+@pytest.mark.parametrize("others", [1, 4])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_change_is_made_once_though_others_came_between_its_two_sendings(
+    proxy: tuple[str, Callable[[Hook], None]], dynamodb_server: str, lost: str, others: int, there: bool
+) -> None:
+    """The first sending was written and then overwritten, or it never arrived: the second one cannot see which."""
+    (url, hook), name = proxy, f"between-{lost}-{others}-{there}"
+    with (
+        DynamoDBStore(name, endpoint=url, create=True) as store,
+        DynamoDBStore(name, endpoint=dynamodb_server) as other,
+    ):
+        for _ in range(3 * there):
+            update(other, "p", "n", "t", one_more)
+        hook(between(lost, lambda: [update(other, "p", "n", "t", one_more) for _ in range(others)]))
+        update(store, "p", "n", "t", one_more)
+        found = other.get("p", "n")
+        assert found is not None and found.data == {"n": 3 * there + others + 1}
+
+
+def test_where_nobody_can_know_whether_a_write_was_done_it_is_said(
+    proxy: tuple[str, Callable[[Hook], None]], dynamodb_server: str
+) -> None:
+    """Too many others wrote, or deleted: a conflict would promise that nothing was written."""
+    url, hook = proxy
+    store, other = DynamoDBStore("nobody", endpoint=url, create=True), DynamoDBStore("nobody", endpoint=dynamodb_server)
+    item = Item("p", "s", "t", {})
+
+    def again() -> None:
+        other.delete("p", "s")
+        other.put(item)
+
+    for meanwhile in (lambda: [other.put(item) for _ in range(6)], lambda: other.delete("p", "s"), again):
+        version = other.put(item).version
+        hook(between("lose", meanwhile))
+        with pytest.raises(StoreUnavailable, match=r"may have been done or not\. Read before repeating it"):
+            store.put(item, expected=version)
+
+
+def test_what_was_deleted_though_the_answer_was_lost_counts_as_deleted(
+    proxy: tuple[str, Callable[[Hook], None]], dynamodb_server: str
+) -> None:
+    url, hook = proxy
+    store, other = DynamoDBStore("gone", endpoint=url, create=True), DynamoDBStore("gone", endpoint=dynamodb_server)
+    item = Item("p", "s", "t", {})
+    hook(lose(("DeleteItem",), 1))
+    assert store.delete("p", "s", expected=other.put(item).version) is True
+    hook(lose(("DeleteItem",), 1))
+    other.put(item)
+    assert store.delete("p", "s") is True and store.delete("p", "s") is False
+    for lost, error in (("lose", StoreUnavailable), ("drop", VersionConflict)):
+        version = other.put(item).version
+        hook(between(lost, lambda: other.put(item), "DeleteItem"))
+        with pytest.raises(error):
+            store.delete("p", "s", expected=version)
+
+
+def test_nothing_is_deleted_before_all_is_written(proxy: tuple[str, Callable[[Hook], None]]) -> None:
+    """A busy table does a part of a batch, and the writer may end before the rest: then both are there."""
+    url, hook = proxy
+    store = DynamoDBStore("order", endpoint=url, create=True, timeout=0.3)
+    store.write([Item("p", "old", "t", {}), Item("p", "older", "t", {})])
+    asked: list[str] = []
+
+    def refuse_puts(operation: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        if operation != "BatchWriteItem":
+            return None
+        kinds = {next(iter(request)) for request in body["RequestItems"]["order"]}
+        asked.extend(kinds)
+        return {"UnprocessedItems": body["RequestItems"]} if "PutRequest" in kinds else None
+
+    hook(refuse_puts)
+    with pytest.raises(StoreUnavailable):
+        store.write([Item("p", "new", "t", {})], [("p", "old"), ("p", "older")])
+    assert set(asked) == {"PutRequest"}
+    assert [item.sort for item in store.query("p")] == ["old", "older"]
+    hook(lambda operation, body: None)
+    store.write([Item("p", "new", "t", {}), Item("p", "both", "t", {})], [("p", "old"), ("p", "older"), ("p", "both")])
+    assert [item.sort for item in store.query("p")] == ["new"]
+
+
+@pytest.mark.parametrize("wrong", [{"attempts": 0}, {"attempts": 1.5}, {"timeout": 0}, {"timeout": float("nan")}])
+def test_settings_that_are_none_are_named(dynamodb_server: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be"):
+        DynamoDBStore("settings", endpoint=dynamodb_server, **wrong)
 
 
 def test_what_a_busy_table_leaves_of_a_batch_is_written_again(proxy: tuple[str, Callable[[Hook], None]]) -> None:
@@ -203,5 +314,5 @@ def test_what_the_server_finds_too_large_is_said_so(dynamodb_server: str, monkey
 
     store = DynamoDBStore("large", endpoint=dynamodb_server, create=True)
     monkeypatch.setattr(dynamodb, "MAX_ITEM", 2 * MAX_ITEM)
-    with pytest.raises(ItemTooLarge, match="size has exceeded"):
+    with pytest.raises(ItemTooLarge, match="exceeded the maximum allowed size"):
         store.put(Item("p", "s", "t", {"x": "y" * (MAX_ITEM + 1)}))

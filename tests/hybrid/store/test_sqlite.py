@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import subprocess
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -140,6 +142,83 @@ def test_a_fork_neither_uses_nor_frees_its_parents_connections(path: Path) -> No
         with pytest.raises(StoreUnavailable):
             other.put(Item("p", "t", "t", {}))
     assert store.get("p", "s") is None
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_was_taken_away_is_not_written_to(path: Path, replaced: bool) -> None:
+    """Whoever looks for these writes would find another file, or the old log beside it."""
+    with SQLiteStore(path.with_name("copy.db")) as copy:
+        copy.put(Item("p", "old", "t", {}))
+    store = SQLiteStore(path)
+    store.put(Item("p", "s", "t", {}))
+    if replaced:
+        os.replace(copy.path, path)
+    else:
+        path.unlink()
+    for call in (
+        lambda: store.put(Item("p", "lost", "t", {})),
+        lambda: store.write([Item("p", "lost", "t", {})]),
+        lambda: store.delete("p", "s"),
+        lambda: store.get("p", "s"),
+        lambda: list(store.query("p")),
+        store.purge,
+    ):
+        with pytest.raises(StoreError, match=r"was removed or replaced since it was opened.*open it again"):
+            call()
+    store.close()
+    for name in ("-wal", "-shm"):
+        path.with_name(path.name + name).unlink(missing_ok=True)
+    assert [item.sort for item in SQLiteStore(path).query("p")] == (["old"] if replaced else [])
+
+
+def test_a_file_that_is_taken_away_during_a_write_is_noticed(path: Path) -> None:
+    store = SQLiteStore(path)
+    with pytest.raises(StoreError, match="was removed or replaced"), store._writing():
+        path.unlink()
+
+
+def test_a_relative_path_means_the_same_file_wherever_the_process_goes(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(path.parent)
+    store = SQLiteStore(path.name)
+    store.put(Item("p", "s", "t", {}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with store._connection(), store._connection() as second:  # the second one is new
+        assert second.execute("SELECT count(*) FROM items").fetchone() == (1,)
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(path: Path) -> None:
+    """In a child whose files cannot grow: SQLite undoes the transaction by itself, which is not the error."""
+    code = """
+import resource, signal, sys
+from msa_hf.hybrid.store import Item, SQLiteStore, StoreError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+store = SQLiteStore(sys.argv[1])
+store.put(Item("p", "s", "t", {}))
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+for write in (
+    lambda: store.write([Item("p", f"{n}", "t", {"x": "y" * 300_000}) for n in range(30)]),
+    lambda: store.put(Item("p", "large", "t", {"x": "y" * 300_000})),
+):
+    try:
+        write()
+        print("no error")
+    except StoreError as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+store.put(Item("p", "t", "t", {}))
+print([item.sort for item in store.query("p") if item.sort in "st"])
+"""
+    lines = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60, check=True
+    ).stdout.splitlines()
+    assert "disk" in lines[0] and "Nothing of this call was written; make room" in lines[0]
+    assert "disk" in lines[1] and "read before repeating it" in lines[1]
+    assert lines[2] == "['s', 't']"
+    assert [item.sort for item in SQLiteStore(path).query("p") if item.sort in "st"] == ["s", "t"]
 
 
 def test_threads_share_a_store_and_leave_few_connections(path: Path) -> None:

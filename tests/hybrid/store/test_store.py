@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from forking import ended, forked
@@ -25,7 +26,7 @@ from msa_hf.hybrid.store import (
     expiry,
     update,
 )
-from msa_hf.hybrid.store.item import MAX_ITEM, MAX_PARTITION, MAX_SORT
+from msa_hf.hybrid.store.item import MAX_ITEM, MAX_PARTITION, MAX_SORT, OVERHEAD
 
 Opener = Callable[..., MemoryStore]
 SORTS = ["a", "a#", "a#1", "a#10", "a#2", "b", "é", "éa", "\uffff", "\uffffa", "\U0001f600", "\U0001f600b", "a\x01"]
@@ -257,6 +258,17 @@ def test_purging_takes_the_expired_alone(open_store: Opener) -> None:
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
+
+def nested(depth: int) -> dict[str, Any]:
+    """Dicts and lists in turns."""
+    data: Any = []
+    for number in range(1, depth):
+        data = {"x": data} if number % 2 else [data]
+    return {"x": data} if isinstance(data, list) else data
+
+
+endless: list[Any] = []
+endless.append(endless)
 MISTAKES: list[tuple[Item, str]] = [
     (Item("", "s", "t", {}), "`partition` is empty"),
     (Item("p", "", "t", {}), "`sort` is empty"),
@@ -271,6 +283,8 @@ MISTAKES: list[tuple[Item, str]] = [
     (Item("p", "s", "t", {1: 2}), "come back changed"),  # type: ignore[dict-item]
     (Item("p", "s", "t", [1]), "come back changed"),  # type: ignore[arg-type]
     (Item("p", "s", "t", {}, expires_at=1.5), "whole seconds"),  # type: ignore[arg-type]
+    (Item("p", "s", "t", nested(101)), "more than 100 dicts and lists in each other"),
+    (Item("p", "s", "t", {"x": endless}), "more than 100 dicts and lists in each other"),
 ]
 
 
@@ -287,6 +301,11 @@ def test_what_cannot_be_stored_is_refused_with_its_name(open_store: Opener) -> N
     for call in (
         lambda: store.query("p", "a", after="b"),
         lambda: store.query("p", limit=0),
+        lambda: store.query("p", limit=2.5),  # type: ignore[arg-type]
+        lambda: store.query("p", type=3),  # type: ignore[arg-type]
+        lambda: store.query("p", type="\ud800"),
+        lambda: store.write([Item("p", "s", "t", {}, version=2**63)]),
+        lambda: store.write([Item("p", "s", "t", {}, version=-1)]),
         lambda: store.get("p", ""),
         lambda: store.put(Item("p", "s", "t", {}), expected=-1),
         lambda: store.delete("p", "s", expected=0),
@@ -295,9 +314,21 @@ def test_what_cannot_be_stored_is_refused_with_its_name(open_store: Opener) -> N
             call()
 
 
+def test_what_can_be_written_can_be_read_wherever_it_is_asked_for(open_store: Opener) -> None:
+    """Deep data would end a query for its neighbors too, once the stack is deeper than that of the writer."""
+    store = open_store()
+    store.put(Item("p", "deep", "t", nested(60)))
+    store.put(Item("p", "flat", "t", {}))
+
+    def at_depth(depth: int) -> list[str]:
+        return at_depth(depth - 1) if depth else [item.sort for item in store.query("p")]
+
+    assert at_depth(500) == ["deep", "flat"]
+
+
 def test_sizes_up_to_the_limit_are_taken_and_above_are_refused(open_store: Opener) -> None:
     store = open_store()
-    room = MAX_ITEM - 128 - len("p" + "s" + "t" + '{"x":""}')
+    room = MAX_ITEM - OVERHEAD - len("p" + "s" + "t" + '{"x":""}')
     for text in ("x" * room, "é" * (room // 2)):
         store.put(Item("p", "s", "t", {"x": text}))
         found = store.get("p", "s")

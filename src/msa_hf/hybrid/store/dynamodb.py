@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import random
@@ -20,6 +21,7 @@ from .item import (
     check_key,
     check_partition,
     check_range,
+    check_version,
     decode_data,
     encode_item,
     next_version,
@@ -32,6 +34,9 @@ TYPES = [{"AttributeName": "pk", "AttributeType": "S"}, {"AttributeName": "sk", 
 # Several are reserved words of DynamoDB's expressions.
 NAMES = {"#version": "version", "#expires": "expires_at", "#type": "type"}
 LIVES = "(attribute_not_exists(#expires) OR #expires > :now)"
+PAGE = 1024  # items that a query asks for at most
+# The last writes of a key, the newest first, as `version:mark`: by the mark a writer knows its own write again.
+WRITES = ("w0", "w1", "w2", "w3", "w4")
 BATCH, BATCH_BYTES = 25, 4 * 2**20  # of a BatchWriteItem; DynamoDB takes 16 MB
 BUSY = ("ProvisionedThroughputExceededException", "ThrottlingException", "RequestLimitExceeded", "InternalServerError")
 
@@ -73,6 +78,10 @@ class DynamoDBStore:
             from botocore.config import Config
         except ImportError as error:
             raise ImportError('DynamoDBStore needs boto3: `pip install "msa-hf[dynamodb]"`.') from error
+        if not 0 < timeout < 1e6:
+            raise ValueError(f"`timeout` must be seconds, more than 0, got {timeout!r:.80}.")
+        if type(attempts) is not int or attempts < 1:
+            raise ValueError(f"`attempts` must be an integer of at least 1, got {attempts!r:.80}.")
         self.table = table
         self._endpoint, self._timeout, self._clock = endpoint, timeout, clock
         self._exceptions = exceptions
@@ -119,7 +128,7 @@ class DynamoDBStore:
     ) -> Iterator[Item]:
         """See `MemoryStore`."""
         check_partition(partition)
-        check_range(prefix, after, limit)
+        check_range(prefix, after, type, limit)
         return self._pages(partition, prefix, after, type, reverse, limit)
 
     def _pages(
@@ -148,7 +157,7 @@ class DynamoDBStore:
         left = limit
         while True:
             if left is not None:
-                request["Limit"] = left + 8  # some may be filtered out
+                request["Limit"] = min(left + 8, PAGE)  # some may be filtered out
             with self._reported():
                 page = self._client.query(**request)
             for attributes in page["Items"][:left]:
@@ -182,9 +191,9 @@ class DynamoDBStore:
         """See `MemoryStore`."""
         check_expected(expected)
         data = encode_item(item, MAX_ITEM)
-        # By this the writer knows its own write again, if the answer was lost and the request sent once more.
-        mark = uuid.uuid4().hex
+        mark = _mark()
         version = next_version(self.now(), expected or 0)
+        retried = False
         while True:
             now = self.now()
             written = replace(item, version=version)
@@ -197,24 +206,26 @@ class DynamoDBStore:
             values = {":version": version, ":expected": expected, ":now": now}
             try:
                 with self._reported():
-                    self._client.put_item(
-                        TableName=self.table, Item=_attributes(written, data, mark), **_condition(condition, values)
-                    )
+                    self._client.update_item(TableName=self.table, **_update(written, data, mark, condition, values))
                 return written
-            except _ConditionFailed:
+            except _ConditionFailed as failed:
+                retried = retried or failed.retried
                 found = self._read(item.partition, item.sort)
-                if found is not None and found.get("mark", {}).get("S") == mark:
-                    return written
+                writes = [] if found is None else _writes(found)
+                if own := [number for number, made in writes if made == mark]:
+                    return replace(item, version=own[0])
                 there = None if found is None else self._item(found)
                 lives = there is not None and there.lives(now)
                 if expected is not None and (lives or expected):
+                    if retried and not _after(writes, expected):
+                        raise self._unknown(item.partition, item.sort) from None
                     raise VersionConflict(
                         item.partition, item.sort, expected, there.version if there is not None and lives else None
                     ) from None
                 version = next_version(now, 0 if there is None else there.version)
 
     def delete(self, partition: str, sort: str, *, expected: int | None = None) -> bool:
-        """See `MemoryStore`."""
+        """See `MemoryStore`; where an answer was lost, an item that is gone now counts as deleted by this call."""
         check_key(partition, sort)
         check_expected(expected, 1)
         now = self.now()
@@ -226,34 +237,52 @@ class DynamoDBStore:
                 answer = self._client.delete_item(
                     TableName=self.table, Key=_key(partition, sort), ReturnValues="ALL_OLD", **given
                 )
-        except _ConditionFailed:
-            there = self.get(partition, sort)
-            raise VersionConflict(partition, sort, expected or 0, None if there is None else there.version) from None
-        return "Attributes" in answer and self._item(answer["Attributes"]).lives(now)
+        except _ConditionFailed as failed:
+            found = self._read(partition, sort)
+            if failed.retried and found is None:
+                return True
+            there = None if found is None else self._item(found)
+            if failed.retried and found is not None and not _after(_writes(found), expected or 0):
+                raise self._unknown(partition, sort) from None
+            lives = there is not None and there.lives(now)
+            raise VersionConflict(
+                partition, sort, expected or 0, there.version if there is not None and lives else None
+            ) from None
+        if "Attributes" in answer:
+            return self._item(answer["Attributes"]).lives(now)
+        return _retried(answer)
+
+    def _unknown(self, partition: str, sort: str) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"{partition!r:.80}/{sort!r:.80}: the answer to a write was lost, and others have written since: it may "
+            "have been done or not. Read before repeating it."
+        )
 
     def write(self, items: Iterable[Item], deletes: Iterable[tuple[str, str]] = ()) -> None:
         """See `MemoryStore`."""
-        requests: dict[tuple[str, str], dict[str, Any]] = {}
-        sizes: dict[tuple[str, str], int] = {}
+        puts: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}
         for item in items:
+            check_version(item)
             data = encode_item(item, MAX_ITEM)
             written = replace(item, version=next_version(self.now(), item.version))
-            key = item.partition, item.sort
-            requests[key] = {"PutRequest": {"Item": _attributes(written, data, uuid.uuid4().hex)}}
-            sizes[key] = len(data.encode())
+            request = {"PutRequest": {"Item": _attributes(written, data, _mark())}}
+            puts[item.partition, item.sort] = request, len(data.encode())
+        gone: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}
         for key in deletes:
             check_key(*key)
-            requests[key], sizes[key] = {"DeleteRequest": {"Key": _key(*key)}}, 0
-        batch: list[dict[str, Any]] = []
-        size = 0
-        for key, request in requests.items():
-            if len(batch) == BATCH or size + sizes[key] > BATCH_BYTES:
+            gone[key] = {"DeleteRequest": {"Key": _key(*key)}}, 0
+        # A batch is done in any order, and in part where the table is busy: what is deleted waits for what is written.
+        for requests in (puts, gone):
+            batch: list[dict[str, Any]] = []
+            size = 0
+            for request, bytes in requests.values():
+                if len(batch) == BATCH or size + bytes > BATCH_BYTES:
+                    self._write_batch(batch)
+                    batch, size = [], 0
+                batch.append(request)
+                size += bytes
+            if batch:
                 self._write_batch(batch)
-                batch, size = [], 0
-            batch.append(request)
-            size += sizes[key]
-        if batch:
-            self._write_batch(batch)
 
     def _write_batch(self, batch: list[dict[str, Any]]) -> None:
         deadline, wait = time.monotonic() + self._timeout, 0.02
@@ -354,12 +383,12 @@ class DynamoDBStore:
         except exceptions.ClientError as error:
             code, message = _code(error), error.response.get("Error", {}).get("Message", "")
             if code == "ConditionalCheckFailedException":
-                raise _ConditionFailed() from None
+                raise _ConditionFailed(_retried(error.response)) from None
             if code == "ResourceNotFoundException":
                 raise StoreFormatError(f"There is no table {self.table!r} at {self._where()} any more.") from error
             if code in BUSY:
                 raise StoreUnavailable(f"Table {self.table!r} at {self._where()} is busy ({code}).") from error
-            if "size has exceeded" in message:
+            if "exceeded the maximum allowed size" in message:
                 raise ItemTooLarge(f"Table {self.table!r}: {message}") from error
             raise StoreError(f"Table {self.table!r} at {self._where()}: {code}: {message}") from error
         except (exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.WaiterError) as error:
@@ -376,7 +405,16 @@ class DynamoDBStore:
 
 
 class _ConditionFailed(Exception):
-    """A conditional write found something else."""
+    """A conditional write found something else; `retried`: it was sent more than once, so what it found may be what it
+    wrote."""
+
+    def __init__(self, retried: bool) -> None:
+        super().__init__()
+        self.retried = retried
+
+
+def _retried(answer: Any) -> bool:
+    return bool(answer.get("ResponseMetadata", {}).get("RetryAttempts", 0))
 
 
 def _code(error: Any) -> str:
@@ -387,15 +425,60 @@ def _key(partition: str, sort: str) -> dict[str, dict[str, str]]:
     return {"pk": {"S": partition}, "sk": {"S": sort}}
 
 
+def _mark() -> str:
+    return uuid.uuid4().hex[:8]
+
+
 def _attributes(item: Item, data: str, mark: str) -> dict[str, dict[str, str]]:
     attributes = {
         **_key(item.partition, item.sort),
         "type": {"S": item.type},
         "data": {"S": data},
         "version": {"N": str(item.version)},
-        "mark": {"S": mark},
+        WRITES[0]: {"S": f"{item.version}:{mark}"},
     }
     return attributes if item.expires_at is None else {**attributes, "expires_at": {"N": str(item.expires_at)}}
+
+
+def _update(
+    item: Item, data: str, mark: str, condition: str, values: Mapping[str, float | int | None]
+) -> dict[str, Any]:
+    """A write of a whole item under a condition, as arguments of UpdateItem, which alone can keep what was there: the
+    last writes move on by one."""
+    given = _attributes(item, data, mark)
+    names = {f"#{name}": name for name in ("type", "data", "version", "expires_at")}
+    new = [f"#{name} = :new_{name}" for name in ("type", "data", "version", "expires_at") if name in given]
+    new += [f"{WRITES[0]} = :written"]
+    new += [f"{name} = if_not_exists({before}, :none)" for before, name in itertools.pairwise(WRITES)]
+    gone = ["mark"] if "expires_at" in given else ["mark", "#expires_at"]  # `mark`: of earlier releases
+    made = _condition(condition, values)
+    return {
+        "Key": _key(item.partition, item.sort),
+        "UpdateExpression": f"SET {', '.join(new)} REMOVE {', '.join(gone)}",
+        "ConditionExpression": condition,
+        "ExpressionAttributeNames": {**made["ExpressionAttributeNames"], **names},
+        "ExpressionAttributeValues": {
+            **made["ExpressionAttributeValues"],
+            **{f":new_{name}": given[name] for name in ("type", "data", "version", "expires_at") if name in given},
+            ":written": given[WRITES[0]],
+            ":none": {"S": ""},
+        },
+    }
+
+
+def _writes(attributes: Attributes) -> list[tuple[int, str]]:
+    """Version and mark of the last writes, the newest first; version 0 is behind the first one there was."""
+    found: list[tuple[int, str]] = []
+    for name in WRITES:
+        version, _, mark = attributes.get(name, {}).get("S", "").partition(":")
+        found.append((int(version) if version.isdecimal() else 0, mark))
+    return found
+
+
+def _after(writes: Iterable[tuple[int, str]], version: int) -> bool:
+    """Tell whether all that was written after a version is among the last writes: they reach back to it, or for 0 to
+    the first write there was. Versions grow, and a key that was deleted begins anew."""
+    return any(0 < number <= version or number == version for number, _ in writes)
 
 
 def _condition(expression: str, values: Mapping[str, float | int | None]) -> dict[str, Any]:

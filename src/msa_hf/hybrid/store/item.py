@@ -11,7 +11,9 @@ from .errors import ItemTooLarge, StoreFormatError
 
 # DynamoDB's limits, in bytes of UTF-8. All stores have them, so that items can move between stores.
 MAX_PARTITION, MAX_SORT, MAX_ITEM = 2048, 1024, 400 * 1024
-OVERHEAD = 128  # bytes of an item besides keys, type and data, at most: names of attributes and numbers
+OVERHEAD = 192  # bytes of an item besides keys, type and data, at most: names of attributes and numbers
+DEPTH = 100  # of dicts and lists in each other: what is deeper may be written and never read again
+MAX_VERSION = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +56,32 @@ def check_key(partition: str, sort: str) -> None:
         raise ValueError(f"`sort` is empty (partition {partition!r:.80}).")
 
 
-def check_range(prefix: str, after: str | None, limit: int | None) -> None:
+def check_range(prefix: str, after: str | None, type_: str | None, limit: int | None) -> None:
     """Raise ValueError for what no query takes."""
     _check_name("prefix", prefix, MAX_SORT)
+    if type_ is not None:
+        _check_name("type", type_, MAX_SORT)
     if after is not None:
         _check_name("after", after, MAX_SORT)
         if not after or not after.startswith(prefix):
             raise ValueError(f"`after` must begin with the prefix {prefix!r:.80}, got {after!r:.80}.")
-    if limit is not None and limit < 1:
-        raise ValueError(f"`limit` must be at least 1, got {limit}.")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ValueError(f"`limit` must be an integer of at least 1, got {limit!r:.80}.")
 
 
 def check_expected(expected: int | None, least: int = 0) -> None:
     """Raise ValueError for a number that is no version."""
     if expected is not None and (type(expected) is not int or expected < least):
         raise ValueError(f"`expected` must be None or an integer of at least {least}, got {expected!r:.80}.")
+
+
+def check_version(item: Item) -> None:
+    """Raise ValueError for an item with a version that no store gives."""
+    if type(item.version) is not int or not 0 <= item.version < MAX_VERSION:
+        raise ValueError(
+            f"{item.partition!r:.80}/{item.sort!r:.80}: `version` must be the one that the item was read with, or 0, "
+            f"got {item.version!r:.80}."
+        )
 
 
 def encode_item(item: Item, max_bytes: int) -> str:
@@ -85,6 +98,8 @@ def encode_item(item: Item, max_bytes: int) -> str:
         raise ValueError(f"{name}: `type` is empty.")
     if item.expires_at is not None and (type(item.expires_at) is not int or not 0 <= item.expires_at < 2**53):
         raise ValueError(f"{name}: `expires_at` must be whole seconds since 1970, got {item.expires_at!r:.80}.")
+    if _deeper(item.data, DEPTH):
+        raise ValueError(f"{name}: its data has more than {DEPTH} dicts and lists in each other; make it flatter.")
     try:
         text = json.dumps(item.data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         size = len(text.encode())
@@ -130,6 +145,13 @@ def next_version(now: float, previous: int = 0) -> int:
 def expiry(now: float, seconds: float) -> int:
     """`expires_at` of an item that lives for `seconds`, rounded up to whole ones."""
     return math.ceil(now + seconds)
+
+
+def _deeper(value: object, depth: int) -> bool:
+    """Tell whether dicts and lists in each other, or in themselves, are more than `depth`."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, list | tuple) and (not depth or any(_deeper(item, depth - 1) for item in value))
 
 
 def _check_name(what: str, text: str, limit: int) -> None:

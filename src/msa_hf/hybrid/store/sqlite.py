@@ -18,6 +18,7 @@ from .item import (
     check_key,
     check_partition,
     check_range,
+    check_version,
     decode_data,
     encode_item,
     next_version,
@@ -68,14 +69,16 @@ class SQLiteStore:
     ) -> None:
         if str(path) == ":memory:":
             raise ValueError("A SQLiteStore lies in a file; take one in a temporary folder.")
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # connections are made later as well, wherever the process is then
         self._timeout, self._clock, self._max_bytes = timeout, clock, max_item_bytes
         self._free: list[sqlite3.Connection] = []
         self._inherited: list[sqlite3.Connection] = []
         self._process = os.getpid()
         self._closed = False
+        self._file: tuple[int, int] | None = None  # what the connections have open
         with self._connection() as connection:
             self._prepare(connection)
+            self._file = self._file_there()
 
     def now(self) -> float:
         """See `MemoryStore`."""
@@ -102,7 +105,7 @@ class SQLiteStore:
     ) -> Iterator[Item]:
         """See `MemoryStore`."""
         check_partition(partition)
-        check_range(prefix, after, limit)
+        check_range(prefix, after, type, limit)
         return self._pages(partition, prefix, after, type, reverse, limit)
 
     def _pages(
@@ -156,7 +159,10 @@ class SQLiteStore:
 
     def write(self, items: Iterable[Item], deletes: Iterable[tuple[str, str]] = ()) -> None:
         """See `MemoryStore`; here all of it happens, or nothing."""
-        encoded = [(item, encode_item(item, self._max_bytes)) for item in items]
+        encoded = []
+        for item in items:
+            check_version(item)
+            encoded.append((item, encode_item(item, self._max_bytes)))
         gone = list(deletes)
         for key in gone:
             check_key(*key)
@@ -193,6 +199,7 @@ class SQLiteStore:
         if self._process != os.getpid():
             # Forked: the parent's connections must not be used here, nor closed, which would free the parent's locks.
             self._inherited, self._free, self._process = self._free, [], os.getpid()
+        self._check_file()
         with self._reported():
             try:
                 connection = self._free.pop()
@@ -201,12 +208,30 @@ class SQLiteStore:
             try:
                 yield connection
             except StoreError:
-                self._give_back(connection)
+                if connection.in_transaction:
+                    connection.close()
+                else:
+                    self._give_back(connection)
                 raise
             except BaseException:
                 connection.close()  # undoes what was begun
                 raise
         self._give_back(connection)
+
+    def _file_there(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _check_file(self) -> None:
+        """Raise StoreError where the file has been taken away: what would be written now, nobody would find."""
+        if self._file is not None and self._file_there() != self._file:
+            raise StoreError(
+                f"{self.path} was removed or replaced since it was opened. What was written since then lies in the old "
+                "file; close all who use it, remove what is left of `-wal` and `-shm`, and open it again."
+            )
 
     def _give_back(self, connection: sqlite3.Connection) -> None:
         if self._closed:
@@ -221,9 +246,19 @@ class SQLiteStore:
             try:
                 yield connection
             except BaseException:
-                connection.execute("ROLLBACK")
+                if connection.in_transaction:  # SQLite undoes by itself what a full disk has ended
+                    connection.execute("ROLLBACK")
                 raise
-            connection.execute("COMMIT")
+            try:
+                connection.execute("COMMIT")
+            except sqlite3.Error as error:
+                if _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                    raise
+                raise StoreUnavailable(
+                    f"{self.path}: {error}, at the end of a write. Whether it is there will be seen when the disk "
+                    "answers again: read before repeating it."
+                ) from error
+            self._check_file()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, self._timeout, isolation_level=None, check_same_thread=False)
@@ -262,8 +297,7 @@ class SQLiteStore:
                 connection.execute("PRAGMA journal_mode = WAL")
                 return
             except sqlite3.OperationalError as error:
-                busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
-                if not busy or time.monotonic() > end:
+                if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > end:
                     raise
             time.sleep(0.01)
 
@@ -273,7 +307,7 @@ class SQLiteStore:
         try:
             yield
         except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            code = _code(error)
             if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise StoreUnavailable(
                     f"{self.path}: another writer has kept it locked for {self._timeout:g} s ({error})."
@@ -283,7 +317,17 @@ class SQLiteStore:
                     f"{self.path} is no SQLite file, or a damaged one ({error}). Choose another path, or restore it "
                     "from a copy."
                 ) from error
-            raise StoreError(f"{self.path}: {error}.") from error
+            hint = ""
+            if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+                hint = " Nothing of this call was written; make room on the disk, or look whether it fails."
+            elif code == sqlite3.SQLITE_CANTOPEN:
+                hint = " Does its folder exist, and may this process write there?"
+            raise StoreError(f"{self.path}: {error}.{hint}") from error
+
+
+def _code(error: sqlite3.Error) -> int:
+    """The kind of an error of SQLite."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def _read(connection: sqlite3.Connection, partition: str, sort: str) -> Item | None:
