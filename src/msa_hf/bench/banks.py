@@ -39,20 +39,20 @@ class HaystackBanks:
         batch_tokens: int = 16384,
         show_progress: bool = False,
     ) -> None:
-        self._model, self._tokenizer, self._protocol = model, tokenizer, protocol
+        self.model, self.tokenizer, self.protocol = model, tokenizer, protocol
         self._options = {"batch_tokens": batch_tokens, "show_progress": show_progress}
         texts = haystack.texts[: len(haystack) if documents is None else documents]
         self.whole = self._encode(dict(enumerate(texts)))
 
     def _encode(self, texts: Mapping[int, str]) -> MemoryBank:
-        return self._model.encode_documents(list(self._rows(texts)), self._tokenizer, **self._options)
+        return self.model.encode_documents(list(self._rows(texts)), self.tokenizer, **self._options)
 
     def _rows(self, texts: Mapping[int, str]) -> Iterator[Mapping[str, object]]:
         for number, text in texts.items():
-            if self._protocol is None:
+            if self.protocol is None:
                 yield {"key": str(number), "text": text}
             else:
-                yield self._protocol.document_row(number, text, self._tokenizer)
+                yield self.protocol.document_row(number, text, self.tokenizer)
 
     def bank(self, documents: int, changed: Mapping[int, str]) -> MemoryBank:
         """A bank of the first documents.

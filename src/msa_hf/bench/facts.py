@@ -7,6 +7,7 @@ import shlex
 import sys
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def run_facts(device: torch.device, command: str | None = None) -> dict[str, Any
     """Hardware, versions, the time and the command (default: that of this process)."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv) if command is None else command,
+        "command": shlex.join([program(), *sys.argv[1:]]) if command is None else command,
         "hardware": hardware(device),
         "versions": {
             "msa_hf": __version__,
@@ -51,6 +52,12 @@ def run_facts(device: torch.device, command: str | None = None) -> dict[str, Any
             **{name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
         },
     }
+
+
+def program() -> str:
+    """The name of what runs, as a user types it."""
+    name = Path(sys.argv[0]).name
+    return "msa-hf" if name == "command_line.py" else name
 
 
 def hardware(device: torch.device) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from . import compare
+from . import compare, needles
 
 NAME = "bench"
 HELP = "Find what a memory cannot do: needles, and whatever else there is."
@@ -25,8 +25,9 @@ class Benchmark(Protocol):
 
 
 BENCHMARKS: tuple[Benchmark, ...] = (
+    needles,
     compare,
-)  # fmt: skip
+)
 
 
 def add_options(made: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ def sizes(text: str) -> list[int]:
     return sorted({count(item) for item in text.split(",")})
 
 
-def names_of(known: Sequence[str]) -> object:
+def names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
     """An argument type: names among those known, separated by commas."""
 
     def names(text: str) -> list[str]:

@@ -1,0 +1,154 @@
+"""Needles: sentences that give a key a word, a number or a UUID, and the questions about them, after RULER.
+
+Keys are pairs such as "quiet-harbor". Training and testing share no word of a key, no value of the kind "words" and no
+wording: RULER's own belongs to the tests. A task owns four keys that are easily taken for each other, each differing
+from two of the others in one word, so that no two tasks of a split can be confused by more than that.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count as numbers_from
+
+import numpy as np
+
+from .hashing import Permutation, derive_key, random_below, random_bits
+from .needle_wordings import ADJECTIVES, NOUNS, WORDINGS, Wording
+from .words import Split
+
+TASKS = ("single", "multi_key_2", "multi_key_3", "multi_value", "multi_query")
+VALUES = ("words", "numbers", "uuids")
+SEVERAL = 4  # values of a multi-value task, keys of a multi-query task: RULER's
+DIGITS = 7  # of a number: RULER's
+
+
+@dataclass(frozen=True, slots=True)
+class Needle:
+    """One sentence: the value of a key."""
+
+    key: str
+    value: str
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class NeedleTask:
+    """A question and the sentences that it is about.
+
+    Attributes:
+        question: names a key, or several.
+        answers: the values that it asks for.
+        needles: to be planted: first those that hold the answers, in the order of `answers`, then those that are easily
+            taken for them.
+    """
+
+    question: str
+    answers: tuple[str, ...]
+    needles: tuple[Needle, ...]
+
+    @property
+    def gold(self) -> tuple[Needle, ...]:
+        return self.needles[: len(self.answers)]
+
+
+class NeedleTasks:
+    """Tasks by number, the same for the same arguments on every machine.
+
+    Args:
+        seed: another seed gives other keys, values and wordings.
+        split: "train" and "test" share no keys and no wordings.
+    """
+
+    def __init__(self, seed: int = 0, split: Split = "test") -> None:
+        self._key = derive_key("needles", seed, split)
+        half = 0 if split == "train" else 1
+        self._words = [list(words[half::2]) for words in (ADJECTIVES, NOUNS)]
+        self._wordings: Sequence[Wording] = WORDINGS[split]
+        # Blocks of two adjectives and two nouns, each the four keys of one task.
+        self._blocks = Permutation(
+            len(self._words[0]) // 2 * (len(self._words[1]) // 2), derive_key(self._key, "blocks")
+        )
+
+    def __len__(self) -> int:
+        """How many tasks there are; no two of them share a key."""
+        return self._blocks.size
+
+    def keys(self, number: int) -> tuple[str, str, str, str]:
+        """The four keys of a task; the second differs from the first in the noun, the third in the adjective.
+
+        Raises:
+            IndexError: for a number that no task has.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"task {number} of {len(self)}")
+        block = int(self._blocks.forward(np.array([number]))[0])
+        first, second = divmod(block, len(self._words[1]) // 2)
+        (one, other), (this, that) = self._words[0][2 * first :][:2], self._words[1][2 * second :][:2]
+        return f"{one}-{this}", f"{one}-{that}", f"{other}-{this}", f"{other}-{that}"
+
+    def task(self, name: str, values: str, number: int) -> NeedleTask:
+        """A task.
+
+        Args:
+            name: among `TASKS`.
+            values: among `VALUES`.
+            number: 0 up to `len(self)`; each for one task only, if their needles lie in one haystack.
+
+        Raises:
+            ValueError: for another name or kind of values.
+            IndexError: for a number that no task has.
+        """
+        if name not in TASKS or values not in VALUES:
+            raise ValueError(f"no needles {name!r} of {values!r}; there are {', '.join(TASKS)} of {', '.join(VALUES)}")
+        keys = self.keys(number)
+        draws = _Draws(self._key, "task", number)
+        wording = self._wordings[draws.below(len(self._wordings))]
+        noun = wording.nouns[values]
+        fresh = iter(dict.fromkeys(self._value(values, number, place) for place in range(4 * SEVERAL)))
+
+        def needle(key: str) -> Needle:
+            value = next(fresh)
+            sentence = wording.sentences[draws.below(len(wording.sentences))]
+            return Needle(key, value, sentence.format(key=key, value=value, noun=noun))
+
+        if name == "multi_value":
+            needles = [needle(keys[0]) for _ in range(SEVERAL)]
+            asked, answers = wording.several, SEVERAL
+        elif name == "multi_query":
+            needles, asked, answers = [needle(key) for key in keys[:SEVERAL]], wording.together, SEVERAL
+        else:
+            extra = {"single": 0, "multi_key_2": 1, "multi_key_3": 2}[name]
+            needles, asked, answers = [needle(key) for key in keys[: 1 + extra]], wording.questions, 1
+        listed = f"{', '.join(keys[:-1])} and {keys[-1]}"
+        question = asked[draws.below(len(asked))].format(key=keys[0], keys=listed, noun=noun)
+        return NeedleTask(question, tuple(item.value for item in needles[:answers]), tuple(needles))
+
+    def unanswerable(self, values: str, number: int) -> str:
+        """A question about a key of this number, of which a haystack without its task says nothing."""
+        draws = _Draws(self._key, "unanswerable", number)
+        wording = self._wordings[draws.below(len(self._wordings))]
+        question = wording.questions[draws.below(len(wording.questions))]
+        return question.format(key=self.keys(number)[0], noun=wording.nouns[values])
+
+    def _value(self, values: str, number: int, place: int) -> str:
+        draws = _Draws(self._key, "value", values, number, place)
+        if values == "words":
+            return "-".join(words[draws.below(len(words))] for words in self._words)
+        if values == "numbers":
+            return str(10 ** (DIGITS - 1) + draws.below(9 * 10 ** (DIGITS - 1)))
+        return str(uuid.UUID(int=draws.bits() << 64 | draws.bits(), version=4))
+
+
+class _Draws:
+    """Numbers one after the other, a function of what the draws are for."""
+
+    def __init__(self, *parts: int | str) -> None:
+        self._key, self._numbers = derive_key(*parts), numbers_from()
+
+    def bits(self) -> int:
+        return int(random_bits(self._key, np.array([next(self._numbers)]))[0])
+
+    def below(self, bound: int) -> int:
+        return int(random_below(self._key, np.array([next(self._numbers)]), bound)[0])
