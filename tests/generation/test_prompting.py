@@ -81,6 +81,23 @@ def test_a_conversation_is_the_templates_and_its_last_messages_route() -> None:
     assert prompting_of(tokenizer, COMPACT).prompt(TURNS) == prompting_of(tokenizer, COMPACT).prompt(text)
 
 
+def test_what_was_said_before_is_left_out_where_it_does_not_fit() -> None:
+    """A question that can be asked by itself is asked, and the model never works on more than it has positions for."""
+    made = talking("protocol")
+    asker = asker_of(made.model, made.tokenizer, made.bank, made.protocol, max_new_tokens=1)
+    long = [{**TURNS[0]}, {"role": "assistant", "content": "word " * 4000}, {**TURNS[2]}]
+    assert asker.room(long) == asker.room(TURNS[2]["content"]) > asker.room(TURNS) > 0
+    with Seen(made.model) as seen:
+        answer = asker.ask(long)
+    assert answer.trace.question == TURNS[2]["content"]
+    assert max(len(ids) for ids, _ in seen.rows) <= made.model.config.max_position_embeddings
+    too_long = [*TURNS[:2], {"role": "user", "content": "word " * 4000}]
+    assert asker.room(too_long) < 0
+    with Seen(made.model) as seen, pytest.raises(ValueError, match="Question 0 is too long"):
+        asker.ask(too_long)
+    assert seen.rows == []
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_question_that_spells_markers_stays_text(way: str) -> None:
     made = talking(way)

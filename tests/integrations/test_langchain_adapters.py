@@ -105,6 +105,7 @@ def test_what_it_is_not_made_of(bank: MemoryBank, routers: dict[str, Any], tmp_p
         ({"k": 0}, "`k` must be an integer of at least 1"),
         ({"k": "3"}, "`k` must be"),
         ({"mode": "bm25"}, "`mode` must be one of"),
+        ({"where": ["year"]}, "`where` must be a mapping"),
     ):
         with pytest.raises(ValueError, match=said):
             LangChainRetriever(bank=bank, search_kwargs=wrong)

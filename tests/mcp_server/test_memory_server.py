@@ -58,6 +58,10 @@ def test_without_a_model_words_are_searched_and_documents_deleted(directory: Pat
         assert [tool.name for tool in client.list_tools().tools] == ["search", "read", "forget"]
         told = client.tell("search", query="roses")
         assert (told["mode"], [item["key"] for item in told["documents"]]) == ("lexical", ["heights/main hall?"])
+        (found,) = client.tell("search", query="Krikutust", where={"place": 0})["documents"]
+        assert found["key"] == "crossing"
+        assert client.tell("search", query="roses", where={"place": 0})["documents"] == []
+        assert "`where`: 'place' must be" in client.refusal("search", query="roses", where={"place": {}})
         assert "needs `model`" in client.refusal("search", query="roses", mode="router")
         assert client.tell("forget", key="long")["deleted"]
         with pytest.raises(MCPError, match="no tool 'remember'"):

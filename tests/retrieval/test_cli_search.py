@@ -59,6 +59,27 @@ def test_search(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.endswith("bank: no document fits\n")
 
 
+def test_where(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    years = [1889, "1889", True, None, "a=b", 2022]
+    rows = [{"key": str(number), "text": f"the pine {number}", "year": year} for number, year in enumerate(years)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = ["encode", place / "model", tmp_path / "rows.jsonl", tmp_path / "bank", "--lexical"]
+    assert main([str(item) for item in made]) == 0
+    for given, keys in (
+        (["year=1889"], "01"),
+        (["year=true"], "2"),
+        (["year=null"], "3"),
+        (["year=a=b"], "4"),
+        (["year=1889", "year=2022"], "015"),
+        (["year=1889", "other=x"], ""),
+    ):
+        options = [part for condition in given for part in ("--where", condition)]
+        (record,) = found(capsys, tmp_path / "bank", "pine", "--mode", "lexical", *options)
+        assert "".join(sorted(hit["key"] for hit in record["hits"])) == keys, given
+    assert main(["search", str(tmp_path / "bank"), "pine", "--where", "year"]) == 2
+    assert "'year' is not NAME=VALUE" in capsys.readouterr().err
+
+
 def test_what_is_missing_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["cedar"], "needs two of router, lexical, dense or more; there is lexical"),

@@ -1,5 +1,6 @@
 """`bank.search` on every kind of bank: what is found, in which order, and why."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -188,3 +189,116 @@ def test_documents_without_texts_and_empty_banks(tmp_path: Path) -> None:
     assert list(DocumentTable(list(bank.documents)).texts(1)) == [(1, "cedar")]
     with BankStore(MODEL, tmp_path, TOKENIZER, COMPACT, lexical=True, embedder=FakeEmbedder()) as empty:
         assert all(empty.search("cedar", mode=mode) == [] for mode in (*ALL, "hybrid"))
+
+
+# Metadata -------------------------------------------------------------------------------------------------------------
+
+FIELDS: list[dict[str, Any]] = [
+    {"year": 1889, "kind": "note"},
+    {"year": 1889.0, "kind": ["mail", "old"]},
+    {"year": "1889", "kind": None},
+    {"year": True, "größe": "ü"},
+    {"year": 1, "say": 'a "word"'},
+    {},
+]
+
+
+def fits(metadata: dict[str, Any], where: dict[str, Any]) -> bool:
+    """The rule, spelled out."""
+    for name, wanted in where.items():
+        there, wanted = metadata.get(name), wanted if isinstance(wanted, list) else [wanted]
+        there = there if isinstance(there, list) else [there]
+        if not any(
+            type(one) is type(other) and one == other for one in map(real, there) for other in map(real, wanted)
+        ):
+            return False
+    return True
+
+
+def real(value: Any) -> Any:
+    return float(value) if type(value) is int else value
+
+
+@pytest.fixture(scope="module")
+def noted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same documents with metadata in every kind of bank, two of them deleted where banks change."""
+    path = tmp_path_factory.mktemp("noted") / "bank"
+    rows = [{"key": f"k{number}", "text": text, **FIELDS[number % 6]} for number, text in enumerate(TEXTS)]
+    with BankStore(MODEL, path, TOKENIZER, COMPACT, lexical=True, embedder=FakeEmbedder()) as store:
+        store.add([{"key": "gone", "text": TEXTS[0], **FIELDS[0]}, *rows])
+        store.add([{"key": "late", "text": TEXTS[1], **FIELDS[0]}])
+        for key in ("gone", "late"):
+            store.delete(key)
+    made = MODEL.encode_documents(COMPACT.encode_corpus(rows, TOKENIZER), TOKENIZER, show_progress=False)
+    add_lexical_index(made)
+    add_vectors(made, FakeEmbedder())
+    read = MemoryBank.from_pretrained(path, MODEL, TOKENIZER)
+    found: dict[str, Any] = {"memory": made, "loaded": read, "tiers": place_bank(read, "cpu")}
+    for kind, mode in itertools.product(list(found), ALL):
+        hits = search(found[kind], QUESTIONS[0], len(TEXTS), mode, **ROUTERS, embedder=FakeEmbedder())
+        found[f"{kind} {mode}"] = [(hit.key, hit.score) for hit in hits]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["memory", "loaded", "tiers"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"year": 1889},
+        {"year": "1889"},
+        {"year": True},
+        {"year": 1},
+        {"year": None},
+        {"kind": "old"},
+        {"kind": ["note", "old"], "year": 1889},
+        {"kind": ["note", None]},
+        {"größe": "ü"},
+        {"say": 'a "word"'},
+        {"year": 1890},
+        {"no such": "x"},
+        {},
+    ],
+    ids=str,
+)
+def test_only_documents_with_the_metadata_are_found(kind: str, where: dict[str, Any], noted: dict[str, Any]) -> None:
+    """As if the others were left out of a list of all, in every mode."""
+    bank, options = noted[kind], {**ROUTERS, "embedder": FakeEmbedder(), "where": where}
+    wanted = {f"k{number}" for number in range(len(TEXTS)) if fits(FIELDS[number % 6], where)}
+    for mode in ALL:
+        kept = [(key, score) for key, score in noted[f"{kind} {mode}"] if key in wanted]
+        found = search(bank, QUESTIONS[0], len(TEXTS), mode, **options)
+        assert [hit.key for hit in found] == [key for key, _ in kept]
+        assert [hit.score for hit in found] == pytest.approx([score for _, score in kept], abs=1e-5)
+    assert [hit.key for hit in search(bank, QUESTIONS[0], 2, "lexical", **options)] == [
+        key for key, _ in noted[f"{kind} lexical"] if key in wanted
+    ][:2]
+    hits = search(bank, QUESTIONS[0], 50, **options)
+    assert {hit.key for hit in hits} == wanted, "fused from those alone, so that none of them is crowded out"
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("year", "must be a mapping of names"),
+        ([("year", 1889)], "must be a mapping of names"),
+        ({1: "x"}, "names of metadata are texts"),
+        ({"year": []}, "has no values"),
+        ({"year": {"$gt": 3}}, "or several of these in a list"),
+        ({"year": float("nan")}, "a finite number"),
+        ({"year": [[1]]}, "or several of these in a list"),
+    ],
+    ids=str,
+)
+def test_conditions_that_are_none_are_refused(where: Any, message: str, noted: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        search(noted["memory"], "x", mode="lexical", where=where)
+
+
+def test_queries_that_the_model_has_no_positions_for_are_refused() -> None:
+    """Before the model works on them: the attention of a long one takes minutes, and what comes of it is noise."""
+    bank = in_memory(Path())
+    room = MODEL.config.max_position_embeddings
+    for mode in ("router", "hybrid"):
+        with pytest.raises(ValueError, match="shorten it"):
+            search(bank, ["cedar", "x" * room], mode=mode, **{**ROUTERS, "embedder": FakeEmbedder()})
+    assert search(bank, "cedar " * room, mode="lexical")

@@ -230,12 +230,19 @@ def test_searches_find_what_was_put_in(documents: httpx.Client) -> None:
     assert found["mode"] == "router" and "searched" in [hit["key"] for hit in found["data"]]
     hit = next(item for item in found["data"] if item["key"] == "searched")
     assert "heron" in [part["text"].strip() for part in hit["passage"] if part["marked"]]
+    put(documents, "other heron", "The heron nests by the weir.", metadata={"year": 1889})
+    for year, keys in ((1889, ["other heron"]), ([1889, 1890], ["other heron"]), (1890, [])):
+        found = documents.post("/v1/search", json={"query": "heron", "where": {"year": year}}).json()
+        assert [hit["key"] for hit in found["data"]] == keys
     for body, param in (
         ({"query": ""}, "query"),
         ({"query": "a", "k": 0}, "k"),
         ({"query": "a", "mode": "magic"}, "mode"),
         ({"query": "a", "mode": "lexical"}, "mode"),
         ({}, "query"),
+        ({"query": "a", "where": ["year"]}, "where"),
+        ({"query": "a", "where": {"year": {"$gt": 3}}}, "where"),
+        ({"query": "word " * 4000}, "query"),  # more than the model has positions for
     ):
         refused = documents.post("/v1/search", json=body)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), refused.text

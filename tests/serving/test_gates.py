@@ -127,6 +127,15 @@ def test_bodies_that_are_too_large(guarded: Served) -> None:
     assert fits.status_code == 201
 
 
+@pytest.mark.parametrize(
+    "body", [b"{", b'{"key": "\xe9"}', b"[" * 1900, b'{"key": ' + b"9" * 5000 + b"}"], ids=range(4)
+)
+def test_bodies_that_cannot_be_decoded(server: Served, body: bytes) -> None:
+    refused = server.client().post("/v1/documents", content=body, headers=JSON)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"]) == (400, "invalid_json") and "JSON" in error["message"]
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
 def test_bodies_that_are_no_json(guarded: Served, kind: str) -> None:
     """A form of a strange page could send these without asking the browser."""
@@ -134,6 +143,8 @@ def test_bodies_that_are_no_json(guarded: Served, kind: str) -> None:
     body = b'{"key": "strange", "text": "x"}'
     refused = guarded.client().post("/v1/documents", content=body, headers=headers)
     assert (refused.status_code, refused.json()["error"]["code"]) == (415, "unsupported_media_type")
+    packed = {**bearer(WRITER), **JSON, "Content-Encoding": "gzip"}
+    assert guarded.client().post("/v1/documents", content=body, headers=packed).status_code == 415
     typed = {**bearer(WRITER), "Content-Type": "Application/JSON; charset=utf-8"}
     assert guarded.client().post("/v1/documents", content=body, headers=typed).status_code in (200, 201)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ from .options import add_model_options, device_in, positive
 
 if TYPE_CHECKING:
     from ..retrieval import Hit
+    from ..retrieval.where import Value
 
 NAME = "search"
 HELP = "Find the documents of a bank that fit a query, and say why."
@@ -39,6 +42,15 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--model", metavar="MODEL", help="the checkpoint that made the bank")
     made.add_argument("--embedder", metavar="MODEL", help=f"that made the bank's vectors: {EMBEDDER_HELP}")
     made.add_argument("--fusion", metavar="DIRECTORY", help="whose fusion.json weighs a hybrid (default: the bank's)")
+    made.add_argument(
+        "--where",
+        metavar="NAME=VALUE",
+        action="append",
+        type=_condition,
+        default=[],
+        help="find only documents with this value of metadata, such as year=1889; several of one name: one of them is "
+        "enough, of different names: all",
+    )
     add_model_options(made)
     made.add_argument("--json", action="store_true", help="one JSON object per query")
 
@@ -64,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             searcher = Searcher(
                 bank, model=model, tokenizer=tokenizer, protocol=protocol, embedder=embedder, fusion=fusion
             )
-            found = searcher.search(args.queries, args.k, args.mode)
+            found = searcher.search(args.queries, args.k, args.mode, where=_conditions(args.where))
     except ImportError as error:
         raise UserError(str(error)) from error
     for number, (query, hits) in enumerate(zip(args.queries, found, strict=True)):
@@ -75,6 +87,26 @@ def run(args: argparse.Namespace) -> int:
             head = [f"Query: {query}"] if len(args.queries) > 1 else []
             print(("\n" if number else "") + "\n".join([*head, *described(hits, Path(args.bank))]))
     return 0
+
+
+def _condition(text: str) -> tuple[str, list[Value]]:
+    """A name of metadata and what its value may be: the text, and the number, true, false or null that it spells."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as year=1889")
+    found: list[Value] = [value]
+    with contextlib.suppress(ValueError, RecursionError):
+        spelled = json.loads(value)
+        if spelled is None or (isinstance(spelled, bool | int | float) and math.isfinite(spelled)):
+            found.append(spelled)
+    return name, found
+
+
+def _conditions(given: list[tuple[str, list[Value]]]) -> dict[str, list[Value]]:
+    made: dict[str, list[Value]] = {}
+    for name, values in given:
+        made.setdefault(name, []).extend(values)
+    return made
 
 
 def described(hits: list[Hit], bank: Path) -> Iterator[str]:

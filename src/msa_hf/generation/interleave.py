@@ -22,7 +22,7 @@ from .answering import Answering, GenerateOptions
 from .combining import LAYER_SCORES, combine_layers
 from .document_ids import DocumentIds
 from .follow_up import standing_alone
-from .prompting import Said, asked_of, prompting_of, recent_text
+from .prompting import Said, asked_of, messages_of, prompting_of, recent_text
 from .protocol import PUBLISHED, PromptProtocol, Segment
 from .routed_document import RoutedDocument
 from .selectors import Asked, SelectionRound, selector_named
@@ -194,7 +194,7 @@ class MemoryInterleave:
         Args:
             questions: a text, or the messages of a conversation (mappings with `role` and `content`) that ends with a
                 question; or several of either. The last messages before a question are part of it, where the routers
-                find better with them (`standing_alone`).
+                find better with them (`standing_alone`) and they fit.
             streamer: gets the tokens of the answer and nothing else; takes a single question.
             generation_config: of the answer stage. Default: the model's, but greedy unless `do_sample` is passed.
             batch_size: questions at once. The answers do not depend on it.
@@ -208,12 +208,12 @@ class MemoryInterleave:
         """
         try:
             asked, alone = asked_of(questions)
-            texts = [item if isinstance(item, str) else self._standing_alone(item) for item in asked]
-            if streamer is not None and len(texts) != 1:
-                raise ValueError(f"A streamer takes one question at a time, got {len(texts)}.")
+            if streamer is not None and len(asked) != 1:
+                raise ValueError(f"A streamer takes one question at a time, got {len(asked)}.")
             if batch_size < 1:
                 raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
             options = self.answering.options(generation_config, generate_kwargs, self.max_new_tokens)
+            texts = [item if isinstance(item, str) else self._standing_alone(item, options) for item in asked]
             samples = [self._sample(number, text, options) for number, text in enumerate(texts)]
             answers: list[Answer] = []
             with evaluating(self.model):
@@ -229,10 +229,13 @@ class MemoryInterleave:
 
     def room(self, said: Said, max_new_tokens: int | None = None) -> int:
         """Tokens that the model's positions leave beside a question and its answer; below 0: it cannot be asked."""
-        text, options = recent_text(said), self.answering.options(None, {}, max_new_tokens or self.max_new_tokens)
-        return self._room(self._opened(text), options)
+        options = self.answering.options(None, {}, max_new_tokens or self.max_new_tokens)
+        together = self._room(self._opened(recent_text(said)), options)
+        return together if together >= 0 else self._room(self._opened(messages_of(said)[-1]["content"]), options)
 
-    def _standing_alone(self, said: Said) -> str:
+    def _standing_alone(self, said: Said, options: GenerateOptions) -> str:
+        if self._room(self._opened(recent_text(said)), options) < 0:
+            return messages_of(said)[-1]["content"]
         return standing_alone(self.model, self.bank, self.prompting, said, self.layer_scores)
 
     def _opened(self, question: str) -> _Sample:

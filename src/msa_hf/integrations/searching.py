@@ -24,9 +24,10 @@ def check_options(bank: object, options: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: for what is no bank.
-        ValueError: for a number or mode that `bank.search` does not take.
+        ValueError: for a number, mode or `where` that `bank.search` does not take.
     """
     from ..retrieval.searcher import MODES
+    from ..retrieval.where import checked_where
 
     if not isinstance(bank, Searched):
         raise TypeError(
@@ -38,6 +39,7 @@ def check_options(bank: object, options: Mapping[str, Any]) -> None:
         raise ValueError(f"`k` must be an integer of at least 1, got {k!r:.80}.")
     if mode not in MODES:
         raise ValueError(f"`mode` must be one of {MODES}, got {mode!r:.80}.")
+    checked_where(options.get("where"))
 
 
 def hits_of(bank: Searched, query: str, options: Mapping[str, Any]) -> list[tuple[Hit, str]]:

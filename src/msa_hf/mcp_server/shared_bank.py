@@ -22,6 +22,7 @@ from ..model.checkpoint_msa import UNTRAINED
 from ..model.document_table_msa import Document
 from ..model.memory_msa import MemoryBank
 from ..retrieval import Hit, Searcher
+from ..retrieval.where import Where
 from ..user_errors import UserError
 from .stopping import Stop
 
@@ -208,11 +209,14 @@ class SharedBank:
                 self._current = _Current(bank, Searcher(bank, embedder=self.options.embedder, **made_with))
             return self._current
 
-    def search(self, query: str, k: int, mode: str | None, stop: Stop) -> tuple[str, list[Hit]]:
+    def search(
+        self, query: str, k: int, mode: str | None, stop: Stop, where: Where | None = None
+    ) -> tuple[str, list[Hit]]:
         """The k best documents for a query, and the mode in which they were found.
 
         Args:
             mode: see `Searcher.search`. None: hybrid, or the only way that there is.
+            where: values of metadata that documents have.
 
         Raises:
             ValueError: where nothing is there to search by, with the remedy.
@@ -224,9 +228,9 @@ class SharedBank:
                     now.modes = _modes(now.searcher)
             mode = now.modes[0]
         if self.reader is None or mode in ("lexical", "dense"):
-            return mode, now.searcher.search([query], k, mode)[0]
+            return mode, now.searcher.search([query], k, mode, where=where)[0]
         with self._with_model(stop):
-            return mode, now.searcher.search([query], k, mode)[0]
+            return mode, now.searcher.search([query], k, mode, where=where)[0]
 
     @property
     def note(self) -> str | None:

@@ -34,6 +34,10 @@ class SearchArguments(Arguments):
         Literal["router", "lexical", "dense", "hybrid"] | None,
         Field(description="By the model's routers, by words, by vectors, or by all that are there (the default)."),
     ] = None
+    where: Annotated[
+        dict[str, Any] | None,
+        Field(description='Metadata that documents have: {"year": 1889}; a list says several, one of which is enough.'),
+    ] = None
 
 
 class Place(BaseModel):
@@ -170,7 +174,7 @@ def _search(bank: SharedBank, given: SearchArguments, limits: Limits, stop: Stop
     _check_length("query", given.query, limits.query)
     if given.k > limits.results:
         raise UserError(f"`k` is {given.k}; this server finds {limits.results} documents at most (--max-k)")
-    mode, hits = bank.search(given.query, given.k, given.mode, stop)
+    mode, hits = bank.search(given.query, given.k, given.mode, stop, given.where)
     return SearchResult(mode=mode, documents=[_found(hit, limits) for hit in hits])
 
 

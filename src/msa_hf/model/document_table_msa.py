@@ -1,5 +1,6 @@
 """The documents of a bank as a sequence: names, texts and metadata, and the rows in which its chunks are counted."""
 
+import importlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -158,18 +159,31 @@ class DocumentTable(Sequence[Document]):
             yield from zip((row + alive).tolist(), found, strict=True)
             row += len(batch)
 
+    def metadata(self, holding: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """Rows that are documents, and their metadata; nothing else of them is decoded.
+
+        Args:
+            holding: pieces that the metadata have as JSON; rows that lack one may be passed over.
+        """
+        visible, row = self.visible_rows(), 0
+        if self._table is None:
+            yield from ((row, self._documents[row].metadata) for row in np.flatnonzero(visible).tolist())
+            return
+        compute = importlib.import_module("pyarrow.compute")
+        for batch in self._table.select(["key", "metadata"]).to_batches(max_chunksize=ROWS_PER_BATCH):
+            places = np.flatnonzero(visible[row : row + len(batch)])
+            found = _validated(batch).take(pyarrow().array(places)) if len(places) else batch[:0]
+            for piece in holding:
+                has = compute.match_substring(found["metadata"], piece).fill_null(False)
+                found, places = found.filter(has), places[has.to_numpy(zero_copy_only=False)]
+            for place, item in zip(places.tolist(), found.to_pylist(), strict=True):
+                yield row + place, _metadata_of(item["key"], item["metadata"])
+            row += len(batch)
+
     @staticmethod
     def _decode(rows: Any) -> Iterator[Document]:
         for row in _validated(rows).to_pylist():
-            try:
-                check_json(row["metadata"] or "")
-                metadata = None if row["metadata"] is None else json.loads(row.pop("metadata"))
-                if not isinstance(metadata, dict | None):
-                    raise ValueError("not an object")
-            except (ValueError, RecursionError) as error:
-                raise BankFormatError(
-                    f"Document {row['key']!r}: its metadata is not JSON ({error}). {RESTORE}."
-                ) from error
+            metadata = _metadata_of(row["key"], row.pop("metadata"))
             row.pop("digest", None)
             yield Document(**{**row, "metadata": metadata})
 
@@ -229,6 +243,18 @@ class DocumentTable(Sequence[Document]):
         columns = zip(*rows, strict=True) if rows else [()] * len(schema)
         arrays = [pyarrow().array(column, field.type) for column, field in zip(columns, schema, strict=True)]
         return pyarrow().Table.from_arrays(arrays, schema=schema)
+
+
+def _metadata_of(key: str, text: str | None) -> dict[str, Any] | None:
+    """The metadata of a document, which are kept as JSON."""
+    try:
+        check_json(text or "")
+        metadata = None if text is None else json.loads(text)
+        if not isinstance(metadata, dict | None):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise BankFormatError(f"Document {key!r}: its metadata is not JSON ({error}). {RESTORE}.") from error
+    return metadata
 
 
 def _validated(rows: Any) -> Any:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..model.dense_layer_msa import own_tensor
 from ..model.document_rows_msa import ChunkLayout
-from ..model.memory_msa import DocumentTable
 from ..ops import route_documents
 from .embedders import Embedder
 
@@ -266,14 +265,14 @@ class DenseSearcher:
         self,
         queries: Sequence[str],
         k: int,
-        documents: DocumentTable,
+        rows: np.ndarray,
         embedder: Embedder | None = None,
         device: torch.device | str = "cpu",
     ) -> tuple[Tensor, Tensor]:
         """The k best documents by the cosine of their best passage; equal scores go to the lower row.
 
         Args:
-            documents: of the bank: which rows are documents.
+            rows: [R] bool, those that may be found: the bank's documents, or some of them.
             embedder: of queries, where none was given before.
             device: where the vectors are scored; they stay where they were scored first.
 
@@ -289,13 +288,13 @@ class DenseSearcher:
         place = torch.empty(0, device=device).device
         question = vectors.to(place)[:, None, None]  # [B, T = 1, H = 1, D]
         mask = torch.ones(len(queries), 1, dtype=torch.bool, device=place)
-        alive = torch.from_numpy(documents.visible_rows() & self._known)
+        alive = torch.from_numpy(rows & self._known)
         layout = ChunkLayout(self.offsets, alive[None])
         if self._placed is None:
             self._placed = KeysOnDevice(joined(self.parts, self.dimension).keys.to(place))
         with torch.no_grad():
-            rows, scores = self._placed.route(question, mask, layout, k, "cosine")
-        return rows.cpu(), scores.cpu()
+            best, scores = self._placed.route(question, mask, layout, k, "cosine")
+        return best.cpu(), scores.cpu()
 
     def place(self, keys: PlacedKeys) -> DenseSearcher:
         """The same with its vectors where a bank in tiers has routing keys."""

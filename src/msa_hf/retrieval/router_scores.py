@@ -15,6 +15,11 @@ from ..generation.prompting import prompting_of
 from ..model.memory_msa import MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.modes_msa import evaluating
+from ..model.positions_msa import position_limit
+
+
+class QueryTooLong(ValueError):
+    """A query of more tokens than the model has positions for."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,18 @@ def router_scores(
         model: `MSAForCausalLM`.
         questions: B of them, as one batch.
         protocol: whose prompt puts the question; None: the chat template, else the training prompt (`prompting_of`).
+
+    Raises:
+        QueryTooLong: for a question of more tokens than the model has positions for.
     """
     prompting = prompting_of(tokenizer, protocol)
     rows = [prompting.prompt(question) for question in questions]
+    positions, longest = position_limit(model.config), max(len(ids) for ids, _ in rows)
+    if positions is not None and longest > (room := positions - model.config.first_position):
+        raise QueryTooLong(
+            f"A query has {longest} tokens as it is put to the model, which has positions for {room}: shorten it, or "
+            "search by words or vectors."
+        )
     with torch.no_grad(), evaluating(model):
         routing = model(
             input_ids=pad([ids for ids, _ in rows], 0, left=True).to(model.device),

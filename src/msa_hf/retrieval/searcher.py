@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ from .lexical import LexicalSearcher, UnbuiltIndex
 from .lexical_files import open_searcher, read_record, search_in_memory
 from .router_scores import RouterScores, router_scores
 from .rows import CommittedRows, rows_of_bank
+from .where import Where, checked_where, rows_where
 
 logger = logging.getLogger(__name__)
 WAYS = ("router", "lexical", "dense")
@@ -199,6 +201,7 @@ class Searcher:
         ways: Sequence[str] | None = None,
         depth: int = DEPTH,
         batch_size: int = BATCH,
+        where: Where | None = None,
     ) -> list[list[Hit]]:
         """The k best documents for each query; see `search`."""
         for number, query in enumerate(queries):
@@ -210,11 +213,12 @@ class Searcher:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
         if mode not in MODES:
             raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
-        asked = self._asked(mode, ways)
+        wanted, asked = checked_where(where), self._asked(mode, ways)
+        rows = rows_where(self.bank.documents, wanted) if wanted else None
         hits: list[list[Hit]] = []
         for start in range(0, len(queries), batch_size):
             batch = queries[start : start + batch_size]
-            found = {way: self._ask(way, batch, k if mode != "hybrid" else max(depth, k)) for way in asked}
+            found = {way: self._ask(way, batch, k if mode != "hybrid" else max(depth, k), rows) for way in asked}
             for number, query in enumerate(batch):
                 hits.append(self._hits(query, number, found, k, mode))
         return hits
@@ -261,24 +265,35 @@ class Searcher:
             raise ValueError(f"`ways` must be some of {WAYS}, got {tuple(ways)!r}.")
         return tuple(way for way in WAYS if way in ways)
 
-    def _ask(self, way: str, queries: Sequence[str], k: int) -> _Asked:
+    def _ask(self, way: str, queries: Sequence[str], k: int, rows: np.ndarray | None = None) -> _Asked:
+        """Ask one way.
+
+        Args:
+            rows: [R] bool, those that may be found; None: all that are documents.
+        """
+        documents = self.bank.documents
         if not len(self.bank):
             return _Asked([[] for _ in queries])
         if way == "lexical":
-            return _Asked(self._by_words(queries, k))
+            return _Asked(self._by_words(queries, k, rows))
         if way == "dense":
-            rows, scores = self.dense().best(queries, k, self.bank.documents, self.embedder, self.bank.device)
-            return _Asked(_lists(self.bank.documents.positions_of(rows), scores))
+            allowed = documents.visible_rows() if rows is None else rows
+            best, scores = self.dense().best(queries, k, allowed, self.embedder, self.bank.device)
+            return _Asked(_lists(documents.positions_of(best), scores))
         if self.model is None or self.tokenizer is None:
             raise ValueError("Searching by routers needs `model` and its `tokenizer`.")
         if self.model.config.routers_trained is False:
             logger.warning(UNTRAINED + ".")
         found = router_scores(self.model, self.tokenizer, self.bank, queries, self.protocol)
-        return _Asked(_lists(*select_documents(found.mean, min(k, len(self.bank)))), found)
+        scores = found.mean
+        if rows is not None:
+            absent = torch.from_numpy(~rows[documents.visible_rows()]).to(scores.device)
+            scores = scores.masked_fill(absent, float("-inf"))
+        return _Asked(_lists(*select_documents(scores, min(k, len(self.bank)))), found)
 
-    def _by_words(self, queries: Sequence[str], k: int) -> list[list[tuple[int, float]]]:
+    def _by_words(self, queries: Sequence[str], k: int, rows: np.ndarray | None) -> list[list[tuple[int, float]]]:
         searcher, documents = self.lexical(), self.bank.documents
-        visible = documents.visible_rows() if len(documents.deleted) else None
+        visible = rows if rows is not None or not len(documents.deleted) else documents.visible_rows()
 
         def is_there(row: int) -> bool:
             return row < documents.num_rows and (visible is None or bool(visible[row]))
@@ -361,6 +376,7 @@ def search(
     ways: Sequence[str] | None = ...,
     depth: int = ...,
     batch_size: int = ...,
+    where: Where | None = ...,
 ) -> list[Hit]: ...
 @overload
 def search(
@@ -377,6 +393,7 @@ def search(
     ways: Sequence[str] | None = ...,
     depth: int = ...,
     batch_size: int = ...,
+    where: Where | None = ...,
 ) -> list[list[Hit]]: ...
 def search(
     bank: Any,
@@ -392,6 +409,7 @@ def search(
     ways: Sequence[str] | None = None,
     depth: int = DEPTH,
     batch_size: int = BATCH,
+    where: Where | None = None,
 ) -> list[Hit] | list[list[Hit]]:
     """The documents of a bank that fit a query, best first, without generating.
 
@@ -410,6 +428,9 @@ def search(
         ways: for `"hybrid"`: those to ask, of router, lexical and dense. Default: all that are there.
         depth: documents of each way that are fused.
         batch_size: questions at once. The hits do not depend on it.
+        where: values of metadata that documents have, such as `{"year": 1889, "kind": ["note", "mail"]}`: a list says
+            several, of which one is enough. Ranks and scores are those among these documents; the ranks of layers,
+            and what BM25 counts, those among all.
 
     Returns:
         hits of the query; a list of them for several.
@@ -421,5 +442,6 @@ def search(
     if isinstance(bank, str | Path):
         bank = MemoryBank.from_pretrained(bank, model, tokenizer)
     searcher = Searcher(bank, model=model, tokenizer=tokenizer, protocol=protocol, embedder=embedder, fusion=fusion)
-    hits = searcher.search([query] if isinstance(query, str) else query, k, mode, ways, depth, batch_size)
+    queries = [query] if isinstance(query, str) else query
+    hits = searcher.search(queries, k, mode, ways, depth, batch_size, where)
     return hits[0] if isinstance(query, str) else hits

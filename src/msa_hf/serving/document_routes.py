@@ -104,7 +104,7 @@ def document_routes(service: Service) -> APIRouter:
     @router.post("/v1/search", tags=["search"])
     async def find(body: SearchRequest, request: Request) -> JsonObject:
         """The documents that fit a query, best first, without generating."""
-        return await search.find(request, body.query, body.k, body.mode)
+        return await search.find(request, body.query, body.k, body.mode, body.where)
 
     return router
 

@@ -78,7 +78,13 @@ def install_handlers(app: FastAPI) -> None:
             found = ApiError(404, f"There is nothing at {request.method} {path!r}.", "not_found")
         elif error.status_code == 405:
             found = ApiError(405, f"{path!r} does not take {request.method}.", "method_not_allowed")
-        else:  # a body that is no JSON
+        elif error.status_code == 400:  # a body on which decoding gave up
+            message = (
+                "The body cannot be read as JSON: it must be UTF-8, without thousands of brackets inside each other or "
+                "numbers of thousands of digits."
+            )
+            found = ApiError(400, message, "invalid_json")
+        else:
             found = ApiError(error.status_code, str(error.detail), "invalid_request")
         found.headers = error.headers
         return found.response()

@@ -95,6 +95,10 @@ class BodyGate:
         if has_body and scope["method"] in ("POST", "PUT", "PATCH") and kind != "application/json":
             message = f"The body must be JSON (Content-Type: application/json), got {kind[:100] or 'no type'!r}."
             return ApiError(415, message, "unsupported_media_type")
+        coding = headers.get(b"content-encoding", "identity").strip().lower()
+        if has_body and coding not in ("", "identity"):
+            message = f"The body must not be compressed (Content-Encoding: {coding[:100]})."
+            return ApiError(415, message, "unsupported_media_type")
         return None
 
 

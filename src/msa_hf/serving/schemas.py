@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..json_object import JsonObject
+from ..retrieval.where import checked_where
 from .errors import bad_parameter
 from .limits import Limits
 from .waiting import Options, Turn
@@ -68,6 +69,11 @@ def _metadata(values: JsonObject) -> JsonObject:
         json.dumps(values, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the metadata cannot be written as JSON ({error})") from None
+    return values
+
+
+def _where(values: JsonObject) -> JsonObject:
+    checked_where(values)
     return values
 
 
@@ -227,6 +233,7 @@ class SearchRequest(Body):
     query: Text
     k: int = Field(10, ge=1, le=100)
     mode: Literal["router", "lexical", "dense", "hybrid"] | None = None
+    where: Annotated[JsonObject, AfterValidator(_where)] | None = None
 
     @model_validator(mode="after")
     def _check_query(self) -> SearchRequest:

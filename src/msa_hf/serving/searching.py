@@ -8,6 +8,8 @@ from starlette.requests import Request
 
 from ..json_object import JsonObject
 from ..retrieval import Searcher
+from ..retrieval.router_scores import QueryTooLong
+from ..retrieval.where import Where
 from .errors import ApiError
 from .passages import passage_of
 from .service import Service
@@ -22,24 +24,27 @@ class Search:
     def __init__(self, service: Service) -> None:
         self.service = service
 
-    async def find(self, request: Request, query: str, k: int, mode: str | None) -> JsonObject:
+    async def find(self, request: Request, query: str, k: int, mode: str | None, where: Where | None) -> JsonObject:
         """The documents that fit a query, as JSON values.
 
         Args:
             mode: None: as many of the ways as there are.
+            where: values of metadata that documents have.
 
         Raises:
             ApiError: 400 for a mode whose index the bank has not.
         """
-        return await self.service.run(request, lambda: self._find(query, k, mode))
+        return await self.service.run(request, lambda: self._find(query, k, mode, where))
 
-    def _find(self, query: str, k: int, mode: str | None) -> JsonObject:
+    def _find(self, query: str, k: int, mode: str | None, where: Where | None) -> JsonObject:
         service = self.service
         service.documents.follow()
         searcher = Searcher(service.store, model=service.model, tokenizer=service.tokenizer, protocol=service.protocol)
         chosen = self._best_mode(searcher) if mode is None else mode
         try:
-            (hits,) = searcher.search([query], k, chosen)
+            (hits,) = searcher.search([query], k, chosen, where=where)
+        except QueryTooLong as error:
+            raise ApiError(400, str(error), "context_length_exceeded", "query") from error
         except (ValueError, ImportError) as error:
             raise ApiError(400, str(error), "search_mode_unavailable", "mode") from error
         return {"object": "list", "mode": chosen, "data": [described(hit, query) for hit in hits]}
