@@ -97,6 +97,18 @@ def test_texts_never_become_special_tokens(protocol, tokenizer) -> None:
 
 
 @both
+def test_many_are_encoded_as_one_is(tokenizer, protocol) -> None:
+    """Also where texts spell markers, of the protocol or of the tokenizer, and where they are empty."""
+    marker = protocol.special_tokens[-1]
+    texts = ["one", "", f"two {marker} three", marker.upper(), "four [7]", f"{marker}{marker}", "five"]
+    rows = [{"id": 10**number, "text": text} for number, text in enumerate(texts)]
+    alone = [protocol.encode(tokenizer, protocol.document, **row) for row in rows]
+    assert protocol.encode_each(tokenizer, protocol.document, rows) == alone
+    assert len(set(map(tuple, alone))) == len(rows)
+    assert protocol.encode_each(tokenizer, protocol.document, []) == []
+
+
+@both
 def test_a_tokenizer_without_the_markers_is_refused(protocol) -> None:
     poor = byte_tokenizer(special=protocol.special_tokens[:-1])
     with pytest.raises(ValueError, match=r"no token .*special_tokens"):

@@ -16,9 +16,10 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,17 +28,16 @@ import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
-from ..data.documents import Corpus, DocumentRow
+from ..data.documents import Corpus
 from ..generation.document_ids import ID_FIELD
-from ..model.arrow_msa import ArrowTable, table_of
 from ..model.bank_format_msa import TensorLayout, new_manifest
-from ..model.encoding_msa import _Item, _Reader
+from ..model.memory_msa import MemoryBank
 from ..model.origin_msa import BankOrigin
 from ..model.positions_msa import position_limit
-from ..model.splitting_msa import LimitTooSmall, split_text
 from .corpus_parts import FOLDER, Part, Record, check_place, commit_parts, find_parts, remove_unfinished, write_part
+from .corpus_rows import PartRows, RowReader
+from .part_pipeline import BEHIND, WritingBehind, default_workers, reading_ahead
 from .sharded.collectives import Collectives, RankFailed, connect_within
-from .store.changes import text_digest
 from .store.encoder import EncodingModel
 from .store.lock import WriterLock
 
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 PART_SIZE = 10**6  # bytes of text: about 250,000 tokens of English
 TIMEOUT = timedelta(hours=1)
+SHOWN_EVERY = 1.0  # seconds between two looks at what the other processes have encoded
 VERSION = 1  # of what a part is made of; grows when this file makes something else of the same documents
 
 
@@ -57,12 +58,6 @@ class CorpusModel(EncodingModel, Protocol):
 
     config: PreTrainedConfig
     dtype: torch.dtype
-
-
-class Progress(Protocol):
-    """Of tqdm."""
-
-    def update(self, n: float | None = 1) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -157,6 +152,7 @@ def encode_bank(
     batch_tokens: int = 16384,
     show_progress: bool = True,
     sole_writer: bool = False,
+    workers: int | None = None,
 ) -> Encoded:
     """Encode a corpus into a bank of format version 2, together with the other processes, which all call this.
 
@@ -176,6 +172,9 @@ def encode_bank(
         part_size: bytes of text that are kept at a time, by whole documents.
         batch_tokens: tokens per batch, padding included.
         sole_writer: for a file system without locks: you vouch that nothing else writes to the directory.
+        workers: processes that read and tokenize ahead of this one's model; with any, parts are also written while
+            the next ones are encoded. None: three beside an accelerator, if there are cores for them; beside a model on
+            the CPU 0, which does one after the other.
 
     Raises:
         BankLocked: where another writer has the directory open.
@@ -217,7 +216,9 @@ def encode_bank(
             found = find_parts(directory, parts[ranks.rank :: ranks.size])
         records = {name: record for mine in ranks.everyone(found) for name, record in mine.items()}
         found_parts = len(records)
-        own = _encode_parts(encoder, folder, parts, records, ranks, show_progress)
+        if workers is None:
+            workers = default_workers(model.device)
+        own = _encode_parts(encoder, folder, parts, records, ranks, workers, show_progress)
         with agreed(ranks):
             if lock is not None:
                 # What its tensors look like is learnt by encoding one token.
@@ -243,6 +244,7 @@ def _encode_parts(
     parts: list[Part],
     records: dict[str, Record],
     ranks: Collectives,
+    workers: int,
     show_progress: bool,
 ) -> int:
     """Encode what has no record, a part in every process at a time; adds the records.
@@ -260,44 +262,65 @@ def _encode_parts(
             folder,
             len(others),
         )
-    progress = tqdm(
+    own = left[ranks.rank :: ranks.size]
+    turns = range(0, len(left), ranks.size)
+    shown = tqdm(
         total=len(encoder.corpus),
         initial=there,
         desc="Encoding documents" + (f" ({there} were there)" if there else ""),
         unit="doc",
         disable=not show_progress or ranks.rank > 0,
     )
-    own = tokens = 0
-    started = time.perf_counter()
-    with progress:
-        for start in range(0, len(left), ranks.size):
-            turn = left[start : start + ranks.size]
-            record: Record | None = None
+    with (
+        shown,
+        reading_ahead(encoder.reader, own, workers) as rows_of_parts,
+        WritingBehind(partial(encoder.write, folder), BEHIND if workers else 0) as writing,
+    ):
+        progress = _Progress(shown, there, ranks.size)
+        for turn in turns:
+            written: list[Record] = []
             with agreed(ranks):
-                if ranks.rank < len(turn):
-                    part = turn[ranks.rank]
-                    record = encoder.encode(part, folder, progress)
-                    own += part.end - part.first
-            for rank, (part, theirs) in enumerate(zip(turn, ranks.everyone(record), strict=False)):
-                records[part.name] = theirs
-                tokens += theirs["tokens"]
-                progress.update(part.end - part.first if rank != ranks.rank else 0)
-            progress.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s")
-    return own
+                for part in left[turn + ranks.rank : turn + ranks.size][:1]:
+                    rows = next(rows_of_parts)
+                    writing.put(part, rows, encoder.encode(rows, progress))
+                written = writing.written(all=turn == turns[-1])
+            said = ranks.everyone((written, progress.own))
+            records.update({record["part"]: record for theirs, _ in said for record in theirs})
+            progress.hear(counts for _, counts in said)
+    return sum(part.end - part.first for part in own)
 
 
-@dataclass
-class _Row:
-    """A document, or a piece of one, on its way into a table."""
+class _Progress:
+    """Documents and tokens that all processes have encoded: of this one at any time, of others as of the last turn."""
 
-    item: _Item
-    id: int
-    metadata: str | None
-    digest: bytes
+    def __init__(self, shown: tqdm[object], there: int, processes: int) -> None:
+        self._shown, self._there, self._processes = shown, there, processes
+        self._started, self._looked = time.perf_counter(), 0.0
+        self.own = self._others = (0, 0)  # documents and tokens
+
+    def add(self, documents: int, tokens: int) -> None:
+        """Count what this process has encoded."""
+        self.own = self.own[0] + documents, self.own[1] + tokens
+        if time.perf_counter() - self._looked > SHOWN_EVERY:
+            self._show()
+
+    def hear(self, all: Iterable[tuple[int, int]]) -> None:
+        """Take note of what every process, this one too, has encoded by now."""
+        documents, tokens = (sum(numbers) for numbers in zip(*all, strict=True))
+        self._others = documents - self.own[0], tokens - self.own[1]
+        self._show()
+
+    def _show(self) -> None:
+        self._looked = time.perf_counter()
+        documents, tokens = (own + others for own, others in zip(self.own, self._others, strict=True))
+        processes = f", {self._processes} processes" if self._processes > 1 else ""
+        rate = tokens / (self._looked - self._started)
+        self._shown.set_postfix_str(f"{tokens:,} tokens, {rate:,.0f}/s{processes}", refresh=False)
+        self._shown.update(self._there + documents - self._shown.n)
 
 
 class _Encoder:
-    """Makes parts of a corpus, and of a part the files of a segment."""
+    """Makes parts of a corpus, and of the rows of a part a bank."""
 
     def __init__(
         self,
@@ -310,8 +333,7 @@ class _Encoder:
     ) -> None:
         if too_long not in ("error", "split"):
             raise ValueError(f"`too_long` must be 'error' or 'split', got {too_long!r}.")
-        self.corpus, self.model, self.tokenizer, self.protocol = corpus, model, tokenizer, protocol
-        self.batch_tokens, self.split = batch_tokens, too_long == "split"
+        self.corpus, self.model, self.batch_tokens = corpus, model, batch_tokens
         self.origin: BankOrigin = model.memory_origin(tokenizer)
         positions = position_limit(model.config)
         if protocol is not None and ID_FIELD in corpus.fields:  # before anything is written
@@ -321,24 +343,17 @@ class _Encoder:
                         f"{corpus.place(number)}: the field {ID_FIELD!r} has the name that the memory needs for its "
                         "own numbers; rename it, or make it the document's key."
                     )
-        self.limit = np.iinfo(np.int64).max if positions is None else positions
-        self.reader = _Reader(
-            tokenizer=tokenizer,
-            limit=self.limit,
-            too_long=too_long if protocol is None else "error",
-            chunk_size=model.config.chunk_size,
-            add_special_tokens=False,
-            text_column="text",
-            key_column="key",
-            vocabulary=model.config.vocab_size,
+        limit, split = np.iinfo(np.int64).max if positions is None else positions, too_long == "split"
+        self.reader = RowReader(
+            corpus, tokenizer, protocol, limit, split, model.config.chunk_size, model.config.vocab_size
         )
         self.settings = {
             "version": VERSION,
             "origin": self.origin.to_dict(),
             "dtype": str(model.dtype),
             "protocol": None if protocol is None else protocol.to_dict(),
-            "limit": self.limit,
-            "documents": len(corpus) if self.split else None,  # of which the ids of pieces depend
+            "limit": limit,
+            "documents": len(corpus) if split else None,  # of which the ids of pieces depend
         }
 
     def parts(self, size: int) -> list[Part]:
@@ -352,84 +367,19 @@ class _Encoder:
                 first, held = number + 1, 0
         return parts
 
-    def encode(self, part: Part, folder: Path, progress: Progress) -> Record:
-        """Encode a part, and put its files and its record into `folder`."""
-        rows: list[_Row] = []
-
-        def read() -> Iterator[Mapping[str, object]]:
-            for number, document in enumerate(self.corpus.read(part.first, part.end), start=part.first):
-                for row in self._rows(number, document):
-                    rows.append(row)
-                    yield {"key": row.item.key, "input_ids": row.item.ids}
-                progress.update()
-
+    def encode(self, rows: PartRows, progress: _Progress) -> MemoryBank:
+        """The bank of a part."""
         # Without the tokenizer, whose fingerprint would be taken for every part.
         bank = self.model.encode_documents(
-            read(), None, batch_tokens=self.batch_tokens, bank_device="cpu", show_progress=False
+            rows.to_encode(), None, batch_tokens=self.batch_tokens, bank_device="cpu", show_progress=False
         )
+        progress.add(sum(rows.documents), sum(rows.lengths))
+        return bank
+
+    def write(self, folder: Path, part: Part, rows: PartRows, bank: MemoryBank) -> Record:
+        """Put the files of a part and its record into `folder`."""
         layers = {layer: (memory.routing_keys, memory.pooled_kv) for layer, memory in bank.layers.items()}
-        return write_part(folder, part, self._table(rows), layers)
-
-    def _table(self, rows: list[_Row]) -> ArrowTable:
-        lengths = [len(row.item.ids) for row in rows]
-        return table_of(
-            {
-                "key": [row.item.key for row in rows],
-                "text": [row.item.text for row in rows],
-                "metadata": [row.metadata for row in rows],
-                "tokens": list(lengths),
-                "chunks": [-(-length // self.origin.chunk_size) for length in lengths],
-                "id": [row.id for row in rows],
-                "version": [None] * len(rows),
-                "digest": [row.digest for row in rows],
-            }
-        )
-
-    def _rows(self, number: int, document: DocumentRow) -> Iterator[_Row]:
-        """Document `number` of the corpus, as one row or in pieces."""
-        key = document["key"]
-        protocol, given, wrapping = self.protocol, None, ""
-        if protocol is None:
-            given, pieces = document.get("input_ids"), self.reader.items(number, dict(document))
-        else:
-            wrapping, pieces = protocol.document, self._wrapped(protocol, number, document)
-        for piece, item in enumerate(pieces):
-            if item.key != key and item.key in self.corpus.keys:
-                raise ValueError(
-                    f"Document {number} (key {key!r}) is stored in parts, of which one gets the key {item.key!r}, "
-                    f"which is that of {self.corpus.place(self.corpus.keys[item.key])}; rename one of them."
-                )
-            metadata = dict(item.metadata or {})
-            if protocol is not None:
-                del metadata[ID_FIELD]  # the table has a column for it
-            yield _Row(
-                item,
-                number + piece * len(self.corpus),
-                json.dumps(metadata, ensure_ascii=False, allow_nan=False) if metadata else None,
-                text_digest(wrapping, item.text, given),
-            )
-
-    def _wrapped(self, protocol: PromptProtocol, number: int, document: DocumentRow) -> Iterator[_Item]:
-        """A document with its id around it, in pieces with ids of their own where it is too long."""
-        key, text, values = document["key"], document["text"], document["metadata"]
-
-        def item(id: int, text: str, key: str, metadata: Mapping[str, object]) -> _Item:
-            row: dict[str, object] = {**protocol.document_row(id, text, self.tokenizer, key, metadata)}
-            return next(iter(self.reader.items(number, row)))
-
-        if self.split:
-            ids = protocol.encode(self.tokenizer, protocol.document, id=number, text=text)
-            if len(ids) > self.limit:
-                largest = number + len(text) * len(self.corpus)
-                empty = protocol.encode(self.tokenizer, protocol.document, id=10 ** len(str(largest)), text="")
-                try:
-                    for piece, (words, _) in enumerate(split_text(self.tokenizer, text, self.limit - len(empty))):
-                        id = number + piece * len(self.corpus)
-                        yield item(id, words, f"{key}#{piece}", {**values, "part": piece})
-                except LimitTooSmall as error:
-                    raise ValueError(f"Document {number} (key {key!r}) cannot be split: {error}.") from None
-                return
-        yield item(number, text, key, values)
+        return write_part(folder, part, rows.table(self.origin.chunk_size), layers)
 
 
 def _digest(value: object) -> str:

@@ -11,7 +11,7 @@ from .documents import SOURCE_HELP, add_document_options, read_corpus
 from .indexes import add_index_options, embedder_of
 from .lengths import length_remedy
 from .loading import load, new_directory, protocol_of
-from .options import add_model_options, add_sole_writer_option, device_in, positive
+from .options import add_model_options, add_sole_writer_option, at_least, device_in, positive
 
 NAME = "encode"
 HELP = (
@@ -43,6 +43,13 @@ def add_options(made: argparse.ArgumentParser) -> None:
     )
     made.add_argument(
         "--too-long", choices=("error", "split"), default="error", help="what to do with a document above the limit"
+    )
+    made.add_argument(
+        "--workers",
+        type=at_least(0),
+        metavar="N",
+        help="processes that read and tokenize ahead; with any, parts are written while the next are encoded (default: "
+        "up to 3 for each process beside an accelerator, 0 on the CPU)",
     )
     add_index_options(made)
     add_sole_writer_option(made)
@@ -81,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
                     part_size=args.part_size or PART_SIZE,
                     batch_tokens=args.batch_tokens,
                     sole_writer=args.sole_writer,
+                    workers=args.workers,
                 )
             indexing = time.perf_counter()
             if ranks.rank == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import tempfile
 from array import array
@@ -151,6 +152,7 @@ class Corpus:
         self._digests = bytearray()
         self._files: list[SourceFile] = []
         self._converted = tempfile.TemporaryFile()  # noqa: SIM115  # texts whose reading takes long, a line for each
+        self._lines: mmap.mmap | None = None  # the same, once all are there
         self._cursor: tuple[SourceFile, int, Iterator[Found]] | None = None
         sources = [source] if isinstance(source, str | os.PathLike) else list(source)
         glob = [glob] if isinstance(glob, str) else list(glob)
@@ -340,10 +342,17 @@ class Corpus:
                 raise DataError(f"{self.place(number)}: changed while it was encoded; run the command again")
             yield row
 
+    def reopen(self) -> None:
+        """Open files anew from here on: what a forked process does first, whose open files are read by others too."""
+        self._cursor = None
+
     def _whole(self, file: SourceFile, kind: Whole, number: int) -> DocumentRow | None:
         if kind.converted:
-            self._converted.seek(self._numbers[number])
-            row: DocumentRow = json.loads(self._converted.readline())
+            if self._lines is None:
+                self._converted.flush()
+                self._lines = mmap.mmap(self._converted.fileno(), 0, access=mmap.ACCESS_READ)  # has no place of its own
+            start = self._numbers[number]
+            row: DocumentRow = json.loads(self._lines[start : self._lines.find(b"\n", start)])
             return row
         try:
             return self._normalized(file, 0, number, kind.read(file.path, self._encoding))

@@ -157,14 +157,51 @@ class PromptProtocol:
         """
         return self._encode(tokenizer, [(template, values)])
 
+    def encode_each(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, rows: Iterable[Mapping[str, object]]
+    ) -> list[list[int]]:
+        """Token ids of a template filled in with each of `rows`, tokenized together: the same as one at a time."""
+        return self._encode_each(tokenizer, [[(template, values)] for values in rows])
+
     def _encode(
         self, tokenizer: PreTrainedTokenizerBase, pieces: Iterable[tuple[str, Mapping[str, object]]]
     ) -> list[int]:
         """Token ids of filled-in templates that follow one another without a seam."""
+        return self._encode_each(tokenizer, [pieces])[0]
+
+    def _encode_each(
+        self, tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Iterable[tuple[str, Mapping[str, object]]]]
+    ) -> list[list[int]]:
+        """Token ids of each sequence of filled-in templates."""
         special = frozenset(self.special_tokens)
-        spoken = _any_of(special | plain_markers(tokenizer))
+        spoken, spelling = _any_of(special | plain_markers(tokenizer)), re.compile(_any_of(special).pattern, re.I)
+        filled = [self._filled_in(tokenizer, pieces, spoken) for pieces in sequences]
+        # Where a text spells a marker of ours, no token of its text may be that.
+        spelt = [any(map(spelling.search, texts)) for texts, _ in filled]
+        coded: dict[bool, Iterator[list[int]]] = {}
+        for kind in set(spelt):
+            own = [self._special_id(tokenizer, token) for token in self.special_tokens] if kind else []
+            chosen = [
+                text for (texts, _), of in zip(filled, spelt, strict=True) if of == kind for text in texts if text
+            ]
+            coded[kind] = iter(tokenize_texts(tokenizer, chosen, markers=own))
+        found: list[list[int]] = []
+        for (texts, markers), kind in zip(filled, spelt, strict=True):
+            ids: list[int] = []
+            for text, marker in zip(texts, [*markers, []], strict=True):
+                ids += [*(next(coded[kind]) if text else ()), *marker]
+            found.append(ids)
+        return found
+
+    def _filled_in(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pieces: Iterable[tuple[str, Mapping[str, object]]],
+        spoken: re.Pattern[str],
+    ) -> tuple[list[str], list[list[int]]]:
+        """The texts of filled-in templates between markers, and the markers behind every text but the last."""
         texts: list[str] = []
-        markers: list[list[int]] = []  # behind every text but the last
+        markers: list[list[int]] = []
         text = ""
         for template, values in pieces:
             for literal, name, specification, conversion in FORMATTER.parse(template):
@@ -177,13 +214,7 @@ class PromptProtocol:
                 if name is not None:
                     text += format(FORMATTER.convert_field(values[name], conversion), specification or "")
         texts.append(text)
-        spelt = any(re.search(_any_of(special).pattern, text, re.IGNORECASE) for text in texts)
-        own = [self._special_id(tokenizer, token) for token in self.special_tokens] if spelt else []
-        coded = iter(tokenize_texts(tokenizer, [text for text in texts if text], markers=own))
-        ids: list[int] = []
-        for text, marker in zip(texts, [*markers, []], strict=True):
-            ids += [*(next(coded) if text else ()), *marker]
-        return ids
+        return texts, markers
 
     @staticmethod
     def _special_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
