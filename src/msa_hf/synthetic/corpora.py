@@ -11,35 +11,20 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .hashing import Integers, Permutation, derive_key, random_below, random_true
-from .templates import ATTRIBUTES, LEADS, PRONOUNS, after_lead, with_pronouns
+from .hashing import Integers, Permutation, derive_key, random_below
+from .templates import ATTRIBUTES
 from .words import Split
-from .world import ATTRIBUTE_COUNTS, MOST, Entities, World, pick_columns
+from .world import ATTRIBUTE_COUNTS, Entities, World, pick_columns
+from .writing import write_records
 
 UNANSWERABLE = "The memory does not hold the answer."
 
 QuestionKind = Literal["one_hop", "two_hop", "unanswerable"]
 
 _BLOCK = 4096  # documents made at a time
-_ALSO_NAMED = 0.25  # of the sentences that need not name the entity
 _TRIES = 1 << 16  # candidates for two-hop questions at a time
 _COMPARABLE = 1 << 16  # documents of which each name may be compared with all others
 _MANY = 1 << 20  # a draw below it, modulo a small number, is as good as uniform
-
-# [kind][pronoun][does the sentence name the entity][attribute] -> (sentence, the same after a lead) of each template
-_SENTENCES = [
-    [
-        [
-            [
-                [(text := with_pronouns(template, pronoun), after_lead(text)) for template in alternatives]
-                for alternatives in side
-            ]
-            for side in ([a.unnamed for a in attributes], [a.named for a in attributes])
-        ]
-        for pronoun in PRONOUNS
-    ]
-    for attributes in ATTRIBUTES
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +74,8 @@ class Corpus:
         for slots in self._blocks(start, stop):
             entities = self._write(Entities.at(slots[slots >= 0]))
             texts += [
-                next(entities) if slot >= 0 else self._reprint(slot + self._prose_count) for slot in slots.tolist()
+                next(entities) if slot >= 0 else reprint(self._prose, slot + self._prose_count)
+                for slot in slots.tolist()
             ]
         return texts
 
@@ -170,39 +156,11 @@ class Corpus:
     def _positions(self, serials: Integers) -> Integers:
         return self._order.forward(serials + self._prose_count)
 
-    def _reprint(self, number: int) -> str:
-        times, item = divmod(number, len(self._prose))
-        return f"Reprint {times}. {self._prose[item]}" if times else self._prose[item]
-
-    def _draw(self, purpose: str, index: Integers, bound: int | Integers) -> Integers:
-        return random_below(derive_key(self._key, purpose), index, bound)
-
     def _write(self, entities: Entities) -> Iterator[str]:
-        world, serials, slots = self._world, entities.serials(), np.arange(MOST)
-        sentences = serials[:, None] * MOST + slots
-        # The first and the last sentence name the entity, one between them does, and some of the others.
-        last = world.record(entities)[1][:, None] - 1
-        between = 1 + self._draw("between", serials[:, None], last - 1)
-        named = (slots == 0) | (slots == between) | (slots == last)
-        named |= random_true(derive_key(self._key, "also named"), sentences, _ALSO_NAMED)
-        for kind, pronoun, subject, statements, naming, choices in zip(
-            entities.kinds.tolist(),
-            self._draw("pronoun", serials, len(PRONOUNS)).tolist(),
-            world.subjects(entities),
-            world.statements(entities),
-            named.tolist(),
-            self._draw("sentence", sentences, _MANY).tolist(),
-            strict=True,
-        ):
-            templates, opening, text = _SENTENCES[kind][pronoun], subject[0].upper() + subject[1:], []
-            for (attribute, value), names, choice in zip(statements, naming, choices, strict=False):
-                choice, start = divmod(choice, 3 * len(LEADS))  # one in three sentences has a lead
-                alternatives = templates[names][attribute]
-                plain, led = alternatives[choice % len(alternatives)]
-                sentence = LEADS[start] + led if start < len(LEADS) else plain
-                article = "an" if value[0] in "aeiou" else "a"
-                text.append(sentence.format(N=opening, n=subject, v=value, a=f"{article} {value}"))
-            yield " ".join(text)
+        world = self._world
+        return write_records(
+            entities.kinds, world.subjects(entities), world.statements(entities), entities.serials(), self._key
+        )
 
     def _facts(self, entities: Entities) -> Iterator[list[Fact]]:
         subjects, records = self._world.subjects(entities), self._world.statements(entities)
@@ -316,6 +274,28 @@ def _pick(alternatives: list[str], draw: int) -> str:
     return alternatives[draw % len(alternatives)]
 
 
+def reprint(prose: Sequence[str], number: int) -> str:
+    """Prose document `number`: the texts one after the other, then again under a heading."""
+    times, item = divmod(number, len(prose))
+    return f"Reprint {times}. {prose[item]}" if times else prose[item]
+
+
+def checked_prose_count(documents: int, split: Split, prose: Sequence[str], prose_share: float) -> int:
+    """How many documents of a corpus are prose.
+
+    Raises:
+        ValueError: for sizes and splits that make no corpus.
+    """
+    if documents < 0 or split not in ("train", "test"):
+        raise ValueError(f"no corpus of {documents} documents for {split!r}")
+    if not 0 <= prose_share <= 1:
+        raise ValueError("shares lie between 0 and 1")
+    prose_count = round(documents * prose_share)
+    if prose_count and not prose:
+        raise ValueError("a share of prose needs prose")
+    return prose_count
+
+
 def make_corpus(
     documents: int,
     seed: int = 0,
@@ -343,14 +323,10 @@ def make_corpus(
     Returns:
         The corpus; it makes texts when asked for them.
     """
-    if documents < 0 or split not in ("train", "test"):
-        raise ValueError(f"no corpus of {documents} documents for {split!r}")
-    if not all(0 <= share <= 1 for share in (prose_share, linked_share, alike_share)):
+    if not all(0 <= share <= 1 for share in (linked_share, alike_share)):
         raise ValueError("shares lie between 0 and 1")
     if not isinstance(crowding, int) or crowding < 1:
         raise ValueError(f"crowding is a number from 1, not {crowding!r}")
-    prose_count = round(documents * prose_share)
-    if prose_count and not prose:
-        raise ValueError("a share of prose needs prose")
+    prose_count = checked_prose_count(documents, split, prose, prose_share)
     world = World(documents - prose_count, seed, split, linked_share, alike_share, crowding)
     return Corpus(world, prose, prose_count, derive_key("corpus", seed, split))

@@ -6,13 +6,16 @@ whose stream could change between versions and would have to be run from its beg
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Integers = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint64]
+T = TypeVar("T")
+_WORD = (1 << 64) - 1
 
 
 def derive_key(*parts: int | str) -> int:
@@ -81,3 +84,32 @@ class Permutation:
             side = step % 2
             digits[side] = (digits[side] - random_below(self._keys[step], digits[1 - side], sizes[side])) % sizes[side]
         return digits[0] * self._columns + digits[1]
+
+
+class Draws:
+    """A stream of random numbers, for what is made one after the other; the same on every machine.
+
+    Args:
+        parts: numbers and words; others give an unrelated stream.
+    """
+
+    def __init__(self, *parts: int | str) -> None:
+        self._key, self._drawn = derive_key("draws", *parts), 0
+
+    def below(self, bound: int) -> int:
+        """A uniform integer in [0, bound); bounds below 2^31."""
+        self._drawn += 1
+        bits = (self._drawn * 0x9E3779B97F4A7C15 + self._key) & _WORD
+        bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & _WORD
+        return ((bits ^ (bits >> 31)) >> 32) * bound >> 32
+
+    def pick(self, items: Sequence[T]) -> T:
+        return items[self.below(len(items))]
+
+    def shuffled(self, items: Iterable[T]) -> list[T]:
+        mixed = list(items)
+        for end in range(len(mixed) - 1, 0, -1):
+            other = self.below(end + 1)
+            mixed[end], mixed[other] = mixed[other], mixed[end]
+        return mixed

@@ -78,6 +78,10 @@ class World:
         self._names = Names(known, unknown, seed, split, alike_share, crowding)
         self._key = derive_key("world", seed, split)
 
+    def counts(self, kind: int) -> tuple[int, int]:
+        """How many entities of a kind have a record, and how many have none; those with one have the lower numbers."""
+        return int(self._known[kind]), int(self._unknown[kind])
+
     def unrecorded(self, turns: Integers, key: int) -> Entities:
         """Entities without record, in an order that the key gives; after the last the first comes again."""
         ends = np.cumsum(self._unknown)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from . import compare, needles
+from . import chains, compare, needles
 
 NAME = "bench"
-HELP = "Find what a memory cannot do: needles, and whatever else there is."
+HELP = "Find what a memory cannot do: needles, chains, and whatever else there is."
 
 
 class Benchmark(Protocol):
@@ -26,6 +26,7 @@ class Benchmark(Protocol):
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     needles,
+    chains,
     compare,
 )
 
