@@ -7,8 +7,9 @@ import itertools
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_model import FakeModel, contents
@@ -118,6 +119,60 @@ def test_what_cannot_be_encoded_is_rejected_alone(place: Place, fast_path: Path)
         StreamConsumer(place.source, bank, wait=0.01).run(until_idle=True)
         assert texts(bank) == expected(good)
         assert place.rejected() == [(encode_event(event), "cannot be encoded: cannot be encoded") for event in bad]
+
+
+class Overloaded(FakeModel):
+    """Fails on some texts by itself, or on all of them."""
+
+    def __init__(self, marks: tuple[str, ...], error: Exception) -> None:
+        super().__init__()
+        self.marks, self.error = marks, error
+
+    def encode_documents(self, documents: Iterable[Any], tokenizer: Any = None, **options: Any) -> Any:
+        rows = list(documents)
+        if any(mark in str(row["text"]) for row in rows if isinstance(row, dict) for mark in self.marks):
+            raise self.error
+        return super().encode_documents(rows, tokenizer, **options)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), MemoryError(), RecursionError("too deep")])
+def test_a_text_that_the_device_cannot_take_is_rejected_alone(place: Place, fast_path: Path, error: Exception) -> None:
+    good = [MemoryEvent(f"k{number}", 1, f"text {number}") for number in range(20)]
+    happened = [*good[:7], MemoryEvent("huge", 1, "heavy"), *good[7:], MemoryEvent("gone", 2, None)]
+    place.publish([encode_event(event) for event in happened])
+    with BankStore(Overloaded(("heavy",), error), fast_path / "bank") as bank:
+        StreamConsumer(place.source, bank, wait=0.01).run(until_idle=True)
+        assert texts(bank) == expected(good) and place.source.lag() == 0
+    reason = f"cannot be encoded: {error}" if str(error) else "cannot be encoded: MemoryError"
+    assert place.rejected() == [(encode_event(happened[7]), reason)]
+
+
+@pytest.mark.parametrize("marks", [("",), ("text 3", "word")])
+def test_a_device_that_takes_nothing_any_more_rejects_nothing(
+    place: Place, fast_path: Path, marks: tuple[str, ...]
+) -> None:
+    happened = [MemoryEvent(f"k{number}", 1, f"text {number}") for number in range(9)]
+    place.publish([encode_event(event) for event in happened])
+    with (
+        BankStore(Overloaded(marks, RuntimeError("device lost")), fast_path / "bank") as bank,
+        pytest.raises(RuntimeError, match="device lost"),
+    ):
+        StreamConsumer(place.source, bank, wait=0.01).run(until_idle=True)
+    assert place.rejected() == []
+    with BankStore(FakeModel(), fast_path / "bank") as bank:
+        StreamConsumer(place.source, bank, wait=0.01).run(until_idle=True)
+        assert texts(bank) == expected(happened)
+
+
+def test_a_mistake_in_the_program_rejects_nothing(
+    place: Place, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.publish([encode_event(event) for event in events(10)])
+    with BankStore(FakeModel(), fast_path / "bank") as bank:
+        monkeypatch.setattr(bank, "_commit", lambda changes: {}["missing"])
+        with pytest.raises(KeyError, match="missing"):
+            StreamConsumer(place.source, bank, wait=0.01).step()
+    assert place.rejected() == [] and place.source.lag() == 10
 
 
 @pytest.mark.parametrize("error", [BankFormatError("a file is damaged"), OSError(28, "No space left on device")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -34,6 +35,7 @@ from msa_hf.hybrid.streams import (
 
 redis = pytest.importorskip("redis")
 KILLS = 50
+NUMBERS = itertools.count()
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +200,101 @@ def test_trimmed_messages_are_said_to_be_lost(
             contents(bank.snapshot()) == expected(happened[7:])
             and source._client.xpending("trimmed", "g")["pending"] == 0
         )
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [("add", 20), ("read", 5), ("trim", 12), ("lost", 3), ("read", 2), ("read", 50)],
+        [
+            ("add", 20),
+            ("trim", 12),
+            ("lost", 8),
+            ("read", 50),
+            ("add", 9),
+            ("trim", 0),
+            ("lost", 9),
+            ("add", 2),
+            ("read", 9),
+        ],
+        [
+            ("add", 9),
+            ("read", 4),
+            ("trim", 3),
+            ("lost", 2),
+            ("read", 1),
+            ("add", 9),
+            ("trim", 4),
+            ("lost", 7),
+            ("read", 9),
+        ],
+        [("add", 9), ("read", 9), ("trim", 0), ("lost", 0), ("add", 3), ("read", 1), ("trim", 2), ("read", 9)],
+        [("add", 9), ("read", 3), ("other", 3), ("trim", 2), ("lost", 1), ("read", 9)],
+    ],
+)
+def test_messages_that_were_trimmed_before_they_were_delivered_are_said_to_be_lost(
+    url: str, client: Any, steps: list[tuple[str, int]], restarted: bool
+) -> None:
+    """Whether a consumer was there meanwhile or another one goes on; and the lag comes to nothing, as it does not in
+    the server's own count."""
+    stream = f"undelivered-{next(NUMBERS)}"
+    sources = [RedisSource(url, stream, "g")]
+    sources[0].recover()
+    lost, received, added = 0, 0, 0
+    for step, count in steps:
+        if restarted and step == "read":
+            sources.append(RedisSource(url, stream, "g"))
+            sources[-1]._recovering = None
+        if step == "add":
+            added += count
+            publish(client, stream, [b"x"] * count)
+        elif step == "read":
+            found = sources[-1].receive(count, 0)
+            received += len(found)
+            sources[-1].acknowledge(found)
+        elif step == "other":
+            entries = client.xreadgroup("g", "another", {stream: ">"}, count=count)[0][1]
+            received += len(entries)
+            client.xack(stream, "g", *(id for id, _ in entries))
+        elif step == "trim":
+            client.xtrim(stream, maxlen=count, approximate=False)
+        else:
+            lost += count
+    assert sources[-1].receive(10, 0) == [] and sources[-1].lag() == 0
+    assert sum(source.lost for source in sources) == lost == added - received
+
+
+def test_what_was_trimmed_before_there_was_a_group_is_not_lost(url: str, client: Any) -> None:
+    publish(client, "older", [b"x"] * 9)
+    client.xtrim("older", maxlen=4, approximate=False)
+    source = RedisSource(url, "older", "g")
+    assert source.lag() == 4
+    source.acknowledge(source.receive(9, 0))
+    assert (source.lost, source.lag()) == (0, 0)
+
+
+def test_a_server_that_takes_no_writes_for_a_while_is_waited_for(tmp_path: Path, fast_path: Path) -> None:
+    """As after a failover, until the address belongs to the new primary; or while its disk is full."""
+    happened = events(40, seed=8)
+    with (
+        redis_server(tmp_path, None, "--save", "") as url,
+        contextlib.closing(redis.Redis.from_url(url)) as client,
+        BankStore(FakeModel(), fast_path / "bank") as bank,
+    ):
+        publish(client, "s", [encode_event(event) for event in happened])
+        consumer = StreamConsumer(RedisSource(url, "s", "g"), bank, batch_size=8, wait=0.01)
+        consumer.step()
+        client.replicaof("127.0.0.1", free_port())
+        with pytest.raises(StreamUnavailable, match=r"does not take this now: .*read only replica"):
+            consumer.step()
+        runner = threading.Thread(target=consumer.run, kwargs={"until_idle": True})
+        runner.start()
+        time.sleep(0.2)
+        client.replicaof("NO", "ONE")
+        runner.join(60)
+        assert not runner.is_alive() and consumer.source.lag() == 0
+        assert contents(bank.snapshot()) == expected(happened)
 
 
 def test_entries_without_the_field_are_kept_for_those_who_look(url: str, client: Any, fast_path: Path) -> None:

@@ -135,17 +135,37 @@ class StreamConsumer:
             return []
         try:
             changed = self._commit([event for _, event in received])
-        except BankError:  # some of these are ValueErrors, and not the events' fault
+        except (BankError, OSError):  # some BankErrors are ValueErrors; none is the events' fault
             raise
-        except (ValueError, TypeError) as error:
+        except Exception as error:
             check_origin(self.bank.origin, self.model.memory_origin(self.bank.tokenizer))  # nor is another model
             if len(received) == 1:
-                return [(received[0][0], f"cannot be encoded: {error}"[:1000])]
+                delivery, event = received[0]
+                if not isinstance(error, ValueError | TypeError) and not self._asks_too_much(event):
+                    raise
+                return [(delivery, f"cannot be encoded: {str(error) or type(error).__name__}"[:1000])]
             middle = len(received) // 2
             return self._apply(received[:middle]) + self._apply(received[middle:])
         self.metrics.applied += changed
         self.metrics.unchanged += len(received) - changed
         return []
+
+    def _asks_too_much(self, event: MemoryEvent) -> bool:
+        """Tell whether the model fails on this text, as for want of memory, and on no other: then it is at fault."""
+
+        def encode(text: str) -> None:
+            protocol, tokenizer = self.bank.protocol, self.bank.tokenizer
+            row = {"text": text} if protocol is None else protocol.document_row(0, text, tokenizer, "word")
+            self.model.encode_documents([row], tokenizer)
+
+        if event.text is None:
+            return False
+        try:
+            encode(event.text)
+        except Exception:
+            encode("word")  # raises where the model fails on everything
+            return True
+        return False
 
     def _commit(self, events: Sequence[MemoryEvent]) -> int:
         """One commit; returns how many events were news."""

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import StreamError, StreamUnavailable
@@ -19,6 +20,71 @@ REJECT = """
 redis.call('XADD', KEYS[1], '*', unpack(ARGV, 3))
 return redis.call('XACK', KEYS[2], ARGV[1], ARGV[2])
 """
+# Where the stream and the group are, of one moment, without the entries that XINFO would bring along.
+LOOK = """
+local function named(flat)
+  local made = {}
+  for place = 1, #flat, 2 do made[flat[place]] = flat[place + 1] end
+  return made
+end
+local stream, first = named(redis.call('XINFO', 'STREAM', KEYS[1])), ''
+if type(stream['first-entry']) == 'table' then first = stream['first-entry'][1] end
+for _, flat in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
+  local group = named(flat)
+  if group['name'] == ARGV[1] then
+    return {stream['entries-added'] or -1, stream['length'], first, stream['last-generated-id'],
+            stream['max-deleted-entry-id'] or '', group['last-delivered-id'], group['entries-read'] or -1,
+            group['pending']}
+  end
+end
+return false
+"""
+# What a server says while it starts, is replaced by another one, or cannot write for a while: it may pass.
+PASSING = (
+    "READONLY",
+    "MASTERDOWN",
+    "LOADING",
+    "TRYAGAIN",
+    "CLUSTERDOWN",
+    "MISCONF",
+    "NOREPLICAS",
+    "BUSY ",
+    "UNBLOCKED",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a group is in its stream: the answer of `LOOK`.
+
+    Attributes:
+        added: entries that there ever were; -1: unknown, before Redis 7.
+        length: entries that are there.
+        first, last, deleted: ids of the first of these, the last that was added, the last that was deleted singly.
+        delivered: the last id that the group was given.
+        read: entries that the server counts as given to it; -1: unknown.
+        pending: entries that are not acknowledged.
+    """
+
+    added: int
+    length: int
+    first: tuple[int, int] | None
+    last: tuple[int, int] | None
+    deleted: tuple[int, int] | None
+    delivered: tuple[int, int] | None
+    read: int
+    pending: int
+
+    @property
+    def before_the_first(self) -> bool:
+        """Whether the group was given nothing of what is there."""
+        return self.delivered is not None and (self.first is None or self.delivered < self.first)
+
+    @property
+    def gone(self) -> int | None:
+        """Entries before the first one that is there; None where the server cannot tell."""
+        singly = self.deleted is not None and self.first is not None and self.deleted > self.first
+        return None if self.added < 0 or singly else self.added - self.length
 
 
 class RedisSource:
@@ -38,7 +104,8 @@ class RedisSource:
         claim_idle: while there is nothing else, messages that have been pending for so many seconds are taken over.
 
     Attributes:
-        lost: messages that were trimmed from the stream before they were acknowledged, as far as the server says so.
+        lost: messages that were trimmed from the stream before they were acknowledged, or even delivered, as far as the
+            server says so (Redis 7).
 
     Raises:
         ImportError: if redis is missing.
@@ -73,6 +140,9 @@ class RedisSource:
             except UnicodeEncodeError as error:
                 raise StreamError(f"`{name}` is no Unicode ({error.reason}), got {key!r:.80}.") from None
         self.lost = 0
+        self._passed: int | None = (
+            None  # entries up to the last one that the group was given, whether they are there or not
+        )
         self._timeout, self._claim_idle = timeout, claim_idle
         self._exceptions = redis.exceptions
         self._recovering: bytes | None = b"0-0"
@@ -94,6 +164,7 @@ class RedisSource:
             )
         with self._reported(), contextlib.suppress(_GroupExists):
             self._create_group()
+            self._look()  # what was trimmed before there was a group was nobody's
 
     def _create_group(self) -> None:
         try:
@@ -108,12 +179,15 @@ class RedisSource:
         with self._reported():
             if self._recovering is not None and (found := self._claim(limit, 0)):
                 return found
+            self._look()
             # A blocked answer must come before the socket's timeout.
             block = max(1, int(1000 * min(wait, 0.8 * self._timeout)))
             answer = self._client.xreadgroup(
                 self.group, self.consumer, {self.stream: ">"}, count=limit, block=block if wait > 0 else None
             )
             entries = [entry for _, found in _streams(answer) for entry in found]
+            if self._passed is not None:
+                self._passed += len(entries)
             if not entries and time.monotonic() - self._looked > self._claim_idle:
                 self._recovering, self._looked = b"0-0", time.monotonic()
                 claimed = self._claim(limit, self._claim_idle)
@@ -139,13 +213,43 @@ class RedisSource:
                 return [_delivery(id, fields) for id, fields in alive]
         return []
 
-    def _note_lost(self, count: int) -> None:
-        if count:
+    def _place(self) -> _Place:
+        found = self._client.eval(LOOK, 1, self.stream, self.group)
+        if not found:
+            raise StreamError(f"{self.stream!r} at {self._where} has no group {self.group!r} any more; begin again.")
+        added, length, first, last, deleted, delivered, read, pending = found
+        ids = (_id(first), _id(last), _id(deleted), _id(delivered))
+        return _Place(int(added), int(length), *ids, int(read), int(pending))
+
+    def _look(self) -> _Place:
+        """Note what was trimmed before it was delivered: entries are gone that lay behind the last one delivered."""
+        place = self._place()
+        counted = [count for count in (self._passed, place.read) if count is not None and count >= 0]
+        # The server counts what it gave, some releases without what was trimmed before; we do not know what others got.
+        self._passed = max(counted, default=None)
+        known: int | None = None
+        if place.delivered == place.last and place.added >= 0:
+            known = place.added
+        elif place.before_the_first and place.gone is not None:
+            known = place.gone
+            if self._passed is not None:
+                self._note_lost(known - self._passed, "delivered")
+        if known is not None:
+            self._passed = known
+            if place.read < known and place.delivered is not None:
+                # Corrects the server's count, by which the next consumer will know what was lost before it came.
+                delivered = "{}-{}".format(*place.delivered)
+                self._client.xgroup_setid(self.stream, self.group, delivered, entries_read=known)
+        return place
+
+    def _note_lost(self, count: int, before: str = "acknowledged") -> None:
+        if count > 0:
             self.lost += count
             logger.warning(
-                "%s: %d messages were trimmed from the stream before they were acknowledged; write these events again.",
+                "%s: %d messages were trimmed from the stream before they were %s; write these events again.",
                 self.stream,
                 count,
+                before,
             )
 
     def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
@@ -162,17 +266,19 @@ class RedisSource:
             self._client.eval(REJECT, 2, self.dead_letters, self.stream, self.group, delivery.id, *values)
 
     def recover(self) -> None:
-        """See `EventSource`."""
+        """See `EventSource`; connects anew, as another server may stand under the address now."""
         self._recovering = b"0-0"
+        self._client.connection_pool.disconnect()
 
     def lag(self) -> int | None:
         """See `EventSource`; None before Redis 7, and where entries that were not delivered were deleted."""
         with self._reported():
-            for group in self._client.xinfo_groups(self.stream):
-                if group["name"] == self.group.encode():
-                    unread = group.get("lag")
-                    return None if unread is None else int(unread) + int(group["pending"])
-        raise StreamError(f"{self.stream!r} at {self._where} has no group {self.group!r} any more; begin again.")
+            place = self._look()
+            if place.before_the_first:
+                return place.length + place.pending
+            if self._passed is None or place.added < 0 or (place.deleted or (0, 0)) > (place.delivered or (0, 0)):
+                return None
+            return place.added - self._passed + place.pending
 
     def close(self) -> None:
         """See `EventSource`."""
@@ -192,6 +298,9 @@ class RedisSource:
             ) from error
         except exceptions.RedisError as error:
             text = str(error).partition(" script: ")[0].rstrip(".")
+            away = exceptions.ReadOnlyError, exceptions.ClusterDownError, exceptions.TryAgainError
+            if isinstance(error, away) or text.startswith(PASSING):
+                raise StreamUnavailable(f"{self._where} does not take this now: {text}.") from error
             hint = "."
             if "WRONGTYPE" in text:
                 hint = f": {key!r} is no stream; name another key."
@@ -216,6 +325,12 @@ def _streams(answer: Any) -> Sequence[tuple[bytes, Sequence[tuple[bytes, Mapping
         return [(name, [entry for page in pages for entry in page]) for name, pages in answer.items()]
     streams: Sequence[tuple[bytes, Sequence[tuple[bytes, Mapping[bytes, bytes]]]]] = answer
     return streams
+
+
+def _id(text: bytes) -> tuple[int, int] | None:
+    """The two numbers of an entry's id; None for none."""
+    milliseconds, _, number = text.partition(b"-")
+    return (int(milliseconds), int(number)) if number else None
 
 
 def _delivery(id: bytes, fields: Mapping[bytes, bytes]) -> Delivery:
