@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from . import chains, compare, needles
+from . import chains, compare, conversations, needles
 
 NAME = "bench"
-HELP = "Find what a memory cannot do: needles, chains, and whatever else there is."
+HELP = "Find what a memory cannot do: needles, chains, conversations, and whatever else there is."
 
 
 class Benchmark(Protocol):
@@ -27,6 +27,7 @@ class Benchmark(Protocol):
 BENCHMARKS: tuple[Benchmark, ...] = (
     needles,
     chains,
+    conversations,
     compare,
 )
 
