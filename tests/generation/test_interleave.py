@@ -22,6 +22,7 @@ from asking import (
     script,
 )
 from scripted import COMPACT, PUBLISHED, TEXTS, bank_of
+from transformers import CompileConfig
 
 from msa_hf.generation import MemoryInterleave, PromptProtocol
 
@@ -297,3 +298,35 @@ def test_a_model_of_another_protocol_is_noticed() -> None:
     model, bank, _ = made("compact")
     with pytest.warns(UserWarning, match="prefix_token_ids"):
         MemoryInterleave(model, TOKENIZER, bank, PUBLISHED)
+
+
+# Shapes that stay -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("select", ["router", "constrained", "generate"])
+def test_with_a_static_cache(select) -> None:
+    """The same answers, documents and scores, in batches and over rounds; ids that were named are forgotten again."""
+    options: dict[str, Any] = {"select": select, "max_new_tokens": 6, "documents_per_round": 1}
+    expected = asker(**options).ask(QUESTIONS, batch_size=2)
+    static = asker(**options, cache_implementation="static").ask(QUESTIONS, batch_size=2)
+    asked = asker(**options).ask(QUESTIONS, batch_size=2, cache_implementation="static")
+    for answers in (static, asked):
+        for ours, theirs in zip(answers, expected, strict=True):
+            assert_same_answers(ours, theirs)
+    with pytest.raises(ValueError, match="`reuse_cache` lets one cache grow"):
+        asker(reuse_cache=True, cache_implementation="static")
+    with pytest.raises(ValueError, match="must be 'dynamic' or 'static', got 'paged'"):
+        asker(cache_implementation="paged")
+
+
+def test_compiled_rounds() -> None:
+    """Prompts and single tokens compiled, in one graph each."""
+    torch.compiler.reset()
+    config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    options = {"select": "constrained", "max_new_tokens": 4, "documents_per_round": 1, "max_rounds": 2}
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found = asker(**options, cache_implementation="static", compile_config=config).ask(ONE)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= before + 2
+    assert_same_answers(found, asker(**options).ask(ONE))
+    torch.compiler.reset()

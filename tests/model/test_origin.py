@@ -20,7 +20,9 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from msa_hf import MemoryBank, MSAForCausalLM
-from msa_hf.model import fingerprint_msa, origin_msa
+from msa_hf.model import fingerprint_msa, inference_msa, origin_msa
+from msa_hf.model.cache_msa import MSACache
+from msa_hf.model.compat_msa import CACHE
 from msa_hf.model.fingerprint_msa import model_fingerprint
 from msa_hf.model.origin_msa import FIRST_FIELDS, BankOrigin, default_fields, state_configuration
 from msa_hf.model.weights_msa import WeightsRecord, weight_differences
@@ -358,13 +360,31 @@ def test_weights_are_read_once_per_state(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(reads) == 1
     looks.clear()
     made.model.generate(QUESTION["input_ids"], memory=made.bank, max_new_tokens=9, eos_token_id=None)
-    assert len(looks) == 2 and len(reads) == 1
+    assert len(looks) == 1 and len(reads) == 1
     adapted = get_peft_model(made.model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     for _ in range(3):
         encode(made.model, made)
         with adapted.disable_adapter():
             ask(adapted, made.bank)
     assert len(reads) == 3
+
+
+def test_a_model_that_changed_is_refused_behind_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the device works while the host looks: nothing comes out, and the cache is as new."""
+    monkeypatch.setattr(inference_msa, "works_beside_the_host", lambda device: True)
+    made = setup()
+    ask(made.model, made.bank)
+    expected = ask(made.model, made.bank).logits
+    weight = made.model.model.layers[0].mlp.up_proj.weight
+    cache = MSACache(config=made.model.config)
+    with torch.no_grad():
+        weight.mul_(2.0)
+        assert refusal(made.model, made.bank)
+        with pytest.raises(ValueError):
+            made.model(**QUESTION, memory=made.bank, **{CACHE: cache})
+        assert cache.get_seq_length() == 0 and not cache.contexts
+        weight.div_(2.0)
+        assert torch.equal(made.model(**QUESTION, memory=made.bank, **{CACHE: cache}).logits, expected)
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Sequence
@@ -9,14 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import Cache, CompileConfig, GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
+from ..model.compiled_msa import compiling
 from ..model.configuration_msa import full_attention_layers
 from ..model.interface_msa import check_interface
 from ..model.memory_msa import Memory, Snapshots
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.modes_msa import evaluating
+from ..model.options_msa import STATIC, static_cache
 from ..model.positions_msa import position_limit
 from .answering import Answering, GenerateOptions
 from .combining import LAYER_SCORES, combine_layers
@@ -116,6 +119,9 @@ class MemoryInterleave:
         reuse_cache: the fast way, see above.
         max_context_tokens: of a whole transcript with its answer; texts that would not fit are not read. Default: what
             the model has positions for.
+        cache_implementation: `"static"`: shapes stay, and where transformers compiles, as on CUDA devices, prompts and
+            single tokens are compiled on first use, which takes a minute or so. Default: `"dynamic"`, it grows.
+        compile_config: how, as of `generate`.
 
     Raises:
         ValueError: for an option out of range, a tokenizer without the protocol's special tokens, or `reuse_cache` on a
@@ -138,6 +144,8 @@ class MemoryInterleave:
         router_may_end: bool = True,
         reuse_cache: bool = False,
         max_context_tokens: int | None = None,
+        cache_implementation: str | None = None,
+        compile_config: CompileConfig | None = None,
     ) -> None:
         check_interface(model)
         selector = selector_named(select)
@@ -152,6 +160,10 @@ class MemoryInterleave:
             raise ValueError(
                 "`reuse_cache` needs full attention in every layer: a windowed cache cannot be rolled back."
             )
+        if cache_implementation not in (None, "dynamic", STATIC):
+            raise ValueError(f"`cache_implementation` must be 'dynamic' or 'static', got {cache_implementation!r}.")
+        if reuse_cache and cache_implementation == STATIC:
+            raise ValueError("`reuse_cache` lets one cache grow from round to round, which a static one cannot.")
         protocol.check_tokenizer(tokenizer)
         wanted, found = protocol.prefix_token_ids(tokenizer), list(model.config.prefix_token_ids)
         if wanted != found:
@@ -174,6 +186,8 @@ class MemoryInterleave:
         self.layer_scores = layer_scores
         self.router_may_end = router_may_end
         self.reuse_cache = reuse_cache
+        self.cache_implementation = cache_implementation
+        self.compile_config = compile_config
         positions = position_limit(model.config)
         fits = None if positions is None else positions - model.config.first_position
         limits = [limit for limit in (fits, max_context_tokens) if limit is not None]
@@ -215,10 +229,14 @@ class MemoryInterleave:
             options = self.answering.options(generation_config, generate_kwargs, self.max_new_tokens)
             texts = [item if isinstance(item, str) else self._standing_alone(item, options) for item in asked]
             samples = [self._sample(number, text, options) for number, text in enumerate(texts)]
+            config: GenerationConfig = options["generation_config"]
+            if static := (config.cache_implementation or self.cache_implementation) == STATIC:
+                config.cache_implementation = None  # the rounds make it
+                config.compile_config = config.compile_config or self.compile_config
             answers: list[Answer] = []
             with evaluating(self.model):
                 for start in range(0, len(samples), batch_size):
-                    answers += self._ask(samples[start : start + batch_size], streamer, options)
+                    answers += self._ask(samples[start : start + batch_size], streamer, options, static)
         except BaseException:
             if streamer is not None:
                 streamer.end()  # or whoever reads the stream would wait for ever
@@ -265,16 +283,25 @@ class MemoryInterleave:
         taken = sum(len(segment.input_ids) for segment in (*sample.segments, *sample.closing))
         return self.max_context_tokens - taken - options["generation_config"].max_new_tokens
 
-    def _ask(self, samples: list[_Sample], streamer: BaseStreamer | None, options: GenerateOptions) -> list[Answer]:
-        feed = TranscriptFeeder(self.model, self.bank, self.answering.pad_id, samples, self.reuse_cache)
-        for number in range(self.max_rounds):
-            active = [sample for sample in samples if not sample.ended]
-            if not active:
-                break
-            self._round(feed, active, number, options)
-        for sample in samples:
-            sample.segments += sample.closing
-        return self._answer(feed, samples, streamer, options)
+    def _ask(
+        self, samples: list[_Sample], streamer: BaseStreamer | None, options: GenerateOptions, static: bool
+    ) -> list[Answer]:
+        config: GenerationConfig = options["generation_config"]
+
+        def make_static(tokens: int) -> Cache:
+            return static_cache(self.model.config, tokens + max(self.max_id_tokens, config.max_new_tokens))
+
+        make_cache = make_static if static else None
+        feed = TranscriptFeeder(self.model, self.bank, self.answering.pad_id, samples, self.reuse_cache, make_cache)
+        with compiling(self.model, config.compile_config) if static else contextlib.nullcontext():
+            for number in range(self.max_rounds):
+                active = [sample for sample in samples if not sample.ended]
+                if not active:
+                    break
+                self._round(feed, active, number, options)
+            for sample in samples:
+                sample.segments += sample.closing
+            return self._answer(feed, samples, streamer, options)
 
     def _round(self, feed: TranscriptFeeder, samples: list[_Sample], number: int, options: GenerateOptions) -> None:
         start = time.perf_counter()

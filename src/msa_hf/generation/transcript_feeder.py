@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from ..model.compat_msa import CACHE, cache_of
+from ..model.compat_msa import CACHE, cache_of, forget_tokens
 from ..model.configuration_msa import full_attention_layers
 from ..model.memory_msa import Memory
 from ..model.modeling_msa import MSAForCausalLM
@@ -41,12 +41,20 @@ class TranscriptFeeder:
         transcripts: all of a batch.
         keep: never start anew: every prefill is a further turn of one cache, in which every transcript has its row;
             those that are not asked for get padding. Earlier tokens then keep what they saw.
+        make_cache: makes the cache of a prefill that starts anew, for so many tokens; default: the model makes one.
     """
 
     def __init__(
-        self, model: MSAForCausalLM, bank: Memory, pad_id: int, transcripts: Sequence[Transcript], keep: bool
+        self,
+        model: MSAForCausalLM,
+        bank: Memory,
+        pad_id: int,
+        transcripts: Sequence[Transcript],
+        keep: bool,
+        make_cache: Callable[[int], Cache] | None = None,
     ) -> None:
         self.model, self.bank, self.pad_id, self.keep = model, bank, pad_id, keep
+        self.make_cache = make_cache
         self.rows: Sequence[Transcript] = transcripts
         self.ids = self.mask = self._empty()
         self.cache: Cache | None = None
@@ -92,6 +100,8 @@ class TranscriptFeeder:
         self.ids = torch.cat([self.ids, padded([ids for ids, _ in new], self.pad_id, torch.long)], 1)
         self.mask = torch.cat([self.mask, padded([[1] * len(ids) for ids, _ in new], 0, torch.long)], 1)
         routes = padded([routes for _, routes in new], False, torch.bool)
+        if self.cache is None and self.make_cache is not None:
+            self.cache = self.make_cache(self.ids.shape[1])
         inputs = {"input_ids": self.ids, "attention_mask": self.mask, "routing_mask": routes}
         if self.cache is not None:
             inputs[CACHE] = self.cache
@@ -124,7 +134,7 @@ class TranscriptFeeder:
         if self.steps and self.windowed:
             self.cache = None  # what has left the window cannot be brought back
         elif self.steps and self.cache is not None:
-            self.cache.crop(-self.steps)
+            forget_tokens(self.cache, self.steps)
         self.steps = 0
 
     def _pick(self, logits: Tensor, transcripts: Sequence[Transcript]) -> Tensor:

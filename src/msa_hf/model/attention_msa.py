@@ -316,11 +316,21 @@ class AttendingPass:
             ValueError: where router queries were not finite.
         """
         not_finite, self.not_finite = self.not_finite, {}
-        for layer, found in not_finite.items():
-            if bool(found):
-                raise ValueError(SCORES_ARE_NAN.format(layer=layer))
+        if not_finite:
+            device = next(iter(not_finite.values())).device
+            found = torch.stack([flag.to(device, non_blocking=True) for flag in not_finite.values()])
+            for layer, flag in zip(not_finite, found.tolist(), strict=True):  # the device is waited for here, once
+                if flag:
+                    raise ValueError(SCORES_ARE_NAN.format(layer=layer))
         routing, self.routing, self.contexts, self.recording = self.routing, {}, {}, False
         return routing
+
+    def take(
+        self, contexts: Mapping[int, MemoryContext], routing: dict[int, LayerRouting], not_finite: dict[int, Tensor]
+    ) -> None:
+        """Take what another pass recorded in the place of this one."""
+        self.contexts.update(contexts)
+        self.routing, self.not_finite = routing, not_finite
 
     @staticmethod
     def tied(routing: dict[int, LayerRouting], output: Tensor) -> dict[int, LayerRouting]:
@@ -354,6 +364,10 @@ class AttendingPass:
             return base(module, query, key, value, attention_mask, **kwargs)
         if self.keep_contexts and self.recording:
             self.contexts[layer] = context
+        length = query.shape[2]
+        if attention_mask is None and 1 < length < key.shape[2]:
+            # Transformers leaves the mask of a prompt out where the tokens are the first of a static cache.
+            key, value = key[:, :, :length], value[:, :, :length]
         options = logit_options(kwargs)
         if base is ALL_ATTENTION_FUNCTIONS["sdpa"]:
             return fused_context_attention(query, key, value, attention_mask, context, **options), None

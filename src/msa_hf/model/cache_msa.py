@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, QuantizedCache
+from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
 
 from .renamed_msa import renamed_attribute
+
+LEAST_BUCKET = 64  # rows of the smallest context of a cache whose shapes stay
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,16 @@ class MemoryContext:
             None if self.bias is None else pick(self.bias),
             None if self.documents is None else pick(self.documents),
         )
+
+    def padded(self, rows: int) -> MemoryContext:
+        """The same with so many rows per sample; those that were not there before are masked."""
+        missing = rows - self.keys.shape[2]
+        if not missing:
+            return self
+        keys, values = (torch.nn.functional.pad(states, (0, 0, 0, missing)) for states in (self.keys, self.values))
+        bias = None if self.bias is None else torch.nn.functional.pad(self.bias, (0, missing))
+        row_mask = torch.nn.functional.pad(self.row_mask, (0, missing))
+        return replace(self, keys=keys, values=values, row_mask=row_mask, bias=bias)
 
     def where(self, samples: Tensor, other: MemoryContext) -> MemoryContext:
         """This context for `samples` ([B] bool), `other` for the rest: a step in which only some samples route."""
@@ -134,11 +146,71 @@ class MSAQuantizedCache(KeepsContexts, QuantizedCache):
     not."""
 
 
+class MSAStaticCache(KeepsContexts, StaticCache):
+    """A `StaticCache` with the documents chosen: shapes, and the places of tensors, are the same at every step.
+
+    torch.compile and CUDA graphs want that. A cache that is used again after `reset` keeps its tensors too.
+
+    Args:
+        config: the model's.
+        max_cache_len: tokens, questions and answers of all turns together, for which there is room.
+    """
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self._settled: dict[int, MemoryContext] = {}
+
+    def settle_contexts(self) -> None:
+        """Pad chosen rows to a `bucket_of` them, so that few shapes of a context ever occur, in tensors that stay."""
+        self.contexts = {layer: self._settle(layer, item) for layer, item in self.contexts.items()}
+
+    def _settle(self, layer: int, context: MemoryContext) -> MemoryContext:
+        settled = self._settled.get(layer)
+        if settled is context:
+            return context
+        if context.documents is not None:
+            context = context.padded(bucket_of(context.keys.shape[2]))
+        given = tensors_of(context)
+        if settled is not None and shapes_of(settled) == shapes_of(context):
+            for name, place in tensors_of(settled).items():
+                place.copy_(given[name])
+            return settled
+        copies: dict[str, Any] = {
+            name: item.clone(memory_format=torch.contiguous_format) for name, item in given.items()
+        }
+        for item in copies.values():
+            torch._dynamo.mark_static_address(item)
+        self._settled[layer] = replace(context, **copies)
+        return self._settled[layer]
+
+
+def tensors_of(context: MemoryContext) -> dict[str, Tensor]:
+    """The tensors of a context, by name."""
+    return {name: item for name, item in vars(context).items() if isinstance(item, Tensor)}
+
+
+def shapes_of(context: MemoryContext) -> dict[str, tuple[torch.Size, torch.dtype, torch.device]]:
+    """Shape, dtype and device of every tensor of a context, by name."""
+    return {name: (item.shape, item.dtype, item.device) for name, item in tensors_of(context).items()}
+
+
+def bucket_of(rows: int) -> int:
+    """The least power of two from `rows` on, and from `LEAST_BUCKET`; 0 for none."""
+    return max(1 << (rows - 1).bit_length(), LEAST_BUCKET) if rows else 0
+
+
 @runtime_checkable
 class HoldsContexts(Protocol):
     """A cache that keeps each layer's memory rows, whatever its class; a checkpoint's copy has classes of its own."""
 
     contexts: dict[int, MemoryContext]
+
+
+@runtime_checkable
+class SettlesContexts(Protocol):
+    """A cache whose contexts take one of few shapes once a forward has chosen its documents."""
+
+    def settle_contexts(self) -> None: ...
 
 
 def contexts_of(cache: Cache | None) -> dict[int, MemoryContext]:

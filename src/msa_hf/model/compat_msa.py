@@ -51,6 +51,15 @@ def cache_of(output: ModelOutput) -> Cache | None:
     return getattr(output, CACHE, None)
 
 
+def forget_tokens(cache: Cache, tokens: int) -> None:
+    """Take the last `tokens` out of a cache again; static layers are cropped by transformers from 5.24 on alone."""
+    if cache.is_compileable:
+        for layer in cache.layers:
+            layer.cumulative_length.sub_(tokens)
+    else:
+        cache.crop(-tokens)
+
+
 def readable_by_both_names(output_class: type) -> type:
     """Let the cache of an output class be read as `cache` and as `past_key_values`; a class decorator."""
     for name in CACHE_NAMES:

@@ -95,7 +95,8 @@ class DenseLayer:
         """The rows of documents; see `LayerMemory`."""
         device = self.pooled_kv.device
         gather = gather_documents if self.pooled_kv.requires_grad else OPERATIONS["gather_documents"]
-        found = gather(selection.documents.to(device), self._layout().offsets_on(device), self.pooled_kv)
+        layout, documents = self._layout(), selection.documents.to(device)
+        found = gather(documents, layout.offsets_on(device), self.pooled_kv, layout.width_for(documents))
         return ContextRows(*found).to(device, dtype)
 
 

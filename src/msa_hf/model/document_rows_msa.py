@@ -7,6 +7,9 @@ from torch import Tensor
 
 from .routing_msa import DEFAULT_SCORING, NO_SCORE, Scoring, score_documents
 
+# Rows of a sample, and of a batch, up to which more are taken than may be there: nobody waits to learn how many are.
+UNKNOWN_ROWS, UNKNOWN_ROWS_OF_ALL = 1024, 16384
+
 
 class DocumentRows:
     """The rows of documents that were chosen, as the host sees them; waits for the device that holds `documents`.
@@ -58,7 +61,25 @@ class ChunkLayout:
         self.visible = visible
         self._offsets: dict[torch.device, Tensor] = {}
         self._visible: dict[torch.device, Tensor] = {}
+        self._bounds: dict[int, int] = {}
         self._named: tuple[Tensor, dict[torch.device, DocumentRows]] | None = None
+
+    def most_rows(self, documents: int) -> int:
+        """The most chunks that so many documents have together."""
+        if documents not in self._bounds:
+            chunks = self.offsets.diff()
+            self._bounds[documents] = int(chunks.topk(min(documents, len(chunks))).values.sum())
+        return self._bounds[documents]
+
+    def width_for(self, chosen: Tensor) -> int | None:
+        """Rows per sample that are enough for documents [B, n] and known without waiting for their device.
+
+        None where these would be too many beside those that are there, or nobody waits.
+        """
+        if chosen.device.type == "cpu":
+            return None
+        most = self.most_rows(chosen.shape[1])
+        return most if most <= UNKNOWN_ROWS and most * chosen.shape[0] <= UNKNOWN_ROWS_OF_ALL else None
 
     def renewed(self) -> "ChunkLayout":
         """The same for another forward, whose documents are looked up anew; what was moved to a device is shared."""

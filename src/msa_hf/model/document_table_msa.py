@@ -65,6 +65,8 @@ class DocumentTable(Sequence[Document]):
         self.num_rows = len(self._documents if self._table is None else self._table)
         self._find = find
         self._positions: dict[str, int] | None = None
+        self._most_chunks: dict[int, int] = {}
+        self._moved: dict[torch.device, Tensor] = {}
         if find is None:
             if self._table is not None:
                 _validated(self._table.select(["key"]))
@@ -80,7 +82,7 @@ class DocumentTable(Sequence[Document]):
             BankFormatError: where the table is damaged.
         """
         table = None if self._table is None else _encoded(self._table, self.visible_rows())
-        return {**vars(self), "_table": table, "_find": None, "_positions": None}
+        return {**vars(self), "_table": table, "_find": None, "_positions": None, "_moved": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -118,8 +120,18 @@ class DocumentTable(Sequence[Document]):
         """Positions of the documents in `rows`, the inverse of `rows_of`."""
         if not len(self.deleted):
             return rows
-        positions = rows - torch.searchsorted(torch.from_numpy(self.deleted).to(rows.device), rows.contiguous())
+        if rows.device not in self._moved:
+            self._moved[rows.device] = torch.from_numpy(self.deleted).to(rows.device)
+        positions = rows - torch.searchsorted(self._moved[rows.device], rows.contiguous())
         return torch.where(rows < 0, rows, positions)
+
+    def most_chunks(self, documents: int) -> int:
+        """The most chunks that so many documents have together; rows of deleted ones count as well."""
+        if documents not in self._most_chunks:
+            chunks, documents_there = self.counts("chunks"), min(documents, self.num_rows)
+            most = np.partition(chunks, len(chunks) - documents_there)[len(chunks) - documents_there :]
+            self._most_chunks[documents] = int(most.sum())
+        return self._most_chunks[documents]
 
     @overload
     def __getitem__(self, index: int) -> Document: ...

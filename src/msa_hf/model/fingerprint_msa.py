@@ -29,6 +29,7 @@ from .adapters_msa import (
 )
 from .weights_msa import HALF_STEPS, AdapterRecord, WeightsRecord, only_asks
 
+PLAIN_TENSORS = (Tensor, nn.Parameter)  # exactly these: made of nothing but themselves
 SAMPLES = 64  # values per parameter that a fingerprint looks at
 KEPT = 8  # of these, as many as a record keeps
 REMEMBERED = 4  # states of a model whose weights need not be read again: with an adapter, without it, ...
@@ -198,7 +199,9 @@ def _exact(values: Tensor) -> bytes:
 @torch.no_grad()
 def _state(model: nn.Module) -> Hashable:
     """A value that changes with the weights and with what is active; takes a few milliseconds for a model of 4B."""
-    parts = [part for tensor in (*model.parameters(), *model.buffers()) for part in _parts(tensor, whole=False)]
+    tensors = [tensor for _, tensor in (*model.named_parameters(), *model.named_buffers())]
+    plain = all(type(tensor) in PLAIN_TENSORS for tensor in tensors)
+    parts = tensors if plain else [part for tensor in tensors for part in _parts(tensor, whole=False)]
     digest = hashlib.blake2b(digest_size=16)
     for _, together in _groups([_sample(part) for part in parts if not part.is_meta]):
         digest.update(together.view(torch.uint8).numpy().tobytes())

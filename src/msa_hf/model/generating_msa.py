@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import Cache, GenerationConfig, PreTrainedModel
-from transformers.generation import CandidateGenerator
+from tqdm.auto import tqdm
+from transformers import Cache, CompileConfig, GenerationConfig, PreTrainedModel
+from transformers.generation import CandidateGenerator, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
-from .cache_msa import contexts_of
+from .cache_msa import MSAStaticCache, contexts_of
 from .compat_msa import CACHE, NEWEST_TESTED, rename_cache
+from .compiled_msa import compile_from_now_on, keep_spare, may_compile, spare_cache
 from .drafting_msa import (
     drafting_arguments,
     has_memory,
@@ -22,12 +26,20 @@ from .drafting_msa import (
     refuse_drafts,
     refuse_drafts_of_offloaded,
 )
-from .inference_msa import FORCED_WITHOUT_ROUTING, MEMORY_ARGUMENTS, MemoryMixin, current, refuse_forgetful_cache
+from .inference_msa import (
+    FORCED_WITHOUT_ROUTING,
+    MEMORY_ARGUMENTS,
+    MemoryMixin,
+    current,
+    refuse_forgetful_cache,
+    seen_by,
+)
 from .memory_msa import Memory
-from .options_msa import GenerationOptions, bind_positional, cache_for, leave_out, refuse_attentions
+from .options_msa import GenerationOptions, bind_positional, cache_for, leave_out, refuse_attentions, refuse_small_cache
 from .types_msa import Arguments
 from .wrapping_msa import input_device
 
+WARMUP_TOKENS = 4  # CUDA graphs are recorded with the second run of a token
 PROMPTS = ("inputs", "input_ids", "inputs_embeds")  # names of the first argument of generate()
 
 
@@ -56,7 +68,7 @@ class GeneratingMixin(MemoryMixin):
                 drafts from the same bank, a plain one without.
 
         Raises:
-            ValueError: for an option that a memory cannot follow: a cache of fixed shape, a `prefill_chunk_size` that
+            ValueError: for an option that a memory cannot follow: a cache without room, a `prefill_chunk_size` that
                 would cut the prompt before its last routing token, an assistant that cannot read the bank.
         """
         base = super().generate
@@ -67,8 +79,6 @@ class GeneratingMixin(MemoryMixin):
         if memory is None and not contexts_of(cache):
             return base(**given)
         refuse_forgetful_cache(cache)
-        if memory is not None:
-            self._check_bank(memory)
         prompt = next((given[name] for name in PROMPTS if given.get(name) is not None), None)
         if prompt is None:
             raise ValueError("generate() with a memory needs a prompt.")
@@ -91,12 +101,17 @@ class GeneratingMixin(MemoryMixin):
             if prompt.dim() == 2 and pad is not None and pad not in stops:
                 mask = (prompt != pad).long()
             given["attention_mask"] = mask
-        if cache is None and options["use_cache"] is not False:
-            given[CACHE] = cache = cache_for(options, self.config, input_device(self))
+        own = cache is None and options["use_cache"] is not False
+        if own:
+            samples = prompt.shape[0] * max(options["num_beams"] or 1, options["num_return_sequences"] or 1)
+            given[CACHE] = cache = cache_for(options, self.config, input_device(self), mask.shape[1])
+            if isinstance(cache, MSAStaticCache):
+                given[CACHE] = cache = spare_cache(self, samples, cache)
             leave_out("cache_implementation", given, options)
             if options["is_assistant"]:
                 cache.activate_past_recording()  # drafts that are turned down are taken back
-        past = 0 if cache is None else cache.get_seq_length()
+        refuse_small_cache(cache, options, mask.shape[1])
+        past = seen_by(cache)
         if past and options["is_assistant"]:
             given.pop("force_documents", None)  # the prompt has been seen, and its documents stay
         elif past:
@@ -134,9 +149,12 @@ class GeneratingMixin(MemoryMixin):
         if pad is not None and not 0 <= int(pad) < self.config.vocab_size:
             given["padding_id"] = int(pad)
         # Transformers hands what it does not know to every step: `memory` arrives at the model's `forward`.
-        output = base(memory=memory, **given)
+        with may_compile():
+            output = base(memory=memory, **given)
         if cache is not None and custom is None:
             refuse_lost_cache(cache, prompt.shape[1])
+        if own and isinstance(cache, MSAStaticCache) and isinstance(output, Tensor):
+            keep_spare(self, samples, cache)
         return output
 
     def _get_candidate_generator(
@@ -156,6 +174,57 @@ class GeneratingMixin(MemoryMixin):
         if assistant_model is not None and has_memory(assistant_model) and model_kwargs.get("memory") is not None:
             generator.assistant_kwargs.update(memory_arguments(model_kwargs, input_ids, assistant_model.device))
         return generator
+
+    def warmup(
+        self,
+        memory: Memory,
+        prompt_tokens: Sequence[int] = (16, 32, 64, 128, 256),
+        batch_sizes: Sequence[int] = (1,),
+        max_new_tokens: int = 128,
+        compile_config: CompileConfig | None = None,
+        show_progress: bool = True,
+    ) -> dict[tuple[int, int], float]:
+        """Compile ahead what `generate(memory=memory, cache_implementation="static")` runs, and run it once.
+
+        Args:
+            memory: any bank of the size and kind that will be asked; others of like documents need nothing more.
+            prompt_tokens: lengths of prompts; each stands for all that are padded to the same power of two.
+            batch_sizes: prompts at once.
+            max_new_tokens: as of the calls to come; it decides, with the prompt, how much room the cache has.
+            compile_config: as of the calls to come.
+            show_progress: a progress bar (default yes).
+
+        Returns:
+            Seconds by (batch size, tokens of the prompt). Where transformers does not compile, as on the CPU, they are
+            those of a plain run.
+        """
+        seconds: dict[tuple[int, int], float] = {}
+        cases = [(batch, length) for batch in batch_sizes for length in prompt_tokens]
+        for batch, length in tqdm(cases, "warming up", disable=not show_progress):
+            start = time.perf_counter()
+            ids = torch.full((batch, length), min(self.config.vocab_size - 1, length), device=input_device(self))
+            self.generate(
+                ids,
+                memory=memory,
+                attention_mask=torch.ones_like(ids),
+                cache_implementation="static",
+                compile_config=compile_config,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([_stop_behind(length + WARMUP_TOKENS)]),
+            )
+            if ids.is_cuda:
+                torch.cuda.synchronize(ids.device)
+            seconds[batch, length] = time.perf_counter() - start
+        return seconds
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., ModelOutput]:
+        """The base's; with a memory, the forward, which compiles its runs by itself."""
+        options = (compile_config or CompileConfig()).to_dict()
+        if compile_from_now_on(self, options):
+            return self.__call__
+        return super().get_compiled_call(compile_config)
 
     def generate_batch(self, *args: object, **kwargs: object) -> Arguments:
         """`generate_batch` of the base: continuous batching, without a memory.
@@ -208,14 +277,25 @@ class GeneratingMixin(MemoryMixin):
         if routing_mask is not None:
             ids = model_inputs.get("input_ids")
             length = (ids if ids is not None else model_inputs["inputs_embeds"]).shape[1]
-            past = 0 if cache is None else cache.get_seq_length()
+            past = seen_by(cache)
             # Generated tokens do not route.
             if past < routing_mask.shape[1]:
+                if "attention_mask" in model_inputs:  # one of all pairs, where the cache is static
+                    model_inputs["attention_mask"] = kwargs.get("attention_mask")
                 part = routing_mask[:, past : past + length]
                 model_inputs["routing_mask"] = torch.nn.functional.pad(part, (0, length - part.shape[1]))
                 if force_documents is not None and (not past or bool(part.any())):
                     model_inputs["force_documents"] = force_documents
         return model_inputs
+
+
+def _stop_behind(tokens: int) -> Callable[..., Tensor]:
+    """A stopping criterion: sequences of so many tokens are done."""
+
+    def done(input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= tokens, device=input_ids.device)
+
+    return done
 
 
 def refuse_lost_cache(cache: Cache | None, tokens: int) -> None:
@@ -224,7 +304,7 @@ def refuse_lost_cache(cache: Cache | None, tokens: int) -> None:
     A version of transformers that loses it, for example because it calls it by another name, would else route anew at
     every token, and answer wrongly without an error.
     """
-    if cache is None or not contexts_of(cache) or cache.get_seq_length() < tokens:
+    if cache is None or not contexts_of(cache) or seen_by(cache) < tokens:
         raise RuntimeError(
             f"transformers {transformers.__version__} did not hand the cache of the memory from one step of generate() "
             "to the next, so what is generated would be wrong. Update msa-hf, or install transformers "

@@ -17,8 +17,9 @@ from transformers.utils import ModelOutput, logging
 
 from .attention_config_msa import check_holds_memory
 from .attention_msa import AttendingPass, EncodingDone, EncodingPass, PrefixPass
-from .cache_msa import HoldsContexts, MSACache, contexts_of
+from .cache_msa import HoldsContexts, MSACache, SettlesContexts, contexts_of
 from .compat_msa import CACHE, rename_cache
+from .compiled_msa import Asked, current_runs
 from .configuration_msa import MSAConfig
 from .encoding_msa import encode_documents
 from .fingerprint_msa import fingerprint_of, read_weights, tokenizer_fingerprint
@@ -73,6 +74,10 @@ class MemoryMixin(ModelMixin):
                 kwargs.pop("logits_to_keep", None)
                 return backbone(**kwargs)
             return super().forward(**kwargs)
+
+    def run_plainly(self, **kwargs: object) -> ModelOutput:
+        """The base's own forward, for a graph: `run_base` without what stands around it."""
+        return super().forward(**kwargs)
 
     def run_from_outside(self, stop: bool = False, **kwargs: Any) -> ModelOutput | None:
         """One run of the backbone that no forward of this model surrounds.
@@ -243,6 +248,19 @@ class MemoryMixin(ModelMixin):
             check_origin(bank.origin, origin)
             accepted[self] = origin
 
+    def _check_bank_behind(self, bank: Memory, cache: Cache | None) -> None:
+        """`_check_bank` behind a run, of which nothing stays in its cache where the bank is refused."""
+        try:
+            self._check_bank(bank)
+        except BaseException:
+            if cache is not None:
+                cache.reset()
+            raise
+
+    def _accepts(self, bank: Memory) -> bool:
+        """Tell whether this model has read `bank` before."""
+        return self in _accepted_banks.get(bank, {})
+
     # Attending --------------------------------------------------------------------------------------------------------
 
     def memory_forward(
@@ -269,16 +287,18 @@ class MemoryMixin(ModelMixin):
         if inputs is None:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         batch, length = inputs.shape[:2]
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError("With a memory, `attention_mask` must be [batch, tokens].")
-        kwargs |= {} if attention_mask is None else {"attention_mask": attention_mask}
         kwargs |= {} if use_cache is None else {"use_cache": use_cache}
         cache = rename_cache(kwargs)
         if cache is None and (vars(self.config).get("use_cache", True) if use_cache is None else use_cache):
             kwargs[CACHE] = cache = MSACache(config=self.config)
         refuse_forgetful_cache(cache)
-        past = 0 if cache is None else cache.get_seq_length()
+        past = seen_by(cache)
         seen = past + length
+        kwargs |= {} if attention_mask is None else {"attention_mask": attention_mask}
+        if past and routing_mask is None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
+            attention_mask = None  # of a step that keeps its documents: the base alone reads it, in whatever form
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError("With a memory, `attention_mask` must be [batch, tokens].")
         if attention_mask is not None and attention_mask.shape[1] != seen:
             raise ValueError(f"`attention_mask` covers {attention_mask.shape[1]} tokens, but {seen} have been seen.")
 
@@ -295,8 +315,12 @@ class MemoryMixin(ModelMixin):
         if force_documents is not None and routing_mask is None:
             raise ValueError(FORCED_WITHOUT_ROUTING)
         request = None
+        known = False
         if routing_mask is not None and memory is not None:  # not while decoding: these look at the device's data
-            self._check_bank(memory)
+            # What was read before is looked at again while the device works, before anybody gets what it read.
+            known = not past and works_beside_the_host(inputs.device) and self._accepts(memory)
+            if not known:
+                self._check_bank(memory)
             look_at_first_position(self, len(memory.documents))
             refuse_padding_only(attention_mask)
             if force_documents is not None:
@@ -329,7 +353,11 @@ class MemoryMixin(ModelMixin):
                 contexts=contexts_of(cache),
                 keep_contexts=cache is not None,
             )
-            output = self.run_base(**kwargs, memory_pass=attending, return_dict=True)
+            output = self._run_compiled(attending, memory, cache, kwargs)
+            if output is None:
+                output = self.run_base(**kwargs, memory_pass=attending, return_dict=True)
+        if known and memory is not None:
+            self._check_bank_behind(memory, cache)
         # What a mixture calls `aux_loss` is the balance of its experts, which its `loss` holds.
         fields = {name: value for name, value in output.items() if name != "aux_loss"}
         routing = attending.finish()
@@ -337,10 +365,31 @@ class MemoryMixin(ModelMixin):
             routing = attending.tied(routing, output[0] if output.get("loss") is None else output[1])
         if request is not None:
             refuse_unseen(self.config.memory_layers, routing)
+            if isinstance(cache, SettlesContexts):
+                cache.settle_contexts()
         if memory is not None:
             routing = {layer: _of_documents(found, memory.documents) for layer, found in routing.items()}
         result = type(self).output_class(**fields, routing=routing)
         return result if return_dict is not False else result.to_tuple()
+
+    def _run_compiled(
+        self, attending: AttendingPass, memory: Memory | None, cache: Cache | None, inputs: Arguments
+    ) -> ModelOutput | None:
+        """A run of what `generate` compiles, as if the pass had gone through the layers; None for any other."""
+        runs, request = current_runs(), attending.request
+        static = None if runs is None else runs.taken(self, cache, inputs)
+        if runs is None or static is None:
+            return None
+        if request is None:
+            one = inputs["position_ids"].shape[1] == 1
+            return runs.run_token(self, attending.previous, static, inputs) if one and attending.previous else None
+        if memory is None or request.documents is not None or request.all_scores:
+            return None
+        chosen = runs.run_prompt(self, memory, Asked(attending.layers, request), attending.previous, static, inputs)
+        if chosen is None:
+            return None
+        attending.take(chosen.contexts, chosen.routing, chosen.not_finite)
+        return chosen.output
 
     @staticmethod
     def _routing_tokens(
@@ -414,6 +463,16 @@ def look_at_first_position(model: PreTrainedModel, documents: int) -> None:
     if any("position" in name or name.endswith("wpe") for name in tables):
         raise ValueError(problem)
     logger.warning_once(f"{problem} What the model answers beyond them may be of no use.")
+
+
+def works_beside_the_host(device: torch.device) -> bool:
+    """Tell whether the host has time while a device computes."""
+    return device.type != "cpu"
+
+
+def seen_by(cache: Cache | None) -> int:
+    """Tokens that a cache holds; one that keeps their number on its device is waited for."""
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def refuse_forgetful_cache(cache: Cache | None) -> None:

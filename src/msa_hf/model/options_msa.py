@@ -8,13 +8,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, PreTrainedConfig
+from transformers import Cache, GenerationConfig, PreTrainedConfig, StaticCache
 
-from .cache_msa import MSACache, MSAQuantizedCache
+from .cache_msa import MSACache, MSAQuantizedCache, MSAStaticCache
 from .types_msa import Arguments
 
 # Implementations of transformers' cache that hold a memory; "hybrid" is what old configurations call the dynamic one.
 GROWING_CACHES = (None, "dynamic", "hybrid", "offloaded", "quantized")
+STATIC = "static"
+# Rooms for tokens that a static cache may have are multiples of this: every other room is compiled for anew.
+STATIC_STEP = 256
+UNSET_NEW_TOKENS = 20  # that transformers generates where no length is set anywhere
 
 
 class GenerationOptions:
@@ -63,12 +67,13 @@ def bind_positional(
     return {**bound, **arguments}
 
 
-def cache_for(options: GenerationOptions, config: PreTrainedConfig, device: torch.device) -> Cache:
+def cache_for(options: GenerationOptions, config: PreTrainedConfig, device: torch.device, prompt: int) -> Cache:
     """An empty cache that keeps the chosen documents, of the kind that `cache_implementation` names.
 
     Args:
         config: the model's.
         device: where the model computes.
+        prompt: tokens of the prompt, padding included.
 
     Raises:
         ValueError: for a kind that cannot keep them, with the reason and the remedy.
@@ -76,6 +81,8 @@ def cache_for(options: GenerationOptions, config: PreTrainedConfig, device: torc
     """
     kind = options["cache_implementation"]
     refuse_fixed_cache(kind)
+    if kind == STATIC:
+        return static_cache(config, most_tokens(options, prompt))
     if kind == "quantized":
         given = options["cache_config"]
         settings = dict(copy.deepcopy(given) if given is not None else {})
@@ -88,17 +95,39 @@ def cache_for(options: GenerationOptions, config: PreTrainedConfig, device: torc
     return MSACache(config=config, offloading=kind == "offloaded")
 
 
+def static_cache(config: PreTrainedConfig, tokens: int) -> MSAStaticCache:
+    """A static cache with room for so many tokens, and for those up to the next `STATIC_STEP`."""
+    return MSAStaticCache(config=config, max_cache_len=-(-tokens // STATIC_STEP) * STATIC_STEP)
+
+
+def most_tokens(options: GenerationOptions, prompt: int) -> int:
+    """The most tokens that a call of `generate` can have seen at its end, as transformers will count them."""
+    if options["max_new_tokens"] is not None:
+        return prompt + int(options["max_new_tokens"])
+    length = options["max_length"]
+    return prompt + UNSET_NEW_TOKENS if length in (None, UNSET_NEW_TOKENS) else max(int(length), prompt)
+
+
+def refuse_small_cache(cache: Cache | None, options: GenerationOptions, prompt: int) -> None:
+    """Raise ValueError where a static cache has no room for the `prompt` tokens seen so far and those to come."""
+    if isinstance(cache, StaticCache) and most_tokens(options, prompt) > (room := cache.get_max_length()) > 0:
+        raise ValueError(
+            f"The cache has room for {room} tokens, but this call may come to {most_tokens(options, prompt)}. Make it "
+            "greater: MSAStaticCache(config=model.config, max_cache_len=...), or generate fewer tokens."
+        )
+
+
 def refuse_fixed_cache(kind: str | None) -> None:
     """Raise ValueError for a `cache_implementation` whose caches cannot keep the documents chosen."""
-    if kind not in GROWING_CACHES:
+    if kind not in (*GROWING_CACHES, STATIC):
         reason = (
             "it answers through continuous batching, whose pages have no place for them"
             if kind == "paged"
-            else "its caches have one fixed shape, while the documents of every question have another number of rows"
+            else "no cache of this kind has a place for them"
         )
         raise ValueError(
             f"`cache_implementation={kind!r}` cannot keep the documents that a memory's layers have chosen: {reason}. "
-            "Leave it out (also in `model.generation_config`), or use 'dynamic', 'quantized' or 'offloaded'."
+            "Leave it out (also in `model.generation_config`), or use 'dynamic', 'static', 'quantized' or 'offloaded'."
         )
 
 

@@ -298,7 +298,7 @@ class ShardSession:
             assert self.chosen is not None
             everyones = self.chosen
         offsets = self.layout.offsets_on(pooled_kv.device)
-        width = self.share.most_rows(everyones.shape[1])
+        width = self.layout.most_rows(everyones.shape[1])
         if width > MOST_UNKNOWN_ROWS:
             width = most_rows(everyones, offsets)
         rows, document_index, row_mask = chunk_rows(everyones, offsets, width)

@@ -19,7 +19,6 @@ class Share:
         self.offsets = offsets
         self.rows = rows
         self.rank = rank
-        self._bounds: dict[int, int] = {}
         self._local: dict[torch.device, Tensor] = {}
 
     @property
@@ -38,13 +37,6 @@ class Share:
             mine = self.offsets[self.own_rows.start : self.own_rows.stop + 1]
             self._local[device] = (mine - mine[0]).to(device)
         return self._local[device]
-
-    def most_rows(self, documents: int) -> int:
-        """The most chunks that so many documents have together."""
-        if documents not in self._bounds:
-            chunks = self.offsets.diff()
-            self._bounds[documents] = int(chunks.topk(min(documents, len(chunks))).values.sum())
-        return self._bounds[documents]
 
 
 def shares(offsets: Tensor, parts: int) -> list[int]:

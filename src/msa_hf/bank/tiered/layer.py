@@ -131,7 +131,8 @@ class PooledKV:
         """The rows of documents [B, n] of `layout`, on the device."""
         documents, offsets = documents.to(self.rows.device), layout.offsets_on(self.rows.device)
         if self.rows.whole is not None and self.hot is None:
-            width = most_rows(documents, offsets)
+            width = layout.width_for(documents)
+            width = most_rows(documents, offsets) if width is None else width
             return ContextRows(
                 *gather_documents(documents, offsets, self.rows.whole, width, scales=self.rows.scales, dtype=self.dtype)
             )

@@ -39,10 +39,11 @@ class Rows:
         for part in self.parts:
             starts.append(starts[-1] + len(part))
         self.starts = torch.tensor(starts)
+        self.count = starts[-1]
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((int(self.starts[-1]), *self.parts[0].shape[1:]))
+        return torch.Size((self.count, *self.parts[0].shape[1:]))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,9 +79,8 @@ class Rows:
 
     def split(self, size: int) -> Iterator[Tensor]:
         """The numbers, so many rows at a time, on the device; as `Tensor.split` one empty piece of none."""
-        count = int(self.starts[-1])
-        for first in range(0, max(count, 1), size):
-            yield self.between(first, min(first + size, count))[0]
+        for first in range(0, max(self.count, 1), size):
+            yield self.between(first, min(first + size, self.count))[0]
 
 
 def _selected(part: Tensor, rows: Tensor) -> Tensor:

@@ -1,0 +1,229 @@
+"""A memory with a static cache: the tokens of the growing cache, in shapes that stay, compiled or not."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from setups import FEW, Setup, assert_same, batch_of, setup, tokens
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CompileConfig
+
+from msa_hf.bank import place_bank
+from msa_hf.bank.tiered.hardware import Tiers
+from msa_hf.model import compiled_msa, document_rows_msa
+from msa_hf.model.cache_msa import LEAST_BUCKET, MSACache, MSAStaticCache
+from msa_hf.model.compat_msa import CACHE, cache_of
+
+LONG = (1, 3, 4, 7, 230, 250)  # documents, of which some two have more rows than the smallest bucket
+SMALL: dict[str, Any] = {"base": {"num_hidden_layers": 2}, "memory_layers": [1]}  # compiling takes time by the layer
+EXACTLY: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+DETAILS: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
+QUESTIONS = {"one": batch_of(tokens(9, seed=3)), "padded": batch_of(tokens(9, 5, seed=3)), "short": batch_of([[9]])}
+
+
+@pytest.fixture
+def compiling() -> Any:
+    """Options that make transformers compile on the CPU, in Python: what is tested is what is traced."""
+    torch.compiler.reset()
+    config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    yield {"cache_implementation": "static", "compile_config": config}
+    torch.compiler.reset()
+
+
+def graphs() -> int:
+    """How often something has been compiled."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def same(made: Setup, batch: dict[str, Tensor], **options: Any) -> MSAStaticCache:
+    """Generate with a growing cache, and with `options`: the same tokens and logits. Returns the static cache."""
+    memory = options.pop("memory", made.bank)
+    given = {**EXACTLY, **DETAILS, **{name: options.pop(name) for name in list(options) if name not in STATIC_OPTIONS}}
+    expected = made.model.generate(**batch, memory=made.bank, **given)
+    found = made.model.generate(**batch, memory=memory, **given, **{"cache_implementation": "static", **options})
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.logits, expected.logits, strict=True):
+        assert_same(ours, theirs)
+    ours, theirs = (cache_of(answer).contexts for answer in (found, expected))
+    for layer in made.model.config.memory_layers:
+        assert torch.equal(ours[layer].documents, theirs[layer].documents)
+        assert torch.equal(ours[layer].rows_per_sample, theirs[layer].rows_per_sample)
+    return cache_of(found)
+
+
+STATIC_OPTIONS = ("cache_implementation", "compile_config")
+
+
+@pytest.mark.parametrize("questions", QUESTIONS)
+@pytest.mark.parametrize(("family", "attention"), FEW)
+def test_the_same_as_with_a_growing_cache(family: str, attention: str, questions: str) -> None:
+    """Windows, softcap and sinks included; contexts have a bucket's rows, whatever was chosen."""
+    made = setup(family, attention)
+    cache = same(made, QUESTIONS[questions])
+    assert isinstance(cache, MSAStaticCache)
+    chosen = [cache.contexts[layer] for layer in made.model.config.memory_layers]
+    assert {item.keys.shape[2] for item in chosen} == {LEAST_BUCKET}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"force_documents": torch.tensor([[4, -1]])}, {"memory": "tiered"}, {"memory": "open"}],
+    ids=["beams", "forced", "tiered", "open"],
+)
+def test_what_else_a_call_may_ask_for(options: dict[str, Any]) -> None:
+    made = setup("qwen3", "sdpa")
+    if options.get("memory") == "tiered":
+        options = {"memory": place_bank(made.bank, tiers=Tiers(*[10**12] * 3))}
+    elif options.get("memory") == "open":
+        store = made.model.open_memory()
+        store.add([{"key": str(place), "input_ids": item} for place, item in enumerate(made.documents)])
+        options = {"memory": store}
+    same(made, QUESTIONS["one"], **options)
+
+
+def test_turns_in_one_cache() -> None:
+    """A second question, which chooses anew, and an answer to it, in the places behind the first."""
+    made, answers = setup("qwen3", "sdpa"), []
+    for make in (MSACache, lambda config: MSAStaticCache(config=config, max_cache_len=40)):
+        cache, ids = make(config=made.model.config), torch.empty(1, 0, dtype=torch.long)
+        for question in tokens(7, 5, seed=8):
+            ids = torch.cat([ids, torch.tensor([question])], 1)
+            ids = made.model.generate(ids, memory=made.bank, **{CACHE: cache}, **EXACTLY)
+        answers.append(ids)
+    assert torch.equal(*answers)
+
+
+def test_a_cache_without_room_is_refused() -> None:
+    made = setup("qwen3", "sdpa")
+    cache = MSAStaticCache(config=made.model.config, max_cache_len=12)
+    with pytest.raises(ValueError, match=r"room for 12 tokens, but this call may come to 13\. Make it greater"):
+        made.model.generate(**QUESTIONS["one"], memory=made.bank, **{CACHE: cache}, **EXACTLY)
+    made.model.generate(**QUESTIONS["one"], memory=made.bank, **{CACHE: cache}, max_new_tokens=3)
+
+
+# Compiled -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_compiled_once_for_a_bucket(attention: str, compiling: dict[str, Any]) -> None:
+    """Without a break in the graph; other questions, other banks, a commit: nothing is compiled again."""
+    made = setup("qwen3", attention, documents=tokens(*LONG, seed=1), **SMALL)
+    before = graphs()
+    same(made, QUESTIONS["one"], **compiling)
+    assert graphs() == before + 2  # the prompt, and a token
+    same(made, batch_of(tokens(12, seed=4)), **compiling)
+    store = made.model.open_memory()
+    store.add([{"key": str(place), "input_ids": item} for place, item in enumerate(made.documents)])
+    same(made, QUESTIONS["one"], memory=store, **compiling)
+    store.add([{"key": "more", "input_ids": [9, 9, 9]}])
+    store.delete("more")
+    same(made, QUESTIONS["one"], memory=store, **compiling)
+    assert graphs() == before + 2
+
+
+def test_compiled_batches_and_turns(compiling: dict[str, Any]) -> None:
+    """Padded questions; and a cache that is handed on from turn to turn, in which padding left no trace."""
+    made = setup("qwen3", "sdpa", **SMALL)
+    same(made, QUESTIONS["padded"], **compiling)
+    ids, answers = torch.tensor(tokens(7, seed=8)), []
+    for options in ({}, compiling):
+        cache = MSAStaticCache(config=made.model.config, max_cache_len=64)
+        options = {name: value for name, value in options.items() if name == "compile_config"}
+        first = made.model.generate(ids, memory=made.bank, **{CACHE: cache}, **EXACTLY, **options)
+        more = torch.cat([first, torch.tensor(tokens(5, seed=9))], 1)
+        answers.append(made.model.generate(more, memory=made.bank, **{CACHE: cache}, **EXACTLY, **options))
+        assert int(cache.get_seq_length()) == answers[-1].shape[1] - 1
+    assert torch.equal(*answers)
+
+
+def test_more_rows_than_there_is_room_for(compiling: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question runs again as it is, with all rows, and the cache knows nothing of the first run."""
+    made = setup("qwen3", "sdpa", documents=tokens(230, 250, seed=1), **SMALL)
+    contexts = same(made, QUESTIONS["one"]).contexts
+    assert {int(contexts[layer].rows_per_sample) for layer in made.model.config.memory_layers} == {161}
+    monkeypatch.setattr(compiled_msa, "MOST_ROWS", LEAST_BUCKET)
+    cache = same(made, QUESTIONS["one"], **compiling)
+    assert int(cache.get_seq_length()) == 9 + EXACTLY["max_new_tokens"] - 1
+
+
+def test_what_is_not_compiled_says_so(compiling: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Layers with a window: the answer is the same, and a warning names the reason."""
+    made, before = setup("gemma2", "eager"), graphs()
+    compiled_msa.logger.parent.propagate = True
+    same(made, QUESTIONS["one"], **compiling)
+    assert graphs() == before
+    assert "not compiled: its layers with a window" in caplog.text
+
+
+def test_caches_that_nobody_has_are_used_again(compiling: dict[str, Any]) -> None:
+    """Where CUDA graphs look for tensors, there they are; what a caller was given stays the caller's."""
+    made = setup("qwen3", "sdpa", **SMALL)
+    answers, spare = [], []
+    for question in (*QUESTIONS.values(), *QUESTIONS.values()):
+        answers.append(made.model.generate(**question, memory=made.bank, **compiling, **EXACTLY))
+        spare.append(compiled_msa._spare[made.model][1])
+    assert spare[0] is not spare[1] and spare[2] is spare[3]  # other batches; "short" and "one" are alike
+    for ours, question in zip(answers, (*QUESTIONS.values(), *QUESTIONS.values()), strict=True):
+        assert torch.equal(ours, made.model.generate(**question, memory=made.bank, **EXACTLY))
+    mine = made.model.generate(**QUESTIONS["one"], memory=made.bank, **compiling, **EXACTLY, **DETAILS)
+    kept = cache_of(mine).layers[0].keys.clone()
+    made.model.generate(**QUESTIONS["short"], memory=made.bank, **compiling, **EXACTLY)
+    assert torch.equal(cache_of(mine).layers[0].keys, kept)
+
+
+def test_warmup_compiles_ahead(compiling: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """After it, a question of a like length compiles nothing."""
+    made = setup("qwen3", "sdpa", **SMALL)
+    config = compiling["compile_config"]
+    seconds = made.model.warmup(made.bank, [9], max_new_tokens=4, compile_config=config)
+    assert list(seconds) == [(1, 9)] and seconds[1, 9] > 0
+    assert "warming up" in capsys.readouterr().err
+    before = graphs()
+    same(made, batch_of(tokens(12, seed=5)), **compiling)
+    assert graphs() == before
+    plain = made.model.warmup(made.bank, [5, 6], [1, 2], show_progress=False)
+    assert list(plain) == [(1, 5), (1, 6), (2, 5), (2, 6)]
+
+
+# Waiting for the device -----------------------------------------------------------------------------------------------
+
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a device, were the tensors on one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        name = str(func).split(".")[1]
+        if name in WAITS:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["bank", "tiered"])
+@torch.no_grad()
+def test_no_layer_waits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as many layers wait no more often, where the layout says how many rows are enough."""
+
+    def width_for(layout: Any, chosen: Tensor) -> int:
+        return layout.most_rows(chosen.shape[1])
+
+    monkeypatch.setattr(document_rows_msa.ChunkLayout, "width_for", width_for)
+    counts = []
+    for layers in (2, 4):
+        made = setup("qwen3", "sdpa", base={"num_hidden_layers": layers}, memory_layers=list(range(layers)))
+        memory = made.bank if kind == "bank" else place_bank(made.bank, tiers=Tiers(*[10**12] * 3))
+        expected = made.model(**QUESTIONS["one"], memory=memory)
+        with Waits() as waits:
+            found = made.model(**QUESTIONS["one"], memory=memory)
+        assert_same(found.logits, expected.logits)
+        counts.append(sum(waits.found.values()))
+    assert counts[0] == counts[1] <= 2  # padding, and transformers' mask: both before the first layer
