@@ -58,7 +58,7 @@ def test_plants_lie_at_their_depths_each_in_a_document_of_its_own(haystack: Hays
 
 def test_a_bank_of_a_part_with_others_in_it_is_what_encoding_these_texts_makes(tiny: Tiny, haystack: Haystack) -> None:
     model, tokenizer, protocol = tiny
-    banks = HaystackBanks(model, tokenizer, protocol, haystack)
+    banks = HaystackBanks.encode(model, tokenizer, protocol, haystack)
     before = {layer: memory.pooled_kv.clone() for layer, memory in banks.whole.layers.items()}
     planted = {0: NEEDLE, 7: haystack.texts[7] + " " + NEEDLE * 4, 11: "Short."}
     found = banks.bank(12, planted)
@@ -78,7 +78,7 @@ def test_a_bank_of_a_part_with_others_in_it_is_what_encoding_these_texts_makes(t
 def test_what_broke_is_told(tiny: Tiny, haystack: Haystack) -> None:
     model, tokenizer, protocol = tiny
     lines = {3: NEEDLE, 9: "Krikutust Heights is known for its roses.", 12: "zxq wvu 99 !!"}
-    bank = HaystackBanks(model, tokenizer, protocol, haystack).bank(len(haystack), lines)
+    bank = HaystackBanks.encode(model, tokenizer, protocol, haystack).bank(len(haystack), lines)
     asked = [
         Ask("What is the venue of the Jethefux Crossing known for?", ("roses",), ((3,), (9,))),
         Ask("What is the wvu of the zxq?", ("99",), ((12,),)),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from scripted import COMPACT, byte_tokenizer, memory_model
 
-from msa_hf.bench import needles
+from msa_hf.bench import planting
 from msa_hf.bench.asking import Ask, Outcome, holds_all
 from msa_hf.bench.needles import NeedleSettings, in_words, run_needles, score
 from msa_hf.bench.result import Result
@@ -38,7 +38,7 @@ class Reader:
         self.fail_after, self.asked = fail_after, 0
 
     def __call__(
-        self, model: Any, tokenizer: Any, bank: Any, protocol: Any, questions: Sequence[Ask], **options: Any
+        self, model: Any, tokenizer: Any, bank: Any, protocol: Any, questions: Sequence[Ask], judge: Any, **options: Any
     ) -> Iterator[list[Outcome]]:
         texts = [document.text or "" for document in bank.documents]
         self.banks.append(texts)
@@ -66,7 +66,7 @@ def planted(texts: list[str]) -> set[str]:
 
 def test_every_needle_lies_in_its_bank_and_in_no_other(model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     reader = Reader()
-    monkeypatch.setattr(needles, "put", reader)
+    monkeypatch.setattr(planting, "put", reader)
     result = run(model)
     assert len(result.trials) == 2 * 5 * 3 * 2 and all(trial.right for trial in result.trials)
     tasks = NeedleTasks(0)
@@ -98,19 +98,19 @@ def test_every_needle_lies_in_its_bank_and_in_no_other(model: tuple[Any, Any], m
 def test_an_interrupted_run_asks_the_rest_and_ends_as_one_that_was_not(
     model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(needles, "put", whole := Reader())
+    monkeypatch.setattr(planting, "put", whole := Reader())
     expected = run(model)
     monkeypatch.setattr("msa_hf.bench.result.SAVED_EVERY", 0.0)
-    monkeypatch.setattr(needles, "put", Reader(fail_after=35))
+    monkeypatch.setattr(planting, "put", Reader(fail_after=35))
     with pytest.raises(KeyboardInterrupt):
         run(model, tmp_path / "r.json")
-    monkeypatch.setattr(needles, "put", rest := Reader())
+    monkeypatch.setattr(planting, "put", rest := Reader())
     result = run(model, tmp_path / "r.json")
     assert rest.asked == whole.asked - 35 and len(result.runs) == 2
     assert {item.id: item for item in Result.load(tmp_path / "r.json").trials} == {
         item.id: item for item in expected.trials
     }
-    monkeypatch.setattr(needles, "put", again := Reader())
+    monkeypatch.setattr(planting, "put", again := Reader())
     run(model, tmp_path / "r.json")
     assert again.asked == 0
     with pytest.raises(ValueError, match=r"haystack: .* there"):
@@ -120,7 +120,7 @@ def test_an_interrupted_run_asks_the_rest_and_ends_as_one_that_was_not(
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"sizes": (300,)}, "too few for 4 needles"),
+        ({"sizes": (300,)}, "too few for 4 sentences"),
         ({"sizes": (10**6,)}, "Name more texts"),
         ({"repeats": 100}, "7500 tasks were asked for"),
         ({"repeats": 0}, "at least one"),

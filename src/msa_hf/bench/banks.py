@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..generation import PromptProtocol
+from ..generation import DocumentIds, PromptProtocol
 from ..model.dense_layer_msa import DenseLayer
 from ..model.memory_msa import Document, DocumentTable, MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
@@ -24,9 +26,12 @@ class HaystackBanks:
     Args:
         model: encodes; evaluation mode.
         protocol: wraps documents; None: they are encoded as they are.
-        documents: so many of the first documents are encoded.
+        haystack: the texts of the documents of `whole`.
+        whole: its bank; `encode` makes one.
         batch_tokens: tokens of a batch, padding included.
-        show_progress: a progress bar.
+
+    Attributes:
+        facts: what encoding took, for results.
     """
 
     def __init__(
@@ -35,24 +40,36 @@ class HaystackBanks:
         tokenizer: PreTrainedTokenizerBase,
         protocol: PromptProtocol | None,
         haystack: Haystack,
+        whole: MemoryBank,
+        batch_tokens: int = 16384,
+    ) -> None:
+        self.model, self.tokenizer, self.protocol = model, tokenizer, protocol
+        self.haystack, self.whole, self._batch_tokens = haystack, whole, batch_tokens
+        self.facts: dict[str, float] = {"documents": len(whole), "tokens_with_wrapping": whole.num_tokens}
+
+    @classmethod
+    def encode(
+        cls,
+        model: MSAForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        protocol: PromptProtocol | None,
+        haystack: Haystack,
         documents: int | None = None,
         batch_tokens: int = 16384,
         show_progress: bool = False,
-    ) -> None:
-        self.model, self.tokenizer, self.protocol = model, tokenizer, protocol
-        self._options = {"batch_tokens": batch_tokens, "show_progress": show_progress}
+    ) -> HaystackBanks:
+        """Encode a haystack.
+
+        Args:
+            documents: so many of the first documents (default: all).
+        """
+        started = time.monotonic()
         texts = haystack.texts[: len(haystack) if documents is None else documents]
-        self.whole = self._encode(dict(enumerate(texts)))
-
-    def _encode(self, texts: Mapping[int, str]) -> MemoryBank:
-        return self.model.encode_documents(list(self._rows(texts)), self.tokenizer, **self._options)
-
-    def _rows(self, texts: Mapping[int, str]) -> Iterator[Mapping[str, object]]:
-        for number, text in texts.items():
-            if self.protocol is None:
-                yield {"key": str(number), "text": text}
-            else:
-                yield self.protocol.document_row(number, text, self.tokenizer)
+        rows = [_row(number, str(number), text, tokenizer, protocol) for number, text in enumerate(texts)]
+        whole = model.encode_documents(rows, tokenizer, batch_tokens=batch_tokens, show_progress=show_progress)
+        made = cls(model, tokenizer, protocol, haystack, whole, batch_tokens)
+        made.facts["seconds"] = round(time.monotonic() - started, 1)
+        return made
 
     def bank(self, documents: int, changed: Mapping[int, str]) -> MemoryBank:
         """A bank of the first documents.
@@ -69,8 +86,25 @@ class HaystackBanks:
             raise ValueError(f"The haystack has {len(self.whole)} documents; {documents} and {places[-1:]} do not fit.")
         if not places:
             return _spliced(self.whole, documents, {}, None)
-        other = self._encode({place: changed[place] for place in places})
+        old = [self.whole.documents[place] for place in places]
+        rows = [
+            _row(DocumentIds.of(place, document), document.key, changed[place], self.tokenizer, self.protocol)
+            for place, document in zip(places, old, strict=True)
+        ]
+        other = self.model.encode_documents(rows, self.tokenizer, batch_tokens=self._batch_tokens, show_progress=False)
+        other.documents = DocumentTable(
+            [
+                replace(new, metadata=document.metadata, id=document.id)
+                for new, document in zip(other.documents, old, strict=True)
+            ]
+        )
         return _spliced(self.whole, documents, {place: number for number, place in enumerate(places)}, other)
+
+
+def _row(
+    id: int, key: str, text: str, tokenizer: PreTrainedTokenizerBase, protocol: PromptProtocol | None
+) -> Mapping[str, object]:
+    return {"key": key, "text": text} if protocol is None else protocol.document_row(id, text, tokenizer, key)
 
 
 def _spliced(whole: MemoryBank, documents: int, places: Mapping[int, int], other: MemoryBank | None) -> MemoryBank:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +23,8 @@ SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+|\n+")
 LEAST_TOKENS = 16  # of a document; shorter rests of a text are left out
 GENERATED = 2_000_000  # documents of the generated corpus that texts are taken from, about 200M tokens
 BLOCK = 2048  # texts made or tokenized at a time
+
+Insert = Callable[[str, str, float], str]  # text, sentence and place in it, 0 to 1 -> text with the sentence
 
 
 class HaystackTooSmall(ValueError):
@@ -47,7 +51,7 @@ class Haystack:
     Args:
         texts: in order; no more are read than it takes.
         tokenizer: counts tokens, the model's.
-        tokens: at least so many.
+        tokens: at least so many; None: all of the texts.
         document_tokens: of a document at most; longer texts are cut where a paragraph or sentence ends.
         least_tokens: of a document; what is shorter is left out.
 
@@ -62,7 +66,7 @@ class Haystack:
         self,
         texts: Iterable[str],
         tokenizer: PreTrainedTokenizerBase,
-        tokens: int,
+        tokens: int | None,
         document_tokens: int = 112,
         least_tokens: int = LEAST_TOKENS,
     ) -> None:
@@ -75,15 +79,32 @@ class Haystack:
             total += count
             self.texts.append(text)
             self._ends.append(total)
-            if total >= tokens:
+            if tokens is not None and total >= tokens:
                 return
+        if tokens is None and total:
+            return
         raise HaystackTooSmall(
-            f"The texts have {total:,} tokens, but the largest haystack is to have {tokens:,}. Name more texts or ask "
-            "for smaller sizes."
+            f"The texts have {total:,} tokens, but {tokens or 1:,} were asked for. Name more texts or "
+            "ask for smaller sizes."
         )
+
+    @classmethod
+    def of_documents(cls, texts: Sequence[str], tokens: Sequence[int]) -> Haystack:
+        """The haystack of these documents, whose numbers of tokens are known."""
+        made = cls.__new__(cls)
+        made.texts, made._ends = list(texts), array("q", accumulate(tokens))
+        return made
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def digest(self) -> str:
+        """What tells these texts from others."""
+        total = hashlib.sha256()
+        for text in self.texts:
+            total.update(text.encode() + b"\0")
+        return total.hexdigest()[:16]
 
     def documents(self, tokens: int) -> int:
         """How many of the first documents have so many tokens."""
@@ -111,10 +132,11 @@ class Haystack:
             places.append(place)
         return places
 
-    def planted(self, places: Sequence[int], plants: Sequence[Plant]) -> dict[int, str]:
+    def planted(self, places: Sequence[int], plants: Sequence[Plant], insert: Insert | None = None) -> dict[int, str]:
         """The texts of the documents at these places with a sentence in each."""
+        insert = insert_sentence if insert is None else insert
         return {
-            place: insert_sentence(self.texts[place], plant.sentence, plant.place)
+            place: insert(self.texts[place], plant.sentence, plant.place)
             for place, plant in zip(places, plants, strict=True)
         }
 
@@ -178,8 +200,3 @@ def depths_of(count: int) -> list[float]:
     if count < 1:
         raise ValueError(f"`count` must be at least 1, got {count}.")
     return [0.5] if count == 1 else [round(number / (count - 1), 4) for number in range(count)]
-
-
-def changed_texts(haystack: Haystack, planted: Mapping[int, str], documents: int) -> Iterator[str]:
-    """The first documents, with those planted in the place of theirs."""
-    return (planted.get(number, haystack.texts[number]) for number in range(documents))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,14 +14,14 @@ from ..generation import PromptProtocol
 from ..model.modeling_msa import MSAForCausalLM
 from ..synthetic.hashing import derive_key
 from ..synthetic.needles import SEVERAL, TASKS, VALUES, NeedleTask, NeedleTasks
-from .asking import RUNGS, Ask, put
+from .asking import RUNGS
 from .banks import HaystackBanks
 from .facts import model_facts, run_facts
 from .haystack import Haystack, Plant, depths_of
-from .result import Axis, Result, Trial
+from .planting import Asking, Question, Task, ask_tasks, check_room
+from .result import Axis, Result
 
 NAME = "needles"
-MOST_PLANTED = 0.25  # of a bank's documents: in a small haystack the tasks take turns in several banks
 TABLES = (("kind",), ("tokens",), ("kind", "tokens"), ("values",), ("values", "tokens"))
 MAPS = (("tokens", "depth"),)
 
@@ -51,21 +49,6 @@ class NeedleSettings:
     document_tokens: int = 112
     max_new_tokens: int = 64
     rounds: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Item:
-    """A task with its place among the others."""
-
-    name: str
-    values: str
-    depth: float
-    repeat: int
-    task: NeedleTask
-    plants: tuple[Plant, ...]
-
-    def id(self, tokens: int) -> str:
-        return f"{self.name} {self.values} {tokens} {self.depth:g} {self.repeat}"
 
 
 def run_needles(
@@ -98,63 +81,50 @@ def run_needles(
     Raises:
         ValueError: for settings out of range, texts that are too few, and a file that is of another run.
     """
-    items = list(_items(settings))
-    sizes = sorted(settings.sizes)
-    least = max(len(item.plants) for item in items)
+    sizes = sorted(set(settings.sizes))
+    _check(settings)
     haystack = Haystack(texts, tokenizer, sizes[-1], settings.document_tokens)
-    if (first := haystack.documents(sizes[0])) * MOST_PLANTED < least:
-        raise ValueError(
-            f"A haystack of {sizes[0]} tokens has {first} documents, too few for {least} needles; ask for larger ones."
-        )
-    described = {**asdict(settings), "source": source, "haystack": _digest(haystack.texts)}
+    tasks = {tokens: list(_tasks(settings, tokens)) for tokens in sizes}
+    check_room(haystack, sizes[0], max(len(task.plants) for task in tasks[sizes[0]]))
+    described = {**asdict(settings), "source": source, "haystack": haystack.digest}
     facts = model_facts(model, tokenizer, protocol, name)
     result = Result.begin(NAME, described, facts, run_facts(model.device), path)
-    pending = [tokens for tokens in sizes if any(not result.done(item.id(tokens)) for item in items)]
+    pending = [tokens for tokens in sizes if any(not result.done(task.questions[0].id) for task in tasks[tokens])]
     if not pending:
         return result
-    started = time.monotonic()
-    documents = haystack.documents(pending[-1])
-    banks = HaystackBanks(model, tokenizer, protocol, haystack, documents, batch_tokens, show_progress)
-    result.notes[f"encoding {pending[-1]} tokens"] = {
-        "seconds": round(time.monotonic() - started, 1),
-        "documents": documents,
-        "tokens_with_wrapping": banks.whole.num_tokens,
-    }
-    with tqdm(total=len(items) * len(sizes), unit="question", disable=not show_progress) as progress:
+    banks = HaystackBanks.encode(
+        model, tokenizer, protocol, haystack, haystack.documents(pending[-1]), batch_tokens, show_progress
+    )
+    result.notes["encoding"] = banks.facts
+    asking = Asking(batch_size, settings.max_new_tokens, settings.rounds)
+    with tqdm(total=sum(map(len, tasks.values())), unit="question", disable=not show_progress) as progress:
         for tokens in sizes:
             progress.set_description(f"{tokens:,} tokens")
-            documents = haystack.documents(tokens)
-            for group in _groups(items, int(documents * MOST_PLANTED)):
-                left = [item for item in group if not result.done(item.id(tokens))]
-                if left:
-                    for trials in _asked(left, group, settings, haystack, documents, tokens, banks, batch_size):
-                        result.add(trials)
-                        progress.update(len(trials))
-                progress.update(len(group) - len(left))
-            result.save()
-    result.save()
+            ask_tasks(result, tasks[tokens], haystack.documents(tokens), banks, asking, progress)
     return result
 
 
-def _items(settings: NeedleSettings) -> Iterator[_Item]:
-    """All tasks, the kinds in turns, so that a run that is cut short has some of each."""
-    tasks = NeedleTasks(settings.seed)
-    depths = depths_of(settings.depths)
-    wanted = len(settings.tasks) * len(settings.values) * len(depths) * settings.repeats
-    if not wanted or not settings.sizes or min(settings.sizes) < 1:
-        raise ValueError("Sizes, tasks, kinds of values and repeats must be at least one each.")
-    if wanted > len(tasks):
-        raise ValueError(
-            f"{wanted} tasks were asked for at each size, and there are keys for {len(tasks)}: ask for fewer."
-        )
-    number = 0
+def _check(settings: NeedleSettings) -> None:
+    wanted = len(settings.tasks) * len(settings.values) * settings.depths * settings.repeats
+    if wanted < 1 or not settings.sizes or min(settings.sizes) < 1:
+        raise ValueError("Sizes, tasks, kinds of values, depths and repeats must be at least one each.")
+    if wanted > (keys := len(NeedleTasks(settings.seed))):
+        raise ValueError(f"{wanted} tasks were asked for at each size, and there are keys for {keys}: ask for fewer.")
+
+
+def _tasks(settings: NeedleSettings, tokens: int) -> Iterator[Task]:
+    """All tasks at one size, the kinds in turns, so that a run that is cut short has some of each."""
+    tasks, number = NeedleTasks(settings.seed), 0
     for repeat in range(settings.repeats):
-        for depth in depths:
+        for depth in depths_of(settings.depths):
             for values in settings.values:
                 for name in settings.tasks:
-                    task = tasks.task(name, values, number)
-                    plants = _plants(task, depth, derive_key("plants", settings.seed, number))
-                    yield _Item(name, values, depth, repeat, task, plants)
+                    made = tasks.task(name, values, number)
+                    id = f"{name} {values} {tokens} {depth:g} {repeat}"
+                    axes: dict[str, Axis] = {"tokens": tokens, "depth": depth, "values": values}
+                    gold = tuple(range(len(made.answers)))
+                    question = Question(id, name, axes, made.question, made.answers, gold)
+                    yield Task(_plants(made, depth, derive_key("plants", settings.seed, number)), (question,))
                     number += 1
 
 
@@ -169,93 +139,6 @@ def _plants(task: NeedleTask, depth: float, key: int) -> tuple[Plant, ...]:
         )
         for number, needle in enumerate(task.needles)
     )
-
-
-def _groups(items: Sequence[_Item], most: int) -> Iterator[list[_Item]]:
-    """The tasks in groups of at most so many needles, each for a bank of its own."""
-    group: list[_Item] = []
-    planted = 0
-    for item in items:
-        if group and planted + len(item.plants) > most:
-            yield group
-            group, planted = [], 0
-        group.append(item)
-        planted += len(item.plants)
-    yield group
-
-
-def _asked(
-    asked: Sequence[_Item],
-    planted: Sequence[_Item],
-    settings: NeedleSettings,
-    haystack: Haystack,
-    documents: int,
-    tokens: int,
-    banks: HaystackBanks,
-    batch_size: int,
-) -> Iterator[list[Trial]]:
-    """Trials over the bank of a size in which the needles of a group lie, those of tasks done already among them."""
-    plants = [plant for item in planted for plant in item.plants]
-    places = haystack.place(documents, plants)
-    bank = banks.bank(documents, haystack.planted(places, plants))
-    rest = iter(places)
-    positions = {item.id(tokens): [next(rest) for _ in item.plants] for item in planted}
-    for answers in sorted({len(item.task.answers) for item in asked}):
-        alike = [item for item in asked if len(item.task.answers) == answers]
-        questions = [
-            Ask(
-                item.task.question,
-                item.task.answers,
-                tuple((place,) for place in positions[item.id(tokens)][: len(item.task.answers)]),
-            )
-            for item in alike
-        ]
-        limit = settings.max_new_tokens * answers
-        found = put(
-            banks.model,
-            banks.tokenizer,
-            bank,
-            banks.protocol,
-            questions,
-            batch_size=batch_size,
-            max_new_tokens=limit,
-            **settings.rounds,
-        )
-        done = 0
-        for outcomes in found:
-            trials = []
-            for item, ask, outcome in zip(alike[done:], questions[done:], outcomes, strict=False):
-                detail = {
-                    "found": outcome.found,
-                    "of": len(ask.expected),
-                    "broke": outcome.broke,
-                    "gold_read": len(set(ask.gold) & set(outcome.read)),
-                    "read": list(outcome.read)[:16],
-                    "gold": list(ask.gold),
-                    **outcome.rungs,
-                }
-                axes: dict[str, Axis] = {"tokens": tokens, "depth": item.depth, "values": item.values}
-                trials.append(
-                    Trial(
-                        item.id(tokens),
-                        item.name,
-                        axes,
-                        ask.question,
-                        ask.expected,
-                        outcome.answer,
-                        outcome.right,
-                        detail,
-                    )
-                )
-            done += len(outcomes)
-            yield trials
-
-
-def _digest(texts: Iterable[str]) -> str:
-    total = hashlib.sha256()
-    for text in texts:
-        total.update(text.encode() + b"\0")
-    return total.hexdigest()[:16]
 
 
 def score(result: Result, **axes: object) -> float:
