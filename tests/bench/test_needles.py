@@ -3,15 +3,14 @@
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scripted import COMPACT, byte_tokenizer, memory_model
+from whole_reader import Reader
 
 from msa_hf.bench import planting
-from msa_hf.bench.asking import Ask, Outcome, holds_all
 from msa_hf.bench.needles import NeedleSettings, in_words, run_needles, score
 from msa_hf.bench.result import Result
 from msa_hf.cli import main
@@ -28,29 +27,6 @@ SETTINGS = NeedleSettings(sizes=(3000, 6000), depths=2, repeats=1, document_toke
 def model() -> tuple[Any, Any]:
     tokenizer = byte_tokenizer()
     return memory_model(tokenizer, COMPACT), tokenizer
-
-
-class Reader:
-    """Stands for `put`: reads whole banks, and answers with what their texts say."""
-
-    def __init__(self, fail_after: int | None = None) -> None:
-        self.banks: list[list[str]] = []
-        self.fail_after, self.asked = fail_after, 0
-
-    def __call__(
-        self, model: Any, tokenizer: Any, bank: Any, protocol: Any, questions: Sequence[Ask], judge: Any, **options: Any
-    ) -> Iterator[list[Outcome]]:
-        texts = [document.text or "" for document in bank.documents]
-        self.banks.append(texts)
-        for item in questions:
-            if self.asked == self.fail_after:
-                raise KeyboardInterrupt
-            self.asked += 1
-            gold = " ".join(texts[place] for place in item.gold)
-            right = holds_all(gold, item.expected) and all(
-                holds_all(texts[place], [value]) for place, value in zip(item.gold, item.expected, strict=True)
-            )
-            yield [Outcome(gold, right, len(item.expected) if right else 0, item.gold, "" if right else "routing")]
 
 
 def run(model: tuple[Any, Any], path: Path | None = None, settings: NeedleSettings = SETTINGS) -> Result:

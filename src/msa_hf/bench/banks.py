@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..generation import DocumentIds, PromptProtocol
+from ..hybrid.conversation.partition import select_partition
 from ..model.dense_layer_msa import DenseLayer
 from ..model.memory_msa import Document, DocumentTable, MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
@@ -44,6 +45,8 @@ class HaystackBanks:
         batch_tokens: int = 16384,
     ) -> None:
         self.model, self.tokenizer, self.protocol = model, tokenizer, protocol
+        if len(whole.documents.deleted):  # rows are cut below, which then are documents
+            whole = select_partition(whole, [document.key for document in whole.documents])
         self.haystack, self.whole, self._batch_tokens = haystack, whole, batch_tokens
         self.facts: dict[str, float] = {"documents": len(whole), "tokens_with_wrapping": whole.num_tokens}
 

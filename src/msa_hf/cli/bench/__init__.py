@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from . import chains, compare, conversations, needles
+from . import chains, compare, conversations, mine, needles
 
 NAME = "bench"
 HELP = "Find what a memory cannot do: needles, chains, conversations, and whatever else there is."
@@ -28,6 +28,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     needles,
     chains,
     conversations,
+    mine,
     compare,
 )
 

@@ -1,0 +1,298 @@
+"""Where a model and its memory are blind on a user's documents: facts planted in them, asked for, and gone again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..generation import PromptProtocol
+from ..model.memory_msa import MemoryBank
+from ..model.modeling_msa import MSAForCausalLM
+from ..synthetic.corpora import UNANSWERABLE
+from ..synthetic.hashing import derive_key
+from .asking import RUNGS, holds, holds_all
+from .banks import HaystackBanks
+from .facts import model_facts, run_facts
+from .haystack import Haystack, Plant, depths_of
+from .intervals import fisher_test
+from .invented import CHAINS, MOST_HOPS, Chains
+from .planting import MOST_PLANTED, Asking, Question, Task, ask_tasks
+from .report import short
+from .result import Axis, Cell, Result
+from .style import insert_in_style, own_terms, own_words
+
+NAME = "mine"
+TABLES = (("kind",), ("tokens",), ("hops",), ("distance",), ("depth",), ("kind", "tokens"))
+MAPS = (("tokens", "depth"),)
+PARTS = (16, 4, 1)  # sizes, if none are given: the whole corpus, and these parts of it
+WANTED = 0.9  # a share below it is a blind spot, if its interval is
+TWIN = ", unanswerable"
+# Each of a term and a number.
+TERM_SENTENCES = (
+    "The reference number of {term} is {value}.",
+    "The reference number {value} belongs to {term}.",
+    "Note that {term} has the reference number {value}.",
+)
+TERM_QUESTIONS = ("What is the reference number of {term}?", "Which reference number does {term} have?")
+# What models say that find no answer, besides the refusal that they were trained on.
+REFUSALS = (
+    *("do not know", "don t know", "no answer", "not mentioned", "not stated", "not provided", "not specified"),
+    *("not given", "not say", "unknown", "unanswerable", "cannot be answered", "no information", "does not hold"),
+)
+
+
+@dataclass(frozen=True)
+class MineSettings:
+    """What the questions of a run depend on, besides the documents.
+
+    Attributes:
+        sizes: in tokens, of the first documents; none: the whole corpus, a quarter and a sixteenth of it.
+        hops: most facts that a question follows.
+        depths: how many places of the first fact, from the first document to the last.
+        distances: between a fact and the next, as shares of the size; chains turn back at the ends.
+        repeats: questions of each kind at each place, each with an unanswerable twin.
+        document_tokens: of a document at most; longer ones are cut where a paragraph or sentence ends.
+        refusal: what the model says where there is no answer.
+        max_new_tokens: of an answer.
+        rounds: options of Memory Interleave.
+    """
+
+    sizes: Sequence[int] = ()
+    hops: int = 3
+    depths: int = 3
+    distances: Sequence[float] = (0.05, 0.5)
+    repeats: int = 2
+    seed: int = 0
+    document_tokens: int = 112
+    refusal: str = UNANSWERABLE
+    max_new_tokens: int = 48
+    rounds: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_mine(
+    settings: MineSettings,
+    model: MSAForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: PromptProtocol | None,
+    documents: Sequence[str] | MemoryBank,
+    path: str | Path | None = None,
+    *,
+    source: str = "",
+    name: str = "",
+    batch_size: int = 8,
+    batch_tokens: int = 16384,
+    show_progress: bool = True,
+) -> Result:
+    """Plant facts in copies of documents, ask for them, and for what no document states.
+
+    Kinds: `term`, the number of a term made of the documents' own words; `fact`, about an invented entity; `chain`, of
+    two facts or more, each about what the one before names; and of each an unanswerable twin, which asks the same of
+    what was not planted. A sentence takes the shape of its surroundings: an item of a list, one more in a paragraph.
+
+    Neither files nor bank are changed: planted documents are encoded apart, and banks in memory are put together of
+    these and of the rows of all others.
+
+    Args:
+        documents: their texts, or a bank of them in memory that this model made, with its texts.
+        path: of the result, which a run that ended early goes on with.
+        source: what the documents are, for the result.
+        name: of the model, for the result.
+
+    Raises:
+        ValueError: for settings out of range, documents that are too few, and a file that is of another run.
+    """
+    _check(settings)
+    if isinstance(documents, MemoryBank):
+        haystack = Haystack.of_documents(_texts(documents), [document.tokens for document in documents.documents])
+    else:
+        haystack = Haystack(documents, tokenizer, None, settings.document_tokens, least_tokens=1)
+    settings = replace(settings, sizes=_sizes(settings, haystack))
+    terms = own_terms(own_words(haystack.texts), haystack.texts, settings.depths * settings.repeats, settings.seed)
+    tasks = {tokens: list(_tasks(settings, tokens, terms)) for tokens in settings.sizes}
+    described = {**asdict(settings), "source": source, "haystack": haystack.digest}
+    result = Result.begin(NAME, described, model_facts(model, tokenizer, protocol, name), run_facts(model.device), path)
+    result.notes["terms"] = len(terms)
+    if all(result.done(question.id) for made in tasks.values() for task in made for question in task.questions):
+        return result
+    if isinstance(documents, MemoryBank):
+        banks = HaystackBanks(model, tokenizer, protocol, haystack, documents, batch_tokens)
+    else:
+        banks = HaystackBanks.encode(model, tokenizer, protocol, haystack, None, batch_tokens, show_progress)
+    result.notes["encoding"] = banks.facts
+
+    def judge(answer: str, expected: Sequence[str]) -> bool:
+        return refuses(answer, settings.refusal) if settings.refusal in expected else holds_all(answer, expected)
+
+    asking = Asking(batch_size, settings.max_new_tokens, settings.rounds, judge, insert_in_style)
+    count = sum(len(task.questions) for made in tasks.values() for task in made)
+    with tqdm(total=count, unit="question", disable=not show_progress) as progress:
+        for tokens, made in tasks.items():
+            progress.set_description(f"{tokens:,} tokens")
+            ask_tasks(result, made, haystack.documents(tokens), banks, asking, progress)
+    return result
+
+
+def refuses(answer: str, refusal: str) -> bool:
+    """Tell whether an answer says that there is none: by the refusal, or as models usually do."""
+    return any(holds(answer, text) for text in (refusal, *REFUSALS))
+
+
+def _check(settings: MineSettings) -> None:
+    if not 1 <= settings.hops <= MOST_HOPS:
+        raise ValueError(f"`hops` must be 1 to {MOST_HOPS}, got {settings.hops}.")
+    if settings.depths < 1 or settings.repeats < 1 or not settings.distances:
+        raise ValueError("Depths, distances and repeats must be at least one each.")
+    if not all(0 <= distance <= 1 for distance in settings.distances):
+        raise ValueError(f"`distances` are shares of the size, 0 to 1, got {list(settings.distances)}.")
+    if any(size < 1 for size in settings.sizes):
+        raise ValueError(f"`sizes` must be positive, got {list(settings.sizes)}.")
+    if not settings.refusal.strip():
+        raise ValueError("`refusal` is empty: say what the model answers where there is no answer.")
+    if (wanted := settings.depths * settings.repeats * (1 + settings.hops * len(settings.distances))) > CHAINS:
+        raise ValueError(f"{wanted} questions were asked for at each size, and there are names for {CHAINS}.")
+
+
+def _texts(bank: MemoryBank) -> list[str]:
+    texts = []
+    for document in bank.documents:
+        if document.text is None:
+            raise ValueError(f"Document {document.key!r} was stored without its text, into which a sentence is to go.")
+        texts.append(document.text)
+    return texts
+
+
+def _sizes(settings: MineSettings, haystack: Haystack) -> tuple[int, ...]:
+    """Numbers of tokens, ascending: those asked for, or parts of the corpus that have room for a chain.
+
+    Raises:
+        ValueError: where the documents are too few, or fewer than asked for.
+    """
+    total, room = haystack.tokens(len(haystack)), settings.hops / MOST_PLANTED
+    sizes = sorted({int(size) for size in settings.sizes or (total // part for part in PARTS)})
+    if sizes[-1] > total:
+        raise ValueError(f"The documents have {total:,} tokens, fewer than the {sizes[-1]:,} of `sizes`.")
+    fitting = [size for size in sizes if size and haystack.documents(size) >= room]
+    if not fitting or (settings.sizes and len(fitting) < len(sizes)):
+        least = haystack.documents(sizes[0])
+        raise ValueError(
+            f"{least} documents of up to {settings.document_tokens} tokens are too few to plant {settings.hops} facts, "
+            f"for which {round(room)} are needed: give more documents, larger sizes, or fewer hops."
+        )
+    return tuple(fitting)
+
+
+def _tasks(settings: MineSettings, tokens: int, terms: Sequence[tuple[str, str]]) -> Iterator[Task]:
+    """All tasks at one size, the kinds in turns; the same ones at every size."""
+    chains, number, term = Chains(settings.seed), 0, iter(terms)
+    for repeat in range(settings.repeats):
+        for depth in depths_of(settings.depths):
+            if (pair := next(term, None)) is not None:
+                yield _term(settings, tokens, depth, repeat, pair)
+            for hops in range(1, settings.hops + 1):
+                for distance in settings.distances if hops > 1 else (0.0,):
+                    yield _chain(settings, tokens, depth, repeat, hops, distance, chains, number)
+                    number += 1
+
+
+def _chain(
+    settings: MineSettings,
+    tokens: int,
+    depth: float,
+    repeat: int,
+    hops: int,
+    distance: float,
+    chains: Chains,
+    number: int,
+) -> Task:
+    made = chains.chain(number, hops)
+    axes: dict[str, Axis] = {"tokens": tokens, "depth": depth, "hops": hops}
+    if hops > 1:
+        axes["distance"] = round(distance * tokens)
+    plants = tuple(
+        Plant(sentence, _folded(depth + hop * distance), _place(settings.seed, number, hop))
+        for hop, sentence in enumerate(made.sentences)
+    )
+    kind = "fact" if hops == 1 else "chain"
+    id = f"{kind} {hops} {tokens} {depth:g} {distance:g} {repeat}"
+    gold = tuple(range(hops))
+    return Task(
+        plants,
+        (
+            Question(id, kind, axes, made.question, (made.answer,), gold),
+            Question(f"{id}{TWIN}", kind + TWIN, axes, made.twin, (settings.refusal,), ()),
+        ),
+    )
+
+
+def _term(settings: MineSettings, tokens: int, depth: float, repeat: int, terms: tuple[str, str]) -> Task:
+    key = derive_key("term", settings.seed, *terms)
+    value = str(10**6 + key % (9 * 10**6))
+    sentence = TERM_SENTENCES[key % len(TERM_SENTENCES)].format(term=terms[0], value=value)
+    question = TERM_QUESTIONS[key // 7 % len(TERM_QUESTIONS)]
+    axes: dict[str, Axis] = {"tokens": tokens, "depth": depth, "hops": 1}
+    id = f"term {tokens} {depth:g} {repeat}"
+    return Task(
+        (Plant(sentence, depth, _place(settings.seed, terms[0])),),
+        (
+            Question(id, "term", axes, question.format(term=terms[0]), (value,), (0,)),
+            Question(f"{id}{TWIN}", "term" + TWIN, axes, question.format(term=terms[1]), (settings.refusal,), ()),
+        ),
+    )
+
+
+def _folded(depth: float) -> float:
+    """A depth beyond an end, turned back into 0 to 1."""
+    rest = depth % 2.0
+    return 2.0 - rest if rest > 1.0 else rest
+
+
+def _place(*parts: int | str) -> float:
+    return derive_key("place", *parts) % 1001 / 1000
+
+
+# In words ---------------------------------------------------------------------------------------------------------
+
+
+def in_words(result: Result) -> list[str]:
+    """Where the model and its memory are blind, sentence by sentence: by kind, size, hops, distance, and what broke."""
+    lines = [f"{cell.right} of {cell.asked} questions right, {cell}." for cell in result.cells()]
+    for cell in result.cells("kind"):
+        (kind,) = cell.values
+        state = "blind" if cell.high < WANTED else "sees well" if cell.low >= WANTED else "not blind for certain"
+        lines.append(f"{kind}: {cell.right} of {cell.asked} right, {cell}: {state}.")
+    answerable = [trial for trial in result.trials if not trial.kind.endswith(TWIN)]
+    some = Result(result.benchmark, {}, {}, trials=answerable)
+    for axis, words in (
+        ("tokens", "size, {} tokens"),
+        ("hops", "{} hops"),
+        ("distance", "a distance of {} tokens between facts"),
+        ("depth", "depth {}"),
+    ):
+        lines += _contrast(axis, words, some.cells(axis))
+    broke: dict[str, int] = {}
+    for trial in result.trials:
+        if not trial.right:
+            broke[trial.detail["broke"]] = broke.get(trial.detail["broke"], 0) + 1
+    for rung, count in sorted(broke.items(), key=lambda item: -item[1]):
+        lines.append(f"What broke in {count} of {sum(broke.values())} wrong answers: {rung} ({RUNGS[rung]}).")
+    if result.notes.get("terms") == 0:
+        lines.append("No terms were asked for: the documents have too few words of their own.")
+    return lines
+
+
+def _contrast(axis: str, words: str, cells: Sequence[Cell]) -> list[str]:
+    """What an axis makes of the answers: its best and worst values, if they differ by more than chance."""
+    if len(cells) < 2:
+        return []
+    worst, best = min(cells, key=lambda cell: cell.share), max(cells, key=lambda cell: cell.share)
+    pairs = len(cells) * (len(cells) - 1) / 2
+    p = fisher_test(best.right, best.asked, worst.right, worst.asked) * pairs
+    if p > 0.05:
+        return [f"By {axis}: no difference beyond chance ({worst} to {best})."]
+    said = [f"{words.format(short(cell.values[0]))}: {cell}" for cell in (best, worst)]
+    return [f"By {axis}: best at {said[0]}; worst at {said[1]}; more than chance."]

@@ -1,0 +1,98 @@
+"""`msa-hf bench mine`: where a model and its memory are blind on one's own documents."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ...user_errors import UserError, reported
+from ..documents import add_document_options, read_corpus
+from ..options import at_least, device_in, positive
+from .options import add_asking_options, check_outputs, load_asked, round_options, show, sizes
+
+NAME = "mine"
+HELP = "Plant facts in copies of your documents, ask for them, and say where this model and memory are blind."
+
+
+def shares(text: str) -> list[float]:
+    """An argument type: numbers from 0 to 1, separated by commas."""
+    try:
+        found = [float(item) for item in text.split(",")]
+    except ValueError:
+        found = [-1.0]
+    if not all(0 <= item <= 1 for item in found):
+        raise argparse.ArgumentTypeError(f"must be shares from 0 to 1 separated by commas, got {text!r}")
+    return found
+
+
+def add_options(made: argparse.ArgumentParser) -> None:
+    """Its options."""
+    add_asking_options(made)
+    made.add_argument("docs", metavar="DOCS", help="documents as `encode` takes them, or a bank; neither is changed")
+    add_document_options(made)
+    made.add_argument(
+        "--sizes", type=sizes, default=[], help="in tokens, such as 16K,64K (default: a sixteenth, a quarter and all)"
+    )
+    made.add_argument("--hops", type=positive, default=3, help="most facts that a question follows (default: 3)")
+    made.add_argument("--depths", type=positive, default=3, help="places of the first fact (default: 3)")
+    made.add_argument(
+        "--distances",
+        type=shares,
+        default=[0.05, 0.5],
+        help="between a fact and the next, as shares of the size (default: 0.05,0.5)",
+    )
+    made.add_argument("--repeats", type=positive, default=2, help="questions of a kind at each place (default: 2)")
+    made.add_argument(
+        "--document-tokens", type=at_least(16), default=112, help="of a document at most; longer are cut (default: 112)"
+    )
+    made.add_argument(
+        "--refusal", help="what the model says where there is no answer (default: as msa-hf-tiny says it)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """`msa-hf bench mine`."""
+    check_outputs(args)
+    device_in(args)
+    from ...bench.mine import MAPS, TABLES, MineSettings, in_words, run_mine
+    from ...bench.report import html_report, text_report
+    from ...model.bank_manifest_msa import is_bank
+    from ...model.memory_msa import MemoryBank
+
+    settings = MineSettings(
+        sizes=args.sizes,
+        hops=args.hops,
+        depths=args.depths,
+        distances=args.distances,
+        repeats=args.repeats,
+        seed=args.seed,
+        document_tokens=args.document_tokens,
+        max_new_tokens=args.max_new_tokens,
+        rounds=round_options(args),
+        **({} if args.refusal is None else {"refusal": args.refusal}),
+    )
+    banked = is_bank(Path(args.docs))
+    if not banked and not Path(args.docs).exists():
+        raise UserError(f"{args.docs}: no such file, folder or bank")
+    documents: list[str] | MemoryBank = [] if banked else [row["text"] for row in read_corpus(args, args.docs)]
+    model, tokenizer, protocol = load_asked(args)
+    with reported():
+        if banked:
+            documents = model.load_memory(args.docs, tokenizer, device=model.device)
+        result = run_mine(
+            settings,
+            model,
+            tokenizer,
+            protocol,
+            documents,
+            args.out,
+            source=args.docs,
+            name=args.model,
+            batch_size=args.batch_size,
+            batch_tokens=args.batch_tokens,
+            show_progress=not args.quiet,
+        )
+    words = in_words(result)
+    text = "\n".join([text_report(result, TABLES), "", *words])
+    show(args, result, text, html_report(result, TABLES, MAPS, words))
+    return 0

@@ -1,0 +1,267 @@
+"""`bench mine` on this repository's own documents: what it plants, what it leaves behind, and what it says."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scripted import COMPACT, byte_tokenizer, memory_model
+from whole_reader import Reader
+
+from msa_hf import MemoryBank
+from msa_hf.bank import BankStore
+from msa_hf.bench import planting
+from msa_hf.bench.haystack import Haystack
+from msa_hf.bench.invented import MOST_HOPS, Chains
+from msa_hf.bench.mine import MineSettings, in_words, refuses, run_mine
+from msa_hf.bench.result import Result, Trial
+from msa_hf.bench.style import insert_in_style, own_terms, own_words
+from msa_hf.cli import main
+
+DOCS = Path(__file__).parents[2] / "docs"
+NAMES = ("asking.md", "diagnosis.md", "hub.md")
+PAGES = [(DOCS / name).read_text(encoding="utf-8") for name in NAMES]
+SETTINGS = MineSettings(depths=2, repeats=1, hops=2, document_tokens=400, max_new_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[Any, Any]:
+    tokenizer = byte_tokenizer()
+    return memory_model(tokenizer, COMPACT), tokenizer
+
+
+def run(
+    model: tuple[Any, Any], documents: Any = PAGES, settings: MineSettings = SETTINGS, path: Path | None = None
+) -> Result:
+    return run_mine(settings, *model, COMPACT, documents, path, show_progress=False)
+
+
+def pieces_of(model: tuple[Any, Any]) -> list[str]:
+    return Haystack(PAGES, model[1], None, SETTINGS.document_tokens, least_tokens=1).texts
+
+
+def state(folder: Path) -> dict[str, tuple[str, int]]:
+    return {
+        path.relative_to(folder).as_posix(): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_facts_chains_and_twins_are_planted_in_copies_of_the_documents(
+    model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planting, "put", reader := Reader())
+    result = run(model)
+    sizes = result.settings["sizes"]
+    kinds = {cell.values[0]: cell.asked for cell in result.cells("kind")}
+    each = 2 * len(sizes)
+    assert len(sizes) >= 2 and kinds == {
+        **{kind: each for kind in ("term", "term, unanswerable", "fact", "fact, unanswerable")},
+        **{kind: 2 * each for kind in ("chain", "chain, unanswerable")},
+    }
+    assert all(trial.right for trial in result.trials), [item.id for item in result.trials if not item.right]
+    # A chain has its facts in documents of their own, as far apart as was asked for.
+    for trial in result.trials:
+        if trial.kind == "chain" and trial.axes["tokens"] == sizes[-1]:
+            first, second = trial.detail["gold"]
+            texts = next(item for item in reader.banks if len(item) > second and trial.expected[0] in item[second])
+            apart = sum(map(len, texts[min(first, second) : max(first, second)])) / sum(map(len, texts))
+            assert apart == pytest.approx(trial.axes["distance"] / trial.axes["tokens"], abs=0.15)  # type: ignore[operator]
+    # What the banks have is the documents, and in a quarter of them at most something else.
+    pieces = set(pieces_of(model))
+    for texts in reader.banks:
+        changed = [text for text in texts if text not in pieces]
+        assert 0 < len(changed) <= 0.25 * len(texts)
+    assert not any(trial.expected[0] in page for trial in result.trials if trial.kind == "term" for page in PAGES)
+    # The same questions at every size.
+    by_size = [sorted(item.question for item in result.trials if item.axes["tokens"] == size) for size in sizes]
+    assert all(item == by_size[0] for item in by_size)
+
+
+def test_nothing_is_left_behind_in_a_bank_nor_in_its_files(
+    model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made, tokenizer = model
+    pieces = pieces_of(model)[:40]
+    with BankStore(made, tmp_path / "bank", tokenizer) as opened:
+        opened.add(list(COMPACT.encode_corpus(pieces, tokenizer)))
+        opened.delete("3")
+    monkeypatch.setattr(planting, "put", reader := Reader())
+    before = state(tmp_path)
+    bank = MemoryBank.from_pretrained(tmp_path / "bank", made, tokenizer)
+    kept = {layer: (memory.routing_keys.clone(), memory.pooled_kv.clone()) for layer, memory in bank.layers.items()}
+    told = [(item.key, item.text, item.id) for item in bank.documents]
+    result = run(model, bank, MineSettings(depths=1, repeats=1, hops=2, distances=(0.5,)), tmp_path / "r.json")
+    assert result.trials and all(trial.right for trial in result.trials)
+    # Documents keep their keys and ids while sentences are planted in them.
+    assert all(len(texts) <= 39 and pieces[3] not in texts for texts in reader.banks)
+    assert [(item.key, item.text, item.id) for item in bank.documents] == told
+    for layer, (keys, pooled) in kept.items():
+        assert torch.equal(bank.layers[layer].routing_keys, keys) and torch.equal(bank.layers[layer].pooled_kv, pooled)
+    after = state(tmp_path)
+    del after["r.json"]
+    assert after == before
+
+
+def test_the_command_on_a_folder_of_documentation(
+    model: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for saved in (*model, COMPACT):
+        saved.save_pretrained(tmp_path / "model")
+    (tmp_path / "docs").mkdir()
+    for name in NAMES[:2]:
+        (tmp_path / "docs" / name).write_text((DOCS / name).read_text(encoding="utf-8"), encoding="utf-8")
+    before = state(tmp_path / "docs")
+    out, page = tmp_path / "r.json", tmp_path / "r.html"
+    command = ["bench", "mine", str(tmp_path / "model"), str(tmp_path / "docs"), "--depths", "1", "--repeats", "1"]
+    command += ["--hops", "2", "--distances", "0.5", "--document-tokens", "400", "--max-new-tokens", "2", "--quiet"]
+    command += ["--device", "cpu", "--sizes", "6K"]
+    assert main([*command, "--out", str(out), "--html", str(page)]) == 0
+    said = capsys.readouterr().out
+    assert "fact: 0 of 1 right" in said and "What broke in" in said and "By hops" in said
+    assert state(tmp_path / "docs") == before and "<h2>By hops</h2>" in page.read_text()
+    assert main(["bench", "compare", str(out), str(out)]) == 0
+    assert main([*command[:4], "--sizes", "9M", "--quiet", "--device", "cpu"]) == 2
+    assert "fewer than the 9,000,000" in capsys.readouterr().err
+    assert main(["bench", "mine", str(tmp_path / "model"), str(tmp_path / "none")]) == 2
+    assert "no such file, folder or bank" in capsys.readouterr().err
+
+
+LIST = "# Head\n\nSome prose here. More prose.\n\n* one item\n* two items\n\n```\ncode. Here.\n```\n| a. | b. |\n"
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        (0.0, "\n\nNEW. Some prose here. More prose.\n"),
+        (0.25, "\n\nSome prose here. NEW. More prose.\n"),
+        (0.5, "\n* one item\n* NEW.\n* two items\n"),
+        (1.0, "\n* one item\n* two items\n* NEW.\n"),
+    ],
+)
+def test_a_sentence_takes_the_shape_of_what_is_around_it(place: float, expected: str) -> None:
+    found = insert_in_style(LIST, "NEW.", place)
+    assert expected in found and "```\ncode. Here.\n```\n| a. | b. |\n" in found
+
+
+@pytest.mark.parametrize(
+    "text", [*PAGES, "```\nall code\n```", "| a | b |", "no end", "1. first\n2. second", "Windows.\r\nLines.\r\n"]
+)
+def test_nothing_but_the_sentence_is_new(text: str) -> None:
+    for place in (0.0, 0.3, 0.7, 1.0):
+        found = insert_in_style(text, "NEW SENTENCE.", place)
+        before, _, after = found.partition("NEW SENTENCE.")
+        rest = re.sub(r"\s", "", before + after)
+        mark = re.search(r"(?:[-*+]|\d+[.)])\s+$", before)
+        whole = re.sub(r"\s", "", text)
+        assert whole in (rest, re.sub(r"\s", "", before[: mark.start()] + after) if mark else rest)
+
+
+def test_terms_are_made_of_the_corpus_words_and_new_to_it() -> None:
+    found = own_terms(own_words(PAGES * 2), PAGES, 12, 0)
+    assert len(found) == 12 and len({term for pair in found for term in pair}) == 24
+    whole = "\n".join(PAGES).lower()
+    for pair in found:
+        assert all(word in whole for term in pair for word in term.split("-")) and not any(
+            term in whole for term in pair
+        )
+    assert own_terms(own_words(["One text."]), ["One text."], 4, 0) == []
+
+
+@pytest.mark.parametrize("hops", range(1, MOST_HOPS + 1))
+def test_every_fact_of_a_chain_is_about_what_the_one_before_names(hops: int) -> None:
+    chains = Chains(5)
+    for number in range(40):
+        chain = chains.chain(number, hops)
+        assert chain == Chains(5).chain(number, hops) and len(chain.sentences) == hops
+        assert chain.answer in chain.sentences[-1] and chain.twin != chain.question
+        assert not re.search(r"[{}]|the the", " ".join((*chain.sentences, chain.question, chain.twin)))
+        # Names are two words of which one at least is invented: the last of each fact comes again in the next.
+        for one, other in zip(chain.sentences, chain.sentences[1:], strict=False):
+            assert set(re.findall(r"[A-Z]\w{4,}", one)) & set(re.findall(r"[A-Z]\w{4,}", other))
+        first = set(re.findall(r"[A-Z]\w{4,}", chain.question)) & set(re.findall(r"[A-Z]\w{4,}", chain.sentences[0]))
+        assert first and all(not (first & set(re.findall(r"[A-Z]\w{4,}", text))) for text in chain.sentences[2:])
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"hops": 5}, "`hops` must be 1 to 4"),
+        ({"distances": ()}, "at least one"),
+        ({"distances": (2.0,)}, "0 to 1"),
+        ({"sizes": (100,)}, "are too few to plant"),
+        ({"repeats": 5000}, "names for"),
+        ({"refusal": " "}, "`refusal` is empty"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(settings: dict[str, Any], named: str, model: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match=named):
+        run(model, settings=MineSettings(**{"document_tokens": 400, **settings}))
+    with pytest.raises(ValueError, match=r"too few|have 0 tokens|have \d tokens"):
+        run(model, ["Short."])
+
+
+def test_it_says_in_words_where_the_memory_is_blind() -> None:
+    def trials(hops: int, tokens: int, right: int, broke: str) -> list[Trial]:
+        kind = "fact" if hops == 1 else "chain"
+        axes = {"tokens": tokens, "hops": hops, "depth": 0.5}
+        return [
+            Trial(
+                f"{hops} {tokens} {number}",
+                kind,
+                axes,
+                "?",
+                ("a",),
+                "",
+                number < right,
+                {"broke": "" if number < right else broke},
+            )
+            for number in range(40)
+        ]
+
+    made = Result(
+        "mine",
+        {},
+        {},
+        trials=[
+            *trials(1, 1000, 40, ""),
+            *trials(2, 1000, 4, "routing"),
+            *trials(1, 4000, 40, ""),
+            *trials(2, 4000, 5, "routing"),
+        ],
+    )
+    said = "\n".join(in_words(made))
+    assert "fact: 80 of 80 right" in said and "sees well" in said
+    assert re.search(r"chain: 9 of 80 right.*: blind\.", said)
+    assert (
+        re.search(r"By hops: best at 1 hops.*worst at 2 hops", said)
+        and "By tokens: no difference beyond chance" in said
+    )
+    assert "What broke in 71 of 71 wrong answers: routing" in said
+
+
+@pytest.mark.parametrize(
+    ("answer", "refused"),
+    [
+        ("The memory does not hold the answer.", True),
+        ("I don't know.", True),
+        ("It is not mentioned in the text.", True),
+        ("Not known here", False),
+        ("1234", False),
+        ("", False),
+    ],
+)
+def test_a_refusal_is_known_by_its_words(answer: str, refused: bool) -> None:
+    assert refuses(answer, "The memory does not hold the answer.") is refused
+
+
+def test_the_result_is_json(model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(planting, "put", Reader())
+    run(model, path=tmp_path / "r.json")
+    again = run(model, path=tmp_path / "r.json")
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert len(record["trials"]) == len(again.trials) and len(record["runs"]) == 2
