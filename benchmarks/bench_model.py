@@ -1,26 +1,53 @@
-"""Encoding, question and decoding speed of a model with a memory, random weights, beside its base.
+"""A model with a memory beside its base: first token, decoding, many questions at once, a whole question in rounds.
 
-    python benchmarks/bench_model.py --json docs/bench_model.json
+    python benchmarks/bench_model.py --json docs/bench_model.json                            # one H200
+    python benchmarks/bench_model.py --shape tiny --bank-tokens 2e4 --large-tokens 2e5       # a rehearsal
 
-Documents are encoded for real; the bank is then repeated up to `--bank-tokens`, so that routing sees its true size.
+Random weights. Documents are encoded for real; the bank is then repeated up to `--bank-tokens`, so that routing sees
+its true size. For `--large-tokens` all layers share one tensor of random routing keys, and one of content in locked
+host memory, which are read as often as if each had its own.
+
+Before anything is measured, a small model in float32 must choose the same documents and give the same logits on this
+device compiled as it does uncompiled. Medians of wall-clock time, the device drained before and after. `launches` are
+kernels and graphs started by the host in one run, `waits` copies to the host and synchronizations.
+
+Floors of a row: its weights read once (or its arithmetic, if that takes longer) and the routing keys read once in every
+memory layer, at the rates of this device (`msa_hf.bank.tiered.hardware`).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompileConfig
 
 from msa_hf import MemoryBank, MSAForCausalLM
-from msa_hf.model.memory_msa import DenseLayer, Document, DocumentTable
+from msa_hf.bank.tiered.hardware import RATES
+from msa_hf.bank.tiered.layer import PooledKV, RoutingKeys, TieredLayer
+from msa_hf.bank.tiered.rows import Rows, placed_rows
+from msa_hf.generation import MemoryInterleave, PromptProtocol
+from msa_hf.model.cache_msa import MSACache
+from msa_hf.model.compat_msa import CACHE
+from msa_hf.model.compiled_msa import compiling
+from msa_hf.model.document_rows_msa import ChunkLayout
+from msa_hf.model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable, OpenSession
+from msa_hf.model.options_msa import static_cache
+from msa_hf.ops.formats import FORMATS
 
+ROOT = Path(__file__).parents[1]
+TOKENIZER = ROOT / "model_cards" / "msa-hf-tiny"
 SHAPES: dict[str, dict[str, Any]] = {
     "4b": {
         "hidden_size": 2560,
@@ -39,32 +66,98 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
-        "vocab_size": 512,
+        "vocab_size": 16384,
         "tie_word_embeddings": True,
     },
 }
+GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-def median_ms(run: Callable[[], Any], device: str, repeats: int) -> float:
-    """Median wall-clock milliseconds of `run`, the device drained before and after."""
-    run()
+@dataclass
+class Row:
+    """A line of the table.
+
+    Attributes:
+        what: is measured.
+        ms: median.
+        floor_ms: as of the module; None where there is none.
+        goal: in words.
+        launches, waits: of one run, on a GPU.
+    """
+
+    what: str
+    ms: float
+    floor_ms: float | None = None
+    goal: str = ""
+    launches: int | None = None
+    waits: int | None = None
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def median_ms(run: Callable[[], Any], device: torch.device, repeats: int, warm: int = 2) -> float:
+    """Median wall-clock milliseconds of `run`."""
+
+    def drain() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(warm):
+        run()
     times = []
     for _ in range(repeats):
-        if device == "cuda":
-            torch.cuda.synchronize()
+        drain()
         start = time.perf_counter()
         run()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        drain()
         times.append(time.perf_counter() - start)
     return 1e3 * sorted(times)[repeats // 2]
 
 
-def repeated(bank: MemoryBank, times: int) -> MemoryBank:
+def counted(run: Callable[[], Any], device: torch.device) -> tuple[int, int] | tuple[None, None]:
+    """Launches and waits of one run; nothing is known of the CPU."""
+    if device.type != "cuda":
+        return None, None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+        torch.cuda.synchronize()
+    counts = {item.key: item.count for item in profile.key_averages()}
+    launches = sum(count for name, count in counts.items() if "Launch" in name and name.startswith(("cuda", "cu")))
+    waits = counts.get("cudaStreamSynchronize", 0) + counts.get("cudaEventSynchronize", 0)
+    return launches, waits
+
+
+class Floors:
+    """What a run cannot be faster than, at the rates of a device.
+
+    Args:
+        base: the model.
+        device: where it computes.
+    """
+
+    def __init__(self, base: nn.Module, device: torch.device) -> None:
+        name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+        self.rates = next((rates for key, rates in RATES.items() if key in name), None)
+        self.bytes = sum(weight.nbytes for weight in base.parameters())
+        self.numbers = sum(weight.numel() for weight in base.parameters())
+
+    def ms(self, tokens: int, key_bytes: float = 0, key_products: float = 0) -> float | None:
+        """Milliseconds for so many tokens at once: weights, then in all memory layers keys and their products."""
+        if self.rates is None or self.rates.copy is None or self.rates.matmul is None:
+            return None
+        weights = max(self.bytes / self.rates.copy, 2 * self.numbers * tokens / self.rates.matmul)
+        return 1e3 * (weights + max(key_bytes / self.rates.copy, key_products / self.rates.matmul))
+
+
+# Memories -------------------------------------------------------------------------------------------------------------
+
+
+def repeated(bank: MemoryBank, times: int, text: str | None = None) -> MemoryBank:
     """The same bank `times` times over."""
     counts = bank.offsets.diff().repeat(times)
     rows = [
-        Document(f"{copy}-{document.key}", None, None, document.tokens, document.chunks)
+        Document(f"{copy}-{document.key}", text, None, document.tokens, document.chunks)
         for copy in range(times)
         for document in bank.documents
     ]
@@ -80,71 +173,212 @@ def repeated(bank: MemoryBank, times: int) -> MemoryBank:
     )
 
 
+class LargeMemory:
+    """Keys on the device, content in 8 bits in host memory; every layer has the same of both.
+
+    Args:
+        small: a bank of the model, for what does not depend on size.
+        documents: of equal length, of `text`.
+        tokens: of a document.
+        keys: their format, a name of `FORMATS`.
+    """
+
+    def __init__(self, small: MemoryBank, documents: int, tokens: int, keys: str, text: str, device: torch.device):
+        chunks = math.ceil(tokens / small.origin.chunk_size)
+        some = next(iter(small.layers.values()))
+        (groups, dim), dtype = some.keys.shape[1:], some.routing_keys.dtype
+        count = documents * chunks
+        on_gpu = device.type == "cuda"
+        torch.manual_seed(1)
+        exact = torch.empty(count, groups * dim, dtype=dtype, device=device)
+        for part in exact.split(1 << 16):
+            part.copy_(nn.functional.normalize(torch.randn(part.shape, device=device), dim=1))
+        rows, own = Rows([exact], device), None
+        if FORMATS[keys].scaled:
+            rows, own = placed_rows([exact.cpu()], keys, device, on_device=True), Rows([exact], device)
+        self.key_bytes = rows.nbytes
+        content = placed_rows([torch.ones(count, 2, groups, dim, dtype=dtype)], "fp8", device, on_device=not on_gpu)
+        layout = ChunkLayout(torch.arange(documents + 1) * chunks)
+        layer = TieredLayer(
+            RoutingKeys(rows, own, streamed=False, candidates=None, usual=FORMATS[keys].candidates),
+            PooledKV(content, dtype),
+            layout,
+        )
+        self.layers = dict.fromkeys(small.layers, layer)
+        self.documents = DocumentTable([Document(str(place), text, None, tokens, chunks) for place in range(documents)])
+        self.origin: BankOrigin = small.origin
+        self.prefix: Mapping[int, tuple[Tensor, Tensor]] = small.prefix
+        self.key_products = 2.0 * count * groups * dim
+
+    def snapshot(self) -> LargeMemory:
+        return self
+
+    def session(self, request: object) -> OpenSession:
+        return OpenSession(self.layers)
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def static_forward(model: Any, memory: Any, ids: Tensor, config: CompileConfig | None) -> Iterator[Callable[[], Any]]:
+    """A run of a prompt into a static cache, compiled, without what stands around it in `generate`."""
+    cache = static_cache(model.config, ids.shape[1] + 16)
+
+    def run() -> Any:
+        cache.reset()
+        return model(ids, memory=memory, logits_to_keep=1, use_cache=True, **{CACHE: cache})
+
+    with compiling(model, config):
+        yield run
+
+
+def per_token_ms(model: Any, ids: Tensor, steps: int, device: torch.device, **options: Any) -> float:
+    """Milliseconds of one decoded token."""
+
+    def run(count: int) -> float:
+        return median_ms(lambda: model.generate(ids, max_new_tokens=count, **GREEDY, **options), device, 3)
+
+    return (run(steps + 1) - run(1)) / steps
+
+
+def check(device: torch.device, config: CompileConfig | None) -> None:
+    """Refuse to measure what is not right: compiled, a small model in float32 must do what it does uncompiled."""
+    torch.manual_seed(0)
+    shape = AutoConfig.for_model("qwen3", max_position_embeddings=512, **SHAPES["tiny"])
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
+    model = MSAForCausalLM.from_base(base, prefix_token_ids=[5, 6, 7], router_init="random")
+    bank = model.encode_documents(torch.randint(3, 4000, (64, 300)).tolist(), show_progress=False)
+    ids = torch.randint(3, 4000, (1, 21), device=device)
+    options: dict[str, Any] = {"memory": bank, "max_new_tokens": 8, "return_dict_in_generate": True, **GREEDY}
+    options |= {"output_logits": True}
+    cache = MSACache(config=model.config)
+    expected = model.generate(ids, **options, **{CACHE: cache})
+    found = model.generate(ids, **options, cache_implementation="static", compile_config=config)
+    with static_forward(model, bank, ids, config) as run:
+        routing = run().routing
+    for layer, choice in model(ids, memory=bank).routing.items():
+        if not torch.equal(choice.documents, routing[layer].documents):
+            raise SystemExit(f"Layer {layer} chooses other documents compiled than uncompiled; nothing was measured.")
+    for ours, theirs in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
+
+
 @torch.no_grad()
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=SHAPES, default="4b")
     parser.add_argument("--documents", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens per document")
-    parser.add_argument("--bank-tokens", type=int, default=1_048_576)
+    parser.add_argument("--bank-tokens", type=float, default=1_048_576)
+    parser.add_argument("--large-tokens", type=float, default=100e6, help="0: leave these rows out")
     parser.add_argument("--question", type=int, default=48, help="tokens of the question")
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--compile-backend", default="inductor", help="eager: for rehearsals")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
-    device = arguments.device
+    device, repeats = torch.device(arguments.device), arguments.repeats
+    compile_config = None
+    if arguments.compile_backend != "inductor":
+        compile_config = CompileConfig(backend=arguments.compile_backend, mode=None)
+        compile_config._compile_all_devices = True
+    check(device, compile_config)
 
     torch.manual_seed(0)
     config = AutoConfig.for_model("qwen3", max_position_embeddings=4096, **SHAPES[arguments.shape])
     with torch.device(device):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    vocabulary = config.vocab_size
-    ids = torch.randint(3, vocabulary, (1, arguments.question), device=device)
-    repeats = 7
+    ids = torch.randint(3, 2000, (1, arguments.question), device=device)
+    floors, rows, figures = Floors(base, device), [], {}
+    static: dict[str, Any] = {"cache_implementation": "static", "compile_config": compile_config}
 
-    def decode(model: Any, steps: int, **kwargs: Any) -> float:
-        def run(count: int) -> float:
-            options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-            return median_ms(lambda: model.generate(ids, **options, **kwargs), device, 3)
+    def row(what: str, run: Callable[[], Any], floor: float | None, goal: str = "", count: int = repeats) -> None:
+        rows.append(Row(what, median_ms(run, device, count), floor, goal, *counted(run, device)))
+        print(rows[-1], flush=True)
 
-        return (run(steps + 1) - run(1)) / steps
+    def row_per_token(what: str, model: Any, goal: str = "", **options: Any) -> None:
+        rows.append(Row(what, per_token_ms(model, ids, 32, device, **options), floors.ms(1), goal))
+        print(rows[-1], flush=True)
 
-    figures: dict[str, Any] = {"base_prefill_ms": median_ms(lambda: base(ids), device, repeats)}
-    figures["base_ms_per_token"] = decode(base, 32)
+    row("base: question", lambda: base(ids, logits_to_keep=1), floors.ms(arguments.question))
+    row_per_token("base: a token", base)
+    row_per_token("base: a token, static cache", base, **static)
+    figures["base_prefill_ms"], figures["base_ms_per_token"] = rows[0].ms, rows[1].ms
 
-    model = MSAForCausalLM.from_base(base, prefix_token_ids=[5, 6, 7])
-    documents = torch.randint(3, vocabulary, (arguments.documents, arguments.tokens)).tolist()
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    protocol = PromptProtocol.from_pretrained(TOKENIZER)
+    model = MSAForCausalLM.from_base(base, prefix_token_ids=protocol.prefix_token_ids(tokenizer))
+    documents = torch.randint(3, 2000, (arguments.documents, arguments.tokens)).tolist()
     model.encode_documents(documents[:32], show_progress=False)
-    if device == "cuda":
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     bank = model.encode_documents(documents, show_progress=False)
-    if device == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize()
         figures["encode_peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
     figures["encode_tokens_per_s"] = bank.num_tokens / (time.perf_counter() - start)
-    big = repeated(bank, max(arguments.bank_tokens // bank.num_tokens, 1))
+    text = "The Jethefux Crossing is held at Krikutust Heights, which is known for its roses. " * 3
+    big = repeated(bank, max(int(arguments.bank_tokens) // bank.num_tokens, 1))
     model.accept_bank(big)
     figures["bank"] = repr(big)
 
-    figures["prefill_ms"] = median_ms(lambda: model(ids, memory=big, logits_to_keep=1), device, repeats)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        model(ids, memory=big, logits_to_keep=1)
-        figures["prefill_extra_MB"] = (torch.cuda.max_memory_allocated() - before) / 1e6
-    figures["ms_per_token"] = decode(model, 32, memory=big)
+    def memory_row(what: str, memory: Any, ids: Tensor, goal: str, key_bytes: float, products: float) -> None:
+        batch, tokens = ids.shape
+        floor = floors.ms(
+            batch * tokens, len(memory.layers) * key_bytes, len(memory.layers) * products * batch * tokens
+        )
+        name = f"{what}, {batch} x {tokens} tokens"
+        row(f"{name}, eager", lambda: model(ids, memory=memory, logits_to_keep=1), floor, count=3)
+        with static_forward(model, memory, ids, compile_config) as run:
+            row(f"{name}, compiled", run, floor, goal)
 
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    some = next(iter(big.layers.values())).routing_keys
+    memory_row("first token, small bank", big, ids, "12 ms", some.nbytes, 2.0 * some.numel())
+    figures["prefill_ms"] = rows[-2].ms
+    one = functools.partial(model.generate, ids, memory=big, max_new_tokens=1, **GREEDY, **static)
+    row("generate, first token", one, None)
+    row_per_token("a token behind a memory", model, memory=big)
+    figures["ms_per_token"] = rows[-1].ms
+    row_per_token("a token behind a memory, static cache", model, "3.0 ms, 1.15 x base", memory=big, **static)
+    del big, one
+
+    count = int(arguments.large_tokens) // arguments.tokens
+    if count:
+        large = LargeMemory(bank, count, arguments.tokens, "bf16", text, device)
+        model.accept_bank(large)
+        memory_row("first token, large bank, bf16 keys", large, ids, "25 ms", large.key_bytes, large.key_products)
+        many = torch.randint(3, 2000, (64, 32), device=device)
+        memory_row("large bank", large, many, "0.7 of the floor", large.key_bytes, large.key_products)
+        del large
+        large = LargeMemory(bank, count, arguments.tokens, "int8", text, device)
+        model.accept_bank(large)
+        memory_row("first token, large bank, int8 keys", large, ids, "19 ms", large.key_bytes, large.key_products)
+        rounds: dict[str, Any] = {"max_rounds": 2, "documents_per_round": 1, "router_may_end": False}
+        asker = MemoryInterleave(model, tokenizer, large, protocol, max_new_tokens=16, **rounds, **static)
+        asked = "What is the venue of the Jethefux Crossing known for?"
+        length = {"min_new_tokens": 16, "eos_token_id": None}
+        row("two rounds of a document, 16 tokens", lambda: asker.ask(asked, **length), None, "150 ms", count=5)
+
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     record = {
         "hardware": name,
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         "arguments": {key: str(value) for key, value in vars(arguments).items()},
         "figures": figures,
+        "rows": [asdict(item) for item in rows],
     }
-    print(json.dumps(record, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+    print("| what | ms | floor, ms | share | goal | launches | waits |\n|---|---|---|---|---|---|---|")
+    for item in rows:
+        floor, share = ("", "") if item.floor_ms is None else (f"{item.floor_ms:.2f}", f"{item.floor_ms / item.ms:.2f}")
+        counts = " | ".join("" if number is None else str(number) for number in (item.launches, item.waits))
+        print(f"| {item.what} | {item.ms:.2f} | {floor} | {share} | {item.goal} | {counts} |")
 
 
 if __name__ == "__main__":
