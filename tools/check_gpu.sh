@@ -8,6 +8,7 @@
 #   tests      the tests of the operations on every backend, and of models and their attention on the GPU
 #   sanitize   the kernels' checks under compute-sanitizer
 #   bench      benchmarks/bench_ops.py: every figure of docs/performance.md
+#   model      benchmarks/bench_model.py: whole questions, compiled and not, beside their base; it refuses what is not right
 #   tiers      a bank in tiers: its tests on the GPU, and benchmarks/bench_tiers.py, which wants an H200 (docs/scaling.md)
 #
 # Without steps: all of them, in this order. OUT gets a log per step, and the benchmark's JSON. Needs nvcc, a torch built
@@ -21,7 +22,7 @@ die() {
     exit 2
 }
 
-steps=(kernels build tests sanitize bench tiers)
+steps=(kernels build tests sanitize bench model tiers)
 (($# > 0)) && [[ "$1" != -* ]] || { usage; exit 2; }
 mkdir -p "$1" && out="$(cd "$1" && pwd)" || die "cannot make the directory $1"
 shift
@@ -61,6 +62,10 @@ sanitize() {
 
 bench() {
     "$python" benchmarks/bench_ops.py --json "$out/bench_ops.json"
+}
+
+model() {
+    "$python" benchmarks/bench_model.py --json "$out/bench_model.json"
 }
 
 tiers() {

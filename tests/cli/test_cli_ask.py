@@ -193,6 +193,16 @@ def test_ask_of_a_bank_in_tiers(
     assert ("routing keys  fp8     device" in said) == ("fp8@" in placement) and "routing 32 tokens" in said
 
 
+def test_compiling_is_for_accelerators(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["ask", str(place / "compact"), str(place / "compact-bank"), QUESTION, "--compile", "--device", "cpu"])
+        == 2
+    )
+    assert (
+        "--compile: makes accelerators faster, but the model computes on cpu; leave it out" in capsys.readouterr().err
+    )
+
+
 def test_ask_refuses_a_placement_that_cannot_be(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -310,7 +310,13 @@ def test_with_a_static_cache(select) -> None:
     expected = asker(**options).ask(QUESTIONS, batch_size=2)
     static = asker(**options, cache_implementation="static").ask(QUESTIONS, batch_size=2)
     asked = asker(**options).ask(QUESTIONS, batch_size=2, cache_implementation="static")
-    for answers in (static, asked):
+    configured = asker(**options)
+    configured.model.generation_config.cache_implementation = "static"
+    try:
+        by_model = configured.ask(QUESTIONS, batch_size=2)
+    finally:
+        configured.model.generation_config.cache_implementation = None
+    for answers in (static, asked, by_model):
         for ours, theirs in zip(answers, expected, strict=True):
             assert_same_answers(ours, theirs)
     with pytest.raises(ValueError, match="`reuse_cache` lets one cache grow"):

@@ -12,8 +12,8 @@ from ..generation.selectors import SELECTORS
 from ..json_object import JsonObject
 from ..user_errors import UserError, reported
 from .characters import shown
-from .loading import check_bank, checkpoint, load, protocol_of
-from .options import add_model_options, at_least, device_in, positive
+from .loading import check_bank, checkpoint, compile_runs, load, protocol_of
+from .options import add_compile_option, add_model_options, at_least, device_in, positive
 from .plan import placement
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ INTERLEAVE = ("select", "max_rounds", "documents_per_round")  # options that nee
 def add_asking_options(made: argparse.ArgumentParser) -> None:
     """Options of asking and answering."""
     add_model_options(made)
+    add_compile_option(made)
     made.add_argument("--select", choices=SELECTORS, help="how documents are chosen for reading (default: router)")
     made.add_argument("--max-rounds", type=at_least(0), help="of retrieval (default: 3)")
     made.add_argument(
@@ -57,6 +58,8 @@ def opened_asker(args: argparse.Namespace) -> Asker:
 
     device = device_in(args)
     model, tokenizer = load(args.model, device, args.dtype, args.protocol)
+    if args.compile:
+        compile_runs(model)
     if model.config.routers_trained is False:
         print(f"msa-hf: the routers of {args.model} are untrained: {UNTRAINED}", file=sys.stderr)
     protocol = protocol_of(args.protocol, args.model)

@@ -91,6 +91,17 @@ def load(
     return model, tokenizer
 
 
+def compile_runs(model: MSAForCausalLM) -> None:
+    """Have all that the model generates compiled: questions with a memory go into caches whose shapes stay."""
+    from ..model.compiled_msa import COMPILED_DEVICES
+
+    if model.device.type not in COMPILED_DEVICES:
+        raise UserError(
+            f"--compile: makes accelerators faster, but the model computes on {model.device.type}; leave it out"
+        )
+    model.generation_config.cache_implementation = "static"
+
+
 def protocol_of(choice: str, name: str) -> PromptProtocol | None:
     """The protocol that was asked for, or the checkpoint's own; None where documents are encoded as they are."""
     from ..generation import COMPACT, PUBLISHED, protocol_beside

@@ -86,6 +86,16 @@ def add_sole_writer_option(made: argparse.ArgumentParser) -> None:
     )
 
 
+def add_compile_option(made: argparse.ArgumentParser) -> None:
+    """Whether what answers a question is compiled."""
+    made.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile what answers a question: a minute on first use, then an accelerator does not wait for Python any "
+        "more (docs/performance.md)",
+    )
+
+
 def add_model_options(made: argparse.ArgumentParser) -> None:
     """How a model is loaded and asked."""
     add_protocol_option(made)

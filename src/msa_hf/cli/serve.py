@@ -10,8 +10,8 @@ from pathlib import Path
 from ..generation.selectors import SELECTORS
 from ..user_errors import UserError, reported
 from .indexes import add_index_options, embedder_of
-from .loading import load, protocol_of
-from .options import add_model_options, add_sole_writer_option, at_least, device_in, positive
+from .loading import compile_runs, load, protocol_of
+from .options import add_compile_option, add_model_options, add_sole_writer_option, at_least, device_in, positive
 
 NAME = "serve"
 HELP = (
@@ -62,6 +62,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--documents-per-round", type=positive, help="to read at most")
     made.add_argument("--access-log", action="store_true", help="a line per request on stderr")
     add_model_options(made)
+    add_compile_option(made)
     add_index_options(made)
     add_sole_writer_option(made)
 
@@ -102,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
         listener = listen(args.host, args.port)
     device = device_in(args)
     model, tokenizer = load(args.model, device, args.dtype, args.protocol)
+    if args.compile:
+        compile_runs(model)
     if model.config.routers_trained is False:
         print(f"msa-hf: the routers of {args.model} are untrained: {UNTRAINED}", file=sys.stderr)
     protocol = protocol_of(args.protocol, args.model)

@@ -117,6 +117,8 @@ class Answering:
         width = inputs["input_ids"].shape[1]
         if isinstance(cache := inputs.get(CACHE), Cache) and (beams := config.num_beams or 1) > 1:
             cache.batch_repeat_interleave(beams)  # generate() expands all inputs but a cache
+        if cache is not None and self.model.generation_config.cache_implementation is not None:
+            options = {**options, "cache_implementation": None}  # the model's own would make another cache
         output: Tensor = self.model.generate(**inputs, memory=memory, streamer=streamer, **options)
         return [self.cut(row, stops) for row in output[:, width:].tolist()]
 

@@ -93,18 +93,15 @@ def recall_operation() -> Recall:
         documents, scores = selection.documents.to(device), selection.scores.to(device)
         nan = scores.new_zeros((), dtype=torch.bool) if selection.has_nan is None else selection.has_nan.to(device)
         cut = found.row_mask[:, rows:].any()
-        missing = max(rows - found.keys.shape[2], 0)
-        keys, values = (
-            torch.nn.functional.pad(states[:, :, :rows], (0, 0, 0, missing)).clone(
-                memory_format=torch.contiguous_format
-            )
-            for states in (found.keys, found.values)
-        )
-        row_mask, document_index = (
-            torch.nn.functional.pad(item[:, :rows], (0, missing)).clone()
-            for item in (found.row_mask, found.document_index)
-        )
-        return documents.clone(), scores.clone(), keys, values, row_mask, document_index, nan.clone(), cut
+
+        def sized(tensor: Tensor, dim: int) -> Tensor:
+            missing = rows - tensor.shape[dim]
+            if missing > 0:
+                return torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 1 - dim) + (0, missing))
+            return tensor.narrow(dim, 0, rows).contiguous()
+
+        keys, values = sized(found.keys, 2), sized(found.values, 2)
+        return documents, scores, keys, values, sized(found.row_mask, 1), sized(found.document_index, 1), nan, cut
 
     def shapes(
         queries: Tensor, mask: Tensor, layer: int, k: int, rows: int, groups: int, dtype: torch.dtype

@@ -51,8 +51,9 @@ class BankHome:
 class LayerMemory(Protocol):
     """What one memory layer keeps of the documents, wherever it lies: the layer is asked, and hands out no tensors.
 
-    Queries and masks may lie on any device; results lie on the layer's, and asking never waits for it where the layer
-    can help it. Structural: a checkpoint's copy of a class may live beside the package's.
+    Queries and masks may lie on any device; results lie on the layer's, in tensors of the caller's own, and asking
+    never waits for it where the layer can help it. Structural: a checkpoint's copy of a class may live beside the
+    package's.
     """
 
     def route(self, queries: Tensor, mask: Tensor, k: int, scoring: Scoring) -> Selection:
