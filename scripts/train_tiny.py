@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import transformers
 from tiny_chains import ChainRows, chain_corpus
+from tiny_needles import NeedleRows
 from tiny_rows import TINY, UNLABELLED, Pieces, Row, Rows, encode_all, symbols_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -37,6 +38,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from msa_hf import MSAForCausalLM
 from msa_hf.evaluation import UNANSWERABLE, make_corpus
 from msa_hf.synthetic.corpora import QuestionKind
+from msa_hf.synthetic.needle_corpora import NeedleCorpus
 from msa_hf.synthetic.prose import prose_documents
 from msa_hf.training import CollapseGuard, diagnose, router_recall, sharpen_score_bias
 
@@ -64,8 +66,14 @@ KINDS = {
     "second": (512, 160, 512),
     "chains": (512, 112, 640),
     "reading": (384, 96, 768),
+    "needle_rounds": (512, 112, 640),
+    "needles": (384, 72, 1024),
 }
-CHAINS = ("chains", "following", "dense_chains")  # kinds about corpora of chains
+# Kind -> what makes its corpus and its rows, where that is not `make_corpus` and `Rows`.
+MAKERS: dict[str, tuple[Any, Any]] = {
+    **dict.fromkeys(("chains", "following", "dense_chains"), (chain_corpus, ChainRows)),
+    **dict.fromkeys(("needles", "needle_rounds", "dense_needles"), (NeedleCorpus, NeedleRows)),
+}
 # The width of pools is a multiple of this.
 POOL_STEP = 16
 CROWDING = (1, 100, 1000, 5000)
@@ -89,6 +97,8 @@ def train_tokenizer(out: Path, documents: int) -> PreTrainedTokenizerFast:
     texts = list(corpus.texts(0, documents))
     texts += [question.text for question in corpus.questions(documents // 4, "one_hop", seed=1)]
     texts += [question.text for question in corpus.questions(documents // 8, "two_hop", seed=2)]
+    needles = NeedleCorpus(1024, seed=12345)
+    texts += needles.texts() + [question.text for question in needles.questions]
     prose = prose_documents(4000, seed=7, words=55)
     texts += prose
     trainer = trainers.BpeTrainer(
@@ -147,10 +157,11 @@ class Batches(IterableDataset):
         documents, count, width = self.kinds[kind]
         options: dict[str, Any] = {"alike_share": draw.choice((0.15, 0.5)), "crowding": draw.choice(CROWDING)}
         options |= {"prose": self.prose, "prose_share": 0.1 if kind.startswith("dense") else 0.2, "seed": seed}
-        corpus = (chain_corpus if kind in CHAINS else make_corpus)(documents, **options)
+        make, rows_of = MAKERS.get(kind, (make_corpus, Rows))
+        corpus = make(documents, **options)
         texts = encode_all(tokenizer, [f" {text}" for text in corpus.texts()])
         pieces = Pieces(texts, draw.sample(range(IDS), documents), symbols)
-        maker = (ChainRows if kind in CHAINS else Rows)(tokenizer, corpus, pieces, draw, not kind.startswith("dense"))
+        maker = rows_of(tokenizer, corpus, pieces, draw, not kind.startswith("dense"))
         rows = [row for row in getattr(maker, kind)(count + count // 8) if len(row.ids) <= width][:count]
         batch = {**self.collate(rows, width if self.fixed else None), "kind": kind}
         if not kind.startswith("dense"):
@@ -267,7 +278,7 @@ def train_dense(arguments: Any) -> None:
     backbone, head = model.model, model.lm_head
     backbone_run = torch.compile(backbone) if arguments.compile else backbone
     shape = (arguments.documents, arguments.rows, arguments.width)
-    data = loader(arguments, {"dense": shape, "dense_chains": shape}, arguments.seed)
+    data = loader(arguments, {"dense": shape, "dense_chains": shape, "dense_needles": shape}, arguments.seed)
     curve: list[dict[str, float]] = []
     clock, step, tokens = Clock(arguments.minutes, fall=0.4), 0, 0
     while clock.progress < 1:

@@ -7,8 +7,9 @@ import torch
 
 from msa_hf.bench.asking import Ask, holds, put
 from msa_hf.bench.banks import HaystackBanks
-from msa_hf.bench.haystack import Haystack, HaystackTooSmall, Plant, generated_texts, insert_sentence
+from msa_hf.bench.haystack import Haystack, HaystackTooSmall, Plant, generated_texts
 from msa_hf.generation import PromptProtocol
+from msa_hf.synthetic.sentences import insert_sentence
 
 Tiny = tuple[Any, Any, PromptProtocol]
 NEEDLE = "The Jethefux Crossing is held at Krikutust Heights."
@@ -25,7 +26,7 @@ def test_small_haystacks_are_the_beginning_of_large_ones(tiny: Tiny, haystack: H
     assert haystack.tokens(len(small) - 1) < 1000 <= haystack.tokens(len(small))
     counted = sum(len(tiny[1](text, add_special_tokens=False)["input_ids"]) for text in haystack.texts)
     assert haystack.tokens(len(haystack)) == counted
-    with pytest.raises(HaystackTooSmall, match=r"have \d\d tokens, but .* 1,000"):
+    with pytest.raises(HaystackTooSmall, match=r"have \d\d tokens, but 1,000"):
         Haystack(["One text of enough words that it counts as a document of its own, and no more."], tiny[1], 1000)
 
 

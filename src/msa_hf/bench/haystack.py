@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,8 +17,8 @@ from ..model.splitting_msa import split_text
 from ..model.tokenizing_msa import tokenize_texts
 from ..synthetic.corpora import make_corpus
 from ..synthetic.prose import prose_documents
+from ..synthetic.sentences import insert_sentence
 
-SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+|\n+")
 LEAST_TOKENS = 16  # of a document; shorter rests of a text are left out
 GENERATED = 2_000_000  # documents of the generated corpus that texts are taken from, about 200M tokens
 BLOCK = 2048  # texts made or tokenized at a time
@@ -139,16 +138,6 @@ class Haystack:
             place: insert(self.texts[place], plant.sentence, plant.place)
             for place, plant in zip(places, plants, strict=True)
         }
-
-
-def insert_sentence(text: str, sentence: str, place: float) -> str:
-    """The text with a sentence between two of its own, at the boundary nearest to `place`, 0 to 1."""
-    ends = [0, *(match.end() for match in SENTENCE_END.finditer(text)), len(text)]
-    cut = min(ends, key=lambda end: abs(end - place * len(text)))
-    before, after = text[:cut].rstrip(" "), text[cut:].lstrip(" ")
-    left = "" if not before or before.endswith("\n") else " "
-    right = "" if not after or after.startswith("\n") else " "
-    return f"{before}{left}{sentence}{right}{after}"
 
 
 def file_texts(sources: Sequence[str | Path], **options: object) -> Iterator[str]:

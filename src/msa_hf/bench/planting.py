@@ -8,9 +8,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..synthetic.sentences import insert_sentence
 from .asking import Ask, Judge, Outcome, holds_all, put
 from .banks import HaystackBanks
-from .haystack import Haystack, HaystackTooSmall, Insert, Plant, insert_sentence
+from .haystack import Haystack, HaystackTooSmall, Insert, Plant
 from .result import Axis, Result, Trial
 
 MOST_PLANTED = 0.25  # of a bank's documents: in a small haystack the tasks take turns in several banks

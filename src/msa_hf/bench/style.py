@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from ..synthetic.hashing import derive_key
-from .haystack import SENTENCE_END
+from ..synthetic.sentences import SENTENCE_END
 
 ITEM = re.compile(r"(\s*(?:[-*+•]|\d{1,3}[.)])\s+)\S")
 FENCE = re.compile(r"\s*(?:```|~~~)")

@@ -10,11 +10,10 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count as numbers_from
 
 import numpy as np
 
-from .hashing import Permutation, derive_key, random_below, random_bits
+from .hashing import Draws, Permutation, derive_key
 from .needle_wordings import ADJECTIVES, NOUNS, WORDINGS, Wording
 from .words import Split
 
@@ -70,6 +69,7 @@ class NeedleTasks:
         self._blocks = Permutation(
             len(self._words[0]) // 2 * (len(self._words[1]) // 2), derive_key(self._key, "blocks")
         )
+        self._pairs = Permutation(len(self._words[0]) * len(self._words[1]), derive_key(self._key, "values"))
 
     def __len__(self) -> int:
         """How many tasks there are; no two of them share a key."""
@@ -103,14 +103,18 @@ class NeedleTasks:
         if name not in TASKS or values not in VALUES:
             raise ValueError(f"no needles {name!r} of {values!r}; there are {', '.join(TASKS)} of {', '.join(VALUES)}")
         keys = self.keys(number)
-        draws = _Draws(self._key, "task", number)
-        wording = self._wordings[draws.below(len(self._wordings))]
+        draws = Draws(self._key, "task", number)
+        wording = draws.pick(self._wordings)
         noun = wording.nouns[values]
-        fresh = iter(dict.fromkeys(self._value(values, number, place) for place in range(4 * SEVERAL)))
+        fresh = iter(
+            dict.fromkeys(
+                self._value(values, number, place) for place in range(SEVERAL if values == "words" else 2 * SEVERAL)
+            )
+        )
 
         def needle(key: str) -> Needle:
             value = next(fresh)
-            sentence = wording.sentences[draws.below(len(wording.sentences))]
+            sentence = draws.pick(wording.sentences)
             return Needle(key, value, sentence.format(key=key, value=value, noun=noun))
 
         if name == "multi_value":
@@ -122,33 +126,21 @@ class NeedleTasks:
             extra = {"single": 0, "multi_key_2": 1, "multi_key_3": 2}[name]
             needles, asked, answers = [needle(key) for key in keys[: 1 + extra]], wording.questions, 1
         listed = f"{', '.join(keys[:-1])} and {keys[-1]}"
-        question = asked[draws.below(len(asked))].format(key=keys[0], keys=listed, noun=noun)
+        question = draws.pick(asked).format(key=keys[0], keys=listed, noun=noun)
         return NeedleTask(question, tuple(item.value for item in needles[:answers]), tuple(needles))
 
     def unanswerable(self, values: str, number: int) -> str:
-        """A question about a key of this number, of which a haystack without its task says nothing."""
-        draws = _Draws(self._key, "unanswerable", number)
-        wording = self._wordings[draws.below(len(self._wordings))]
-        question = wording.questions[draws.below(len(wording.questions))]
-        return question.format(key=self.keys(number)[0], noun=wording.nouns[values])
+        """A question about the last key of a task, of which its needles say nothing if they are of one key or three."""
+        draws = Draws(self._key, "unanswerable", number)
+        wording = draws.pick(self._wordings)
+        return draws.pick(wording.questions).format(key=self.keys(number)[-1], noun=wording.nouns[values])
 
     def _value(self, values: str, number: int, place: int) -> str:
-        draws = _Draws(self._key, "value", values, number, place)
-        if values == "words":
-            return "-".join(words[draws.below(len(words))] for words in self._words)
+        draws = Draws(self._key, "value", values, number, place)
+        if values == "words":  # no two needles have the same, and as its noun comes first, no key is one
+            pair = int(self._pairs.forward(np.array([number * SEVERAL + place]))[0])
+            first, second = divmod(pair, len(self._words[1]))
+            return f"{self._words[1][second]}-{self._words[0][first]}"
         if values == "numbers":
             return str(10 ** (DIGITS - 1) + draws.below(9 * 10 ** (DIGITS - 1)))
-        return str(uuid.UUID(int=draws.bits() << 64 | draws.bits(), version=4))
-
-
-class _Draws:
-    """Numbers one after the other, a function of what the draws are for."""
-
-    def __init__(self, *parts: int | str) -> None:
-        self._key, self._numbers = derive_key(*parts), numbers_from()
-
-    def bits(self) -> int:
-        return int(random_bits(self._key, np.array([next(self._numbers)]))[0])
-
-    def below(self, bound: int) -> int:
-        return int(random_below(self._key, np.array([next(self._numbers)]), bound)[0])
+        return str(uuid.UUID(int=sum(draws.below(1 << 16) << 16 * part for part in range(8)), version=4))
