@@ -122,7 +122,8 @@ def run_mine(
     if isinstance(documents, MemoryBank):
         banks = HaystackBanks(model, tokenizer, protocol, haystack, documents, batch_tokens)
     else:
-        banks = HaystackBanks.encode(model, tokenizer, protocol, haystack, None, batch_tokens, show_progress)
+        wanted = haystack.documents(settings.sizes[-1])
+        banks = HaystackBanks.encode(model, tokenizer, protocol, haystack, wanted, batch_tokens, show_progress)
     result.notes["encoding"] = banks.facts
 
     def judge(answer: str, expected: Sequence[str]) -> bool:
