@@ -131,6 +131,17 @@ def test_what_is_not_there_is_named_at_once(place: Path, tmp_path: Path, capsys:
             assert "the Hub cannot be reached (http://127.0.0.1:9" in done.stderr
 
 
+def test_what_is_no_checkpoint_or_bank_is_named(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank = place / "plain-bank"
+    assert "no checkpoint there (no config.json)" in refusal(capsys, "ask", tmp_path, bank, "where")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "an adapter of PEFT without its base; make one" in refusal(capsys, "ask", tmp_path, bank, "where")
+    file = tmp_path / "adapter_config.json"
+    assert "not a directory, which a bank is" in refusal(capsys, "ask", place / "plain", file, "where")
+
+
 def test_documents_do_not_command_the_terminal() -> None:
     assert shown("a\x1b[2Jb\x9b1m\n\tc\r") == "a\ufffd[2Jb\ufffd1m\n\tc\ufffd"
     assert snippet("one\x1b\n\n two " + "x" * 200) == "one\ufffd two " + "x" * 88 + "..."

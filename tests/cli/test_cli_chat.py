@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import QUESTION, loaded
+from commands import QUESTION, loaded, refusal
 
 from msa_hf.cli import main
 from msa_hf.generation import COMPACT, asker_of
@@ -98,6 +98,8 @@ def test_a_conversation_goes_on_where_its_history_is_kept(place: Path, tmp_path:
     assert chatted(monkeypatch, capsys, "and the tea\n", *command, *kept)[1] == alone
     (tmp_path / "text").write_text("no database, but long enough to be looked at as one" * 40)
     assert chatted(monkeypatch, capsys, "x\n", *command, "--history", tmp_path / "text")[0] == 2
+    for name in (tmp_path, tmp_path / "no folder" / "talk.sqlite"):
+        assert "unable to open" in refusal(capsys, "chat", *command, "--history", name)
 
 
 SLOW = """

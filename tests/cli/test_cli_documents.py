@@ -76,6 +76,52 @@ def test_a_name_that_the_protocol_needs_is_refused_before_parts_are_written(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("name", ["plain", "compact"])
+def test_what_is_too_long_is_found_before_anything_is_encoded(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Wherever it stands: a run would lose the hours before it, and a bank be changed in part."""
+    rows = [{"key": f"k{number}", "text": "the sea"} for number in range(3)]
+    rows[2]["text"] = "the sea " * 300
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for command, remedy in (
+        (["encode", place / name, tmp_path / "rows.jsonl", tmp_path / "bank", "--part-size", "1"], "--too-long split"),
+        (["bank", "add", place / name, tmp_path / "bank", tmp_path / "rows.jsonl", "--commit-every", "1"], "Cut it"),
+    ):
+        said = refusal(capsys, *command)
+        assert "rows.jsonl, line 3: document 'k2' has 6" in said and "above the limit of 256" in said and remedy in said
+        assert not (tmp_path / "bank").exists()
+    encode = ["encode", place / name, tmp_path / "rows.jsonl", tmp_path / "bank", "--too-long", "split"]
+    assert main([str(item) for item in encode]) == 0 and keys(tmp_path / "bank")[1:3] == ["k1", "k2#0"]
+
+    model, tokenizer = loaded(place / "plain")
+    runs: list[object] = []
+    hook = model.register_forward_pre_hook(lambda *given: runs.append(given))
+    for documents in (rows, [row["text"] for row in rows], tmp_path / "rows.jsonl"):
+        with pytest.raises(ValueError, match="above the limit of 256"):
+            model.encode_documents(documents, tokenizer, batch_tokens=2, show_progress=False)
+    hook.remove()
+    assert not runs
+
+
+def test_names_that_are_empty_are_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a variable of the shell that is not set, which is no name of the folder that this runs in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("the sea")
+    for command in (
+        ["encode", place / "plain", "a.txt", ""],
+        ["encode", place / "plain", "", "bank"],
+        ["encode", "", "a.txt", "bank"],
+        ["bank", "add", place / "plain", "", "a.txt"],
+        ["ask", place / "plain", "", "where"],
+        ["retrofit", place / "base", ""],
+    ):
+        assert "is empty" in refusal(capsys, *command), command
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
 def test_files_of_keys(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     (tmp_path / "docs.jsonl").write_text('{"key": "café", "text": "the sea"}\n{"key": "b", "text": "the town"}\n')
     bank = tmp_path / "bank"

@@ -120,6 +120,7 @@ def test_what_is_wrong_is_said_in_one_line(place: Path, tmp_path: Path, capsys: 
     lines = {
         "unknown": {**QUESTIONS[0], "positives": ["nowhere.txt"]},
         "untyped": {**QUESTIONS[0], "answer": 3},
+        "unjudged": {"question": "how far", "kind": "far"},
         "long": {**QUESTIONS[0], "question": "how far " * 3000},
     }
     files = {name: tmp_path / f"{name}.jsonl" for name in (*lines, "broken", "empty")}
@@ -134,6 +135,7 @@ def test_what_is_wrong_is_said_in_one_line(place: Path, tmp_path: Path, capsys: 
     assert "missing.jsonl: No such file" in said(replace={3: tmp_path / "missing.jsonl"})
     assert "broken.jsonl, line 1: not valid JSON" in said(replace={3: files["broken"]})
     assert "empty.jsonl: holds no questions" in said(replace={3: files["empty"]})
+    assert "no question has an 'answer' or 'positives'" in said(replace={3: files["unjudged"]})
     assert "untyped.jsonl, line 1: 'answer' must be text" in said(replace={3: files["untyped"]})
     assert "'nowhere.txt', which the bank does not hold" in said(replace={3: files["unknown"]})
     for name in ("plain", "compact"):
@@ -144,6 +146,16 @@ def test_what_is_wrong_is_said_in_one_line(place: Path, tmp_path: Path, capsys: 
     assert "must be an integer of at least 1" in said("--k", 0)
     assert "not a file in a directory that is there" in said("--out", tmp_path / "missing" / "out.json")
     assert "not a file in a directory that is there" in said("--out", tmp_path)
+
+
+def test_conditions_that_no_question_is_about_are_said(place: Path, tmp_path: Path, capsys: Any) -> None:
+    """Those that show the right documents, where no question names any."""
+    command = arguments(place, "--conditions", "routed,gold_text")
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"question": "how far", "answer": "10 miles"}))
+    command[3] = str(tmp_path / "asked.jsonl")
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "gold_text: left out, as no question has positives" in capsys.readouterr().out
 
 
 def test_a_bank_of_another_model_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

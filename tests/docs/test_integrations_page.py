@@ -23,6 +23,6 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         return capsys.readouterr().out
 
     retriever, history, llamaindex = map(run, examples)
-    assert retriever == "heights 7 1\ncrossing 3 2\n1\n"
+    assert retriever == "heights 7 1\ncrossing 3 2\n1 1\n"
     assert history == "['At Krikutust Heights.']\n"
     assert llamaindex == "heights 7 True\nKrikutust Heights is known for its roses.\n"

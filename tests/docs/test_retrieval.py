@@ -11,7 +11,7 @@ pytest.importorskip("tantivy")
 
 def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "retrieval.md").read_text(), flags=re.DOTALL)
-    assert len(examples) == 6
+    assert len(examples) == 7
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
 
@@ -20,7 +20,8 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         exec(compile(source, "retrieval.md", "exec", dont_inherit=True), names)
         return capsys.readouterr().out
 
-    first, second, third, fourth, again, fifth = map(run, examples)
+    first, metadata, second, third, fourth, again, fifth = map(run, examples)
+    assert metadata == "['b']\n['a']\n"
     assert re.match(r"1 move [\d.]+ \('floor', 'office'\)\ngarden \d 1 reciprocal ranks\n", first)
     assert second == "1\n"
     assert third == "['garden'] ['dense', 'lexical']\ninvoice 1 1\n"

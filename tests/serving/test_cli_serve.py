@@ -126,6 +126,8 @@ def test_it_refuses_what_cannot_work_in_one_line(place: Path, tmp_path: Path, ca
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f":{port}: [Errno" in said(model, bank, "--port", port)
+        assert "at most 65535" in said(model, bank, "--port", "65536")
+        assert "--max-batch: must be an integer of at most" in said(model, bank, "--max-batch", "9" * 30)
     with BankStore(None, bank):
         assert "is open for writing" in said(model, bank, "--port", "0")
     assert "no such directory" in said("/no/such/model", bank, "--port", "0")

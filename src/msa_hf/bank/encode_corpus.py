@@ -34,6 +34,7 @@ from ..model.bank_format_msa import TensorLayout, new_manifest
 from ..model.memory_msa import MemoryBank
 from ..model.origin_msa import BankOrigin
 from ..model.positions_msa import position_limit
+from .corpus_lengths import check_lengths
 from .corpus_parts import FOLDER, Part, Record, check_place, commit_parts, find_parts, remove_unfinished, write_part
 from .corpus_rows import PartRows, RowReader
 from .part_pipeline import BEHIND, WritingBehind, default_workers, reading_ahead
@@ -190,6 +191,11 @@ def encode_bank(
         with agreed(ranks):
             encoder = _Encoder(corpus, model, tokenizer, protocol, too_long, batch_tokens)
             parts = encoder.parts(part_size)
+            if too_long == "error":
+                own_numbers = (
+                    number for part in parts[ranks.rank :: ranks.size] for number in range(part.first, part.end)
+                )
+                check_lengths(corpus, own_numbers, model.config, tokenizer, protocol)
         names = ranks.everyone(_digest([part.name for part in parts]))
         with agreed(ranks):
             if len(set(names)) > 1:

@@ -109,8 +109,13 @@ def opened(
             raise UserError(str(error)) from error
 
 
+CUT = "Cut it into parts with keys of their own."
+
+
 def add(args: argparse.Namespace) -> int:
     """`msa-hf bank add`."""
+    from ..bank.corpus_lengths import check_lengths
+
     directory = new_directory(args.bank)
     corpus = read_corpus(args, args.source)
     if corpus.nameless is not None:
@@ -121,6 +126,8 @@ def add(args: argparse.Namespace) -> int:
                 raise UserError(f"{corpus.place(number)}: {args.version_column!r} (--version-column) is not an integer")
     model, tokenizer = load(args.model, device_in(args), args.dtype)
     protocol = protocol_of(args.protocol, args.model)
+    with reported(), length_remedy(CUT):  # before the first of several commits
+        check_lengths(corpus, range(len(corpus)), model.config, tokenizer, protocol)
     options = {"batch_tokens": args.batch_tokens, "show_progress": True}
     counts = Counter[str]()
     rows = iter(corpus)
@@ -129,7 +136,7 @@ def add(args: argparse.Namespace) -> int:
     with opened(directory, model, tokenizer, protocol, encode_options=options, **kept) as bank:
         while batch := list(itertools.islice(rows, args.commit_every)):
             outcomes = Counter[str]()
-            with length_remedy("Cut it into parts with keys of their own."), bank.batch():
+            with length_remedy(CUT), bank.batch():
                 for row in batch:
                     key, fields = row["key"], row["metadata"]
                     version = None if args.version_column is None else version_of(fields.pop(args.version_column))

@@ -47,9 +47,11 @@ def add_options(made: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf chat`."""
+    with _stored():  # before the model is loaded
+        kept = None if args.history is None else _kept(args.history)
     asker = opened_asker(args)
-    with reported():
-        talk = Talk(asker, None if args.history is None else _kept(args.history))
+    with _stored():
+        talk = Talk(asker, kept)
     typed = sys.stdin.isatty()
     if typed:
         print(f"msa-hf: {asker.prompting.name} puts your questions; /help lists commands", file=sys.stderr)
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         if line in ("/quit", "/exit"):
             break
         try:
-            with reported():
+            with _stored():
                 _obey(line, talk) if line.startswith("/") else talk.answer(line)
         except UserError as error:
             print_error(error)  # the conversation goes on
@@ -138,6 +140,18 @@ def _obey(line: str, talk: Talk) -> None:
     else:
         print("\n".join(described_sources(talk.last, talk.asker.bank, most=None)))
     sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _stored() -> Iterator[None]:
+    """A block that may change what is kept."""
+    from ..hybrid.store import StoreError
+
+    try:
+        with reported():
+            yield
+    except StoreError as error:
+        raise UserError(str(error)) from error
 
 
 def _kept(path: str) -> Conversation:

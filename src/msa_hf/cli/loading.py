@@ -25,6 +25,8 @@ PROBE_SECONDS = 3.0  # to ask the Hub whether it has a model, before libraries a
 def checkpoint(name: str) -> str:
     """A directory, or the id of a model that the Hub or its cache has; what is neither is refused at once."""
     path = Path(name)
+    if not name:
+        raise UserError("the name of the model is empty")
     if path.is_dir():
         return name
     if path.exists():
@@ -63,8 +65,12 @@ def _missing_on_hub(name: str, file: str, kind: str) -> str:
 def check_bank(name: str) -> None:
     """Make sure, before anything is loaded, that a bank's directory is there, or a bank of that name on the Hub."""
     path = Path(name)
-    if path.exists():
+    if not name:
+        raise UserError("the name of the bank is empty")
+    if path.is_dir():
         return
+    if path.exists():
+        raise UserError(f"{name}: not a directory, which a bank is")
     missing = f"{name}: no bank: there is no such directory (looked for {path.absolute()})"
     if name.count("/") != 1 or name.startswith((".", "~")) or not HUB_ID.fullmatch(name):
         raise UserError(missing)
@@ -77,6 +83,13 @@ def load(
 ) -> tuple[MSAForCausalLM, PreTrainedTokenizerBase]:
     """A model with a memory, and its tokenizer, which puts questions as `protocol` says."""
     name = checkpoint(name)
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        if os.path.isfile(os.path.join(name, "adapter_config.json")):
+            raise UserError(
+                f"{name}: an adapter of PEFT without its base; make one checkpoint of both (`msa-hf train --merge`, or "
+                "PeftModel.merge_and_unload() and save_pretrained())"
+            )
+        raise UserError(f"{name}: no checkpoint there (no config.json)")
     from transformers import AutoTokenizer
 
     from ..model.modeling_msa import MSAForCausalLM
@@ -115,6 +128,8 @@ def protocol_of(choice: str, name: str) -> PromptProtocol | None:
 def new_directory(name: str) -> Path:
     """A directory to save to."""
     path = Path(name)
+    if not name:
+        raise UserError("the name of the directory to save to is empty; the one that this is run in is named `.`")
     if os.path.lexists(path) and not path.is_dir():
         raise UserError(f"{name}: not a directory")
     return path

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def at_least(lowest: int) -> Callable[[str], int]:
-    """An argument type: an integer from `lowest`."""
+MOST = 2**48  # of any number; what computes with it takes larger ones for errors of its own
+
+
+def at_least(lowest: int, most: int = MOST) -> Callable[[str], int]:
+    """An argument type: an integer from `lowest` up to `most`."""
 
     def integer(text: str) -> int:
         try:
@@ -25,6 +28,8 @@ def at_least(lowest: int) -> Callable[[str], int]:
             value = lowest - 1
         if value < lowest:
             raise argparse.ArgumentTypeError(f"must be an integer of at least {lowest}, got {text!r}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be an integer of at most {most}, got {text!r:.80}")
         return value
 
     return integer

@@ -27,7 +27,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"
     )
-    made.add_argument("--port", type=at_least(0), default=8000, help="port to listen on; 0: any (default: 8000)")
+    made.add_argument("--port", type=at_least(0, 65535), default=8000, help="port to listen on; 0: any (default: 8000)")
     made.add_argument("--name", help="of the model, as clients call it (default: the last part of MODEL)")
     made.add_argument("--read-only", action="store_true", help="do not change the bank; another process may")
     made.add_argument("--create", action="store_true", help="begin an empty bank where there is none")

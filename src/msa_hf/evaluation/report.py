@@ -87,6 +87,9 @@ class Diagnosis:
         columns = self._columns()
         rows, notes = [], []
         for condition, found in self.answers.items():
+            if not found:
+                notes.append(f"{condition}: left out, as no question has positives")
+                continue
             total = found[EVERY]
             rows.append(
                 [
@@ -95,7 +98,7 @@ class Diagnosis:
                     *(_shown(value) for value in (total.empty, total.refused, total.gold_read)),
                 ]
             )
-            most = max(item[EVERY].questions for item in self.answers.values())
+            most = max(item[EVERY].questions for item in self.answers.values() if item)
             if total.questions < most:
                 notes.append(f"{condition}: of {total.questions} questions; the others have no positives")
             if self.left_out.get(condition):

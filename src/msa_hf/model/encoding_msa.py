@@ -211,10 +211,19 @@ class _Reader:
             return
         keys: set[str] = set()
         for number, document in enumerate(rows):
-            key = self._fields(number, document).key
-            if key in keys:
-                raise ValueError(f"Document {number} has the key {key!r}, which an earlier document has.")
-            keys.add(key)
+            fields = self._fields(number, document)
+            if fields.key in keys:
+                raise ValueError(f"Document {number} has the key {fields.key!r}, which an earlier document has.")
+            keys.add(fields.key)
+            if self.too_long == "error" and self._may_be_long(fields):
+                for _ in next(self._tokenized([fields]))[1]:
+                    pass
+
+    def _may_be_long(self, fields: _Fields) -> bool:
+        """Tell whether a document may be too long: a text has hardly ever more tokens than bytes."""
+        if fields.ids is not None:
+            return len(fields.ids) > self.limit
+        return fields.text is not None and len(fields.text.encode()) > self.limit
 
     def items(self, documents: Iterable[object], first: int = 0) -> Iterator[tuple[int, Iterator[_Item]]]:
         """Documents, numbered from `first`, each with its item or its parts; to be looked at in this order."""

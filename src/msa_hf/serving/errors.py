@@ -113,7 +113,8 @@ def api_error(error: Exception) -> ApiError:
 
 def _of_validation(errors: Sequence[Mapping[str, object]], body: object) -> ApiError:
     """The first thing that is wrong with a request."""
-    first = max(errors, key=lambda error: len(_place(error)))  # of alternatives, the one that came farthest
+    # Of alternatives, the one that came farthest; where none did, one whose fields are there.
+    first = max(errors, key=lambda error: (len(_place(error)), error["type"] not in ("missing", "extra_forbidden")))
     place = _place(first)
     source, rest = (place[0], place[1:]) if place else ("body", [])
     if first["type"] == "json_invalid":

@@ -5,12 +5,12 @@ Options of that API which change nothing here are taken; those which would chang
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..json_object import JsonObject
+from ..model.metadata_msa import checked_metadata
 from ..retrieval.where import checked_where
 from .errors import bad_parameter
 from .limits import Limits
@@ -65,11 +65,7 @@ Key = Annotated[str, AfterValidator(_key)]
 
 
 def _metadata(values: JsonObject) -> JsonObject:
-    try:
-        json.dumps(values, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the metadata cannot be written as JSON ({error})") from None
-    return values
+    return checked_metadata(values, "the document")
 
 
 def _where(values: JsonObject) -> JsonObject:
