@@ -29,12 +29,21 @@ BESIDE = 0.15  # of the rounds that read another document beside the right one
 
 
 def chain_corpus(documents: int, seed: int, **options: Any) -> ChainCorpus:
-    """A corpus whose documents are mostly planted: an entity in two is asked about."""
-    unit = sum(SHARES.values())
-    times = documents * 0.42 / (unit * 4.2)  # a question and its twin take 4.2 documents
+    """A corpus of which nearly half the documents are planted, or as many as its entities allow: chains meet at people
+    and places, so that in a small corpus these run out first."""
     draw = random.Random(f"chain mix {seed}")
-    counts = {kind: int(times * SHARES[kind] + draw.random()) for kind in CHAIN_KINDS}
-    return make_chain_corpus(documents, counts, seed=seed, **options)
+    times = 0.42 * documents / (sum(SHARES.values()) * 4.2)  # a question and its twin take 4.2 documents
+    rounding = {kind: draw.random() for kind in CHAIN_KINDS}
+    while True:
+        counts = {kind: int(times * SHARES[kind] + rounding[kind]) for kind in CHAIN_KINDS}
+        if not any(counts.values()):
+            raise ValueError(f"{documents} documents are too few for chains")
+        try:
+            return make_chain_corpus(documents, counts, seed=seed, **options)
+        except ValueError as error:
+            if "too many questions" not in str(error) and "too small" not in str(error):
+                raise
+        times, rounding = 0.8 * times, {kind: 0.9 * share for kind, share in rounding.items()}
 
 
 @dataclass

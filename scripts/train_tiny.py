@@ -5,6 +5,8 @@
     python scripts/train_tiny.py memory --base build/tiny/dense --minutes 9 --out build/tiny/memory
     python scripts/train_tiny.py sharpen --model build/tiny/memory --out build/tiny/sharp
 
+All of it, with measurements, is one command: `bash scripts/make_tiny.sh OUT`.
+
 First a plain Qwen3 learns to read: texts in the prompt, questions about them. Then it gets a memory and learns the
 whole protocol: to route, to name documents from their pooled keys and values, to read what is appended, and to answer.
 Every batch is a small corpus of its own, made by `msa_hf.synthetic.corpora`, so no name is ever seen twice; most are
@@ -36,8 +38,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Qwe
 from transformers.models.qwen3 import modeling_qwen3
 
 from msa_hf import MSAForCausalLM
-from msa_hf.evaluation import UNANSWERABLE, make_corpus
+from msa_hf.bench.chains import ROUNDS
+from msa_hf.evaluation import UNANSWERABLE, exact_match, make_corpus
+from msa_hf.generation import MemoryInterleave
+from msa_hf.model.modes_msa import evaluating
+from msa_hf.synthetic.chain_corpora import make_chain_corpus
 from msa_hf.synthetic.corpora import QuestionKind
+from msa_hf.synthetic.kinds import CHAIN_KINDS
 from msa_hf.synthetic.needle_corpora import NeedleCorpus
 from msa_hf.synthetic.prose import prose_documents
 from msa_hf.training import CollapseGuard, diagnose, router_recall, sharpen_score_bias
@@ -99,6 +106,8 @@ def train_tokenizer(out: Path, documents: int) -> PreTrainedTokenizerFast:
     texts += [question.text for question in corpus.questions(documents // 8, "two_hop", seed=2)]
     needles = NeedleCorpus(1024, seed=12345)
     texts += needles.texts() + [question.text for question in needles.questions]
+    chains = chain_corpus(max(documents // 5, 60), seed=3)
+    texts += [*chains.texts(), *(question.text for question in chains.questions)]
     prose = prose_documents(4000, seed=7, words=55)
     texts += prose
     trainer = trainers.BpeTrainer(
@@ -357,7 +366,8 @@ def bank_to_ask(
 
 
 class Gate:
-    """A diagnosis on a bank of thousands of documents with names never trained on, as often as asked for.
+    """A diagnosis on a bank of thousands of documents with names never trained on, and chains in another one, as often
+    as asked for.
 
     Stops a run that has collapsed.
     """
@@ -366,6 +376,8 @@ class Gate:
         self.rows, self.questions = bank_to_ask(
             tokenizer, documents, questions, seed=99, split="test", prose=prose, prose_share=0.2, crowding=100
         )
+        counts = dict.fromkeys(CHAIN_KINDS, max(questions // 4, 1))
+        self.chains = make_chain_corpus(max(documents // 2, 120), counts, seed=99, split="test", crowding=100)
         self.tokenizer, self.guard = tokenizer, CollapseGuard()
         self.conditions = ["routed", "forced_gold", "gold_text", "no_memory", "ids"]
         if importlib.util.find_spec("bm25s"):
@@ -402,8 +414,23 @@ class Gate:
             row |= {f"{condition}_{kind}": item.exact for kind, item in by_kind.items() if kind != "all"}
         row |= {f"ids_{way}": shares["all"] for way, shares in found.ids.items()}
         row["empty"] = found.answers["routed"]["all"].empty
+        row |= self.measure_chains(model)
         self.guard.check(found.router, empty=row["empty"])
         return row
+
+    def measure_chains(self, model: Any) -> dict[str, float]:
+        """Kind -> share of right answers; all twins are one kind."""
+        asked = self.chains.questions
+        right: dict[str, list[bool]] = {}
+        with torch.compiler.set_stance("force_eager"), evaluating(model):
+            rows = TINY.encode_corpus(self.chains.texts(), self.tokenizer)
+            bank = model.encode_documents(rows, batch_tokens=65536, show_progress=False)
+            asker = MemoryInterleave(model, self.tokenizer, bank, TINY, max_rounds=ROUNDS, max_new_tokens=24)
+            answers = asker.ask([question.text for question in asked], batch_size=64)
+        for question, answer in zip(asked, answers, strict=True):
+            kind = "twins" if question.broken else question.kind
+            right.setdefault(f"chains_{kind}", []).append(exact_match(answer.text, question.answer))
+        return {kind: sum(each) / len(each) for kind, each in right.items()}
 
 
 def train_memory(arguments: Any) -> None:

@@ -13,7 +13,9 @@ from msa_hf.cli.command_line import main
 from msa_hf.synthetic.chain_corpora import make_chain_corpus
 
 TINY = Path(__file__).parents[2] / "model_cards" / "msa-hf-tiny"
-SETTINGS = ChainSettings(sizes=(6000,), kinds=("two_hop", "four_hop"), distances=(2000,), questions=1, seed=3)
+SETTINGS = ChainSettings(
+    sizes=(6000,), kinds=("two_hop", "four_hop"), distances=(2000,), questions=1, seed=3, refusal="Not known."
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def test_two_hops_are_answered_and_of_four_the_hop_that_broke_is_named(measured:
         assert detail["stopped"] == (bool(missing) and len(detail["read"]) < 4)
     twins = [trial for trial in result.trials if trial.kind == NO_ANSWER]
     assert [trial.axes["twin_of"] for trial in twins].count("two_hop") == 1 and len(twins) == 2
-    assert all(trial.expected == ("The memory does not hold the answer.",) for trial in twins)
+    assert all(trial.expected == ("Not known.",) and not trial.right for trial in twins)
     assert all(trial.detail["lacks"] in ("unstated", "removed") for trial in twins)
 
 
