@@ -104,6 +104,7 @@ def html_report(
     tables: Sequence[Sequence[str]] = (("kind",),),
     maps: Sequence[tuple[str, str]] = (),
     words: Sequence[str] = (),
+    figures: Sequence[str] = (),
 ) -> str:
     """A page with what was found: sentences, heat maps, tables, the failures and all that repeats the run.
 
@@ -111,8 +112,9 @@ def html_report(
         tables: axes of each.
         maps: axes across and down of each heat map, drawn for every kind of question that has both.
         words: what it comes to, a sentence each.
+        figures: SVG, which comes first.
     """
-    body = [f"<h1>{escape(title(result))}</h1>", *(f"<p>{escape(sentence)}</p>" for sentence in words)]
+    body = [f"<h1>{escape(title(result))}</h1>", *(f"<p>{escape(sentence)}</p>" for sentence in words), *figures]
     for across, down in maps:
         for kind in dict.fromkeys(trial.kind for trial in result.trials):
             if cells := result.cells(across, down, kind=kind):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from . import chains, compare, conversations, mine, needles
+from . import chains, compare, conversations, mine, needles, scaling
 
 NAME = "bench"
-HELP = "Find what a memory cannot do: needles, chains, conversations, and whatever else there is."
+HELP = "Find what a memory cannot do: needles, chains, conversations, the scaling curve, and whatever else there is."
 
 
 class Benchmark(Protocol):
@@ -28,6 +28,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     needles,
     chains,
     conversations,
+    scaling,
     mine,
     compare,
 )

@@ -1,0 +1,321 @@
+"""The scaling curve: the same questions, answered in banks of every size, and what is lost from first to last."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..bank import place_bank
+from ..bank.tiered.plan import PlacementOptions
+from ..evaluation.metrics import exact_match
+from ..evaluation.recall import JudgedFields
+from ..generation import PromptProtocol
+from ..model.memory_msa import MemoryBank
+from ..model.modeling_msa import MSAForCausalLM
+from ..synthetic.corpora import UNANSWERABLE, make_corpus
+from .asking import Ask, Outcome, put
+from .facts import model_facts, run_facts
+from .intervals import Z95, sign_test
+from .nested import Filler, NestedDocuments, documents_of, encode_nested, first_documents
+from .report import short
+from .result import Result, Trial
+
+TABLES = (("tokens",), ("kind", "tokens"))
+MAPS = (("tokens", "kind"),)
+KINDS = ("one_hop", "two_hop", "unanswerable")
+DOCUMENT = 110  # tokens of an invented document, or fewer
+PAPER = 0.088  # lost from 16K to 100M tokens (MSA, arXiv 2603.23516)
+
+
+@dataclass(frozen=True)
+class AskedQuestion:
+    """A question with its documents.
+
+    Attributes:
+        rounds: positions among the documents asked about, by the round of retrieval that should find them.
+    """
+
+    text: str
+    answer: str
+    kind: str
+    rounds: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class AskedDocuments:
+    """The documents that all banks have, and the questions about them."""
+
+    texts: tuple[str, ...]
+    questions: tuple[AskedQuestion, ...]
+
+
+@dataclass(frozen=True)
+class ScalingSettings:
+    """What a run depends on.
+
+    Attributes:
+        sizes: of the banks in tokens, ascending; the first must hold all that is asked about.
+        seed: of filler, numbers and invented questions.
+        refusal: the answer to what the memory does not hold.
+        max_new_tokens: of an answer.
+        rounds: options of Memory Interleave.
+        placement: where keys and content lie, as `PlacementOptions`; None: a bank in one place.
+    """
+
+    sizes: tuple[int, ...]
+    seed: int = 0
+    refusal: str = UNANSWERABLE
+    max_new_tokens: int = 32
+    rounds: Mapping[str, int] = field(default_factory=dict)
+    placement: PlacementOptions | None = None
+
+    def __post_init__(self) -> None:
+        if list(self.sizes) != sorted(set(self.sizes)) or not self.sizes or self.sizes[0] < 1:
+            raise ValueError(f"`sizes` must be numbers of tokens that ascend, got {list(self.sizes)}.")
+
+
+def invented_questions(tokens: int, asked: int, seed: int = 0, kinds: Sequence[str] = KINDS) -> AskedDocuments:
+    """Questions of each kind about an invented corpus of at most so many tokens, in which all their documents are.
+
+    Raises:
+        ValueError: for fewer tokens than questions need.
+    """
+    count = tokens // DOCUMENT
+    if count < 20:
+        raise ValueError(f"The smallest bank must have at least {20 * DOCUMENT} tokens, got {tokens}.")
+    corpus = make_corpus(count, seed=seed, split="test", prose_share=0.0)
+    questions = [
+        AskedQuestion(item.text, item.answer, item.kind, item.rounds if item.kind != "unanswerable" else ())
+        for kind in kinds
+        for item in corpus.questions(asked, kind, seed=seed)  # type: ignore[arg-type]
+    ]
+    return AskedDocuments(tuple(corpus.texts()), tuple(questions))
+
+
+def given_questions(questions: Sequence[JudgedFields], texts: Mapping[str, str]) -> AskedDocuments:
+    """Questions of a user, and the documents that they are about.
+
+    Args:
+        questions: with `answer`; `positives` or `rounds` are keys of documents, none where nothing answers.
+        texts: of documents, by key.
+
+    Raises:
+        ValueError: for a question without an answer, and a document that is not there.
+    """
+    places: dict[str, int] = {}
+    made = []
+    for number, item in enumerate(questions):
+        keys = item.get("rounds") or [[key] for key in item.get("positives", ())]
+        answer = item.get("answer")
+        if keys and answer is None:
+            raise ValueError(f"Question {number} ({item['question']!r:.60}) has documents but no `answer`.")
+        for key in (key for group in keys for key in group):
+            if key not in texts:
+                raise ValueError(f"Question {number} is about the document {key!r}, which is not among the documents.")
+            places.setdefault(key, len(places))
+        rounds = tuple(tuple(places[key] for key in group) for group in keys)
+        kind = item.get("kind") or ("answerable" if rounds else "unanswerable")
+        made.append(AskedQuestion(item["question"], answer or "", kind, rounds))
+    return AskedDocuments(tuple(texts[key] for key in places), tuple(made))
+
+
+def run_scaling(
+    settings: ScalingSettings,
+    model: MSAForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: PromptProtocol | None,
+    asked: AskedDocuments,
+    filler: Filler,
+    path: str | Path | None = None,
+    *,
+    source: str = "invented",
+    name: str = "",
+    batch_size: int = 8,
+    batch_tokens: int = 16384,
+    workers: int = 0,
+    show_progress: bool = False,
+) -> Result:
+    """Encode the largest bank, and put all questions to each of its beginnings.
+
+    Args:
+        filler: what stands behind the documents asked about; `source` says what it is.
+        path: of the result, which goes on where an earlier run ended.
+        workers: processes that make texts and tokens.
+
+    Raises:
+        HaystackTooSmall: where the filler ends before the largest size.
+        ValueError: where the documents asked about do not fit the smallest size.
+        ResultError: for a file of another run.
+    """
+    facts = model_facts(model, tokenizer, protocol, name)
+    kept = {**asdict(settings), "filler": source, "questions": len(asked.questions), "documents": len(asked.texts)}
+    result = Result.begin("scaling", kept, facts, run_facts(model.device), path)
+    left = {size: _left(result, asked, size) for size in settings.sizes}
+    if not any(left.values()):
+        return result
+    documents = NestedDocuments(tokenizer, protocol, asked.texts, filler, settings.sizes[-1], settings.seed, workers)
+    placed = settings.placement is not None
+    start = time.monotonic()
+    whole = encode_nested(
+        model,
+        tokenizer,
+        documents,
+        batch_tokens=batch_tokens,
+        bank_device="cpu" if placed else None,
+        show_progress=show_progress,
+    )
+    seconds = round(time.monotonic() - start, 1)
+    result.notes["encoding"] = {"seconds": seconds, "tokens": whole.num_tokens, "documents": len(whole)}
+    if documents_of(whole, settings.sizes[0]) < len(asked.texts):
+        raise ValueError(
+            f"The {len(asked.texts)} documents asked about have more than {settings.sizes[0]:,} tokens, the smallest "
+            "size. Ask for larger sizes, or fewer questions."
+        )
+    for size, questions in left.items():
+        if questions:
+            bank = first_documents(whole, documents_of(whole, size))
+            _ask(settings, model, tokenizer, protocol, asked, bank, size, questions, result, batch_size, show_progress)
+    result.save()
+    return result
+
+
+def _left(result: Result, asked: AskedDocuments, size: int) -> list[int]:
+    return [number for number in range(len(asked.questions)) if not result.done(f"{size} {number}")]
+
+
+def _ask(
+    settings: ScalingSettings,
+    model: MSAForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: PromptProtocol | None,
+    asked: AskedDocuments,
+    bank: MemoryBank,
+    size: int,
+    numbers: Sequence[int],
+    result: Result,
+    batch_size: int,
+    show_progress: bool,
+) -> None:
+    """Put questions to a bank, and keep what came of each."""
+    memory: Any = bank
+    if settings.placement is not None:
+        memory = place_bank(bank, model.device, settings.placement, model=model, tokenizer=tokenizer)
+    asks = [_asked(asked.questions[number], settings.refusal) for number in numbers]
+    options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, **settings.rounds}
+    start = time.monotonic()
+    batches = put(model, tokenizer, memory, protocol, asks, _right, batch_size=batch_size, **options)
+    place = 0
+    with tqdm(total=len(asks), desc=f"Asking, {short(size)} tokens", disable=not show_progress) as progress:
+        for batch in batches:
+            result.add(_trials(asked, numbers[place : place + len(batch)], asks[place:], batch, size))
+            place += len(batch)
+            progress.update(len(batch))
+    result.notes[f"bank of {size}"] = {
+        "tokens": bank.num_tokens,
+        "documents": len(bank),
+        "seconds for a question": round((time.monotonic() - start) / len(asks), 3),
+        "placement": "one place" if settings.placement is None else str(memory.plan),
+    }
+    result.save()
+
+
+def _asked(question: AskedQuestion, refusal: str) -> Ask:
+    answer = question.answer if question.rounds else refusal
+    return Ask(question.text, (answer,), question.rounds)
+
+
+def _right(answer: str, expected: Sequence[str]) -> bool:
+    return all(exact_match(answer, item) for item in expected)
+
+
+def _trials(
+    asked: AskedDocuments, numbers: Sequence[int], asks: Sequence[Ask], outcomes: Sequence[Outcome], size: int
+) -> Iterator[Trial]:
+    for number, ask, outcome in zip(numbers, asks, outcomes, strict=False):
+        found = sum(position in outcome.read for position in ask.gold)
+        yield Trial(
+            f"{size} {number}",
+            asked.questions[number].kind,
+            {"tokens": size},
+            ask.question,
+            ask.expected,
+            outcome.answer,
+            outcome.right,
+            {"broke": outcome.broke, "gold": len(ask.gold), "found": found, **outcome.rungs},
+        )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the last size has fewer of right answers than the first, by the same questions.
+
+    Attributes:
+        first, last: shares.
+        asked: questions.
+        low, high: the 95 % interval of `first - last`, of pairs.
+        p: the chance of so uneven a change, were both sizes alike (sign test).
+    """
+
+    sizes: tuple[int, int]
+    first: float
+    last: float
+    asked: int
+    low: float
+    high: float
+    p: float
+
+    @property
+    def relative(self) -> float:
+        """The loss as a share of what the first size had, as the paper gives it; 0 where that is nothing."""
+        return (self.first - self.last) / self.first if self.first else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"From {short(self.sizes[0])} to {short(self.sizes[1])} tokens {self.first:.3f} became {self.last:.3f} of "
+            f"{self.asked} questions: {100 * self.relative:.1f} % lost (95 %: {100 * self._share(self.low):.1f} to "
+            f"{100 * self._share(self.high):.1f}; p = {self.p:.2f})."
+        )
+
+    def _share(self, points: float) -> float:
+        return points / self.first if self.first else 0.0
+
+
+def loss(result: Result, kind: str | None = None) -> Loss | None:
+    """The loss from the first to the last size, of all questions or of a kind; None for fewer than two sizes."""
+    sizes = sorted({int(trial.axes["tokens"]) for trial in result.trials})
+    if len(sizes) < 2:
+        return None
+    first, last = (
+        {
+            trial.id.partition(" ")[2]: trial.right
+            for trial in result.trials
+            if trial.axes["tokens"] == size and kind in (None, trial.kind)
+        }
+        for size in (sizes[0], sizes[-1])
+    )
+    both = sorted(first.keys() & last.keys())
+    if not both:
+        return None
+    lost = sum(first[item] and not last[item] for item in both)
+    gained = sum(last[item] and not first[item] for item in both)
+    count, difference = len(both), (lost - gained) / len(both)
+    # Of pairs that changed; half a pair on each side, so that no change at all is not taken for certain.
+    spread = (lost + gained + 1 - (lost - gained) ** 2 / count) / count**2
+    half = Z95 * math.sqrt(spread)
+    shares = sum(first[item] for item in both) / count, sum(last[item] for item in both) / count
+    return Loss((sizes[0], sizes[-1]), *shares, count, difference - half, difference + half, sign_test(gained, lost))
+
+
+def in_words(result: Result) -> list[str]:
+    """What it comes to: the loss of all questions, and of each kind."""
+    found = [("", loss(result))]
+    found += [(f"{kind}: ", loss(result, kind)) for kind in dict.fromkeys(trial.kind for trial in result.trials)]
+    lines = [f"{kind}{item}" for kind, item in found if item is not None]
+    return [*lines, f"The paper lost {100 * PAPER:.1f} % from 16K to 100M tokens."] if lines else []
