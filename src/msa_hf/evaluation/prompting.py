@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +28,11 @@ def text_of(bank: MemoryBank, position: int) -> str:
 
 
 class Writer:
-    """Has a model answer prompts, with the memory or without."""
+    """Has a model answer prompts, with the memory or without.
+
+    Args:
+        cut: what of a document is read: from its text and the question. Default: all of it.
+    """
 
     def __init__(
         self,
@@ -37,9 +41,10 @@ class Writer:
         bank: MemoryBank,
         protocol: PromptProtocol | None,
         max_new_tokens: int,
+        cut: Callable[[str, str], str] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.bank, self.protocol = model, tokenizer, bank, protocol
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.cut = max_new_tokens, cut
         self.ids = DocumentIds(bank)
         self.prompting = prompting_of(tokenizer, protocol)
         self.answering = Answering(model, tokenizer, protocol)
@@ -68,8 +73,12 @@ class Writer:
             dropped += 1
 
     def _prompt(self, question: str, rounds: Sequence[Sequence[int]]) -> Prompt:
-        pairs = [[(self.ids.id_of(position), text_of(self.bank, position)) for position in group] for group in rounds]
+        pairs = [[(self.ids.id_of(position), self._text(position, question)) for position in group] for group in rounds]
         return self.prompting.prompt(question, pairs, closed=True)
+
+    def _text(self, position: int, question: str) -> str:
+        text = text_of(self.bank, position)
+        return text if self.cut is None else self.cut(text, question)
 
     def write(
         self,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import json
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,15 +24,17 @@ Signals = Mapping[str, float]  # signal -> value, of one question
 class Calibration:
     """Thresholds of signals.
 
-    Every signal of a question becomes the share of well answered questions that look at least as bad, by one half of
-    the calibration's questions, the references; behind the largest of these the tail is taken to fall exponentially.
-    The question's suspicion is the sum of the logarithms of one over these shares, times the signals' weights. The
-    threshold of suspicions comes from the other half, which the suspicion does not depend on: so the guarantee holds
-    whatever the signals and weights are, as long as well answered questions are alike (exchangeable) then and now.
+    Every signal of a question becomes the share of well answered questions that look at least as bad, by those of the
+    calibration, the references; behind the largest of these the tail is taken to fall exponentially. The question's
+    suspicion is the sum of the logarithms of one over these shares, times the signals' weights. The threshold comes
+    from the suspicions of the calibration's questions, each by all others as references. A new question is one more of
+    the same kind: so the guarantee holds whatever the signals and weights are, up to what one question among the
+    references changes, as long as well answered questions are alike (exchangeable) then and now. Half of the questions
+    as references and the other half for the threshold would be exact, but two outliers in a small half set it.
 
     Attributes:
-        references: signal -> its values of half of the questions, ascending.
-        suspicions: of the other half, ascending.
+        references: signal -> its values of the calibration's questions, ascending.
+        suspicions: of these questions, each without itself among the references, ascending.
         weights: signal -> its say.
         false_alarms: the most of well answered questions that may be flagged.
         confidence: with which this holds for this calibration; 0: on average over calibrations.
@@ -75,7 +76,9 @@ class Calibration:
         if self.suspicion(signals) <= self.threshold:
             return []
         shares = self.shares(signals)
-        counts = {name: _counted(self.references[name], self.weights[name], share) for name, share in shares.items()}
+        counts = {
+            name: _counted(len(self.references[name]), self.weights[name], share) for name, share in shares.items()
+        }
         ordered = sorted(counts, key=lambda name: -counts[name])
         return [name for name in ordered if shares[name] <= RARE] or ordered[:1]
 
@@ -111,7 +114,6 @@ def calibrate(
     confidence: float = 0.9,
     weights: Mapping[str, float] | None = None,
     documents: int = 0,
-    seed: int = 0,
 ) -> Calibration:
     """Thresholds from the signals of questions that are answered well.
 
@@ -122,7 +124,6 @@ def calibrate(
             kept on average over calibrations.
         weights: signal -> its say, positive. Default: those of `SIGNALS`.
         documents: that the bank held.
-        seed: of how the questions are halved.
 
     Raises:
         ValueError: for too few questions, saying how many are needed, questions with different signals, an unknown
@@ -146,19 +147,17 @@ def calibrate(
             raise ValueError(
                 f"Question {number} has the signals {sorted(signals)}, the first {sorted(names)}; all must be numbers."
             )
-    order = list(range(len(questions)))
-    random.Random(seed).shuffle(order)
-    half = len(order) // 2
-    references = {name: tuple(sorted(questions[place][name] for place in order[:half])) for name in names}
-    allowed = allowed_alarms(len(order) - half, false_alarms, confidence)
-    if not half or allowed < 1:
-        needed = next(count for count in range(1, 1 << 20) if allowed_alarms(count, false_alarms, confidence))
+    count = len(questions)
+    allowed = allowed_alarms(count, false_alarms, confidence)
+    if allowed < 1 or count < 2:
+        needed = next(count for count in range(2, 1 << 20) if allowed_alarms(count, false_alarms, confidence))
         raise ValueError(
-            f"{len(questions)} questions are too few for at most {false_alarms:.1%} false alarms with confidence "
-            f"{confidence:.0%}: {2 * needed} are needed. Give more, or allow more false alarms."
+            f"{count} questions are too few for at most {false_alarms:.1%} false alarms with confidence "
+            f"{confidence:.0%}: {needed} are needed. Give more, or allow more false alarms."
         )
+    references = {name: tuple(sorted(signals[name] for signals in questions)) for name in names}
     known = {name: say[name] for name in names}
-    suspicions = sorted(_suspicion(references, known, questions[place]) for place in order[half:])
+    suspicions = sorted(_suspicion(references, known, signals, among=True) for signals in questions)
     return Calibration(references, tuple(suspicions), known, false_alarms, confidence, suspicions[-allowed], documents)
 
 
@@ -188,24 +187,32 @@ def _scale(reference: Sequence[float], unit: float) -> float:
     return max(sum(value - start for value in reference[-count:]) / count, unit)
 
 
-def _share(reference: Sequence[float], value: float, unit: float) -> float:
-    above = len(reference) - bisect.bisect_left(reference, value)
-    share = (1 + above) / (len(reference) + 1)
+def _share(reference: Sequence[float], value: float, unit: float, among: bool = False) -> float:
+    """The share of the references that are at least as large. `among`: the value is one of them, and not compared with
+    itself."""
+    above = len(reference) - among - bisect.bisect_left(reference, value)
+    share = (1 + above) / (len(reference) - among + 1)
     if above:
         return share
-    return share * math.exp(-min((value - reference[-1]) / _scale(reference, unit), 600.0))
+    others = reference[:-1] if among else reference
+    return share * math.exp(-min((value - others[-1]) / _scale(others, unit), 600.0))
 
 
-def _counted(reference: Sequence[float], weight: float, share: float) -> float:
-    """The weight of a signal that is as bad as a share of the references."""
-    return weight * min(-math.log(share), math.log(len(reference) + 1) + CAP)
+def _counted(count: int, weight: float, share: float) -> float:
+    """The weight of a signal that is as bad as a share of `count` references."""
+    return weight * min(-math.log(share), math.log(count + 1) + CAP)
 
 
-def _suspicion(references: Mapping[str, Sequence[float]], weights: Mapping[str, float], signals: Signals) -> float:
+def _suspicion(
+    references: Mapping[str, Sequence[float]],
+    weights: Mapping[str, float],
+    signals: Signals,
+    among: bool = False,
+) -> float:
     found = [
-        _counted(references[name], weights[name], _share(references[name], value, SIGNALS[name].unit))
+        _counted(len(reference) - among, weights[name], _share(reference, value, SIGNALS[name].unit, among))
         for name, value in signals.items()
-        if name in references
+        if (reference := references.get(name)) is not None
     ]
     if not found:
         raise ValueError(f"None of the signals {sorted(signals)} is one of the calibration's {sorted(references)}.")

@@ -13,11 +13,23 @@ from .finding import Finding
 
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 SIDES = ("first", "last")
+SLACK = 0.1  # of a document's tokens
 
 
 def sentences_of(text: str) -> list[str]:
     """The sentences of a text, as far as their ends can be told."""
     return [part.strip() for part in _SENTENCE_END.split(text) if part.strip()]
+
+
+def left_out(encoded: int, needed: int) -> float:
+    """The share of a text that was not encoded, 0 to 1; up to `SLACK` is taken for another way of wrapping it.
+
+    Args:
+        encoded: tokens of the document in the bank.
+        needed: tokens of its whole text.
+    """
+    share = 1 - encoded / max(needed, 1)
+    return share if share > SLACK else 0.0
 
 
 def never_routed(findings: Iterable[Finding], documents: int) -> list[int]:

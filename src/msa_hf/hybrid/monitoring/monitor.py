@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -15,10 +16,12 @@ from ...generation import Answer, MemoryInterleave, PromptProtocol
 from ...generation.combining import combine_layers
 from ...model.memory_msa import Memory, MemoryBank, Snapshots
 from ...model.modeling_msa import MSAForCausalLM
+from ...model.tokenizing_msa import tokenize
 from ...retrieval import Embedder, FusionWeights, Searcher, fuse
 from .calibration import Calibration, calibrate
-from .coverage import sentences_of
+from .coverage import left_out, sentences_of
 from .finding import Cost, Finding, SecondAnswer
+from .look_alikes import look_alikes, words_of
 from .names import QuestionNames
 from .recovering import Recovered, Unanswered, confirm, read_one_by_one
 from .second_reading import Evidence, Reading, SecondReader, same_answer, standing
@@ -154,6 +157,7 @@ class Monitor:
         self.calibration, self.refusal = calibration, refusal
         self.denser, self.candidates, self.batch_size = denser, candidates, batch_size
         self.reader = SecondReader(model, tokenizer, self.bank, protocol, max_new_tokens)
+        self._missing: dict[int, float] = {}
         self.asker: MemoryInterleave | None = None
         if protocol is not None:
             options = {"max_new_tokens": max_new_tokens, **(interleave or {})}
@@ -250,6 +254,7 @@ class Monitor:
         for item in watched:
             unanswered = self._says_nothing(item.answer)
             item.signals = routing_signals(item.rounds, unanswered, self.model.config.top_k) | self._gaps(item)
+            item.signals |= self._texts_at_fault(item)
         for check in self.checks:
             start = time.perf_counter()
             self._second(check, watched)
@@ -377,6 +382,32 @@ class Monitor:
             found["lexical_gap"] *= max(names.other - names.read, 0.0)
         return found
 
+    def _texts_at_fault(self, item: _Watched) -> dict[str, float]:
+        """Documents that look like one that was read, and documents for the question that are encoded in part."""
+        ranked = [position for way in self.ways for position, _ in item.scores[way]]
+        known = set(item.known)
+        others = [position for position in dict.fromkeys([*item.routed, *ranked]) if position not in known]
+        texts = self.bank.documents
+        alike = look_alikes((texts[position].text or "" for position in known), (texts[n].text or "" for n in others))
+        best = [position for way in self.ways for position, _ in item.scores[way][: self.candidates]]
+        shares = [
+            self._left_out(position) * (1.0 if item.names is None else item.names.share([position]))
+            for position in dict.fromkeys([*item.known, *best])
+        ]
+        return {"look_alikes": float(alike), "partly_encoded": max(shares, default=0.0)}
+
+    def _left_out(self, position: int) -> float:
+        """The share of a document's text that is not encoded."""
+        if position not in self._missing:
+            document = self.bank.documents[position]
+            needed = 0
+            if document.text is not None and self.protocol is not None:
+                needed = len(self.protocol.document_row(position, document.text, self.tokenizer)["input_ids"])
+            elif document.text is not None:
+                needed = len(tokenize(self.tokenizer, document.text))
+            self._missing[position] = left_out(document.tokens, needed)
+        return self._missing[position]
+
     def _candidates(self, check: str, item: _Watched) -> list[int]:
         """Documents that a check reads beyond those of the first answer, best first."""
         known = set(item.known)
@@ -392,13 +423,22 @@ class Monitor:
             lists = [unread(fuse(item.scores, self.searcher.fusion, item.question))]
             count = self.candidates if self.protocol else 0
         elif self._says_nothing(item.answer):  # the way to the answer may go through any document that was named
-            best = _in_turns([unread(item.scores[way]) for way in self.ways], len(self.ways))
+            best = list(islice(_in_turns([unread(item.scores[way]) for way in self.ways]), len(self.ways)))
             lists = [[*best, *item.linked, *(position for ranking in router for position in ranking)]]
             count = self.candidates + LINKED
         else:
             lists = [*(unread(item.scores[way]) for way in self.ways), item.linked, *router[:1]]
             count = self.candidates
-        return _in_turns(lists, count)
+        return list(islice(self._distinct(_in_turns(lists), item.known), count))
+
+    def _distinct(self, positions: Iterable[int], known: Iterable[int]) -> Iterator[int]:
+        """Documents without those that have the words of another one, or of a known one: these say nothing new."""
+        seen = {words_of(self.bank.documents[position].text or "") for position in known}
+        for position in positions:
+            words = words_of(self.bank.documents[position].text or "")
+            if words not in seen or not words:
+                seen.add(words)
+                yield position
 
     def _evidence(self, check: str, item: _Watched) -> tuple[Evidence, list[int]]:
         """The documents of a check, and those that are new in it."""
@@ -445,9 +485,11 @@ class Monitor:
         asked = []
         for item, _, new in rows:
             ranked = [position for way in self.ways for position, _ in item.scores[way]]
-            others = [position for position in dict.fromkeys(ranked) if position not in {*new, *item.known}]
+            given = {*new, *item.known}
+            others = self._distinct((position for position in dict.fromkeys(ranked) if position not in given), given)
             read = item.read[0] if item.read else ()
-            asked.append(Unanswered(item.question, item.answer, read, [*new, *others[:ALONE]], item.names))
+            candidates = [*new, *islice(others, ALONE)]
+            asked.append(Unanswered(item.question, item.answer, read, candidates, item.names))
         alone = read_one_by_one(self.reader, asked, self._says_nothing, self.batch_size)
         for (item, reading, new), question, single in zip(rows, asked, alone, strict=True):
             together, tokens = 0.0, single.tokens
@@ -511,11 +553,11 @@ def _tokens(answer: Answer) -> int:
     return sum(stage.tokens for stage in (*stages, *answer.trace.stages.values()))
 
 
-def _in_turns(lists: Sequence[Sequence[int]], count: int) -> list[int]:
-    """The first of each list, then the second of each, and so on: `count` different ones."""
-    found: dict[int, None] = {}
+def _in_turns(lists: Sequence[Sequence[int]]) -> Iterator[int]:
+    """The first of each list, then the second of each, and so on; each once."""
+    seen = set[int]()
     for place in range(max(map(len, lists), default=0)):
         for ranking in lists:
-            if place < len(ranking) and len(found) < count:
-                found[ranking[place]] = None
-    return list(found)
+            if place < len(ranking) and ranking[place] not in seen:
+                seen.add(ranking[place])
+                yield ranking[place]

@@ -18,6 +18,7 @@ from ...model.modeling_msa import MSAForCausalLM
 from ...model.modes_msa import evaluating
 from ...model.positions_msa import in_positions_of
 from ...model.tokenizing_msa import tokenize
+from .passages import passage_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Evidence:
 
     Attributes:
         rounds: whose texts are read, round by round.
-        attended: that memory layers attend to; None: no memory.
+        attended: that memory layers attend to; None: no memory, and of long texts the passage for the question.
     """
 
     rounds: Sequence[Sequence[int]]
@@ -64,6 +65,7 @@ class SecondReader:
     ) -> None:
         self.model, self.tokenizer, self.bank, self.protocol = model, tokenizer, bank, protocol
         self.writer = Writer(model, tokenizer, bank, protocol, max_new_tokens)
+        self.of_passages = Writer(model, tokenizer, bank, protocol, max_new_tokens, passage_of)
 
     def read(self, questions: Sequence[str], evidence: Sequence[Evidence], first: Sequence[str]) -> list[Reading]:
         """Answer a batch.
@@ -78,9 +80,8 @@ class SecondReader:
         """
         memory = evidence[0].attended is not None
         forced = [list(item.attended or ()) for item in evidence] if memory else None
-        prompts = [
-            self.writer.prompt(question, item.rounds)[0] for question, item in zip(questions, evidence, strict=True)
-        ]
+        writer = self.writer if memory else self.of_passages
+        prompts = [writer.prompt(question, item.rounds)[0] for question, item in zip(questions, evidence, strict=True)]
         with torch.no_grad(), evaluating(self.model):
             texts = self.writer.write(prompts, memory, forced)
             readings = []

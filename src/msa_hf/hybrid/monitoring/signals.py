@@ -74,6 +74,20 @@ SIGNALS: dict[str, Signal] = {
         "by its vector another document fits the question far better than what was read",
         _READ_OTHER,
     ),
+    "look_alikes": Signal(
+        0.5,
+        3.0,
+        None,
+        "documents that were not read differ in a few words from one that was: the answer may be in one of them",
+        "Compare the documents that look alike: remove or merge those that say the same, or read more per round.",
+    ),
+    "partly_encoded": Signal(
+        0.5,
+        0.1,
+        None,
+        "a document with names of the question is encoded in part: routers do not know the rest of its text",
+        "Encode the document again, whole (`BankStore.upsert`, or `msa-hf bank add`); split what is too long.",
+    ),
     "low_score": Signal(
         0.125,
         0.05,
