@@ -375,11 +375,28 @@ class _Encoder:
 
     def encode(self, rows: PartRows, progress: _Progress) -> MemoryBank:
         """The bank of a part."""
+        documents, told, done = sum(rows.documents), [0, 0], 0
+
+        def tell(documents: int, tokens: int) -> None:
+            progress.add(documents - told[0], tokens - told[1])
+            told[:] = documents, tokens
+
+        def count(counted: int, tokens: int) -> None:
+            nonlocal done
+            done += counted  # of rows, of which documents may have several
+            tell(done * documents // len(rows.keys), told[1] + tokens)
+
         # Without the tokenizer, whose fingerprint would be taken for every part.
         bank = self.model.encode_documents(
-            rows.to_encode(), None, batch_tokens=self.batch_tokens, bank_device="cpu", show_progress=False
+            rows.to_encode(),
+            None,
+            batch_tokens=self.batch_tokens,
+            bank_device="cpu",
+            show_progress=False,
+            non_blocking=True,  # `write` waits
+            counted=count,
         )
-        progress.add(sum(rows.documents), sum(rows.lengths))
+        tell(documents, sum(rows.lengths))
         return bank
 
     def write(self, folder: Path, part: Part, rows: PartRows, bank: MemoryBank) -> Record:

@@ -206,7 +206,7 @@ class EncodingPass:
 
     Args:
         config: MSAConfig.
-        lengths: [N] int64, tokens of each document.
+        lengths: [N] int64, tokens of each document; on the CPU, the device is not waited for.
         similarity: the one the router keys are for.
         stop: end the run with `EncodingDone` once the last memory layer's states are pooled.
 
@@ -266,7 +266,7 @@ class EncodingPass:
             key,
             value,
             router_keys,
-            self.lengths.to(key.device),
+            self.lengths,
             self.config.chunk_size,
             SIMILARITIES[self.similarity].normalized_keys,
         )

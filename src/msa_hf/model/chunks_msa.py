@@ -69,13 +69,14 @@ def pool_documents(
     Args:
         keys, values: [N, G, L, D], keys after RoPE.
         router_keys: [N, L, G, D].
-        lengths: [N] int64, tokens of each document.
+        lengths: [N] int64 on any device, tokens of each document.
         chunk_size: tokens per chunk.
         normalize: L2-normalize the routing keys.
 
     Returns:
         content [C, 2, G, D] and routing keys [C, G * D] in the dtype of `values`.
     """
+    lengths = lengths.to(keys.device)
     pooled_keys, pooled_values, routing_keys = (
         pool_chunks(states, lengths, chunk_size)
         for states in (keys.transpose(1, 2), values.transpose(1, 2), router_keys)

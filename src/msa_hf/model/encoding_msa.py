@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +14,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .dense_layer_msa import chunks_of
+from .encoded_batches_msa import EncodedWindow
 from .given_documents_msa import are_paths, each_document, key_of, read_paths
 from .memory_msa import DenseLayer, Document, DocumentTable, MemoryBank
 from .metadata_msa import checked_metadata
 from .modes_msa import evaluating
+from .origin_msa import BankOrigin
 from .positions_msa import position_limit
 from .splitting_msa import LimitTooSmall, split_text
+from .streams_msa import beside_the_queue
 from .tokenizing_msa import tokenize_texts
 from .types_msa import RawDocument
 from .unicode_msa import check_unicode
@@ -38,6 +41,7 @@ class _Item:
     text: str | None
     metadata: dict[str, object] | None
     ids: Tensor  # [tokens] int64
+    ends: bool = False  # it is the last part of its document
 
 
 def encode_documents(
@@ -53,8 +57,14 @@ def encode_documents(
     key_column: str = "key",
     bank_device: torch.device | str | None = None,
     show_progress: bool = True,
+    non_blocking: bool = False,
+    counted: Callable[[int, int], object] | None = None,
 ) -> MemoryBank:
-    """Encode documents into a bank; see `MSAForCausalLM.encode_documents`."""
+    """Encode documents into a bank; see `MSAForCausalLM.encode_documents`.
+
+    Args:
+        counted: called with the numbers of documents and tokens, as they are given to the model.
+    """
     if too_long not in ("error", "split"):
         raise ValueError(f"`too_long` must be 'error' or 'split', got {too_long!r}.")
     for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length)):
@@ -77,38 +87,98 @@ def encode_documents(
     reader.check(given)
     total = len(given) if isinstance(given, Sized) else None
     progress = tqdm(total=total, desc="Encoding documents", unit="doc", disable=not show_progress)
-    pieces: dict[int, list[DenseLayer]] = {layer: [] for layer in config.memory_layers}
     table: list[Document] = []
-    lengths: list[int] = []
-    with torch.inference_mode(False), evaluating(model), progress:
-        prefix = model.encode_prefix()
-        items = reader.read(given, progress)
+    arriving = _Arriving(config.memory_layers)
+    look_before = beside_the_queue(input_device(model))
+    with torch.inference_mode(False), evaluating(model), progress, look_before as looking:
+        prefix = {layer: (key.to(device), value.to(device)) for layer, (key, value) in model.encode_prefix().items()}
+        items = reader.read(given)
         while window := _window(items, batch_tokens * WINDOW_BATCHES):
-            for layer, memory in _encode_window(model, window, batch_tokens, device).items():
-                pieces[layer].append(memory)
+
+            def count(places: list[int], window: list[_Item] = window) -> None:
+                documents = sum(window[place].ends for place in places)
+                progress.update(documents)
+                if counted is not None:
+                    counted(documents, sum(len(window[place].ids) for place in places))
+
+            keys, ids = [item.key for item in window], [item.ids for item in window]
+            arriving.add(EncodedWindow(model, keys, ids, batch_tokens, device, count))
             for item in window:
                 chunks = -(-len(item.ids) // config.chunk_size)
                 table.append(Document(item.key, item.text, item.metadata, len(item.ids), chunks))
-                lengths.append(len(item.ids))
-    if not table:
-        raise ValueError("`documents` is empty: a bank needs at least one document.")
-    layers = {}
-    for layer in config.memory_layers:  # one layer at a time, so that joining the pieces needs little besides the bank
-        parts = pieces.pop(layer)
-        layers[layer] = DenseLayer(
-            routing_keys=torch.cat([part.routing_keys for part in parts]),
-            pooled_kv=torch.cat([part.pooled_kv for part in parts]),
-        )
-        del parts
-    bank = MemoryBank(
-        layers=layers,
-        offsets=chunks_of(torch.tensor(lengths), config.chunk_size),
-        prefix={layer: (key.to(device), value.to(device)) for layer, (key, value) in prefix.items()},
-        documents=DocumentTable(table),
-        origin=model.memory_origin(tokenizer),
-    )
-    model.accept_bank(bank)
+        if not table:
+            raise ValueError("`documents` is empty: a bank needs at least one document.")
+        with looking():
+            origin = model.memory_origin(tokenizer)
+            offsets = chunks_of(torch.tensor([document.tokens for document in table]), config.chunk_size)
+            documents = DocumentTable(table)
+            if non_blocking:
+                bank: MemoryBank = _ArrivingBank(arriving, offsets, prefix, documents, origin)
+            else:
+                bank = MemoryBank(arriving.layers(), offsets, prefix, documents, origin)
+            model.accept_bank(bank)
     return bank
+
+
+class _Arriving:
+    """The memory of windows, of which all but the last were waited for."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self._pieces: dict[int, list[DenseLayer]] = {layer: [] for layer in layers}
+        self._last: EncodedWindow | None = None
+
+    def add(self, window: EncodedWindow) -> None:
+        """Take the next window."""
+        self._take()
+        self._last = window
+
+    def _take(self) -> None:
+        if self._last is not None:
+            for layer, memory in self._last.layers().items():
+                self._pieces[layer].append(memory)
+            self._last = None
+
+    def layers(self) -> dict[int, DenseLayer]:
+        """The memory of all documents; waits for it, and lets go of it."""
+        self._take()
+        made = {}
+        for layer in list(self._pieces):  # one at a time, so that joining them needs little besides the bank
+            parts = self._pieces.pop(layer)
+            made[layer] = DenseLayer(
+                routing_keys=torch.cat([part.routing_keys for part in parts]),
+                pooled_kv=torch.cat([part.pooled_kv for part in parts]),
+            )
+            del parts
+        return made
+
+
+class _ArrivingBank(MemoryBank):
+    """A bank whose layers may be on their way until they are asked for, which waits for them."""
+
+    def __init__(
+        self,
+        arriving: _Arriving,
+        offsets: Tensor,
+        prefix: dict[int, tuple[Tensor, Tensor]],
+        documents: DocumentTable,
+        origin: BankOrigin,
+    ) -> None:
+        self._arriving: _Arriving | None = arriving
+        self._layers: dict[int, DenseLayer] = {}
+        counts = int(documents.counts("chunks").sum()), int(documents.counts("tokens").sum())
+        super().__init__({}, offsets, prefix, documents, origin, counts)
+
+    @property
+    def layers(self) -> dict[int, DenseLayer]:
+        """Layer -> its memory."""
+        if self._arriving is not None:
+            arriving, self._arriving = self._arriving, None
+            self._layers = arriving.layers()
+        return self._layers
+
+    @layers.setter
+    def layers(self, layers: dict[int, DenseLayer]) -> None:
+        self._layers = layers
 
 
 def _window(items: Iterator[_Item], tokens: int) -> list[_Item]:
@@ -121,50 +191,6 @@ def _window(items: Iterator[_Item], tokens: int) -> list[_Item]:
         if held >= tokens:
             break
     return window
-
-
-def _encode_window(
-    model: PreTrainedModel, window: list[_Item], batch_tokens: int, device: torch.device
-) -> dict[int, DenseLayer]:
-    """Encode a window in batches of similar length; the result is in the window's order."""
-    order = sorted(range(len(window)), key=lambda place: len(window[place].ids))
-    encoded: dict[int, list[DenseLayer]] = {}
-    start = 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and (stop + 1 - start) * len(window[order[stop]].ids) <= batch_tokens:
-            stop += 1
-        batch = [window[place] for place in order[start:stop]]
-        ids = torch.nn.utils.rnn.pad_sequence([item.ids for item in batch], batch_first=True)
-        lengths = torch.tensor([len(item.ids) for item in batch])
-        inputs = input_device(model)
-        layers = model.encode_batch(ids.to(inputs), lengths.to(inputs))
-        _refuse_nan(layers, batch, lengths, model.config.chunk_size)
-        for layer, memory in layers.items():
-            encoded.setdefault(layer, []).append(memory.to(device))
-        start = stop
-    offsets = chunks_of(torch.tensor([len(window[place].ids) for place in order]), model.config.chunk_size)
-    slot = torch.tensor(order).argsort()  # where each document of the window lies among the encoded ones
-    rows = torch.cat([torch.arange(int(offsets[place]), int(offsets[place + 1])) for place in slot.tolist()]).to(device)
-    return {
-        layer: DenseLayer(
-            routing_keys=torch.cat([part.routing_keys for part in parts])[rows],
-            pooled_kv=torch.cat([part.pooled_kv for part in parts])[rows],
-        )
-        for layer, parts in encoded.items()
-    }
-
-
-def _refuse_nan(layers: dict[int, DenseLayer], batch: list[_Item], lengths: Tensor, chunk_size: int) -> None:
-    for layer, memory in layers.items():
-        finite = memory.pooled_kv.flatten(1).isfinite().all(1) & memory.routing_keys.isfinite().all(1)
-        if not bool(finite.all()):
-            chunk = int((~finite).nonzero()[0])
-            place = int(torch.searchsorted(chunks_of(lengths, chunk_size), chunk, right=True)) - 1
-            raise ValueError(
-                f"Document {batch[place].key!r} has NaN or infinite states in layer {layer}: the model's weights hold "
-                "NaN, or its dtype overflows. Nothing was written."
-            )
 
 
 class _Fields(NamedTuple):
@@ -190,15 +216,20 @@ class _Reader:
     key_column: str
     vocabulary: int | None = None
 
-    def read(self, documents: Iterable[object], progress: tqdm[object]) -> Iterator[_Item]:
+    def read(self, documents: Iterable[object]) -> Iterator[_Item]:
         keys: set[str] = set()
         for number, items in self.items(documents):
+            before: _Item | None = None
             for item in items:
                 if item.key in keys:
                     raise ValueError(f"Document {number} has the key {item.key!r}, which an earlier document has.")
                 keys.add(item.key)
-                yield item
-            progress.update()
+                if before is not None:
+                    yield before
+                before = item
+            if before is not None:
+                before.ends = True
+                yield before
 
     def check(self, documents: Iterable[object]) -> None:
         """Look at documents that can be read again, before any is encoded.

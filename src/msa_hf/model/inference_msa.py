@@ -122,7 +122,7 @@ class MemoryMixin(ModelMixin):
 
         Args:
             ids: [N, L] int64.
-            lengths: [N] int64, tokens of each document.
+            lengths: [N] int64, tokens of each document; on the CPU, so that no layer waits for the device.
 
         Returns:
             Layer -> `DenseLayer` of their chunks, documents in order.
@@ -166,6 +166,8 @@ class MemoryMixin(ModelMixin):
             text_column, key_column: names of the fields of mappings.
             bank_device: where the bank is built (default: the model's device).
             show_progress: a progress bar (default yes).
+            non_blocking: return once everything was given to a GPU; the bank's `layers`, when they are first asked for,
+                wait for it, and raise for states that are not finite (default no).
 
         Raises:
             ValueError: for no documents, an empty or too long one, a key used twice, token ids that the model does not

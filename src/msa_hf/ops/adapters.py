@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..model.ops_msa import PLAIN, Operations, install_operations
+from ..model.streams_msa import send
 from .gather_documents import gather_documents, most_rows
 from .pool_chunks import pool_chunks
 from .route_documents import route_documents
@@ -18,19 +19,20 @@ def pool_documents(
     padded = keys.transpose(1, 2), values.transpose(1, 2), router_keys
     # Under autocast RoPE leaves keys in float32.
     dtype = torch.promote_types(keys.dtype, values.dtype)
-    width, counts = padded[0].shape[1], lengths.tolist()
+    width, lengths = padded[0].shape[1], lengths.cpu()
+    counts = lengths.tolist()
     if min(counts) == width:
         packed = [states.flatten(0, 1) for states in padded]
     else:
-        real = torch.arange(width, device=keys.device) < lengths[:, None]
-        rows = real.flatten().nonzero().squeeze(1)
+        real = torch.arange(width) < lengths[:, None]
+        rows = send(real.flatten().nonzero().squeeze(1), keys.device)
         packed = [states[rows // width, rows % width] for states in padded]
     packed_keys, packed_values, packed_router_keys = (states.to(dtype) for states in packed)
     content, routing_keys, _ = pool_chunks(
         packed_keys,
         packed_values,
         packed_router_keys,
-        torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+        send(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), keys.device),
         chunk_size,
         normalize=normalize,
         chunks=sum(-(-count // chunk_size) for count in counts),

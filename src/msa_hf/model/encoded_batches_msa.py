@@ -1,0 +1,141 @@
+"""Batches of documents through the model, and what it makes of them on its way to where the bank lies.
+
+Beside a GPU the host launches further batches before it looks at one, so that neither waits for the other; and what is
+to lie in host memory leaves the GPU while the next batch is computed. Elsewhere every batch is there at once.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .dense_layer_msa import DenseLayer, chunks_of
+from .streams_msa import Departures, send
+from .wrapping_msa import input_device
+
+AHEAD = 8  # batches that are launched before one is looked at, beside a GPU
+Counted = Callable[[list[int]], None]  # told the places, in the window, of documents that were given to the model
+
+
+@dataclass
+class _Batch:
+    """A batch that was launched.
+
+    Attributes:
+        places: of its documents in the window.
+        layers: their memory, perhaps still on its way.
+        finite: [layers] bool, likewise: whether all numbers of a layer are.
+        arrived: happens once all of this is there.
+    """
+
+    places: list[int]
+    layers: dict[int, DenseLayer]
+    finite: Tensor
+    arrived: torch.cuda.Event | None
+
+
+class EncodedWindow:
+    """Documents that were given to the model, in batches of similar length, and their memory once it is asked for.
+
+    Args:
+        model: has `encode_batch`.
+        keys: of the documents.
+        ids: token ids [tokens] int64 of each.
+        batch_tokens: tokens per batch, padding included.
+        device: where the memory is to lie.
+        counted: see `Counted`.
+
+    Raises:
+        ValueError: for numbers that are not finite, naming the document; here, or from `wait` and `layers`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        keys: Sequence[str],
+        ids: Sequence[Tensor],
+        batch_tokens: int,
+        device: torch.device,
+        counted: Counted,
+    ) -> None:
+        self._keys, self._chunk_size, self._device = keys, model.config.chunk_size, device
+        self._lengths = torch.tensor([len(item) for item in ids])
+        self._batches: list[_Batch] = []
+        self._unseen: deque[_Batch] = deque()
+        source = input_device(model)
+        self._departures = Departures(source, device)
+        ahead = AHEAD if source.type == "cuda" else 0
+        for places in self._places(batch_tokens):
+            self._start(model, places, [ids[place] for place in places], source)
+            counted(places)
+            while len(self._unseen) > ahead:
+                self._look()
+
+    def _places(self, batch_tokens: int) -> Iterator[list[int]]:
+        """The places of the documents of every batch."""
+        lengths = self._lengths.tolist()
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        start = 0
+        while start < len(order):
+            stop = start + 1
+            while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] <= batch_tokens:
+                stop += 1
+            yield order[start:stop]
+            start = stop
+
+    def _start(self, model: PreTrainedModel, places: list[int], ids: list[Tensor], source: torch.device) -> None:
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        encoded = model.encode_batch(send(padded, source), self._lengths[places])
+        flags = []
+        for memory in encoded.values():
+            flags.append((memory.routing_keys.isfinite().all() & memory.pooled_kv.isfinite().all()).to(source))
+        layers = {
+            layer: DenseLayer(self._departures.send(memory.routing_keys), self._departures.send(memory.pooled_kv))
+            for layer, memory in encoded.items()
+        }
+        finite = self._departures.send(torch.stack(flags))
+        batch = _Batch(places, layers, finite, self._departures.mark())
+        self._batches.append(batch)
+        self._unseen.append(batch)
+
+    def _look(self) -> None:
+        """Wait for the first batch that was not looked at, and refuse what no memory can hold."""
+        batch = self._unseen.popleft()
+        if batch.arrived is not None:
+            batch.arrived.synchronize()
+        for (layer, memory), finite in zip(batch.layers.items(), batch.finite.tolist(), strict=True):
+            if not finite:
+                rows = memory.pooled_kv.flatten(1).isfinite().all(1) & memory.routing_keys.isfinite().all(1)
+                chunks = chunks_of(self._lengths[batch.places], self._chunk_size)
+                place = int(torch.searchsorted(chunks, int((~rows).nonzero()[0]), right=True)) - 1
+                raise ValueError(
+                    f"Document {self._keys[batch.places[place]]!r} has NaN or infinite states in layer {layer}: the "
+                    "model's weights hold NaN, or its dtype overflows. Nothing was written."
+                )
+
+    def wait(self) -> None:
+        """Wait until all of it is there."""
+        while self._unseen:
+            self._look()
+
+    def layers(self) -> dict[int, DenseLayer]:
+        """The memory of the documents, in their order; the window lets go of it."""
+        self.wait()
+        batches, self._batches = self._batches, []
+        order = [place for batch in batches for place in batch.places]
+        offsets = chunks_of(self._lengths[order], self._chunk_size)
+        slot = torch.tensor(order).argsort()  # where each document of the window lies among the encoded ones
+        counts = offsets.diff()[slot]
+        starts = offsets[:-1][slot].repeat_interleave(counts)
+        within = torch.arange(int(offsets[-1])) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        rows = send(starts + within, self._device)
+        return {
+            layer: DenseLayer(
+                torch.cat([batch.layers[layer].routing_keys for batch in batches])[rows],
+                torch.cat([batch.layers[layer].pooled_kv for batch in batches])[rows],
+            )
+            for layer in batches[0].layers
+        }
