@@ -16,7 +16,7 @@ from .dense_layer_msa import DenseLayer, chunks_of
 from .streams_msa import Departures, send
 from .wrapping_msa import input_device
 
-AHEAD = 8  # batches that are launched before one is looked at, beside a GPU
+AHEAD = 8  # batches that are launched before one is looked at, beside a GPU; their results are small
 Counted = Callable[[list[int]], None]  # told the places, in the window, of documents that were given to the model
 
 
@@ -35,6 +35,11 @@ class _Batch:
     layers: dict[int, DenseLayer]
     finite: Tensor
     arrived: torch.cuda.Event | None
+
+
+def batches_ahead(device: torch.device) -> int:
+    """How many batches are launched on a device before one is looked at."""
+    return AHEAD if device.type == "cuda" else 0
 
 
 class EncodedWindow:
@@ -66,8 +71,7 @@ class EncodedWindow:
         self._batches: list[_Batch] = []
         self._unseen: deque[_Batch] = deque()
         source = input_device(model)
-        self._departures = Departures(source, device)
-        ahead = AHEAD if source.type == "cuda" else 0
+        self._departures, ahead = Departures(source), batches_ahead(source)
         for places in self._places(batch_tokens):
             self._start(model, places, [ids[place] for place in places], source)
             counted(places)
@@ -89,15 +93,14 @@ class EncodedWindow:
     def _start(self, model: PreTrainedModel, places: list[int], ids: list[Tensor], source: torch.device) -> None:
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
         encoded = model.encode_batch(send(padded, source), self._lengths[places])
-        flags = []
-        for memory in encoded.values():
-            flags.append((memory.routing_keys.isfinite().all() & memory.pooled_kv.isfinite().all()).to(source))
+        send_away, host = self._departures.send, torch.device("cpu")
+        finite = [item.routing_keys.isfinite().all() & item.pooled_kv.isfinite().all() for item in encoded.values()]
         layers = {
-            layer: DenseLayer(self._departures.send(memory.routing_keys), self._departures.send(memory.pooled_kv))
-            for layer, memory in encoded.items()
+            layer: DenseLayer(send_away(item.routing_keys, self._device), send_away(item.pooled_kv, self._device))
+            for layer, item in encoded.items()
         }
-        finite = self._departures.send(torch.stack(flags))
-        batch = _Batch(places, layers, finite, self._departures.mark())
+        flags = send_away(torch.stack([flag.to(source) for flag in finite]), host)
+        batch = _Batch(places, layers, flags, self._departures.mark())
         self._batches.append(batch)
         self._unseen.append(batch)
 

@@ -110,12 +110,14 @@ def encode_documents(
             raise ValueError("`documents` is empty: a bank needs at least one document.")
         with looking():
             origin = model.memory_origin(tokenizer)
-            offsets = chunks_of(torch.tensor([document.tokens for document in table]), config.chunk_size)
-            documents = DocumentTable(table)
-            if non_blocking:
-                bank: MemoryBank = _ArrivingBank(arriving, offsets, prefix, documents, origin)
-            else:
-                bank = MemoryBank(arriving.layers(), offsets, prefix, documents, origin)
+        offsets = chunks_of(torch.tensor([document.tokens for document in table]), config.chunk_size)
+        rows = DocumentTable(table)
+        bank: MemoryBank
+        if non_blocking:
+            bank = _ArrivingBank(arriving, offsets, prefix, rows, origin)
+        else:
+            bank = MemoryBank(arriving.layers(), offsets, prefix, rows, origin)
+        with looking():
             model.accept_bank(bank)
     return bank
 

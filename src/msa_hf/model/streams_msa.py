@@ -18,20 +18,17 @@ class Departures:
     """Tensors that leave a device for host memory by a stream of their own, while it computes on.
 
     Args:
-        source: where they are.
-        target: where they go. Where that is not host memory, or the source none of CUDA's, they are copied at once.
+        source: where they are. Where that is none of CUDA's devices, they are copied at once.
     """
 
-    def __init__(self, source: torch.device, target: torch.device) -> None:
-        self.target = target
-        leave = source.type == "cuda" and target.type == "cpu"
-        self._stream = torch.cuda.Stream(source) if leave else None
+    def __init__(self, source: torch.device) -> None:
+        self._stream = torch.cuda.Stream(source) if source.type == "cuda" else None
 
-    def send(self, tensor: Tensor) -> Tensor:
-        """The tensor at its target, to be read once what `mark` returns has happened."""
+    def send(self, tensor: Tensor, target: torch.device) -> Tensor:
+        """The tensor at its target; in host memory to be read once what `mark` returns has happened."""
         stream = self._stream
-        if stream is None or tensor.device != stream.device:  # layers may lie on several devices
-            return tensor.to(self.target)
+        if stream is None or tensor.device != stream.device or target.type != "cpu":
+            return tensor.to(target)
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
