@@ -386,6 +386,19 @@ def reduce_chunks(chunk_scores: Tensor, offsets: Tensor, chunk_reduction: str) -
     return reduced.T
 
 
+def select_of_rankings(documents: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` best documents of what was selected from parts of a bank that follow each other.
+
+    Args:
+        documents, scores: [B, n] of the parts one after the other, each as `select_documents` gives them; n >= k.
+
+    Returns:
+        As `select_documents` of the whole: among equal scores, which stay in their order, documents ascend already.
+    """
+    best = scores.sort(dim=1, descending=True, stable=True)
+    return documents.gather(1, best.indices[:, :k]), best.values[:, :k]
+
+
 def select_documents(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` best documents of each sample; equal scores go to the lower index, so the choice is deterministic.
 

@@ -22,7 +22,7 @@ from ...model.routing_msa import (
     Scoring,
     Selection,
     score_documents,
-    select_documents,
+    select_of_rankings,
 )
 from ...ops.gather_documents import most_rows
 from .collectives import Collectives
@@ -395,7 +395,5 @@ def merge(packed: Tensor, k: int) -> tuple[Tensor, Tensor]:
         documents [B, k] int64, scores [B, k] float32, as `routing_msa.select_documents`: equal scores go to the lower
         number.
     """
-    candidates = packed.transpose(0, 1).flatten(1, 2)  # among equal scores documents ascend
-    documents, bits = candidates.unbind(-1)
-    places, scores = select_documents(bits.int().view(torch.float32), k)
-    return documents.gather(1, places.clamp(min=0)).masked_fill(places < 0, -1), scores
+    documents, bits = packed.transpose(0, 1).flatten(1, 2).unbind(-1)
+    return select_of_rankings(documents, bits.int().view(torch.float32), k)

@@ -13,7 +13,7 @@ from ...model.chunks_msa import ContextRows
 from ...model.dense_layer_msa import select_scored
 from ...model.document_rows_msa import ChunkLayout, DocumentRows, score_rows
 from ...model.renamed_msa import renamed_attribute
-from ...model.routing_msa import Scoring, Selection, score_documents, select_documents
+from ...model.routing_msa import Scoring, Selection, score_documents, select_of_rankings
 from ...ops import gather_documents, rescore_documents, route_documents
 from ...ops.formats import join_rows
 from ...ops.gather_documents import most_rows
@@ -101,10 +101,8 @@ class RoutingKeys:
                 alive=None if alive is None else alive[low:high],
             )
             found.append((torch.where(documents < 0, documents, documents + low), scores))
-        # Among equal scores documents ascend, so the lower place is the lower document.
         documents, scores = (torch.cat(column, dim=1) for column in zip(*found, strict=True))
-        places, scores = select_documents(scores, k)
-        return documents.gather(1, places.clamp(min=0)).masked_fill(places < 0, -1), scores
+        return select_of_rankings(documents, scores, k)
 
 
 def _named(places: Tensor, chosen: DocumentRows) -> Tensor:
