@@ -460,6 +460,7 @@ def train_memory(arguments: Any) -> None:
     kinds = {
         kind: (max(round(documents * arguments.scale), 48), max(round(rows * arguments.scale), 2), width)
         for kind, (documents, rows, width) in KINDS.items()
+        if kind in arguments.kinds
     }
     data = loader(arguments, kinds, arguments.seed + 1)
     curve: list[dict[str, float]] = []
@@ -550,6 +551,7 @@ def main() -> None:
     memory.add_argument("--aux", type=float, default=0.3, help="weight of the auxiliary loss after that")
     memory.add_argument("--fall", type=float, default=0.5, help="share of the time in which rates fall")
     memory.add_argument("--scale", type=float, default=1.0, help="of pools and rows of a step; below 1 to rehearse")
+    memory.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="of steps (default: all)")
     memory.add_argument("--gate", type=int, default=4096, help="documents of the bank that routing is measured on")
     memory.add_argument("--asked", type=int, default=64, help="questions of each kind there")
     memory.add_argument("--gate-every", type=float, default=100, help="seconds")

@@ -9,7 +9,7 @@ import pytest
 
 from msa_hf.bench.comparing import compare
 from msa_hf.bench.intervals import fisher_test, sign_test, wilson
-from msa_hf.bench.report import html_report, short, text_report
+from msa_hf.bench.report import broken_in_words, html_report, short, text_report
 from msa_hf.bench.result import Result, ResultError, Trial
 from msa_hf.cli import main
 
@@ -186,6 +186,20 @@ def test_a_page_needs_nothing_but_itself_and_shows_text_as_text() -> None:
     assert "<script" not in page and "<b>" not in page and "&lt;fine&gt;" in page
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "") and page.count("<svg") == 2
     assert "documents were not found" in page and "routing" in text_report(made)
+
+
+def test_it_is_said_what_broke_and_which_document_is_read_for_anything() -> None:
+    made = result([True])
+    made.add(
+        trial(number, False, kind="chain", broke="routing", gold=[number], gold_read=1, read=[66, number])
+        for number in range(1, 4)
+    )
+    made.add([trial(9, False, kind="chain", broke="reader", gold=[9, 10], gold_read=1, read=[9])])
+    one, two, three = broken_in_words(made)
+    assert one.startswith("What broke in 3 of 4 wrong answers: routing") and "had not read" not in one
+    assert two.startswith("What broke in 1 of 4") and "1 of them had not read all that they needed" in two
+    assert three.startswith("Document 66 was read in vain for 3 of them")
+    assert broken_in_words(result([True, False]))[0].startswith("What broke in 1 of 1 wrong answers")
 
 
 def test_numbers_are_short() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
+NAMES = ("performance", "scaling", "benchmarks")
 # Parameters of the published checkpoints.
 PUBLISHED = {
     "Llama 3.2 1B": 1_235_814_400,
@@ -21,11 +22,12 @@ PUBLISHED = {
 def scripts() -> Iterator[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "tools"))
-        yield {name: runpy.run_path(str(ROOT / "tools" / f"make_{name}.py")) for name in ("performance", "scaling")}
+        yield {name: runpy.run_path(str(ROOT / "tools" / f"make_{name}.py")) for name in NAMES}
 
 
 @pytest.mark.parametrize(
-    ("name", "figure", "other"), [("performance", "0.93", "0.94"), ("scaling", "57.6 GB", "57.5 GB")]
+    ("name", "figure", "other"),
+    [("performance", "0.93", "0.94"), ("scaling", "57.6 GB", "57.5 GB"), ("benchmarks", "0 of 3 ", "1 of 3 ")],
 )
 def test_documents_are_what_is_computed(
     scripts: dict[str, Any], name: str, figure: str, other: str, tmp_path: Path, capsys: Any

@@ -28,7 +28,7 @@ def model_facts(
     """
     origin, config = model.memory_origin(tokenizer), model.config
     return {
-        "name": name or config.name_or_path,
+        "name": _short_name(name or config.name_or_path),
         "fingerprint": origin.model_fingerprint,
         "tokenizer": origin.tokenizer_fingerprint,
         "type": config.base_model_type,
@@ -38,6 +38,11 @@ def model_facts(
         "top_k": config.top_k,
         "protocol": None if protocol is None else protocol.to_dict(),
     }
+
+
+def _short_name(name: str) -> str:
+    """A name on the Hub as it is, a directory's own name."""
+    return name if name.count("/") == 1 and not Path(name).is_dir() else Path(name).name
 
 
 def run_facts(device: torch.device, command: str | None = None) -> dict[str, Any]:

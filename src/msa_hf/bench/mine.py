@@ -15,14 +15,14 @@ from ..model.memory_msa import MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
 from ..synthetic.corpora import UNANSWERABLE
 from ..synthetic.hashing import derive_key
-from .asking import RUNGS, holds, holds_all
+from .asking import holds, holds_all
 from .banks import HaystackBanks
 from .facts import model_facts, run_facts
 from .haystack import Haystack, Plant, depths_of
 from .intervals import fisher_test
 from .invented import CHAINS, MOST_HOPS, Chains
 from .planting import MOST_PLANTED, Asking, Question, Task, ask_tasks
-from .report import short
+from .report import broken_in_words, short
 from .result import Axis, Cell, Result
 from .style import insert_in_style, own_terms, own_words
 
@@ -275,12 +275,7 @@ def in_words(result: Result) -> list[str]:
         ("depth", "depth {}"),
     ):
         lines += _contrast(axis, words, some.cells(axis))
-    broke: dict[str, int] = {}
-    for trial in result.trials:
-        if not trial.right:
-            broke[trial.detail["broke"]] = broke.get(trial.detail["broke"], 0) + 1
-    for rung, count in sorted(broke.items(), key=lambda item: -item[1]):
-        lines.append(f"What broke in {count} of {sum(broke.values())} wrong answers: {rung} ({RUNGS[rung]}).")
+    lines += broken_in_words(result)
     if result.notes.get("terms") == 0:
         lines.append("No terms were asked for: the documents have too few words of their own.")
     return lines

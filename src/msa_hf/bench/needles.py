@@ -14,11 +14,11 @@ from ..generation import PromptProtocol
 from ..model.modeling_msa import MSAForCausalLM
 from ..synthetic.hashing import derive_key
 from ..synthetic.needles import SEVERAL, TASKS, VALUES, NeedleTask, NeedleTasks
-from .asking import RUNGS
 from .banks import HaystackBanks
 from .facts import model_facts, run_facts
 from .haystack import Haystack, Plant, depths_of
 from .planting import Asking, Question, Task, ask_tasks, check_room
+from .report import broken_in_words
 from .result import Axis, Result
 
 NAME = "needles"
@@ -166,12 +166,7 @@ def in_words(result: Result) -> list[str]:
             f"{tokens:,} tokens: {cell.right} of {cell.asked} questions answered in full ({cell}), "
             f"RULER's score {score(result, tokens=tokens):.3f}."
         )
-    broke: dict[str, int] = {}
-    for trial in result.trials:
-        if not trial.right:
-            broke[trial.detail["broke"]] = broke.get(trial.detail["broke"], 0) + 1
-    for rung, number in sorted(broke.items(), key=lambda item: -item[1]):
-        lines.append(f"{number} of the wrong ones: {RUNGS[rung]}.")
+    lines += broken_in_words(result)
     several = [item for item in result.cells("kind") if item.values[0] in ("multi_value", "multi_query")]
     if several:
         lines.append(f"An answer to multi_value and multi_query counts as right with all {SEVERAL} values alone.")

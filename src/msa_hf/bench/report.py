@@ -18,6 +18,7 @@ pre { white-space: pre-wrap; background: #f6f6f6; padding: .7rem } details { mar
 """
 CELL = 64, 30  # width and height in a heat map
 MOST_FAILURES = 200  # that a page lists
+COLLAPSED = 0.5  # of the wrong answers for which one document was read in vain: more is no chance
 
 
 def short(value: Axis) -> str:
@@ -43,6 +44,26 @@ def broken(result: Result) -> list[list[str]]:
     counts = Counter((trial.kind, str(trial.detail.get("broke") or "")) for trial in result.trials if not trial.right)
     rows = [["kind", "wrong", "broke", ""]]
     return rows + [[kind, str(count), broke, RUNGS.get(broke, "")] for (kind, broke), count in sorted(counts.items())]
+
+
+def broken_in_words(result: Result) -> list[str]:
+    """A sentence for each rung that broke, the most frequent first, and how many had not read what they should."""
+    wrong = [trial for trial in result.trials if not trial.right]
+    lines = []
+    for rung, count in Counter(str(trial.detail.get("broke") or "") for trial in wrong).most_common():
+        unread = sum(
+            trial.detail.get("broke") == rung and trial.detail.get("gold_read", 0) < len(trial.detail.get("gold", ()))
+            for trial in wrong
+        )
+        line = f"What broke in {count} of {len(wrong)} wrong answers: {rung} ({RUNGS.get(rung, 'not known')})."
+        lines.append(line + f" {unread} of them had not read all that they needed." * bool(unread))
+    astray = [set(trial.detail.get("read", ())) - set(trial.detail.get("gold", ())) for trial in wrong]
+    for document, count in Counter(place for read in astray for place in read).most_common(1):
+        if count >= COLLAPSED * len(wrong) and count > 2:
+            lines.append(
+                f"Document {document} was read in vain for {count} of them: the routers choose it for anything."
+            )
+    return lines
 
 
 def text_report(result: Result, tables: Sequence[Sequence[str]] = (("kind",),)) -> str:

@@ -1,0 +1,64 @@
+"""Write the tables of docs/benchmarks.md from results of `msa-hf bench`, between their markers.
+
+    python tools/make_benchmarks.py          # write
+    python tools/make_benchmarks.py --check  # say whether the document is what would be written
+
+Text outside the markers is left as it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+from computed_tables import run, table
+
+from msa_hf.bench.report import short
+from msa_hf.bench.result import Result
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+DOCUMENT = DOCS / "benchmarks.md"
+# Name of a table -> the file of results, and the axes of its rows.
+RESULTS = {
+    "needles of msa-hf-tiny": ("bench_needles_tiny.json", ("kind", "tokens")),
+    "msa-hf-tiny on this documentation": ("bench_mine_tiny.json", ("kind", "hops", "tokens")),
+}
+
+
+def measured(file: str, axes: tuple[str, ...]) -> str:
+    """A table of shares with intervals and what broke, and below it how it was measured."""
+    result = Result.load(DOCS / file)
+    rows = []
+    for cell in result.cells(*axes):
+        broke = Counter(
+            str(trial.detail["broke"])
+            for trial in result.trials
+            if not trial.right and tuple({**trial.axes, "kind": trial.kind}[axis] for axis in axes) == cell.values
+        )
+        words = ", ".join(f"{count} {rung}" for rung, count in sorted(broke.items()))
+        rows.append([*map(short, cell.values), f"{cell.right} of {cell.asked}", str(cell), words])
+    return f"{table([*axes, 'right', 'share', 'what broke'], rows)}\n\n{how(result)}"
+
+
+def how(result: Result) -> str:
+    """Hardware, versions, time and command of a result's last run, in a sentence and a block."""
+    last = result.runs[-1]
+    versions = ", ".join(f"{name} {last['versions'][name]}" for name in ("torch", "transformers"))
+    seconds = sum(run["seconds"] for run in result.runs)
+    said = f"{last['hardware']}, {result.model['dtype']}, {versions}; {seconds:.0f} s, on a machine with other work:"
+    return f"{said}\n\n```bash\n{last['command']}\n```"
+
+
+TABLES = {name: partial(measured, *given) for name, given in RESULTS.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the tables, or compare them; returns the exit code."""
+    return run("make_benchmarks.py", __doc__, DOCUMENT, TABLES, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
