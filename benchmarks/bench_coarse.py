@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from msa_hf import MSAForCausalLM
+from msa_hf.bank.coarse import cluster_keys
 from msa_hf.cli import sizes
 from msa_hf.data.padding import pad
 from msa_hf.evaluation import make_corpus
@@ -109,35 +110,6 @@ def queries_of(model: Any, bank: Any, prompt: Any) -> dict[int, Tensor]:
 # probe ----------------------------------------------------------------------------------------------------------------
 
 
-def cluster(keys: Tensor, count: int, rounds: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """k-means by inner products, as keys of one layer have one length.
-
-    Args:
-        keys: [C, W] float32.
-
-    Returns:
-        centers [count, W], the means of their keys, and the center of each key, [C] int64.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    sample = keys[torch.randperm(len(keys), generator=generator)[: 64 * count]]
-    centers = sample[torch.randperm(len(sample), generator=generator)[:count]].clone()
-    for _ in range(rounds):
-        nearest = assign(sample, centers)
-        sums = torch.zeros_like(centers).index_add_(0, nearest, sample)
-        sizes = torch.bincount(nearest, minlength=count)
-        lost = sizes == 0
-        centers = torch.where(lost[:, None], centers, sums / sizes.clamp(min=1)[:, None])
-        if lost.any():  # an empty cluster begins again at a key
-            centers[lost] = sample[torch.randint(len(sample), (int(lost.sum()),), generator=generator)]
-    return centers, assign(keys, centers)
-
-
-def assign(keys: Tensor, centers: Tensor) -> Tensor:
-    """[C] the center nearest to each key."""
-    half = centers.square().sum(1) / 2
-    return torch.cat([(part @ centers.T - half).argmax(1) for part in keys.split(8192)])
-
-
 def document_scores(scores: Tensor, owners: Tensor, documents: int) -> Tensor:
     """[N] the best score of any chunk of a document, -inf for a document without one."""
     return torch.full((documents,), -math.inf).scatter_reduce_(0, owners, scores, "amax")
@@ -154,7 +126,7 @@ def probe_layer(keys: Tensor, owners: Tensor, queries: Sequence[Tensor], counts:
     rows = []
     for count in counts:
         start = time.time()
-        centers, nearest = cluster(keys, count)
+        centers, nearest = cluster_keys(keys, count)
         seconds = time.time() - start
         sizes = torch.bincount(nearest, minlength=count)
         probes = [number for number in PROBES if number < count]
@@ -222,24 +194,34 @@ def crossover(arguments: argparse.Namespace) -> None:
             if best is None:
                 print(*key, f"recall {wanted}: not reached by {max(row['recall@16'] for row in of_bank):.3f}")
                 continue
-            # More chunks: clusters grow as their root, the share stays as measured here.
-            pays = next((size for size in sizes_up_to(1e11) if saves(best, size)), None)
-            tokens = "never" if pays is None else f"{pays * best['tokens'] / best['chunks']:,.0f} tokens"
+            found = [
+                f"width {width}: from {tokens_of(best, width, growing):,.0f} tokens if {how}"
+                for width in (best["width"], *arguments.widths)
+                for growing, how in ((True, "the share of chunks stays"), (False, "the number of probes stays"))
+            ]
             print(
                 *key,
                 f"recall {wanted}: {best['clusters']} clusters, {best['probes']} probes, {best['share']:.3f} of the "
-                f"chunks read; pays from {tokens}",
+                f"chunks read ({best['recall@16']:.3f}); " + "; ".join(found),
             )
 
 
-def sizes_up_to(most: float) -> list[float]:
-    return [10 ** (3 + step / 20) for step in range(int(20 * (math.log10(most) - 3)))]
+def tokens_of(best: dict[str, Any], width: int, growing: bool) -> float:
+    """The smallest bank, in tokens, in which reading clusters costs less than reading all keys; infinite for none."""
+    sizes = (10 ** (3 + step / 20) for step in range(160))
+    chunks = next((size for size in sizes if saves(best, size, width, growing)), math.inf)
+    return chunks * best["tokens"] / best["chunks"]
 
 
-def saves(best: dict[str, Any], chunks: float) -> bool:
-    clusters = best["clusters"] * math.sqrt(chunks / best["chunks"])
-    whole = chunks * best["width"] * 2 / BYTES_PER_MS
-    return milliseconds(chunks, best["width"], best["share"], clusters) < whole
+def saves(best: dict[str, Any], chunks: float, width: int, growing: bool) -> bool:
+    """Whether clusters cost less in a bank of so many chunks; their number grows as the root of it.
+
+    Args:
+        growing: questions read the share of the chunks that was measured; else as many clusters as were measured.
+    """
+    root = math.sqrt(chunks / best["chunks"])
+    share = best["share"] if growing or root < 1 else best["share"] / root
+    return milliseconds(chunks, width, share, best["clusters"] * root) < chunks * width * 2 / BYTES_PER_MS
 
 
 def main() -> None:
@@ -267,6 +249,7 @@ def main() -> None:
     made = commands.add_parser("crossover", help=crossover.__doc__)
     made.set_defaults(run=crossover)
     made.add_argument("report", type=Path)
+    made.add_argument("--widths", type=int, nargs="*", default=[1024], help="of routing keys of other models")
     made.add_argument("--recall", type=float, nargs="+", default=[0.9, 0.95, WANTED])
     arguments = parser.parse_args()
     arguments.run(arguments)

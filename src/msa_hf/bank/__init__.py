@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ..model.bank_format_msa import BankError, BankFormatError, BankUnreadable
     from ..model.bank_writer_msa import restore_manifest
     from ..model.hub_msa import BankUnavailable, bank_directory
+    from .coarse import CoarseBank, coarse_bank
     from .sharded.bank import ShardedBank, shard_bank
     from .sharded.collectives import RankFailed
     from .store.errors import BankDamaged, BankNotWritable, CommitOutcomeUnknown, ErasureIncomplete
@@ -26,6 +27,7 @@ __all__ = [
     "BankStore",
     "BankUnavailable",
     "BankUnreadable",
+    "CoarseBank",
     "CommitOutcomeUnknown",
     "Damage",
     "ErasureIncomplete",
@@ -33,6 +35,7 @@ __all__ = [
     "ShardedBank",
     "TieredBank",
     "bank_directory",
+    "coarse_bank",
     "place_bank",
     "restore_manifest",
     "shard_bank",
@@ -44,6 +47,7 @@ __getattr__ = exports(
         "..model.bank_format_msa": ["BankError", "BankFormatError", "BankUnreadable"],
         "..model.bank_writer_msa": ["restore_manifest"],
         "..model.hub_msa": ["BankUnavailable", "bank_directory"],
+        ".coarse": ["CoarseBank", "coarse_bank"],
         ".sharded.bank": ["ShardedBank", "shard_bank"],
         ".sharded.collectives": ["RankFailed"],
         ".store.errors": ["BankDamaged", "BankNotWritable", "CommitOutcomeUnknown", "ErasureIncomplete"],
