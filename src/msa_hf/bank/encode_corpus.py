@@ -154,6 +154,7 @@ def encode_bank(
     show_progress: bool = True,
     sole_writer: bool = False,
     workers: int | None = None,
+    compile_layers: bool = False,
 ) -> Encoded:
     """Encode a corpus into a bank of format version 2, together with the other processes, which all call this.
 
@@ -176,6 +177,7 @@ def encode_bank(
         workers: processes that read and tokenize ahead of this one's model; with any, parts are also written while
             the next ones are encoded. None: three beside an accelerator, if there are cores for them; beside a model on
             the CPU 0, which does one after the other.
+        compile_layers: see `model.encode_documents`; parts that are there were encoded either way.
 
     Raises:
         BankLocked: where another writer has the directory open.
@@ -189,7 +191,7 @@ def encode_bank(
     lock: WriterLock | None = None
     try:
         with agreed(ranks):
-            encoder = _Encoder(corpus, model, tokenizer, protocol, too_long, batch_tokens)
+            encoder = _Encoder(corpus, model, tokenizer, protocol, too_long, batch_tokens, compile_layers)
             parts = encoder.parts(part_size)
             if too_long == "error":
                 own_numbers = (
@@ -336,10 +338,11 @@ class _Encoder:
         protocol: PromptProtocol | None,
         too_long: str,
         batch_tokens: int,
+        compile_layers: bool,
     ) -> None:
         if too_long not in ("error", "split"):
             raise ValueError(f"`too_long` must be 'error' or 'split', got {too_long!r}.")
-        self.corpus, self.model, self.batch_tokens = corpus, model, batch_tokens
+        self.corpus, self.model, self.batch_tokens, self.compile_layers = corpus, model, batch_tokens, compile_layers
         self.origin: BankOrigin = model.memory_origin(tokenizer)
         positions = position_limit(model.config)
         if protocol is not None and ID_FIELD in corpus.fields:  # before anything is written
@@ -391,6 +394,7 @@ class _Encoder:
             rows.to_encode(),
             None,
             batch_tokens=self.batch_tokens,
+            compile_layers=self.compile_layers,
             bank_device="cpu",
             show_progress=False,
             non_blocking=True,  # `write` waits

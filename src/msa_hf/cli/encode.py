@@ -51,6 +51,11 @@ def add_options(made: argparse.ArgumentParser) -> None:
         help="processes that read and tokenize ahead; with any, parts are written while the next are encoded (default: "
         "up to 3 for each process beside an accelerator, 0 on the CPU)",
     )
+    made.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the model's layers: a minute or more at the beginning, for a quicker model on a GPU",
+    )
     add_index_options(made)
     add_sole_writer_option(made)
     add_document_options(made)
@@ -89,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
                     batch_tokens=args.batch_tokens,
                     sole_writer=args.sole_writer,
                     workers=args.workers,
+                    compile_layers=args.compile,
                 )
             indexing = time.perf_counter()
             if ranks.rank == 0:

@@ -6,12 +6,14 @@ to lie in host memory leaves the GPU while the next batch is computed. Elsewhere
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .compiled_layers_msa import compiled_layers
 from .dense_layer_msa import DenseLayer, chunks_of
 from .streams_msa import Departures, send
 from .wrapping_msa import input_device
@@ -52,6 +54,7 @@ class EncodedWindow:
         batch_tokens: tokens per batch, padding included.
         device: where the memory is to lie.
         counted: see `Counted`.
+        compiled: with compiled layers.
 
     Raises:
         ValueError: for numbers that are not finite, naming the document; here, or from `wait` and `layers`.
@@ -65,6 +68,7 @@ class EncodedWindow:
         batch_tokens: int,
         device: torch.device,
         counted: Counted,
+        compiled: bool = False,
     ) -> None:
         self._keys, self._chunk_size, self._device = keys, model.config.chunk_size, device
         self._lengths = torch.tensor([len(item) for item in ids])
@@ -72,11 +76,15 @@ class EncodedWindow:
         self._unseen: deque[_Batch] = deque()
         source = input_device(model)
         self._departures, ahead = Departures(source), batches_ahead(source)
-        for places in self._places(batch_tokens):
-            self._start(model, places, [ids[place] for place in places], source)
-            counted(places)
-            while len(self._unseen) > ahead:
-                self._look()
+        separately = {"separately": True} if compiled else {}
+        with compiled_layers(model) if compiled else nullcontext():
+            for places in self._places(batch_tokens):
+                padded = torch.nn.utils.rnn.pad_sequence([ids[place] for place in places], batch_first=True)
+                encoded = model.encode_batch(send(padded, source), self._lengths[places], **separately)
+                self._send(places, encoded, source)
+                counted(places)
+                while len(self._unseen) > ahead:
+                    self._look()
 
     def _places(self, batch_tokens: int) -> Iterator[list[int]]:
         """The places of the documents of every batch."""
@@ -90,9 +98,8 @@ class EncodedWindow:
             yield order[start:stop]
             start = stop
 
-    def _start(self, model: PreTrainedModel, places: list[int], ids: list[Tensor], source: torch.device) -> None:
-        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-        encoded = model.encode_batch(send(padded, source), self._lengths[places])
+    def _send(self, places: list[int], encoded: dict[int, DenseLayer], source: torch.device) -> None:
+        """Let what was made of a batch go to where it is to lie."""
         send_away, host = self._departures.send, torch.device("cpu")
         finite = [item.routing_keys.isfinite().all() & item.pooled_kv.isfinite().all() for item in encoded.values()]
         layers = {

@@ -19,6 +19,7 @@ from .attention_config_msa import check_holds_memory
 from .attention_msa import AttendingPass, EncodingDone, EncodingPass, PrefixPass
 from .cache_msa import HoldsContexts, MSACache, SettlesContexts, contexts_of
 from .compat_msa import CACHE, rename_cache
+from .compiled_layers_msa import SeparateEncodingPass
 from .compiled_msa import Asked, current_runs
 from .configuration_msa import MSAConfig
 from .encoding_msa import encode_documents
@@ -116,19 +117,21 @@ class MemoryMixin(ModelMixin):
             states = prefix_pass.tied(states, output[0])
         return {layer: (key[0], value[0]) for layer, (key, value) in states.items()}
 
-    def encode_batch(self, ids: Tensor, lengths: Tensor) -> dict[int, DenseLayer]:
+    def encode_batch(self, ids: Tensor, lengths: Tensor, separately: bool = False) -> dict[int, DenseLayer]:
         """Encode right-padded documents; nothing behind the last memory layer's keys and values is computed, unless
         the model must be run to its end.
 
         Args:
             ids: [N, L] int64.
             lengths: [N] int64, tokens of each document; on the CPU, so that no layer waits for the device.
+            separately: under `compiled_layers`.
 
         Returns:
             Layer -> `DenseLayer` of their chunks, documents in order.
         """
         stop = not is_entered_by_its_call(self)
-        encoding = EncodingPass(self.config, lengths, self.config.similarity, stop=stop)
+        kind = SeparateEncodingPass if separately else EncodingPass
+        encoding = kind(self.config, lengths, self.config.similarity, stop=stop)
         # Padding stands behind the documents, where causal attention does not look.
         self.run_from_outside(
             stop=stop,
@@ -166,6 +169,8 @@ class MemoryMixin(ModelMixin):
             text_column, key_column: names of the fields of mappings.
             bank_device: where the bank is built (default: the model's device).
             show_progress: a progress bar (default yes).
+            compile_layers: run the decoder layers compiled. The first call compiles, for a minute or more; later ones
+                of the process, whatever the documents' lengths, do not. Results differ in the order of a last digit.
             non_blocking: return once everything was given to a GPU; the bank's `layers`, when they are first asked for,
                 wait for it, and raise for states that are not finite (default no).
 

@@ -1,0 +1,77 @@
+"""Decoder layers compiled while documents are encoded: torch.compile of each, for batches of any size.
+
+All layers share their graphs. Lengths and numbers of documents are symbols of these, so that no batch asks for new
+ones, but for one of a single document or token. What a memory layer keeps is taken down outside of the graphs.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .attention_msa import AttentionFunction, AttentionOutput, EncodingPass
+from .retrofit_msa import attention_layers
+from .wrapping_msa import is_entered_by_its_call
+
+
+class SeparateEncodingPass(EncodingPass):
+    """An `EncodingPass` whose records no graph sees: what a graph writes is lost where the pass ends the run."""
+
+    @torch.compiler.disable
+    def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
+        super().enter(module, hidden_states)
+
+    @torch.compiler.disable
+    def attend(
+        self,
+        base: AttentionFunction,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: object,
+    ) -> AttentionOutput:
+        return super().attend(base, module, query, key, value, attention_mask, **kwargs)
+
+
+@contextlib.contextmanager
+def compiled_layers(model: PreTrainedModel) -> Iterator[None]:
+    """A model whose decoder layers, up to the last one with a memory, run compiled; for `SeparateEncodingPass` alone.
+
+    Layers that were compiled before stay as they are.
+
+    Raises:
+        ValueError: where weights come and go around the calls of modules.
+    """
+    if is_entered_by_its_call(model):
+        raise ValueError(
+            "`compile_layers` is for models whose weights stay where they are: this one is offloaded, cut in parts or "
+            "has hooks on the whole model. Leave it out."
+        )
+    memory_layers, names = set(model.config.memory_layers), {module: name for name, module in model.named_modules()}
+    compiled: list[nn.Module] = []
+    try:
+        for number, attention in sorted(attention_layers(model).items()):
+            layer = model.get_submodule(names[attention].rpartition(".")[0])
+            if number <= max(memory_layers) and layer._compiled_call_impl is None:
+                layer._compiled_call_impl = _calling(layer, number in memory_layers)
+                compiled.append(layer)
+        yield
+    finally:
+        for layer in compiled:
+            layer._compiled_call_impl = None
+
+
+def _calling(layer: nn.Module, has_memory: bool) -> Callable[..., object]:
+    """What a call of a layer becomes. One without a memory does not see the pass, which does nothing there."""
+    run = torch.compile(layer._call_impl, dynamic=True)
+
+    def call(*args: object, **kwargs: object) -> object:
+        if not has_memory:
+            kwargs.pop("memory_pass", None)
+        return run(*args, **kwargs)
+
+    return call
