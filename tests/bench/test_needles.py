@@ -76,7 +76,6 @@ def test_an_interrupted_run_asks_the_rest_and_ends_as_one_that_was_not(
 ) -> None:
     monkeypatch.setattr(planting, "put", whole := Reader())
     expected = run(model)
-    monkeypatch.setattr("msa_hf.bench.result.SAVED_EVERY", 0.0)
     monkeypatch.setattr(planting, "put", Reader(fail_after=35))
     with pytest.raises(KeyboardInterrupt):
         run(model, tmp_path / "r.json")

@@ -75,6 +75,7 @@ def test_a_run_goes_on_where_it_stopped_and_only_with_its_own_file(tmp_path: Pat
     again = Result.begin(
         "needles", {"seed": 0, "depths": (0.0, 1.0), "values": ["words"]}, MODEL, {"hardware": "there"}, path
     )
+    Result.begin("needles", again.settings, {**MODEL, "name": "the same elsewhere"}, {}, path)
     assert again.done("single 1000 1") and not again.done("single 1000 2")
     assert [run["hardware"] for run in again.runs] == ["here", "there"]
     with pytest.raises(ValueError, match="made already"):

@@ -89,14 +89,16 @@ def ask_tasks(
 
     What lies in a bank does not depend on what was asked before.
     """
-    for group in _groups(tasks, int(documents * MOST_PLANTED)):
-        questions = [question for task in group for question in task.questions]
-        if any(not result.done(question.id) for question in questions):
-            for trials in _trials(result, group, documents, banks, asking):
-                result.add(trials)
-        if progress is not None:
-            progress.update(len(questions))
-    result.save()
+    try:
+        for group in _groups(tasks, int(documents * MOST_PLANTED)):
+            questions = [question for task in group for question in task.questions]
+            if any(not result.done(question.id) for question in questions):
+                for trials in _trials(result, group, documents, banks, asking):
+                    result.add(trials)
+            if progress is not None:
+                progress.update(len(questions))
+    finally:
+        result.save()  # an interruption loses no answer
 
 
 def _groups(tasks: Sequence[Task], most: int) -> Iterator[list[Task]]:

@@ -123,7 +123,8 @@ class Result:
         if path is not None and path.exists():
             found = cls.load(path)
             differ = [f"its benchmark is {found.benchmark}"] if found.benchmark != benchmark else []
-            differ += differences(found.settings, settings) + differences(found.model, model)
+            differ += differences(found.settings, settings)
+            differ += [item for item in differences(found.model, model) if not item.startswith("name: ")]
             if differ:
                 raise ResultError(
                     f"{path}: holds a result that this run cannot go on with ({'; '.join(differ[:4])}). Name another "

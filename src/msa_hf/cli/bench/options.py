@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...user_errors import UserError, reported
-from ..loading import load, protocol_of
+from ..loading import checkpoint, load, protocol_of
 from ..options import add_model_options, at_least, device_in, positive
 from ..sizes import count
 
@@ -88,11 +88,14 @@ def check_outputs(args: argparse.Namespace) -> None:
     for path in (args.out, args.html):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise UserError(f"{path}: not a file in a directory that is there")
+    if args.out is not None and args.html is not None and args.out.absolute() == args.html.absolute():
+        raise UserError(f"{args.out}: --out and --html are one file; name two")
 
 
 def load_asked(args: argparse.Namespace) -> tuple[MSAForCausalLM, PreTrainedTokenizerBase, PromptProtocol | None]:
     """The model to be asked, its tokenizer and its protocol."""
     device = device_in(args)
+    checkpoint(args.model)  # what is not there is refused at once
     protocol = protocol_of(args.protocol, args.model)
     return *load(args.model, device, args.dtype, args.protocol), protocol
 
