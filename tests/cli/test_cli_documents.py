@@ -89,7 +89,8 @@ def test_what_is_too_long_is_found_before_anything_is_encoded(
         (["bank", "add", place / name, tmp_path / "bank", tmp_path / "rows.jsonl", "--commit-every", "1"], "Cut it"),
     ):
         said = refusal(capsys, *command)
-        assert "rows.jsonl, line 3: document 'k2' has 6" in said and "above the limit of 256" in said and remedy in said
+        assert "(key 'k2') has 6" in said and "above the limit of 256 (" in said and "rows.jsonl, line 3). " in said
+        assert remedy in said
         assert not (tmp_path / "bank").exists()
     encode = ["encode", place / name, tmp_path / "rows.jsonl", tmp_path / "bank", "--too-long", "split"]
     assert main([str(item) for item in encode]) == 0 and keys(tmp_path / "bank")[1:3] == ["k1", "k2#0"]

@@ -56,7 +56,7 @@ def test_encode_splits_what_is_too_long_or_refuses_it(
     (tmp_path / "long.jsonl").write_text(json.dumps({"key": "long", "text": "the sea is deep " * 100}))
     command = ["encode", place / model, tmp_path / "long.jsonl", tmp_path / "bank"]
     said = refusal(capsys, *command)
-    assert "document 'long' has 4" in said and said.endswith("Pass --too-long split to store it in parts.")
+    assert "'long') has 4" in said and said.endswith("Pass --too-long split to store it in parts.")
     added = refusal(capsys, "bank", "add", place / model, tmp_path / "other", tmp_path / "long.jsonl")
     assert "document 'long' has 4" in added and added.endswith("Cut it into parts with keys of their own.")
     assert main([*map(str, command), "--too-long", "split"]) == 0

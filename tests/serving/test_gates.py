@@ -149,6 +149,42 @@ def test_bodies_that_are_no_json(guarded: Served, kind: str) -> None:
     assert guarded.client().post("/v1/documents", content=body, headers=typed).status_code in (200, 201)
 
 
+@pytest.mark.parametrize("before", [b"", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"], ids=["first", "second"])
+@pytest.mark.parametrize("piece", [b"", b"POST /v1/documents HT", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: y"])
+def test_a_head_that_does_not_come(guarded: Served, before: bytes, piece: bytes) -> None:
+    """Nor one that comes a byte at a time: connections are few, and whoever holds them keeps others out."""
+    address = urlsplit(guarded.url)
+    with socket.create_connection((address.hostname, address.port), 20) as connection:
+        if before:
+            connection.sendall(before)
+            assert b" 200 " in connection.recv(1000)
+        connection.sendall(piece)
+        start = time.monotonic()
+        connection.settimeout(0.1)
+        while time.monotonic() < start + 20:
+            try:
+                connection.sendall(b"a" if piece.endswith(b"y") else b"")
+                assert connection.recv(1000) == b""
+                break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+        else:
+            pytest.fail("the connection stayed")
+    assert time.monotonic() - start >= 0.4
+
+
+def test_requests_that_follow_one_another_keep_their_connection(guarded: Served) -> None:
+    """Also for longer than one of them may take to come."""
+    address = urlsplit(guarded.url)
+    with socket.create_connection((address.hostname, address.port), 20) as connection:
+        for _ in range(8):
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b" 200 " in connection.recv(1000)
+            time.sleep(0.1)
+
+
 def test_a_body_that_does_not_come(guarded: Served) -> None:
     address = urlsplit(guarded.url)
     with socket.create_connection((address.hostname, address.port), 10) as connection:

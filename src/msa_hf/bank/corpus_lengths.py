@@ -52,6 +52,6 @@ def check_lengths(
             ids = document.get("input_ids") or tokenize(tokenizer, text)
         if len(ids) > limit:
             raise ValueError(
-                f"{corpus.place(number)}: document {document['key']!r} has {len(ids)} tokens, above the limit of "
-                f"{limit}. Pass too_long='split' to store it in parts."
+                f"Document {number} (key {document['key']!r}) has {len(ids)} tokens, above the limit of {limit} "
+                f"({corpus.place(number)}). Pass too_long='split' to store it in parts."
             )

@@ -9,7 +9,9 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from typing import Protocol
 
 import uvicorn
 
@@ -19,8 +21,20 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class Cycle(Protocol):
+    response_complete: bool
+
+
+class Connection(Protocol):
+    """What uvicorn keeps of a connection; a request has a cycle once its head has come."""
+
+    cycle: Cycle | None
+    transport: asyncio.Transport
+
+
 class DrainingServer(uvicorn.Server):
-    """uvicorn, but that it answers 503 while it ends, and ends with 0.
+    """uvicorn, but that it answers 503 while it ends, and ends with 0, and does not wait for the head of a request for
+    ever.
 
     Args:
         config: of uvicorn.
@@ -33,6 +47,24 @@ class DrainingServer(uvicorn.Server):
         self.app, self.patience = app, patience
         self.cut_off = False
         self._draining: asyncio.Task[None] | None = None
+        self._waits: dict[Connection, tuple[object, float]] = {}  # for a request behind which one, since when
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look after connections, ten times a second."""
+        self._close_silent()
+        return await super().on_tick(counter)
+
+    def _close_silent(self) -> None:
+        """Close connections whose next request has not come as a whole head in the time that a body has."""
+        now, waits = time.monotonic(), self._waits
+        connections: set[Connection] = self.server_state.connections  # type: ignore[assignment]
+        self._waits = {}
+        for item in connections:
+            if item.cycle is None or item.cycle.response_complete:
+                last, since = waits.get(item, (None, now))
+                self._waits[item] = item.cycle, since if last is item.cycle else now
+                if last is item.cycle and now - since > self.app.service.limits.body_seconds:
+                    item.transport.close()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
