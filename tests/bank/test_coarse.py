@@ -110,11 +110,12 @@ def test_a_model_answers_alike_with_all_clusters(made: Any, bank: Any) -> None:
 
 
 def test_clusters_of_what_lies_in_groups_are_these_groups() -> None:
-    centers = torch.nn.functional.normalize(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    directions = torch.nn.functional.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    centers = torch.cat([directions, 3 * directions])  # apart by their length alone, as keys of "dot" may be
     group = torch.arange(400) % 8
     keys = centers[group] + 0.01 * torch.randn(400, 16, generator=torch.Generator().manual_seed(1))
     found = min(
-        (cluster_keys(keys, 8, seed=seed) for seed in range(10)),
+        (cluster_keys(keys, 8, seed=seed) for seed in range(60)),
         key=lambda item: float((keys - item[0][item[1]]).square().sum()),
     )
     torch.testing.assert_close(found[0][found[1]], centers[group], atol=0.02, rtol=0)
