@@ -306,9 +306,13 @@ class MemoryInterleave:
     def _round(self, feed: TranscriptFeeder, samples: list[_Sample], number: int, options: GenerateOptions) -> None:
         start = time.perf_counter()
         logits, routing, fed = feed.prefill(samples)
+        documents, scores = (
+            torch.stack([item.to(self.model.device) for item in items]).tolist()  # the device is waited for once
+            for items in zip(*((found.documents, found.scores) for found in routing.values()), strict=True)
+        )
         chosen = {
-            layer: list(zip(found.documents.tolist(), found.scores.tolist(), strict=True))
-            for layer, found in routing.items()
+            layer: list(zip(their_documents, their_scores, strict=True))
+            for layer, their_documents, their_scores in zip(routing, documents, scores, strict=True)
         }
         seconds = time.perf_counter() - start
         rounds: list[Round] = []
