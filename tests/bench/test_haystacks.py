@@ -17,7 +17,7 @@ NEEDLE = "The Jethefux Crossing is held at Krikutust Heights."
 
 @pytest.fixture(scope="module")
 def haystack(tiny: Tiny) -> Haystack:
-    return Haystack(generated_texts(), tiny[1], 3000)
+    return Haystack(generated_texts(), tiny[1], 1800)
 
 
 def test_small_haystacks_are_the_beginning_of_large_ones(tiny: Tiny, haystack: Haystack) -> None:

@@ -181,8 +181,8 @@ def _sizes(settings: MineSettings, haystack: Haystack) -> tuple[int, ...]:
     if not fitting or (settings.sizes and len(fitting) < len(sizes)):
         least = haystack.documents(sizes[0])
         raise ValueError(
-            f"{least} documents of up to {settings.document_tokens} tokens are too few to plant {settings.hops} facts, "
-            f"for which {round(room)} are needed: give more documents, larger sizes, or fewer hops."
+            f"{least} documents, long ones cut, are too few to plant {settings.hops} facts, for which {round(room)} "
+            "are needed: give more documents, larger sizes, fewer hops, or cut them shorter (a bank's when it is made)."
         )
     return tuple(fitting)
 
