@@ -2,7 +2,7 @@
 # Make msa-hf-tiny, with the kinds of questions of `msa-hf bench chains` in its training, and measure it.
 #
 #     bash scripts/make_tiny.sh OUT              # one H200: about 25 minutes
-#     bash scripts/make_tiny.sh OUT --rehearse   # a few minutes on a CPU, all steps at toy size; the result knows nothing
+#     bash scripts/make_tiny.sh OUT --rehearse   # two minutes of a CPU core, all steps at toy size; the result knows nothing
 #
 # A step whose result is there is not made again, so that the same command goes on after an interruption. No step takes
 # longer than ten minutes on an H200. OUT/model is the checkpoint, OUT/results.json and OUT/chains.json its figures:

@@ -170,7 +170,7 @@ def _worlds(
             if count == 1:
                 raise ValueError(
                     f"A corpus of {tokens:,} tokens has {documents} documents, too few for a question of each kind and "
-                    f"distance ({error}). Ask for larger sizes, fewer kinds or fewer distances."
+                    f"distance ({str(error).rstrip('.')}). Ask for larger sizes, fewer kinds or fewer distances."
                 ) from error
             most = count - 1
             continue
@@ -278,7 +278,7 @@ def in_words(result: Result) -> list[str]:
             continue
         hop, missed = Counter(trial.detail["hop"] for trial in wrong).most_common(1)[0]
         ended = sum(trial.detail["stopped"] for trial in wrong if trial.detail["hop"] == hop)
-        how = f", {ended} times because the model read no further" if ended else ""
+        how = f", in {ended} of them because reading had stopped" if ended else ""
         where = f"document {hop} was not read{how}" if hop else "all documents were read, and the answer was another"
         lines.append(f"{kind}: {len(wrong)} of {len(asked)} wrong; most often ({missed}) {where}.")
     return lines

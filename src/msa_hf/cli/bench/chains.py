@@ -58,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
     from ...synthetic.prose import prose_documents
     from ...tables import table_lines
 
-    model, tokenizer, protocol = load_asked(args)
     with reported():
         settings = ChainSettings(
             sizes=args.sizes,
@@ -71,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
             max_new_tokens=args.max_new_tokens,
             rounds=round_options(args),
         )
+    model, tokenizer, protocol = load_asked(args)
+    with reported():
         if args.text:
             wanted = max(int(args.sizes[-1] * args.text_share), 1)
             prose = Haystack(file_texts(args.text), tokenizer, wanted, args.document_tokens).texts
