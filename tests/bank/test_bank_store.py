@@ -530,3 +530,11 @@ def test_without_its_model_a_damaged_prefix_is_never_replaced(tmp_path: Path) ->
                 action()
     with BankStore(FakeModel(), tmp_path) as bank:
         assert texts(bank) == {"b": "text of b"} and bank.compact() and bank.verify() == []
+
+
+@pytest.mark.parametrize("metadata", [[1], "year", 7, [("year", 1)]])
+def test_metadata_that_is_no_mapping_is_refused_and_changes_nothing(tmp_path: Path, metadata: Any) -> None:
+    with BankStore(FakeModel(), tmp_path) as bank:
+        with pytest.raises(TypeError, match=r"Document 'k': its metadata must be a dict of values by name, got"):
+            bank.upsert("k", "text", metadata=metadata)
+        assert len(bank) == 0 and bank.upsert("k", "text", metadata={"year": 1})

@@ -61,6 +61,26 @@ def test_what_is_intact_is_the_same_behind_all_doors(directory: Path) -> None:
     assert contents(store(directory)) == contents(MemoryBank.from_pretrained(directory))
 
 
+def test_a_relative_path_means_the_same_bank_wherever_the_process_goes(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a daemon, which goes to the root: files are opened when they are asked for, and written by their names."""
+    expected = contents(store(directory))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    banks = [door(Path("bank"), model=FakeModel()) for door in DOORS]
+    reader, writer = BankStore(None, "bank", read_only=True), BankStore(FakeModel(), "bank")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with reader, writer:
+        assert contents(reader.snapshot()) == contents(banks[0]) == expected
+        for bank in banks:
+            assert [document.key for document in bank.documents] == ["k0", "k3", "k4", "k2"]
+        writer.upsert("new", "text")
+        assert writer.compact() and writer.verify() == [] and len(writer) == 5
+        assert len(reader.snapshot()) in (4, 5) and not list(Path.cwd().iterdir())
+    assert len(store(directory)) == 5
+
+
 @pytest.mark.parametrize(
     ("altered", "message"),
     [

@@ -389,6 +389,37 @@ def test_newest_commits_that_are_missing_are_told(
     assert texts(doors["load"]()) == {**before, "new": "again 8"} and not caplog.text
 
 
+@pytest.mark.parametrize("lost", ["an older manifest", "the commits"])
+def test_files_of_missing_commits_are_not_taken_for_leftovers(tmp_path: Path, lost: str) -> None:
+    """Whoever puts back what is missing has all of it again, though a writer came in between and changed nothing."""
+    with filled(tmp_path, 2) as bank:
+        bank.checkpoint()
+        first = bank.generation
+        older = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        bank.upsert("new", "lost")
+        bank.upsert("newer", "lost as well")
+        if lost == "an older manifest":
+            bank.checkpoint()
+        after = texts(bank.snapshot())
+    if lost == "an older manifest":
+        taken = {"manifest.json": (tmp_path / "manifest.json").read_bytes()}
+        (tmp_path / "manifest.json").write_bytes(older["manifest.json"])
+    else:
+        paths = [tmp_path / entry_name(first + number) for number in (1, 2)]
+        taken = {path.name: path.read_bytes() for path in paths}
+        for path in paths:
+            path.unlink()
+    names = {path.name for path in tmp_path.iterdir()}
+    for _ in range(2):
+        with BankStore(FakeModel(), tmp_path) as bank:
+            assert "new" not in texts(bank.snapshot())
+        assert {path.name for path in tmp_path.iterdir()} == names
+    for name, content in taken.items():
+        (tmp_path / name).write_bytes(content)
+    with BankStore(FakeModel(), tmp_path) as bank:
+        assert texts(bank.snapshot()) == after and bank.verify() == []
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ENOENT])
 def test_what_cannot_be_read_now_is_no_damage(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with filled(tmp_path) as bank:

@@ -295,7 +295,7 @@ def open_bank(
         ValueError: if another model made it, listing every difference; or if its code is of another release.
     """
     check_interface(model)
-    directory = Path(directory)
+    directory = Path(directory).absolute()  # files are opened later as well, wherever the process is then
     noted = noted_commit(directory)  # before what it is compared with
     manifest = read_manifest(directory)
     warn_of_missing_commit(directory, manifest.get("lineage"), manifest.get("generation", 0), noted)

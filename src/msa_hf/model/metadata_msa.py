@@ -22,8 +22,11 @@ def checked_metadata(fields: Mapping[str, object], what: str) -> dict[str, objec
         what: the document, which a message begins with.
 
     Raises:
+        TypeError: for fields that are no mapping.
         ValueError: for any other value, such as NaN, bytes, an image or a name that is no text, naming its field.
     """
+    if not isinstance(fields, Mapping):
+        raise TypeError(f"{what}: its metadata must be a dict of values by name, got {type(fields).__name__}.")
     try:
         made = {_name(name, ""): _value(value, repr(name), 1) for name, value in fields.items()}
         if made:

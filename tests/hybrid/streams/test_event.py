@@ -7,6 +7,7 @@ import json
 import pytest
 
 from msa_hf.hybrid.streams import BadEvent, MemoryEvent, decode_event, encode_event
+from msa_hf.hybrid.streams import event as event_module
 
 GOOD = {"key": "k", "version": 3, "text": "t"}
 BAD: list[tuple[object, str]] = [
@@ -65,3 +66,13 @@ def test_events_come_back_as_they_were() -> None:
     ):
         assert decode_event(encode_event(event)) == event
     assert decode_event(b'{"key":"k","version":1,"text":"t","delete":false,"metadata":null}').metadata == {}
+
+
+def test_what_is_far_too_long_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what may be an event with every character escaped is not."""
+    event = MemoryEvent("k", 1, "\x01" * 1000)
+    assert decode_event(encode_event(event), max_text=1000) == event
+    most = event_module.ESCAPED * (1000 + event_module.MAX_KEY + event_module.MAX_METADATA) + 4096
+    monkeypatch.setattr(event_module.json, "loads", lambda *given, **options: pytest.fail("was parsed"))
+    with pytest.raises(BadEvent, match=f"{most + 1} bytes, more than {most}.*split it"):
+        decode_event(b" " * (most + 1), max_text=1000)

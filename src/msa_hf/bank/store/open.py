@@ -20,6 +20,7 @@ from ...model.bank_format_msa import (
     format_error,
     new_manifest,
 )
+from ...model.bank_lock_msa import missing_commit, noted_commit
 from ...model.bank_manifest_msa import (
     FEW_ROWS,
     backup_of,
@@ -124,11 +125,24 @@ def new_bank(
 def remove_leftovers(directory: Path) -> None:
     """Remove what a writer left that died before its commit, or after it and before it had tidied up.
 
+    Where later commits were made than the manifest knows, as where an older one was put in its place, nothing is
+    removed: the files may be those of these commits, and their manifest may be the copy.
+
     Raises:
         BankFormatError: for a manifest that cannot be read, or that is missing while data files are there: what it
             named is then not known.
     """
+    noted = noted_commit(directory)  # before what it is compared with
     kept = referenced_files(directory)
+    if is_bank(directory):
+        manifest = read_manifest(directory)
+        if missing_commit(directory, manifest.get("lineage"), manifest.get("generation", 0), noted):
+            logger.warning(
+                "%s: files that no commit names were left where they are, and the copy of the manifest as well: they "
+                "may be what is missing. The next writer behind another commit removes them.",
+                directory,
+            )
+            return
     if is_bank(directory) and backup_of(directory) != read_checkpoint(directory)[0]:
         keep_copy(directory)  # before what the copy names is removed
     if count := remove_unnamed(directory, kept):

@@ -116,7 +116,7 @@ class BankStore(CommittedBank):
             encoder = DocumentEncoder(model, tokenizer, protocol, place, options)
         if read_only and directory is not None:
             directory = bank_directory(directory, model, tokenizer)
-        home = None if directory is None else Path(directory)
+        home = None if directory is None else Path(directory).absolute()  # wherever the process goes
         super().__init__(model, home, tokenizer, protocol, read_only, place, encoder)
         self._limit = parse_size(max_shard_size)
         self._pending: Changes | None = None

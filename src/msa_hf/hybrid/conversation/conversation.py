@@ -21,7 +21,7 @@ class Turn:
     """A turn of a session.
 
     Attributes:
-        number: from 1; never given again, also if the turn is forgotten.
+        number: from 1; not given again, also if the turn is forgotten, until all turns of the session have expired.
         role: who says it, such as `"user"`.
         text: None for a turn that was forgotten.
         at: seconds since 1970.

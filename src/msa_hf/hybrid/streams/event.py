@@ -13,6 +13,7 @@ MAX_KEY = 1024  # bytes of UTF-8
 MAX_TEXT = 2**20  # bytes of UTF-8: longer ones are refused before they are tokenized
 MAX_VERSION = 2**62  # as of `BankStore`
 MAX_METADATA = 2**20  # bytes of JSON
+ESCAPED = 6  # bytes of JSON for a byte of text, at most: \u0000
 FIELDS = {"key", "version", "text", "metadata", "delete"}
 
 
@@ -52,6 +53,11 @@ def decode_event(body: bytes, max_text: int = MAX_TEXT) -> MemoryEvent:
     Raises:
         BadEvent: naming what is wrong with it.
     """
+    most = (
+        ESCAPED * (MAX_KEY + max_text + MAX_METADATA) + 4096
+    )  # before it is parsed, which takes several times as much
+    if len(body) > most:
+        raise BadEvent(f"{len(body)} bytes, more than {most}, which an event of this size never has; split it")
     try:
         record = json.loads(body, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
