@@ -24,6 +24,8 @@ DOCUMENT = DOCS / "benchmarks.md"
 # Name of a table -> the file of results, and the axes of its rows.
 RESULTS = {
     "needles of msa-hf-tiny": ("bench_needles_tiny.json", ("kind", "tokens")),
+    "chains of msa-hf-tiny": ("bench_chains_tiny.json", ("kind", "tokens")),
+    "twins of msa-hf-tiny": ("bench_chains_tiny.json", ("twin_of", "tokens")),
     "msa-hf-tiny on this documentation": ("bench_mine_tiny.json", ("kind", "hops", "tokens")),
 }
 
@@ -36,7 +38,7 @@ def measured(file: str, axes: tuple[str, ...]) -> str:
         broke = Counter(
             str(trial.detail["broke"])
             for trial in result.trials
-            if not trial.right and tuple({**trial.axes, "kind": trial.kind}[axis] for axis in axes) == cell.values
+            if not trial.right and tuple({"kind": trial.kind, **trial.axes}.get(axis) for axis in axes) == cell.values
         )
         words = ", ".join(f"{count} {rung}" for rung, count in sorted(broke.items()))
         rows.append([*map(short, cell.values), f"{cell.right} of {cell.asked}", str(cell), words])
