@@ -258,6 +258,11 @@ def test_reading_beside_a_writer_follows_it(fresh: Path) -> None:
         for refused in (put(client, "x", "y"), client.delete("/v1/documents/new")):
             assert (refused.status_code, refused.json()["error"]["code"]) == (403, "read_only")
         assert client.get("/v1/bank").json()["read_only"] is True
+        fresh.rename(fresh.with_name("gone"))  # so that a balancer looks elsewhere
+        assert client.get("/v1/documents/new").status_code == client.get("/healthz").status_code == 503
+        assert str(fresh) not in client.get("/healthz").text
+        fresh.with_name("gone").rename(fresh)
+        assert client.get("/v1/documents/new").status_code == client.get("/healthz").status_code == 200
 
 
 def test_a_disk_that_is_full_loses_nothing(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

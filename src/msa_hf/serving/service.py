@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..bank import BankStore
 from ..generation import PromptProtocol
+from ..model.bank_format_msa import BankError
+from ..model.bank_manifest_msa import read_manifest
 from ..model.modeling_msa import MSAForCausalLM
 from .asking import BankAsker
 from .batching import ModelThread
@@ -23,6 +26,7 @@ from .metrics import ServerMetrics
 from .waiting import Options, Question, Turn, Work
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,13 @@ class Service:
         self.store.close()
 
     def problem(self) -> str:
-        """Why the server cannot do its work; empty where it can."""
+        """Why the server cannot do its work; empty where it can. Reads the bank's manifest where others write it."""
+        if self.store.read_only and self.store.directory is not None:
+            try:
+                read_manifest(self.store.directory)
+            except (BankError, OSError) as error:
+                logger.error("the bank cannot be read: %s", error)
+                return "the bank cannot be read; the log of the server says why"
         return self.documents.broken or ("" if self.thread.alive else "the thread of the model has ended")
 
     @contextlib.asynccontextmanager

@@ -20,7 +20,7 @@ def status_routes(service: Service, draining: Callable[[], bool]) -> APIRouter:
     @router.get("/healthz")
     async def healthz() -> Response:
         """200 while the server takes requests, 503 when it is ending or cannot work."""
-        problem = service.problem()
+        problem = await to_thread.run_sync(service.problem)
         if problem or draining():
             return JSONResponse({"status": "failed" if problem else "draining", "problem": problem or None}, 503)
         return JSONResponse({"status": "ok"})
