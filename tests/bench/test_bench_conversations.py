@@ -90,8 +90,8 @@ def test_words_find_what_was_said_once(kept: Any, tiny: Any) -> None:
 
 
 def test_a_run_goes_on_where_it_ended_and_asks_everything_once(tiny: Any, tmp_path: Path) -> None:
-    path, settings = tmp_path / "talk.json", {"sizes": (1,), "asked": 1, "max_new_tokens": 1, "rounds": {"max_rounds": 1}}
-    arms = {"arms": ("none", "bank")}
+    path, settings = tmp_path / "talk.json", {"sizes": (1,), "asked": 1, "max_new_tokens": 1}
+    arms = {"arms": ("none", "bank"), "rounds": {"max_rounds": 1}}
     whole = run_conversations(ConversationSettings(**settings, **arms), *tiny, path=path)  # type: ignore[arg-type]
     assert len(whole.trials) == 10
     record = json.loads(path.read_text())
