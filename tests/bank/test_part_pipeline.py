@@ -64,10 +64,11 @@ def test_the_bank_does_not_depend_on_who_reads(tmp_path: Path, protocol: Any, to
 def test_an_error_about_a_document_comes_as_from_one_process(tmp_path: Path) -> None:
     """In its turn: what lies before it is encoded and kept, and nothing behind it."""
     rows = rows_of(5, 20)
-    source = written(tmp_path / "rows.jsonl", [*rows[:12], {"key": "the wrong one", "text": "x" * 99}, *rows[12:]])
+    wrong = {"key": "the wrong one", "text": "x", "input_ids": [5000]}
+    source = written(tmp_path / "rows.jsonl", [*rows[:12], wrong, *rows[12:]])
     said = []
     for workers in (0, 2):
-        with pytest.raises(ValueError, match=r"Document 12 \(key 'the wrong one'\) has 99 tokens") as error:
+        with pytest.raises(ValueError, match=r"Document 12 \(key 'the wrong one'\) has token ids") as error:
             encode(source, tmp_path / str(workers), tmp_path / f"log {workers}", workers=workers)
         said.append((type(error.value), str(error.value), kept_keys(tmp_path / str(workers))))
     assert said[0] == said[1] and 3 < len(said[0][2]) <= 12
