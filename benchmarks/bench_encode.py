@@ -9,8 +9,8 @@ Rows of a model, medians of `--repeats` runs taken in turn:
 * library, compiled: the same with `compile_layers=True`; the first call, which compiles, is stated apart.
 * command: what `msa-hf encode` does once the model is loaded, up to the flushed manifest; beside it the share of the
   library's rate, of which the goal is 0.95.
-* host: seconds of all processes' CPU for a million tokens, the forwards of the model left out (their results are
-  zeros). Their inverse bounds the rate of one core.
+* host: seconds of CPU for a million tokens, the forwards of the model left out (their results are zeros): of the
+  model's process, whose Python also launches the kernels, and of its workers.
 * share of the matrix rate: on a GPU, arithmetic of the encoded layers against a product of 8192^3 on the spot.
 
 Random weights under `--shape`, with the tokenizer of msa-hf-tiny; documents are words of the quickstart's.
@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -78,10 +78,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 MEMORY_LAYERS = {"135m": [14, 19, 24]}  # as msa-hf-smollm2-135m has; others: the upper half
 
 
-def cpu_seconds() -> float:
-    """User and system seconds of this process and of children that were waited for."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(item.ru_utime + item.ru_stime for item in used)
+def cpu_seconds() -> tuple[float, float]:
+    """User and system seconds of this process, and of children that were waited for."""
+    own, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own.ru_utime + own.ru_stime, others.ru_utime + others.ru_stime
 
 
 def texts_of(count: int, tokens: int, tokenizer: Any) -> list[str]:
@@ -116,13 +116,26 @@ def drained(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(run: Callable[[], int], device: str) -> tuple[float, float, int]:
-    """Seconds by the clock, seconds of CPU, and the tokens that `run` returns."""
+class Run(NamedTuple):
+    """Seconds by the clock, of this process' CPU and of its children's; and how many tokens were encoded."""
+
+    wall: float
+    own: float
+    others: float
+    tokens: int
+
+    def per_million(self, seconds: float) -> float:
+        return 1e6 * seconds / self.tokens
+
+
+def timed(run: Callable[[], int], device: str) -> Run:
+    """Run something that returns how many tokens it encoded."""
     drained(device)
-    used, start = cpu_seconds(), time.perf_counter()
+    (own, others), start = cpu_seconds(), time.perf_counter()
     tokens = run()
     drained(device)
-    return time.perf_counter() - start, cpu_seconds() - used, tokens
+    wall, used = time.perf_counter() - start, cpu_seconds()
+    return Run(wall, used[0] - own, used[1] - others, tokens)
 
 
 def gigaflops(model: Any) -> float:
@@ -198,17 +211,16 @@ def measure(name: str, model: Any, tokenizer: Any, protocol: Any, options: argpa
             for way, run in list(ways.items()):
                 compiled = f"{way}, compiled"
                 ways[compiled] = lambda run=run: run(compile_layers=True)
-                seconds, _, _ = timed(ways[compiled], device)
-                figures[f"{compiled}: first call, s"] = seconds
-        runs: dict[str, list[tuple[float, float, int]]] = {way: [] for way in ways}
+                figures[f"{compiled}: first call, s"] = timed(ways[compiled], device).wall
+        runs: dict[str, list[Run]] = {way: [] for way in ways}
         library()  # what is done once
         for _ in range(options.repeats):
             for way, run in ways.items():
                 runs[way].append(timed(run, device))
         for way, found in runs.items():
-            figures[f"{way}: tokens/s"] = statistics.median(tokens / wall for wall, _, tokens in found)
+            figures[f"{way}: tokens/s"] = statistics.median(run.tokens / run.wall for run in found)
             figures[f"{way}: CPU s per million tokens"] = statistics.median(
-                1e6 * cpu / tokens for _, cpu, tokens in found
+                run.per_million(run.own + run.others) for run in found
             )
         for suffix in ("", ", compiled") if options.compile else ("",):
             figures[f"command{suffix}: share of the library's rate"] = (
@@ -226,11 +238,15 @@ def measure(name: str, model: Any, tokenizer: Any, protocol: Any, options: argpa
             host = [timed(command, device) for _ in range(options.repeats)]
         finally:
             del model.encode_batch
-        figures["host: CPU s per million tokens"] = statistics.median(1e6 * cpu / tokens for _, cpu, tokens in host)
-        figures["host: wall s per million tokens"] = statistics.median(1e6 * wall / tokens for wall, _, tokens in host)
-        figures["tokens"], figures["documents"] = host[0][2], len(texts)
+        for row, seconds in {
+            "host: CPU s per million tokens, the model's process": [run.per_million(run.own) for run in host],
+            "host: CPU s per million tokens, its workers": [run.per_million(run.others) for run in host],
+            "host: wall s per million tokens": [run.per_million(run.wall) for run in host],
+        }.items():
+            figures[row] = statistics.median(seconds)
+        figures["tokens"], figures["documents"] = host[0].tokens, len(texts)
     for row, value in figures.items():
-        print(f"{name:24} {row:48} {value:,.4g}" if isinstance(value, float) else f"{name:24} {row:48} {value}")
+        print(f"{name:24} {row:56} {value:,.4g}" if isinstance(value, float) else f"{name:24} {row:56} {value}")
     return figures
 
 
