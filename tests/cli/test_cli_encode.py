@@ -58,7 +58,7 @@ def test_encode_splits_what_is_too_long_or_refuses_it(
     said = refusal(capsys, *command)
     assert "'long') has 4" in said and said.endswith("Pass --too-long split to store it in parts.")
     added = refusal(capsys, "bank", "add", place / model, tmp_path / "other", tmp_path / "long.jsonl")
-    assert "document 'long' has 4" in added and added.endswith("Cut it into parts with keys of their own.")
+    assert "'long') has 4" in added and added.endswith("Cut it into parts with keys of their own.")
     assert main([*map(str, command), "--too-long", "split"]) == 0
     documents = MemoryBank.from_pretrained(tmp_path / "bank").documents
     assert [item.key for item in documents][:2] == ["long#0", "long#1"]
