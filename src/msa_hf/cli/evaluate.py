@@ -65,6 +65,10 @@ def run(args: argparse.Namespace) -> int:
         with reported():
             conditions = checked_conditions(args.conditions, protocol)
             questions = read_judged(args.questions, args.encoding)
+        if not any({"answer", "positives", "rounds"} & question.keys() for question in questions):
+            raise UserError(
+                f"{args.questions}: no question has an 'answer' or 'positives', by which answers could be judged"
+            )
     except ImportError as error:
         raise UserError(f"{error}, or leave it out of --conditions") from error
     corpus = None if is_bank(Path(args.bank)) or is_hub_name(args.bank) else read_corpus(args, args.bank)

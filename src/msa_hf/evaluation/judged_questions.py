@@ -56,8 +56,6 @@ def read_judged(path: str | Path, encoding: str | None = None) -> list[JudgedFie
         questions.append(question)
     if not questions:
         raise DataError(f"{path}: holds no questions")
-    if not any({"answer", "positives", "rounds"} & question.keys() for question in questions):
-        raise DataError(f"{path}: no question has an 'answer' or 'positives', by which answers could be judged")
     return questions
 
 
