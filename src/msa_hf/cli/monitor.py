@@ -80,7 +80,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf monitor`."""
-    from ..evaluation.judged_questions import read_judged
+    from ..evaluation.judged_questions import read_asked
     from ..hybrid.monitoring import Calibration, Monitor, MonitorMetrics, dashboard, make_report
 
     device = device_in(args)
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
     for name in (args.out, args.metrics, args.dashboard, args.calibration if args.good else None):
         require_place(name)
     with reported():
-        asked = read_judged(args.questions, args.encoding)
-        good = None if args.good is None else read_judged(args.good, args.encoding)
+        asked = read_asked(args.questions, args.encoding)
+        good = None if args.good is None else read_asked(args.good, args.encoding)
         calibration = None if args.calibration is None or good else Calibration.load(args.calibration)
     try:
         metrics = None if args.metrics is None else MonitorMetrics()

@@ -36,6 +36,18 @@ def read_judged(path: str | Path, encoding: str | None = None) -> list[JudgedFie
     """The questions of a JSON Lines file for `diagnose`; fields that it does not know are passed over.
 
     Raises:
+        DataError: as `read_asked`, and where no question says by what an answer could be judged.
+    """
+    questions = read_asked(path, encoding)
+    if not any({"answer", "positives", "rounds"} & question.keys() for question in questions):
+        raise DataError(f"{path}: no question has an 'answer' or 'positives', by which answers could be judged")
+    return questions
+
+
+def read_asked(path: str | Path, encoding: str | None = None) -> list[JudgedFields]:
+    """The questions of a JSON Lines file, of which none need say what answers it, with what they say of it.
+
+    Raises:
         DataError: for a file that is missing, undecodable or empty, and a field of another type, naming file and line.
     """
     questions: list[JudgedFields] = []
