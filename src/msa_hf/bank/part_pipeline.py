@@ -7,6 +7,7 @@ is done by a thread. Beside a model on the CPU neither gains anything: both need
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -97,6 +98,7 @@ def _begin(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells all; the parent ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # what threads the parent had are not here
     torch.set_num_threads(1)
+    gc.freeze()  # what the parent has on a device is not for this process to take apart
     assert _reader is not None
     _reader.corpus.reopen()
 
