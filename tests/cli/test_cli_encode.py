@@ -118,7 +118,7 @@ def test_encode_says_that_it_leaves_empty_files_out(
     (tmp_path / "docs" / "empty.txt").write_text("")
     (tmp_path / "docs" / "tea.txt").write_text(TEXTS["tea.md"])
     assert main(["encode", str(place / "plain"), str(tmp_path / "docs"), str(tmp_path / "bank")]) == 0
-    assert "skipped 1 empty, no text in it: empty.txt" in capsys.readouterr().err
+    assert "skipped 1 empty, nothing in it: empty.txt" in capsys.readouterr().err
     assert [item.key for item in MemoryBank.from_pretrained(tmp_path / "bank").documents] == ["tea.txt"]
 
 
