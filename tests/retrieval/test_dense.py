@@ -25,7 +25,7 @@ def text_of(chance: random.Random) -> str:
 
 
 def best(bank: MemoryBank, queries: list[str], k: int, embedder: Any = None) -> list[list[tuple[str, float]]]:
-    rows, scores = bank.indexes["dense"].best(queries, k, bank.documents, embedder)
+    rows, scores = bank.indexes["dense"].best(queries, k, bank.documents.visible_rows(), embedder)
     return [
         [(bank.documents.row(row).key, score) for row, score in zip(*pair, strict=True) if row >= 0]
         for pair in zip(rows.tolist(), scores.tolist(), strict=True)
