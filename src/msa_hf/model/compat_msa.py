@@ -51,6 +51,14 @@ def cache_of(output: ModelOutput) -> Cache | None:
     return getattr(output, CACHE, None)
 
 
+def empty_cache(cache: Cache) -> None:
+    """Make a cache as new; up to 5.23, `reset` leaves zeros in the places of what a growing one holds."""
+    cache.reset()
+    if not cache.is_compileable:
+        for layer in cache.layers:
+            layer.is_initialized = False
+
+
 def forget_tokens(cache: Cache, tokens: int) -> None:
     """Take the last `tokens` out of a cache again; static layers are cropped by transformers from 5.24 on alone."""
     if cache.is_compileable:

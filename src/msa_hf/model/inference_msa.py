@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput, logging
 from .attention_config_msa import check_holds_memory
 from .attention_msa import AttendingPass, EncodingDone, EncodingPass, PrefixPass
 from .cache_msa import HoldsContexts, MSACache, SettlesContexts, contexts_of
-from .compat_msa import CACHE, rename_cache
+from .compat_msa import CACHE, empty_cache, rename_cache
 from .compiled_layers_msa import SeparateEncodingPass
 from .compiled_msa import Asked, current_runs
 from .configuration_msa import MSAConfig
@@ -261,7 +261,7 @@ class MemoryMixin(ModelMixin):
             self._check_bank(bank)
         except BaseException:
             if cache is not None:
-                cache.reset()
+                empty_cache(cache)
             raise
 
     def _accepts(self, bank: Memory) -> bool:
