@@ -214,7 +214,7 @@ def tokens_of(best: dict[str, Any], width: int, growing: bool) -> float:
 
 
 def saves(best: dict[str, Any], chunks: float, width: int, growing: bool) -> bool:
-    """Whether clusters cost less in a bank of so many chunks; their number grows as the root of it.
+    """Tell whether clusters cost less in a bank of so many chunks; their number grows as the root of it.
 
     Args:
         growing: questions read the share of the chunks that was measured; else as many clusters as were measured.

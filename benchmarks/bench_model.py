@@ -129,7 +129,7 @@ def counted(run: Callable[[], Any], device: torch.device) -> tuple[int, int] | t
 
 
 class Floors:
-    """What a run cannot be faster than, at the rates of a device.
+    """The times that a run cannot beat, at the rates of a device.
 
     Args:
         base: the model.

@@ -1,4 +1,4 @@
-"""What happens beside the model while a corpus is encoded: reading and tokenizing ahead of it, writing behind it.
+"""Work beside the model while a corpus is encoded: reading and tokenizing ahead of it, writing behind it.
 
 Reading is Python for the most part. Beside a GPU it is done by processes: a thread would hold Python's lock while the
 model waits for it to launch its next kernel. Writing waits for copies, checksums and the disk, which hold no lock, and
@@ -34,7 +34,7 @@ BEHIND = 2  # parts that are written, or wait for it, while the next one is enco
 
 
 def default_workers(device: torch.device) -> int:
-    """How many processes read ahead of a model: none beside one that computes on the cores they would need."""
+    """The number of processes that read ahead of a model: none beside one that computes on the cores they need."""
     if device.type == "cpu" or sys.platform != "linux":  # macOS has libraries that no forked process may use
         return 0
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this machine that do the same
@@ -94,7 +94,7 @@ def _rows(part: Part) -> PartRows:
 
 
 def _begin(parent: int) -> None:
-    """What a worker does first."""
+    """Prepare a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells all; the parent ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # what threads the parent had are not here
     torch.set_num_threads(1)

@@ -54,7 +54,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a question.
+    """The outcome of a question.
 
     Attributes:
         found: how many of the expected texts the answer holds.
@@ -143,7 +143,7 @@ def _laddered(writer: Writer, asked: Sequence[Ask], outcomes: Sequence[Outcome],
 
 
 def _written(writer: Writer, asked: Sequence[Ask], places: Sequence[int], memory: bool) -> Iterator[tuple[int, str]]:
-    """What the model writes behind the gold texts; with the memory, over the gold documents and no others.
+    """The model's answer behind the gold texts; with the memory, over the gold documents and no others.
 
     A checkpoint without protocol reads no texts over a memory, so that it gets the documents alone there.
     """

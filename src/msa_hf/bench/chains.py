@@ -37,7 +37,7 @@ BLOCK = 4096  # documents made at a time
 
 @dataclass(frozen=True)
 class ChainSettings:
-    """What the questions and documents of a run depend on.
+    """Settings that the questions and documents of a run depend on.
 
     Attributes:
         sizes: of corpora, in tokens as the model encodes them, about.
@@ -261,7 +261,7 @@ def broken_hops(result: Result) -> list[list[str]]:
 
 
 def in_words(result: Result) -> list[str]:
-    """What a run comes to: a sentence for each size, kind and what broke most."""
+    """The outcome of a run in words: a sentence for each size, kind and what broke most."""
     lines = []
     for cell in result.cells("tokens"):
         (tokens,) = cell.values

@@ -49,7 +49,7 @@ MISREAD = "misread"  # they were read, and another answer was given
 
 @dataclass(frozen=True)
 class ConversationSettings:
-    """How a conversation is made and asked about.
+    """Settings by which a conversation is made and asked about.
 
     Attributes:
         seed, asked: of `make_conversation`.
@@ -214,7 +214,7 @@ def _arm(name: str, kept: Kept, settings: ConversationSettings) -> Arm:
 
 
 def judged(question: TalkQuestion, answer: str, read: Sequence[int], refusals: Sequence[str]) -> tuple[bool, str]:
-    """Whether an answer is right, and what broke if it is not.
+    """Judge whether an answer is right, and what broke if it is not.
 
     An answer that names a value of a former time beside the right one is wrong: nothing says which of them it means.
     """
@@ -329,7 +329,7 @@ def _trials(
 
 
 def in_words(result: Result) -> list[str]:
-    """What it comes to, a sentence for each arm and size."""
+    """The outcome in words, a sentence for each arm and size."""
     sentences = []
     for cell in result.cells("tokens", "arm"):
         tokens, arm = cell.values

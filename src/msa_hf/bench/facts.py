@@ -1,4 +1,4 @@
-"""What a result says of itself: the model, the machine, versions and the command."""
+"""Facts that a result states about itself: the model, the machine, versions and the command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..model.modeling_msa import MSAForCausalLM
 def model_facts(
     model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase, protocol: PromptProtocol | None, name: str = ""
 ) -> dict[str, Any]:
-    """What tells a model, with the way it is asked, from others.
+    """Facts that tell a model, with the way it is asked, from others.
 
     Args:
         name: by which the caller knows it.

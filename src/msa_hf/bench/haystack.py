@@ -99,14 +99,14 @@ class Haystack:
 
     @property
     def digest(self) -> str:
-        """What tells these texts from others."""
+        """A name that tells these texts from others."""
         total = hashlib.sha256()
         for text in self.texts:
             total.update(text.encode() + b"\0")
         return total.hexdigest()[:16]
 
     def documents(self, tokens: int) -> int:
-        """How many of the first documents have so many tokens."""
+        """The number of first documents that have so many tokens."""
         return min(bisect_left(self._ends, tokens) + 1, len(self))
 
     def tokens(self, documents: int) -> int:

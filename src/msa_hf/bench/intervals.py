@@ -1,4 +1,4 @@
-"""How far shares of right answers can be chance: intervals of one share, and whether two differ."""
+"""Chance in shares of right answers: intervals of one share, and whether two differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model and its memory are blind on a user's documents: facts planted in them, asked for, and gone again."""
+"""Blind spots of a model and its memory on a user's documents: facts planted in them, asked for, and gone again."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ REFUSALS = (
 
 @dataclass(frozen=True)
 class MineSettings:
-    """What the questions of a run depend on, besides the documents.
+    """Settings that the questions of a run depend on, besides the documents.
 
     Attributes:
         sizes: in tokens, of the first documents; none: the whole corpus, a quarter and a sixteenth of it.
@@ -260,7 +260,7 @@ def _place(*parts: int | str) -> float:
 
 
 def in_words(result: Result) -> list[str]:
-    """Where the model and its memory are blind, sentence by sentence: by kind, size, hops, distance, and what broke."""
+    """The blind spots of a model and its memory in words: by kind, size, hops, distance, and what broke."""
     lines = [f"{cell.right} of {cell.asked} questions right, {cell}." for cell in result.cells()]
     for cell in result.cells("kind"):
         (kind,) = cell.values
@@ -282,7 +282,7 @@ def in_words(result: Result) -> list[str]:
 
 
 def _contrast(axis: str, words: str, cells: Sequence[Cell]) -> list[str]:
-    """What an axis makes of the answers: its best and worst values, if they differ by more than chance."""
+    """The effect of an axis on the answers: its best and worst values, if they differ by more than chance."""
     if len(cells) < 2:
         return []
     worst, best = min(cells, key=lambda cell: cell.share), max(cells, key=lambda cell: cell.share)

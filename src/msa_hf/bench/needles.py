@@ -28,7 +28,7 @@ MAPS = (("tokens", "depth"),)
 
 @dataclass(frozen=True)
 class NeedleSettings:
-    """What the questions and haystacks of a run depend on.
+    """Settings that the questions and haystacks of a run depend on.
 
     Attributes:
         sizes: of haystacks, in tokens without what wraps the documents.
@@ -129,7 +129,7 @@ def _tasks(settings: NeedleSettings, tokens: int) -> Iterator[Task]:
 
 
 def _plants(task: NeedleTask, depth: float, key: int) -> tuple[Plant, ...]:
-    """Where the needles go: the first at the depth, the others spread over the rest, each somewhere in its document."""
+    """The places of needles: the first at the depth, others spread over the rest, each somewhere in its document."""
     count = len(task.needles)
     return tuple(
         Plant(
@@ -158,7 +158,7 @@ def score(result: Result, **axes: object) -> float:
 
 
 def in_words(result: Result) -> list[str]:
-    """What a run comes to: a sentence for each size, and what broke most."""
+    """The outcome of a run in words: a sentence for each size, and what broke most."""
     lines = []
     for cell in result.cells("tokens"):
         (tokens,) = cell.values

@@ -213,7 +213,7 @@ def encode_nested(
 
 
 def documents_of(bank: MemoryBank, tokens: int) -> int:
-    """How many of the first documents have so many tokens."""
+    """The number of first documents that have so many tokens."""
     ends = np.cumsum(bank.documents.counts("tokens"))
     return min(int(np.searchsorted(ends, tokens)) + 1, len(bank))
 

@@ -46,7 +46,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Asking:
-    """How questions are put.
+    """Settings by which questions are put.
 
     Attributes:
         max_new_tokens: of an answer, for each value that is asked for.

@@ -79,7 +79,7 @@ class Cell:
 
 @dataclass
 class Result:
-    """What a benchmark found.
+    """The findings of a benchmark.
 
     Attributes:
         benchmark: its name.
@@ -136,7 +136,7 @@ class Result:
         return result
 
     def done(self, id: str) -> bool:
-        """Whether a trial of that name is among those made."""
+        """Tell whether a trial of that name is among those made."""
         return id in self._known
 
     def add(self, trials: Iterable[Trial]) -> None:
@@ -217,7 +217,7 @@ class Result:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What two mappings do not agree on, in words."""
+    """The entries on which two mappings differ, in words."""
     names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     return [f"{name}: {before.get(name)!r} there, {after.get(name)!r} here" for name in names]
 

@@ -58,7 +58,7 @@ class AskedDocuments:
 
 @dataclass(frozen=True)
 class ScalingSettings:
-    """What a run depends on.
+    """Settings that a run depends on.
 
     Attributes:
         sizes: of the banks in tokens, ascending; the first must hold all that is asked about.
@@ -254,7 +254,7 @@ def _trials(
 
 @dataclass(frozen=True)
 class Loss:
-    """What the last size has fewer of right answers than the first, by the same questions.
+    """The loss of right answers from the first size to the last, by the same questions.
 
     Attributes:
         first, last: shares.
@@ -314,7 +314,7 @@ def loss(result: Result, kind: str | None = None) -> Loss | None:
 
 
 def in_words(result: Result) -> list[str]:
-    """What it comes to: the loss of all questions, and of each kind."""
+    """The outcome in words: the loss of all questions, and of each kind."""
     found = [("", loss(result))]
     found += [(f"{kind}: ", loss(result, kind)) for kind in dict.fromkeys(trial.kind for trial in result.trials)]
     lines = [f"{kind}{item}" for kind, item in found if item is not None]

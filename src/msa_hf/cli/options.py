@@ -92,7 +92,7 @@ def add_sole_writer_option(made: argparse.ArgumentParser) -> None:
 
 
 def add_compile_option(made: argparse.ArgumentParser) -> None:
-    """Whether what answers a question is compiled."""
+    """Add the option by which what answers a question is compiled."""
     made.add_argument(
         "--compile",
         action="store_true",

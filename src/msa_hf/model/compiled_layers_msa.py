@@ -66,7 +66,7 @@ def compiled_layers(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _calling(layer: nn.Module, has_memory: bool) -> Callable[..., object]:
-    """What a call of a layer becomes. One without a memory does not see the pass, which does nothing there."""
+    """Wrap the call of a layer. One without a memory does not see the pass, which does nothing there."""
     run = torch.compile(layer._call_impl, dynamic=True)
 
     def call(*args: object, **kwargs: object) -> object:

@@ -172,7 +172,7 @@ class RecallingLayer:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a compiled prompt leaves.
+    """The results of a compiled prompt.
 
     Attributes:
         output: of the base.

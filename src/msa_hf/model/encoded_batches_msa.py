@@ -40,7 +40,7 @@ class _Batch:
 
 
 def batches_ahead(device: torch.device) -> int:
-    """How many batches are launched on a device before one is looked at."""
+    """The number of batches launched on a device before one is looked at."""
     return AHEAD if device.type == "cuda" else 0
 
 

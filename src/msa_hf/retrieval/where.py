@@ -1,4 +1,4 @@
-"""Which documents a search may find: those whose metadata have given values."""
+"""Filters of the documents that a search may find: those whose metadata have given values."""
 
 from __future__ import annotations
 

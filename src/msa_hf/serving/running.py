@@ -26,7 +26,7 @@ class Cycle(Protocol):
 
 
 class Connection(Protocol):
-    """What uvicorn keeps of a connection; a request has a cycle once its head has come."""
+    """The state that uvicorn keeps of a connection; a request has a cycle once its head has come."""
 
     cycle: Cycle | None
     transport: asyncio.Transport

@@ -281,7 +281,7 @@ def reprint(prose: Sequence[str], number: int) -> str:
 
 
 def checked_prose_count(documents: int, split: Split, prose: Sequence[str], prose_share: float) -> int:
-    """How many documents of a corpus are prose.
+    """The number of a corpus' documents that are prose.
 
     Raises:
         ValueError: for sizes and splits that make no corpus.

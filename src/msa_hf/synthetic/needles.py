@@ -72,7 +72,7 @@ class NeedleTasks:
         self._pairs = Permutation(len(self._words[0]) * len(self._words[1]), derive_key(self._key, "values"))
 
     def __len__(self) -> int:
-        """How many tasks there are; no two of them share a key."""
+        """The number of tasks; no two of them share a key."""
         return self._blocks.size
 
     def keys(self, number: int) -> tuple[str, str, str, str]:

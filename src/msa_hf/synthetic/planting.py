@@ -23,7 +23,7 @@ _EDITIONS = ("Edition {}. ", "Version {}. ", "Register of {}. ", "As of {}: ")
 
 @dataclass
 class Record:
-    """What one document states of an entity.
+    """The statement of one document about an entity.
 
     Attributes:
         serial: of the entity in its world.
@@ -44,7 +44,7 @@ class Record:
         return next((value for number, value in self.statements if number == attribute), None)
 
     def tells(self, text: str) -> bool:
-        """Whether the text stands in the document."""
+        """Tell whether the text stands in the document."""
         return text in self.subject or any(text in value for _, value in self.statements)
 
 

@@ -1,4 +1,4 @@
-"""Where sentences end, and one more among those of a text."""
+"""Ends of sentences, and putting one more among those of a text."""
 
 import re
 

@@ -16,7 +16,7 @@ class Comparison(NamedTuple):
 
 
 class Happening(NamedTuple):
-    """What happened to an entity in a year; `{n}` in the phrases is the entity."""
+    """An event of an entity in a year; `{n}` in the phrases is the entity."""
 
     kind: int
     attribute: int

@@ -79,7 +79,7 @@ class World:
         self._key = derive_key("world", seed, split)
 
     def counts(self, kind: int) -> tuple[int, int]:
-        """How many entities of a kind have a record, and how many have none; those with one have the lower numbers."""
+        """The numbers of entities of a kind with a record and without; those with one have the lower numbers."""
         return int(self._known[kind]), int(self._unknown[kind])
 
     def unrecorded(self, turns: Integers, key: int) -> Entities:

@@ -39,7 +39,7 @@ def names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def add_asking_options(made: argparse.ArgumentParser) -> None:
-    """How a model is loaded and asked, and where results go."""
+    """Add options of loading and asking a model, and of where results go."""
     made.add_argument("model", metavar="MODEL", help="a checkpoint with a memory")
     add_model_options(made)
     made.add_argument("--seed", type=at_least(0), default=0, help="another one makes other questions (default: 0)")
@@ -60,7 +60,7 @@ def add_asking_options(made: argparse.ArgumentParser) -> None:
 
 
 def add_text_options(made: argparse.ArgumentParser, default_sizes: str) -> None:
-    """What haystacks are made of."""
+    """Add options of what haystacks are made of."""
     made.add_argument(
         "--text",
         metavar="SOURCE",

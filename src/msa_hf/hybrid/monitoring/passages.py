@@ -1,4 +1,4 @@
-"""What of a long text is read for a question: a model that finds a fact in a passage may miss it in pages."""
+"""The part of a long text that is read for a question: a model that finds a fact in a passage may miss it in pages."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ PASSING = (
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a group is in its stream: the answer of `LOOK`.
+    """The place of a group in its stream: the answer of `LOOK`.
 
     Attributes:
         added: entries that there ever were; -1: unknown, before Redis 7.
@@ -77,7 +77,7 @@ class _Place:
 
     @property
     def before_the_first(self) -> bool:
-        """Whether the group was given nothing of what is there."""
+        """Tell whether the group was given nothing of what is there."""
         return self.delivered is not None and (self.first is None or self.delivered < self.first)
 
     @property

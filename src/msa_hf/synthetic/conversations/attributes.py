@@ -1,4 +1,4 @@
-"""What can be said of a person, and how: attributes with their values, sentences and questions.
+"""Statements about a person: attributes with their values, sentences and questions.
 
 In sentences and questions `{n}` is the person, `{v}` the value, exactly as it answers the question.
 """
@@ -194,4 +194,4 @@ _WHENCE = words_of(
     "with the sailboat"
 )
 ROLES = tuple(f"{role} {whence}" for whence in _WHENCE for role in _ROLES)
-"""What a person is to the user, 360 of them: "my dentist from the choir"."""
+"""Relations of a person to the user, 360 of them: "my dentist from the choir"."""

@@ -1,4 +1,4 @@
-"""What is said about people in a conversation, as data and in words."""
+"""Statements about people in a conversation, as data and in words."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Cast:
         return name
 
     def role(self) -> str:
-        """What somebody is to the user; nobody else is."""
+        """A relation of somebody to the user that nobody else has."""
         if not self._roles:
             raise ValueError("There are no roles left: ask for fewer questions.")
         return self._roles.pop()
@@ -169,7 +169,7 @@ def _named_elsewhere(cast: Cast) -> Thread:
 
 
 def _said_of_another(cast: Cast) -> Thread:
-    """Of somebody the same is said as of another person, whose value stands in another session."""
+    """Ask about somebody of whom the same is said as of another person, whose value stands in another session."""
     person, attribute = cast.fact()
     other, value = cast.person(), attribute.draw(cast.chance)
     cast.take(other, attribute)
@@ -201,7 +201,7 @@ def _comparison(cast: Cast) -> Thread:
 
 
 def _as_of(cast: Cast) -> Thread:
-    """Which value held on a day between two changes."""
+    """Ask which value held on a day between two changes."""
     person, attribute = cast.fact()
     chain = _chain(cast.chance, person, attribute, 3)
     place, share = cast.chance.randint(0, 1), cast.chance.random()
@@ -217,7 +217,7 @@ def _as_of(cast: Cast) -> Thread:
 
 
 def _before(cast: Cast) -> Thread:
-    """Which value stood before the one that is named."""
+    """Ask which value stood before the one that is named."""
     person, attribute = cast.fact()
     chain = _chain(cast.chance, person, attribute, 2)
     text = f"What was {person}'s {attribute.name} before it was {chain[1].value}?"
@@ -226,7 +226,7 @@ def _before(cast: Cast) -> Thread:
 
 
 def _which_first(cast: Cast) -> Thread:
-    """Of whom something was said first."""
+    """Ask of whom something was said first."""
     person, attribute = cast.fact()
     other = cast.person()
     cast.take(other, attribute)
@@ -242,7 +242,7 @@ def _which_first(cast: Cast) -> Thread:
 
 
 def _never_said(cast: Cast) -> Thread:
-    """Of somebody who was spoken of, something that was not said."""
+    """Ask of somebody who was spoken of something that was not said."""
     person, attribute = cast.fact()
     said = cast.another(person)
     text = _question(cast, attribute, person)
