@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -580,3 +581,60 @@ def test_a_lookup_beside_a_writer_moves_on_to_the_last_commit(tmp_path: Path) ->
             path.unlink()
         with pytest.raises(BankDamaged, match="cannot be read"):  # nobody has committed since
             assert "never" not in last
+
+
+# A writer between two looks of a reader -------------------------------------------------------------------------------
+
+
+def two_states(tmp_path: Path) -> tuple[Path, str, Path]:
+    """A bank with commits behind its manifest, the checksum of what its writer made of it next, and that manifest."""
+    home = tmp_path / "bank"
+    with filled(home) as store:
+        for number in range(4):
+            store.add([{"key": f"later {number}", "text": f"text {number}"}])
+    (made := tmp_path / "made").mkdir()
+    shutil.copytree(home, made, dirs_exist_ok=True)
+    with BankStore(FakeModel(), made) as store:
+        store.compact()
+    following = bank_manifest_msa.read_manifest(made)
+    assert following["generation"] > bank_manifest_msa.read_manifest(home)["generation"]
+    return home, following["checksum"], made / "manifest.json"
+
+
+def test_a_manifest_that_is_replaced_before_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size is that of the file that is read, not of the one that was looked at."""
+    home, checksum, following = two_states(tmp_path)
+    whole = following.read_text()
+    assert len(whole) > 100
+    (home / "manifest.json").write_text(whole[:100] + "...")  # shorter, and never read
+    look = bank_manifest_msa.regular_file
+
+    def replaced(directory: Path, name: str) -> os.stat_result:
+        found = look(directory, name)
+        if name == "manifest.json":
+            os.replace(following, directory / name) if following.exists() else None
+        return found
+
+    monkeypatch.setattr(bank_manifest_msa, "regular_file", replaced)
+    assert bank_manifest_msa.read_manifest(home)["checksum"] == checksum
+
+
+@pytest.mark.parametrize("gone", [[-1], [-2, -1], [0]], ids=["last", "last two", "first"])
+def test_commits_that_a_writer_removes_while_they_are_listed(
+    gone: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in its next manifest, which is then read: never an older state than one that could be read before."""
+    home, checksum, following = two_states(tmp_path)
+    listed = bank_manifest_msa.log_generations
+
+    def partly(directory: Path) -> list[int]:
+        found = sorted(listed(directory))
+        if following.exists():
+            os.replace(following, directory / "manifest.json")
+            for place in gone:
+                (directory / entry_name(found[place])).unlink()
+            found = sorted(listed(directory))
+        return found
+
+    monkeypatch.setattr(bank_manifest_msa, "log_generations", partly)
+    assert bank_manifest_msa.read_manifest(home)["checksum"] == checksum

@@ -54,12 +54,16 @@ def read_manifest(directory: Path) -> Manifest:
         manifest, mark = read_checkpoint(directory)
         if "lineage" not in manifest:
             return manifest
+        # A writer removes the commits that its next manifest has: then that one is there, and of the commits that were
+        # found some may be missing, in the middle or at the end.
         try:
-            return _with_log(directory, manifest)
+            later = _with_log(directory, manifest)
         except BankFormatError:
-            # A writer removes the commits that its next manifest has: then that one is there.
             if attempt + 1 == TRIES or manifest_mark(directory) == mark:
                 raise
+        else:
+            if attempt + 1 == TRIES or manifest_mark(directory) == mark:
+                return later
     raise AssertionError
 
 
@@ -84,12 +88,14 @@ def read_checkpoint(directory: Path) -> tuple[Manifest, tuple[int, ...]]:
 def _manifest_bytes(directory: Path, name: str) -> tuple[bytes, tuple[int, ...]]:
     """The content of a manifest or its copy, which takes no more memory than one of these files does; and its mark."""
     path = directory / name
-    if (size := regular_file(directory, name).st_size) > MAX_MANIFEST_BYTES:
-        raise format_error(path, f"larger than the {MAX_MANIFEST_BYTES} bytes that a manifest may have")
+    regular_file(directory, name)
     try:
-        _check_memory(path, size)
         with open(path, "rb") as file:
-            data, mark = file.read(size), _mark(os.fstat(file.fileno()))
+            status = os.fstat(file.fileno())  # a writer may have put another in its place since
+            if status.st_size > MAX_MANIFEST_BYTES:
+                raise format_error(path, f"larger than the {MAX_MANIFEST_BYTES} bytes that a manifest may have")
+            _check_memory(path, status.st_size)
+            data, mark = file.read(status.st_size), _mark(status)
         _check_memory(path, json_memory(data))
     except OSError as error:
         raise unreadable(path, error) from error
