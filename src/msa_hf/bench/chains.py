@@ -69,7 +69,7 @@ class ChainSettings:
             raise ValueError("Sizes, distances and questions must be at least one each.")
 
     def distances_in(self, tokens: int) -> list[int]:
-        """Of a corpus of so many tokens."""
+        """The distances that fit into a corpus of so many tokens."""
         return [distance for distance in self.distances if distance <= tokens // 2] or [tokens // 4]
 
 

@@ -43,7 +43,7 @@ class Departures:
 
 @contextmanager
 def beside_the_queue(device: torch.device) -> Iterator[Callable[[], AbstractContextManager[object]]]:
-    """What makes blocks that look at tensors as they were when this one was entered, without waiting for what it has
+    """A maker of blocks that look at tensors as they were when this one was entered, without waiting for what it has
     queued since."""
     if device.type != "cuda":
         yield nullcontext

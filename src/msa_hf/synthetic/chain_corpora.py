@@ -138,7 +138,7 @@ class ChainCorpus:
             yield slots
 
     def _entities(self, slots: Integers) -> Entities:
-        """Of those slots that are not of prose."""
+        """The entities of those slots that are not of prose."""
         slots = slots[slots >= self._prose_count]
         serials = slots - self._prose_count
         for place in np.flatnonzero(serials >= self._world.recorded).tolist():
