@@ -325,11 +325,8 @@ class AttendingPass:
         routing, self.routing, self.contexts, self.recording = self.routing, {}, {}, False
         return routing
 
-    def take(
-        self, contexts: Mapping[int, MemoryContext], routing: dict[int, LayerRouting], not_finite: dict[int, Tensor]
-    ) -> None:
+    def take(self, routing: dict[int, LayerRouting], not_finite: dict[int, Tensor]) -> None:
         """Take what another pass recorded in the place of this one."""
-        self.contexts.update(contexts)
         self.routing, self.not_finite = routing, not_finite
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
 
+from .recording_msa import Recordings
 from .renamed_msa import renamed_attribute
 
 LEAST_BUCKET = 64  # rows of the smallest context of a cache whose shapes stay
@@ -154,15 +156,28 @@ class MSAStaticCache(KeepsContexts, StaticCache):
     Args:
         config: the model's.
         max_cache_len: tokens, questions and answers of all turns together, for which there is room.
+
+    Attributes:
+        recordings: of runs over its tensors.
     """
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self._settled: dict[int, MemoryContext] = {}
+        self.recordings = Recordings()
 
     def settle_contexts(self) -> None:
         """Pad chosen rows to a `bucket_of` them, so that few shapes of a context ever occur, in tensors that stay."""
-        self.contexts = {layer: self._settle(layer, item) for layer, item in self.contexts.items()}
+        self.contexts = self.settled(self.contexts)
+
+    def settled(self, contexts: Mapping[int, MemoryContext]) -> dict[int, MemoryContext]:
+        """Contexts in tensors that stay, as after `settle_contexts`; the cache goes on with those that it has."""
+        return {layer: self._settle(layer, item) for layer, item in contexts.items()}
+
+    def take_settled(self, contexts: Mapping[int, MemoryContext]) -> None:
+        """Go on with what `settled` gave at some time, whose tensors were written to since."""
+        self._settled = dict(contexts)
+        self.contexts.update(contexts)
 
     def _settle(self, layer: int, context: MemoryContext) -> MemoryContext:
         settled = self._settled.get(layer)

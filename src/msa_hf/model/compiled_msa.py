@@ -3,6 +3,9 @@
 Shapes stay: prompts are padded to a bucket, contexts have a bucket's rows, and the cache is static. Inside the graph a
 memory is one opaque operation, `recall`, which asks the memory of the running forward: whatever kind it is, it stays
 out of the graph, so that a commit changes nothing that was compiled, and a memory that lies on disk may wait.
+
+On a GPU what is compiled is also recorded (recording_msa.py): a token is one launch, and a prompt is one for what lies
+between two memory layers. Nothing of Python runs but what asks the memory.
 """
 
 from __future__ import annotations
@@ -12,9 +15,9 @@ import contextvars
 import functools
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from .cache_msa import MemoryContext, MSAStaticCache, bucket_of
 from .chunks_msa import ContextRows
 from .compat_msa import CACHE, forget_tokens
 from .memory_msa import LayerMemory, Memory
+from .recording_msa import Inputs, Step, call_between, is_recordable, state_of
 from .routing_msa import LayerRouting, RoutingRequest, Scoring, Selection
 from .types_msa import Arguments
 
@@ -47,6 +51,7 @@ RECALL_SCHEMA = (
     "Tensor cut)"
 )
 Recall = Callable[..., tuple[Tensor, ...]]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,9 @@ class Asked:
     request: RoutingRequest
 
 
+# Modes of torch.compile that ask for CUDA graphs -> the same without, for runs that are recorded here.
+RECORDED_MODES = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+
 _asked: contextvars.ContextVar[Asked] = contextvars.ContextVar("asked_memory")
 _spare: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, MSAStaticCache]] = weakref.WeakKeyDictionary()
 _runs: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, CompiledRuns]] = weakref.WeakKeyDictionary()
@@ -69,9 +77,15 @@ _runs: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, CompiledRuns]] = wea
 
 @dataclass
 class Compiling:
-    """Attributes: runs: the compiled runs of a call of `generate`, None until transformers decides for them."""
+    """A call of `generate`.
+
+    Attributes:
+        runs: its compiled runs, None until transformers decides for them.
+        state: of the model, as recorded runs take it for granted; None until it was looked at.
+    """
 
     runs: CompiledRuns | None = None
+    state: object = None
 
 
 _compiling: contextvars.ContextVar[Compiling | None] = contextvars.ContextVar("compiling", default=None)
@@ -86,6 +100,11 @@ def recall_operation() -> Recall:
 
     def recall(
         queries: Tensor, mask: Tensor, layer: int, k: int, rows: int, groups: int, dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        return call_between(lambda: ask(queries, mask, layer, k, rows, dtype))
+
+    def ask(
+        queries: Tensor, mask: Tensor, layer: int, k: int, rows: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         asked = _asked.get()
         memory, device = asked.layers[layer], queries.device
@@ -172,20 +191,44 @@ class RecallingLayer:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The results of a compiled prompt.
+    """The results of a compiled prompt. The next one may overwrite their tensors.
 
     Attributes:
         output: of the base.
-        contexts, routing: by layer.
-        not_finite: by layer, [] bool.
+        contexts: by layer.
+        layers: those with a memory, in order.
+        documents: [layers, B, k] int64.
+        scores: [layers, B, k] float32.
+        not_finite: [layers] bool.
         cut: [] bool, some context needed more rows than there was room for.
     """
 
     output: ModelOutput
     contexts: dict[int, MemoryContext]
-    routing: dict[int, LayerRouting]
-    not_finite: dict[int, Tensor]
+    layers: list[int]
+    documents: Tensor
+    scores: Tensor
+    not_finite: Tensor
     cut: Tensor
+
+    def kept(self) -> Chosen:
+        """The same in tensors that nobody overwrites; contexts, which the cache has copied, stay where they are."""
+        documents, scores, not_finite = self.documents.clone(), self.scores.clone(), self.not_finite.clone()
+        return Chosen(_kept(self.output), self.contexts, self.layers, documents, scores, not_finite, self.cut)
+
+    def routing(self) -> dict[int, LayerRouting]:
+        """Layer -> its choice."""
+        parts = zip(self.layers, self.documents.unbind(), self.scores.unbind(), strict=True)
+        return {layer: LayerRouting(documents, scores) for layer, documents, scores in parts}
+
+    def flags(self) -> dict[int, Tensor]:
+        """Layer -> [] bool, its router queries were not finite."""
+        return dict(zip(self.layers, self.not_finite.unbind(), strict=True))
+
+
+def _kept(output: ModelOutput) -> ModelOutput:
+    """An output in tensors that nobody overwrites."""
+    return type(output)(**{name: item.clone() if isinstance(item, Tensor) else item for name, item in output.items()})
 
 
 def _run_prompt(
@@ -210,7 +253,10 @@ def _run_prompt(
     )
     output = model.run_plainly(**inputs, memory_pass=attending, return_dict=True)
     cut = torch.stack([layer.cut for layer in layers.values() if layer.cut is not None]).any()
-    return output, attending.contexts, attending.routing, attending.not_finite, cut
+    documents = torch.stack([item.documents for item in attending.routing.values()])
+    scores = torch.stack([item.scores for item in attending.routing.values()])
+    not_finite = torch.stack(list(attending.not_finite.values()))
+    return output, attending.contexts, list(attending.routing), documents, scores, not_finite, cut
 
 
 def _run_token(model: GeneratingMixin, contexts: dict[int, MemoryContext], inputs: Arguments) -> ModelOutput:
@@ -223,12 +269,14 @@ class CompiledRuns:
 
     Args:
         prompt, token: options of torch.compile for either.
+        recorded: runs are recorded where the device can.
     """
 
-    def __init__(self, prompt: Mapping[str, Any], token: Mapping[str, Any]) -> None:
+    def __init__(self, prompt: Mapping[str, Any], token: Mapping[str, Any], recorded: bool) -> None:
         self.recall = recall_operation()  # tracing would look into what makes it
         self.prompt = torch.compile(_run_prompt, **prompt)
         self.token = torch.compile(_run_token, **token)
+        self.recorded = recorded
 
     def taken(self, model: GeneratingMixin, cache: Cache | None, inputs: Arguments) -> MSAStaticCache | None:
         """The cache of a forward that is compiled for: its tokens go into a static one, and logits come out."""
@@ -246,14 +294,47 @@ class CompiledRuns:
             logger.warning_once(f"The runs of this model with a memory are not compiled: {problem}.")
         return cache if problem is None else None
 
-    def run_token(
-        self, model: GeneratingMixin, contexts: dict[int, MemoryContext], cache: MSAStaticCache, inputs: Arguments
-    ) -> ModelOutput:
-        """One token of every sample, behind those that `cache` holds."""
-        mask = inputs.get("attention_mask")
-        if not isinstance(mask, dict) and (mask is None or mask.dim() == 2):
-            inputs = {**inputs, "attention_mask": visible_tokens(model, cache, mask, 1)}
-        return self.token(model, contexts, inputs)
+    def run(
+        self,
+        cache: MSAStaticCache,
+        kind: tuple[Hashable, ...],
+        function: Callable[[Inputs], Result],
+        inputs: Inputs,
+        device: torch.device,
+    ) -> Result:
+        """The result of `function(inputs)`, recorded where that is possible; see `Recordings.run`."""
+        if not self.recorded:
+            return function(inputs)
+        return cache.recordings.run((id(self), *kind), function, inputs, device, lambda: _lengths_of(cache))
+
+    def look_at(self, model: GeneratingMixin, cache: MSAStaticCache, anew: bool) -> None:
+        """Forget recorded runs that hold no more for the model; it is looked at once per `generate`, or `anew`."""
+        compiling = _compiling.get()
+        if not self.recorded or compiling is None:
+            return
+        if anew or compiling.state is None:
+            compiling.state = state_of(model)
+        cache.recordings.renew(compiling.state)
+
+    def run_token(self, model: GeneratingMixin, cache: MSAStaticCache, inputs: Arguments) -> ModelOutput:
+        """One token of every sample, behind those that `cache` holds, with the contexts that it keeps."""
+        self.look_at(model, cache, anew=False)
+        cache.settle_contexts()  # others after beams changed places
+        contexts, mask = dict(cache.contexts), inputs.get("attention_mask")
+        made = not isinstance(mask, dict) and (mask is None or mask.dim() == 2)
+        if made:
+            inputs = {**inputs, "attention_mask": real_places(cache, mask, inputs["position_ids"])}
+        tensors = {name: item for name, item in inputs.items() if isinstance(item, Tensor)}
+        fixed = {name: item for name, item in inputs.items() if name not in tensors}
+
+        def run(found: Inputs) -> ModelOutput:
+            visible = {"attention_mask": visible_tokens(model, cache, found["attention_mask"], 1)} if made else {}
+            return self.token(model, contexts, {**fixed, **found, **visible})
+
+        if isinstance(mask, dict):
+            return run(tensors)
+        kind = "token", _identities(contexts), _settings(fixed)
+        return _kept(self.run(cache, kind, run, tensors, inputs["position_ids"].device))
 
     def run_prompt(
         self,
@@ -264,13 +345,14 @@ class CompiledRuns:
         cache: MSAStaticCache,
         inputs: Arguments,
     ) -> Chosen | None:
-        """A prompt that chooses documents by itself.
+        """A prompt that chooses documents by itself; the cache goes on with their contexts.
 
         Returns:
             None where the documents have more rows than there is room for; `cache` is then as before.
         """
+        self.look_at(model, cache, anew=True)
         name = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
-        batch, length = inputs[name].shape[:2]
+        (batch, length), device = inputs[name].shape[:2], inputs[name].device
         room, past = cache.get_max_length(), int(cache.get_seq_length())
         width = bucket_of_prompt(length)
         width = width if past + width <= room else length
@@ -279,36 +361,78 @@ class CompiledRuns:
         def padded(tensor: Tensor) -> Tensor:
             return torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing))
 
-        request = replace(asked.request, routing_mask=padded(asked.request.routing_mask), inputs=None)
         groups, dim = heads_of(model)
         if not cache.is_initialized:
-            cache.early_initialization(batch, groups, dim, model.dtype, inputs[name].device)
+            cache.early_initialization(batch, groups, dim, model.dtype, device)
         kept = inputs.get("logits_to_keep", 0)
         if isinstance(kept, int):
-            kept = torch.arange(length - kept if kept else 0, length, device=inputs[name].device)
-        given = {
-            **inputs,
+            kept = torch.arange(length - kept if kept else 0, length, device=device)
+        tensors = {
             name: padded(inputs[name]),
             "position_ids": padded(inputs["position_ids"]),
-            "attention_mask": visible_tokens(model, cache, inputs.get("attention_mask"), width),
+            "attention_mask": real_places(cache, inputs.get("attention_mask"), inputs["position_ids"]),
             "logits_to_keep": kept,
+            "routing_mask": padded(asked.request.routing_mask),
         }
+        for layer, (keys, values) in memory.prefix.items():
+            tensors |= {f"{layer} keys": keys, f"{layer} values": values}
+        fixed = {key: item for key, item in inputs.items() if key not in tensors}
+        request, prefixes = replace(asked.request, inputs=None), list(memory.prefix)
         # A context is the prefix and the chunks of documents, together as many rows as a bucket.
         prefixed = max((keys.shape[-2] for keys, _ in memory.prefix.values()), default=0)
         most = memory.documents.most_chunks(request.k)
         rows = min(bucket_of(prefixed + most), MOST_ROWS) - prefixed
-        token = _asked.set(Asked(asked.layers, request))
+        contexts = dict(contexts)
+
+        def run(found: Inputs) -> Chosen:
+            prefix = {layer: (found[f"{layer} keys"], found[f"{layer} values"]) for layer in prefixes}
+            given = {
+                **fixed,
+                name: found[name],
+                "position_ids": found["position_ids"],
+                "attention_mask": visible_tokens(model, cache, found["attention_mask"], width),
+                "logits_to_keep": found["logits_to_keep"],
+            }
+            asking = replace(request, routing_mask=found["routing_mask"])
+            return Chosen(*self.prompt(model, self.recall, asking, prefix, contexts, rows, groups, model.dtype, given))
+
+        kind = "prompt", rows, request.k, request.scoring, request.score_bias, _identities(contexts), _settings(fixed)
+        token = _asked.set(Asked(asked.layers, replace(request, routing_mask=tensors["routing_mask"])))
         try:
-            found = self.prompt(
-                model, self.recall, request, dict(memory.prefix), dict(contexts), rows, groups, model.dtype, given
-            )
+            chosen = self.run(cache, kind, run, tensors, device)
         finally:
             _asked.reset(token)
-        chosen = Chosen(*found)
         cut = bool(chosen.cut)  # the device is waited for here
         if cut or missing:
             forget_tokens(cache, width if cut else missing)
-        return None if cut else chosen
+        if cut:
+            return None
+        # Only now, because the contexts before were still needed.
+        settling = "settle", _identities(chosen.contexts)
+        settled = self.run(cache, settling, lambda _: cache.settled(chosen.contexts), {}, device)
+        cache.take_settled(settled)
+        return chosen.kept()
+
+
+def _identities(contexts: Mapping[int, MemoryContext]) -> tuple[tuple[int, int], ...]:
+    """What tells contexts from others whose tensors lie elsewhere, while these are held."""
+    return tuple((layer, id(item)) for layer, item in contexts.items())
+
+
+def _settings(inputs: Arguments) -> tuple[tuple[str, str], ...]:
+    """Inputs that are no tensors, to be compared; the cache is told by where they are kept."""
+    return tuple((name, repr(item)) for name, item in inputs.items() if not isinstance(item, Cache))
+
+
+def _lengths_of(cache: MSAStaticCache) -> Step:
+    """Note how many tokens a cache holds; the result takes those behind out again."""
+    noted = [(layer.cumulative_length, layer.cumulative_length.clone()) for layer in cache.layers]
+
+    def restore() -> None:
+        for place, length in noted:
+            place.copy_(length)
+
+    return restore
 
 
 def bucket_of_prompt(length: int) -> int:
@@ -323,21 +447,29 @@ def heads_of(model: GeneratingMixin) -> tuple[int, int]:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, width
 
 
-def visible_tokens(model: GeneratingMixin, cache: MSAStaticCache, mask: Tensor | None, length: int) -> Tensor:
+def real_places(cache: MSAStaticCache, mask: Tensor | None, positions: Tensor) -> Tensor:
+    """[B, room] bool, the places of a static cache that hold no padding, or nothing yet.
+
+    Args:
+        mask: [B, past + T] of the tokens that are there; None for all.
+        positions: [B, T], on the device.
+    """
+    room = cache.get_max_length()
+    if mask is None:
+        return torch.ones(positions.shape[0], room, dtype=torch.bool, device=positions.device)
+    return torch.nn.functional.pad(mask.to(positions.device).bool(), (0, room - mask.shape[1]), value=True)
+
+
+def visible_tokens(model: GeneratingMixin, cache: MSAStaticCache, real: Tensor, length: int) -> Tensor:
     """The mask [B, 1, T, room] of the next T tokens over all places of a static cache, as the base takes it.
 
     Args:
-        mask: [B, past + t] of the tokens that are there, t at most T; None for all.
+        real: [B, room] bool, places that may be seen.
         length: T.
     """
-    device = model.device
-    past = cache.get_seq_length()
-    places = torch.arange(cache.get_max_length(), device=device)
-    queries = torch.arange(length, device=device) + past
-    visible = (places <= queries[:, None])[None, None]
-    if mask is not None:
-        real = torch.nn.functional.pad(mask.bool().to(device), (0, places.shape[0] - mask.shape[1]), value=True)
-        visible = visible & real[:, None, None]
+    places = torch.arange(real.shape[1], device=real.device)
+    queries = torch.arange(length, device=real.device) + cache.get_seq_length()
+    visible = (places <= queries[:, None])[None, None] & real[:, None, None]
     if model.config._attn_implementation != "eager":
         return visible
     low = torch.finfo(model.dtype).min
@@ -413,9 +545,11 @@ def compiled_runs(model: GeneratingMixin, options: Mapping[str, Any]) -> Compile
     made = _runs.setdefault(model, {})
     key = repr(sorted(options.items(), key=str))
     if key not in made:
-        # A prompt is long enough to keep the device busy while kernels are launched one by one.
-        prompt = {**options, "mode": "default"} if options.get("mode") == "reduce-overhead" else options
-        made[key] = CompiledRuns(prompt, options)
+        mode = options.get("mode")
+        plain = options if mode is None else {**options, "mode": RECORDED_MODES.get(mode, mode)}
+        recorded = mode in RECORDED_MODES and is_recordable(model)
+        # What cannot be recorded here has graphs of Inductor for tokens; a prompt keeps the device busy without.
+        made[key] = CompiledRuns(plain, plain if recorded else options, recorded)
     return made[key]
 
 

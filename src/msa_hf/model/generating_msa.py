@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from .cache_msa import MSAStaticCache, contexts_of
 from .compat_msa import CACHE, NEWEST_TESTED, rename_cache
-from .compiled_msa import compile_from_now_on, keep_spare, may_compile, spare_cache
+from .compiled_msa import compile_from_now_on, current_runs, keep_spare, may_compile, spare_cache
 from .drafting_msa import (
     drafting_arguments,
     has_memory,
@@ -269,7 +269,13 @@ class GeneratingMixin(MemoryMixin):
         if routing_mask is not None and self.config.rope_length is not None:
             # Such bases drop the cache where their frequencies would switch, which they do not here.
             prepare = functools.partial(transformers.GenerationMixin.prepare_inputs_for_generation, self)
+        mask = kwargs.get("attention_mask")
+        own_mask = current_runs() is not None and isinstance(cache, MSAStaticCache)
+        if own_mask:  # compiled runs make that of all pairs; the base makes none where one of four dimensions is there
+            kwargs["attention_mask"] = input_ids.new_ones(1, 1, 1, 1)
         model_inputs = prepare(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        if own_mask:
+            model_inputs["attention_mask"] = mask
         if padding_id is not None and model_inputs.get("input_ids") is not None:
             # Samples that have ended go on with padding, of which nobody reads what the model makes.
             ids = model_inputs["input_ids"]
@@ -281,7 +287,7 @@ class GeneratingMixin(MemoryMixin):
             # Generated tokens do not route.
             if past < routing_mask.shape[1]:
                 if "attention_mask" in model_inputs:  # one of all pairs, where the cache is static
-                    model_inputs["attention_mask"] = kwargs.get("attention_mask")
+                    model_inputs["attention_mask"] = mask
                 part = routing_mask[:, past : past + length]
                 model_inputs["routing_mask"] = torch.nn.functional.pad(part, (0, length - part.shape[1]))
                 if force_documents is not None and (not past or bool(part.any())):

@@ -389,13 +389,13 @@ class MemoryMixin(ModelMixin):
             return None
         if request is None:
             one = inputs["position_ids"].shape[1] == 1
-            return runs.run_token(self, attending.previous, static, inputs) if one and attending.previous else None
+            return runs.run_token(self, static, inputs) if one and attending.previous else None
         if memory is None or request.documents is not None or request.all_scores:
             return None
         chosen = runs.run_prompt(self, memory, Asked(attending.layers, request), attending.previous, static, inputs)
         if chosen is None:
             return None
-        attending.take(chosen.contexts, chosen.routing, chosen.not_finite)
+        attending.take(chosen.routing(), chosen.flags())
         return chosen.output
 
     @staticmethod
@@ -408,10 +408,10 @@ class MemoryMixin(ModelMixin):
         device: torch.device,
     ) -> Tensor | None:
         """[B, T] bool tokens that route, or None where this turn keeps the contexts of the last."""
+        if routing_mask is None and past:
+            return None
         real = None if attention_mask is None else attention_mask[:, past:].bool().to(device)
         if routing_mask is None:
-            if past:
-                return None
             return torch.ones(batch, length, dtype=torch.bool, device=device) if real is None else real
         if routing_mask.shape != (batch, length):
             raise ValueError(

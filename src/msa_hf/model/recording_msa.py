@@ -1,0 +1,264 @@
+"""Runs recorded as CUDA graphs and played again: one launch for what lies between two calls of the host.
+
+What a run reads lies in tensors of its own, into which the arguments of later runs are copied; what it gives is
+overwritten when it is played again. Parts that the host must do anew, as asking a memory, cut the recording in two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import gc
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .adapters_msa import adapter_state
+
+logger = logging.get_logger(__name__)
+
+Step = Callable[[], object]
+Inputs = Mapping[str, Tensor]
+Result = TypeVar("Result")
+
+
+class Tape(Protocol):
+    """Something that records what a device is given to do; one part after the other."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """Everything between the first part and the last stands in it."""
+
+    def begin(self) -> None:
+        """Begin a part. The device does not do it now."""
+
+    def end(self) -> Step:
+        """End a part; a call of the result has the device do it."""
+
+
+class CudaTape:
+    """CUDA graphs that share one pool of memory, since they are played in the order in which they were recorded.
+
+    Args:
+        device: with an index or the current one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """On a stream of its own, as recording demands. No garbage is collected: freeing a graph disturbs it."""
+        current, collecting = torch.cuda.current_stream(self.device), gc.isenabled()
+        self.stream.wait_stream(current)
+        gc.disable()
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            if collecting:
+                gc.enable()
+            current.wait_stream(self.stream)
+
+    def begin(self) -> None:
+        # Other threads may go on working with the device.
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+
+    def end(self) -> Step:
+        graph, self.graph = self.graph, None
+        assert graph is not None
+        graph.capture_end()
+        return graph.replay
+
+
+def tape_for(device: torch.device) -> Tape | None:
+    """A tape for a device, None where it has no graphs."""
+    return CudaTape(device) if device.type == "cuda" else None
+
+
+_recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("recording", default=None)
+
+
+class Recording:
+    """The steps of one run, in order: parts on the tape, and calls of the host between them.
+
+    A part is done as soon as it is recorded, so that what follows sees numbers. The run that is recorded is a run.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self.steps: list[Step] = []
+
+    def record(self, run: Callable[[], Result]) -> Result:
+        """Run once. What the result holds is overwritten by `play`."""
+        with self.tape.running():
+            token = _recording.set(self)
+            try:
+                self.tape.begin()
+                result = run()
+                self._end_part()
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    self.tape.end()
+                raise
+            finally:
+                _recording.reset(token)
+        return result
+
+    def play(self) -> None:
+        """Run again, on what lies in the inputs now."""
+        for step in self.steps:
+            step()
+
+    def _end_part(self) -> None:
+        step = self.tape.end()
+        self.steps.append(step)
+        step()
+
+    def call(self, function: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """The results of `function`, which is called anew by every `play`: the same shapes, in the same places."""
+        self._end_part()
+        places = tuple(item.clone() for item in function())
+
+        def again() -> None:
+            for place, item in zip(places, function(), strict=True):
+                place.copy_(item)
+
+        self.steps.append(again)
+        self.tape.begin()
+        return places
+
+
+def call_between(function: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """Call a function of the host; where a run is being recorded, between two of its parts."""
+    recording = _recording.get()
+    return tuple(function()) if recording is None else recording.call(function)
+
+
+# Runs of a cache ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Recorded(Generic[Result]):
+    """A run that can be played.
+
+    Attributes:
+        recording: its steps.
+        function: what was recorded, kept for the tensors that it holds.
+        inputs: places of the inputs.
+        given: what was last copied there, and its version then.
+        result: what is overwritten.
+    """
+
+    recording: Recording
+    function: Callable[[Inputs], Result]
+    inputs: dict[str, Tensor]
+    given: dict[str, tuple[Tensor, int]]
+    result: Result
+
+    def fill(self, inputs: Inputs) -> None:
+        """Copy inputs to their places, but those that lie there already."""
+        for name, tensor in inputs.items():
+            last, version = self.given[name]
+            if last is not tensor or version != version_of(tensor) or version < 0:
+                self.inputs[name].copy_(tensor)
+                self.given[name] = tensor, version_of(tensor)
+
+
+class Recordings:
+    """The recorded runs over the tensors of one cache.
+
+    The first run of a kind is plain: it compiles, and a run that never comes again is not worth recording. The second
+    is recorded. Copies of it are empty, because graphs cannot be copied.
+    """
+
+    def __init__(self) -> None:
+        self.tape: Tape | None = None
+        self.state: object = None
+        self.known: dict[Hashable, Recorded[Any] | None] = {}
+        self.refused: set[Hashable] = set()
+
+    def __deepcopy__(self, memo: object) -> Recordings:
+        return Recordings()
+
+    def __reduce__(self) -> tuple[type[Recordings], tuple[()]]:
+        return Recordings, ()
+
+    def renew(self, state: object) -> None:
+        """Forget all where the `state` of the model is not what it was."""
+        if state != self.state:
+            self.known, self.refused, self.state = {}, set(), state
+
+    def run(
+        self,
+        kind: Hashable,
+        function: Callable[[Inputs], Result],
+        inputs: Inputs,
+        device: torch.device,
+        undo: Callable[[], Step],
+    ) -> Result:
+        """The result of `function(inputs)`; the next run may overwrite its tensors.
+
+        Args:
+            kind: all that the function depends on besides the numbers in `inputs`.
+            inputs: by name; shapes and dtypes are a part of the kind.
+            device: that computes it.
+            undo: notes what a run changes besides its result, and gives what puts it back; for a run that fails while
+                it is recorded, and is repeated.
+        """
+        if self.tape is None:
+            self.tape = tape_for(device)
+        if self.tape is None:
+            return function(inputs)
+        kind = kind, tuple((name, item.shape, item.dtype) for name, item in inputs.items())
+        recorded = self.known.get(kind)
+        if recorded is not None:
+            recorded.fill(inputs)
+            recorded.recording.play()
+            return recorded.result
+        if kind not in self.known or kind in self.refused:
+            self.known[kind] = None
+            return function(inputs)
+        places = {name: item.to(device).clone() for name, item in inputs.items()}
+        given = {name: (item, version_of(item)) for name, item in inputs.items()}
+        recording, restore = Recording(self.tape), undo()
+        try:
+            result = recording.record(lambda: function(places))
+        except RuntimeError as error:
+            logger.warning_once(f"A run of this model is launched piece by piece, it cannot be recorded: {error}")
+            self.refused.add(kind)
+            restore()
+            return function(inputs)
+        self.known[kind] = Recorded(recording, function, places, given, result)
+        return result
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; -1 where that is not counted."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def state_of(model: nn.Module) -> tuple[object, ...]:
+    """What a recorded run took for granted: where the weights lie, and which adapters are at work."""
+    places: list[object] = [model.training]
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                plain = type(tensor) in (Tensor, nn.Parameter)
+                places.append(tensor.data_ptr() if plain else id(tensor))
+    return (*places, *adapter_state(model))
+
+
+def is_recordable(model: nn.Module) -> bool:
+    """Tell whether all weights are plain tensors on one device that has graphs."""
+    weights = list(model.parameters())
+    plain = all(type(weight) in (Tensor, nn.Parameter) for weight in weights)
+    return plain and len({weight.device for weight in weights}) == 1 and weights[0].device.type == "cuda"

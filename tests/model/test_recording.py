@@ -1,0 +1,215 @@
+"""Runs that are recorded and played again: the answers of runs that are not, whatever changes between them."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from setups import assert_same, batch_of, setup, tokens
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CompileConfig
+
+from msa_hf.model import compiled_msa, recording_msa
+from msa_hf.model.cache_msa import MSACache, MSAStaticCache
+from msa_hf.model.compat_msa import CACHE
+
+SMALL: dict[str, Any] = {"base": {"num_hidden_layers": 3}, "memory_layers": [1, 2]}
+EXACTLY: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+DETAILS: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
+HOST = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")  # what no graph can hold
+
+
+class PlainTape(TorchDispatchMode):
+    """A tape of operations: played again they read the same tensors, and write to those that they gave before.
+
+    What a CUDA graph does not see, as a number that Python computed, is as lost here as it is there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part: list[tuple[Any, Sequence[Any], dict[str, Any], Any]] | None = None
+        self.parts = 0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        with self:
+            yield
+
+    def begin(self) -> None:
+        self.part = []
+
+    def end(self) -> Callable[[], None]:
+        part, self.part, done = self.part, None, []
+        assert part is not None
+        self.parts += 1
+
+        def step() -> None:
+            if not done:  # it ran while it was recorded, as a graph does not
+                done.append(True)
+                return
+            for operation, args, kwargs, result in part:
+                again = operation(*args, **kwargs)
+                for place, item in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                    if isinstance(place, Tensor) and place.data_ptr() != item.data_ptr():
+                        place.copy_(item)
+
+        return step
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self.part is not None and func.namespace != compiled_msa.NAMESPACE:
+            assert str(func).split(".")[1] not in HOST, f"{func} within a recording"
+            self.part.append((func, args, kwargs, result))
+        return result
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PlainTape]]:
+    """The tapes in use: runs of `generate` with a static cache are recorded on the CPU."""
+    made: list[PlainTape] = []
+
+    def tape_for(device: torch.device) -> PlainTape:
+        made.append(PlainTape())
+        return made[-1]
+
+    monkeypatch.setattr(recording_msa, "tape_for", tape_for)
+    monkeypatch.setattr(compiled_msa, "is_recordable", lambda model: True)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    yield made
+
+
+def recorded() -> dict[str, Any]:
+    """Options of `generate`."""
+    config = CompileConfig()
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+def ask(made: Any, question: Any, memory: Any = None, **options: Any) -> None:
+    """A question whose answer, tokens and logits, is that of a growing cache."""
+    memory = made.bank if memory is None else memory
+    given = {**question, **EXACTLY, **DETAILS, "memory": memory}
+    expected = made.model.generate(**given)
+    found = made.model.generate(**given, **recorded(), **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.logits, expected.logits, strict=True):
+        assert_same(ours, theirs)
+
+
+def test_answers_are_those_of_runs_that_are_not_recorded(tapes: list[PlainTape]) -> None:
+    """Other questions of a bucket, other banks, a commit, another batch: the fourth question on is played."""
+    made = setup("qwen3", "sdpa", **SMALL)
+    other = made.model.encode_documents(tokens(70, 9, 130, 4, 66, seed=5), show_progress=False)
+    plain = [batch_of(tokens(length, seed=length)) for length in (9, 12, 5, 16)]
+    for question in plain:
+        expected = made.model.generate(**question, memory=made.bank, **EXACTLY)
+        assert torch.equal(made.model.generate(**question, memory=made.bank, **EXACTLY, **recorded()), expected)
+    (tape,) = tapes
+    assert tape.parts == 1 + 3 + 1  # a token; a prompt, cut at its memory layers; contexts
+    cache = compiled_msa._spare[made.model][1]
+    assert sum(item is not None for item in cache.recordings.known.values()) == 3
+    store = made.model.open_memory()
+    store.add([{"key": str(place), "input_ids": item} for place, item in enumerate(made.documents)])
+    for memory in (other, store):
+        for question in plain[:2]:
+            expected = made.model.generate(**question, memory=memory, **EXACTLY)
+            assert torch.equal(made.model.generate(**question, memory=memory, **EXACTLY, **recorded()), expected)
+        store.delete("0")
+    assert compiled_msa._spare[made.model][1] is cache
+
+
+def test_turns_of_one_cache(tapes: list[PlainTape]) -> None:
+    """Later turns choose anew or keep what they have; every kind of run is played in the end."""
+    made, answers = setup("qwen3", "sdpa", **SMALL), []
+    for make, options in ((MSACache, {}), (MSAStaticCache, {"compile_config": recorded()["compile_config"]})):
+        kind = {} if make is MSACache else {"max_cache_len": 128}
+        cache, ids = make(config=made.model.config, **kind), torch.empty(1, 0, dtype=torch.long)
+        for turn, question in enumerate(tokens(7, 5, 9, 3, 8, 6, seed=8)):
+            ids = torch.cat([ids, torch.tensor([question])], 1)
+            memory = None if turn == 3 else made.bank
+            ids = made.model.generate(ids, memory=memory, **{CACHE: cache}, **EXACTLY, **options)
+        answers.append(ids)
+    assert torch.equal(*answers)
+    assert tapes[0].parts == 5  # a token, a prompt cut twice, contexts
+    assert not copy.deepcopy(cache).recordings.known
+
+
+def test_padding_and_samples(tapes: list[PlainTape]) -> None:
+    """Questions of several lengths at once; beams, whose contexts change places."""
+    made = setup("qwen3", "eager", **SMALL)
+    for seed in range(4):
+        ask(made, batch_of(tokens(9, 5, seed=seed)))
+    for options in ({"num_beams": 2}, {"num_beams": 2}):
+        question = batch_of(tokens(6, seed=3))
+        expected = made.model.generate(**question, memory=made.bank, **EXACTLY, **options)
+        assert torch.equal(
+            made.model.generate(**question, memory=made.bank, **EXACTLY, **options, **recorded()), expected
+        )
+
+
+def test_more_rows_than_there_is_room_for(tapes: list[PlainTape], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that is played and then runs again as it is leaves the contexts of the turn before."""
+    made = setup("qwen3", "sdpa", documents=tokens(230, 250, 9, 7, seed=1), **SMALL)
+    monkeypatch.setattr(compiled_msa, "MOST_ROWS", 64)
+    found = []
+    for options in ({}, recorded()):
+        for seed in range(4):
+            question = batch_of(tokens(9, seed=seed))
+            answer = made.model.generate(**question, memory=made.bank, **EXACTLY, **options)
+            found.append(answer)
+    for ours, theirs in zip(found[4:], found[:4], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_weights_that_change(tapes: list[PlainTape]) -> None:
+    """In place they are seen; in other places, all is recorded anew."""
+    made = setup("qwen3", "sdpa", **SMALL)
+    question = batch_of(tokens(9, seed=3))
+
+    def both() -> None:
+        expected = made.model.generate(**question, memory=bank, **EXACTLY)
+        assert torch.equal(made.model.generate(**question, memory=bank, **EXACTLY, **recorded()), expected)
+
+    bank = made.bank
+    for _ in range(4):
+        both()
+    (tape,), weight = tapes, made.model.model.layers[0].mlp.down_proj
+    before, parts = weight.weight.data, tape.parts
+    try:
+        weight.weight.data = before * -3
+        bank = made.model.encode_documents(made.documents, show_progress=False)
+        both()
+        assert tape.parts == parts + 1  # the token, from its second on
+        weight.weight.data.mul_(0.5)
+        bank = made.model.encode_documents(made.documents, show_progress=False)
+        both()
+    finally:
+        weight.weight.data = before
+
+
+def test_what_cannot_be_recorded(tapes: list[PlainTape], caplog: pytest.LogCaptureFixture) -> None:
+    """A run that fails while it is recorded is repeated as it is, says so, and is not tried again."""
+    made = setup("qwen3", "sdpa", **SMALL)
+    recording_msa.logger.parent.propagate = True
+    forward, calls = made.model.model.layers[2].mlp.forward, []
+
+    def refuses(*args: Any) -> Any:
+        if tapes and tapes[0].part is not None:
+            calls.append(True)
+            raise RuntimeError("this waits for the device")
+        return forward(*args)
+
+    made.model.model.layers[2].mlp.forward = refuses
+    try:
+        for seed in range(3):
+            question = batch_of(tokens(9, seed=seed))
+            expected = made.model.generate(**question, memory=made.bank, **EXACTLY)
+            assert torch.equal(made.model.generate(**question, memory=made.bank, **EXACTLY, **recorded()), expected)
+    finally:
+        del made.model.model.layers[2].mlp.forward
+    assert len(calls) == 2 and "this waits for the device" in caplog.text
