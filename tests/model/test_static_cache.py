@@ -108,13 +108,20 @@ def test_a_cache_without_room_is_refused() -> None:
 # Compiled -------------------------------------------------------------------------------------------------------------
 
 
+def test_all_layers_share_their_graphs(compiling: dict[str, Any]) -> None:
+    """Twice as many layers, no more graphs."""
+    made, before = setup("qwen3", "sdpa", base={"num_hidden_layers": 4}, memory_layers=[1, 3]), graphs()
+    same(made, QUESTIONS["one"], **compiling)
+    assert graphs() == before + 4
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_compiled_once_for_a_bucket(attention: str, compiling: dict[str, Any]) -> None:
     """Without a break in the graph; other questions, other banks, a commit: nothing is compiled again."""
     made = setup("qwen3", attention, documents=tokens(*LONG, seed=1), **SMALL)
     before = graphs()
     same(made, QUESTIONS["one"], **compiling)
-    assert graphs() == before + 2  # the prompt, and a token
+    assert graphs() == before + 4  # a layer with a memory and one without, of the prompt and of a token
     same(made, batch_of(tokens(12, seed=4)), **compiling)
     store = made.model.open_memory()
     store.add([{"key": str(place), "input_ids": item} for place, item in enumerate(made.documents)])
@@ -122,7 +129,7 @@ def test_compiled_once_for_a_bucket(attention: str, compiling: dict[str, Any]) -
     store.add([{"key": "more", "input_ids": [9, 9, 9]}])
     store.delete("more")
     same(made, QUESTIONS["one"], memory=store, **compiling)
-    assert graphs() == before + 2
+    assert graphs() == before + 4
 
 
 def test_compiled_batches_and_turns(compiling: dict[str, Any]) -> None:

@@ -337,9 +337,17 @@ class AttendingPass:
         tensors = {layer: item.clone() for layer, item in zip(scored, tie(output, list(scored.values())), strict=True)}
         return {layer: LayerRouting(item.documents, item.scores, tensors.get(layer)) for layer, item in routing.items()}
 
+    def place(self, module: nn.Module) -> int:
+        """The number under which the things of a layer are kept: its own."""
+        return module.layer_idx
+
+    def routes(self, module: nn.Module) -> bool:
+        """Tell whether a layer chooses documents in this run."""
+        return self.request is not None and module.layer_idx in self.config.memory_layers
+
     def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
         if self.request is not None and not self.config.shared_router:
-            self.router_queries[module.layer_idx] = module.router_q_proj(hidden_states)
+            self.router_queries[self.place(module)] = module.router_q_proj(hidden_states)
 
     def attend(
         self,
@@ -351,9 +359,9 @@ class AttendingPass:
         attention_mask: Tensor | None,
         **kwargs: object,
     ) -> AttentionOutput:
-        layer = module.layer_idx
+        layer = self.place(module)
         context = self.previous.get(layer)
-        if layer in self.config.memory_layers and self.request is not None:
+        if self.request is not None and self.routes(module):
             context = self._route(module, self.request, query, value.dtype, context)
         elif context is None:
             context = self._prefix_context(layer, query, value.dtype)
@@ -390,7 +398,7 @@ class AttendingPass:
         dtype: torch.dtype,
         previous: MemoryContext | None,
     ) -> MemoryContext:
-        layer = module.layer_idx
+        layer = self.place(module)
         memory = self.layers[layer]
         if self.config.shared_router:
             router_query = query.transpose(1, 2)
@@ -438,7 +446,7 @@ class AttendingPass:
             per_document = module.router_score_bias(selection.scores.to(query.device), documents >= 0)
             # Of no documents at all there may still be rows, none of them there.
             bias = per_document.gather(1, rows.document_index) if per_document.shape[1] else row_mask.float()
-        prefix = self._prefix_context(module.layer_idx, query, dtype)
+        prefix = self._prefix_context(self.place(module), query, dtype)
         prefix_length = 0
         if prefix is not None:
             prefix_length = prefix.prefix_length

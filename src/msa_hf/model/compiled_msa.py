@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import Cache, CompileConfig
 from transformers.utils import ModelOutput, logging
 
+from .attending_layers_msa import AttendingLayers
 from .attention_msa import AttendingPass
 from .cache_msa import MemoryContext, MSAStaticCache, bucket_of
 from .chunks_msa import ContextRows
@@ -46,7 +47,7 @@ INPUTS = {"input_ids", "inputs_embeds", "position_ids", "attention_mask", "logit
 MOST_ROWS = 2048  # rows of a context for which there is room; where a question needs more, it runs again as it is
 NAMESPACE = "msa_hf_memory"
 RECALL_SCHEMA = (
-    "(Tensor queries, Tensor mask, int layer, int k, int rows, int groups, ScalarType dtype) -> "
+    "(Tensor queries, Tensor mask, Tensor layer, int k, int rows, int groups, ScalarType dtype) -> "
     "(Tensor documents, Tensor scores, Tensor keys, Tensor values, Tensor row_mask, Tensor document_index, Tensor nan, "
     "Tensor cut)"
 )
@@ -99,15 +100,15 @@ def recall_operation() -> Recall:
     """The operation `recall`, registered on first use; each copy of this file in a process has its own."""
 
     def recall(
-        queries: Tensor, mask: Tensor, layer: int, k: int, rows: int, groups: int, dtype: torch.dtype
+        queries: Tensor, mask: Tensor, layer: Tensor, k: int, rows: int, groups: int, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
         return call_between(lambda: ask(queries, mask, layer, k, rows, dtype))
 
     def ask(
-        queries: Tensor, mask: Tensor, layer: int, k: int, rows: int, dtype: torch.dtype
+        queries: Tensor, mask: Tensor, layer: Tensor, k: int, rows: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         asked = _asked.get()
-        memory, device = asked.layers[layer], queries.device
+        memory, device = asked.layers[int(layer)], queries.device
         selection = memory.route(queries, mask, k, asked.request.scoring)
         found = memory.gather(selection, dtype).to(device, dtype)
         documents, scores = (item.to(device).contiguous() for item in (selection.documents, selection.scores))
@@ -124,7 +125,7 @@ def recall_operation() -> Recall:
         return documents, scores, keys, values, sized(found.row_mask, 1), sized(found.document_index, 1), nan, cut
 
     def shapes(
-        queries: Tensor, mask: Tensor, layer: int, k: int, rows: int, groups: int, dtype: torch.dtype
+        queries: Tensor, mask: Tensor, layer: Tensor, k: int, rows: int, groups: int, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
         batch, dim = queries.shape[0], queries.shape[3]
         states = queries.new_empty(batch, groups, rows, dim, dtype=dtype)
@@ -158,13 +159,13 @@ class RecallingLayer:
 
     Args:
         recall: the operation.
-        layer: number of the model's layer.
+        layer: [] int64 on the CPU, number of the model's layer; a tensor, so that all layers have the same graph.
         rows: of a sample's context.
         groups: key/value heads.
         dtype: of keys and values.
     """
 
-    def __init__(self, recall: Recall, layer: int, rows: int, groups: int, dtype: torch.dtype) -> None:
+    def __init__(self, recall: Recall, layer: Tensor, rows: int, groups: int, dtype: torch.dtype) -> None:
         self.recall, self.layer, self.rows, self.groups, self.dtype = recall, layer, rows, groups, dtype
         self.found: ContextRows | None = None
         self.cut: Tensor | None = None
@@ -211,6 +212,21 @@ class Chosen:
     not_finite: Tensor
     cut: Tensor
 
+    @classmethod
+    def of(cls, output: ModelOutput, attending: AttendingPass) -> Chosen:
+        """What a pass recorded, whose layers were `RecallingLayer`s."""
+        cuts = [layer.cut for layer in attending.layers.values() if isinstance(layer, RecallingLayer)]
+        routing = attending.routing
+        return cls(
+            output=output,
+            contexts=attending.contexts,
+            layers=list(routing),
+            documents=torch.stack([item.documents for item in routing.values()]),
+            scores=torch.stack([item.scores for item in routing.values()]),
+            not_finite=torch.stack(list(attending.not_finite.values())),
+            cut=torch.stack([cut for cut in cuts if cut is not None]).any(),
+        )
+
     def kept(self) -> Chosen:
         """The same in tensors that nobody overwrites; contexts, which the cache has copied, stay where they are."""
         documents, scores, not_finite = self.documents.clone(), self.scores.clone(), self.not_finite.clone()
@@ -231,51 +247,17 @@ def _kept(output: ModelOutput) -> ModelOutput:
     return type(output)(**{name: item.clone() if isinstance(item, Tensor) else item for name, item in output.items()})
 
 
-def _run_prompt(
-    model: GeneratingMixin,
-    recall: Recall,
-    request: RoutingRequest,
-    prefix: Mapping[int, tuple[Tensor, Tensor]],
-    contexts: dict[int, MemoryContext],
-    rows: int,
-    groups: int,
-    dtype: torch.dtype,
-    inputs: Arguments,
-) -> tuple[Any, ...]:
-    layers = {layer: RecallingLayer(recall, layer, rows, groups, dtype) for layer in model.config.memory_layers}
-    attending = AttendingPass(
-        config=model.config,
-        layers=layers,
-        prefix=prefix,
-        request=request,
-        contexts=dict(contexts),
-        keep_contexts=True,
-    )
-    output = model.run_plainly(**inputs, memory_pass=attending, return_dict=True)
-    cut = torch.stack([layer.cut for layer in layers.values() if layer.cut is not None]).any()
-    documents = torch.stack([item.documents for item in attending.routing.values()])
-    scores = torch.stack([item.scores for item in attending.routing.values()])
-    not_finite = torch.stack(list(attending.not_finite.values()))
-    return output, attending.contexts, list(attending.routing), documents, scores, not_finite, cut
-
-
-def _run_token(model: GeneratingMixin, contexts: dict[int, MemoryContext], inputs: Arguments) -> ModelOutput:
-    attending = AttendingPass(config=model.config, layers={}, prefix={}, request=None, contexts=contexts)
-    return model.run_plainly(**inputs, memory_pass=attending, return_dict=True)
-
-
 class CompiledRuns:
-    """Prompts and single tokens of one model, compiled on first use: tens of seconds each, once.
+    """Prompts and single tokens of one model, compiled on first use: seconds each, once.
 
     Args:
-        prompt, token: options of torch.compile for either.
+        options: of torch.compile.
         recorded: runs are recorded where the device can.
     """
 
-    def __init__(self, prompt: Mapping[str, Any], token: Mapping[str, Any], recorded: bool) -> None:
+    def __init__(self, options: Mapping[str, Any], recorded: bool) -> None:
         self.recall = recall_operation()  # tracing would look into what makes it
-        self.prompt = torch.compile(_run_prompt, **prompt)
-        self.token = torch.compile(_run_token, **token)
+        self.layers = AttendingLayers(options)
         self.recorded = recorded
 
     def taken(self, model: GeneratingMixin, cache: Cache | None, inputs: Arguments) -> MSAStaticCache | None:
@@ -329,7 +311,9 @@ class CompiledRuns:
 
         def run(found: Inputs) -> ModelOutput:
             visible = {"attention_mask": visible_tokens(model, cache, found["attention_mask"], 1)} if made else {}
-            return self.token(model, contexts, {**fixed, **found, **visible})
+            attending = AttendingPass(config=model.config, layers={}, prefix={}, request=None, contexts=contexts)
+            with self.layers.of(model, token=True):
+                return model.run_plainly(**{**fixed, **found, **visible}, memory_pass=attending, return_dict=True)
 
         if isinstance(mask, dict):
             return run(tensors)
@@ -393,8 +377,21 @@ class CompiledRuns:
                 "attention_mask": visible_tokens(model, cache, found["attention_mask"], width),
                 "logits_to_keep": found["logits_to_keep"],
             }
-            asking = replace(request, routing_mask=found["routing_mask"])
-            return Chosen(*self.prompt(model, self.recall, asking, prefix, contexts, rows, groups, model.dtype, given))
+            layers = {
+                layer: RecallingLayer(self.recall, torch.tensor(layer), rows, groups, model.dtype)
+                for layer in model.config.memory_layers
+            }
+            attending = AttendingPass(
+                config=model.config,
+                layers=layers,
+                prefix=prefix,
+                request=replace(request, routing_mask=found["routing_mask"]),
+                contexts=dict(contexts),
+                keep_contexts=True,
+            )
+            with self.layers.of(model, token=False):
+                output = model.run_plainly(**given, memory_pass=attending, return_dict=True)
+            return Chosen.of(output, attending)
 
         kind = "prompt", rows, request.k, request.scoring, request.score_bias, _identities(contexts), _settings(fixed)
         token = _asked.set(Asked(asked.layers, replace(request, routing_mask=tensors["routing_mask"])))
@@ -547,9 +544,7 @@ def compiled_runs(model: GeneratingMixin, options: Mapping[str, Any]) -> Compile
     if key not in made:
         mode = options.get("mode")
         plain = options if mode is None else {**options, "mode": RECORDED_MODES.get(mode, mode)}
-        recorded = mode in RECORDED_MODES and is_recordable(model)
-        # What cannot be recorded here has graphs of Inductor for tokens; a prompt keeps the device busy without.
-        made[key] = CompiledRuns(plain, plain if recorded else options, recorded)
+        made[key] = CompiledRuns(plain, mode in RECORDED_MODES and is_recordable(model))
     return made[key]
 
 

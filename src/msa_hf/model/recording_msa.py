@@ -258,7 +258,7 @@ def state_of(model: nn.Module) -> tuple[object, ...]:
 
 
 def is_recordable(model: nn.Module) -> bool:
-    """Tell whether all weights are plain tensors on one device that has graphs."""
-    weights = list(model.parameters())
-    plain = all(type(weight) in (Tensor, nn.Parameter) for weight in weights)
-    return plain and len({weight.device for weight in weights}) == 1 and weights[0].device.type == "cuda"
+    """Tell whether all weights lie on one device that has graphs, and in this process alone."""
+    devices = {weight.device for weight in model.parameters()}
+    spread = any(hasattr(weight, "full_tensor") for weight in model.parameters())
+    return not spread and len(devices) == 1 and next(iter(devices)).type == "cuda"
