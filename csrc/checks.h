@@ -134,7 +134,7 @@ inline void check_pool_chunks_backward(const Tensor& grad_content, const Tensor&
 // `content` and `scales` may lie in host memory: that is for the device's own kernel to take or to refuse.
 inline void check_gather_documents(const Tensor& documents, const Tensor& offsets, const Tensor& content,
                                    const std::optional<Tensor>& scales, int64_t width,
-                                   std::optional<ScalarType> dtype) {
+                                   std::optional<ScalarType> dtype, std::optional<int64_t> first) {
   const char* op = "gather_documents";
   check_tensor(op, "documents", documents, {-1, -1}, ScalarType::Long);
   check_tensor(op, "offsets", offsets, {-1}, ScalarType::Long);
@@ -149,6 +149,7 @@ inline void check_gather_documents(const Tensor& documents, const Tensor& offset
   STD_TORCH_CHECK(!dtype || is_floating(*dtype), op, ": `dtype` must be floating, got ",
                   torch::headeronly::toString(dtype.value_or(ScalarType::Float)));
   check_size(op, "width", width, 0);
+  STD_TORCH_CHECK(!first || *first >= 0, op, ": `first` must be at least 0, got ", first.value_or(0));
   check_heads(op, content, content.size(2), content.size(3));
   check_device(op, "offsets", offsets, documents);
 }

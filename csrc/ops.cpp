@@ -61,11 +61,13 @@ STABLE_TORCH_LIBRARY(msa_hf, m) {
   //   width      R, at least the most rows of any sample: an error on the CPU where it is not, while a device, which cannot
   //              say so without being waited for, leaves out what does not fit
   //   dtype      of the result; None for that of content (float32 for float8_e4m3fn)
+  //   first      the bank's chunk that content begins with, where it is a part of them, on the device of documents: rows
+  //              of chunks that are not in it are zero, and valid. None: content has all chunks
   // Returns keys and values [B, G, R, D], valid [B, R] bool, and slots [B, R] int64: the column of `documents` that a
   // row came from. Rows that are not valid are zero, their slots 0.
   m.def(
       "gather_documents(Tensor documents, Tensor offsets, Tensor content, Tensor? scales, SymInt width, "
-      "ScalarType? dtype=None) -> (Tensor keys, Tensor values, Tensor valid, Tensor slots)");
+      "ScalarType? dtype=None, int? first=None) -> (Tensor keys, Tensor values, Tensor valid, Tensor slots)");
 
   // What was compiled, one "name: text" per line: the sources' digest, the instruction sets that this processor has of
   // those that were compiled in, and the CUDA architectures ("none" without CUDA).

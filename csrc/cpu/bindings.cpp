@@ -62,14 +62,15 @@ const uint8_t* flags(const Tensor& tensor) { return static_cast<const uint8_t*>(
 
 const int64_t* integers(const Tensor& tensor) { return static_cast<const int64_t*>(tensor.const_data_ptr()); }
 
-// Offsets from 0 to `end` that never fall.
-Tensor checked_offsets(const char* op, const char* name, const Tensor& offsets, int64_t end) {
+// Offsets from 0 to `end`, or to any number, that never fall.
+Tensor checked_offsets(const char* op, const char* name, const Tensor& offsets, std::optional<int64_t> end) {
   Tensor dense = dense_integers(offsets);
   const int64_t* values = integers(dense);
   const int64_t count = dense.size(0) - 1;
-  bool rising = values[0] == 0 && values[count] == end;
+  bool rising = values[0] == 0 && values[count] == end.value_or(values[count]);
   for (int64_t i = 0; i < count; ++i) rising = rising && values[i] <= values[i + 1];
-  STD_TORCH_CHECK(rising, op, ": `", name, "` must rise from 0 to ", end);
+  STD_TORCH_CHECK(rising, op, ": `", name, "` must rise from 0",
+                  end ? " to " + std::to_string(*end) : "");
   return dense;
 }
 
@@ -237,13 +238,13 @@ std::tuple<Tensor, Tensor, Tensor> pool_backward(const Tensor& grad_content, con
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gather(const Tensor& documents, const Tensor& offsets, const Tensor& content,
                                                   std::optional<Tensor> scales, int64_t width,
-                                                  std::optional<ScalarType> dtype) {
-  check_gather_documents(documents, offsets, content, scales, width, dtype);
+                                                  std::optional<ScalarType> dtype, std::optional<int64_t> first) {
+  check_gather_documents(documents, offsets, content, scales, width, dtype, first);
   const char* op = "gather_documents";
   check_device(op, "content", content, documents);
   if (scales) check_device(op, "scales", *scales, documents);
   const int64_t samples = documents.size(0), k = documents.size(1), groups = content.size(2), dim = content.size(3);
-  Tensor limits = checked_offsets(op, "offsets", offsets, content.size(0));
+  Tensor limits = checked_offsets(op, "offsets", offsets, first ? std::nullopt : std::optional(content.size(0)));
   Tensor chosen = dense_integers(documents), rows = with_all_dense(content);
   for (int64_t sample = 0; k > 0 && sample < samples; ++sample) {
     int64_t needed = 0;
@@ -267,6 +268,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather(const Tensor& documents, const
   call.k = k;
   call.offsets = integers(limits);
   call.content = rows.const_data_ptr();
+  call.first = first.value_or(0);
+  call.chunks = content.size(0);
   call.content_type = type_of(rows);
   call.groups = groups;
   call.dim = dim;

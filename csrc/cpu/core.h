@@ -90,6 +90,7 @@ struct Gather {
   int64_t samples, k;
   const int64_t* offsets;  // [documents of the bank + 1]
   const void* content;     // [chunks, 2, groups, dim]
+  int64_t first, chunks;   // the bank's chunk that it begins with; rows of chunks that it does not have are zero
   Type content_type;
   int64_t groups, dim;
   const float* scales;  // [chunks, 2] or nullptr

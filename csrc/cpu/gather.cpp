@@ -47,12 +47,13 @@ void gather_documents(const Gather& gather, const Threads& threads) {
       const bool valid = turn < slots.size();
       gather.valid[sample * gather.width + place] = valid;
       gather.slots[sample * gather.width + place] = valid ? slots[turn] : 0;
-      const int64_t chunk = begin + place - row;
+      const int64_t chunk = begin + place - row - gather.first;
+      const bool here = valid && chunk >= 0 && chunk < gather.chunks;
       for (int part = 0; part < 2; ++part) {
         char* target = static_cast<char*>(part == 0 ? gather.keys : gather.values);
         for (int64_t group = 0; group < gather.groups; ++group) {
           char* to = target + ((sample * gather.groups + group) * gather.width + place) * bytes;
-          if (!valid) {
+          if (!here) {
             std::memset(to, 0, bytes);
             continue;
           }

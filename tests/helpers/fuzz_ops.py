@@ -58,7 +58,8 @@ def right(pick: random.Random, name: str) -> dict[str, Any]:
         scaled = pick.random() < 0.3
         content = floats(chunks, 2, groups, dim, kind=torch.float8_e4m3fn if scaled else kind)
         return {"documents": chosen, "offsets": offsets, "content": content,
-                "scales": torch.rand(chunks, 2) if scaled else None, "width": 5 * k, "dtype": None}  # fmt: skip
+                "scales": torch.rand(chunks, 2) if scaled else None, "width": 5 * k, "dtype": None,
+                "first": pick.choice((None, None, 0, 2, chunks + 1))}  # fmt: skip
     call = {"queries": floats(samples, tokens, width, kind=kind), "routing_mask": torch.rand(samples, tokens) < 0.7}
     if name == "rescore_documents":
         exact = floats(chunks, width, kind=kind)

@@ -1,5 +1,6 @@
 """`gather_documents` on every backend: rows are copies, so they must be equal to the bit."""
 
+import itertools
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -127,6 +128,39 @@ def test_another_dtype(place, stored, wanted) -> None:
         case.check(case.run(place, case.most), case.most)
     else:
         assert stored != wanted
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_parts_of_the_chunks(place, dtype) -> None:
+    """Each part has the rows of its chunks, to the bit, and zeros in the places of others': wherever it is cut."""
+    case = random_case(40, torch.float32)
+    case.counts, total = split_up(64, random.Random(0)), 64
+    case.content = torch.randn(total, 2, 8, 16, generator=torch.Generator().manual_seed(0)).clamp(-9, 9).to(dtype)
+    case.documents = torch.tensor([[len(case.counts) - 1, -1, 0, len(case.counts) // 2], [-1, -1, 1, -1]])
+    if dtype == torch.float8_e4m3fn:
+        case.scales = torch.rand(total, 2, generator=torch.Generator().manual_seed(1)) + 0.1
+    backend, device = place
+    width = case.most + 3
+    whole = case.run(place, width)
+    case.check(whole, width)
+    for cuts in ((0, 31, 64), (0, 0, 5, 64, 64), (0, 64)):
+        sums = [torch.zeros_like(states) for states in whole[:2]]
+        for first, end in itertools.pairwise(cuts):
+            found = gather_documents(
+                case.documents.to(device),
+                offsets_of(case.counts).to(device),
+                surrounded(case.content[first:end], device),
+                width,
+                scales=None if case.scales is None else surrounded(case.scales[first:end], device),
+                first=first,
+                backend=backend,
+            )
+            assert torch.equal(found[2].cpu(), whole[2]) and torch.equal(found[3].cpu(), whole[3])
+            for total_, states in zip(sums, found[:2], strict=True):
+                assert not (total_.bool() & states.cpu().bool()).any()
+                total_ += states.cpu()
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(sums, whole[:2], strict=True))
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -35,14 +35,15 @@ StagingRing& ring_of(int device) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gather(const Tensor& documents, const Tensor& offsets, const Tensor& content,
                                                   std::optional<Tensor> scales, int64_t width,
-                                                  std::optional<ScalarType> dtype) {
+                                                  std::optional<ScalarType> dtype, std::optional<int64_t> first) {
   const char* op = "gather_documents";
-  check_gather_documents(documents, offsets, content, scales, width, dtype);
+  check_gather_documents(documents, offsets, content, scales, width, dtype, first);
   const int64_t batch = documents.size(0), k = documents.size(1), groups = content.size(2), dim = content.size(3);
   STD_TORCH_CHECK(documents.is_cuda(), op, ": `documents` must lie on the device, and `content` there or in host memory");
   STD_TORCH_CHECK(content.is_cpu() || content.get_device() == documents.get_device(), op,
                   ": `content` lies on another device than `documents`");
   if (scales) check_device(op, "scales", *scales, content);
+  STD_TORCH_CHECK(!first || content.is_cuda(), op, ": a part of the chunks must lie on the device");
   STD_TORCH_CHECK(k <= kMostGathered, op, ": at most ", kMostGathered, " documents per sample on CUDA, got ", k);
   STD_TORCH_CHECK(batch <= 65535 && width < (int64_t{1} << 31), op, ": at most 65535 samples of 2^31 rows on CUDA");
   const Place place(documents);
@@ -61,6 +62,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather(const Tensor& documents, const
   call.offsets = integers(limits);
   call.num_documents = limits.size(0) - 1;
   call.chunks = rows.size(0);
+  call.part = first.has_value();
+  call.first = first.value_or(0);
   call.batch = static_cast<int>(batch);
   call.k = static_cast<int>(k);
   call.width = static_cast<int>(width);

@@ -75,7 +75,7 @@ __device__ __forceinline__ void lay_out(
     if (document >= 0 && document < call.num_documents) {
       start = call.offsets[document];
       count = call.offsets[document + 1] - start;
-      if (start < 0 || count < 0 || start + count > call.chunks) count = 0;
+      if (start < 0 || count < 0 || (!call.part && start + count > call.chunks)) count = 0;
     }
     int place = 0;
     for (int j = 0; j < k; ++j) {
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 4) gather_kernel(const GatherCall ca
   const int sample = static_cast<int>(blockIdx.y);
   int64_t* starts = reinterpret_cast<int64_t*>(shared);  // [k] first chunk, in order of output
   int64_t* ends = starts + k;  // [k] rows up to and with this document
-  int64_t* sources = ends + k;  // [rows_per_block] chunk, -1 for none
+  int64_t* sources = ends + k;  // [rows_per_block] row of content, -1 for none
   float2* scales = reinterpret_cast<float2*>(sources + rows_per_block);  // [rows_per_block]
   int* columns = reinterpret_cast<int*>(scales + rows_per_block);  // [k] column of `documents`, in order of output
 
@@ -138,11 +138,15 @@ __global__ void __launch_bounds__(kThreads, 4) gather_kernel(const GatherCall ca
       const int64_t before = low > 0 ? ends[low - 1] : 0;
       source = call.staged ? static_cast<int64_t>(sample) * call.width + row : starts[low] + (row - before);
       column = columns[low];
-      if (call.scales != nullptr) scales[i] = __ldg(reinterpret_cast<const float2*>(call.scales) + source);
+      if (call.part) {
+        source -= call.first;
+        if (source < 0 || source >= call.chunks) source = -1;
+      }
+      if (call.scales != nullptr && source >= 0) scales[i] = __ldg(reinterpret_cast<const float2*>(call.scales) + source);
     }
     sources[i] = source;
     const int64_t out = static_cast<int64_t>(sample) * call.width + row;
-    call.valid[out] = source >= 0;
+    call.valid[out] = row < total;
     call.slots[out] = column;
   }
   __syncthreads();
@@ -227,6 +231,7 @@ cudaError_t launch_from(const GatherCall& call, cudaStream_t stream) {
 const char* refusal(const GatherCall& call) {
   if (call.batch < 0 || call.batch > 65535) return "samples beyond 65535";
   if (call.k < 0 || call.k > kMostGathered) return "too many documents per sample";
+  if (call.part && (call.staged || call.first < 0)) return "a part of the chunks that is staged, or begins before the first";
   if (call.width < 0 || call.groups <= 0 || call.dim <= 0) return "rows without heads or numbers";
   if (int64_t{2} * call.groups * call.dim > 1 << 24) return "rows of more than 2^24 numbers";
   // Content without chunks has no scales either: memory of no bytes may have no address.

@@ -17,7 +17,9 @@ struct GatherCall {
   const int64_t* documents = nullptr;  // [B, k]; outside 0..N-1: none
   const int64_t* offsets = nullptr;  // [N + 1]
   int64_t num_documents = 0;
-  int64_t chunks = 0;  // C; offsets that point behind it count as none
+  int64_t chunks = 0;  // C; offsets that point behind it count as none, unless content is
+  bool part = false;  // a part of the chunks: what it does not have is zero, and valid; never staged
+  int64_t first = 0;  // the chunk that a part begins with
   int batch = 0;
   int k = 0;
   int width = 0;  // rows per sample; what would lie behind is left out

@@ -529,6 +529,9 @@ void check_gather(int number, StagingRing& ring) {
   for (int64_t i = 0; i < documents; ++i) offsets.push_back(offsets.back() + pick<int64_t>({1, 1, 2, 3, draw(1, 20)}));
   // Now and then offsets point behind the content: such documents have no rows.
   const int64_t chunks = offsets.back() - (draw(0, 7) == 0 ? offsets.back() / 3 : 0);
+  // Of content on the device a part may be there alone, from a chunk to a chunk.
+  const bool part = source == Source::device && draw(0, 2) == 0;
+  const int64_t first = part ? draw(0, chunks) : 0, end = part ? draw(first, chunks) : chunks;
   std::vector<int64_t> chosen(batch * k);
   for (int64_t& document : chosen) document = documents == 0 || draw(0, 4) == 0 ? -1 : draw(0, documents - 1);
   if (!chosen.empty() && draw(0, 5) == 0) chosen[draw(0, chosen.size() - 1)] = documents;  // no such document
@@ -541,7 +544,8 @@ void check_gather(int number, StagingRing& ring) {
     auto document = [&](int i) { return chosen[sample * k + i]; };
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return document(a) < document(b); });
     for (int column : order) {
-      if (document(column) < 0 || document(column) >= documents || offsets[document(column) + 1] > chunks) continue;
+      if (document(column) < 0 || document(column) >= documents) continue;
+      if (!part && offsets[document(column) + 1] > chunks) continue;
       for (int64_t chunk = offsets[document(column)]; chunk < offsets[document(column) + 1]; ++chunk) {
         rows[sample].push_back({chunk, column});
       }
@@ -551,10 +555,10 @@ void check_gather(int number, StagingRing& ring) {
   const int64_t width = empty ? draw(1, 9) : pick<int64_t>({most, most, most + 1, most + draw(0, 40), most / 2, 0});
   char description[300];
   std::snprintf(description, sizeof description,
-                "gather %d: %s -> %s from %s B=%d k=%d N=%ld C=%ld G=%d D=%d most=%ld width=%ld", number,
+                "gather %d: %s -> %s from %s B=%d k=%d N=%ld C=%ld %ld..%ld G=%d D=%d most=%ld width=%ld", number,
                 name_of(content_type), name_of(output_type),
                 source == Source::device ? "device" : source == Source::pinned ? "pinned" : "staged", batch, k,
-                long(documents), long(chunks), groups, dim, long(most), long(width));
+                long(documents), long(chunks), long(first), long(end), groups, dim, long(most), long(width));
 
   const size_t content_bytes = chunks * row * bytes_of(content_type), scales_bytes = chunks * 8;
   Buffer content(content_bytes), scales(scales_bytes);
@@ -598,8 +602,11 @@ void check_gather(int number, StagingRing& ring) {
   call.slots = static_cast<int64_t*>(slots.at());
   const bool quantized = content_type == Type::e4m3;
   if (source == Source::device) {
-    call.content = content.at();
-    call.scales = quantized ? static_cast<float*>(scales.at()) : nullptr;
+    call.part = part;
+    call.first = first;
+    call.chunks = end - first;
+    call.content = static_cast<char*>(content.at()) + first * row * bytes_of(content_type);
+    call.scales = quantized ? static_cast<float*>(scales.at()) + 2 * first : nullptr;
     CHECK_CUDA(gather_documents(call, nullptr));
   } else if (source == Source::pinned) {
     call.content = pinned;
@@ -626,7 +633,7 @@ void check_gather(int number, StagingRing& ring) {
         for (int head = 0; head < groups; ++head) {
           for (int i = 0; i < dim; ++i) {
             float want = 0.0f;
-            if (real) {
+            if (real && chunk >= first && chunk < end) {
               want = decode(content.host.data(), (chunk * 2 + part) * groups * dim + head * dim + i, content_type);
               if (quantized) want *= scales.as<float>()[chunk * 2 + part];
             }

@@ -49,15 +49,17 @@ def check_devices(first: Tensor, others: dict[str, Tensor | None]) -> None:
             raise ValueError(f"`{name}` lies on {tensor.device} instead of {first.device}.")
 
 
-def check_offsets(name: str, offsets: Tensor, end: int) -> None:
-    """Refuse offsets that do not rise from 0 to `end`."""
+def check_offsets(name: str, offsets: Tensor, end: int | None) -> None:
+    """Refuse offsets that do not rise from 0 to `end`, or to any number."""
     check_tensor(name, offsets, [-1], torch.int64)
     if not len(offsets):
         raise ValueError(f"`{name}` must begin with 0.")
     if offsets.device.type == "cpu" and (
-        int(offsets[0]) != 0 or int(offsets[-1]) != end or bool((offsets[1:] < offsets[:-1]).any())
+        int(offsets[0]) != 0
+        or int(offsets[-1]) != (offsets[-1] if end is None else end)
+        or bool((offsets[1:] < offsets[:-1]).any())
     ):
-        raise ValueError(f"`{name}` must rise from 0 to {end}.")
+        raise ValueError(f"`{name}` must rise from 0{'' if end is None else f' to {end}'}.")
 
 
 def check_route_documents(
@@ -175,6 +177,7 @@ def check_gather_documents(
     scales: Tensor | None,
     width: int,
     dtype: torch.dtype | None = None,
+    first: int | None = None,
 ) -> None:
     """Refuse contradictions; see `gather_documents`. Content may lie in host memory."""
     check_tensor("documents", documents, [-1, -1], torch.int64)
@@ -188,7 +191,9 @@ def check_gather_documents(
         check_tensor("scales", scales, content.shape[:2], torch.float32)
     if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
         raise ValueError(f"`dtype` must be floating, got {dtype}.")
-    check_offsets("offsets", offsets, content.shape[0])
+    check_offsets("offsets", offsets, content.shape[0] if first is None else None)
+    if first is not None and first < 0:
+        raise ValueError(f"`first` must be at least 0, got {first}.")
     check_positions("documents", documents, len(offsets) - 1)
     check_size("width", width)
     check_devices(documents, {"offsets": offsets})

@@ -22,6 +22,7 @@ def gather_documents(
     *,
     scales: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    first: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The chunks of chosen documents, of each sample in ascending order of documents, then padding; inference only.
@@ -35,6 +36,8 @@ def gather_documents(
             refused; on a device, which nobody waits for, what does not fit is left out.
         scales: [C, 2] float32 of the keys and values of each chunk, for float8 content: value = scale * number.
         dtype: of the result (default: that of `content`, or float32 for float8).
+        first: the bank's chunk that `content` begins with, where it is a part of them, which lies on the device of
+            `documents`: rows of chunks that are not in it are zero, and valid. None: it has all chunks.
         backend: `"cuda"`, `"triton"`, `"cpp"` or `"pytorch"`; default the best that takes the call.
 
     Returns:
@@ -60,6 +63,8 @@ def gather_documents(
         raise ValueError(f"`scales` must be [{content.shape[0]}, 2] float32.")
     if scales is not None and scales.device != content.device:
         raise ValueError(f"`scales` must lie beside `content`, on {content.device}.")
+    if first is not None and (first < 0 or content.device != documents.device):
+        raise ValueError(f"A part of the chunks must begin at 0 or later, got {first}, and lie on {documents.device}.")
     if width < 0:
         raise ValueError(f"`width` must be at least 0, got {width}.")
     source = "device" if content.device == documents.device else "pinned" if content.is_pinned() else "host"
@@ -72,7 +77,7 @@ def gather_documents(
         multiple=alignment(content.shape[3]),
         source=source,
     )
-    return GATHER_DOCUMENTS.on(namespace)(documents, offsets, content, scales, width, dtype)
+    return GATHER_DOCUMENTS.on(namespace)(documents, offsets, content, scales, width, dtype, first)
 
 
 def _cuda_limit(*, content: torch.dtype, dtype: torch.dtype, **_: object) -> str | None:
@@ -88,8 +93,8 @@ def _triton_limit(*, content: torch.dtype, dtype: torch.dtype, source: str, **_:
 # Features: content, dtype (dtypes), multiple (of D), source ("device", "pinned" or "host").
 GATHER_DOCUMENTS = Operation(
     "gather_documents",
-    "(Tensor documents, Tensor offsets, Tensor content, Tensor? scales, SymInt width, ScalarType? dtype=None) -> "
-    "(Tensor keys, Tensor values, Tensor valid, Tensor slots)",
+    "(Tensor documents, Tensor offsets, Tensor content, Tensor? scales, SymInt width, ScalarType? dtype=None, "
+    "int? first=None) -> (Tensor keys, Tensor values, Tensor valid, Tensor slots)",
     __name__,
     reference.gather_documents,
     checks.check_gather_documents,

@@ -31,10 +31,16 @@ def gather_documents(
     scales: Tensor | None,
     width: int,
     dtype: torch.dtype | None = None,
+    first: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if documents.device.type == "cpu" and (most := most_rows(documents, offsets)) > width:
         raise ValueError(f"`width` is {width}, but the documents of a sample have {most} chunks.")
     rows, slots, valid = chunks_msa.chunk_rows(documents, offsets, width)
+    here = valid
+    if first is not None:
+        rows = rows - first
+        here = valid & (rows >= 0) & (rows < content.shape[0])
+        rows = rows.masked_fill(~here, 0)
     batch, device = documents.shape[0], documents.device
     dtype = result_dtype(content, dtype)
     if not content.shape[0]:
@@ -47,7 +53,7 @@ def gather_documents(
             states = index_rows(content, flat).to(device).float()
             states = (states * scales.index_select(0, flat).to(device)[..., None, None]).to(dtype)
         states = states.unflatten(0, (batch, width))
-        states = torch.where(valid[..., None, None, None], states, states.new_zeros(()))
+        states = torch.where(here[..., None, None, None], states, states.new_zeros(()))
     keys, values = (part.transpose(1, 2).contiguous() for part in states.unbind(2))
     return keys, values, valid, slots
 
@@ -59,6 +65,7 @@ def fake_gather_documents(
     scales: Tensor | None,
     width: int,
     dtype: torch.dtype | None = None,
+    first: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, (groups, dim) = documents.shape[0], content.shape[2:]
     shape, kind = (batch, groups, width, dim), result_dtype(content, dtype)

@@ -25,6 +25,8 @@ def _gather(
     width,
     groups,
     dim,
+    first,
+    chunks,
     QUANTIZED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -33,8 +35,9 @@ def _gather(
     element = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     size = groups * dim
     inside = element < size
-    real = tl.load(valid + place) != 0
-    source = tl.load(rows + place) * 2 + part
+    chunk = tl.load(rows + place) - first
+    real = both(tl.load(valid + place) != 0, both(chunk >= 0, chunk < chunks))
+    source = chunk * 2 + part
     numbers = tl.load(content + source * size + element, mask=both(inside, real), other=0)
     if QUANTIZED:
         numbers = from_float8(numbers) * tl.load(scales + source, mask=real, other=0.0)
@@ -56,6 +59,7 @@ def gather_documents(
     scales: Tensor | None,
     width: int,
     dtype: torch.dtype | None = None,
+    first: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, slots, valid = chunks_msa.chunk_rows(documents, offsets, width)
     batch, (groups, dim) = documents.shape[0], content.shape[2:]
@@ -78,6 +82,8 @@ def gather_documents(
                 width,
                 groups,
                 dim,
+                first or 0,
+                content.shape[0],
                 QUANTIZED=scales is not None,
                 BLOCK=min(BLOCK, triton.next_power_of_2(groups * dim)),
             )
