@@ -22,10 +22,10 @@ from typing import Any
 import pyarrow.ipc
 import pytest
 import torch
+from connected import FORK, together
 from fake_model import CHUNK, ORIGIN, FakeModel
 from scripted import COMPACT, byte_tokenizer, memory_model
 from test_durability import fast_directory, files_of, named  # noqa: F401
-from test_parallel import FORK, together
 
 from msa_hf.bank import BankLocked, BankNotWritable, BankStore, RankFailed
 from msa_hf.bank.encode_corpus import FOLDER, Encoded, connected, encode_bank

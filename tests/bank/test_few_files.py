@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from connected import together
 from fake_embedder import FakeEmbedder
 from fake_model import LAYERS, FakeModel
 from test_durability import fast_directory  # noqa: F401
 from test_encode_bank import encode, written
-from test_parallel import together
 
 from msa_hf.bank import BankStore, place_bank, shard_bank
 from msa_hf.bank.tiered.plan import PlacementOptions

@@ -3,83 +3,31 @@
 import io
 import json
 import os
-import pickle
 import runpy
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from datetime import timedelta
 from functools import cache
 from itertools import pairwise
-from multiprocessing import get_context
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from connected import together
 from scripted import COMPACT, bank_of, byte_tokenizer, memory_model
 from setups import Setup, assert_same, batch_of, setup, tokens
 
 from msa_hf import MemoryBank, MSACache
 from msa_hf.bank import RankFailed, ShardedBank, shard_bank
-from msa_hf.bank.sharded.session import merge, pack
+from msa_hf.bank.sharded.rankings import merge, pack
 from msa_hf.bank.sharded.share import shares
 from msa_hf.cli import main
 from msa_hf.generation import MemoryInterleave
 from msa_hf.model.bank_reader_msa import BankReader
 from msa_hf.model.routing_msa import Selection, routing_request, scoring_of, select_documents
-
-LIMIT = 40.0  # seconds until a test's processes count as hung
-FORK = get_context("fork")  # the models are made once, in this process
-
-
-def together(size: int, work: Callable[[int], Any], dead: tuple[int, ...] = ()) -> list[Any]:
-    """Run `work(rank)` in `size` connected processes; what each returned, None for those that are to die.
-
-    Fails where a process raises, dies unasked or hangs.
-    """
-    with tempfile.TemporaryDirectory() as directory:
-        processes, pipes = [], []
-        for rank in range(size):
-            receiver, sender = FORK.Pipe(duplex=False)
-            process = FORK.Process(target=_run, args=(rank, size, f"{directory}/store", work, sender), daemon=True)
-            process.start()
-            sender.close()
-            processes.append(process)
-            pipes.append(receiver)
-        results: list[Any] = [None] * size
-        waiting, deadline = {pipe: rank for rank, pipe in enumerate(pipes)}, time.monotonic() + LIMIT
-        while waiting and (ready := wait(list(waiting), max(deadline - time.monotonic(), 0))):
-            for pipe in ready:
-                rank = waiting.pop(pipe)
-                try:
-                    results[rank] = pickle.loads(pipe.recv_bytes())
-                except EOFError:
-                    assert rank in dead, f"rank {rank} died"
-        for process in processes:
-            process.join(5.0 if not waiting else 0.0)
-            process.kill()
-    assert not waiting, f"ranks {sorted(waiting.values())} hang"
-    raised = [result for result in results if isinstance(result, BaseException)]
-    if raised:
-        raise raised[0]
-    return results
-
-
-def _run(rank: int, size: int, store: str, work: Callable[[int], Any], sender: Any) -> None:
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-        result = work(rank)
-    except BaseException as error:
-        error.add_note(f"in rank {rank}")
-        result = error
-    sender.send_bytes(pickle.dumps(result))
-    sender.close()
-    os._exit(0)  # what pytest registered to run at exit is its own
 
 
 @cache

@@ -12,7 +12,7 @@ from setups import Setup, batch_of, setup, tokens
 from torch import Tensor
 
 from msa_hf.bank import place_bank, shard_bank
-from msa_hf.bank.sharded.session import ShardedLayer
+from msa_hf.bank.sharded.layer import ShardedLayer
 from msa_hf.bank.tiered.hardware import Tiers
 from msa_hf.bank.tiered.layer import TieredLayer
 from msa_hf.model.chunks_msa import ContextRows

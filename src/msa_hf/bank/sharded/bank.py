@@ -2,11 +2,13 @@
 
 Every process has a share of the documents, a run of them that follow each other: their routing keys and their content.
 The table of documents is everywhere. In a layer each process scores its own documents, one exchange of the `k` best
-tells all of them the same best of all, and one exchange of content gives everyone the rows of those. Neither waits for
-the device: numbers of rows are bounded by what the bank's longest documents have.
+tells all of them the same best of all, and one exchange of content gives everyone the rows of those; or every process
+reads them itself, where all have all content. Neither waits for the device: numbers of rows are bounded by what the
+bank's longest documents have.
 
-Processes talk twice more per forward that routes, by messages of the hosts: before it they agree on what it is, after
-it they hear whether all came through. Generating a token exchanges nothing.
+Processes talk twice more per forward that routes, by messages of the hosts. One is on its way from where the forward
+begins to its first memory layer; by it they agree on what it is. After it they hear whether all came through.
+Generating a token exchanges nothing.
 """
 
 from __future__ import annotations
@@ -30,18 +32,23 @@ from ...model.hub_msa import bank_directory
 from ...model.memory_msa import DenseLayer, DocumentTable, MemoryBank
 from ...model.routing_msa import RoutingRequest
 from ..store.store import BankStore
+from .agreement import DIFFERENT, SAME
 from .collectives import Collectives, RankFailed
-from .session import DIFFERENT, HEADER, SAME, ShardedLayer, ShardSession, header_of
+from .layer import ReplicatedLayer, ShardedLayer
+from .session import ShardSession
 from .share import Share, shares
 
 TIMEOUT = timedelta(minutes=10)
+# Where content lies -> the layers of it.
+SHARDED = "sharded"
+CONTENT: dict[str, type[ShardedLayer]] = {SHARDED: ShardedLayer, "replicated": ReplicatedLayer}
 
 
 class ShardedBank(MemoryBank):
     """A bank whose documents lie in several processes; `shard_bank` makes one.
 
     `model.forward`, `generate` and `MemoryInterleave` take it as they take any bank. `documents`, `offsets` and
-    `prefix` are those of the whole bank, `layers` hold this process' chunks alone.
+    `prefix` are those of the whole bank, `layers` hold this process' chunks alone; of replicated content all.
 
     Use it in a `with` block: at its end a process waits for the others, and serves their questions meanwhile; an error
     inside reaches all of them.
@@ -49,17 +56,25 @@ class ShardedBank(MemoryBank):
     Attributes:
         share: what lies here.
         inputs: whether all processes give the model the same inputs, `"same"`, or `"different"` ones.
+        content: whether each process has that of its own documents, `"sharded"`, or all of it, `"replicated"`.
     """
 
     is_whole = False
 
     def __init__(
-        self, layers: dict[int, DenseLayer], whole: MemoryBank, rows: list[int], ranks: Collectives, inputs: str
+        self,
+        layers: dict[int, DenseLayer],
+        whole: MemoryBank,
+        rows: list[int],
+        ranks: Collectives,
+        inputs: str,
+        content: str = SHARDED,
     ) -> None:
         counts = whole.num_chunks, whole.num_tokens
         super().__init__(layers, whole.offsets, whole.prefix, whole.documents, whole.origin, counts, whole.next_id)
         self.share = Share(whole.offsets, rows, ranks.rank)
         self.inputs = inputs
+        self.content = content
         self._ranks = ranks
 
     @property
@@ -90,7 +105,8 @@ class ShardedBank(MemoryBank):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ShardedBank:
         """This process' part on another device or in another dtype."""
         moved = copy.copy(self)
-        moved.layers = {layer: memory.to(device, dtype) for layer, memory in self.layers.items()}
+        move = CONTENT[self.content].moved
+        moved.layers = {layer: move(memory, device, dtype) for layer, memory in self.layers.items()}
         moved.prefix = {
             layer: (keys.to(device, dtype), values.to(device, dtype)) for layer, (keys, values) in self.prefix.items()
         }
@@ -111,13 +127,16 @@ class ShardedBank(MemoryBank):
             ValueError: where scores would need a gradient, or all processes together make no sense.
             RankFailed: where another process failed.
         """
-        header = header_of(request)
-        if torch.is_grad_enabled() and (request.score_bias or header["all_scores"] or header["forced"]):
+        all_scores = request.all_scores or not request.scoring.has_operation
+        if torch.is_grad_enabled() and (request.score_bias or all_scores or request.documents is not None):
             raise ValueError(
                 "Scores of documents in other processes carry no gradient: call the model under `torch.no_grad()`."
             )
-        with ShardSession(self.share, self.layout, self._ranks, self.inputs, header, request) as session:
-            yield {layer: ShardedLayer(part, session) for layer, part in self.layers.items()}
+        with ShardSession(self.share, self.layout, self._ranks, self.inputs, request) as session:
+            yield self._layers(session)
+
+    def _layers(self, session: ShardSession) -> dict[int, ShardedLayer]:
+        return {layer: CONTENT[self.content](part, session) for layer, part in self.layers.items()}
 
     def finish(self) -> None:
         """Wait until all processes are through, doing this one's part of what they ask meanwhile, and disconnect.
@@ -126,13 +145,13 @@ class ShardedBank(MemoryBank):
             RankFailed: where another process failed.
             ValueError: with `inputs="same"`, where another one goes on.
         """
-        nothing = dict.fromkeys(HEADER, 0)
         while not self._ranks.closed:
-            session = ShardSession(self.share, self.layout, self._ranks, self.inputs, nothing, None)
+            session = ShardSession(self.share, self.layout, self._ranks, self.inputs, None)
             if not session.active:
                 break
             with session:
-                session.serve(self.layers.values(), self.origin.similarity)
+                for layer in self._layers(session).values():
+                    layer.serve(self.origin.similarity)
         self._ranks.part()
 
     def __enter__(self) -> ShardedBank:
@@ -161,6 +180,7 @@ def shard_bank(
     group: dist.ProcessGroup | None = None,
     *,
     inputs: str = SAME,
+    content: str = SHARDED,
     timeout: timedelta = TIMEOUT,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -175,6 +195,9 @@ def shard_bank(
         group: the processes that share it; default all.
         inputs: `"same"`: all processes give the model the same inputs, and split the work of each forward.
             `"different"`: each has its own; any numbers of samples, of tokens and of forwards.
+        content: `"sharded"`: each process has that of its own documents, and content is exchanged. `"replicated"`:
+            every process has a whole bank, whose content it reads where it lies; only routing keys are shared out.
+            `host_bank` puts a directory into host memory once for all processes of a host.
         timeout: how long a process waits for another, in any exchange and while that one does something else.
         model, tokenizer: as `MemoryBank.from_pretrained`; for a directory.
         device: where this process' part goes. Default: where the bank lies; for a directory, the model's device.
@@ -191,6 +214,12 @@ def shard_bank(
     """
     if inputs not in (SAME, DIFFERENT):
         raise ValueError(f'`inputs` must be "same" or "different", got {inputs!r}.')
+    if content not in CONTENT:
+        raise ValueError(f"`content` must be one of {tuple(CONTENT)}, got {content!r}.")
+    if content != SHARDED and isinstance(bank, str | PathLike):
+        raise ValueError(
+            f"Of a directory each process reads a part: for {content} content pass `host_bank(directory)`."
+        )
     ranks = Collectives(group, timeout)
     error: Exception | None = None
     shared: ShardedBank | None = None
@@ -203,11 +232,13 @@ def shard_bank(
                 bank_directory(fspath(bank), model, tokenizer), ranks, inputs, model, tokenizer, device, verify
             )
         else:
-            shared = _part(bank.snapshot(), ranks, inputs, device)
+            shared = _part(bank.snapshot(), ranks, inputs, content, device)
         digest = _digest(shared)
     except Exception as failed:  # raised below, after the others know
         error = failed
-    states = ranks.everyone((digest, inputs, None if error is None else f"{type(error).__name__}: {error}"))
+    states = ranks.everyone(
+        (digest, f"{inputs} {content}", None if error is None else f"{type(error).__name__}: {error}")
+    )
     if error is not None:
         ranks.part()
         raise error
@@ -217,21 +248,27 @@ def shard_bank(
         raise RankFailed(problem)
     if len(set(states)) > 1:
         ranks.part()
-        raise ValueError("The processes have different banks, or differ in `inputs`; all must share the same one.")
+        raise ValueError(
+            "The processes have different banks, or differ in `inputs` or `content`; all must share the same one."
+        )
     assert shared is not None
     return shared
 
 
-def _part(bank: MemoryBank, ranks: Collectives, inputs: str, device: torch.device | str | None) -> ShardedBank:
+def _part(
+    bank: MemoryBank, ranks: Collectives, inputs: str, content: str, device: torch.device | str | None
+) -> ShardedBank:
     rows = shares(bank.offsets, ranks.size)
     first, end = int(bank.offsets[rows[ranks.rank]]), int(bank.offsets[rows[ranks.rank + 1]])
     target = bank.device if device is None else torch.empty(0, device=device).device
     layers = {}
     for layer, memory in bank.layers.items():
-        # Copies, so that the whole bank can be let go of.
-        parts = (tensor[first:end].to(target, copy=True) for tensor in (memory.routing_keys, memory.pooled_kv))
-        layers[layer] = DenseLayer(*parts)
-    shared = ShardedBank(layers, bank, rows, ranks, inputs)
+        # Copies, so that the whole can be let go of.
+        keys, pooled_kv = memory.routing_keys[first:end].to(target, copy=True), memory.pooled_kv
+        layers[layer] = DenseLayer(
+            keys, pooled_kv[first:end].to(target, copy=True) if content == SHARDED else pooled_kv
+        )
+    shared = ShardedBank(layers, bank, rows, ranks, inputs, content)
     return shared if target == bank.device else shared.to(target)
 
 

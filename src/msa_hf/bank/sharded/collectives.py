@@ -1,4 +1,8 @@
-"""The processes that share a memory, and how they talk: exchanges of tensors, messages of hosts, errors of others."""
+"""The processes that share a memory, and how they talk: exchanges of tensors, messages of hosts, errors of others.
+
+Exchanges of tensors on a device are queued there, and the host goes on. What keeps a device waiting for ever, a process
+that failed, is noticed beside (notices.py), and ends what waits.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -20,7 +25,38 @@ from .notices import PATIENCE, Notices, within
 class Exchange(Protocol):
     """One exchange of tensors among the processes of a group."""
 
-    def __call__(self, result: Tensor, given: Tensor, /, group: dist.ProcessGroup | None) -> None: ...
+    def __call__(
+        self, result: Tensor, given: Tensor, /, group: dist.ProcessGroup | None, async_op: bool = False
+    ) -> dist.Work | None: ...
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message of all hosts on its way.
+
+    Attributes:
+        parts: [W, ...], those of all processes once `wait` has returned.
+        work: None for one that has arrived.
+        ranks: the processes.
+    """
+
+    parts: Tensor
+    work: dist.Work | None
+    ranks: Collectives
+
+    def wait(self) -> Tensor:
+        """The parts of all processes [W, ...].
+
+        Raises:
+            RankFailed: where another process failed.
+        """
+        started = time.monotonic()
+        try:
+            if self.work is not None:
+                self.work.wait()
+        except RuntimeError as error:
+            raise self.ranks.failure(error, started) from error
+        return self.parts
 
 
 class RankFailed(RuntimeError):
@@ -63,16 +99,19 @@ class Collectives:
             options.update(ranks=dist.get_process_group_ranks(group), use_local_synchronization=True)
         backend = dist.get_backend(group)
         self._holds_store = dist.get_rank() == 0  # by torch.distributed's custom
-        device = torch.cuda.current_device() if backend != "gloo" and torch.cuda.is_initialized() else None
+        index = torch.cuda.current_device() if backend != "gloo" and torch.cuda.is_initialized() else None
+        device = None if index is None else torch.device("cuda", index)
 
         def connect() -> None:
             if device is not None:
                 torch.cuda.set_device(device)  # every thread has its own
             self.control = dist.new_group(backend="gloo", **options)
             if backend != "gloo":
-                self.data = dist.new_group(backend=backend, **options)
+                # Told which device is meant, it connects now and not in the first forward.
+                self.data = dist.new_group(backend=backend, device_id=device, **options)
             if self.size > 1:
-                self._notices = Notices(self.control.get_group_store().clone(), self.rank, self.size)
+                store, heard = self.control.get_group_store().clone(), None if self.data is None else self.data.abort
+                self._notices = Notices(store, self.rank, self.size, heard)
 
         connect_within(timeout, connect)
 
@@ -80,38 +119,52 @@ class Collectives:
         """The parts of all processes [W, ...], of one shape."""
         if self.size == 1:
             return part[None]
-        return self._talk(_gather_into, part, lambda shape: (self.size, *shape))
+        return self._talk(_gather_into, part, (self.size, *part.shape))
 
-    def sum(self, part: Tensor) -> Tensor:
-        """The sum over all processes."""
+    def start_gather(self, part: Tensor) -> Message:
+        """The same of a tensor on the CPU, without waiting for the others."""
+        if self.size == 1:
+            return Message(part[None], None, self)
+        self.check_open()
+        result = part.new_empty(self.size, *part.shape)
+        started = time.monotonic()
+        try:
+            work = _gather_into(result.flatten(), part.flatten(), group=self.control, async_op=True)
+        except RuntimeError as error:
+            raise self.failure(error, started) from error
+        return Message(result, work, self)
+
+    def join(self, part: Tensor) -> Tensor:
+        """The numbers of all processes, to the bit, where each is zero in all of them but one; in place where it can.
+
+        Sums of integers, whatever the numbers are: among these zeros nothing is rounded, and no sign is lost.
+        """
         if self.size == 1:
             return part
-        return self._talk(_sum_into, part, lambda shape: shape)
+        return self._talk(_sum_into, part.contiguous().view(_bits_of(part)), part.shape).view(part.dtype)
 
-    def scatter_sum(self, parts: Tensor) -> Tensor:
-        """[W, ...] -> this process' part of the sum over all processes."""
+    def scatter_join(self, parts: Tensor) -> Tensor:
+        """[W, ...] -> this process' part of what `join` gives."""
         if self.size == 1:
             return parts[0]
-        return self._talk(_scatter_sum, parts, lambda shape: shape[1:])
+        bits = parts.contiguous().view(_bits_of(parts))
+        return self._talk(_scatter_sum, bits, bits.shape[1:]).view(parts.dtype)
 
-    def _talk(self, exchange: Exchange, given: Tensor, shape_of: Callable[[torch.Size], tuple[int, ...]]) -> Tensor:
+    def _talk(self, exchange: Exchange, given: Tensor, shape: tuple[int, ...]) -> Tensor:
         self.check_open()
         device = given.device
         group = self.control if device.type == "cpu" or self.data is None else self.data
         sent = given.contiguous() if group is self.data else given.cpu().contiguous()
         if not given.numel():
-            return given.new_empty(shape_of(given.shape))
-        if sent.element_size() == 1 and sent.is_floating_point():
-            sent = sent.view(torch.uint8)  # of content in eight bits all but one part are zero
+            return given.new_empty(shape)
         # Backends take the first dimension of the longer tensor for the processes.
-        result = sent.new_empty(shape_of(sent.shape))
-        flat = result.flatten() if exchange is not _sum_into else result
+        result = sent if exchange is _sum_into else sent.new_empty(shape)
         started = time.monotonic()
         try:
-            exchange(flat, sent.flatten() if exchange is not _sum_into else sent, group=group)
+            exchange(result.flatten(), sent.flatten(), group=group)
         except RuntimeError as error:
             raise self.failure(error, started) from error
-        return result.view(given.dtype).to(device)
+        return result.to(device)
 
     def everyone(self, value: object) -> list[Any]:
         """The values of all processes, any that can be pickled."""
@@ -129,6 +182,8 @@ class Collectives:
     def check_open(self) -> None:
         if self.closed:
             raise RankFailed("This shared memory was closed, or a process of it failed before; share the bank again.")
+        if self._notices is not None and self._notices.error is not None:  # noticed beside
+            raise self.failure(ConnectionError(), time.monotonic())
 
     def failure(self, error: BaseException, started: float) -> RankFailed:
         """The error that an exchange that broke off stands for: another process' error, or which one does not answer.
@@ -155,6 +210,8 @@ class Collectives:
     def _leave(self, notices: Notices | None, stay: bool) -> None:
         """Close the connections, and `stay` until the others know why: the store may lie in this process."""
         self._notices = None
+        if notices is not None:
+            notices.leave()
         self.close()
         if notices is not None:
             if stay:
@@ -165,6 +222,8 @@ class Collectives:
         """Leave together with the others, once all have what was told last: who leaves earlier breaks connections that
         others still read from."""
         if not self.closed:
+            if self._notices is not None:
+                self._notices.leave()
             with suppress(RankFailed):
                 self.everyone(None)
         self.close()
@@ -201,14 +260,30 @@ def connect_within(timeout: timedelta, connect: Callable[[], None]) -> None:
         ) from error
 
 
+def _bits_of(tensor: Tensor) -> torch.dtype:
+    """Integers as which the rows of a tensor can be seen and every backend adds: four bytes, or one."""
+    return torch.int32 if tensor.shape[-1] * tensor.element_size() % 4 == 0 else torch.uint8
+
+
 # Newer versions of PyTorch name these otherwise.
-def _gather_into(result: Tensor, part: Tensor, group: dist.ProcessGroup | None) -> None:
-    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(result, part, group=group)
+def _gather_into(
+    result: Tensor, part: Tensor, group: dist.ProcessGroup | None, async_op: bool = False
+) -> dist.Work | None:
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work: dist.Work | None = gather(result, part, group=group, async_op=async_op)
+    return work
 
 
-def _scatter_sum(result: Tensor, parts: Tensor, group: dist.ProcessGroup | None) -> None:
-    (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(result, parts, group=group)
+def _scatter_sum(
+    result: Tensor, parts: Tensor, group: dist.ProcessGroup | None, async_op: bool = False
+) -> dist.Work | None:
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    work: dist.Work | None = scatter(result, parts, group=group, async_op=async_op)
+    return work
 
 
-def _sum_into(result: Tensor, part: Tensor, group: dist.ProcessGroup | None) -> None:
-    dist.all_reduce(result.copy_(part), group=group)
+def _sum_into(
+    result: Tensor, part: Tensor, group: dist.ProcessGroup | None, async_op: bool = False
+) -> dist.Work | None:
+    """In place: `result` and `part` are the same."""
+    return dist.all_reduce(result, group=group, async_op=async_op)

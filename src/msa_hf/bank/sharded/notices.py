@@ -2,7 +2,8 @@
 
 They lie in the store of the processes' group. A thread of its own asks it, in every process: so an error is heard while
 a process is busy, and before the one that holds the store has ended; and nobody waits for ever for a store whose holder
-hangs.
+hangs. Each thread also leaves a sign of life there and looks for that of the next process: so one that was killed is
+noticed beside the work, which may wait for nothing but a device.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
@@ -25,10 +26,13 @@ HEARD = "heard/{}"  # by these processes
 ALARM = "alarm"  # an exchange broke off, and nobody had told an error
 THERE = "there/{}"  # processes that know of the alarm because their exchange broke off too
 ALIVE = "alive/{}"  # those that do something else, but answer
+BEAT = "beat/{}"  # signs of life, a number that grows
 
 INTERVAL = 0.1  # seconds between two looks into the store
 GRACE = 1.0  # seconds for those that wait in the same exchange to find that it broke off
 PATIENCE = 3.0  # seconds for a process, or the store, to answer
+BEATS = 1.0  # seconds between two signs of life
+SILENCE = 20.0  # seconds without one until a process counts as gone; long, as its thread waits for Python's lock
 
 T = TypeVar("T")
 _Job = tuple[Callable[[dist.Store], Any], "Future[Any]"]
@@ -40,10 +44,25 @@ class StoreSilent(Exception):
 
 @dataclass
 class _Known:
-    """The notices that this process has read."""
+    """The notices that this process has read.
+
+    Attributes:
+        error: the first that was told.
+        answered: an alarm.
+        leaving: this process is through, and others may be gone.
+        heard: done once `error` is known.
+    """
 
     error: str | None = None
-    answered: bool = False  # an alarm
+    answered: bool = False
+    leaving: bool = False
+    heard: Callable[[], None] = field(default=lambda: None, repr=False)
+
+    def hear(self, error: str) -> None:
+        """Note the first error."""
+        if self.error is None:
+            self.error = error
+            self.heard()
 
 
 class Notices:
@@ -53,14 +72,27 @@ class Notices:
         store: of the group; used by no other thread.
         rank: of this process.
         size: number of processes.
+        heard: done by a thread as soon as an error is known, such as ending what a device waits for. It must not keep
+            these notices alive.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+    def __init__(self, store: dist.Store, rank: int, size: int, heard: Callable[[], None] | None = None) -> None:
         self.rank, self.size = rank, size
-        self._known = _Known()
+        self._known = _Known() if heard is None else _Known(heard=heard)
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        Thread(target=_serve, args=(store, self._jobs, self._known, rank), name="msa-hf notices", daemon=True).start()
+        watch = _Watch(rank, size, weakref.WeakMethod(self._explain_loss))
+        arguments = store, self._jobs, self._known, watch
+        Thread(target=_serve, args=arguments, name="msa-hf notices", daemon=True).start()
         self.close = weakref.finalize(self, self._jobs.put, None)
+
+    @property
+    def error(self) -> str | None:
+        """The first error that was told, as far as this process knows."""
+        return self._known.error
+
+    def leave(self) -> None:
+        """Expect others to be gone from now on."""
+        self._known.leaving = True
 
     def tell(self, text: str) -> bool:
         """Put an error before all; returns whether it was the first one."""
@@ -120,6 +152,15 @@ class Notices:
                     f"{self.rank} waited {time.monotonic() - started:.1f} seconds."
                 )
         return self._known.error or _line(error)
+
+    def _explain_loss(self) -> None:
+        """Find out who is gone, and tell all; in a thread of its own, as the one that serves is asked meanwhile."""
+        started = time.monotonic()
+
+        def explain() -> None:
+            self._known.hear(self.explain(ConnectionError("a process is gone"), started, 0.0))
+
+        Thread(target=explain, name="msa-hf loss", daemon=True).start()
 
     def _words(self, silent: list[int], missing: list[int], error: BaseException, waited: float, timeout: float) -> str:
         if silent:
@@ -183,7 +224,45 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     return future.result(seconds)
 
 
-def _serve(store: dist.Store, jobs: SimpleQueue[_Job | None], known: _Known, rank: int) -> None:
+class _Watch:
+    """Signs of life: leaves those of this process, and misses those of the next one.
+
+    Args:
+        rank: of this process.
+        size: number of processes.
+        lost: called where the next process is gone, or the store; once.
+    """
+
+    def __init__(self, rank: int, size: int, lost: weakref.WeakMethod[Callable[[], None]]) -> None:
+        self.rank, self.next = rank, (rank + 1) % size
+        self._lost: weakref.WeakMethod[Callable[[], None]] | None = lost
+        self._beats, self._due, self._seen, self._since = 0, 0.0, b"", time.monotonic()
+
+    def look(self, store: dist.Store, known: _Known) -> None:
+        """Leave a sign where one is due, and look for the other process' last one."""
+        now = time.monotonic()
+        if now < self._due:
+            return
+        # Later than due, this process itself was stopped, and so may have been the others.
+        late = bool(self._beats) and now > self._due + SILENCE / 2
+        self._due, self._beats = now + BEATS, self._beats + 1
+        store.set(BEAT.format(self.rank), str(self._beats))
+        beat = BEAT.format(self.next)
+        seen = store.get(beat) if store.check([beat]) else b""
+        if seen != self._seen or late:
+            self._seen, self._since = seen, now
+        elif now - self._since > SILENCE:
+            self.miss(known)
+
+    def miss(self, known: _Known) -> None:
+        """Say that a process is gone."""
+        explain = None if self._lost is None or known.leaving else self._lost()
+        self._lost = None
+        if explain is not None:
+            explain()
+
+
+def _serve(store: dist.Store, jobs: SimpleQueue[_Job | None], known: _Known, watch: _Watch) -> None:
     """Do what is asked for, and look into the store meanwhile, until None comes."""
     gone = False
     while True:
@@ -192,9 +271,11 @@ def _serve(store: dist.Store, jobs: SimpleQueue[_Job | None], known: _Known, ran
         except Empty:
             if not gone and known.error is None:
                 try:
-                    _look(store, known, rank)
-                except RuntimeError:  # whoever asks is told
+                    _look(store, known, watch.rank)
+                    watch.look(store, known)
+                except RuntimeError:  # of whom holds the store
                     gone = True
+                    watch.miss(known)
             continue
         if job is None:
             return
@@ -208,7 +289,7 @@ def _serve(store: dist.Store, jobs: SimpleQueue[_Job | None], known: _Known, ran
 def _look(store: dist.Store, known: _Known, rank: int) -> None:
     """Read what is new, and answer."""
     if known.error is None and store.check([ERROR]):
-        known.error = store.get(ERROR).decode(errors="replace")
+        known.hear(store.get(ERROR).decode(errors="replace"))
         store.set(HEARD.format(rank), "")
     if not known.answered and store.check([ALARM]):
         known.answered = True

@@ -1,0 +1,155 @@
+"""What processes that share a bank exchange in a layer, how often, and what nobody waits for."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from connected import together
+from setups import Setup, assert_same, batch_of, setup, tokens
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from msa_hf.bank import shard_bank
+from msa_hf.model import document_rows_msa
+
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+QUESTION = batch_of(tokens(6, seed=5))
+DOCUMENTS = tokens(*[5, 8, 13, 20] * 4, seed=3)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of PyTorch, and those by which processes exchange something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        namespace, name = str(func).split(".")[:2]
+        self.found[f"{namespace}.{name}"] += 1
+        return func(*args, **(kwargs or {}))
+
+    def exchanges(self) -> dict[str, int]:
+        """How often each kind of exchange was made."""
+        kinds = {"allgather": "gather", "allreduce": "sum", "reduce_scatter": "sum"}
+        found: Counter[str] = Counter()
+        for name, count in self.found.items():
+            for part, kind in kinds.items():
+                if name.startswith("c10d") and part in name:
+                    found[kind] += count
+        return dict(found)
+
+
+def layered(layers: int) -> Setup:
+    return setup(
+        "qwen3",
+        "sdpa",
+        base={"num_hidden_layers": layers},
+        memory_layers=list(range(layers)),
+        documents=DOCUMENTS,
+        top_k=3,
+    )
+
+
+def counted(made: Setup, memory: Any) -> Operations:
+    """The operations of a question that is asked for the second time."""
+    made.model(**QUESTION, memory=memory)
+    with Operations() as operations:
+        made.model(**QUESTION, memory=memory)
+    return operations
+
+
+@pytest.mark.parametrize(
+    ("content", "inputs", "exchanges", "beside"),
+    [
+        ("sharded", "same", {"gather": 1, "sum": 1}, 35),
+        ("replicated", "same", {"gather": 1}, 26),
+        ("sharded", "different", {"gather": 2, "sum": 1}, 56),
+        ("replicated", "different", {"gather": 2}, 42),
+    ],
+)
+@torch.no_grad()
+def test_a_layer_exchanges_once_and_waits_for_nothing(
+    content: str, inputs: str, exchanges: dict[str, int], beside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as many layers: so many exchanges more, no waits, and few operations beside those of an ordinary bank."""
+
+    def width_for(layout: Any, chosen: Tensor) -> int:
+        return layout.most_rows(chosen.shape[1])
+
+    monkeypatch.setattr(document_rows_msa.ChunkLayout, "width_for", width_for)
+    made = [layered(layers) for layers in (2, 4)]
+
+    def work(rank: int) -> Any:
+        found = []
+        for each in made:
+            with shard_bank(each.bank, inputs=inputs, content=content) as memory, torch.no_grad():
+                found.append((counted(each, memory), counted(each, each.bank)))
+        return [[(item.found, item.exchanges()) for item in pair] for pair in found]
+
+    few, many = together(2, work)[0]
+    (ours, before), (theirs, alone) = ((many[i][0], few[i][1]) for i in (0, 1))
+    assert not alone
+    added = {name: (count - before[name]) / 2 for name, count in many[0][1].items() if count != before[name]}
+    assert added == exchanges
+    assert before["gather"] == 2 * exchanges["gather"] + (2 if inputs == "same" else 3)  # messages of the hosts
+    waits = [sum(found[0][f"aten.{name}"] for name in WAITS) for found in (few[0], many[0])]
+    assert waits[0] == waits[1]
+    per_layer = [(sum(many[i][0].values()) - sum(few[i][0].values())) / 2 for i in (0, 1)]
+    assert 0 < per_layer[0] - per_layer[1] <= beside
+
+
+@pytest.mark.parametrize(("content", "size"), [("replicated", 1), ("replicated", 3), ("sharded", 4)])
+@pytest.mark.parametrize("inputs", ["same", "different"])
+@torch.no_grad()
+def test_rows_are_those_of_one_process_to_the_bit(content: str, size: int, inputs: str) -> None:
+    """With numbers whose sign an addition would lose; and so the logits."""
+    made = layered(2)
+    for layer in made.bank.layers.values():
+        layer.pooled_kv[::3] = -0.0
+    expected = made.model(**QUESTION, memory=made.bank)
+
+    def work(rank: int) -> Any:
+        with shard_bank(made.bank, inputs=inputs, content=content) as memory, torch.no_grad():
+            asked = [made.model(**QUESTION, memory=memory) for _ in range(1 + rank % 2 * (inputs == "different"))]
+            contexts = asked[-1].past_key_values.contexts
+            rows = {layer: (item.keys, item.values, item.row_mask) for layer, item in contexts.items()}
+            return asked[-1].logits, rows, {layer: item.documents for layer, item in asked[-1].routing.items()}
+
+    whole = expected.past_key_values.contexts
+    for logits, rows, documents in together(size, work):
+        assert_same(logits, expected.logits)
+        for layer, (keys, values, there) in rows.items():
+            assert torch.equal(documents[layer], expected.routing[layer].documents)
+            for ours, theirs in ((keys, whole[layer].keys), (values, whole[layer].values)):
+                real, known = ours[0][:, there[0]], theirs[0][:, whole[layer].row_mask[0]]
+                assert torch.equal(real.contiguous().view(torch.int32), known.contiguous().view(torch.int32))
+
+
+def test_nobody_waits_for_others_before_the_first_layer_exchanges() -> None:
+    """A process begins its forward, and comes to its first memory layer, while another one does something else."""
+    made = layered(2)
+
+    def work(rank: int) -> Any:
+        times: list[float] = []
+        made.model.base_model.layers[0].register_forward_pre_hook(lambda *_: times.append(time.monotonic()))
+        with shard_bank(made.bank) as memory, torch.no_grad():
+            made.model(**QUESTION, memory=memory)
+            if rank == 1:
+                time.sleep(0.5)
+            made.model(**QUESTION, memory=memory)
+        return times[1]
+
+    first, second = together(2, work)
+    assert second - first > 0.3
+
+
+def test_what_content_cannot_be_is_refused(tmp_path: Any) -> None:
+    made = layered(2)
+    with pytest.raises(ValueError, match="must be one of"):
+        shard_bank(made.bank, content="elsewhere")
+    with pytest.raises(ValueError, match="host_bank"):
+        shard_bank(tmp_path, content="replicated")
