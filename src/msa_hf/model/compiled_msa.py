@@ -45,6 +45,7 @@ MOST_PROMPT = 1024  # longer ones are bound by their arithmetic, not by launches
 # Arguments of a forward that is compiled; others change what comes out of it.
 INPUTS = {"input_ids", "inputs_embeds", "position_ids", "attention_mask", "logits_to_keep", "use_cache", CACHE}
 MOST_ROWS = 2048  # rows of a context for which there is room; where a question needs more, it runs again as it is
+MOST_SPARE = 4  # caches of a model that wait for the next call of a like size
 NAMESPACE = "msa_hf_memory"
 RECALL_SCHEMA = (
     "(Tensor queries, Tensor mask, Tensor layer, int k, int rows, int groups, ScalarType dtype) -> "
@@ -52,6 +53,7 @@ RECALL_SCHEMA = (
     "Tensor cut)"
 )
 Recall = Callable[..., tuple[Tensor, ...]]
+SpareKind = tuple[int, int, bool]  # samples, room, made in inference mode
 Result = TypeVar("Result")
 
 
@@ -72,7 +74,7 @@ class Asked:
 RECORDED_MODES = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 _asked: contextvars.ContextVar[Asked] = contextvars.ContextVar("asked_memory")
-_spare: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, MSAStaticCache]] = weakref.WeakKeyDictionary()
+_spare: weakref.WeakKeyDictionary[torch.nn.Module, dict[SpareKind, MSAStaticCache]] = weakref.WeakKeyDictionary()
 _runs: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, CompiledRuns]] = weakref.WeakKeyDictionary()
 
 
@@ -477,20 +479,28 @@ def visible_tokens(model: GeneratingMixin, cache: MSAStaticCache, real: Tensor, 
 
 
 def spare_cache(model: GeneratingMixin, samples: int, wanted: MSAStaticCache) -> MSAStaticCache:
-    """The cache that the last call left, where it is like the one `wanted` for so many samples; else `wanted`.
+    """A cache that an earlier call left, where one is like the one `wanted` for so many samples; else `wanted`.
 
-    What was recorded of a run, as a CUDA graph, holds for the tensors it ran on, so these are used again.
+    What was recorded of a run holds for the tensors it ran on, so these are used again.
     """
-    kept = _spare.pop(model, None)
-    if kept is None or kept[0] != samples or kept[1].get_max_length() != wanted.get_max_length():
+    kept = _spare.get(model, {}).pop(_kind_of(samples, wanted), None)
+    if kept is None:
         return wanted
-    kept[1].reset()
-    return kept[1]
+    kept.reset()
+    return kept
 
 
 def keep_spare(model: GeneratingMixin, samples: int, cache: MSAStaticCache) -> None:
-    """Keep a cache, one for each model, that nobody uses any more."""
-    _spare[model] = samples, cache
+    """Keep a cache that nobody uses any more: `MOST_SPARE` for each model, those that were used last."""
+    kept = _spare.setdefault(model, {})
+    kept[_kind_of(samples, cache)] = cache
+    while len(kept) > MOST_SPARE:
+        del kept[next(iter(kept))]
+
+
+def _kind_of(samples: int, cache: MSAStaticCache) -> SpareKind:
+    # Tensors that were made in inference mode cannot be written to outside of it.
+    return samples, cache.get_max_length(), torch.is_inference_mode_enabled()
 
 
 # Which runs are compiled ----------------------------------------------------------------------------------------------

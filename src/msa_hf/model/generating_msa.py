@@ -39,7 +39,8 @@ from .options_msa import GenerationOptions, bind_positional, cache_for, leave_ou
 from .types_msa import Arguments
 from .wrapping_msa import input_device
 
-WARMUP_TOKENS = 4  # CUDA graphs are recorded with the second run of a token
+# A run is compiled when it comes first and recorded when it comes again; contexts of a prompt are settled behind that.
+WARMUP_RUNS, WARMUP_TOKENS = 3, 4
 PROMPTS = ("inputs", "input_ids", "inputs_embeds")  # names of the first argument of generate()
 
 
@@ -184,7 +185,7 @@ class GeneratingMixin(MemoryMixin):
         compile_config: CompileConfig | None = None,
         show_progress: bool = True,
     ) -> dict[tuple[int, int], float]:
-        """Compile ahead what `generate(memory=memory, cache_implementation="static")` runs, and run it once.
+        """Compile ahead what `generate(memory=memory, cache_implementation="static")` runs, and record it.
 
         Args:
             memory: any bank of the size and kind that will be asked; others of like documents need nothing more.
@@ -203,17 +204,18 @@ class GeneratingMixin(MemoryMixin):
         for batch, length in tqdm(cases, "warming up", disable=not show_progress):
             start = time.perf_counter()
             ids = torch.full((batch, length), min(self.config.vocab_size - 1, length), device=input_device(self))
-            self.generate(
-                ids,
-                memory=memory,
-                attention_mask=torch.ones_like(ids),
-                cache_implementation="static",
-                compile_config=compile_config,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=0,
-                stopping_criteria=StoppingCriteriaList([_stop_behind(length + WARMUP_TOKENS)]),
-            )
+            for _ in range(WARMUP_RUNS):
+                self.generate(
+                    ids,
+                    memory=memory,
+                    attention_mask=torch.ones_like(ids),
+                    cache_implementation="static",
+                    compile_config=compile_config,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=0,
+                    stopping_criteria=StoppingCriteriaList([_stop_behind(length + WARMUP_TOKENS)]),
+                )
             if ids.is_cuda:
                 torch.cuda.synchronize(ids.device)
             seconds[batch, length] = time.perf_counter() - start
