@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from .recording_msa import Recordings
 from .renamed_msa import renamed_attribute
@@ -159,12 +160,38 @@ class MSAStaticCache(KeepsContexts, StaticCache):
 
     Attributes:
         recordings: of runs over its tensors.
+        counted: tokens that it holds, where the host knows; what writes to it without saying how much makes it None.
     """
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self._settled: dict[int, MemoryContext] = {}
         self.recordings = Recordings()
+        self.counted: int | None = None
+
+    def seen(self) -> int:
+        """Tokens that it holds; its device is waited for where the host does not know."""
+        if self.counted is None:
+            self.counted = int(self.get_seq_length())
+        return self.counted
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.counted = None
+        return super().update(*args, **kwargs)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        self.counted = None
+        super().crop(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Empty it, in a few launches for all layers."""
+        self.counted = None
+        if not all(type(layer) is StaticLayer and layer.is_initialized for layer in self.layers):
+            super().reset()
+            return
+        torch._foreach_zero_([states for layer in self.layers for states in (layer.keys, layer.values)])
+        torch._foreach_zero_([layer.cumulative_length for layer in self.layers])
+        self.contexts = {}
 
     def settle_contexts(self) -> None:
         """Pad chosen rows to a `bucket_of` them, so that few shapes of a context ever occur, in tensors that stay."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 
+import torch
 import transformers
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -62,8 +63,7 @@ def empty_cache(cache: Cache) -> None:
 def forget_tokens(cache: Cache, tokens: int) -> None:
     """Take the last `tokens` out of a cache again; static layers are cropped by transformers from 5.24 on alone."""
     if cache.is_compileable:
-        for layer in cache.layers:
-            layer.cumulative_length.sub_(tokens)
+        torch._foreach_add_([layer.cumulative_length for layer in cache.layers], -tokens)  # one launch
     else:
         cache.crop(-tokens)
 

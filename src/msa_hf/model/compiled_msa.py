@@ -289,7 +289,8 @@ class CompiledRuns:
         """The result of `function(inputs)`, recorded where that is possible; see `Recordings.run`."""
         if not self.recorded:
             return function(inputs)
-        return cache.recordings.run((id(self), *kind), function, inputs, device, lambda: _lengths_of(cache))
+        places = tuple(layer.keys.data_ptr() for layer in cache.layers)  # others after samples changed places
+        return cache.recordings.run((id(self), places, *kind), function, inputs, device, lambda: _lengths_of(cache))
 
     def look_at(self, model: GeneratingMixin, cache: MSAStaticCache, anew: bool) -> None:
         """Forget recorded runs that hold no more for the model; it is looked at once per `generate`, or `anew`."""
@@ -330,8 +331,12 @@ class CompiledRuns:
         contexts: dict[int, MemoryContext],
         cache: MSAStaticCache,
         inputs: Arguments,
+        meanwhile: Callable[[], None],
     ) -> Chosen | None:
         """A prompt that chooses documents by itself; the cache goes on with their contexts.
+
+        Args:
+            meanwhile: done once the prompt is launched.
 
         Returns:
             None where the documents have more rows than there is room for; `cache` is then as before.
@@ -339,7 +344,7 @@ class CompiledRuns:
         self.look_at(model, cache, anew=True)
         name = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
         (batch, length), device = inputs[name].shape[:2], inputs[name].device
-        room, past = cache.get_max_length(), int(cache.get_seq_length())
+        room, past = cache.get_max_length(), cache.seen()
         width = bucket_of_prompt(length)
         width = width if past + width <= room else length
         missing = width - length
@@ -401,6 +406,7 @@ class CompiledRuns:
             chosen = self.run(cache, kind, run, tensors, device)
         finally:
             _asked.reset(token)
+        meanwhile()
         cut = bool(chosen.cut)  # the device is waited for here
         if cut or missing:
             forget_tokens(cache, width if cut else missing)

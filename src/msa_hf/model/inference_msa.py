@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +18,7 @@ from transformers.utils import ModelOutput, logging
 
 from .attention_config_msa import check_holds_memory
 from .attention_msa import AttendingPass, EncodingDone, EncodingPass, PrefixPass
-from .cache_msa import HoldsContexts, MSACache, SettlesContexts, contexts_of
+from .cache_msa import HoldsContexts, MSACache, MSAStaticCache, SettlesContexts, contexts_of
 from .compat_msa import CACHE, empty_cache, rename_cache
 from .compiled_layers_msa import SeparateEncodingPass
 from .compiled_msa import Asked, current_runs
@@ -360,11 +361,15 @@ class MemoryMixin(ModelMixin):
                 contexts=contexts_of(cache),
                 keep_contexts=cache is not None,
             )
-            output = self._run_compiled(attending, memory, cache, kwargs)
+            checking = _do_nothing
+            if known and memory is not None:
+                checking = functools.partial(self._check_bank_behind, memory, cache)
+            output = self._run_compiled(attending, memory, cache, kwargs, checking)
             if output is None:
                 output = self.run_base(**kwargs, memory_pass=attending, return_dict=True)
-        if known and memory is not None:
-            self._check_bank_behind(memory, cache)
+                checking()
+        if isinstance(cache, MSAStaticCache):
+            cache.counted = seen
         # What a mixture calls `aux_loss` is the balance of its experts, which its `loss` holds.
         fields = {name: value for name, value in output.items() if name != "aux_loss"}
         routing = attending.finish()
@@ -380,9 +385,18 @@ class MemoryMixin(ModelMixin):
         return result if return_dict is not False else result.to_tuple()
 
     def _run_compiled(
-        self, attending: AttendingPass, memory: Memory | None, cache: Cache | None, inputs: Arguments
+        self,
+        attending: AttendingPass,
+        memory: Memory | None,
+        cache: Cache | None,
+        inputs: Arguments,
+        meanwhile: Callable[[], None],
     ) -> ModelOutput | None:
-        """A run of what `generate` compiles, as if the pass had gone through the layers; None for any other."""
+        """A run of what `generate` compiles, as if the pass had gone through the layers; None for any other.
+
+        Args:
+            meanwhile: what the host does while the device works; for a prompt.
+        """
         runs, request = current_runs(), attending.request
         static = None if runs is None else runs.taken(self, cache, inputs)
         if runs is None or static is None:
@@ -392,7 +406,8 @@ class MemoryMixin(ModelMixin):
             return runs.run_token(self, static, inputs) if one and attending.previous else None
         if memory is None or request.documents is not None or request.all_scores:
             return None
-        chosen = runs.run_prompt(self, memory, Asked(attending.layers, request), attending.previous, static, inputs)
+        asked = Asked(attending.layers, request)
+        chosen = runs.run_prompt(self, memory, asked, attending.previous, static, inputs, meanwhile)
         if chosen is None:
             return None
         attending.take(chosen.routing(), chosen.flags())
@@ -472,13 +487,19 @@ def look_at_first_position(model: PreTrainedModel, documents: int) -> None:
     logger.warning_once(f"{problem} What the model answers beyond them may be of no use.")
 
 
+def _do_nothing() -> None:
+    pass
+
+
 def works_beside_the_host(device: torch.device) -> bool:
     """Tell whether the host has time while a device computes."""
     return device.type != "cpu"
 
 
 def seen_by(cache: Cache | None) -> int:
-    """Tokens that a cache holds; one that keeps their number on its device is waited for."""
+    """Tokens that a cache holds; one that keeps their number on its device may be waited for."""
+    if isinstance(cache, MSAStaticCache):
+        return cache.seen()
     return 0 if cache is None else int(cache.get_seq_length())
 
 
