@@ -3,7 +3,8 @@
     python benchmarks/bench_encode.py --shape 4b --shape 135m --json docs/bench_encode.json   # one H200
     python benchmarks/bench_encode.py --model model_cards/msa-hf-tiny --documents 300         # a CPU
 
-Rows of a model, medians of `--repeats` runs taken in turn:
+Every run is printed as it comes. Four ways, `--repeats` times and once before, take their time: fewer
+documents are for a first look. Rows of a model, medians of `--repeats` runs taken in turn:
 
 * library: `model.encode_documents` of the same documents, tokenizing included; the bank stays on the device.
 * library, compiled: the same with `compile_layers=True`; the first call, which compiles, is stated apart.
@@ -207,16 +208,19 @@ def measure(name: str, model: Any, tokenizer: Any, protocol: Any, options: argpa
                 ).tokens
 
         ways: dict[str, Callable[[], int]] = {"library": library, "command": command}
+        print(f"{name:24} library: first call, {timed(library, device).wall:.1f} s", flush=True)
         if options.compile:
             for way, run in list(ways.items()):
                 compiled = f"{way}, compiled"
                 ways[compiled] = lambda run=run: run(compile_layers=True)
                 figures[f"{compiled}: first call, s"] = timed(ways[compiled], device).wall
+                print(f"{name:24} {compiled}: first call, {figures[f'{compiled}: first call, s']:.1f} s", flush=True)
         runs: dict[str, list[Run]] = {way: [] for way in ways}
-        library()  # what is done once
         for _ in range(options.repeats):
             for way, run in ways.items():
                 runs[way].append(timed(run, device))
+                rate = runs[way][-1].tokens / runs[way][-1].wall
+                print(f"{name:24} {way}: {rate:,.0f} tokens/s in a run of {runs[way][-1].wall:.1f} s", flush=True)
         for way, found in runs.items():
             figures[f"{way}: tokens/s"] = statistics.median(run.tokens / run.wall for run in found)
             figures[f"{way}: CPU s per million tokens"] = statistics.median(

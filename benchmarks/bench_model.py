@@ -2,14 +2,24 @@
 
     python benchmarks/bench_model.py --json docs/bench_model.json                            # one H200
     python benchmarks/bench_model.py --shape tiny --bank-tokens 2e4 --large-tokens 2e5       # a rehearsal
+    python benchmarks/bench_model.py --rows prefill,decode --layers 12                       # a part of it
+
+Rows are printed as they come, in groups that `--rows` chooses among:
+
+* check: see below; base: the base alone, as it is; base-static: the same as transformers compiles it, whole.
+* eager: first tokens and decoding with a memory, nothing compiled.
+* prefill, decode: the same compiled, with the small bank.
+* large: first tokens over the large bank, keys in bf16; int8: in 8 bits; many: 64 questions at once.
+* rounds: a whole question by Memory Interleave.
 
 Random weights. Documents are encoded for real; the bank is then repeated up to `--bank-tokens`, so that routing sees
 its true size. For `--large-tokens` all layers share one tensor of random routing keys, and one of content in locked
 host memory, which are read as often as if each had its own.
 
 Before anything is measured, a small model in float32 must choose the same documents and give the same logits on this
-device compiled as it does uncompiled. Medians of wall-clock time, the device drained before and after. `launches` are
-kernels and graphs started by the host in one run, `waits` copies to the host and synchronizations.
+device compiled as it does uncompiled. Medians of wall-clock time, the device drained before and after. `first_s` are
+the seconds of the first calls, in which a run is compiled, and recorded. `launches` are kernels and graphs started by
+the host in one run, `waits` copies to the host and synchronizations.
 
 Floors of a row: its weights read once (or its arithmetic, if that takes longer) and the routing keys read once in every
 memory layer, at the rates of this device (`msa_hf.bank.tiered.hardware`).
@@ -70,6 +80,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+ROWS = ("check", "base", "base-static", "eager", "prefill", "decode", "large", "many", "int8", "rounds")
+WARM = 4  # runs before one is measured: compiled, recorded, contexts recorded, played
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -83,6 +95,7 @@ class Row:
         floor_ms: as of the module; None where there is none.
         goal: in words.
         launches, waits: of one run, on a GPU.
+        first_s: seconds of the first call.
     """
 
     what: str
@@ -91,28 +104,27 @@ class Row:
     goal: str = ""
     launches: int | None = None
     waits: int | None = None
+    first_s: float | None = None
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def median_ms(run: Callable[[], Any], device: torch.device, repeats: int, warm: int = 2) -> float:
-    """Median wall-clock milliseconds of `run`."""
+def median_ms(run: Callable[[], Any], device: torch.device, repeats: int, warm: int = 2) -> tuple[float, float]:
+    """Median wall-clock milliseconds of `run`, and the seconds of its first call."""
 
     def drain() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    for _ in range(warm):
-        run()
     times = []
-    for _ in range(repeats):
+    for _ in range(warm + repeats):
         drain()
         start = time.perf_counter()
         run()
         drain()
         times.append(time.perf_counter() - start)
-    return 1e3 * sorted(times)[repeats // 2]
+    return 1e3 * sorted(times[warm:])[repeats // 2], times[0]
 
 
 def counted(run: Callable[[], Any], device: torch.device) -> tuple[int, int] | tuple[None, None]:
@@ -233,13 +245,24 @@ def static_forward(model: Any, memory: Any, ids: Tensor, config: CompileConfig |
         yield run
 
 
-def per_token_ms(model: Any, ids: Tensor, steps: int, device: torch.device, **options: Any) -> float:
-    """Milliseconds of one decoded token."""
+@contextmanager
+def static_token(model: Any, memory: Any, ids: Tensor, config: CompileConfig | None) -> Iterator[Callable[[], Any]]:
+    """A run of one token behind a prompt, compiled, without what stands around it in `generate`."""
+    cache = static_cache(model.config, ids.shape[1] + 128)
+    with compiling(model, config):
+        model(ids, memory=memory, logits_to_keep=1, use_cache=True, **{CACHE: cache})
+        yield lambda: model(ids[:, :1], use_cache=True, **{CACHE: cache})
 
-    def run(count: int) -> float:
-        return median_ms(lambda: model.generate(ids, max_new_tokens=count, **GREEDY, **options), device, 3)
 
-    return (run(steps + 1) - run(1)) / steps
+def per_token_ms(model: Any, ids: Tensor, steps: int, device: torch.device, **options: Any) -> tuple[float, float]:
+    """Milliseconds of one decoded token, and the seconds of the first call."""
+
+    def run(count: int, repeats: int) -> tuple[float, float]:
+        generate = functools.partial(model.generate, ids, max_new_tokens=count, **GREEDY, **options)
+        return median_ms(generate, device, repeats, WARM if options.get("cache_implementation") else 1)
+
+    many, first = run(steps + 1, 3)
+    return (many - run(1, 3)[0]) / steps, first
 
 
 def check(device: torch.device, config: CompileConfig | None) -> None:
@@ -276,19 +299,32 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--large-tokens", type=float, default=100e6, help="0: leave these rows out")
     parser.add_argument("--question", type=int, default=48, help="tokens of the question")
     parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--rows", default=",".join(ROWS), help="groups, with commas between them (default: all)")
+    parser.add_argument("--layers", type=int, help="of the model, instead of the shape's")
     parser.add_argument("--compile-backend", default="inductor", help="eager: for rehearsals")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
+    wanted = set(arguments.rows.split(","))
+    if unknown := wanted - set(ROWS):
+        parser.error(f"--rows: {', '.join(sorted(unknown))} is none of {', '.join(ROWS)}")
     transformers.logging.set_verbosity_error()
     device, repeats = torch.device(arguments.device), arguments.repeats
     compile_config = None
     if arguments.compile_backend != "inductor":
         compile_config = CompileConfig(backend=arguments.compile_backend, mode=None)
         compile_config._compile_all_devices = True
-    check(device, compile_config)
+    started = time.perf_counter()
+
+    def say(what: object) -> None:
+        print(f"{time.perf_counter() - started:7.1f} s  {what}", flush=True)
+
+    if "check" in wanted:
+        check(device, compile_config)
+        say("compiled runs are right")
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model("qwen3", max_position_embeddings=4096, **SHAPES[arguments.shape])
+    shape = SHAPES[arguments.shape] | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
+    config = AutoConfig.for_model("qwen3", max_position_embeddings=4096, **shape)
     with torch.device(device):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     ids = torch.randint(3, 2000, (1, arguments.question), device=device)
@@ -296,17 +332,21 @@ def main(argv: list[str] | None = None) -> None:
     static: dict[str, Any] = {"cache_implementation": "static", "compile_config": compile_config}
 
     def row(what: str, run: Callable[[], Any], floor: float | None, goal: str = "", count: int = repeats) -> None:
-        rows.append(Row(what, median_ms(run, device, count), floor, goal, *counted(run, device)))
-        print(rows[-1], flush=True)
+        ms, first = median_ms(run, device, count, WARM)
+        rows.append(Row(what, ms, floor, goal, *counted(run, device), first))
+        say(rows[-1])
 
     def row_per_token(what: str, model: Any, goal: str = "", **options: Any) -> None:
-        rows.append(Row(what, per_token_ms(model, ids, 32, device, **options), floors.ms(1), goal))
-        print(rows[-1], flush=True)
+        ms, first = per_token_ms(model, ids, 32, device, **options)
+        rows.append(Row(what, ms, floors.ms(1), goal, first_s=first))
+        say(rows[-1])
 
-    row("base: question", lambda: base(ids, logits_to_keep=1), floors.ms(arguments.question))
-    row_per_token("base: a token", base)
-    row_per_token("base: a token, static cache", base, **static)
-    figures["base_prefill_ms"], figures["base_ms_per_token"] = rows[0].ms, rows[1].ms
+    if "base" in wanted:
+        row("base: question", lambda: base(ids, logits_to_keep=1), floors.ms(arguments.question))
+        row_per_token("base: a token", base)
+        figures["base_prefill_ms"], figures["base_ms_per_token"] = rows[0].ms, rows[1].ms
+    if "base-static" in wanted:
+        row_per_token("base: a token, static cache", base, **static)
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     protocol = PromptProtocol.from_pretrained(TOKENIZER)
@@ -332,36 +372,50 @@ def main(argv: list[str] | None = None) -> None:
             batch * tokens, len(memory.layers) * key_bytes, len(memory.layers) * products * batch * tokens
         )
         name = f"{what}, {batch} x {tokens} tokens"
-        row(f"{name}, eager", lambda: model(ids, memory=memory, logits_to_keep=1), floor, count=3)
+        if "eager" in wanted:
+            row(f"{name}, eager", lambda: model(ids, memory=memory, logits_to_keep=1), floor, count=3)
         with static_forward(model, memory, ids, compile_config) as run:
             row(f"{name}, compiled", run, floor, goal)
 
     some = next(iter(big.layers.values())).routing_keys
-    memory_row("first token, small bank", big, ids, "12 ms", some.nbytes, 2.0 * some.numel())
-    figures["prefill_ms"] = rows[-2].ms
-    one = functools.partial(model.generate, ids, memory=big, max_new_tokens=1, **GREEDY, **static)
-    row("generate, first token", one, None)
-    row_per_token("a token behind a memory", model, memory=big)
-    figures["ms_per_token"] = rows[-1].ms
-    row_per_token("a token behind a memory, static cache", model, "3.0 ms, 1.15 x base", memory=big, **static)
-    del big, one
+    if "prefill" in wanted:
+        memory_row("first token, small bank", big, ids, "12 ms", some.nbytes, 2.0 * some.numel())
+        figures["prefill_ms"] = rows[-1].ms
+        one = functools.partial(model.generate, ids, memory=big, max_new_tokens=1, **GREEDY, **static)
+        row("generate, first token", one, None)
+        del one
+    if "decode" in wanted:
+        with static_token(model, big, ids, compile_config) as run:
+            row("a token behind a memory, its forward alone", run, floors.ms(1))
+        row_per_token("a token behind a memory, static cache", model, "3.0 ms, 1.15 x base", memory=big, **static)
+    if "eager" in wanted:
+        row_per_token("a token behind a memory", model, memory=big)
+        figures["ms_per_token"] = rows[-1].ms
+    del big
 
     count = int(arguments.large_tokens) // arguments.tokens
-    if count:
+    if count and wanted & {"large", "many"}:
         large = LargeMemory(bank, count, arguments.tokens, "bf16", text, device)
         model.accept_bank(large)
-        memory_row("first token, large bank, bf16 keys", large, ids, "25 ms", large.key_bytes, large.key_products)
-        many = torch.randint(3, 2000, (64, 32), device=device)
-        memory_row("large bank", large, many, "0.7 of the floor", large.key_bytes, large.key_products)
+        say("large bank, bf16 keys")
+        if "large" in wanted:
+            memory_row("first token, large bank, bf16 keys", large, ids, "25 ms", large.key_bytes, large.key_products)
+        if "many" in wanted:
+            many = torch.randint(3, 2000, (64, 32), device=device)
+            memory_row("large bank", large, many, "0.7 of the floor", large.key_bytes, large.key_products)
         del large
+    if count and wanted & {"int8", "rounds"}:
         large = LargeMemory(bank, count, arguments.tokens, "int8", text, device)
         model.accept_bank(large)
-        memory_row("first token, large bank, int8 keys", large, ids, "19 ms", large.key_bytes, large.key_products)
-        rounds: dict[str, Any] = {"max_rounds": 2, "documents_per_round": 1, "router_may_end": False}
-        asker = MemoryInterleave(model, tokenizer, large, protocol, max_new_tokens=16, **rounds, **static)
-        asked = "What is the venue of the Jethefux Crossing known for?"
-        length = {"min_new_tokens": 16, "eos_token_id": None}
-        row("two rounds of a document, 16 tokens", lambda: asker.ask(asked, **length), None, "150 ms", count=5)
+        say("large bank, int8 keys")
+        if "int8" in wanted:
+            memory_row("first token, large bank, int8 keys", large, ids, "19 ms", large.key_bytes, large.key_products)
+        if "rounds" in wanted:
+            rounds: dict[str, Any] = {"max_rounds": 2, "documents_per_round": 1, "router_may_end": False}
+            asker = MemoryInterleave(model, tokenizer, large, protocol, max_new_tokens=16, **rounds, **static)
+            asked = "What is the venue of the Jethefux Crossing known for?"
+            length = {"min_new_tokens": 16, "eos_token_id": None}
+            row("two rounds of a document, 16 tokens", lambda: asker.ask(asked, **length), None, "150 ms", count=5)
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     record = {
@@ -374,11 +428,14 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
-    print("| what | ms | floor, ms | share | goal | launches | waits |\n|---|---|---|---|---|---|---|")
+    print(
+        "| what | ms | floor, ms | share | goal | launches | waits | first call, s |\n|---|---|---|---|---|---|---|---|"
+    )
     for item in rows:
         floor, share = ("", "") if item.floor_ms is None else (f"{item.floor_ms:.2f}", f"{item.floor_ms / item.ms:.2f}")
         counts = " | ".join("" if number is None else str(number) for number in (item.launches, item.waits))
-        print(f"| {item.what} | {item.ms:.2f} | {floor} | {share} | {item.goal} | {counts} |")
+        first = "" if item.first_s is None else f"{item.first_s:.1f}"
+        print(f"| {item.what} | {item.ms:.2f} | {floor} | {share} | {item.goal} | {counts} | {first} |")
 
 
 if __name__ == "__main__":
