@@ -146,6 +146,27 @@ def call_between(function: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...]
 # Runs of a cache ------------------------------------------------------------------------------------------------------
 
 
+class Places:
+    """Tensors into which the inputs of runs of one kind are copied.
+
+    Args:
+        inputs: of the first.
+        device: where they lie.
+    """
+
+    def __init__(self, inputs: Inputs, device: torch.device) -> None:
+        self.tensors = {name: item.to(device, copy=True) for name, item in inputs.items()}
+        self.given = {name: (item, version_of(item)) for name, item in inputs.items()}
+
+    def fill(self, inputs: Inputs) -> None:
+        """Copy inputs to their places, but those that lie there already."""
+        for name, tensor in inputs.items():
+            last, version = self.given[name]
+            if last is not tensor or version != version_of(tensor) or version < 0:
+                self.tensors[name].copy_(tensor)
+                self.given[name] = tensor, version_of(tensor)
+
+
 @dataclass
 class Recorded(Generic[Result]):
     """A run that can be played.
@@ -153,37 +174,32 @@ class Recorded(Generic[Result]):
     Attributes:
         recording: its steps.
         function: what was recorded, kept for the tensors that it holds.
-        inputs: places of the inputs.
-        given: what was last copied there, and its version then.
         result: what is overwritten.
     """
 
     recording: Recording
     function: Callable[[Inputs], Result]
-    inputs: dict[str, Tensor]
-    given: dict[str, tuple[Tensor, int]]
     result: Result
-
-    def fill(self, inputs: Inputs) -> None:
-        """Copy inputs to their places, but those that lie there already."""
-        for name, tensor in inputs.items():
-            last, version = self.given[name]
-            if last is not tensor or version != version_of(tensor) or version < 0:
-                self.inputs[name].copy_(tensor)
-                self.given[name] = tensor, version_of(tensor)
 
 
 class Recordings:
     """The recorded runs over the tensors of one cache.
 
     The first run of a kind is plain: it compiles, and a run that never comes again is not worth recording. The second
-    is recorded. Copies of it are empty, because graphs cannot be copied.
+    is recorded; it reads the same tensors as the first, so that nothing is compiled then. Copies of it are empty,
+    because graphs cannot be copied.
+
+    Attributes:
+        places: kind -> where its inputs are.
+        known: kind -> its recording.
+        refused: kinds that cannot be recorded.
     """
 
     def __init__(self) -> None:
         self.tape: Tape | None = None
         self.state: object = None
-        self.known: dict[Hashable, Recorded[Any] | None] = {}
+        self.places: dict[Hashable, Places] = {}
+        self.known: dict[Hashable, Recorded[Any]] = {}
         self.refused: set[Hashable] = set()
 
     def __deepcopy__(self, memo: object) -> Recordings:
@@ -195,7 +211,7 @@ class Recordings:
     def renew(self, state: object) -> None:
         """Forget all where the `state` of the model is not what it was."""
         if state != self.state:
-            self.known, self.refused, self.state = {}, set(), state
+            self.places, self.known, self.refused, self.state = {}, {}, set(), state
 
     def run(
         self,
@@ -219,25 +235,26 @@ class Recordings:
         if self.tape is None:
             return function(inputs)
         kind = kind, tuple((name, item.shape, item.dtype) for name, item in inputs.items())
+        if kind in self.refused:
+            return function(inputs)
+        places = self.places.get(kind)
+        if places is None:
+            self.places[kind] = places = Places(inputs, device)
+            return function(places.tensors)
+        places.fill(inputs)
         recorded = self.known.get(kind)
         if recorded is not None:
-            recorded.fill(inputs)
             recorded.recording.play()
             return recorded.result
-        if kind not in self.known or kind in self.refused:
-            self.known[kind] = None
-            return function(inputs)
-        places = {name: item.to(device).clone() for name, item in inputs.items()}
-        given = {name: (item, version_of(item)) for name, item in inputs.items()}
         recording, restore = Recording(self.tape), undo()
         try:
-            result = recording.record(lambda: function(places))
+            result = recording.record(lambda: function(places.tensors))
         except RuntimeError as error:
             logger.warning_once(f"A run of this model is launched piece by piece, it cannot be recorded: {error}")
             self.refused.add(kind)
             restore()
             return function(inputs)
-        self.known[kind] = Recorded(recording, function, places, given, result)
+        self.known[kind] = Recorded(recording, function, result)
         return result
 
 
