@@ -68,7 +68,6 @@ def counted(made: Setup, memory: Any) -> Operations:
         ("sharded", "same", {"gather": 1, "sum": 1}, 35),
         ("replicated", "same", {"gather": 1}, 26),
         ("sharded", "different", {"gather": 2, "sum": 1}, 56),
-        ("replicated", "different", {"gather": 2}, 42),
     ],
 )
 @torch.no_grad()
@@ -102,8 +101,9 @@ def test_a_layer_exchanges_once_and_waits_for_nothing(
     assert 0 < per_layer[0] - per_layer[1] <= beside
 
 
-@pytest.mark.parametrize(("content", "size"), [("replicated", 1), ("replicated", 3), ("sharded", 4)])
-@pytest.mark.parametrize("inputs", ["same", "different"])
+@pytest.mark.parametrize(
+    ("content", "size", "inputs"), [("replicated", 3, "same"), ("replicated", 2, "different"), ("sharded", 4, "same")]
+)
 @torch.no_grad()
 def test_rows_are_those_of_one_process_to_the_bit(content: str, size: int, inputs: str) -> None:
     """With numbers whose sign an addition would lose; and so the logits."""
@@ -139,12 +139,12 @@ def test_nobody_waits_for_others_before_the_first_layer_exchanges() -> None:
         with shard_bank(made.bank) as memory, torch.no_grad():
             made.model(**QUESTION, memory=memory)
             if rank == 1:
-                time.sleep(0.5)
+                time.sleep(0.3)
             made.model(**QUESTION, memory=memory)
         return times[1]
 
     first, second = together(2, work)
-    assert second - first > 0.3
+    assert second - first > 0.2
 
 
 def test_what_content_cannot_be_is_refused(tmp_path: Any) -> None:

@@ -9,11 +9,13 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -256,6 +258,68 @@ def test_an_interrupted_encoding_tells_the_others(failing: int) -> None:
     for kind, text in results.values():
         assert kind is RankFailed and f"Process {failing} of this shared memory failed:" in text
         assert "KeyboardInterrupt: by hand" in text
+
+
+def noticed(ranks: Collectives) -> float:
+    """Seconds until a process that exchanges nothing knows of an error; raises what an exchange raises then."""
+    began = time.monotonic()
+    while ranks.error is None and time.monotonic() < began + 8:
+        time.sleep(0.05)
+    ranks.check_open()
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    ("lost", "sent", "store"),
+    [(1, signal.SIGKILL, "file"), (0, signal.SIGKILL, "tcp")],
+)
+def test_a_lost_process_is_noticed_beside_the_work(
+    lost: int, sent: signal.Signals, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before the timeout, by processes that exchange nothing; what waits for it on a device is ended."""
+    monkeypatch.setattr(notices, "SILENCE", 1.0)
+    monkeypatch.setattr(notices, "BEATS", 0.2)
+
+    def work(rank: int) -> Any:
+        ranks = Collectives(None, timedelta(minutes=10))
+        assert ranks.control is not None
+        released = Event()
+        watching = Notices(ranks.control.get_group_store().clone(), rank, 3, released.set)
+        exchange(ranks)
+        if rank == lost:
+            os.kill(os.getpid(), sent)
+        try:
+            noticed(ranks)
+        finally:
+            assert released.wait(5) and watching.error is not None
+
+    for kind, text in ended(work, lost=lost, store=store).values():
+        assert kind is RankFailed and text.startswith(f"Process {lost}")
+
+
+def test_processes_that_only_compute_are_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was stopped for a while itself, such as with its machine, blames nobody."""
+    store = dist.HashStore()
+    known, lost = notices._Known(), []
+
+    class Owner:
+        def explain(self) -> None:
+            lost.append(True)
+
+    owner = Owner()
+    watch = notices._Watch(0, 2, weakref.WeakMethod(owner.explain))
+    clock = [0.0]
+    monkeypatch.setattr(notices.time, "monotonic", lambda: clock[0])
+    watch._since = 0.0
+    for now, beat in ((1, 1), (5, 2), (18, 2), (100, 2), (110, 2), (119, 3), (130, 3), (138, 3)):
+        clock[0] = float(now)
+        store.set(notices.BEAT.format(1), str(beat))
+        watch.look(store, known)
+    assert not lost
+    for now in (139, 145):
+        clock[0] = float(now)
+        watch.look(store, known)
+    assert lost == [True]
 
 
 SCRIPT = """

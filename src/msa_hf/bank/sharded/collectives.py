@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -179,10 +179,20 @@ class Collectives:
             raise self.failure(error, started) from error
         return values
 
+    @property
+    def error(self) -> str | None:
+        """The first error of a process, as far as this one knows; looked for beside the work."""
+        return None if self._notices is None else self._notices.error
+
     def check_open(self) -> None:
+        """Make sure that no process has left or failed.
+
+        Raises:
+            RankFailed: where one has, as far as is known here.
+        """
         if self.closed:
             raise RankFailed("This shared memory was closed, or a process of it failed before; share the bank again.")
-        if self._notices is not None and self._notices.error is not None:  # noticed beside
+        if self.error is not None:
             raise self.failure(ConnectionError(), time.monotonic())
 
     def failure(self, error: BaseException, started: float) -> RankFailed:
@@ -241,6 +251,33 @@ class Collectives:
                     group.abort()  # what the device still waits for
                 if group is not None:
                     dist.destroy_process_group(group)
+
+
+@contextmanager
+def agreed(ranks: Collectives) -> Iterator[None]:
+    """A block that every process goes through: where it raises in one, that one's error ends it in all.
+
+    Raises:
+        RankFailed: naming the process that raised, and its error; or where a process died.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    try:
+        told = ranks.everyone(None if error is None else f"{type(error).__name__}: {error}")
+    except RankFailed:
+        if error is not None:
+            raise error from None
+        raise
+    if any(text is not None for text in told):
+        ranks.part()
+    if error is not None:
+        raise error
+    for rank, text in enumerate(told):
+        if text is not None:
+            raise RankFailed(f"Process {rank} failed: {text}")
 
 
 def connect_within(timeout: timedelta, connect: Callable[[], None]) -> None:
