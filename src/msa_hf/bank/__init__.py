@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ..model.bank_writer_msa import restore_manifest
     from ..model.hub_msa import BankUnavailable, bank_directory
     from .coarse import CoarseBank, coarse_bank
+    from .host_bank import host_bank
     from .sharded.bank import ShardedBank, shard_bank
     from .sharded.collectives import RankFailed
     from .store.errors import BankDamaged, BankNotWritable, CommitOutcomeUnknown, ErasureIncomplete
@@ -36,6 +37,7 @@ __all__ = [
     "TieredBank",
     "bank_directory",
     "coarse_bank",
+    "host_bank",
     "place_bank",
     "restore_manifest",
     "shard_bank",
@@ -48,6 +50,7 @@ __getattr__ = exports(
         "..model.bank_writer_msa": ["restore_manifest"],
         "..model.hub_msa": ["BankUnavailable", "bank_directory"],
         ".coarse": ["CoarseBank", "coarse_bank"],
+        ".host_bank": ["host_bank"],
         ".sharded.bank": ["ShardedBank", "shard_bank"],
         ".sharded.collectives": ["RankFailed"],
         ".store.errors": ["BankDamaged", "BankNotWritable", "CommitOutcomeUnknown", "ErasureIncomplete"],

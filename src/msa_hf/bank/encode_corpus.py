@@ -38,7 +38,7 @@ from .corpus_lengths import check_lengths
 from .corpus_parts import FOLDER, Part, Record, check_place, commit_parts, find_parts, remove_unfinished, write_part
 from .corpus_rows import PartRows, RowReader
 from .part_pipeline import BEHIND, WritingBehind, default_workers, reading_ahead
-from .sharded.collectives import Collectives, RankFailed, connect_within
+from .sharded.collectives import Collectives, agreed, connect_within
 from .store.encoder import EncodingModel
 from .store.lock import WriterLock
 
@@ -108,33 +108,6 @@ def connected(timeout: timedelta = TIMEOUT) -> Iterator[Collectives]:
     finally:
         if launched:
             dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def agreed(ranks: Collectives) -> Iterator[None]:
-    """A block that every process goes through: where it raises in one, that one's error ends it in all.
-
-    Raises:
-        RankFailed: naming the process that raised, and its error; or where a process died.
-    """
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as raised:
-        error = raised
-    try:
-        told = ranks.everyone(None if error is None else f"{type(error).__name__}: {error}")
-    except RankFailed:
-        if error is not None:
-            raise error from None
-        raise
-    if any(text is not None for text in told):
-        ranks.part()
-    if error is not None:
-        raise error
-    for rank, text in enumerate(told):
-        if text is not None:
-            raise RankFailed(f"Process {rank} failed: {text}")
 
 
 # Encoding -------------------------------------------------------------------------------------------------------------

@@ -193,8 +193,8 @@ def _planned(
         raise ValueError(f"{choice.keys} routing keys{remark}; choose {others}.")
     if tiers is None:
         tiers = measured_tiers(device, source.directory or ".", source.bytes)
-        if source.directory is None and device.type == "cpu":  # what stays as it is, is there already
-            kept = shape.key_bytes(own) if choice.keys in (None, own) else 0
+        if source.directory is None and (device.type == "cpu" or _is_locked(source)):  # what stays as it is, is there
+            kept = shape.key_bytes(own) if choice.keys in (None, own) and device.type == "cpu" else 0
             kept += shape.content_bytes(own) if choice.content in (None, own) else 0
             kept += shape.key_bytes(own) if choice.keys not in (None, own) and choice.exact_on else 0
             tiers = Tiers(tiers.device, tiers.host + kept, tiers.disk, tiers.rates)
@@ -207,6 +207,13 @@ def _planned(
             "content there, or make room in host memory."
         )
     return plan
+
+
+def _is_locked(source: BankSource) -> bool:
+    """Tell whether a bank in memory is locked there for GPUs, such as a `host_bank`."""
+    return all(
+        isinstance(part.pooled_kv, Tensor) and part.pooled_kv.is_pinned() for part in source.parts(min(source.shapes))
+    )
 
 
 def _placed(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ...ops.formats import FORMATS, index_rows
+from ..host_memory import pinned
 from .parts import Part, tensor_of
 
 # Numbers that move at once while a bank is placed; a few times as many bytes are needed beside its final place.
 MOVED_ELEMENTS = 1 << 24
-PORTABLE, MAPPED = 1, 2  # flags of cudaHostRegister: for every device, and to be read by its kernels
 
 
 class Rows:
@@ -164,48 +162,3 @@ class Staging:
 
 def _buffer(size: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(size, dtype=dtype, pin_memory=True)  # PyTorch's own: it keeps them for the next one
-
-
-def pinned(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of zeros in locked host memory, which the device reads directly.
-
-    Of exactly its bytes: PyTorch's own pinned memory comes in powers of two, up to twice as much.
-
-    Raises:
-        MemoryError: where the system does not lock so much.
-    """
-    count = math.prod(size)
-    if not count:
-        return torch.empty(size, dtype=dtype)
-    memory = _Locked(count * dtype.itemsize)
-    return torch.frombuffer(memory, dtype=dtype, count=count).view(size)
-
-
-class _Locked(mmap.mmap):
-    """Anonymous memory, locked for the GPU as long as a tensor uses it."""
-
-    address: int | None
-
-    def __new__(cls, size: int) -> _Locked:
-        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-        self = super().__new__(cls, -1, size, **private)
-        self.address = None
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer pages to lock
-            with contextlib.suppress(OSError):
-                self.madvise(mmap.MADV_HUGEPAGE)
-        whole = torch.frombuffer(self, dtype=torch.uint8)
-        whole.zero_()  # all threads touch its pages, which locking would do with one
-        address = whole.data_ptr()
-        status = int(torch.cuda.cudart().cudaHostRegister(address, size, PORTABLE | MAPPED))
-        if status:
-            raise MemoryError(
-                f"The driver does not lock {size:,} bytes of host memory (error {status}): raise the limit of locked "
-                "memory (`ulimit -l`), or leave content on disk."
-            )
-        self.address = address
-        return self
-
-    def __del__(self) -> None:
-        if self.address is not None:
-            with contextlib.suppress(Exception):  # the driver may be gone at the end of the process
-                torch.cuda.cudart().cudaHostUnregister(self.address)

@@ -1,0 +1,116 @@
+"""A bank that is in the memory of a host once, and answers the questions of several processes there."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from connected import together
+from setups import Setup, assert_same, batch_of, setup, tokens
+from torch import Tensor
+
+from msa_hf.bank import RankFailed, host_bank, place_bank, shard_bank
+from msa_hf.bank.tiered.hardware import Tiers
+
+TIERS = Tiers(None, 10**12, 10**12)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Setup, Path]:
+    """A model, and its bank in a directory, in several files."""
+    made = setup("qwen3", "sdpa", documents=tokens(5, 13, 8, 20, 3, 11, seed=2), top_k=3)
+    directory = tmp_path_factory.mktemp("bank")
+    made.bank.save_pretrained(directory, max_shard_size=4000)
+    return made, directory
+
+
+def mappings() -> dict[range, tuple[str, str]]:
+    """Addresses of this process that several may share -> device and number of the memory there."""
+    found = {}
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, rights, _, device, number, *name = line.split()
+        if "s" in rights and "memfd:msa-hf" in " ".join(name):
+            first, end = (int(edge, 16) for edge in addresses.split("-"))
+            found[range(first, end)] = device, number
+    return found
+
+
+def place_of(tensor: Tensor) -> tuple[str, str, int]:
+    """The memory that a tensor lies in, the same in all processes, and where it begins there."""
+    ((addresses, memory),) = ((key, value) for key, value in mappings().items() if tensor.data_ptr() in key)
+    return *memory, tensor.data_ptr() - addresses.start
+
+
+@torch.no_grad()
+def answer(model: Any, memory: Any, seed: int) -> tuple[Tensor, dict[int, Tensor]]:
+    output = model(**batch_of(tokens(4 + seed, 6, seed=seed)), memory=memory)
+    return output.logits, {layer: found.documents for layer, found in output.routing.items()}
+
+
+def test_content_is_there_once_and_every_process_answers_its_own_questions(made: tuple[Setup, Path]) -> None:
+    """As one process that has the bank alone; also where they share the routing. Nothing is left of it in the end."""
+    setup_, directory = made
+
+    def work(rank: int) -> Any:
+        bank = host_bank(directory, model=setup_.model)
+        places = [
+            place_of(tensor) for layer in bank.layers.values() for tensor in (layer.routing_keys, layer.pooled_kv)
+        ]
+        placed = place_bank(bank, tiers=TIERS, model=setup_.model)
+        for layer, memory in placed.layers.items():
+            assert memory.pooled_kv.rows.whole is not None
+            assert memory.pooled_kv.rows.whole.data_ptr() == bank.layers[layer].pooled_kv.data_ptr()
+        answers = [answer(setup_.model, placed, seed) for seed in range(rank, 2 + 2 * rank)]
+        with shard_bank(bank, content="replicated", inputs="different") as shared:
+            answers += [answer(setup_.model, shared, seed) for seed in range(rank, 2 + 2 * rank)]
+            content = [place_of(layer.pooled_kv) for layer in shared.layers.values()]
+        assert content == places[1::2]
+        del bank, placed, shared, memory
+        gc.collect()
+        return places, answers, mappings()
+
+    results = together(2, work)
+    assert results[0][0] == results[1][0] and len(set(results[0][0])) == 2 * len(setup_.bank.layers)
+    for rank, (_, answers, left) in enumerate(results):
+        assert not left
+        for (logits, documents), seed in zip(answers, [*range(rank, 2 + 2 * rank)] * 2, strict=True):
+            expected = answer(setup_.model, setup_.bank, seed)
+            assert_same(logits, expected[0])
+            assert all(torch.equal(documents[layer], expected[1][layer]) for layer in documents)
+
+
+def test_the_bank_is_the_one_in_the_directory(made: tuple[Setup, Path]) -> None:
+    """Tensors, documents and prefix, in one process that is not connected."""
+    setup_, directory = made
+    bank = host_bank(directory, model=setup_.model)
+    assert bank.home == setup_.model.load_memory(directory).home
+    assert [item.key for item in bank.documents] == [item.key for item in setup_.bank.documents]
+    for layer, memory in setup_.bank.layers.items():
+        assert torch.equal(bank.layers[layer].routing_keys, memory.routing_keys)
+        assert torch.equal(bank.layers[layer].pooled_kv, memory.pooled_kv)
+        assert torch.equal(bank.prefix[layer][0], setup_.bank.prefix[layer][0])
+
+
+def test_a_bank_without_documents(tmp_path: Path) -> None:
+    made = setup("qwen3", "sdpa", top_k=3)
+    with made.model.open_memory(tmp_path):
+        pass
+    assert len(host_bank(tmp_path, model=made.model)) == 0
+
+
+def test_what_one_process_cannot_read_is_told_to_all(made: tuple[Setup, Path], tmp_path: Path) -> None:
+    setup_, directory = made
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    last = max(tmp_path.glob("layer-*"))
+    content = bytearray(last.read_bytes())
+    content[-1] ^= 1
+    last.write_bytes(content)
+
+    def work(rank: int) -> str:
+        with pytest.raises((ValueError, RankFailed)) as caught:
+            host_bank(tmp_path, model=setup_.model)
+        return str(caught.value)
+
+    assert all(last.name in message for message in together(2, work))
