@@ -217,3 +217,28 @@ def test_what_cannot_be_recorded(tapes: list[PlainTape], caplog: pytest.LogCaptu
     finally:
         del made.model.model.layers[2].mlp.forward
     assert len(calls) == 2 and "this waits for the device" in caplog.text
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_graphs_of_a_gpu() -> None:
+    """Compiled layers in CUDA graphs: other questions, another bank, a commit, weights that change in place."""
+    made = setup("qwen3", "sdpa", **SMALL)
+    model = copy.deepcopy(made.model).cuda()
+    documents = tokens(70, 9, 130, 4, 66, seed=5)
+    store = model.open_memory()
+    store.add([{"key": str(place), "input_ids": item} for place, item in enumerate(documents)])
+    other = model.encode_documents(documents[1:], show_progress=False)
+    for turn, memory in enumerate((store, store, store, other, store, store)):
+        if turn == 4:
+            store.delete("0")
+        for seed in range(2):
+            question = {name: item.cuda() for name, item in batch_of(tokens(9 + turn, seed=seed)).items()}
+            given = {**question, "memory": memory, **EXACTLY, **DETAILS}
+            expected = model.generate(**given)
+            found = model.generate(**given, cache_implementation="static")
+            plain = model.generate(**{**given, "return_dict_in_generate": False}, cache_implementation="static")
+            assert torch.equal(found.sequences, expected.sequences) and torch.equal(plain, expected.sequences)
+            for ours, theirs in zip(found.logits, expected.logits, strict=True):
+                torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
+    recordings = [cache.recordings for cache in compiled_msa._spare[model].values()]
+    assert sum(len(item.known) for item in recordings) >= 3 and not any(item.refused for item in recordings)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .walking_msa import modules_of
+
 # The module that a layer of PEFT stands in front of. An adapter's own parameters lie beside it.
 WRAPPED = ("base_layer", "original_module")
 # Attributes of a LoRA layer that change what an adapter adds, besides its parameters.
@@ -153,7 +155,7 @@ def _layer_classes() -> tuple[type, ...]:
 def adapter_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of PEFT in a model, active or not."""
     classes = _layer_classes()
-    return [module for module in model.modules() if isinstance(module, classes)] if classes else []
+    return [module for module in modules_of(model) if isinstance(module, classes)] if classes else []
 
 
 def adapter_state(model: nn.Module) -> tuple[object, ...]:

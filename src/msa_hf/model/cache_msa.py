@@ -167,7 +167,7 @@ class MSAStaticCache(KeepsContexts, StaticCache):
         super().__init__(*args, **kwargs)
         self._settled: dict[int, MemoryContext] = {}
         self.recordings = Recordings()
-        self.counted: int | None = None
+        self.counted: int | None = 0
 
     def seen(self) -> int:
         """Tokens that it holds; its device is waited for where the host does not know."""
@@ -185,7 +185,7 @@ class MSAStaticCache(KeepsContexts, StaticCache):
 
     def reset(self) -> None:
         """Empty it, in a few launches for all layers."""
-        self.counted = None
+        self.counted = 0
         if not all(type(layer) is StaticLayer and layer.is_initialized for layer in self.layers):
             super().reset()
             return

@@ -27,6 +27,7 @@ from .adapters_msa import (
     place_modules,
     place_parameters,
 )
+from .walking_msa import tensors_of
 from .weights_msa import HALF_STEPS, AdapterRecord, WeightsRecord, only_asks
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)  # exactly these: made of nothing but themselves
@@ -199,7 +200,7 @@ def _exact(values: Tensor) -> bytes:
 @torch.no_grad()
 def _state(model: nn.Module) -> Hashable:
     """A value that changes with the weights and with what is active; takes a few milliseconds for a model of 4B."""
-    tensors = [tensor for _, tensor in (*model.named_parameters(), *model.named_buffers())]
+    tensors = tensors_of(model)
     plain = all(type(tensor) in PLAIN_TENSORS for tensor in tensors)
     parts = tensors if plain else [part for tensor in tensors for part in _parts(tensor, whole=False)]
     digest = hashlib.blake2b(digest_size=16)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .adapters_msa import adapter_state
+from .walking_msa import tensors_of
 
 logger = logging.get_logger(__name__)
 
@@ -265,21 +266,9 @@ def version_of(tensor: Tensor) -> int:
 
 def state_of(model: nn.Module) -> tuple[object, ...]:
     """What a recorded run took for granted: where the weights lie, and which adapters are at work."""
-    places: list[object] = [model.training]
-    for module in modules_of(model):
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                plain = type(tensor) in (Tensor, nn.Parameter)
-                places.append(tensor.data_ptr() if plain else id(tensor))
-    return (*places, *adapter_state(model))
-
-
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model, as `modules()` gives them, in a tenth of the time; shared ones more than once."""
-    found = [model]
-    for module in found:  # grows
-        found += [child for child in module._modules.values() if child is not None]
-    return found
+    plain = (Tensor, nn.Parameter)
+    places = [item.data_ptr() if type(item) in plain else id(item) for item in tensors_of(model)]
+    return (model.training, *places, *adapter_state(model))
 
 
 def is_recordable(model: nn.Module) -> bool:
