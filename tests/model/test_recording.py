@@ -219,6 +219,7 @@ def test_what_cannot_be_recorded(tapes: list[PlainTape], caplog: pytest.LogCaptu
     assert len(calls) == 2 and "this waits for the device" in caplog.text
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_graphs_of_a_gpu() -> None:
     """Compiled layers in CUDA graphs: other questions, another bank, a commit, weights that change in place."""
