@@ -95,6 +95,7 @@ std::tuple<Tensor, Tensor> rescore_documents(const Tensor& queries, const Tensor
   STD_TORCH_CHECK(call.keys != nullptr || exact_keys.size(0) == 0, op,
                   " on CUDA: `exact_keys` in host memory must be pinned");
   call.key_type = type_of(exact_keys, op, "exact_keys");
+  call.keys_on_host = exact_keys.is_cpu();
   call.offsets = static_cast<const int64_t*>(limits.const_data_ptr());
   call.candidates = static_cast<const int64_t*>(given.const_data_ptr());
   call.samples = queries.size(0);

@@ -1,13 +1,15 @@
 // Exact scores of candidates, and the k best of them.
 //
 //   products  queries and keys of one 16-bit type: the products are exact in the tensor cores' float32. A block takes 32 of
-//             a sample's chunks, counted through its candidates, and 32 of its tokens; its warps divide the width
+//             a sample's chunks, counted through its candidates, and 32 of its tokens; its warps divide the width. Keys in
+//             host memory are read once: a block copies its chunks to shared memory and goes through all tokens
 //   plain     any other types and widths: products and sums in float32
 //   pick      the k best of a sample's candidates
 //
 // How long it must take (H200, 64 candidates of width 1024): 2 chunks each and 32 tokens are 4 blocks that read 128 KB out
 // of L2, 2 us, after three loads that wait for each other, 2 us. 16 chunks each and 1,024 tokens are 1,024 blocks, 131 MB
-// out of L2, 27 us; 16 samples of 32 tokens 512 blocks and 34 MB of keys from memory, 15 us.
+// out of L2, 27 us; 16 samples of 32 tokens 512 blocks and 34 MB of keys from memory, 15 us. 64 candidates of 16 chunks in
+// host memory are 2 MB over the bus, 40 us at 50 GB/s, for any number of tokens.
 
 #include "best.cuh"
 #include "score.cuh"
@@ -27,6 +29,7 @@ struct RescoreCall {
 constexpr int kTileChunks = 32, kTileTokens = 32;
 constexpr int kTilePitch = kTileTokens + 8;  // rows of a warp's sums: four rows of pairs meet different banks
 constexpr int kMostProductCandidates = 256;  // a thread each
+constexpr int kStagedPad = 32;  // numbers behind a staged row: two rows of a quarter warp meet different banks
 
 struct RescoreShared {
   float sums[kRescoreWarps][kTileChunks][kTilePitch];
@@ -36,8 +39,11 @@ struct RescoreShared {
   int places[kTileChunks];  // candidates, -1 behind the last row
 };
 
-template <Type TYPE>
-__global__ void __launch_bounds__(kRescoreThreads, 2) rescore_products_kernel(const RescoreCall p) {
+// The sums lie at a multiple of 16 bytes, and so does what follows them: with STAGED, [kTileChunks][width + kStagedPad] keys.
+constexpr size_t kRescoreSharedBytes = (sizeof(RescoreShared) + 15) / 16 * 16;
+
+template <Type TYPE, bool STAGED>
+__global__ void __launch_bounds__(kRescoreThreads, STAGED ? 1 : 2) rescore_products_kernel(const RescoreCall p) {
   static_assert(kMostProductCandidates == kRescoreThreads);
   MSA_HF_SHARED(memory, 1024);
   auto& shared = *reinterpret_cast<RescoreShared*>(memory);
@@ -46,7 +52,6 @@ __global__ void __launch_bounds__(kRescoreThreads, 2) rescore_products_kernel(co
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, part = lane % 4;
   const int width = static_cast<int>(call.width), tokens = static_cast<int>(call.tokens), count = static_cast<int>(call.count);
   const int64_t sample = blockIdx.y;
-  const int first_token = blockIdx.z * kTileTokens;
   const auto* keys = static_cast<const Storage*>(call.keys);
   const auto* queries = static_cast<const Storage*>(call.queries) + sample * tokens * width;
   const bool* mask = call.mask + sample * tokens;
@@ -90,64 +95,82 @@ __global__ void __launch_bounds__(kRescoreThreads, 2) rescore_products_kernel(co
     }
     __syncthreads();
 
-    // A lane's 16 bytes of a row are its share of two products: the order of the summed numbers is that of both factors.
-    int key_rows[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) key_rows[i] = shared.chunks[quad + 8 * i];
-    uint32_t token_rows[4];  // in numbers
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const int token = first_token + quad + 8 * j;
-      token_rows[j] = static_cast<uint32_t>(token < tokens ? token : tokens - 1) * width;
+    auto* const staged = reinterpret_cast<Storage*>(memory + kRescoreSharedBytes);
+    if constexpr (STAGED) {
+      const int parts = width / 8;  // of 16 bytes
+#pragma unroll 8
+      for (int i = threadIdx.x; i < kTileChunks * parts; i += kRescoreThreads) {
+        const int row = i / parts, at = i % parts * 8;
+        *reinterpret_cast<uint4*>(staged + row * (width + kStagedPad) + at) =
+            *reinterpret_cast<const uint4*>(keys + (int64_t{shared.chunks[row]} * width + at));
+      }
+      __syncthreads();
     }
-    float sums[2][4][4] = {};
+
+    // A lane's 16 bytes of a row are its share of two products: the order of the summed numbers is that of both factors.
+    const Storage* key_rows[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      key_rows[i] = STAGED ? staged + (quad + 8 * i) * (width + kStagedPad)
+                           : keys + int64_t{shared.chunks[quad + 8 * i]} * width;
+    const int row = threadIdx.x / 8, column = threadIdx.x % 8 * 4;
+    float best = lowest<float>();
+    for (int first_token = blockIdx.z * kTileTokens; first_token < tokens; first_token += gridDim.z * kTileTokens) {
+      uint32_t token_rows[4];  // in numbers
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const int token = first_token + quad + 8 * j;
+        token_rows[j] = static_cast<uint32_t>(token < tokens ? token : tokens - 1) * width;
+      }
+      float sums[2][4][4] = {};
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-    constexpr int AT_ONCE = 1;  // two spill there
+      constexpr int AT_ONCE = 1;  // two spill there
 #else
-    constexpr int AT_ONCE = 2;
+      constexpr int AT_ONCE = 2;
 #endif
 #pragma unroll AT_ONCE
-    for (int base = warp * 32; base < width; base += kRescoreWarps * 32) {
-      const int at = base + part * 8;
-      uint4 a[4], b[4];
+      for (int base = warp * 32; base < width; base += kRescoreWarps * 32) {
+        const int at = base + part * 8;
+        uint4 a[4], b[4];
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        a[i] = at < width ? *reinterpret_cast<const uint4*>(keys + (int64_t{key_rows[i]} * width + at)) : uint4{};
-        b[i] = at < width ? *reinterpret_cast<const uint4*>(queries + (token_rows[i] + at)) : uint4{};
-      }
+        for (int i = 0; i < 4; i++) {
+          a[i] = at < width ? *reinterpret_cast<const uint4*>(key_rows[i] + at) : uint4{};
+          b[i] = at < width ? *reinterpret_cast<const uint4*>(queries + (token_rows[i] + at)) : uint4{};
+        }
 #pragma unroll
-      for (int t = 0; t < 2; t++) {
-        const uint32_t left[4] = {a[2 * t].x, a[2 * t + 1].x, a[2 * t].y, a[2 * t + 1].y};
-        const uint32_t right[4] = {a[2 * t].z, a[2 * t + 1].z, a[2 * t].w, a[2 * t + 1].w};
+        for (int t = 0; t < 2; t++) {
+          const uint32_t left[4] = {a[2 * t].x, a[2 * t + 1].x, a[2 * t].y, a[2 * t + 1].y};
+          const uint32_t right[4] = {a[2 * t].z, a[2 * t + 1].z, a[2 * t].w, a[2 * t + 1].w};
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-          warp_product<TYPE>(sums[t][j], left, b[j].x, b[j].y);
-          warp_product<TYPE>(sums[t][j], right, b[j].z, b[j].w);
+          for (int j = 0; j < 4; j++) {
+            warp_product<TYPE>(sums[t][j], left, b[j].x, b[j].y);
+            warp_product<TYPE>(sums[t][j], right, b[j].z, b[j].w);
+          }
         }
       }
-    }
 #pragma unroll
-    for (int t = 0; t < 2; t++)
+      for (int t = 0; t < 2; t++)
 #pragma unroll
-      for (int j = 0; j < 4; j++)
+        for (int j = 0; j < 4; j++)
 #pragma unroll
-        for (int h = 0; h < 2; h++)
-          *reinterpret_cast<float2*>(&shared.sums[warp][16 * t + 8 * h + quad][8 * j + 2 * part]) =
-              float2{sums[t][j][2 * h], sums[t][j][2 * h + 1]};
-    __syncthreads();
+          for (int h = 0; h < 2; h++)
+            *reinterpret_cast<float2*>(&shared.sums[warp][16 * t + 8 * h + quad][8 * j + 2 * part]) =
+                float2{sums[t][j][2 * h], sums[t][j][2 * h + 1]};
+      __syncthreads();
 
-    // Eight threads a row, four tokens each.
-    const int row = threadIdx.x / 8, column = threadIdx.x % 8 * 4;
-    float whole[4] = {};
-    for (int other = 0; other < kRescoreWarps; other++) {
-      const float4 four = *reinterpret_cast<const float4*>(&shared.sums[other][row][column]);
-      whole[0] += four.x, whole[1] += four.y, whole[2] += four.z, whole[3] += four.w;
-    }
-    float best = lowest<float>();
+      // Eight threads a row, four tokens each.
+      float whole[4] = {};
+      for (int other = 0; other < kRescoreWarps; other++) {
+        const float4 four = *reinterpret_cast<const float4*>(&shared.sums[other][row][column]);
+        whole[0] += four.x, whole[1] += four.y, whole[2] += four.z, whole[3] += four.w;
+      }
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int token = first_token + column + i;
-      if (token < tokens && mask[token]) best = max_of(best, whole[i]);
+      for (int i = 0; i < 4; i++) {
+        const int token = first_token + column + i;
+        if (token < tokens && mask[token]) best = max_of(best, whole[i]);
+      }
+      if constexpr (!STAGED) break;  // a block has no more tokens
+      __syncthreads();
     }
 #pragma unroll
     for (int step = 4; step > 0; step /= 2) best = max_of(best, __shfl_xor_sync(kWarp, best, step));
@@ -158,12 +181,19 @@ __global__ void __launch_bounds__(kRescoreThreads, 2) rescore_products_kernel(co
 
 template <Type TYPE>
 cudaError_t launch_products(const RescoreCall& call, cudaStream_t stream) {
-  const int64_t slices = (call.call.tokens + kTileTokens - 1) / kTileTokens;
-  const int64_t wanted = 1024 / (slices * call.call.samples);
+  const int64_t all_slices = (call.call.tokens + kTileTokens - 1) / kTileTokens;
+  const size_t staged = kTileChunks * (call.call.width + kStagedPad) * sizeof(typename Number<TYPE>::storage);
+  bool stages = call.call.keys_on_host && all_slices > 1;
+  if (stages && allow_shared(rescore_products_kernel<TYPE, true>, kRescoreSharedBytes + staged) != cudaSuccess) {
+    cudaGetLastError();  // rows too wide for this GPU's shared memory: they are read once for every 32 tokens
+    stages = false;
+  }
+  const int64_t slices = stages ? 1 : all_slices, wanted = 1024 / (slices * call.call.samples);
   const dim3 grid(static_cast<unsigned>(wanted < 1 ? 1 : wanted > 64 ? 64 : wanted), static_cast<unsigned>(call.call.samples),
                   static_cast<unsigned>(slices));
-  constexpr size_t shared = sizeof(RescoreShared);
-  return launch_kernel("rescore_products_kernel", rescore_products_kernel<TYPE>, {grid, kRescoreThreads, shared}, stream, call);
+  const auto kernel = stages ? rescore_products_kernel<TYPE, true> : rescore_products_kernel<TYPE, false>;
+  const size_t shared = kRescoreSharedBytes + (stages ? staged : 0);
+  return launch_kernel("rescore_products_kernel", kernel, {grid, kRescoreThreads, shared}, stream, call);
 }
 
 static bool takes_products(const Rescore& call) {

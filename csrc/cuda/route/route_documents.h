@@ -73,6 +73,7 @@ struct Rescore {
   const bool* mask = nullptr;  // [samples, tokens]
   const void* keys = nullptr;  // [chunks, width] f32, bf16 or f16
   Type key_type = Type::bf16;
+  bool keys_on_host = false;            // in its memory, which a block reads once for all tokens
   const int64_t* offsets = nullptr;     // [documents + 1]
   const int64_t* candidates = nullptr;  // [samples, count], -1 for none
   int64_t samples = 0, tokens = 0, width = 0, documents = 0, count = 0, k = 0;

@@ -451,6 +451,7 @@ void check_rescore(Random& random, bool small) {
   call.mask = reinterpret_cast<const bool*>(on.mask.data);
   call.keys = on.keys.data;
   call.key_type = c.key_type;
+  call.keys_on_host = random.below(2) == 0;  // which says how they are read, wherever they are
   call.offsets = reinterpret_cast<const int64_t*>(on.offsets.data);
   call.candidates = reinterpret_cast<const int64_t*>(given.data);
   call.samples = c.samples;
