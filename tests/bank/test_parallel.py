@@ -633,8 +633,13 @@ def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_benchmark_chooses_what_one_process_chooses(tmp_path: Path) -> None:
     """A rehearsal; it compares the documents itself."""
     bench = runpy.run_path(str(ROOT / "benchmarks/bench_parallel.py"))
-    sizes = "--tokens 40000 --document-tokens 130 --question-tokens 5 --layers 2 --heads 4 --groups 2 --head-dim 8"
-    options = [*sizes.split(), "--repeats", "2", "--json", str(tmp_path / "figures.json")]
-    together(3, lambda rank: launched(rank, 3, lambda: bench["main"](options)))
+    sizes = """--tokens 20000 --document-tokens 130 --question-tokens 5 --layers 2 --heads 4 --groups 2 --head-dim 8
+        --hidden-size 32 --intermediate-size 32 --vocabulary 16384 --batch 2 --questions 2 --documents 9"""
+    options = [*sizes.split(), "--part-size", "900", "--repeats", "1", "--json", str(tmp_path / "figures.json")]
+    printed = together(2, lambda rank: launched(rank, 2, lambda: bench["main"](options)))
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["processes"] == 3 and figures["shared_ms"]["5"] > 0
+    measured = ("route 1 x 5", "route 2 x 5", "first token, 5 tokens")
+    named = [f"{what}, {kind}" for kind in ("sharded", "replicated") for what in measured]
+    assert [row["what"] for row in figures["rows"]] == [*named, "questions, each its own", "encoding"]
+    assert figures["processes"] == 2 and all(row["one"] > 0 and row["all"] > 0 for row in figures["rows"])
+    assert printed[0].count(" times (goal ") == len(figures["rows"]) and not any(printed[1:])

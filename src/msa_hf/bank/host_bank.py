@@ -90,11 +90,10 @@ def _read(reader: BankReader, ranks: Collectives, target: torch.device) -> Memor
     empty = {layer: layout.empty(layer, 0, torch.device("cpu")) for layer in layout.shapes}
     layers = {layer: DenseLayer(*pair) for layer, pair in empty.items()}
     if chunks:
-        hosts = ranks.everyone(_host())
-        neighbors = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
+        neighbors = neighbors_of(ranks)
         # Routing keys apart from content: who has put them on a device lets go of them here.
         shapes = [[(chunks, *pair[kind].shape[1:]) for pair in empty.values()] for kind in (0, 1)]
-        memory = _shared([_bytes_of(kind, layout.dtype) for kind in shapes], neighbors, ranks)
+        memory = shared_blocks([_bytes_of(kind, layout.dtype) for kind in shapes], neighbors, ranks)
         tensors = [_tensors(block, kind, layout.dtype) for block, kind in zip(memory, shapes, strict=True)]
         layers = {layer: DenseLayer(*pair) for layer, pair in zip(empty, zip(*tensors, strict=True), strict=True)}
         with agreed(ranks):
@@ -121,7 +120,7 @@ def _fill(layers: dict[int, DenseLayer], reader: BankReader, first: int, end: in
         layers[layer].pooled_kv[first:end] = pooled_kv
 
 
-def _shared(sizes: list[int], neighbors: list[int], ranks: Collectives) -> list[HostMemory]:
+def shared_blocks(sizes: list[int], neighbors: list[int], ranks: Collectives) -> list[HostMemory]:
     """Blocks of so many bytes, the same for all `neighbors` of a host; the first of these makes them."""
     first, files = neighbors[0], list[int]()
     try:
@@ -142,9 +141,10 @@ def _shared(sizes: list[int], neighbors: list[int], ranks: Collectives) -> list[
             os.close(file)
 
 
-def _host() -> str:
-    """The name of the kernel that runs, and of the processes that see each other."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+def neighbors_of(ranks: Collectives) -> list[int]:
+    """The processes on the host of this one, ascending: where the same kernel runs, and they see each other."""
+    host = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    return [rank for rank, other in enumerate(ranks.everyone(host)) if other == host]
 
 
 def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> int:
