@@ -5,6 +5,8 @@ import json
 import os
 import runpy
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -643,3 +645,17 @@ def test_the_benchmark_chooses_what_one_process_chooses(tmp_path: Path) -> None:
     assert [row["what"] for row in figures["rows"]] == [*named, "questions, each its own", "encoding"]
     assert figures["processes"] == 2 and all(row["one"] > 0 and row["all"] > 0 for row in figures["rows"])
     assert printed[0].count(" times (goal ") == len(figures["rows"]) and not any(printed[1:])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_choose_what_one_chooses() -> None:
+    """Over NCCL, in float32 and bfloat16; the benchmark compares, and no process group warns."""
+    sizes = """--rows route,first,questions --tokens 40000 --question-tokens 5 --layers 2 --heads 4 --groups 2
+        --head-dim 64 --hidden-size 64 --intermediate-size 64 --vocabulary 512 --batch 2 --questions 2 --repeats 1
+        --no-compile"""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "benchmarks/bench_parallel.py"]
+    for dtype in ("float32", "bfloat16"):
+        options = [*command, *sizes.split(), "--dtype", dtype]
+        done = subprocess.run(options, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "device_id" not in done.stderr and "destroy_process_group" not in done.stderr, done.stderr
