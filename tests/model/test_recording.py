@@ -13,9 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CompileConfig
 
+from msa_hf.bank import place_bank
+from msa_hf.bank.tiered.hardware import Tiers
+from msa_hf.bank.tiered.layer import TieredLayer
 from msa_hf.model import compiled_msa, recording_msa
 from msa_hf.model.cache_msa import MSACache, MSAStaticCache
 from msa_hf.model.compat_msa import CACHE
+from msa_hf.model.dense_layer_msa import DenseLayer
+from msa_hf.model.document_rows_msa import ChunkLayout
 
 SMALL: dict[str, Any] = {"base": {"num_hidden_layers": 3}, "memory_layers": [1, 2]}
 EXACTLY: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
@@ -80,6 +85,8 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PlainTape]]:
     monkeypatch.setattr(recording_msa, "tape_for", tape_for)
     monkeypatch.setattr(compiled_msa, "is_recordable", lambda model: True)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    # As on a GPU.
+    monkeypatch.setattr(ChunkLayout, "width_for", lambda layout, chosen: layout.known_width(*chosen.shape))
     yield made
 
 
@@ -110,7 +117,8 @@ def test_answers_are_those_of_runs_that_are_not_recorded(tapes: list[PlainTape])
         expected = made.model.generate(**question, memory=made.bank, **EXACTLY)
         assert torch.equal(made.model.generate(**question, memory=made.bank, **EXACTLY, **recorded()), expected)
     (tape,) = tapes
-    assert tape.parts == 1 + 3 + 1  # a token; a prompt, cut at its memory layers; contexts
+    # A token; a prompt, cut at its memory layers, each of which is asked; contexts.
+    assert tape.parts == 1 + 3 + 2 + 1
     (cache,) = compiled_msa._spare[made.model].values()
     assert len(cache.recordings.known) == 3
     store = made.model.open_memory()
@@ -121,6 +129,45 @@ def test_answers_are_those_of_runs_that_are_not_recorded(tapes: list[PlainTape])
             assert torch.equal(made.model.generate(**question, memory=memory, **EXACTLY, **recorded()), expected)
         store.delete("0")
     assert list(compiled_msa._spare[made.model].values()) == [cache]
+
+
+@pytest.mark.parametrize("kind", ["bank", "tiered", "store"])
+def test_a_memory_that_stays_is_recorded_too(
+    kind: str, tapes: list[PlainTape], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third question on asks it without Python; another memory, or a commit, is asked anew."""
+    made = setup("qwen3", "sdpa", **SMALL)
+    memory: Any = made.bank
+    other: Any = made.model.encode_documents(tokens(*map(len, made.documents), seed=6), show_progress=False)
+    if kind == "tiered":
+        memory, other = (place_bank(bank, tiers=Tiers(*[10**12] * 3)) for bank in (memory, other))
+    elif kind == "store":
+        memory = made.model.open_memory()
+        memory.add([{"key": str(place), "input_ids": item} for place, item in enumerate(made.documents)])
+    gathered: list[int] = []
+    layer = TieredLayer if kind == "tiered" else DenseLayer
+    gather = layer.gather
+
+    def counted(self: Any, *args: Any) -> Any:
+        gathered.append(1)
+        return gather(self, *args)
+
+    monkeypatch.setattr(layer, "gather", counted)
+
+    def asks(memory: Any, seed: int) -> int:
+        question = batch_of(tokens(9, seed=seed))
+        expected = made.model.generate(**question, memory=memory, **EXACTLY)
+        gathered.clear()
+        assert torch.equal(made.model.generate(**question, memory=memory, **EXACTLY, **recorded()), expected)
+        return len(gathered)
+
+    assert [asks(memory, seed) for seed in range(5)] == [2, 2, 2, 0, 0]
+    assert [asks(other, seed) for seed in range(3)] == [2, 2, 0]
+    assert [asks(memory, seed) for seed in range(3)] == [2, 2, 0]
+    if kind == "store":
+        memory.delete("2")
+        memory.add([{"key": "more", "input_ids": [9, 9, 9]}])
+        assert [asks(memory, seed) for seed in range(3)] == [2, 2, 0]
 
 
 def test_turns_of_one_cache(tapes: list[PlainTape]) -> None:
@@ -135,7 +182,7 @@ def test_turns_of_one_cache(tapes: list[PlainTape]) -> None:
             ids = made.model.generate(ids, memory=memory, **{CACHE: cache}, **EXACTLY, **options)
         answers.append(ids)
     assert torch.equal(*answers)
-    assert tapes[0].parts == 5  # a token, a prompt cut twice, contexts
+    assert tapes[0].parts == 7  # a token, a prompt cut twice, two memory layers, contexts
     assert not copy.deepcopy(cache).recordings.known
 
 

@@ -29,7 +29,7 @@ from .attention_msa import AttendingPass
 from .cache_msa import MemoryContext, MSAStaticCache, bucket_of
 from .chunks_msa import ContextRows
 from .compat_msa import CACHE, forget_tokens
-from .memory_msa import LayerMemory, Memory
+from .memory_msa import LaunchesAlone, LayerMemory, Memory
 from .recording_msa import Inputs, Step, call_between, is_recordable, state_of
 from .routing_msa import LayerRouting, RoutingRequest, Scoring, Selection
 from .types_msa import Arguments
@@ -104,13 +104,19 @@ def recall_operation() -> Recall:
     def recall(
         queries: Tensor, mask: Tensor, layer: Tensor, k: int, rows: int, groups: int, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        return call_between(lambda: ask(queries, mask, layer, k, rows, dtype))
+        number, device, samples = int(layer), queries.device, queries.shape[0]
+
+        def addresses() -> Hashable | None:
+            memory = _asked.get().layers[number]
+            return memory.addresses(device, samples, k) if isinstance(memory, LaunchesAlone) else None
+
+        return call_between(lambda: ask(queries, mask, number, k, rows, dtype), addresses)
 
     def ask(
-        queries: Tensor, mask: Tensor, layer: Tensor, k: int, rows: int, dtype: torch.dtype
+        queries: Tensor, mask: Tensor, layer: int, k: int, rows: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         asked = _asked.get()
-        memory, device = asked.layers[int(layer)], queries.device
+        memory, device = asked.layers[layer], queries.device
         selection = memory.route(queries, mask, k, asked.request.scoring)
         found = memory.gather(selection, dtype).to(device, dtype)
         documents, scores = (item.to(device).contiguous() for item in (selection.documents, selection.scores))

@@ -1,6 +1,6 @@
 """`DenseLayer`: what a memory layer keeps of documents, as tensors that lie in one place."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .chunks_msa import ContextRows, chunk_counts, gather_documents
 from .document_rows_msa import ChunkLayout, score_chosen, scores_at
-from .ops_msa import OPERATIONS
+from .ops_msa import OPERATIONS, PLAIN
 from .renamed_msa import renamed_attribute
 from .routing_msa import Scoring, Selection, score_documents, select_documents
 
@@ -83,6 +83,15 @@ class DenseLayer:
         )
         return Selection(documents, scores)
 
+    def addresses(self, device: torch.device, samples: int, k: int) -> Hashable | None:
+        """Where all lies that is read; see `LaunchesAlone`."""
+        layout, plain = self._layout(), OPERATIONS["route_documents"] is PLAIN["route_documents"]
+        if plain or not layout.is_shared or not device == self.routing_keys.device == self.pooled_kv.device:
+            return None
+        width = layout.known_width(samples, k)
+        parts = self.routing_keys, self.pooled_kv, layout.offsets_on(device), layout.alive_on(device)
+        return None if width is None else (width, *map(address_of, parts))
+
     def score(self, queries: Tensor, mask: Tensor, scoring: Scoring, documents: Tensor | None = None) -> Tensor:
         """Scores of all documents, or of those that are given; see `LayerMemory`."""
         layout, keys = self._layout(), self.routing_keys
@@ -98,6 +107,11 @@ class DenseLayer:
         layout, documents = self._layout(), selection.documents.to(device)
         found = gather(documents, layout.offsets_on(device), self.pooled_kv, layout.width_for(documents))
         return ContextRows(*found).to(device, dtype)
+
+
+def address_of(tensor: Tensor | None) -> tuple[object, ...] | None:
+    """Where a tensor lies, its shape and dtype."""
+    return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.dtype)
 
 
 def own_tensor(tensor: Tensor) -> Tensor:

@@ -76,10 +76,12 @@ class ChunkLayout:
 
         None where these would be too many beside those that are there, or nobody waits.
         """
-        if chosen.device.type == "cpu":
-            return None
-        most = self.most_rows(chosen.shape[1])
-        return most if most <= UNKNOWN_ROWS and most * chosen.shape[0] <= UNKNOWN_ROWS_OF_ALL else None
+        return None if chosen.device.type == "cpu" else self.known_width(*chosen.shape)
+
+    def known_width(self, samples: int, documents: int) -> int | None:
+        """Rows per sample that are enough for so many documents of each; None where these would be too many."""
+        most = self.most_rows(documents)
+        return most if most <= UNKNOWN_ROWS and most * samples <= UNKNOWN_ROWS_OF_ALL else None
 
     def renewed(self) -> "ChunkLayout":
         """The same for another forward, whose documents are looked up anew; what was moved to a device is shared."""

@@ -6,7 +6,7 @@ its key, text and metadata; and with what model all of it was made, because no o
 
 import copy
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,23 @@ class BankHome:
 
     directory: Path
     commit: str
+
+
+@runtime_checkable
+class LaunchesAlone(Protocol):
+    """A layer that does nothing but launch work on a device, perhaps, when it is asked: this can then be recorded."""
+
+    def addresses(self, device: torch.device, samples: int, k: int) -> Hashable | None:
+        """Where all lies that `route` and `gather` read, and how large it is; the same while that does not change.
+
+        Args:
+            device: of queries and masks.
+            samples: in a batch.
+            k: documents of each.
+
+        Returns:
+            None where the host has a part in it.
+        """
 
 
 class LayerMemory(Protocol):

@@ -24,6 +24,8 @@ from .walking_msa import tensors_of
 logger = logging.get_logger(__name__)
 
 Step = Callable[[], object]
+HostFunction = Callable[[], Sequence[Tensor]]
+Addresses = Callable[[], Hashable | None]
 Inputs = Mapping[str, Tensor]
 Result = TypeVar("Result")
 
@@ -124,24 +126,70 @@ class Recording:
         self.steps.append(step)
         step()
 
-    def call(self, function: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    def call(self, function: HostFunction, addresses: Addresses) -> tuple[Tensor, ...]:
         """The results of `function`, which is called anew by every `play`: the same shapes, in the same places."""
         self._end_part()
-        places = tuple(item.clone() for item in function())
-
-        def again() -> None:
-            for place, item in zip(places, function(), strict=True):
-                place.copy_(item)
-
-        self.steps.append(again)
+        step = HostCall(self.tape, function, addresses)
+        self.steps.append(step)
         self.tape.begin()
-        return places
+        return step.places
 
 
-def call_between(function: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...]:
-    """Call a function of the host; where a run is being recorded, between two of its parts."""
+class HostCall:
+    """A step that the host does anew. While what it reads stays where it is, it is a recording of its own.
+
+    Args:
+        tape: records it.
+        function: what is done; the first call is made here.
+        addresses: see `call_between`.
+
+    Attributes:
+        places: of its results.
+    """
+
+    def __init__(self, tape: Tape, function: HostFunction, addresses: Addresses) -> None:
+        self.tape, self.function, self.addresses = tape, function, addresses
+        self.places = tuple(item.clone() for item in function())
+        self.last = addresses()
+        self.step: Step | None = None
+
+    def __call__(self) -> None:
+        addresses = self.addresses()
+        if addresses is None or addresses != self.last:
+            self.last, self.step = addresses, None
+            self._run()
+            return
+        if self.step is None:
+            self.step = self._recorded()
+        self.step()
+
+    def _run(self) -> None:
+        for place, item in zip(self.places, self.function(), strict=True):
+            place.copy_(item)
+
+    def _recorded(self) -> Step:
+        with self.tape.running():
+            self.tape.begin()
+            try:
+                self._run()
+            except BaseException as error:
+                with contextlib.suppress(Exception):
+                    self.tape.end()
+                if not isinstance(error, RuntimeError):
+                    raise
+                logger.warning_once(f"A memory is asked launch by launch, it cannot be recorded: {error}")
+                return self._run
+            return self.tape.end()
+
+
+def call_between(function: HostFunction, addresses: Addresses) -> tuple[Tensor, ...]:
+    """Call a function of the host; where a run is being recorded, between two of its parts.
+
+    Args:
+        addresses: where all lies that the function reads, if it only launches work; None where it does more.
+    """
     recording = _recording.get()
-    return tuple(function()) if recording is None else recording.call(function)
+    return tuple(function()) if recording is None else recording.call(function, addresses)
 
 
 # Runs of a cache ------------------------------------------------------------------------------------------------------

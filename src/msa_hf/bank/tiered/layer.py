@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ...model.bank_format_msa import chunk_ranges
 from ...model.chunks_msa import ContextRows
-from ...model.dense_layer_msa import select_scored
+from ...model.dense_layer_msa import address_of, select_scored
 from ...model.document_rows_msa import ChunkLayout, DocumentRows, score_rows
 from ...model.renamed_msa import renamed_attribute
 from ...model.routing_msa import Scoring, Selection, score_documents, select_of_rankings
@@ -162,6 +163,11 @@ class PooledKV:
         return tuple(map(join_rows, zip(*parts, strict=True))) or self.rows.select(chosen.rows)
 
 
+def _is_read_by(device: torch.device, tensor: Tensor) -> bool:
+    """Tell whether a device reads a tensor itself."""
+    return tensor.device == device or (tensor.device.type == "cpu" and tensor.is_pinned())
+
+
 @dataclass(frozen=True)
 class TieredLayer:
     """A memory layer in tiers.
@@ -183,6 +189,19 @@ class TieredLayer:
         return replace(self, layout=layout)
 
     # `LayerMemory` ----------------------------------------------------------------------------------------------------
+
+    def addresses(self, device: torch.device, samples: int, k: int) -> Hashable | None:
+        """Where all lies that is read; see `LaunchesAlone`. What streams, and what is on disk, needs the host."""
+        keys, kept, layout = self.routing_keys, self.pooled_kv.rows, self.layout
+        width = layout.known_width(samples, k)
+        if width is None or keys.streamed or self.pooled_kv.hot is not None or not layout.is_shared:
+            return None
+        exact = [] if keys.exact is None or keys.candidates == 0 else [keys.exact.whole]
+        read = [keys.rows.whole, kept.whole, *exact]
+        if keys.device != device or any(part is None or not _is_read_by(device, part) for part in read):
+            return None
+        parts = *read, keys.rows.scales, kept.scales, layout.offsets_on(device), layout.alive_on(device)
+        return width, *map(address_of, parts)
 
     def route(self, queries: Tensor, mask: Tensor, k: int, scoring: Scoring) -> Selection:
         """The `k` best documents of each sample: what is kept in fewer bits finds candidates, exact keys decide."""
