@@ -490,7 +490,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--question-tokens", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--batch", type=int, default=16, help="questions of the last routing row")
     parser.add_argument("--questions", type=int, default=50, help="that each process answers")
-    parser.add_argument("--documents", type=int, default=6000, help="to encode")
+    parser.add_argument("--documents", type=int, default=3000, help="to encode")
     parser.add_argument("--part-size", type=int, default=1 << 18, help="bytes of text of a part")
     parser.add_argument("--layers", type=int, default=18, help="memory layers; the model has twice as many")
     parser.add_argument("--heads", type=int, default=32)

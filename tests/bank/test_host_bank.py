@@ -11,7 +11,10 @@ from setups import Setup, assert_same, batch_of, setup, tokens
 from torch import Tensor
 
 from msa_hf.bank import RankFailed, host_bank, place_bank, shard_bank
+from msa_hf.bank.tiered import bank as tiered
 from msa_hf.bank.tiered.hardware import Tiers
+from msa_hf.bank.tiered.plan import DoesNotFit, PlacementOptions, Reserves
+from msa_hf.bank.tiered.sources import source_of
 
 TIERS = Tiers(None, 10**12, 10**12)
 
@@ -114,3 +117,24 @@ def test_what_one_process_cannot_read_is_told_to_all(made: tuple[Setup, Path], t
         return str(caught.value)
 
     assert all(last.name in message for message in together(2, work))
+
+
+def test_what_is_locked_in_host_memory_needs_no_room_there(
+    made: tuple[Setup, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan for a GPU counts content as there already; of a bank that is not locked it does not."""
+    source, gpu, choice = source_of(made[0].bank), torch.device("cuda", 0), PlacementOptions(content_on="host")
+    monkeypatch.setattr(tiered, "measured_tiers", lambda *_: Tiers(10**9, 100, 10**9))
+    with pytest.raises(DoesNotFit):
+        tiered._planned(source, gpu, choice, None, Reserves(0, 0, 0, 0, 0))
+    monkeypatch.setattr(Tensor, "is_pinned", lambda *_: True)
+    assert tiered._planned(source, gpu, choice, None, Reserves(0, 0, 0, 0, 0)).content_on == "host"
+
+
+def test_replicated_content_stays_where_it_is(made: tuple[Setup, Path]) -> None:
+    """Where routing keys go elsewhere or become others."""
+    with shard_bank(made[0].bank, content="replicated") as shared:
+        moved = shared.to(dtype=torch.bfloat16)
+    for layer, memory in moved.layers.items():
+        assert memory.routing_keys.dtype == torch.bfloat16
+        assert memory.pooled_kv is made[0].bank.layers[layer].pooled_kv

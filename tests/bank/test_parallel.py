@@ -490,7 +490,8 @@ def test_an_error_between_forwards_reaches_all(inputs: str) -> None:
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_ends_the_others(killed: int) -> None:
+def test_a_killed_process_ends_the_others(killed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("msa_hf.bank.sharded.notices.PATIENCE", 1.0)
     made_ = made()
 
     def work(rank: int) -> Any:

@@ -116,7 +116,7 @@ class ShardSession:
         if error is None:  # all came through, or those that did not are heard of
             self._meet()
             self.ranks.gather(torch.ones(1, dtype=torch.int64))
-        elif error is not self._refused:  # which all of them raise
+        elif self._refused is None:  # else all of them raise
             self.ranks.fail(error)
 
     # What every process needs of the others' inputs -------------------------------------------------------------------
@@ -184,7 +184,7 @@ class ShardSession:
                 alive=None if alive is None else alive[rows],
                 similarity=similarity,
             )
-            documents = self.share.numbers(keys.device)[places]
+            documents = self.share.numbers(keys.device).take(places)
         self._meet()  # the device scores meanwhile
         return merge(self.ranks.gather(pack(documents, scores)), k)
 
