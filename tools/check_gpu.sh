@@ -50,7 +50,7 @@ build() {
 }
 
 tests() { # what has a CUDA device among its places; the rest runs too, and costs a minute
-    "$python" -m pytest -q -p no:cacheprovider tests/ops tests/model/test_attention.py
+    "$python" -m pytest -q -p no:cacheprovider tests/ops tests/model/test_attention.py tests/model/test_recording.py
 }
 
 sanitize() {

@@ -116,9 +116,9 @@ def test_answers_are_those_of_runs_that_are_not_recorded(tapes: list[PlainTape])
     for question in plain:
         expected = made.model.generate(**question, memory=made.bank, **EXACTLY)
         assert torch.equal(made.model.generate(**question, memory=made.bank, **EXACTLY, **recorded()), expected)
-    (tape,) = tapes
-    # A token; a prompt, cut at its memory layers, each of which is asked; contexts.
-    assert tape.parts == 1 + 3 + 2 + 1
+    tape, between = tapes
+    assert tape.parts == 1 + 3 + 1  # a token; a prompt, cut at its memory layers; contexts
+    assert between.parts == 2  # how the layers are asked, which is played within the prompt
     (cache,) = compiled_msa._spare[made.model].values()
     assert len(cache.recordings.known) == 3
     store = made.model.open_memory()
@@ -182,7 +182,7 @@ def test_turns_of_one_cache(tapes: list[PlainTape]) -> None:
             ids = made.model.generate(ids, memory=memory, **{CACHE: cache}, **EXACTLY, **options)
         answers.append(ids)
     assert torch.equal(*answers)
-    assert tapes[0].parts == 7  # a token, a prompt cut twice, two memory layers, contexts
+    assert [tape.parts for tape in tapes] == [5, 2]  # a token, a prompt cut twice, contexts; two memory layers
     assert not copy.deepcopy(cache).recordings.known
 
 
@@ -229,7 +229,7 @@ def test_weights_that_change(tapes: list[PlainTape]) -> None:
     bank = made.bank
     for _ in range(4):
         both()
-    (tape,), weight = tapes, made.model.model.layers[0].mlp.down_proj
+    tape, weight = tapes[0], made.model.model.layers[0].mlp.down_proj
     before, parts = weight.weight.data, tape.parts
     try:
         weight.weight.data = before * -3

@@ -44,7 +44,10 @@ class Tape(Protocol):
 
 
 class CudaTape:
-    """CUDA graphs that share one pool of memory, since they are played in the order in which they were recorded.
+    """CUDA graphs that share one pool of memory.
+
+    What one run leaves in between is room for the next that is recorded. Runs of one tape are therefore played one
+    after the other, never one within another.
 
     Args:
         device: with an index or the current one.
@@ -94,10 +97,14 @@ class Recording:
     """The steps of one run, in order: parts on the tape, and calls of the host between them.
 
     A part is done as soon as it is recorded, so that what follows sees numbers. The run that is recorded is a run.
+
+    Args:
+        tape: of the parts.
+        between: of what is recorded later of the calls, which are played while parts wait for each other's numbers.
     """
 
-    def __init__(self, tape: Tape) -> None:
-        self.tape = tape
+    def __init__(self, tape: Tape, between: Tape) -> None:
+        self.tape, self.between = tape, between
         self.steps: list[Step] = []
 
     def record(self, run: Callable[[], Result]) -> Result:
@@ -129,7 +136,7 @@ class Recording:
     def call(self, function: HostFunction, addresses: Addresses) -> tuple[Tensor, ...]:
         """The results of `function`, which is called anew by every `play`: the same shapes, in the same places."""
         self._end_part()
-        step = HostCall(self.tape, function, addresses)
+        step = HostCall(self.between, function, addresses)
         self.steps.append(step)
         self.tape.begin()
         return step.places
@@ -245,7 +252,7 @@ class Recordings:
     """
 
     def __init__(self) -> None:
-        self.tape: Tape | None = None
+        self.tapes: tuple[Tape, Tape] | None = None
         self.state: object = None
         self.places: dict[Hashable, Places] = {}
         self.known: dict[Hashable, Recorded[Any]] = {}
@@ -279,10 +286,11 @@ class Recordings:
             undo: notes what a run changes besides its result, and gives what puts it back; for a run that fails while
                 it is recorded, and is repeated.
         """
-        if self.tape is None:
-            self.tape = tape_for(device)
-        if self.tape is None:
-            return function(inputs)
+        if self.tapes is None:
+            tape, between = tape_for(device), tape_for(device)
+            if tape is None or between is None:
+                return function(inputs)
+            self.tapes = tape, between
         kind = kind, tuple((name, item.shape, item.dtype) for name, item in inputs.items())
         if kind in self.refused:
             return function(inputs)
@@ -295,7 +303,7 @@ class Recordings:
         if recorded is not None:
             recorded.recording.play()
             return recorded.result
-        recording, restore = Recording(self.tape), undo()
+        recording, restore = Recording(*self.tapes), undo()
         try:
             result = recording.record(lambda: function(places.tensors))
         except RuntimeError as error:
