@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 from connected import together
+from plain_tape import PlainTape
 from setups import Setup, assert_same, batch_of, setup, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CompileConfig
 
 from msa_hf.bank import shard_bank
-from msa_hf.model import document_rows_msa
+from msa_hf.bank.sharded.collectives import Collectives
+from msa_hf.bank.sharded.layer import ShardedLayer
+from msa_hf.model import compiled_msa, document_rows_msa, recording_msa
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
 QUESTION = batch_of(tokens(6, seed=5))
@@ -145,6 +149,45 @@ def test_nobody_waits_for_others_before_the_first_layer_exchanges() -> None:
 
     first, second = together(2, work)
     assert second - first > 0.2
+
+
+@pytest.mark.parametrize("content", ["sharded", "replicated"])
+def test_layers_and_their_exchanges_are_recorded(content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the fourth question on they are played; one that the others do not ask is refused, and not played."""
+    config = CompileConfig()
+    config._compile_all_devices = True
+    monkeypatch.setattr(recording_msa, "tape_for", lambda device: PlainTape())
+    monkeypatch.setattr(compiled_msa, "is_recordable", lambda model: True)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(
+        document_rows_msa.ChunkLayout, "width_for", lambda layout, chosen: layout.known_width(*chosen.shape)
+    )
+    monkeypatch.setattr(Collectives, "is_queued_on", lambda ranks, device: True)
+    made, exactly = layered(2), {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    recorded = {"cache_implementation": "static", "compile_config": config}
+    routed: list[int] = []
+    route = ShardedLayer.route
+    monkeypatch.setattr(ShardedLayer, "route", lambda *args: (routed.append(1), route(*args))[1])
+
+    def work(rank: int) -> Any:
+        found = []
+        with shard_bank(made.bank, content=content) as memory:
+            for seed in range(6):
+                routed.clear()
+                question = batch_of(tokens(9, seed=seed))
+                answer = made.model.generate(**question, memory=memory, **exactly, **recorded)
+                found.append((answer.tolist(), len(routed)))
+            with pytest.raises(ValueError, match="same inputs"):
+                other = batch_of(tokens(9, seed=10 + rank))
+                made.model.generate(**other, memory=memory, **exactly, **recorded)
+        return found
+
+    expected = [
+        made.model.generate(**batch_of(tokens(9, seed=seed)), memory=made.bank, **exactly).tolist() for seed in range(6)
+    ]
+    for found in together(2, work):
+        assert [answer for answer, _ in found] == expected
+        assert [count for _, count in found] == [2, 2, 2, 0, 0, 0]
 
 
 def test_what_content_cannot_be_is_refused(tmp_path: Any) -> None:

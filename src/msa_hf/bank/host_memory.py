@@ -73,3 +73,8 @@ def pinned(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     memory.tensor((len(memory),), torch.uint8).zero_()  # all threads touch its pages, which locking would do with one
     memory.lock()
     return memory.tensor(size, dtype)
+
+
+def is_read_by(device: torch.device, tensor: Tensor) -> bool:
+    """Tell whether a device reads a tensor itself."""
+    return tensor.device == device or (tensor.device.type == "cpu" and tensor.is_pinned())

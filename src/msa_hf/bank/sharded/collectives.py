@@ -6,6 +6,7 @@ that failed, is noticed beside (notices.py), and ends what waits.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 import traceback
@@ -20,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .notices import PATIENCE, Notices, within
+
+_numbers = itertools.count()
 
 
 class Exchange(Protocol):
@@ -76,10 +79,14 @@ class Collectives:
     Raises:
         RankFailed: where the processes could not be connected in time.
         RuntimeError: where torch.distributed is not connected, but should be.
+
+    Attributes:
+        number: of this connection, another one for each that this process makes.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout: timedelta) -> None:
         self.timeout = timeout
+        self.number = next(_numbers)
         self.rank, self.size, self.control, self.data = 0, 1, None, None
         self.closed = False
         self._notices: Notices | None = None
@@ -120,6 +127,10 @@ class Collectives:
         if self.size == 1:
             return part[None]
         return self._talk(_gather_into, part, (self.size, *part.shape))
+
+    def is_queued_on(self, device: torch.device) -> bool:
+        """Tell whether exchanges of a device's tensors are work of that device, in which no host has a part."""
+        return self.size == 1 or (self.data is not None and device.type != "cpu")
 
     def start_gather(self, part: Tensor) -> Message:
         """The same of a tensor on the CPU, without waiting for the others."""

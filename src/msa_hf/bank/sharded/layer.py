@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...model.chunks_msa import ContextRows
-from ...model.dense_layer_msa import DenseLayer, select_scored
+from ...model.dense_layer_msa import DenseLayer, address_of, select_scored
 from ...model.document_rows_msa import scores_at
 from ...model.routing_msa import NO_SCORE, Scoring, Selection
 from ...ops.gather_documents import gather_documents, most_rows
+from ..host_memory import is_read_by
 from .session import ShardSession
 
 
@@ -48,7 +50,19 @@ class ShardedLayer:
         """The rows of documents [B, n] of the whole bank, on the device of the routing keys."""
         return self.session.gather(documents, self.part.pooled_kv)
 
+    def width(self, samples: int, k: int) -> int | None:
+        """Rows of each sample that are enough for `k` documents and known beforehand, None where there are none."""
+        return self.session.layout.most_rows(k)
+
     # `LayerMemory` ----------------------------------------------------------------------------------------------------
+
+    def addresses(self, device: torch.device, samples: int, k: int) -> Hashable | None:
+        """Where all lies that is read; see `LaunchesAlone`. Exchanges between devices are recorded too."""
+        keys, content, width = self.part.routing_keys, self.part.pooled_kv, self.width(samples, k)
+        if width is None or keys.device != device or not is_read_by(device, content):
+            return None
+        shared = self.session.addresses(device, k)
+        return None if shared is None else (width, address_of(keys), address_of(content), *shared)
 
     def route(self, queries: Tensor, mask: Tensor, k: int, scoring: Scoring) -> Selection:
         """The `k` best documents of each sample, from the best of every process."""
@@ -91,6 +105,10 @@ class ReplicatedLayer(ShardedLayer):
     def moved(part: DenseLayer, device: torch.device | str | None, dtype: torch.dtype | None) -> DenseLayer:
         """The routing keys on another device or in another dtype; content stays where and as it is."""
         return replace(part, routing_keys=part.routing_keys.to(device, dtype))
+
+    def width(self, samples: int, k: int) -> int | None:
+        """Rows of each sample that are enough for `k` documents and known beforehand, None where there are none."""
+        return self.session.layout.known_width(samples, k)
 
     def rows_of(self, documents: Tensor) -> ContextRows:
         """The rows of documents [B, n], read from where they lie."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from types import TracebackType
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...model.chunks_msa import ContextRows
+from ...model.dense_layer_msa import address_of
 from ...model.document_rows_msa import ChunkLayout, score_chosen, scores_at
-from ...model.ops_msa import OPERATIONS
+from ...model.ops_msa import OPERATIONS, PLAIN
 from ...model.routing_msa import NO_SCORE, RoutingRequest, score_documents
 from ...ops.gather_documents import gather_documents, most_rows
 from .agreement import HEADER, SAME, Given, Header, Masks, Sizes, check_headers, header_of
@@ -109,6 +111,26 @@ class ShardSession:
         forces = [forced_there for forced_there in sizes.forces for _ in range(sizes.batch)]
         self._given = Given.of(self.ranks.gather(padded).flatten(0, 1), forces, self.share)
 
+    def addresses(self, device: torch.device, k: int) -> tuple[Hashable, ...] | None:
+        """Where all lies that choosing `k` documents reads besides the layer; see `LaunchesAlone`.
+
+        What the other processes want is looked at here too: nothing is played that they do not play.
+        """
+        plain = OPERATIONS["route_documents"] is PLAIN["route_documents"]
+        if plain or not self.together or not self.ranks.is_queued_on(device) or self.share.is_empty:
+            return None
+        if self._given is not None or self.sizes.all_scores or self.layout.most_rows(k) > MOST_UNKNOWN_ROWS:
+            return None
+        self._meet()
+        self.ranks.check_open()
+        read = (
+            self.share.local_offsets(device),
+            self.share.numbers(device),
+            self.layout.offsets_on(device),
+            self.layout.alive_on(device),
+        )
+        return self.ranks.number, *map(address_of, read)
+
     def __enter__(self) -> ShardSession:
         return self
 
@@ -170,7 +192,7 @@ class ShardSession:
     def _route(self, queries: Tensor, mask: Tensor, keys: Tensor, similarity: str) -> tuple[Tensor, Tensor]:
         """The best documents [S, k] of the bank for the samples of all processes."""
         rows, k = self.share.own_rows, self.sizes.k
-        if rows.start == rows.stop:
+        if self.share.is_empty:
             documents = queries.new_full((queries.shape[0], k), -1, dtype=torch.int64)
             scores = documents.new_full(documents.shape, float("-inf"), dtype=torch.float32)
         else:

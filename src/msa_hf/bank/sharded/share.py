@@ -28,6 +28,11 @@ class Share:
         self._local: dict[torch.device, Tensor] = {}
         self._numbers: dict[torch.device, Tensor] = {}
 
+    @property
+    def is_empty(self) -> bool:
+        """No documents lie here."""
+        return self.own_rows.start == self.own_rows.stop
+
     def local_offsets(self, device: torch.device) -> Tensor:
         """[n + 1] int64, chunks of the documents here, counted from the first of them."""
         if device not in self._local:

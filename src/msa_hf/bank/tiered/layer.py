@@ -19,6 +19,7 @@ from ...ops import gather_documents, rescore_documents, route_documents
 from ...ops.formats import join_rows
 from ...ops.gather_documents import most_rows
 from ...ops.route_documents import for_both_stages
+from ..host_memory import is_read_by
 from .lru_cache import DocumentLRU
 from .rows import Rows
 
@@ -163,11 +164,6 @@ class PooledKV:
         return tuple(map(join_rows, zip(*parts, strict=True))) or self.rows.select(chosen.rows)
 
 
-def _is_read_by(device: torch.device, tensor: Tensor) -> bool:
-    """Tell whether a device reads a tensor itself."""
-    return tensor.device == device or (tensor.device.type == "cpu" and tensor.is_pinned())
-
-
 @dataclass(frozen=True)
 class TieredLayer:
     """A memory layer in tiers.
@@ -198,7 +194,7 @@ class TieredLayer:
             return None
         exact = [] if keys.exact is None or keys.candidates == 0 else [keys.exact.whole]
         read = [keys.rows.whole, kept.whole, *exact]
-        if keys.device != device or any(part is None or not _is_read_by(device, part) for part in read):
+        if keys.device != device or any(part is None or not is_read_by(device, part) for part in read):
             return None
         parts = *read, keys.rows.scales, kept.scales, layout.offsets_on(device), layout.alive_on(device)
         return width, *map(address_of, parts)
