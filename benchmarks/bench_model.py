@@ -266,26 +266,32 @@ def per_token_ms(model: Any, ids: Tensor, steps: int, device: torch.device, **op
 
 
 def check(device: torch.device, config: CompileConfig | None) -> None:
-    """Refuse to measure what is not right: compiled, a small model in float32 must do what it does uncompiled."""
+    """Refuse to measure what is not right: compiled, recorded and played, a small model in float32 must choose the
+    documents, and give the logits, that it does launched one kernel after the other."""
     torch.manual_seed(0)
     shape = AutoConfig.for_model("qwen3", max_position_embeddings=512, **SHAPES["tiny"])
     with torch.device(device):
         base = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
     model = MSAForCausalLM.from_base(base, prefix_token_ids=[5, 6, 7], router_init="random")
-    bank = model.encode_documents(torch.randint(3, 4000, (64, 300)).tolist(), show_progress=False)
-    ids = torch.randint(3, 4000, (1, 21), device=device)
-    options: dict[str, Any] = {"memory": bank, "max_new_tokens": 8, "return_dict_in_generate": True, **GREEDY}
-    options |= {"output_logits": True}
-    cache = MSACache(config=model.config)
-    expected = model.generate(ids, **options, **{CACHE: cache})
-    found = model.generate(ids, **options, cache_implementation="static", compile_config=config)
-    with static_forward(model, bank, ids, config) as run:
-        routing = run().routing
-    for layer, choice in model(ids, memory=bank).routing.items():
-        if not torch.equal(choice.documents, routing[layer].documents):
-            raise SystemExit(f"Layer {layer} chooses other documents compiled than uncompiled; nothing was measured.")
-    for ours, theirs in zip(found.logits, expected.logits, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
+    banks = [model.encode_documents(torch.randint(3, 4000, (64, 300)).tolist(), show_progress=False) for _ in range(2)]
+    cache = static_cache(model.config, 64)
+    for turn in range(8):
+        ids, bank = torch.randint(3, 4000, (1, 17 + turn), device=device), banks[turn // 5]
+        plain = MSACache(config=model.config)
+        cache.reset()
+        options: dict[str, Any] = {"memory": bank, "use_cache": True, "logits_to_keep": 1}
+        with compiling(model, config):
+            found = model(ids, **options, **{CACHE: cache})
+            expected = model(ids, **options, **{CACHE: plain})
+            for layer, choice in expected.routing.items():
+                if not torch.equal(choice.documents, found.routing[layer].documents):
+                    raise SystemExit(f"Question {turn}: layer {layer} chooses other documents; nothing was measured.")
+            for step in range(5):
+                torch.testing.assert_close(found.logits, expected.logits, atol=2e-3, rtol=2e-3)
+                token = (expected.logits[:, -1:].argmax(-1) + step) % 4000
+                found, expected = (model(token, use_cache=True, **{CACHE: each}) for each in (cache, plain))
+    if device.type == "cuda" and config is None and len(cache.recordings.known) < 3:
+        raise SystemExit("Runs are not recorded; nothing was measured.")
 
 
 @torch.no_grad()
@@ -329,6 +335,7 @@ def main(argv: list[str] | None = None) -> None:
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     ids = torch.randint(3, 2000, (1, arguments.question), device=device)
     floors, rows, figures = Floors(base, device), [], {}
+    say("base")
     static: dict[str, Any] = {"cache_implementation": "static", "compile_config": compile_config}
 
     def row(what: str, run: Callable[[], Any], floor: float | None, goal: str = "", count: int = repeats) -> None:
@@ -365,6 +372,7 @@ def main(argv: list[str] | None = None) -> None:
     big = repeated(bank, max(int(arguments.bank_tokens) // bank.num_tokens, 1))
     model.accept_bank(big)
     figures["bank"] = repr(big)
+    say(f"small bank, encoded at {figures['encode_tokens_per_s']:,.0f} tokens/s")
 
     def memory_row(what: str, memory: Any, ids: Tensor, goal: str, key_bytes: float, products: float) -> None:
         batch, tokens = ids.shape

@@ -93,6 +93,7 @@ class AttendingLayers:
         # Two functions: sizes of one are no reason to make those of the other symbols.
         self.prompt = torch.compile(_prompt_layer, **options)
         self.token = torch.compile(_token_layer, **options)
+        self.found: list[tuple[int, nn.Module]] = []
 
     @contextlib.contextmanager
     def of(self, model: PreTrainedModel, token: bool) -> Iterator[None]:
@@ -102,11 +103,15 @@ class AttendingLayers:
             token: of one token of each sample.
         """
         run, memory_layers = self.token if token else self.prompt, set(model.config.memory_layers)
-        names = {module: name for name, module in model.named_modules()}
+        if not self.found:
+            names = {module: name for name, module in model.named_modules()}
+            owners = {
+                number: names[attention].rpartition(".")[0] for number, attention in attention_layers(model).items()
+            }
+            self.found = [(number, model.get_submodule(owner)) for number, owner in owners.items()]
         changed: dict[nn.Module, Callable[..., object]] = {}
         try:
-            for number, attention in attention_layers(model).items():
-                layer = model.get_submodule(names[attention].rpartition(".")[0])
+            for number, layer in self.found:
                 if layer._compiled_call_impl is None:
                     changed[layer] = _calling(layer, run, number, number in memory_layers)
                     layer._compiled_call_impl = changed[layer]
