@@ -307,7 +307,7 @@ def test_processes_that_only_compute_are_not_missed(monkeypatch: pytest.MonkeyPa
             lost.append(True)
 
     owner = Owner()
-    watch = notices._Watch(0, 2, weakref.WeakMethod(owner.explain))
+    watch = notices._Watch(0, 2, notices.SILENCE, weakref.WeakMethod(owner.explain))
     clock = [0.0]
     monkeypatch.setattr(notices.time, "monotonic", lambda: clock[0])
     watch._since = 0.0

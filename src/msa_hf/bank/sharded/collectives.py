@@ -74,7 +74,8 @@ class Collectives:
 
     Args:
         group: of the processes; None for all. Without torch.distributed there is one process.
-        timeout: of every exchange, and of connecting.
+        timeout: of every exchange, and of connecting; after a tenth of it without a sign of life a process counts as
+            gone, but not before 20 seconds.
 
     Raises:
         RankFailed: where the processes could not be connected in time.
@@ -118,7 +119,7 @@ class Collectives:
                 self.data = dist.new_group(backend=backend, device_id=device, **options)
             if self.size > 1:
                 store, heard = self.control.get_group_store().clone(), None if self.data is None else self.data.abort
-                self._notices = Notices(store, self.rank, self.size, heard)
+                self._notices = Notices(store, self.rank, self.size, heard, timeout.total_seconds() / 10)
 
         connect_within(timeout, connect)
 

@@ -32,7 +32,7 @@ INTERVAL = 0.1  # seconds between two looks into the store
 GRACE = 1.0  # seconds for those that wait in the same exchange to find that it broke off
 PATIENCE = 3.0  # seconds for a process, or the store, to answer
 BEATS = 1.0  # seconds between two signs of life
-SILENCE = 20.0  # seconds without one until a process counts as gone; long, as its thread waits for Python's lock
+SILENCE = 20.0  # least seconds without one until a process counts as gone: its thread may wait for Python's lock
 
 T = TypeVar("T")
 _Job = tuple[Callable[[dist.Store], Any], "Future[Any]"]
@@ -74,13 +74,16 @@ class Notices:
         size: number of processes.
         heard: done by a thread as soon as an error is known, such as ending what a device waits for. It must not keep
             these notices alive.
+        silence: seconds without a sign of life until a process counts as gone; `SILENCE` at least.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, heard: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, heard: Callable[[], None] | None = None, silence: float = 0.0
+    ) -> None:
         self.rank, self.size = rank, size
         self._known = _Known() if heard is None else _Known(heard=heard)
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        watch = _Watch(rank, size, weakref.WeakMethod(self._explain_loss))
+        watch = _Watch(rank, size, max(silence, SILENCE), weakref.WeakMethod(self._explain_loss))
         arguments = store, self._jobs, self._known, watch
         Thread(target=_serve, args=arguments, name="msa-hf notices", daemon=True).start()
         self.close = weakref.finalize(self, self._jobs.put, None)
@@ -230,11 +233,12 @@ class _Watch:
     Args:
         rank: of this process.
         size: number of processes.
+        silence: seconds without a sign of life until a process counts as gone.
         lost: called where the next process is gone, or the store; once.
     """
 
-    def __init__(self, rank: int, size: int, lost: weakref.WeakMethod[Callable[[], None]]) -> None:
-        self.rank, self.next = rank, (rank + 1) % size
+    def __init__(self, rank: int, size: int, silence: float, lost: weakref.WeakMethod[Callable[[], None]]) -> None:
+        self.rank, self.next, self.silence = rank, (rank + 1) % size, silence
         self._lost: weakref.WeakMethod[Callable[[], None]] | None = lost
         self._beats, self._due, self._seen, self._since = 0, 0.0, b"", time.monotonic()
 
@@ -244,14 +248,14 @@ class _Watch:
         if now < self._due:
             return
         # Later than due, this process itself was stopped, and so may have been the others.
-        late = bool(self._beats) and now > self._due + SILENCE / 2
+        late = bool(self._beats) and now > self._due + self.silence / 2
         self._due, self._beats = now + BEATS, self._beats + 1
         store.set(BEAT.format(self.rank), str(self._beats))
         beat = BEAT.format(self.next)
         seen = store.get(beat) if store.check([beat]) else b""
         if seen != self._seen or late:
             self._seen, self._since = seen, now
-        elif now - self._since > SILENCE:
+        elif now - self._since > self.silence:
             self.miss(known)
 
     def miss(self, known: _Known) -> None:
