@@ -19,7 +19,7 @@ host memory, which are read as often as if each had its own.
 Before anything is measured, a small model in float32 must choose the same documents and give the same logits on this
 device compiled as it does uncompiled. Medians of wall-clock time, the device drained before and after. `first_s` are
 the seconds of the first calls, in which a run is compiled, and recorded. `launches` are kernels and graphs started by
-the host in one run, `waits` copies to the host and synchronizations.
+the host in one run, `waits` copies to the host and synchronizations, `device_ms` all that the device did.
 
 Floors of a row: its weights read once (or its arithmetic, if that takes longer) and the routing keys read once in every
 memory layer, at the rates of this device (`msa_hf.bank.tiered.hardware`).
@@ -94,7 +94,7 @@ class Row:
         ms: median.
         floor_ms: as of the module; None where there is none.
         goal: in words.
-        launches, waits: of one run, on a GPU.
+        launches, waits, device_ms: of one run, on a GPU; see `Counts`.
         first_s: seconds of the first call.
     """
 
@@ -104,6 +104,7 @@ class Row:
     goal: str = ""
     launches: int | None = None
     waits: int | None = None
+    device_ms: float | None = None
     first_s: float | None = None
 
 
@@ -127,17 +128,39 @@ def median_ms(run: Callable[[], Any], device: torch.device, repeats: int, warm: 
     return 1e3 * sorted(times[warm:])[repeats // 2], times[0]
 
 
-def counted(run: Callable[[], Any], device: torch.device) -> tuple[int, int] | tuple[None, None]:
-    """Launches and waits of one run; nothing is known of the CPU."""
+@dataclass
+class Counts:
+    """What one run has a GPU do.
+
+    Attributes:
+        launches: kernels and graphs that the host starts.
+        waits: for the device.
+        device_ms: all kernels and copies together.
+        kernels: (milliseconds, times, name), those that take most first.
+    """
+
+    launches: int
+    waits: int
+    device_ms: float
+    kernels: list[tuple[float, int, str]]
+
+
+def counted(run: Callable[[], Any], device: torch.device) -> Counts | None:
+    """One run as the profiler sees it; nothing is known of the CPU."""
     if device.type != "cuda":
-        return None, None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        return None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
         run()
         torch.cuda.synchronize()
-    counts = {item.key: item.count for item in profile.key_averages()}
+    events = profile.key_averages()
+    counts = {item.key: item.count for item in events}
     launches = sum(count for name, count in counts.items() if "Launch" in name and name.startswith(("cuda", "cu")))
     waits = counts.get("cudaStreamSynchronize", 0) + counts.get("cudaEventSynchronize", 0)
-    return launches, waits
+    on_device = [item for item in events if item.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = sorted(((item.self_device_time_total / 1e3, item.count, item.key) for item in on_device), reverse=True)
+    return Counts(launches, waits, sum(ms for ms, _, _ in kernels), kernels)
 
 
 class Floors:
@@ -306,6 +329,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--question", type=int, default=48, help="tokens of the question")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--rows", default=",".join(ROWS), help="groups, with commas between them (default: all)")
+    parser.add_argument("--kernels", type=int, default=0, help="of each row, so many that take most are named")
     parser.add_argument("--layers", type=int, help="of the model, instead of the shape's")
     parser.add_argument("--compile-backend", default="inductor", help="eager: for rehearsals")
     parser.add_argument("--json", type=Path)
@@ -340,8 +364,12 @@ def main(argv: list[str] | None = None) -> None:
 
     def row(what: str, run: Callable[[], Any], floor: float | None, goal: str = "", count: int = repeats) -> None:
         ms, first = median_ms(run, device, count, WARM)
-        rows.append(Row(what, ms, floor, goal, *counted(run, device), first))
+        counts = counted(run, device)
+        seen = () if counts is None else (counts.launches, counts.waits, counts.device_ms)
+        rows.append(Row(what, ms, floor, goal, *seen, first_s=first))
         say(rows[-1])
+        for time_ms, times, name in [] if counts is None else counts.kernels[: arguments.kernels]:
+            say(f"    {time_ms:8.3f} ms {times:5} x {name[:100]}")
 
     def row_per_token(what: str, model: Any, goal: str = "", **options: Any) -> None:
         ms, first = per_token_ms(model, ids, 32, device, **options)
@@ -436,14 +464,13 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
-    print(
-        "| what | ms | floor, ms | share | goal | launches | waits | first call, s |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| what | ms | floor, ms | share | goal | launches | waits | device, ms | first call, s |")
+    print("|" + "---|" * 9)
     for item in rows:
         floor, share = ("", "") if item.floor_ms is None else (f"{item.floor_ms:.2f}", f"{item.floor_ms / item.ms:.2f}")
         counts = " | ".join("" if number is None else str(number) for number in (item.launches, item.waits))
-        first = "" if item.first_s is None else f"{item.first_s:.1f}"
-        print(f"| {item.what} | {item.ms:.2f} | {floor} | {share} | {item.goal} | {counts} | {first} |")
+        first, on_device = ("" if number is None else f"{number:.1f}" for number in (item.first_s, item.device_ms))
+        print(f"| {item.what} | {item.ms:.2f} | {floor} | {share} | {item.goal} | {counts} | {on_device} | {first} |")
 
 
 if __name__ == "__main__":
