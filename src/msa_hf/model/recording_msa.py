@@ -34,7 +34,7 @@ class Tape(Protocol):
     """Something that records what a device is given to do; one part after the other."""
 
     def running(self) -> AbstractContextManager[None]:
-        """Everything between the first part and the last stands in it."""
+        """Everything between the first part and the last stands in it, and a run before that is to be like it."""
 
     def begin(self) -> None:
         """Begin a part. The device does not do it now."""
@@ -58,30 +58,34 @@ class CudaTape:
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.collecting = False
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """On a stream of its own, as recording demands. No garbage is collected: freeing a graph disturbs it."""
-        current, collecting = torch.cuda.current_stream(self.device), gc.isenabled()
+        """On a stream of its own, as recording demands."""
+        current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        gc.disable()
         try:
             with torch.cuda.stream(self.stream):
                 yield
         finally:
-            if collecting:
-                gc.enable()
             current.wait_stream(self.stream)
 
     def begin(self) -> None:
-        # Other threads may go on working with the device.
+        self.collecting = gc.isenabled()
+        gc.disable()  # to free a graph disturbs the one that is recorded
         self.graph = torch.cuda.CUDAGraph()
+        # Other threads may go on working with the device.
         self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
 
     def end(self) -> Step:
         graph, self.graph = self.graph, None
         assert graph is not None
-        graph.capture_end()
+        try:
+            graph.capture_end()
+        finally:
+            if self.collecting:
+                gc.enable()
         return graph.replay
 
 
@@ -242,8 +246,8 @@ class Recordings:
     """The recorded runs over the tensors of one cache.
 
     The first run of a kind is plain: it compiles, and a run that never comes again is not worth recording. The second
-    is recorded; it reads the same tensors as the first, so that nothing is compiled then. Copies of it are empty,
-    because graphs cannot be copied.
+    is recorded; it reads the same tensors, on the same stream, so that nothing is compiled then. A copy of it is empty:
+    graphs cannot be copied.
 
     Attributes:
         places: kind -> where its inputs are.
@@ -297,7 +301,8 @@ class Recordings:
         places = self.places.get(kind)
         if places is None:
             self.places[kind] = places = Places(inputs, device)
-            return function(places.tensors)
+            with self.tapes[0].running():
+                return function(places.tensors)
         places.fill(inputs)
         recorded = self.known.get(kind)
         if recorded is not None:
