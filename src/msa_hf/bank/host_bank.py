@@ -4,7 +4,7 @@
     memory = place_bank(bank, model.device, model=model)  # each process answers its own questions
     memory = shard_bank(bank, content="replicated", device=model.device)  # or they share the routing of each
 
-Processes that follow each other on a host fill a part each of one block of memory, which all of them map. It has no
+The processes of a host fill a part each of the same blocks of memory, which all of them map. It has no
 name in a file system: it is gone with the last process that uses it, however that one ends. Each locks what it maps for
 its GPU, which reads content there directly.
 """
@@ -112,12 +112,13 @@ def _read(reader: BankReader, ranks: Collectives, target: torch.device) -> Memor
 
 
 def _fill(layers: dict[int, DenseLayer], reader: BankReader, first: int, end: int) -> None:
-    """Read the chunks [first, end) into their places."""
-    if first == end:
-        return
-    for layer, (keys, pooled_kv) in reader.tensors(torch.device("cpu"), first, end).items():
-        layers[layer].routing_keys[first:end] = keys
-        layers[layer].pooled_kv[first:end] = pooled_kv
+    """Read the chunks [first, end) into their places, one layer of one file after the other."""
+    for shard in reader.shards("cpu", first, end):
+        low, high = max(shard.first, first), min(shard.end, end)
+        for layer in shard.layers:
+            keys, pooled_kv = shard.tensors(layer, low, high)
+            layers[layer].routing_keys[low:high] = keys
+            layers[layer].pooled_kv[low:high] = pooled_kv
 
 
 def shared_blocks(sizes: list[int], neighbors: list[int], ranks: Collectives) -> list[HostMemory]:
@@ -148,10 +149,12 @@ def neighbors_of(ranks: Collectives) -> list[int]:
 
 
 def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of a tensor, up to where the next one begins."""
     return -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
 def _bytes_of(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> int:
+    """Bytes of tensors of these shapes, one after the other."""
     return sum(_padded(shape, dtype) for shape in shapes)
 
 
