@@ -12,11 +12,12 @@ import argparse
 import time
 from pathlib import Path
 
-import bm25s
 import numpy as np
 import Stemmer
 from real_rows import load, log, source_names
 from real_systems import asked_questions, bank_limits
+
+from msa_hf.bm25 import SELECTION, import_bm25s
 
 KEPT = 100  # passages per question
 
@@ -33,6 +34,7 @@ def main() -> None:
     data = load(work / "sets.pt")
     lengths = np.concatenate([load(work / f"{name}.pt")["lengths"].numpy() for name in names])
     questions = [item["question"] for item in asked_questions(data)]
+    bm25s = import_bm25s("BM25", "eval")
     stemmer = Stemmer.Stemmer("english")
     start = time.time()
     tokens = bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, show_progress=False)
@@ -43,7 +45,7 @@ def main() -> None:
         start = time.time()
         index = bm25s.BM25(k1=0.9, b=0.4)
         index.index(bm25s.tokenization.Tokenized(tokens.ids[:limit], tokens.vocab), show_progress=False)
-        best, scores = index.retrieve(asked, k=KEPT, show_progress=False, n_threads=0)
+        best, scores = index.retrieve(asked, k=KEPT, show_progress=False, n_threads=0, backend_selection=SELECTION)
         found[f"{size} places"], found[f"{size} scores"] = best.astype(np.int32), scores.astype(np.float32)
         log(size, limit, "passages in", round(time.time() - start), "s")
     np.savez_compressed(work / "lexical.npz", **found)

@@ -5,16 +5,19 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from ..bm25 import SELECTION, import_bm25s
+
 if TYPE_CHECKING:
     from bm25s.tokenization import Tokenized
 
 
 def require_bm25s() -> ModuleType:
-    try:
-        import bm25s
-    except ImportError as error:
-        raise ImportError("The condition 'bm25' needs bm25s: pip install msa-hf[eval]") from error
-    return bm25s
+    """bm25s.
+
+    Raises:
+        ImportError: where it is missing.
+    """
+    return import_bm25s("The condition 'bm25'", "eval")
 
 
 class BM25:
@@ -29,5 +32,7 @@ class BM25:
         return self.module.tokenize(texts, stopwords=None, show_progress=False)
 
     def best(self, question: str, count: int) -> list[int]:
-        found, _ = self.index.retrieve(self._words([question]), k=min(count, self.size), show_progress=False)
+        found, _ = self.index.retrieve(
+            self._words([question]), k=min(count, self.size), show_progress=False, backend_selection=SELECTION
+        )
         return found[0].tolist()

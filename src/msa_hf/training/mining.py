@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..bm25 import SELECTION, import_bm25s
 from ..model.memory_msa import DenseLayer
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.routing_msa import select_documents
@@ -150,17 +151,14 @@ class LexicalIndex:
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
-        try:
-            import bm25s
-        except ImportError as error:
-            raise ImportError("Training without questions needs bm25s: pip install msa-hf[train]") from error
+        bm25s = import_bm25s("Training without questions", "train")
         self.size, self.index = len(texts), bm25s.BM25()
         self.index.index([words(text) or ["\0"] for text in texts], show_progress=False)
 
     def best(self, questions: Sequence[str], count: int) -> NDArray[np.int64]:
         """[Q, count] places of passages, best first."""
         asked = [words(question) or ["\0"] for question in questions]
-        found, _ = self.index.retrieve(asked, k=min(count, self.size), show_progress=False)
+        found, _ = self.index.retrieve(asked, k=min(count, self.size), show_progress=False, backend_selection=SELECTION)
         return np.asarray(found)
 
 
