@@ -43,6 +43,8 @@ def fresh_model(arguments: argparse.Namespace, where: torch.device) -> Any:
         arguments.base,
         memory_layers=[int(layer) for layer in arguments.layers.split(",")],
         query_reduction="last",
+        similarity=arguments.similarity,
+        chunk_size=arguments.chunk,
         score_bias=True,
         aux_temperature=0.05,
         dtype=dtype,
@@ -64,7 +66,8 @@ def trained_weights(arguments: argparse.Namespace, model: Any) -> TrainedWeights
 def load_trained(path: Any, base: str, where: torch.device) -> Any:
     """The model with the weights of a checkpoint that training wrote."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    made = argparse.Namespace(**{**checkpoint["arguments"], "base": base})
+    # Checkpoints from before these options say nothing of them.
+    made = argparse.Namespace(**{"similarity": "cosine", "chunk": 64, **checkpoint["arguments"], "base": base})
     model = fresh_model(made, where)
     weights = {name: value.to(where).float() for name, value in checkpoint["weights"].items()}
     trained_weights(made, model).load_state_dict(weights)

@@ -263,7 +263,9 @@ class Pools:
         owners = owners[rank() :: world()].to(self.where)
         questions, gold = self._one_of_each(owners), self.owners[owners]
         wrong = self._mistakes(model, pool, questions, gold[:, None])
-        labeled = torch.tensor(sorted(n for numbers in self.of_set.values() for n in numbers)[rank() :: world()])
+        known = sorted(n for numbers in self.of_set.values() for n in numbers)
+        known = random.Random(self.minings).sample(known, min(arguments.mined_labeled, len(known)))
+        labeled = torch.tensor(known[rank() :: world()])
         most = max(len(self.wanted[number]) for number in labeled.tolist())
         right = torch.tensor([(self.wanted[n] * most)[:most] for n in labeled.tolist()], device=self.where)
         labeled = labeled.to(self.where)

@@ -51,7 +51,7 @@ from msa_hf.training.reading import plain_reading_loss, reading_loss, reading_ro
 from msa_hf.training.sharing import gather_rows, sum_over_processes
 from msa_hf.training.teacher import EmbeddingTeacher
 
-MEMORY_FIELDS = ("memory_layers", "query_reduction", "score_bias", "aux_temperature")
+MEMORY_FIELDS = ("memory_layers", "similarity", "chunk_size", "query_reduction", "score_bias", "aux_temperature")
 READING_SHARD = 20_000  # rows
 
 
@@ -494,6 +494,8 @@ def main() -> None:
     made = command("untrained", untrained)
     made.add_argument("--base", required=True)
     made.add_argument("--layers", default="18")
+    made.add_argument("--similarity", choices=("cosine", "dot"), default="cosine")
+    made.add_argument("--chunk", type=int, default=64, help="tokens of a chunk")
     made.add_argument("--part-tokens", type=int, default=160_000)
 
     made = command("routers", routers)
@@ -508,6 +510,8 @@ def main() -> None:
     made.add_argument("--steps", type=int, default=1_000_000)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--layers", default="14,19,24", help="memory layers")
+    made.add_argument("--similarity", choices=("cosine", "dot"), default="cosine")
+    made.add_argument("--chunk", type=int, default=64, help="tokens of a chunk")
     made.add_argument("--first", choices=("copy", "center", "whiten"), default="center", help="routers to start from")
     made.add_argument("--rank", type=int, default=28, help="of the updates below the last memory layer")
     made.add_argument("--upper-rank", type=int, default=28)
@@ -530,6 +534,7 @@ def main() -> None:
     made.add_argument("--document-weight", type=float, default=0.2)
     made.add_argument("--mine", default="0.25,0.55", help="shares of the run after which mistakes are mined")
     made.add_argument("--mined", type=int, default=80_000, help="asked questions whose mistakes are mined")
+    made.add_argument("--mined-labeled", type=int, default=20_000, help="labeled ones, likewise")
     made.add_argument(
         "--mine-margin", type=float, default=0.02, help="above the gold passage's, in the teacher's cosine"
     )

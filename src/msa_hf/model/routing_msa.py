@@ -12,10 +12,10 @@ from torch import Tensor
 
 # Scores held at once while routing: 4 M float32 numbers, 16 MB.
 TILE_ELEMENTS = 1 << 22
-# On an accelerator so many times more: there, launching the kernels of a small tile takes longer than its work.
-ACCELERATOR_TILES = 16
 # Chunks per tile: wide enough for an efficient matrix product, small enough that keys in 16 bit are widened piecemeal.
 TILE_CHUNKS = 8192
+# On an accelerator both are so many times more: there, launching the kernels of a small tile takes longer than its work.
+ACCELERATOR_TILES = 16
 # Up to so many documents a choice is padded to `top_k`, however few there are.
 PADDED_COLUMNS = 4096
 # Stands for "no score": finite, so that it survives a division by the temperature without turning into NaN.
@@ -312,7 +312,12 @@ def last_routing_tokens(routing_mask: Tensor) -> Tensor:
 
 def tile_elements(device: torch.device) -> int:
     """Scores that may be held at once on a device."""
-    return TILE_ELEMENTS if device.type == "cpu" else TILE_ELEMENTS * ACCELERATOR_TILES
+    return TILE_ELEMENTS * _tiles_on(device)
+
+
+def _tiles_on(device: torch.device) -> int:
+    """How many times the tiles of a CPU a device's are."""
+    return 1 if device.type == "cpu" else ACCELERATOR_TILES
 
 
 def score_chunks(queries: Tensor, valid: Tensor, routing_keys: KeyRows, query_reduction: str = "max") -> Tensor:
@@ -344,7 +349,7 @@ def _tiles(routing_keys: KeyRows, queries: Tensor) -> Iterator[tuple[Tensor, Cal
         step = max(tile_elements(queries.device) // (keys.shape[0] * width), 1)
         return [slice(start, start + step) for start in range(0, batch, step)]
 
-    for keys in routing_keys.split(TILE_CHUNKS):
+    for keys in routing_keys.split(TILE_CHUNKS * _tiles_on(queries.device)):
         yield keys.float(), rows_of
 
 
