@@ -7,6 +7,7 @@ which layer it is: each is handed its own part of the pass and of the cache, und
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -22,6 +23,10 @@ from .retrofit_msa import attention_layers
 THE_LAYER = 0  # number of a layer among its own things
 MOST_GRAPHS = 64  # of one kind of run; behind it torch.compile gives up, and its own limit of 8 is soon reached
 Part = TypeVar("Part")
+Run = Callable[..., object]
+
+# What the layers of this thread's run are called through. Another thread's find their own, or none.
+_run: contextvars.ContextVar[Run | None] = contextvars.ContextVar("run_of_a_layer", default=None)
 
 
 class OneLayerPass(AttendingPass):
@@ -102,33 +107,35 @@ class AttendingLayers:
         Args:
             token: of one token of each sample.
         """
-        run, memory_layers = self.token if token else self.prompt, set(model.config.memory_layers)
+        memory_layers = set(model.config.memory_layers)
         if not self.found:
             names = {module: name for name, module in model.named_modules()}
             owners = {
                 number: names[attention].rpartition(".")[0] for number, attention in attention_layers(model).items()
             }
             self.found = [(number, model.get_submodule(owner)) for number, owner in owners.items()]
-        changed: dict[nn.Module, Callable[..., object]] = {}
+        changed: dict[nn.Module, Run] = {}
+        entered = _run.set(self.token if token else self.prompt)
         try:
             for number, layer in self.found:
                 if layer._compiled_call_impl is None:
-                    changed[layer] = _calling(layer, run, number, number in memory_layers)
+                    changed[layer] = _calling(layer, number, number in memory_layers)
                     layer._compiled_call_impl = changed[layer]
             with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
                 yield
         finally:
+            _run.reset(entered)
             for layer, call in changed.items():
                 if layer._compiled_call_impl is call:
                     layer._compiled_call_impl = None
 
 
-def _calling(layer: nn.Module, run: Callable[..., object], number: int, is_memory_layer: bool) -> Callable[..., object]:
+def _calling(layer: nn.Module, number: int, is_memory_layer: bool) -> Run:
     """Wrap the call of a layer; another thread's call of it, for something else, stays as it is."""
 
     def call(*args: object, **kwargs: object) -> object:
-        whole, cache = kwargs.get("memory_pass"), kwargs.get(CACHE)
-        if not isinstance(whole, AttendingPass) or not isinstance(cache, MSAStaticCache):
+        run, whole, cache = _run.get(), kwargs.get("memory_pass"), kwargs.get(CACHE)
+        if run is None or not isinstance(whole, AttendingPass) or not isinstance(cache, MSAStaticCache):
             return layer._call_impl(*args, **kwargs)
         own = OneLayerPass(whole, number, is_memory_layer)
         output = run(layer, *args, **{**kwargs, "memory_pass": own, CACHE: OneLayerCache(cache, number)})
