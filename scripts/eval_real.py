@@ -478,7 +478,7 @@ def main() -> None:
     made.add_argument("--base", required=True)
     made.add_argument("--name", default="routers", help="of the checkpoint that training wrote")
     made.add_argument("--parts", default="0-10")
-    made.add_argument("--sizes", default="5,30,99", help="of the banks, in million tokens; the first is all sets")
+    made.add_argument("--sizes", default="5,10,30,99", help="of the banks, in million tokens; the first is all sets")
     made.add_argument("--part-tokens", type=int, default=300_000)
     made.add_argument("--no-compile", dest="compile", action="store_false")
 

@@ -1,6 +1,6 @@
 """BM25 beside the routers: the best passages of every development and held-out question, in nested banks.
 
-    python scripts/real_lexical.py --work build/real --parts 0-10 --sizes 5,30,99
+    python scripts/real_lexical.py --work build/real --parts 0-10 --sizes 5,10,30,99
 
 Needs `bm25s` and `PyStemmer`. The banks and questions are those of `eval_real.py`; k1 0.9, b 0.4, English stop words,
 stemming. Writes `lexical.npz`: per size the best passages and their scores, in the order of `asked_questions`.
@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", required=True)
     parser.add_argument("--parts", default="0-10")
-    parser.add_argument("--sizes", default="5,30,99", help="of the banks, in million tokens; the first is all sets")
+    parser.add_argument("--sizes", default="5,10,30,99", help="of the banks, in million tokens; the first is all sets")
     arguments = parser.parse_args()
     work = Path(arguments.work)
     names = source_names(arguments.parts)
