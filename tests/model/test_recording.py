@@ -217,6 +217,11 @@ def test_what_cannot_be_recorded(tapes: list[PlainTape], caplog: pytest.LogCaptu
     assert len(calls) == 2 and "this waits for the device" in caplog.text
 
 
+def test_only_who_asks_for_it_has_runs_recorded() -> None:
+    assert compiled_msa.options_of(None)["mode"] == "default"
+    assert compiled_msa.options_of(CompileConfig(mode="reduce-overhead"))["mode"] in compiled_msa.RECORDED_MODES
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_graphs_of_a_gpu() -> None:
@@ -234,8 +239,8 @@ def test_graphs_of_a_gpu() -> None:
             question = {name: item.cuda() for name, item in batch_of(tokens(9 + turn, seed=seed)).items()}
             given = {**question, "memory": memory, **EXACTLY, **DETAILS}
             expected = model.generate(**given)
-            found = model.generate(**given, cache_implementation="static")
-            plain = model.generate(**{**given, "return_dict_in_generate": False}, cache_implementation="static")
+            found = model.generate(**given, **recorded())
+            plain = model.generate(**{**given, "return_dict_in_generate": False}, **recorded())
             assert torch.equal(found.sequences, expected.sequences) and torch.equal(plain, expected.sequences)
             for ours, theirs in zip(found.logits, expected.logits, strict=True):
                 torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)

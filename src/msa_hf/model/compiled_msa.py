@@ -4,8 +4,8 @@ Shapes stay: prompts are padded to a bucket, contexts have a bucket's rows, and 
 memory is one opaque operation, `recall`, which asks the memory of the running forward: whatever kind it is, it stays
 out of the graph, so that a commit changes nothing that was compiled, and a memory that lies on disk may wait.
 
-On a GPU what is compiled is also recorded (recording_msa.py): a token is one launch, and a prompt is one for what lies
-between two memory layers. Nothing of Python runs but what asks the memory.
+On a GPU what is compiled can also be recorded (recording_msa.py): a token is one launch, and a prompt is one for what
+lies between two memory layers. Nothing of Python runs but what asks the memory.
 """
 
 from __future__ import annotations
@@ -533,15 +533,21 @@ def compiling(model: GeneratingMixin, compile_config: CompileConfig | None = Non
     """Forwards with a memory and an `MSAStaticCache` are compiled within, on a device where that pays.
 
     Args:
-        compile_config: options; default those of `generate`.
+        compile_config: options; see `options_of`.
     """
     token = _compiling.set(Compiling())
     try:
         if compiles_on(model.device, compile_config):
-            compile_from_now_on(model, (compile_config or CompileConfig()).to_dict())
+            compile_from_now_on(model, options_of(compile_config))
         yield
     finally:
         _compiling.reset(token)
+
+
+def options_of(compile_config: CompileConfig | None) -> Mapping[str, Any]:
+    """Options of torch.compile. Runs are recorded for those alone who ask for it, by a configuration with such a mode:
+    that has not been proven on a GPU."""
+    return (CompileConfig(mode="default") if compile_config is None else compile_config).to_dict()
 
 
 def compiles_on(device: torch.device, compile_config: CompileConfig | None) -> bool:

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from .cache_msa import MSAStaticCache, contexts_of
 from .compat_msa import CACHE, NEWEST_TESTED, rename_cache
-from .compiled_msa import compile_from_now_on, current_runs, keep_spare, may_compile, spare_cache
+from .compiled_msa import compile_from_now_on, current_runs, keep_spare, may_compile, options_of, spare_cache
 from .drafting_msa import (
     drafting_arguments,
     has_memory,
@@ -106,7 +106,8 @@ class GeneratingMixin(MemoryMixin):
         if own:
             samples = prompt.shape[0] * max(options["num_beams"] or 1, options["num_return_sequences"] or 1)
             given[CACHE] = cache = cache_for(options, self.config, input_device(self), mask.shape[1])
-            if isinstance(cache, MSAStaticCache):
+            if isinstance(cache, MSAStaticCache) and not options["return_dict_in_generate"]:
+                # Not where it is handed out: nobody would give it back, nor what was recorded for it.
                 given[CACHE] = cache = spare_cache(self, samples, cache)
             leave_out("cache_implementation", given, options)
             if options["is_assistant"]:
@@ -223,8 +224,7 @@ class GeneratingMixin(MemoryMixin):
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., ModelOutput]:
         """The base's; with a memory, the forward, which compiles its runs by itself."""
-        options = (compile_config or CompileConfig()).to_dict()
-        if compile_from_now_on(self, options):
+        if compile_from_now_on(self, options_of(compile_config)):
             return self.__call__
         return super().get_compiled_call(compile_config)
 

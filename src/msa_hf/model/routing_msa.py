@@ -14,7 +14,7 @@ from torch import Tensor
 TILE_ELEMENTS = 1 << 22
 # Chunks per tile: wide enough for an efficient matrix product, small enough that keys in 16 bit are widened piecemeal.
 TILE_CHUNKS = 8192
-# On an accelerator both are so many times more: there, launching the kernels of a small tile takes longer than its work.
+# On an accelerator both are so many times more: there, launching a small tile's kernels takes longer than its work.
 ACCELERATOR_TILES = 16
 # Up to so many documents a choice is padded to `top_k`, however few there are.
 PADDED_COLUMNS = 4096
