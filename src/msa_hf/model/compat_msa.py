@@ -11,6 +11,7 @@ from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, logging
 
+from .cache_msa import MSAStaticCache
 from .types_msa import Arguments
 
 logger = logging.get_logger(__name__)
@@ -64,6 +65,8 @@ def forget_tokens(cache: Cache, tokens: int) -> None:
     """Take the last `tokens` out of a cache again; static layers are cropped by transformers from 5.24 on alone."""
     if cache.is_compileable:
         torch._foreach_add_([layer.cumulative_length for layer in cache.layers], -tokens)  # one launch
+        if isinstance(cache, MSAStaticCache):
+            cache.counted = None
     else:
         cache.crop(-tokens)
 
