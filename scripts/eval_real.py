@@ -1,6 +1,6 @@
 """Measure trained routers on real text: recall and answers in banks of several sizes, beside BM25 and embeddings.
 
-    python   scripts/real_lexical.py        --work build/real --parts 0-10
+    python   scripts/real_lexical.py rank   --work build/real --parts 0-10
     torchrun --nproc-per-node 1 scripts/eval_real.py search --base build/real/base --work build/real --out OUT
     torchrun --nproc-per-node 1 scripts/eval_real.py rerank --base build/real/base --work build/real --out OUT
     python   scripts/eval_real.py fuse   --work build/real --out OUT

@@ -6,7 +6,7 @@
 #     bash scripts/make_real.sh measure OUT NAME [arguments of eval_real.py read...]
 #
 # `data` makes passages, questions that the base asks (for so many minutes), what the teacher says of both, rows that read,
-# and BM25's rankings. `train` makes OUT/NAME.pt from them, and its curve; as often as wanted, under other names.
+# BM25's rankings, and words that teach. `train` makes OUT/NAME.pt from them, and its curve; as often as wanted, under other names.
 # `measure` makes the adapter, searches with all systems, puts them together, reads, and writes tables and plots to
 # OUT/NAME/. All GPUs are used. What is there already is not made again, so that the same command goes on after an interruption;
 # logs are in OUT/logs. On one H200 `data` takes about 4 minutes for 98M tokens, `measure` about 4.
@@ -109,8 +109,14 @@ if [[ "$what" == data ]]; then
         }
         beside ask "$shard"
     done
+    words() { "$python" scripts/real_lexical.py "$1" --work "$out" "${@:2}"; }
+    OMP_NUM_THREADS=4 beside when "$out/sets.pt" "${prepared[@]}" -- stage "$out/words.pt" words \
+        words words --parts "$parts"
     OMP_NUM_THREADS=4 beside when "$out/sets.pt" "${prepared[@]}" -- stage "$out/lexical.npz" bm25 \
-        "$python" scripts/real_lexical.py --work "$out" --parts "$parts"
+        words rank --parts "$parts"
+    asked=("$out/words.pt")
+    for shard in $(seq 0 $((shards - 1))); do asked+=("$out/asked$shard.pt"); done
+    beside when "${asked[@]}" -- stage "$out/asked$((shards - 1)).words.pt" words-asked words asked --shards "$shards"
     together
     say "data: $((SECONDS - begun)) s"
     exit

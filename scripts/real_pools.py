@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from real_model import encode_all, total_scores
 from real_rows import Flat, load, log, rank, world
+from real_words import WordRows, fitted_weights, word_scores
 from torch import Tensor
 
 from msa_hf.training.contrastive import TokenRows, route_rows
@@ -104,6 +105,79 @@ class Draw:
         return found
 
 
+class Words:
+    """Words as a second teacher, beside the embedding model: what each says counts as labeled questions bear it out.
+
+    Args:
+        arguments: of the run.
+        pools: whose questions and passages these are.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, pools: Pools) -> None:
+        work, where = Path(arguments.work), pools.where
+        data = load(work / "words.pt")
+        self.pools, self.near = pools, data["near"].long().to(where)
+        self.passages = WordRows(**data["passages"]).to(where)
+        asked = [WordRows(**load(work / f"asked{shard}.words.pt")) for shard in range(arguments.shards)]
+        self.questions = WordRows.joined([WordRows(**data["train"]), *asked]).to(where)
+        # Search queries, and questions as people write them: words are worth less for the first.
+        texts = [item["question"] for item in load(work / "sets.pt")["train"]["questions"]]
+        for shard in range(arguments.shards):
+            texts += load(work / f"asked{shard}.pt")["texts"]
+        self.kinds = torch.tensor([text.rstrip().endswith("?") for text in texts], device=where).long()
+        self.weights = self._fit(arguments)
+        log("teacher: cosine and words weigh", [[round(x, 3) for x in row] for row in self.weights.tolist()])
+
+    def _fit(self, arguments: argparse.Namespace, count: int = 4000) -> Tensor:
+        """[2, 2] float32, weights of cosines and of word scores, of search queries and of questions."""
+        pools = self.pools
+        known = sorted(number for numbers in pools.of_set.values() for number in numbers)
+        known = random.Random(0).sample(known, min(count, len(known)))  # the same in all processes
+        scores, gold, most = [], [], 6 + 2 * arguments.near
+        for start in range(0, len(known), 64):
+            numbers = torch.tensor(known[start : start + 64], device=pools.where)
+            right = torch.full((len(numbers), 6), -1, device=pools.where)
+            for row, number in enumerate(numbers.tolist()):
+                wanted = pools.wanted[number][:6]
+                right[row, : len(wanted)] = torch.tensor(wanted, device=pools.where)
+            similar = pools.questions_near[numbers] @ pools.near.T
+            similar[:, ~pools.allowed] = -1
+            close = similar.topk(min(arguments.near, similar.shape[1]), dim=1).indices
+            near = torch.cat([right, close, self._allowed(self.near[numbers][:, : arguments.near])], dim=1)
+            places, column = torch.unique(near.clamp(min=0), return_inverse=True)
+            both = torch.stack(
+                [similar[:, places].float(), word_scores(self.questions, numbers, self.passages, places)], dim=2
+            )
+            found = both.gather(1, column[..., None].expand(-1, -1, 2))
+            # Once each, and where it is gold, as gold.
+            again = (near[:, :, None] == near[:, None, :]).tril(-1).any(2)
+            found = found.masked_fill((again | (near < 0))[..., None], float("-inf"))
+            is_gold = torch.zeros_like(near, dtype=torch.bool)
+            is_gold[:, :6] = right >= 0
+            pad = (0, most - near.shape[1])
+            scores.append(torch.nn.functional.pad(found, (0, 0, *pad), value=float("-inf")))
+            gold.append(torch.nn.functional.pad(is_gold, pad))
+        kinds = self.kinds[torch.tensor(known, device=pools.where)]
+        return fitted_weights(torch.cat(scores), torch.cat(gold), kinds)
+
+    def _allowed(self, places: Tensor) -> Tensor:
+        """Places, -1 for those that training does not see."""
+        return places.masked_fill(~self.pools.allowed[places.clamp(min=0)], -1)
+
+    def near_misses(self, labeled: Tensor, count: int) -> Tensor:
+        """Passages that share a labeled question's words and do not answer it, `count` of each at most."""
+        near = self.near[labeled]
+        column = torch.randint(near.shape[1], (len(labeled), count), device=near.device)
+        chosen = self._allowed(near.gather(1, column).flatten())
+        return chosen[chosen >= 0]
+
+    def logits(self, numbers: Tensor, places: Tensor, similar: Tensor) -> Tensor:
+        """[Q, N] float32, by cosines [Q, N] and words together."""
+        weights = self.weights[self.kinds[numbers]]
+        shared = word_scores(self.questions, numbers, self.passages, places)
+        return weights[:, :1] * similar + weights[:, 1:] * shared
+
+
 class Pools:
     """Draws the pools of steps."""
 
@@ -141,6 +215,9 @@ class Pools:
         self.allowed = torch.ones(len(self.passages.lengths), dtype=torch.bool, device=where)
         self.allowed[data["held_out"].to(where)] = False
         self._own_questions(arguments.drop)
+        self.words: Words | None = None
+        if arguments.words:
+            self.words = Words(arguments, self)
         self.siblings = Siblings(data["articles"].to(where))
         self.pick = random.Random(arguments.seed * 1000 + rank())
         self.mined: Mined | None = None
@@ -221,6 +298,8 @@ class Pools:
         best = scores.topk(min(arguments.near, scores.shape[1]), dim=1).indices
         column = torch.randint(best.shape[1], (len(labeled), arguments.misses), device=where)
         misses = best.gather(1, column).flatten()
+        if self.words is not None:
+            misses = torch.cat([misses, self.words.near_misses(labeled, arguments.misses)])
         if self.mined is None:
             return misses
         wrong = self.mined.labeled[labeled]
@@ -249,7 +328,10 @@ class Pools:
             start += size
 
     def teacher_logits(self, numbers: Tensor, places: Tensor) -> Tensor:
-        return (self.questions_near[numbers] @ self.near[places].T).float() / self.arguments.soft_temperature
+        similar = (self.questions_near[numbers] @ self.near[places].T).float()
+        if self.words is not None:
+            return self.words.logits(numbers, places, similar)
+        return similar / self.arguments.soft_temperature
 
     @torch.no_grad()
     def mine(self, model: Any, group: dist.ProcessGroup | None) -> None:

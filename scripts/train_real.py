@@ -4,13 +4,16 @@
     python scripts/train_real.py prepare   --base build/real/base --data DATA --work build/real --parts 0-10
     python scripts/train_real.py questions --base build/real/base --work build/real --parts 0-10 --minutes 4
     python scripts/train_real.py teach     --teacher all-MiniLM-L6-v2 --work build/real --parts 0-10 --asked
+    python scripts/real_lexical.py words   --work build/real --parts 0-10
+    python scripts/real_lexical.py asked   --work build/real
     python scripts/train_real.py reading   --base build/real/base --work build/real --reading 60000
     torchrun --nproc-per-node 1 scripts/train_real.py routers --base build/real/base --work build/real --minutes 20
     python scripts/train_real.py adapter   --base build/real/base --work build/real --out build/real/adapter
 
 DATA is a directory as `real_data.py` describes it. The base learns to ask questions about passages, asks two about each
 of some hundred thousand, and is then trained to route these and the labeled ones over pools of thousands of passages,
-with the similarities of an embedding model as soft labels. Every stage keeps what it made in the work directory.
+with the similarities of an embedding model, and the words they share, as soft labels. Every stage keeps what it made in
+the work directory.
 """
 
 from __future__ import annotations
@@ -527,6 +530,7 @@ def main() -> None:
     made.add_argument(
         "--drop", type=float, default=0.1, help="share of the asked questions that fit their passage least"
     )
+    made.add_argument("--no-words", dest="words", action="store_false", help="the embedding model teaches alone")
     made.add_argument("--soft-asked", type=float, default=0.5, help="the teacher's share of a target")
     made.add_argument("--soft-labeled", type=float, default=0.25)
     made.add_argument("--soft-temperature", type=float, default=0.04)

@@ -108,3 +108,40 @@ def test_a_share_of_rows_is_that_of_one_process(data: Any, monkeypatch: pytest.M
         monkeypatch.setenv("RANK", str(rank))
         found += flat.share().tolist()
     assert found == list(range(6))
+
+
+def test_word_scores_are_sums_over_the_words_of_a_question(data: Any) -> None:
+    import real_words
+
+    texts, counted = [[3, 5], [5], [], [7, 9, 11]], [[0.5, 1.0], [2.0], [], [4.0, 0.25, 8.0]]
+    rows = real_words.WordRows.of(texts)
+    passages = real_words.WordRows(
+        rows.words, rows.starts, torch.tensor([x for row in counted for x in row], dtype=torch.float16)
+    )
+    asked = [[5, 5, 8], [], [11, 3], [2]]
+    questions = real_words.WordRows.joined([real_words.WordRows.of(asked[:1]), real_words.WordRows.of(asked[1:])])
+    numbers, places = torch.tensor([2, 0, 1, 0, 3]), torch.tensor([3, 1, 2, 0, 1])
+    expected = [
+        [sum(dict(zip(texts[p], counted[p], strict=True)).get(word, 0.0) for word in asked[n]) for p in places.tolist()]
+        for n in numbers.tolist()
+    ]
+    torch.testing.assert_close(real_words.word_scores(questions, numbers, passages, places), torch.tensor(expected))
+    assert real_words.word_scores(questions, torch.tensor([1]), passages, places).tolist() == [[0.0] * 5]
+
+
+def test_fitted_weights_believe_the_system_that_is_right(data: Any) -> None:
+    """Of two systems each is right about one kind of question; candidates that are not there do not count."""
+    import real_words
+
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(40, 6, 2, generator=generator) * torch.tensor([1.0, 30.0])
+    kinds, right = torch.arange(40) % 2, torch.randint(5, (40,), generator=generator)
+    rows = torch.arange(40)
+    scores[rows, right, kinds] = torch.tensor([1.5, 45.0])[kinds]
+    scores[:, 5] = float("-inf")
+    gold = torch.zeros(40, 6, dtype=torch.bool)
+    gold[rows, right] = True
+    gold[:, 5] = True
+    weights = real_words.fitted_weights(scores, gold, kinds) * torch.tensor([1.0, 30.0])
+    assert weights.isfinite().all() and (weights >= 0).all()
+    assert weights[0, 0] > 5 * weights[0, 1] and weights[1, 1] > 5 * weights[1, 0]
