@@ -50,10 +50,14 @@ def ended(
     """
     where = f"tcp://127.0.0.1:{free_port()}" if store == "tcp" else f"file://{os.environ['TEST_STORE']}"
 
+    # A process that is through may still be needed by another one to get through, which waits without a deadline.
+    connected_all = FORK.Barrier(size)
+
     def run(rank: int, sender: Any) -> None:
         try:
             if connect:
                 dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size)
+                connected_all.wait(LIMIT)
             result: Any = work(rank)
         except BaseException as error:
             result = type(error), str(error)
