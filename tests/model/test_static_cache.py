@@ -1,5 +1,7 @@
 """A memory with a static cache: the tokens of the growing cache, in shapes that stay, compiled or not."""
 
+import sys
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -181,6 +183,43 @@ def test_caches_that_nobody_has_are_used_again(compiling: dict[str, Any]) -> Non
     kept = cache_of(mine).layers[0].keys.clone()
     made.model.generate(**QUESTIONS["short"], memory=made.bank, **compiling, **EXACTLY)
     assert torch.equal(cache_of(mine).layers[0].keys, kept)
+
+
+def test_a_model_in_another_dtype_has_other_spare_caches() -> None:
+    """What a call left before `model.to` is not written to behind it."""
+    made, options = setup("qwen3", "sdpa", **SMALL), {**EXACTLY, "cache_implementation": "static"}
+    made.model.generate(**QUESTIONS["one"], memory=made.bank, **options)
+    made.model.to(torch.float64)
+    bank = made.model.encode_documents(made.documents, show_progress=False)
+    expected = made.model.generate(**QUESTIONS["one"], memory=bank, **EXACTLY)
+    assert torch.equal(made.model.generate(**QUESTIONS["one"], memory=bank, **options), expected)
+    left = {cache.layers[0].keys.dtype for cache in compiled_msa._spare[made.model].values()}
+    assert left == {torch.float32, torch.float64}
+
+
+def test_threads_leave_spare_caches_at_once() -> None:
+    """More kinds of them than are kept."""
+    model, failed = setup("qwen3", "sdpa", **SMALL).model, list[BaseException]()
+    caches = [MSAStaticCache(config=model.config, max_cache_len=16) for _ in range(9)]
+
+    def leave() -> None:
+        try:
+            for turn in range(4000):
+                compiled_msa.keep_spare(model, turn % 9, caches[turn % 9])
+        except BaseException as error:
+            failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=leave) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed and len(compiled_msa._spare[model]) == compiled_msa.MOST_SPARE
 
 
 def test_warmup_compiles_ahead(compiling: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

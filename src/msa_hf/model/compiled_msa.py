@@ -14,6 +14,7 @@ import contextlib
 import contextvars
 import functools
 import re
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -53,7 +54,8 @@ RECALL_SCHEMA = (
     "Tensor cut)"
 )
 Recall = Callable[..., tuple[Tensor, ...]]
-SpareKind = tuple[int, int, bool]  # samples, room, made in inference mode
+# Samples, room, made in inference mode, dtype and device of the model.
+SpareKind = tuple[int, int, bool, torch.dtype, torch.device]
 Result = TypeVar("Result")
 
 
@@ -75,6 +77,7 @@ RECORDED_MODES = {"reduce-overhead": "default", "max-autotune": "max-autotune-no
 
 _asked: contextvars.ContextVar[Asked] = contextvars.ContextVar("asked_memory")
 _spare: weakref.WeakKeyDictionary[torch.nn.Module, dict[SpareKind, MSAStaticCache]] = weakref.WeakKeyDictionary()
+_spare_lock = threading.Lock()
 _runs: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, CompiledRuns]] = weakref.WeakKeyDictionary()
 
 
@@ -495,7 +498,8 @@ def spare_cache(model: GeneratingMixin, samples: int, wanted: MSAStaticCache) ->
 
     What was recorded of a run holds for the tensors it ran on, so these are used again.
     """
-    kept = _spare.get(model, {}).pop(_kind_of(samples, wanted), None)
+    with _spare_lock:
+        kept = _spare.get(model, {}).pop(_kind_of(model, samples, wanted), None)
     if kept is None:
         return wanted
     kept.reset()
@@ -504,15 +508,16 @@ def spare_cache(model: GeneratingMixin, samples: int, wanted: MSAStaticCache) ->
 
 def keep_spare(model: GeneratingMixin, samples: int, cache: MSAStaticCache) -> None:
     """Keep a cache that nobody uses any more: `MOST_SPARE` for each model, those that were used last."""
-    kept = _spare.setdefault(model, {})
-    kept[_kind_of(samples, cache)] = cache
-    while len(kept) > MOST_SPARE:
-        del kept[next(iter(kept))]
+    with _spare_lock:
+        kept = _spare.setdefault(model, {})
+        kept[_kind_of(model, samples, cache)] = cache
+        while len(kept) > MOST_SPARE:
+            del kept[next(iter(kept))]
 
 
-def _kind_of(samples: int, cache: MSAStaticCache) -> SpareKind:
+def _kind_of(model: GeneratingMixin, samples: int, cache: MSAStaticCache) -> SpareKind:
     # Tensors that were made in inference mode cannot be written to outside of it.
-    return samples, cache.get_max_length(), torch.is_inference_mode_enabled()
+    return samples, cache.get_max_length(), torch.is_inference_mode_enabled(), model.dtype, model.device
 
 
 # Which runs are compiled ----------------------------------------------------------------------------------------------
