@@ -1,6 +1,9 @@
 """A bank that is in the memory of a host once, and answers the questions of several processes there."""
 
 import gc
+import importlib
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from msa_hf.bank.tiered.plan import DoesNotFit, PlacementOptions, Reserves
 from msa_hf.bank.tiered.sources import source_of
 
 TIERS = Tiers(None, 10**12, 10**12)
+module: Any = importlib.import_module("msa_hf.bank.host_bank")  # the package has a function of this name
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +121,80 @@ def test_what_one_process_cannot_read_is_told_to_all(made: tuple[Setup, Path], t
         return str(caught.value)
 
     assert all(last.name in message for message in together(2, work))
+
+
+def copies_around_a_commit(setup_: Setup, directory: Path) -> list[Path]:
+    """Two copies of a bank, between which a document became another one of as many chunks, in the same row."""
+    before, after = directory / "before", directory / "after"
+    with setup_.model.open_memory(before) as store:
+        store.add([{"key": str(place), "input_ids": item} for place, item in enumerate(setup_.documents)])
+    shutil.copytree(before, after)
+    with setup_.model.open_memory(after) as store:
+        store.delete("5")
+        store.add([{"key": "5", "input_ids": setup_.documents[5][::-1]}])
+        store.compact()
+    return [before, after]
+
+
+@pytest.mark.parametrize("read", [host_bank, shard_bank])
+def test_one_bank_of_two_commits_is_refused(read: Any, made: tuple[Setup, Path], tmp_path: Path) -> None:
+    """Its parts would be of both."""
+    copies = copies_around_a_commit(made[0], tmp_path)
+
+    def work(rank: int) -> str:
+        with pytest.raises(ValueError, match="different banks") as caught:
+            read(copies[rank], model=made[0].model)
+        return str(caught.value)
+
+    together(2, work)
+
+
+def test_a_commit_between_two_processes_is_read_by_both(
+    made: tuple[Setup, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that looked before it looks again."""
+    before, after = copies_around_a_commit(made[0], tmp_path)
+    look, looks = module.open_bank, list[int]()
+
+    def opened(place: Path, *args: Any) -> Any:
+        looks.append(1)
+        return look(before if len(looks) == 1 else after, *args)
+
+    def work(rank: int) -> tuple[int, bool]:
+        if rank == 0:
+            monkeypatch.setattr(module, "open_bank", opened)
+        bank, wanted = host_bank(after, model=made[0].model), made[0].model.load_memory(after)
+        same = all(torch.equal(bank.layers[layer].pooled_kv, wanted.layers[layer].pooled_kv) for layer in bank.layers)
+        return len(looks), same
+
+    assert together(2, work) == [(2, True), (0, True)]
+
+
+def test_memory_out_of_reach_says_what_to_do(made: tuple[Setup, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(rank: int) -> str:
+        if rank == 1:
+            opened = os.open
+
+            def refuses(path: Any, *args: Any) -> int:
+                if str(path).startswith("/proc/"):
+                    raise PermissionError(13, "Permission denied", path)
+                return opened(path, *args)
+
+            monkeypatch.setattr(os, "open", refuses)
+        with pytest.raises((PermissionError, RankFailed)) as caught:
+            host_bank(made[1], model=made[0].model)
+        return str(caught.value)
+
+    assert all("out of reach (Permission denied): run all" in message for message in together(2, work))
+
+
+def test_what_is_no_whole_bank_is_not_shared(made: tuple[Setup, Path]) -> None:
+    with shard_bank(made[0].bank) as part, pytest.raises(ValueError, match="ShardedBank is shared or placed already"):
+        shard_bank(part, content="replicated")
+    with pytest.raises(ValueError, match="TieredBank is shared or placed already"):
+        shard_bank(place_bank(made[0].bank, tiers=TIERS))
+    with pytest.raises(TypeError, match="a BankStore or a directory, got list"):
+        shard_bank([made[0].bank])
 
 
 def test_what_is_locked_in_host_memory_needs_no_room_there(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from os import PathLike, fspath
 from pathlib import Path
@@ -24,7 +25,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..model.bank_format_msa import commit_id
-from ..model.bank_reader_msa import BankReader, KnowsOrigin, read_bank
+from ..model.bank_manifest_msa import TRIES
+from ..model.bank_reader_msa import BankReader, KnowsOrigin, open_bank
 from ..model.hub_msa import bank_directory
 from ..model.memory_msa import BankHome, DenseLayer, DocumentTable, MemoryBank
 from .host_memory import HostMemory
@@ -61,19 +63,16 @@ def host_bank(
     Raises:
         RankFailed: where another process failed.
         MemoryError: where the system does not lock so much.
-        OSError: where a process cannot reach the memory of another one on its host.
-        ValueError: what `MemoryBank.from_pretrained` raises.
+        OSError: where a process cannot reach the memory of another one on its host, or the system has no such memory.
+        ValueError: what `MemoryBank.from_pretrained` raises, and where processes find different banks.
     """
+    if not hasattr(os, "memfd_create"):
+        raise OSError("Processes share memory without a name in a file system on Linux alone.")
     target = torch.empty(0, device=device or "cpu").device
     ranks = Collectives(group, timeout)
     try:
-        bank = read_bank(
-            bank_directory(fspath(directory), model, tokenizer),
-            model,
-            tokenizer,
-            verify,
-            lambda reader: _read(reader, ranks, target),
-        )
+        place = bank_directory(fspath(directory), model, tokenizer)
+        bank = _read(_opened_alike(ranks, lambda: open_bank(place, model, tokenizer, verify)), ranks, target)
         ranks.part()
         return bank
     except BaseException as error:
@@ -81,6 +80,18 @@ def host_bank(
         raise
     finally:
         ranks.close()
+
+
+def _opened_alike(ranks: Collectives, look: Callable[[], BankReader]) -> BankReader:
+    """The bank in one state for all processes, which look again where a writer came between them."""
+    for _ in range(TRIES):
+        reader = look()
+        if len(set(ranks.everyone(reader.manifest["checksum"]))) == 1:
+            return reader
+    raise ValueError(
+        f"The processes find different banks in {reader.directory}. Give all of them the same one, on every host; "
+        "where somebody writes to it all the time, wait until that is done."
+    )
 
 
 def _read(reader: BankReader, ranks: Collectives, target: torch.device) -> MemoryBank:
@@ -126,8 +137,6 @@ def shared_blocks(sizes: list[int], neighbors: list[int], ranks: Collectives) ->
     first, files = neighbors[0], list[int]()
     try:
         with agreed(ranks):
-            if not hasattr(os, "memfd_create"):
-                raise OSError("Processes share memory without a name in a file system on Linux alone.")
             if first == ranks.rank:
                 for size in sizes:
                     files.append(os.memfd_create("msa-hf bank"))
@@ -135,11 +144,23 @@ def shared_blocks(sizes: list[int], neighbors: list[int], ranks: Collectives) ->
         process, numbers = ranks.everyone((os.getpid(), files))[first]
         with agreed(ranks):  # who made them keeps them open until all have
             if first != ranks.rank:
-                files.extend(os.open(f"/proc/{process}/fd/{number}", os.O_RDWR) for number in numbers)
+                files.extend(_opened(process, number) for number in numbers)
             return [HostMemory(size, file) for size, file in zip(sizes, files, strict=True)]
     finally:
         for file in files:
             os.close(file)
+
+
+def _opened(process: int, number: int) -> int:
+    """A descriptor of a file that another process of this host has open under a number."""
+    try:
+        return os.open(f"/proc/{process}/fd/{number}", os.O_RDWR)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"The memory of process {process} on this host is out of reach ({error.strerror}): run all processes as "
+            "the same user, in the same container",
+        ) from error
 
 
 def neighbors_of(ranks: Collectives) -> list[int]:

@@ -27,9 +27,10 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...model.bank_format_msa import commit_id
 from ...model.bank_reader_msa import BankReader, KnowsOrigin, read_bank
 from ...model.hub_msa import bank_directory
-from ...model.memory_msa import DenseLayer, DocumentTable, MemoryBank
+from ...model.memory_msa import DenseLayer, DocumentTable, MemoryBank, Snapshots
 from ...model.routing_msa import RoutingRequest
 from ..store.store import BankStore
 from .agreement import DIFFERENT, SAME
@@ -207,8 +208,9 @@ def shard_bank(
         A `ShardedBank`, to be used in a `with` block.
 
     Raises:
-        ValueError: where the processes have different banks, and what `MemoryBank.from_pretrained` raises; in all of
-            them, if one has to.
+        TypeError: for what is no bank.
+        ValueError: for a bank that is shared or placed already, where the processes have different banks, and what
+            `MemoryBank.from_pretrained` raises; in all of them, if one has to.
         RankFailed: where another process failed.
         RuntimeError: where the processes are not connected.
     """
@@ -220,6 +222,8 @@ def shard_bank(
         raise ValueError(
             f"Of a directory each process reads a part: for {content} content pass `host_bank(directory)`."
         )
+    if not isinstance(bank, str | PathLike | Snapshots):
+        raise TypeError(f"`bank` must be a MemoryBank, a BankStore or a directory, got {type(bank).__name__}.")
     ranks = Collectives(group, timeout)
     error: Exception | None = None
     shared: ShardedBank | None = None
@@ -228,12 +232,12 @@ def shard_bank(
         if isinstance(bank, str | PathLike):
             if device is None and model is not None:
                 device = model.device
-            shared = _read(
+            shared, commit = _read(
                 bank_directory(fspath(bank), model, tokenizer), ranks, inputs, model, tokenizer, device, verify
             )
         else:
-            shared = _part(bank.snapshot(), ranks, inputs, content, device)
-        digest = _digest(shared)
+            shared, commit = _part(bank.snapshot(), ranks, inputs, content, device), ""
+        digest = _digest(shared, commit)
     except Exception as failed:  # raised below, after the others know
         error = failed
     states = ranks.everyone(
@@ -258,6 +262,8 @@ def shard_bank(
 def _part(
     bank: MemoryBank, ranks: Collectives, inputs: str, content: str, device: torch.device | str | None
 ) -> ShardedBank:
+    if not bank.is_whole:
+        raise ValueError(f"A {type(bank).__name__} is shared or placed already; share the bank that it was made from.")
     rows = shares(bank.offsets, ranks.size)
     first, end = int(bank.offsets[rows[ranks.rank]]), int(bank.offsets[rows[ranks.rank + 1]])
     target = bank.device if device is None else torch.empty(0, device=device).device
@@ -280,12 +286,13 @@ def _read(
     tokenizer: object,
     device: torch.device | str | None,
     verify: bool,
-) -> ShardedBank:
+) -> tuple[ShardedBank, str]:
+    """This process' part of a bank, and the commit that it is of."""
     target = torch.empty(0, device=device or "cpu").device
     return read_bank(directory, model, tokenizer, verify, lambda reader: _read_share(reader, ranks, inputs, target))
 
 
-def _read_share(reader: BankReader, ranks: Collectives, inputs: str, target: torch.device) -> ShardedBank:
+def _read_share(reader: BankReader, ranks: Collectives, inputs: str, target: torch.device) -> tuple[ShardedBank, str]:
     found = reader.rows()
     with reader.contradictions():
         documents = DocumentTable(found.table, found.deleted)
@@ -296,12 +303,12 @@ def _read_share(reader: BankReader, ranks: Collectives, inputs: str, target: tor
     visible = documents.visible_rows()
     counts = int(documents.counts("chunks")[visible].sum()), int(documents.counts("tokens")[visible].sum())
     whole = MemoryBank(layers, found.offsets, prefix, documents, reader.origin, counts, found.next_id)
-    return ShardedBank(layers, whole, rows, ranks, inputs)
+    return ShardedBank(layers, whole, rows, ranks, inputs), commit_id(reader.manifest)
 
 
-def _digest(bank: ShardedBank) -> str:
-    """The common side of the parts of one bank."""
-    digest = hashlib.sha256(json.dumps(bank.origin.to_dict(), sort_keys=True).encode())
+def _digest(bank: ShardedBank, commit: str) -> str:
+    """The common side of the parts of one bank, read of a commit."""
+    digest = hashlib.sha256(json.dumps([commit, bank.origin.to_dict()], sort_keys=True).encode())
     digest.update(bank.offsets.numpy().tobytes() + bank.documents.deleted.tobytes() + str(bank.dtype).encode())
     step = max(len(bank.documents) // 64, 1)
     for position in range(0, len(bank.documents), step):
