@@ -75,6 +75,11 @@ class Asked:
 # Modes of torch.compile that ask for CUDA graphs -> the same without, for runs that are recorded here.
 RECORDED_MODES = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
+UNPROVEN = (
+    "The mode {mode!r} records runs of a model with a memory as CUDA graphs, which has not been proven on a GPU: compare "
+    "answers with those of CompileConfig(mode='default')."
+)
+
 _asked: contextvars.ContextVar[Asked] = contextvars.ContextVar("asked_memory")
 _spare: weakref.WeakKeyDictionary[torch.nn.Module, dict[SpareKind, MSAStaticCache]] = weakref.WeakKeyDictionary()
 _spare_lock = threading.Lock()
@@ -577,7 +582,10 @@ def compiled_runs(model: GeneratingMixin, options: Mapping[str, Any]) -> Compile
     if key not in made:
         mode = options.get("mode")
         plain = options if mode is None else {**options, "mode": RECORDED_MODES.get(mode, mode)}
-        made[key] = CompiledRuns(plain, mode in RECORDED_MODES and is_recordable(model))
+        recorded = mode in RECORDED_MODES and is_recordable(model)
+        if recorded:
+            logger.warning_once(UNPROVEN.format(mode=mode))
+        made[key] = CompiledRuns(plain, recorded)
     return made[key]
 
 
