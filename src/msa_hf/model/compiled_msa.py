@@ -76,8 +76,8 @@ class Asked:
 RECORDED_MODES = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 UNPROVEN = (
-    "The mode {mode!r} records runs of a model with a memory as CUDA graphs, which has not been proven on a GPU: compare "
-    "answers with those of CompileConfig(mode='default')."
+    "The mode {mode!r} records runs of a model with a memory as CUDA graphs, which has not been proven on a GPU: "
+    "compare answers with those of CompileConfig(mode='default')."
 )
 
 _asked: contextvars.ContextVar[Asked] = contextvars.ContextVar("asked_memory")
