@@ -29,7 +29,19 @@ import numpy as np
 import torch
 from real_model import PROTOCOL, encode_all, load_trained, total_scores
 from real_rows import Flat, connect, device, load, log, rank, save, source_names, world
-from real_systems import AT, KEPT, Lists, asked_questions, bank_limits, fit_on, hit_groups, interval, lists_of, recalls
+from real_systems import (
+    AT,
+    KEPT,
+    Lists,
+    asked_questions,
+    bank_limits,
+    fit_on,
+    held_out_numbers,
+    hit_groups,
+    interval,
+    lists_of,
+    recalls,
+)
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -70,8 +82,7 @@ def search(arguments: argparse.Namespace) -> None:
     asked = Flat.of(rows).to(where)
     taught = load(work / "sets.teacher.pt")
     near = torch.cat([taught["passages"], *(load(work / f"{name}.teacher.pt") for name in names[1:])]).to(where)
-    held = [number for number in range(len(taught["train"])) if number % 20 == 7]
-    asked_near = torch.cat([taught["dev"], taught["train"][held]]).to(where)
+    asked_near = torch.cat([taught["dev"], taught["train"][held_out_numbers(data)]]).to(where)
     lexical = dict(np.load(work / "lexical.npz"))
     model = load_trained(work / f"{arguments.name}.pt", arguments.base, where)
     start = time.time()

@@ -28,6 +28,7 @@ SHARES = {
     "nq": 0.16,
     "fairytaleqa": 0.16,
     "multihop": 0.06,
+    "needles": 0.05,  # of real_needles.py
     "squadshifts_reddit": 0.08,
     "squadshifts_amazon": 0.08,
 }

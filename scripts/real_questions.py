@@ -21,6 +21,7 @@ from msa_hf.training.weights import TrainedWeights, linear_ranks
 LONGEST_PASSAGE = 256  # tokens
 SAME_LENGTH = 8  # passages that questions are asked about are cut to a multiple of so many tokens
 TAGS = ("\nQuery:", "\nQuestion:")  # search queries, and questions asked with the passage in view
+UNASKED = ("multihop", "needles")  # sets of questions that no passage alone leads to, or that nobody asks
 SEARCHED = ("nq",)  # sets of search queries
 
 
@@ -115,7 +116,7 @@ def learn_to_ask(
     pick = random.Random(arguments.shard)
     rows = []
     for number, question in enumerate(train["questions"]):
-        if question["set"] == "multihop":
+        if question["set"] in UNASKED:
             continue
         searched = question["set"] in SEARCHED
         place = pick.choice(question["wanted"][0])

@@ -14,9 +14,15 @@ WAYS = {"router": "router", "bm25": "lexical", "minilm": "dense"}  # system -> i
 KEPT = 50  # best passages kept per question and system
 
 
+def held_out_numbers(data: dict[str, Any]) -> list[int]:
+    """The labeled questions that training left out, without those of needles, which nobody asks."""
+    questions = data["train"]["questions"]
+    return [number for number, item in enumerate(questions) if is_held_out(number) and item["set"] != "needles"]
+
+
 def asked_questions(data: dict[str, Any]) -> list[dict[str, Any]]:
     """The development questions, then the labeled ones that training left out."""
-    held = [item for number, item in enumerate(data["train"]["questions"]) if is_held_out(number)]
+    held = [data["train"]["questions"][number] for number in held_out_numbers(data)]
     return [
         *({**item, "split": "dev"} for item in data["dev"]["questions"]),
         *({**item, "split": "fit"} for item in held),

@@ -145,3 +145,23 @@ def test_fitted_weights_believe_the_system_that_is_right(data: Any) -> None:
     weights = real_words.fitted_weights(scores, gold, kinds) * torch.tensor([1.0, 30.0])
     assert weights.isfinite().all() and (weights >= 0).all()
     assert weights[0, 0] > 5 * weights[0, 1] and weights[1, 1] > 5 * weights[1, 0]
+
+
+def test_needles_stand_in_real_text_beside_those_they_are_taken_for(data: Any, tmp_path: Path) -> None:
+    import real_needles
+
+    (tmp_path / "wikipedia").mkdir()
+    articles = [{"key": str(n), "title": f"T{n}", "text": f"Article {n} goes on. " * 40} for n in range(30)]
+    with lzma.open(tmp_path / "wikipedia" / "part-11.jsonl.xz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in [{"key": "s", "title": "", "text": "Short."}, *articles])
+    documents, questions = real_needles.make(tmp_path, 11, 900)
+    texts = {row["key"]: row for row in documents}
+    assert len({row["title"] for row in documents}) == len(documents) <= 30 and len(questions) > 8
+    for question in questions:
+        found = [texts[key] for key in question["gold"]]
+        assert question["answers"] == [", ".join(question["answers"][0].split(", "))]
+        for row, value in zip(found, question["answers"][0].split(", "), strict=True):
+            assert value in row["text"] and len(data.split_passages(row["text"])) == 1
+        assert len({row["article"] for row in found}) == 1
+        together = [row for row in documents if row["article"] == found[0]["article"]]
+        assert len(together) == {"single": 1, "multi_key_2": 2, "multi_key_3": 3}.get(question["kind"], 4)
