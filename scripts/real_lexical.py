@@ -45,7 +45,7 @@ def index_of(tokens: Any, limit: int | None = None) -> Any:
 
 
 def best_of(index: Any, asked: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
-    best, scores = index.retrieve(asked, k=count, show_progress=False, n_threads=0, backend_selection=SELECTION)
+    best, scores = index.retrieve(asked, k=count, show_progress=False, n_threads=-1, backend_selection=SELECTION)
     return best.astype(np.int32), scores.astype(np.float32)
 
 
