@@ -25,6 +25,7 @@ from scripted import COMPACT, PUBLISHED, TEXTS, bank_of
 from transformers import CompileConfig
 
 from msa_hf.generation import MemoryInterleave, PromptProtocol
+from msa_hf.model import options_msa
 
 # What the model writes ------------------------------------------------------------------------------------------------
 
@@ -323,6 +324,17 @@ def test_with_a_static_cache(select) -> None:
         asker(reuse_cache=True, cache_implementation="static")
     with pytest.raises(ValueError, match="must be 'dynamic' or 'static', got 'paged'"):
         asker(cache_implementation="paged")
+
+
+@pytest.mark.parametrize("select", ["constrained", "generate"])
+def test_a_static_cache_that_is_full_is_left(select, monkeypatch) -> None:
+    """Where the answer, longer than ids, has no room behind what the last round fed."""
+    monkeypatch.setattr(options_msa, "STATIC_STEP", 1)
+    options: dict[str, Any] = {"select": select, "max_id_tokens": 30, "max_new_tokens": 31, "max_rounds": 3}
+    expected = asker(**options).ask(QUESTIONS[:2], batch_size=2)
+    found = asker(**options, cache_implementation="static").ask(QUESTIONS[:2], batch_size=2)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same_answers(ours, theirs)
 
 
 def test_compiled_rounds() -> None:

@@ -73,8 +73,14 @@ def test_the_same_as_with_a_growing_cache(family: str, attention: str, questions
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_beams": 3}, {"force_documents": torch.tensor([[4, -1]])}, {"memory": "tiered"}, {"memory": "open"}],
-    ids=["beams", "forced", "tiered", "open"],
+    [
+        {"num_beams": 3},
+        {"force_documents": torch.tensor([[4, -1]])},
+        {"prompt_lookup_num_tokens": 3},
+        {"memory": "tiered"},
+        {"memory": "open"},
+    ],
+    ids=["beams", "forced", "drafts", "tiered", "open"],
 )
 def test_what_else_a_call_may_ask_for(options: dict[str, Any]) -> None:
     made = setup("qwen3", "sdpa")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import warnings
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import Cache, CompileConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import CompileConfig, GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from ..model.compiled_msa import compiling
@@ -287,12 +288,10 @@ class MemoryInterleave:
         self, samples: list[_Sample], streamer: BaseStreamer | None, options: GenerateOptions, static: bool
     ) -> list[Answer]:
         config: GenerationConfig = options["generation_config"]
-
-        def make_static(tokens: int) -> Cache:
-            return static_cache(self.model.config, tokens + max(self.max_id_tokens, config.max_new_tokens))
-
-        make_cache = make_static if static else None
-        feed = TranscriptFeeder(self.model, self.bank, self.answering.pad_id, samples, self.reuse_cache, make_cache)
+        make_cache = functools.partial(static_cache, self.model.config) if static else None
+        behind = max(self.max_id_tokens, config.max_new_tokens)
+        pad = self.answering.pad_id
+        feed = TranscriptFeeder(self.model, self.bank, pad, samples, self.reuse_cache, make_cache, behind)
         with compiling(self.model, config.compile_config) if static else contextlib.nullcontext():
             for number in range(self.max_rounds):
                 active = [sample for sample in samples if not sample.ended]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from ..model.compat_msa import CACHE, cache_of, forget_tokens
+from ..model.compat_msa import CACHE, cache_of
 from ..model.configuration_msa import full_attention_layers
 from ..model.memory_msa import Memory
 from ..model.modeling_msa import MSAForCausalLM
@@ -33,7 +33,7 @@ class TranscriptFeeder:
     """The transcripts of a batch on their way through the model.
 
     A prefill starts anew, with rows for the transcripts asked for, unless what the cache holds is still right: where no
-    block was added to any of them, the routing tokens are the same and so are all states.
+    block was added to any of them, the routing tokens are the same and so are all states, and it has room for more.
 
     Args:
         model, bank: as given.
@@ -41,7 +41,8 @@ class TranscriptFeeder:
         transcripts: all of a batch.
         keep: never start anew: every prefill is a further turn of one cache, in which every transcript has its row;
             those that are not asked for get padding. Earlier tokens then keep what they saw.
-        make_cache: makes the cache of a prefill that starts anew, for so many tokens; default: the model makes one.
+        make_cache: makes the cache of a prefill that starts anew, with room for so many tokens; default: a growing one.
+        behind: tokens of steps or of an answer that may follow a prefill.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class TranscriptFeeder:
         transcripts: Sequence[Transcript],
         keep: bool,
         make_cache: Callable[[int], Cache] | None = None,
+        behind: int = 0,
     ) -> None:
         self.model, self.bank, self.pad_id, self.keep = model, bank, pad_id, keep
-        self.make_cache = make_cache
+        self.make_cache, self.behind = make_cache, behind
         self.rows: Sequence[Transcript] = transcripts
         self.ids = self.mask = self._empty()
         self.cache: Cache | None = None
@@ -72,7 +74,15 @@ class TranscriptFeeder:
         if self.cache is None or self.keep:
             return self.cache is not None
         same = len(transcripts) == len(self.rows) and all(map(lambda a, b: a is b, transcripts, self.rows))
-        return same and all(part.kind != "block" for item in transcripts for part in item.segments[item.fed :])
+        new = [item.segments[item.fed :] for item in transcripts]
+        return same and all(part.kind != "block" for parts in new for part in parts) and self._has_room(new)
+
+    def _has_room(self, new: list[list[protocol.Segment]]) -> bool:
+        """Tell whether the cache takes new segments of each transcript, and what may follow; one that grows does."""
+        if self.cache is None or self.make_cache is None:
+            return True
+        more, room = max(sum(len(part.input_ids) for part in parts) for parts in new), self.cache.get_max_length()
+        return room <= 0 or self.ids.shape[1] + more + self.behind <= room
 
     def turn(self, transcripts: Sequence[Transcript]) -> tuple[dict[str, Tensor | Cache], list[int]]:
         """The inputs of the next forward of `transcripts`, and the number of new tokens of each.
@@ -101,7 +111,7 @@ class TranscriptFeeder:
         self.mask = torch.cat([self.mask, padded([[1] * len(ids) for ids, _ in new], 0, torch.long)], 1)
         routes = padded([routes for _, routes in new], False, torch.bool)
         if self.cache is None and self.make_cache is not None:
-            self.cache = self.make_cache(self.ids.shape[1])
+            self.cache = self.make_cache(self.ids.shape[1] + self.behind)
         inputs = {"input_ids": self.ids, "attention_mask": self.mask, "routing_mask": routes}
         if self.cache is not None:
             inputs[CACHE] = self.cache
@@ -134,7 +144,7 @@ class TranscriptFeeder:
         if self.steps and self.windowed:
             self.cache = None  # what has left the window cannot be brought back
         elif self.steps and self.cache is not None:
-            forget_tokens(self.cache, self.steps)
+            self.cache.crop(-self.steps)
         self.steps = 0
 
     def _pick(self, logits: Tensor, transcripts: Sequence[Transcript]) -> Tensor:

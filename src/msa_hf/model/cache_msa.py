@@ -179,9 +179,13 @@ class MSAStaticCache(KeepsContexts, StaticCache):
         self.counted = None
         return super().update(*args, **kwargs)
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last `-tokens_to_remove` tokens out again, in one launch; transformers below 5.24 cannot."""
         self.counted = None
-        super().crop(*args, **kwargs)
+        if not all(type(layer) is StaticLayer and layer.is_initialized for layer in self.layers):
+            super().crop(tokens_to_remove)
+            return
+        torch._foreach_sub_([layer.cumulative_length for layer in self.layers], abs(tokens_to_remove))
 
     def reset(self) -> None:
         """Empty it, in a few launches for all layers."""

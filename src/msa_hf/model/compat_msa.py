@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 
-import torch
 import transformers
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, logging
 
-from .cache_msa import MSAStaticCache
 from .types_msa import Arguments
 
 logger = logging.get_logger(__name__)
@@ -59,16 +57,6 @@ def empty_cache(cache: Cache) -> None:
     if not cache.is_compileable:
         for layer in cache.layers:
             layer.is_initialized = False
-
-
-def forget_tokens(cache: Cache, tokens: int) -> None:
-    """Take the last `tokens` out of a cache again; static layers are cropped by transformers from 5.24 on alone."""
-    if cache.is_compileable:
-        torch._foreach_add_([layer.cumulative_length for layer in cache.layers], -tokens)  # one launch
-        if isinstance(cache, MSAStaticCache):
-            cache.counted = None
-    else:
-        cache.crop(-tokens)
 
 
 def readable_by_both_names(output_class: type) -> type:

@@ -29,7 +29,7 @@ from .attending_layers_msa import AttendingLayers
 from .attention_msa import AttendingPass
 from .cache_msa import MemoryContext, MSAStaticCache, bucket_of
 from .chunks_msa import ContextRows
-from .compat_msa import CACHE, forget_tokens
+from .compat_msa import CACHE
 from .memory_msa import LaunchesAlone, LayerMemory, Memory
 from .recording_msa import Inputs, Step, call_between, is_recordable, state_of
 from .routing_msa import LayerRouting, RoutingRequest, Scoring, Selection
@@ -423,7 +423,7 @@ class CompiledRuns:
         meanwhile()
         cut = bool(chosen.cut)  # the device is waited for here
         if cut or missing:
-            forget_tokens(cache, width if cut else missing)
+            cache.crop(-width if cut else -missing)
         if cut:
             return None
         # Only now, because the contexts before were still needed.
