@@ -275,7 +275,10 @@ class Pools:
             wrong = wrong.gather(1, order).flatten()
             parts += [self.mined.gold[mined], wrong[wrong >= 0]]
             groups -= groups // 2
-        parts.append(self._neighbors(groups))
+        by_words = 0 if self.words is None else groups // 2
+        parts.append(self._neighbors(groups - by_words))
+        if self.words is not None and by_words:
+            parts.append(self._neighbors_by_words(self.words, by_words))
         pool = torch.unique(torch.cat(parts))
         owner = self.place_of_owner[pool]
         with_question = (owner >= 0).nonzero().squeeze(1)
@@ -310,11 +313,21 @@ class Pools:
 
     def _neighbors(self, groups: int) -> Tensor:
         """Groups of passages with questions that the teacher finds near to each other."""
-        arguments = self.arguments
         seeds = torch.randint(len(self.owners), (groups,), device=self.where)
         scores = self.owners_near[seeds] @ self.owners_near.T
-        around = scores.topk(min(3 * arguments.group, scores.shape[1]), dim=1).indices
-        order = torch.rand(around.shape, device=self.where).argsort(1)[:, : arguments.group - 1]
+        return self._groups(seeds, scores)
+
+    def _neighbors_by_words(self, words: Words, groups: int) -> Tensor:
+        """The same of passages that have the most of a question's words."""
+        seeds = torch.randint(len(self.owners), (groups,), device=self.where)
+        scores = word_scores(words.questions, self._one_of_each(seeds), words.passages, self.owners)
+        return self._groups(seeds, scores)
+
+    def _groups(self, seeds: Tensor, scores: Tensor) -> Tensor:
+        """Places of the passages `owners[seeds]`, each with others among those that score highest beside it."""
+        size = self.arguments.group
+        around = scores.topk(min(3 * size, scores.shape[1]), dim=1).indices
+        order = torch.rand(around.shape, device=self.where).argsort(1)[:, : size - 1]
         return self.owners[torch.cat([seeds[:, None], around.gather(1, order)], dim=1).flatten()]
 
     def asked_parts(self, numbers: Tensor, budget: int) -> Iterator[tuple[Tensor, TokenRows]]:
