@@ -314,6 +314,9 @@ def routers(arguments: argparse.Namespace) -> None:
             shape = max(0.5 * (1 + np.cos(np.pi * min(progress, 1.0))), 0.02) * min((step + 1) / arguments.warmup, 1.0)
             for item, rate in zip(optimizer.param_groups, rates, strict=True):
                 item["lr"] = rate * shape
+            profile = torch.profiler.profile() if step == arguments.profile else None
+            if profile is not None:
+                profile.start()
             drawn = pools.draw()
             documents = list(pools.passages.parts(drawn.places, arguments.part_tokens))
             asked = list(pools.asked_parts(drawn.numbers, arguments.question_tokens))
@@ -342,6 +345,9 @@ def routers(arguments: argparse.Namespace) -> None:
             norm = float(torch.nn.utils.clip_grad_norm_(trained, 1.0))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if profile is not None:
+                profile.stop()
+                write_profile(profile, work / f"{arguments.name}.profile.txt", where)
             step += 1
             tokens += int(result.lengths.sum())
             pairs += len(rows) * world()
@@ -364,6 +370,14 @@ def routers(arguments: argparse.Namespace) -> None:
         save(work / f"{arguments.name}.done", step)
     if group is not None:
         dist.destroy_process_group()
+
+
+def write_profile(profile: torch.profiler.profile, path: Path, where: torch.device) -> None:
+    """The kernels of a step that take most of the time, on the device and on the host."""
+    averages = profile.key_averages()
+    orders = ["self_cpu_time_total", *([f"self_{where.type}_time_total"] if where.type != "cpu" else [])]
+    path.write_text("\n".join(averages.table(sort_by=order, row_limit=40) for order in reversed(orders)))
+    log("wrote", path)
 
 
 class Reader:
@@ -550,6 +564,7 @@ def main() -> None:
     made.add_argument("--ranked", type=int, default=0, help="labeled questions of a step whose candidates are read")
     made.add_argument("--ranked-candidates", type=int, default=8)
     made.add_argument("--rank-weight", type=float, default=0.3)
+    made.add_argument("--profile", type=int, metavar="STEP", help="write what this step spends its time on")
     made.add_argument("--log-every", type=int, default=20)
     made.add_argument("--measure-every", type=float, default=180.0)
     made.add_argument("--no-compile", dest="compile", action="store_false")
