@@ -215,6 +215,20 @@ def test_what_cannot_be_recorded(tapes: list[PlainTape], caplog: pytest.LogCaptu
     finally:
         del made.model.model.layers[2].mlp.forward
     assert len(calls) == 2 and "this waits for the device" in caplog.text
+    (cache,) = compiled_msa._spare[made.model].values()
+    assert len(cache.recordings.places) == 2  # a prompt and a token, however many questions come
+
+
+def test_prompts_of_any_length_leave_nothing(tapes: list[PlainTape], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are padded to no bucket are not recorded, or there would be a recording for each length."""
+    made = setup("qwen3", "sdpa", **SMALL)
+    monkeypatch.setattr(compiled_msa, "MOST_PROMPT", 16)
+    for length in (17, 18, 17, 18, 17):
+        question = {**batch_of(tokens(length, seed=length)), "memory": made.bank}
+        answer = made.model.generate(**question, **EXACTLY, **recorded())
+        assert torch.equal(answer, made.model.generate(**question, **EXACTLY))
+    (cache,) = compiled_msa._spare[made.model].values()
+    assert len(cache.recordings.places) == len(cache.recordings.known) == 1  # a token
 
 
 def test_only_who_asks_for_it_has_runs_recorded() -> None:

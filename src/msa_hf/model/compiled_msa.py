@@ -303,7 +303,8 @@ class CompiledRuns:
         """The result of `function(inputs)`, recorded where that is possible; see `Recordings.run`."""
         if not self.recorded:
             return function(inputs)
-        places = tuple(layer.keys.data_ptr() for layer in cache.layers)  # others after samples changed places
+        # Others after samples changed places.
+        places = tuple(item.data_ptr() for layer in cache.layers for item in (layer.keys, layer.values))
         return cache.recordings.run((id(self), places, *kind), function, inputs, device, lambda: _lengths_of(cache))
 
     def look_at(self, model: GeneratingMixin, cache: MSAStaticCache, anew: bool) -> None:
@@ -417,7 +418,9 @@ class CompiledRuns:
         kind = "prompt", rows, request.k, request.scoring, request.score_bias, _identities(contexts), _settings(fixed)
         token = _asked.set(Asked(asked.layers, replace(request, routing_mask=tensors["routing_mask"])))
         try:
-            chosen = self.run(cache, kind, run, tensors, device)
+            # Prompts of every length there is are not recorded: their contexts, which stay, would fill the device.
+            few = width == bucket_of_prompt(length) <= MOST_PROMPT
+            chosen = self.run(cache, kind, run, tensors, device) if few else run(tensors)
         finally:
             _asked.reset(token)
         meanwhile()
@@ -427,9 +430,11 @@ class CompiledRuns:
         if cut:
             return None
         # Only now, because the contexts before were still needed.
-        settling = "settle", _identities(chosen.contexts)
-        settled = self.run(cache, settling, lambda _: cache.settled(chosen.contexts), {}, device)
-        cache.take_settled(settled)
+        if cache.recordings.holds(chosen):
+            settling = "settle", _identities(chosen.contexts)
+            cache.take_settled(self.run(cache, settling, lambda _: cache.settled(chosen.contexts), {}, device))
+        else:
+            cache.take_settled(cache.settled(chosen.contexts))
         return chosen.kept()
 
 

@@ -273,6 +273,10 @@ class Recordings:
         if state != self.state:
             self.places, self.known, self.refused, self.state = {}, {}, set(), state
 
+    def holds(self, result: object) -> bool:
+        """Tell whether a result of `run` is that of a recording, which its next run gives again."""
+        return any(recorded.result is result for recorded in self.known.values())
+
     def run(
         self,
         kind: Hashable,
