@@ -103,7 +103,7 @@ if [[ "$what" == data ]]; then
         ask() {
             when "$out/sets.pt" "${prepared[@]}" -- stage "$out/asked$1.pt" "questions-$1" \
                 on_gpu "$1" train questions --base "$base" --parts "$parts" --minutes "$minutes" \
-                --shard "$1" --shards "$shards" "${asking[@]}"
+                --shard "$1" --shards "$shards" "${asking[@]}" &&
             when "$out/taught$1.done" -- stage "$out/asked$1.teacher.pt" "teach-asked-$1" \
                 on_gpu "$1" train teach --teacher "$teacher" --parts "$parts" --shard "$1" --shards "$shards" --asked
         }
@@ -125,6 +125,7 @@ fi
 name="${1:-}"
 [[ -n "$name" ]] || die "$what needs a name"
 shift
+[[ -e "$out/parts" ]] || die "$out holds no data; make it with: make_real.sh data"
 base="$(<"$out/base")" parts="$(<"$out/parts")"
 if [[ "$what" == train ]]; then
     say "training; OUT/$name.curve.jsonl grows meanwhile"
