@@ -219,6 +219,27 @@ def test_what_cannot_be_recorded(tapes: list[PlainTape], caplog: pytest.LogCaptu
     assert len(cache.recordings.places) == 2  # a prompt and a token, however many questions come
 
 
+def test_an_error_of_the_memory_is_raised_at_once(tapes: list[PlainTape], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not taken for one of recording, whose run would be repeated; the next question is answered."""
+    made, gather, asked = setup("qwen3", "sdpa", **SMALL), DenseLayer.gather, list[int]()
+
+    def fails_once(self: Any, *args: Any) -> Any:
+        asked.append(1)
+        if len(asked) == 4:  # the second layer, while the second question is recorded
+            raise RuntimeError("process 1 is gone")
+        return gather(self, *args)
+
+    questions = [{**batch_of(tokens(9, seed=seed)), **EXACTLY, "memory": made.bank} for seed in range(4)]
+    expected = [made.model.generate(**question) for question in questions]
+    monkeypatch.setattr(DenseLayer, "gather", fails_once)
+    for place, question in enumerate(questions):
+        if place == 1:
+            with pytest.raises(RuntimeError, match="process 1 is gone"):
+                made.model.generate(**question, **recorded())
+            assert len(asked) == 4
+        assert torch.equal(made.model.generate(**question, **recorded()), expected[place])
+
+
 def test_prompts_of_any_length_leave_nothing(tapes: list[PlainTape], monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that are padded to no bucket are not recorded, or there would be a recording for each length."""
     made = setup("qwen3", "sdpa", **SMALL)

@@ -105,11 +105,15 @@ class Recording:
     Args:
         tape: of the parts.
         between: of what is recorded later of the calls, which are played while parts wait for each other's numbers.
+
+    Attributes:
+        on_host: the host is being called; what it raises is no failure to record.
     """
 
     def __init__(self, tape: Tape, between: Tape) -> None:
         self.tape, self.between = tape, between
         self.steps: list[Step] = []
+        self.on_host = False
 
     def record(self, run: Callable[[], Result]) -> Result:
         """Run once. What the result holds is overwritten by `play`."""
@@ -140,7 +144,9 @@ class Recording:
     def call(self, function: HostFunction, addresses: Addresses) -> tuple[Tensor, ...]:
         """The results of `function`, which is called anew by every `play`: the same shapes, in the same places."""
         self._end_part()
+        self.on_host = True
         step = HostCall(self.between, function, addresses)
+        self.on_host = False
         self.steps.append(step)
         self.tape.begin()
         return step.places
@@ -316,6 +322,8 @@ class Recordings:
         try:
             result = recording.record(lambda: function(places.tensors))
         except RuntimeError as error:
+            if recording.on_host:
+                raise
             logger.warning_once(f"A run of this model is launched piece by piece, it cannot be recorded: {error}")
             self.refused.add(kind)
             restore()
