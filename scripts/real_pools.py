@@ -116,10 +116,14 @@ class Words:
 
     def __init__(self, arguments: argparse.Namespace, pools: Pools) -> None:
         work, where = Path(arguments.work), pools.where
+        parts = [work / f"asked{shard}.words.pt" for shard in range(arguments.shards)]
+        for path in (work / "words.pt", *parts):
+            if not path.exists():
+                raise SystemExit(f"{path} is missing: run real_lexical.py words and asked before, or give --no-words.")
         data = load(work / "words.pt")
         self.pools, self.near = pools, data["near"].long().to(where)
         self.passages = WordRows(**data["passages"]).to(where)
-        asked = [WordRows(**load(work / f"asked{shard}.words.pt")) for shard in range(arguments.shards)]
+        asked = [WordRows(**load(path)) for path in parts]
         self.questions = WordRows.joined([WordRows(**data["train"]), *asked]).to(where)
         # Search queries, and questions as people write them: words are worth less for the first.
         texts = [item["question"] for item in load(work / "sets.pt")["train"]["questions"]]

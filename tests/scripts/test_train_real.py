@@ -88,6 +88,13 @@ def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.
     run("questions", "--minutes 1 --ask-batch 8 --ask-steps 2 --batch-tokens 2000 --largest 16 --no-compile")
     run("teach", f"--teacher {place / 'teacher'} --asked", base=False)
     run("reading", "--reading 12")
+    with pytest.raises(SystemExit, match=r"words\.pt is missing: run real_lexical\.py words"):
+        run("routers", "--layers 1 --no-compile --read 0")
+    import real_lexical
+
+    for command in (["words", "--parts", "0"], ["asked"]):
+        monkeypatch.setattr(sys, "argv", ["real_lexical.py", *command, "--work", str(place / "work")])
+        real_lexical.main()
     sizes = "--pool 24 --labeled 6 --group 4 --near 5 --read 4 --ranked 4"
     sizes += " --part-tokens 800 --question-tokens 60 --mine 0"
     run("routers", f"--layers 1 --steps 3 --rank 4 --upper-rank 2 --no-compile --log-every 1 {sizes}")
