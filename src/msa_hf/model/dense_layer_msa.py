@@ -84,7 +84,7 @@ class DenseLayer:
         return Selection(documents, scores)
 
     def addresses(self, device: torch.device, samples: int, k: int) -> Hashable | None:
-        """Where all lies that is read; see `LaunchesAlone`."""
+        """The addresses of all that is read; see `LaunchesAlone`."""
         layout, plain = self._layout(), OPERATIONS["route_documents"] is PLAIN["route_documents"]
         if plain or not layout.is_shared or not device == self.routing_keys.device == self.pooled_kv.device:
             return None

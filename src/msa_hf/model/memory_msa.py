@@ -53,7 +53,7 @@ class LaunchesAlone(Protocol):
     """A layer that does nothing but launch work on a device, perhaps, when it is asked: this can then be recorded."""
 
     def addresses(self, device: torch.device, samples: int, k: int) -> Hashable | None:
-        """Where all lies that `route` and `gather` read, and how large it is; the same while that does not change.
+        """The addresses and sizes of all that `route` and `gather` read; the same while that does not change.
 
         Args:
             device: of queries and masks.

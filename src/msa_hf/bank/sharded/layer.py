@@ -31,7 +31,7 @@ class ShardedLayer:
 
     @staticmethod
     def moved(part: DenseLayer, device: torch.device | str | None, dtype: torch.dtype | None) -> DenseLayer:
-        """What lies here, on another device or in another dtype."""
+        """The same part on another device or in another dtype."""
         return part.to(device, dtype)
 
     def serve(self, similarity: str) -> None:
@@ -57,7 +57,7 @@ class ShardedLayer:
     # `LayerMemory` ----------------------------------------------------------------------------------------------------
 
     def addresses(self, device: torch.device, samples: int, k: int) -> Hashable | None:
-        """Where all lies that is read; see `LaunchesAlone`. Exchanges between devices are recorded too."""
+        """The addresses of all that is read; see `LaunchesAlone`. Exchanges between devices are recorded too."""
         keys, content, width = self.part.routing_keys, self.part.pooled_kv, self.width(samples, k)
         if width is None or keys.device != device or not is_read_by(device, content):
             return None

@@ -63,7 +63,7 @@ class ShardSession:
 
     @property
     def active(self) -> bool:
-        """Whether any process has something to route.
+        """Tell whether any process has something to route.
 
         Raises:
             ValueError: in all processes, where what they want does not fit together.
@@ -112,7 +112,7 @@ class ShardSession:
         self._given = Given.of(self.ranks.gather(padded).flatten(0, 1), forces, self.share)
 
     def addresses(self, device: torch.device, k: int) -> tuple[Hashable, ...] | None:
-        """Where all lies that choosing `k` documents reads besides the layer; see `LaunchesAlone`.
+        """The addresses of all that choosing `k` documents reads besides the layer; see `LaunchesAlone`.
 
         What the other processes want is looked at here too: nothing is played that they do not play.
         """

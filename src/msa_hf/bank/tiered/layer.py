@@ -187,7 +187,7 @@ class TieredLayer:
     # `LayerMemory` ----------------------------------------------------------------------------------------------------
 
     def addresses(self, device: torch.device, samples: int, k: int) -> Hashable | None:
-        """Where all lies that is read; see `LaunchesAlone`. What streams, and what is on disk, needs the host."""
+        """The addresses of all that is read; see `LaunchesAlone`. What streams, and what is on disk, needs the host."""
         keys, kept, layout = self.routing_keys, self.pooled_kv.rows, self.layout
         width = layout.known_width(samples, k)
         if width is None or keys.streamed or self.pooled_kv.hot is not None or not layout.is_shared:
