@@ -33,7 +33,8 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from random_models import SHAPES, random_base
+from transformers import AutoTokenizer
 
 from msa_hf import MSAForCausalLM
 from msa_hf.bank.encode_corpus import connected, encode_bank
@@ -44,38 +45,6 @@ from msa_hf.model.dense_layer_msa import DenseLayer
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "model_cards" / "msa-hf-tiny"
 WORDS = ROOT / "examples" / "quickstart" / "documents.jsonl"
-SHAPES: dict[str, dict[str, Any]] = {
-    "4b": {
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-    "135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "head_dim": 64,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 8192,
-        "tie_word_embeddings": True,
-    },
-}
 MEMORY_LAYERS = {"135m": [14, 19, 24]}  # as msa-hf-smollm2-135m has; others: the upper half
 
 
@@ -96,11 +65,7 @@ def texts_of(count: int, tokens: int, tokenizer: Any) -> list[str]:
 
 def made(shape: str, device: str, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     """A model of random weights, its tokenizer and its protocol."""
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    config = AutoConfig.for_model("qwen3", max_position_embeddings=8192, **SHAPES[shape])
-    with torch.device(device):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    tokenizer, base = AutoTokenizer.from_pretrained(TOKENIZER), random_base(SHAPES[shape], device, dtype)
     return MSAForCausalLM.from_base(base, memory_layers=MEMORY_LAYERS.get(shape)), tokenizer, COMPACT
 
 

@@ -40,8 +40,9 @@ from typing import Any
 
 import torch
 import transformers
+from random_models import SHAPES, random_base
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompileConfig
+from transformers import AutoTokenizer, CompileConfig
 
 from msa_hf import MemoryBank, MSAForCausalLM
 from msa_hf.bank.tiered.hardware import RATES
@@ -58,28 +59,6 @@ from msa_hf.ops.formats import FORMATS
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "model_cards" / "msa-hf-tiny"
-SHAPES: dict[str, dict[str, Any]] = {
-    "4b": {
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 16384,
-        "tie_word_embeddings": True,
-    },
-}
 ROWS = ("check", "base", "base-static", "eager", "prefill", "decode", "large", "many", "int8", "rounds")
 WARM = 4  # runs before one is measured: compiled, recorded, contexts recorded, played
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -291,10 +270,7 @@ def per_token_ms(model: Any, ids: Tensor, steps: int, device: torch.device, **op
 def check(device: torch.device, config: CompileConfig) -> None:
     """Refuse to measure what is not right: compiled, recorded and played, a small model in float32 must choose the
     documents, and give the logits, that it does launched one kernel after the other."""
-    torch.manual_seed(0)
-    shape = AutoConfig.for_model("qwen3", max_position_embeddings=512, **SHAPES["tiny"])
-    with torch.device(device):
-        base = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
+    base = random_base(SHAPES["tiny"], device, torch.float32)
     model = MSAForCausalLM.from_base(base, prefix_token_ids=[5, 6, 7], router_init="random")
     banks = [model.encode_documents(torch.randint(3, 4000, (64, 300)).tolist(), show_progress=False) for _ in range(2)]
     cache = static_cache(model.config, 64)
@@ -352,11 +328,8 @@ def main(argv: list[str] | None = None) -> None:
         check(device, compile_config)
         say("compiled runs are right")
 
-    torch.manual_seed(0)
     shape = SHAPES[arguments.shape] | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
-    config = AutoConfig.for_model("qwen3", max_position_embeddings=4096, **shape)
-    with torch.device(device):
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    base = random_base(shape, device, torch.bfloat16)
     ids = torch.randint(3, 2000, (1, arguments.question), device=device)
     floors, rows, figures = Floors(base, device), [], {}
     say("base")

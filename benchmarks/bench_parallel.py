@@ -46,7 +46,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from random_models import add_shape_options, random_base, shape_of
+from transformers import AutoTokenizer
 
 from msa_hf import MemoryBank, MSAForCausalLM
 from msa_hf.bank.encode_corpus import encode_bank
@@ -151,23 +152,8 @@ class Bench:
         self.rows: list[Row] = []
 
     def _random_model(self) -> Any:
-        args = self.args
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(
-            "qwen3",
-            hidden_size=args.hidden_size,
-            intermediate_size=args.intermediate_size,
-            num_hidden_layers=2 * args.layers,
-            num_attention_heads=args.heads,
-            num_key_value_heads=args.groups,
-            head_dim=args.head_dim,
-            vocab_size=args.vocabulary,
-            max_position_embeddings=8192,
-            tie_word_embeddings=True,
-        )
-        with torch.device(self.device):
-            base = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
-        return MSAForCausalLM.from_base(base, chunk_size=CHUNK, top_k=args.top_k, prefix_token_ids=[])
+        base = random_base(shape_of(self.args), self.device, self.dtype)
+        return MSAForCausalLM.from_base(base, chunk_size=CHUNK, top_k=self.args.top_k, prefix_token_ids=[])
 
     # Banks ------------------------------------------------------------------------------------------------------------
 
@@ -492,13 +478,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=50, help="that each process answers")
     parser.add_argument("--documents", type=int, default=3000, help="to encode")
     parser.add_argument("--part-size", type=int, default=1 << 18, help="bytes of text of a part")
-    parser.add_argument("--layers", type=int, default=18, help="memory layers; the model has twice as many")
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--groups", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--hidden-size", type=int, default=2560)
-    parser.add_argument("--intermediate-size", type=int, default=9728)
-    parser.add_argument("--vocabulary", type=int, default=151936)
+    add_shape_options(parser)
     parser.add_argument("--top-k", type=int, default=16)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on an accelerator")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="on a GPU")

@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from random_models import add_shape_options, random_base, shape_of
 
 from msa_hf import MemoryBank, MSAForCausalLM
 from msa_hf.bank import TieredBank, place_bank
@@ -104,21 +104,7 @@ def all_layers(args: argparse.Namespace, directory: Path) -> BankSource:
 
 
 def random_model(args: argparse.Namespace) -> Any:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "qwen3",
-        hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size,
-        num_hidden_layers=2 * args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.groups,
-        head_dim=args.head_dim,
-        vocab_size=args.vocabulary,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    with torch.device(args.device):
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    base = random_base(shape_of(args), args.device, torch.bfloat16)
     return MSAForCausalLM.from_base(base, chunk_size=CHUNK, top_k=args.top_k, prefix_token_ids=[])
 
 
@@ -276,14 +262,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS))
     parser.add_argument("--chunks", type=int, default=1_562_500)
     parser.add_argument("--document-tokens", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=18, help="memory layers; the model has twice as many layers")
+    add_shape_options(parser)
     parser.add_argument("--stored-layers", type=int, default=1, help="that are written to disk")
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--groups", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--hidden-size", type=int, default=2560)
-    parser.add_argument("--intermediate-size", type=int, default=9728)
-    parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--top-k", type=int, default=16)
     parser.add_argument("--question-tokens", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--repeats", type=int, default=9)

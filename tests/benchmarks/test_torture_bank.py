@@ -10,6 +10,10 @@ from pathlib import Path
 import churn
 import pytest
 from fake_model import FakeModel
+from torture.attack import Wrong
+from torture.check import check
+from torture.events import State, events
+from torture.operations import BASES, make_base
 
 from msa_hf.bank import BankStore
 
@@ -26,11 +30,8 @@ def contents(bank: BankStore) -> dict[str, tuple[int | None, int | None, str | N
     return {item.key: (item.id, item.version, item.text) for item in bank.documents}
 
 
-def test_the_oracle_says_what_a_bank_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oracle_says_what_a_bank_does() -> None:
     """A bank in memory, which no attack concerns, and one oracle agree with the other."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from torture.events import State, events
-
     state, plain, bank, late = State(), {}, BankStore(FakeModel()), 0
     for number in range(120):
         changes = events(3, number)
@@ -44,13 +45,7 @@ def test_the_oracle_says_what_a_bank_does(monkeypatch: pytest.MonkeyPatch) -> No
     assert late > 20 and state.next_id > len(state.documents) > 2
 
 
-def test_what_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from torture.attack import Wrong
-    from torture.check import check
-    from torture.events import State
-    from torture.operations import BASES, make_base
-
+def test_what_is_wrong_is_found(tmp_path: Path) -> None:
     state = BASES["mixed"]
     make_base("mixed", tmp_path)
     assert check(tmp_path, [State(), state]) == 1
