@@ -1,19 +1,21 @@
 """Runs that are recorded and played again: the answers of runs that are not, whatever changes between them."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from plain_tape import PlainTape
-from setups import assert_same, batch_of, setup, tokens
+from setups import Setup, assert_same, batch_of, setup, tokens
 from transformers import CompileConfig
 
 from msa_hf.bank import place_bank
 from msa_hf.bank.tiered.hardware import Tiers
 from msa_hf.bank.tiered.layer import TieredLayer
-from msa_hf.model import compiled_msa, recording_msa
+from msa_hf.model import compiled_msa, recording_msa, spare_caches_msa
 from msa_hf.model.cache_msa import MSACache, MSAStaticCache
 from msa_hf.model.compat_msa import CACHE
 from msa_hf.model.dense_layer_msa import DenseLayer
@@ -70,7 +72,7 @@ def test_answers_are_those_of_runs_that_are_not_recorded(tapes: list[PlainTape])
     tape, between = tapes
     assert tape.parts == 1 + 3 + 1  # a token; a prompt, cut at its memory layers; contexts
     assert between.parts == 2  # how the layers are asked, which is played within the prompt
-    (cache,) = compiled_msa._spare[made.model].values()
+    (cache,) = spare_caches_msa._spare[made.model].values()
     assert len(cache.recordings.known) == 3
     store = made.model.open_memory()
     store.add([{"key": str(place), "input_ids": item} for place, item in enumerate(made.documents)])
@@ -79,7 +81,7 @@ def test_answers_are_those_of_runs_that_are_not_recorded(tapes: list[PlainTape])
             expected = made.model.generate(**question, memory=memory, **EXACTLY)
             assert torch.equal(made.model.generate(**question, memory=memory, **EXACTLY, **recorded()), expected)
         store.delete("0")
-    assert list(compiled_msa._spare[made.model].values()) == [cache]
+    assert list(spare_caches_msa._spare[made.model].values()) == [cache]
 
 
 @pytest.mark.parametrize("kind", ["bank", "tiered", "store"])
@@ -215,7 +217,7 @@ def test_what_cannot_be_recorded(tapes: list[PlainTape], caplog: pytest.LogCaptu
     finally:
         del made.model.model.layers[2].mlp.forward
     assert len(calls) == 2 and "this waits for the device" in caplog.text
-    (cache,) = compiled_msa._spare[made.model].values()
+    (cache,) = spare_caches_msa._spare[made.model].values()
     assert len(cache.recordings.places) == 2  # a prompt and a token, however many questions come
 
 
@@ -248,8 +250,34 @@ def test_prompts_of_any_length_leave_nothing(tapes: list[PlainTape], monkeypatch
         question = {**batch_of(tokens(length, seed=length)), "memory": made.bank}
         answer = made.model.generate(**question, **EXACTLY, **recorded())
         assert torch.equal(answer, made.model.generate(**question, **EXACTLY))
-    (cache,) = compiled_msa._spare[made.model].values()
+    (cache,) = spare_caches_msa._spare[made.model].values()
     assert len(cache.recordings.places) == len(cache.recordings.known) == 1  # a token
+
+
+def test_what_is_recorded_goes_with_its_cache(tapes: list[PlainTape]) -> None:
+    """At once, though a recorded run and its cache hold each other; and it does not keep the model."""
+    made = setup("qwen3", "sdpa", **SMALL)
+
+    def answers(made: Setup) -> weakref.ref[MSAStaticCache]:
+        for seed in range(3):
+            made.model.generate(**batch_of(tokens(9, seed=seed)), memory=made.bank, **EXACTLY, **recorded())
+        (cache,) = spare_caches_msa._spare[made.model].values()
+        assert cache.recordings.known
+        return weakref.ref(cache)
+
+    kept, collects = answers(made), gc.isenabled()
+    gc.disable()
+    try:
+        made.model.free_spare_caches()
+        assert kept() is None
+    finally:
+        if collects:
+            gc.enable()
+    answers(made)
+    model = weakref.ref(made.model)
+    del made
+    gc.collect()
+    assert model() is None
 
 
 def test_only_who_asks_for_it_has_runs_recorded() -> None:
@@ -279,5 +307,5 @@ def test_graphs_of_a_gpu() -> None:
             assert torch.equal(found.sequences, expected.sequences) and torch.equal(plain, expected.sequences)
             for ours, theirs in zip(found.logits, expected.logits, strict=True):
                 torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
-    recordings = [cache.recordings for cache in compiled_msa._spare[model].values()]
+    recordings = [cache.recordings for cache in spare_caches_msa._spare[model].values()]
     assert sum(len(item.known) for item in recordings) >= 3 and not any(item.refused for item in recordings)

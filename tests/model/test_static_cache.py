@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import CompileConfig
 
 from msa_hf.bank import place_bank
 from msa_hf.bank.tiered.hardware import Tiers
-from msa_hf.model import compiled_msa, document_rows_msa
+from msa_hf.model import compiled_msa, document_rows_msa, spare_caches_msa
 from msa_hf.model.cache_msa import LEAST_BUCKET, MSACache, MSAStaticCache
 from msa_hf.model.compat_msa import CACHE, cache_of
 
@@ -180,7 +181,7 @@ def test_caches_that_nobody_has_are_used_again(compiling: dict[str, Any]) -> Non
     answers, spare = [], []
     for question in (*QUESTIONS.values(), *QUESTIONS.values()):
         answers.append(made.model.generate(**question, memory=made.bank, **compiling, **EXACTLY))
-        spare.append(list(compiled_msa._spare[made.model].values())[-1])
+        spare.append(list(spare_caches_msa._spare[made.model].values())[-1])
     # Other batches; "short" and "one" are alike.
     assert spare[0] is not spare[1] and spare[1] is spare[4] and spare[0] is spare[2] is spare[3]
     for ours, question in zip(answers, (*QUESTIONS.values(), *QUESTIONS.values()), strict=True):
@@ -191,16 +192,27 @@ def test_caches_that_nobody_has_are_used_again(compiling: dict[str, Any]) -> Non
     assert torch.equal(cache_of(mine).layers[0].keys, kept)
 
 
-def test_a_model_in_another_dtype_has_other_spare_caches() -> None:
-    """What a call left before `model.to` is not written to behind it."""
+def test_spare_caches_are_freed_where_a_model_moves() -> None:
+    """What a call left before `model.to` is not written to behind it, and keeps no memory."""
+
+    def left() -> list[weakref.ref[MSAStaticCache]]:
+        return [weakref.ref(cache) for cache in spare_caches_msa._spare.get(made.model, {}).values()]
+
     made, options = setup("qwen3", "sdpa", **SMALL), {**EXACTLY, "cache_implementation": "static"}
     made.model.generate(**QUESTIONS["one"], memory=made.bank, **options)
+    (first,) = left()
+    made.model.to(torch.float32)
+    assert left() == [first]
     made.model.to(torch.float64)
+    assert not left() and first() is None
     bank = made.model.encode_documents(made.documents, show_progress=False)
     expected = made.model.generate(**QUESTIONS["one"], memory=bank, **EXACTLY)
     assert torch.equal(made.model.generate(**QUESTIONS["one"], memory=bank, **options), expected)
-    left = {cache.layers[0].keys.dtype for cache in compiled_msa._spare[made.model].values()}
-    assert left == {torch.float32, torch.float64}
+    (second,) = left()
+    made.model.model.to("meta")  # not the whole: seen at the next look
+    wanted = MSAStaticCache(config=made.model.config, max_cache_len=16)
+    assert spare_caches_msa.spare_cache(made.model, 1, wanted) is wanted
+    assert not left() and second() is None
 
 
 def test_threads_leave_spare_caches_at_once() -> None:
@@ -211,7 +223,7 @@ def test_threads_leave_spare_caches_at_once() -> None:
     def leave() -> None:
         try:
             for turn in range(4000):
-                compiled_msa.keep_spare(model, turn % 9, caches[turn % 9])
+                spare_caches_msa.keep_spare(model, turn % 9, caches[turn % 9])
         except BaseException as error:
             failed.append(error)
 
@@ -225,7 +237,7 @@ def test_threads_leave_spare_caches_at_once() -> None:
             thread.join()
     finally:
         sys.setswitchinterval(interval)
-    assert not failed and len(compiled_msa._spare[model]) == compiled_msa.MOST_SPARE
+    assert not failed and len(spare_caches_msa._spare[model]) == spare_caches_msa.MOST_SPARE
 
 
 def test_warmup_compiles_ahead(compiling: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,6 @@ import contextlib
 import contextvars
 import functools
 import re
-import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -46,7 +45,6 @@ MOST_PROMPT = 1024  # longer ones are bound by their arithmetic, not by launches
 # Arguments of a forward that is compiled; others change what comes out of it.
 INPUTS = {"input_ids", "inputs_embeds", "position_ids", "attention_mask", "logits_to_keep", "use_cache", CACHE}
 MOST_ROWS = 2048  # rows of a context for which there is room; where a question needs more, it runs again as it is
-MOST_SPARE = 4  # caches of a model that wait for the next call of a like size
 NAMESPACE = "msa_hf_memory"
 RECALL_SCHEMA = (
     "(Tensor queries, Tensor mask, Tensor layer, int k, int rows, int groups, ScalarType dtype) -> "
@@ -54,8 +52,6 @@ RECALL_SCHEMA = (
     "Tensor cut)"
 )
 Recall = Callable[..., tuple[Tensor, ...]]
-# Samples, room, made in inference mode, dtype and device of the model.
-SpareKind = tuple[int, int, bool, torch.dtype, torch.device]
 Result = TypeVar("Result")
 
 
@@ -81,8 +77,6 @@ UNPROVEN = (
 )
 
 _asked: contextvars.ContextVar[Asked] = contextvars.ContextVar("asked_memory")
-_spare: weakref.WeakKeyDictionary[torch.nn.Module, dict[SpareKind, MSAStaticCache]] = weakref.WeakKeyDictionary()
-_spare_lock = threading.Lock()
 _runs: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, CompiledRuns]] = weakref.WeakKeyDictionary()
 
 
@@ -299,13 +293,16 @@ class CompiledRuns:
         function: Callable[[Inputs], Result],
         inputs: Inputs,
         device: torch.device,
+        contexts: Mapping[int, MemoryContext],
     ) -> Result:
-        """The result of `function(inputs)`, recorded where that is possible; see `Recordings.run`."""
+        """The result of `function(inputs)`, which also reads `contexts`, recorded where that is possible; see
+        `Recordings.run`."""
         if not self.recorded:
             return function(inputs)
         # Others after samples changed places.
         places = tuple(item.data_ptr() for layer in cache.layers for item in (layer.keys, layer.values))
-        return cache.recordings.run((id(self), places, *kind), function, inputs, device, lambda: _lengths_of(cache))
+        kind = id(self), places, _identities(contexts), *kind
+        return cache.recordings.run(kind, function, inputs, device, lambda: _lengths_of(cache), contexts)
 
     def look_at(self, model: GeneratingMixin, cache: MSAStaticCache, anew: bool) -> None:
         """Forget recorded runs that hold no more for the model; it is looked at once per `generate`, or `anew`."""
@@ -335,8 +332,8 @@ class CompiledRuns:
 
         if isinstance(mask, dict):
             return run(tensors)
-        kind = "token", _identities(contexts), _settings(fixed)
-        return _kept(self.run(cache, kind, run, tensors, inputs["position_ids"].device))
+        kind = "token", _settings(fixed)
+        return _kept(self.run(cache, kind, run, tensors, inputs["position_ids"].device, contexts))
 
     def run_prompt(
         self,
@@ -415,12 +412,12 @@ class CompiledRuns:
                 output = model.run_plainly(**given, memory_pass=attending, return_dict=True)
             return Chosen.of(output, attending)
 
-        kind = "prompt", rows, request.k, request.scoring, request.score_bias, _identities(contexts), _settings(fixed)
+        kind = "prompt", rows, request.k, request.scoring, request.score_bias, _settings(fixed)
         token = _asked.set(Asked(asked.layers, replace(request, routing_mask=tensors["routing_mask"])))
         try:
             # Prompts of every length there is are not recorded: their contexts, which stay, would fill the device.
             few = width == bucket_of_prompt(length) <= MOST_PROMPT
-            chosen = self.run(cache, kind, run, tensors, device) if few else run(tensors)
+            chosen = self.run(cache, kind, run, tensors, device, contexts) if few else run(tensors)
         finally:
             _asked.reset(token)
         meanwhile()
@@ -431,8 +428,8 @@ class CompiledRuns:
             return None
         # Only now, because the contexts before were still needed.
         if cache.recordings.holds(chosen):
-            settling = "settle", _identities(chosen.contexts)
-            cache.take_settled(self.run(cache, settling, lambda _: cache.settled(chosen.contexts), {}, device))
+            found = chosen.contexts
+            cache.take_settled(self.run(cache, ("settle",), lambda _: cache.settled(found), {}, device, found))
         else:
             cache.take_settled(cache.settled(chosen.contexts))
         return chosen.kept()
@@ -498,36 +495,6 @@ def visible_tokens(model: GeneratingMixin, cache: MSAStaticCache, real: Tensor, 
         return visible
     low = torch.finfo(model.dtype).min
     return torch.zeros_like(visible, dtype=model.dtype).masked_fill(~visible, low)
-
-
-# Caches that are used again -------------------------------------------------------------------------------------------
-
-
-def spare_cache(model: GeneratingMixin, samples: int, wanted: MSAStaticCache) -> MSAStaticCache:
-    """A cache that an earlier call left, where one is like the one `wanted` for so many samples; else `wanted`.
-
-    What was recorded of a run holds for the tensors it ran on, so these are used again.
-    """
-    with _spare_lock:
-        kept = _spare.get(model, {}).pop(_kind_of(model, samples, wanted), None)
-    if kept is None:
-        return wanted
-    kept.reset()
-    return kept
-
-
-def keep_spare(model: GeneratingMixin, samples: int, cache: MSAStaticCache) -> None:
-    """Keep a cache that nobody uses any more: `MOST_SPARE` for each model, those that were used last."""
-    with _spare_lock:
-        kept = _spare.setdefault(model, {})
-        kept[_kind_of(model, samples, cache)] = cache
-        while len(kept) > MOST_SPARE:
-            del kept[next(iter(kept))]
-
-
-def _kind_of(model: GeneratingMixin, samples: int, cache: MSAStaticCache) -> SpareKind:
-    # Tensors that were made in inference mode cannot be written to outside of it.
-    return samples, cache.get_max_length(), torch.is_inference_mode_enabled(), model.dtype, model.device
 
 
 # Which runs are compiled ----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import functools
 import inspect
 import time
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 import transformers
@@ -17,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from .cache_msa import MSAStaticCache, contexts_of
 from .compat_msa import CACHE, NEWEST_TESTED, rename_cache
-from .compiled_msa import compile_from_now_on, current_runs, keep_spare, may_compile, options_of, spare_cache
+from .compiled_msa import compile_from_now_on, current_runs, may_compile, options_of
 from .drafting_msa import (
     drafting_arguments,
     has_memory,
@@ -36,6 +37,7 @@ from .inference_msa import (
 )
 from .memory_msa import Memory
 from .options_msa import GenerationOptions, bind_positional, cache_for, leave_out, refuse_attentions, refuse_small_cache
+from .spare_caches_msa import free_all, free_displaced, keep_spare, spare_cache
 from .types_msa import Arguments
 from .wrapping_msa import input_device
 
@@ -221,6 +223,21 @@ class GeneratingMixin(MemoryMixin):
                 torch.cuda.synchronize(ids.device)
             seconds[batch, length] = time.perf_counter() - start
         return seconds
+
+    def free_spare_caches(self) -> None:
+        """Free the static caches that calls of `generate` have left for the next ones, and what was recorded for them.
+
+        The next call of a kind makes its own, and records anew. Those that do not fit the model any more are freed by
+        themselves when it moves to another device or dtype. What a device has for PyTorch is given back by
+        `torch.cuda.empty_cache()`.
+        """
+        free_all(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # All that moves a model (`to`, `cuda`, `half`, ...) comes through here, a wrapper of PEFT's included.
+        moved = super()._apply(fn, recurse)
+        free_displaced(self)
+        return moved
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., ModelOutput]:
         """The base's; with a memory, the forward, which compiles its runs by itself."""

@@ -239,12 +239,12 @@ class Recorded(Generic[Result]):
 
     Attributes:
         recording: its steps.
-        function: what was recorded, kept for the tensors that it holds.
+        held: the tensors that it reads besides inputs and weights. Not what was recorded: that holds the model.
         result: what is overwritten.
     """
 
     recording: Recording
-    function: Callable[[Inputs], Result]
+    held: object
     result: Result
 
 
@@ -277,7 +277,12 @@ class Recordings:
     def renew(self, state: object) -> None:
         """Forget all where the `state` of the model is not what it was."""
         if state != self.state:
-            self.places, self.known, self.refused, self.state = {}, {}, set(), state
+            self.clear()
+            self.state = state
+
+    def clear(self) -> None:
+        """Forget all, and free its memory."""
+        self.state, self.places, self.known, self.refused = None, {}, {}, set()
 
     def holds(self, result: object) -> bool:
         """Tell whether a result of `run` is that of a recording, which its next run gives again."""
@@ -290,6 +295,7 @@ class Recordings:
         inputs: Inputs,
         device: torch.device,
         undo: Callable[[], Step],
+        held: object,
     ) -> Result:
         """The result of `function(inputs)`; the next run may overwrite its tensors.
 
@@ -299,6 +305,7 @@ class Recordings:
             device: that computes it.
             undo: notes what a run changes besides its result, and gives what puts it back; for a run that fails while
                 it is recorded, and is repeated.
+            held: whatever the function reads that nobody else may keep.
         """
         if self.tapes is None:
             tape, between = tape_for(device), tape_for(device)
@@ -328,7 +335,7 @@ class Recordings:
             self.refused.add(kind)
             restore()
             return function(inputs)
-        self.known[kind] = Recorded(recording, function, result)
+        self.known[kind] = Recorded(recording, held, result)
         return result
 
 
