@@ -13,6 +13,7 @@ from setups import FEW, Setup, assert_same, batch_of, setup, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
+from transformers.cache_utils import StaticSlidingWindowLayer
 
 from msa_hf.bank import place_bank
 from msa_hf.bank.tiered.hardware import Tiers
@@ -92,6 +93,18 @@ def test_what_else_a_call_may_ask_for(options: dict[str, Any]) -> None:
         store.add([{"key": str(place), "input_ids": item} for place, item in enumerate(made.documents)])
         options = {"memory": store}
     same(made, QUESTIONS["one"], **options)
+
+
+@pytest.mark.parametrize("window", [4, 512])
+def test_drafts_that_a_window_cannot_take_back_are_refused(window: int) -> None:
+    """Before anything is computed; newer transformers can where the window has all the room."""
+    made = setup("gemma2", "eager", base={"sliding_window": window})
+    if window == 512 and hasattr(StaticSlidingWindowLayer, "crop"):
+        same(made, QUESTIONS["one"], prompt_lookup_num_tokens=3)
+        return
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": made.base}):
+        with pytest.raises(ValueError, match=r"drafts tokens .* layers with a window.*Leave `cache_implementation"):
+            same(made, QUESTIONS["one"], **options)
 
 
 def test_turns_in_one_cache() -> None:

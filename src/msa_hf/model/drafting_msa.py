@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel, StaticCache
 
 from .memory_msa import Memory
 from .options_msa import GenerationOptions
@@ -61,6 +61,22 @@ def refuse_drafts_of_offloaded(model: PreTrainedModel, options: GenerationOption
                 f"`{drafting}` drafts tokens where the first weights are, but those of {who} are offloaded. Keep its "
                 "embedding on a device, or leave the drafting out."
             )
+
+
+def refuse_drafts_behind_a_window(cache: Cache | None, options: GenerationOptions) -> None:
+    """Raise ValueError where tokens are to be drafted into a static cache whose layers with a window cannot take them
+    back: what they would need may be written over. From transformers 5.24 on they can where the window has all the
+    room."""
+    drafting = drafting_option(options)
+    if drafting is None or not isinstance(cache, StaticCache):
+        return
+    windowed = [layer for layer, slides in zip(cache.layers, cache.is_sliding, strict=True) if slides]
+    if not all(layer.is_croppable for layer in windowed):
+        raise ValueError(
+            f"`{drafting}` drafts tokens of which some are taken back, but a static cache cannot take back tokens of "
+            "layers with a window, whose places are written over. Leave `cache_implementation='static'` out, or leave "
+            "the drafting out."
+        )
 
 
 def refuse_drafts(options: GenerationOptions) -> None:

@@ -25,6 +25,7 @@ from .drafting_msa import (
     memory_arguments,
     refuse_assistant,
     refuse_drafts,
+    refuse_drafts_behind_a_window,
     refuse_drafts_of_offloaded,
 )
 from .inference_msa import (
@@ -115,6 +116,7 @@ class GeneratingMixin(MemoryMixin):
             if options["is_assistant"]:
                 cache.activate_past_recording()  # drafts that are turned down are taken back
         refuse_small_cache(cache, options, mask.shape[1])
+        refuse_drafts_behind_a_window(cache, options)
         past = seen_by(cache)
         if past and options["is_assistant"]:
             given.pop("force_documents", None)  # the prompt has been seen, and its documents stay
