@@ -2,12 +2,14 @@
 
     python scripts/merge_adapter.py --base build/real/base --adapter model_cards/msa-hf-smollm2-135m --out build/model
 
-The adapter's directory holds, beside what PEFT saved, `memory.json` (the fields of the memory) and the protocol.
+The adapter's directory holds, beside what PEFT saved, `memory.json` (the fields of the memory), the protocol, and
+`fusion.json` where it has fusion weights; these come along.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -17,10 +19,11 @@ from transformers import AutoTokenizer
 
 from msa_hf import MSAForCausalLM
 from msa_hf.generation import PromptProtocol
+from msa_hf.retrieval import FusionWeights
 
 
 def merge(base: str, adapter: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write the checkpoint, its tokenizer and its protocol to `out`."""
+    """Write the checkpoint, its tokenizer, its protocol and its fusion weights to `out`."""
     fields = json.loads((adapter / "memory.json").read_text(encoding="utf-8"))
     fields = {"routers_trained": True, **fields}  # by whoever saved the adapter
     model = MSAForCausalLM.from_base(base, dtype=torch.float32, **fields)
@@ -28,6 +31,8 @@ def merge(base: str, adapter: Path, out: Path, dtype: torch.dtype = torch.bfloat
     merged.to(dtype).save_pretrained(out)
     AutoTokenizer.from_pretrained(base).save_pretrained(out)
     PromptProtocol.from_pretrained(adapter).save_pretrained(out)
+    with contextlib.suppress(FileNotFoundError):
+        FusionWeights.from_pretrained(adapter).save_pretrained(out)
 
 
 def main() -> None:

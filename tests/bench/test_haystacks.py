@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from msa_hf.bench.asking import Ask, holds, put
+from msa_hf.bench.asking import Ask, holds, index_words, put
 from msa_hf.bench.banks import HaystackBanks
 from msa_hf.bench.haystack import Haystack, HaystackTooSmall, Plant, generated_texts
 from msa_hf.generation import PromptProtocol
@@ -74,6 +74,15 @@ def test_a_bank_of_a_part_with_others_in_it_is_what_encoding_these_texts_makes(t
     assert [item.text for item in banks.bank(12, {}).documents] == haystack.texts[:12]
     with pytest.raises(ValueError, match="do not fit"):
         banks.bank(5, planted)
+    # By words: what is planted is found, neither what it replaced nor what is left out.
+    index_words(found, {"max_rounds": 1})
+    assert not found.indexes
+    pytest.importorskip("tantivy")
+    index_words(found, {"select": "hybrid"})
+    words = found.indexes["lexical"]
+    gone = set(words.terms(haystack.texts[11])).difference(*map(words.terms, texts))
+    assert gone and not words.best(" ".join(gone), 99) and [row for row, _ in words.best("Short", 99)] == [11]
+    assert {row for row, _ in words.best(" ".join(haystack.texts), 99)} == set(range(11))
 
 
 def test_what_broke_is_told(tiny: Tiny, haystack: Haystack) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from scripted import COMPACT, byte_tokenizer, memory_model
 from whole_reader import Reader
 
 from msa_hf.bench import planting
+from msa_hf.bench.haystack import Haystack
 from msa_hf.bench.needles import NeedleSettings, in_words, run_needles, score
 from msa_hf.bench.result import Result
 from msa_hf.cli import main
+from msa_hf.retrieval import FusionWeights
 from msa_hf.synthetic.needle_wordings import ADJECTIVES, NOUNS, WORDINGS
 from msa_hf.synthetic.needles import TASKS, VALUES, NeedleTasks
 
@@ -146,7 +149,10 @@ def test_a_task_asks_for_what_its_sentences_say(name: str, values: str) -> None:
 
 
 def test_the_command_measures_and_compares(
-    model: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: tuple[Any, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made, tokenizer = model
     for saved in (made, tokenizer, COMPACT):
@@ -170,5 +176,27 @@ def test_the_command_measures_and_compares(
     assert main(["bench", "compare", str(out), str(out), "--by", "tokens"]) == 0
     assert "+0.000" in capsys.readouterr().out
     assert main([*command, "--out", str(tmp_path / "no" / "r.json")]) == 2
+    # By the words of the texts as well, over the same documents in a bank.
+    texts = Haystack(TEXTS, tokenizer, 3000, 150).texts
+    encoded = made.encode_documents(COMPACT.encode_corpus(texts, tokenizer), tokenizer, show_progress=False)
+    encoded.save_pretrained(tmp_path / "bank")
+    FusionWeights(("router", "lexical"), "lexical").save_pretrained(tmp_path / "model")
+    hybrid = [*command, "--text", str(tmp_path / "bank"), "--select", "hybrid", "--max-rounds", "1"]
+    hybrid.remove(str(tmp_path / "texts.txt"))
+    hybrid.remove("--text")
+    assert main([*hybrid, "--out", str(tmp_path / "hybrid.json")]) == 0
+    found = Result.load(tmp_path / "hybrid.json")
+    assert found.settings["rounds"] == {"select": "hybrid", "max_rounds": 1} and "lexical" in found.model["fusion"]
+    assert found.settings["source"].endswith("bank") and len(found.trials) == 8
+    assert all(item.detail["gold_read"] == 1 for item in found.trials if item.kind == "single")
+    assert main(["bench", "compare", str(out), str(tmp_path / "hybrid.json")]) == 0
+    said = capsys.readouterr().out
+    assert "differs: rounds: {} there, {'select': 'hybrid'" in said and "differs: fusion: None there" in said
+    # What a hybrid lacks is said before the model is loaded.
+    assert main([*hybrid, "--protocol", "none"]) == 2
+    assert "need a protocol" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tantivy", None)
+    assert main(hybrid) == 2
+    assert "--select hybrid: A lexical index needs tantivy: pip install" in capsys.readouterr().err
     assert main([*command, "--tasks", "double"]) == 2
     assert "must be among single" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from scripted import byte_tokenizer
 
 from msa_hf import MSAForCausalLM
 from msa_hf.generation import COMPACT, PromptProtocol
+from msa_hf.retrieval import FusionWeights
 from msa_hf.training import peft_config
 
 ROOT = Path(__file__).parents[2]
@@ -36,11 +37,13 @@ def test_the_checkpoint_routes_and_speaks_as_base_and_adapter_do(
             assert "lora" in name or "router" in name
     tuned.save_pretrained(adapter)
     COMPACT.save_pretrained(adapter)
+    (weights := FusionWeights(("router", "lexical"))).save_pretrained(adapter)
     (adapter / "memory.json").write_text(json.dumps(FIELDS))
 
     merge_adapter.merge(str(base), adapter, out, torch.float32)
     merged = MSAForCausalLM.from_pretrained(out).eval()
-    assert PromptProtocol.from_pretrained(out) == COMPACT and merged.config.query_reduction == "last"
+    assert PromptProtocol.from_pretrained(out) == COMPACT and FusionWeights.from_pretrained(out) == weights
+    assert merged.config.query_reduction == "last"
     assert merged.config.routers_trained is True
     apart = PeftModel.from_pretrained(MSAForCausalLM.from_base(str(base), **FIELDS), adapter).eval()
     texts = ["Ann came.", "Bo left early."]

@@ -14,7 +14,7 @@ from ..hybrid.conversation.partition import select_partition
 from ..model.dense_layer_msa import DenseLayer
 from ..model.memory_msa import Document, DocumentTable, MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
-from .haystack import Haystack
+from .haystack import Haystack, HaystackTooSmall
 
 
 class HaystackBanks:
@@ -102,6 +102,32 @@ class HaystackBanks:
             ]
         )
         return _spliced(self.whole, documents, {place: number for number, place in enumerate(places)}, other)
+
+
+def haystack_of(bank: MemoryBank, tokens: int | None = None) -> Haystack:
+    """The haystack of the documents that a bank holds.
+
+    Args:
+        tokens: of as many of the first documents as have at least so many; None: of all.
+
+    Raises:
+        HaystackTooSmall: where they have fewer.
+        ValueError: for a document without its text.
+    """
+    texts, counts, total = list[str](), list[int](), 0
+    for document in bank.documents:
+        if document.text is None:
+            raise ValueError(f"Document {document.key!r} was stored without its text, into which a sentence is to go.")
+        texts.append(document.text)
+        counts.append(document.tokens)
+        total += document.tokens
+        if tokens is not None and total >= tokens:
+            break
+    if tokens is not None and total < tokens:
+        raise HaystackTooSmall(
+            f"The bank has {total:,} tokens, but {tokens:,} were asked for. Name a larger one or ask for smaller sizes."
+        )
+    return Haystack.of_documents(texts, counts)
 
 
 def _row(

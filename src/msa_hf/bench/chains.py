@@ -17,10 +17,11 @@ from ..generation import PromptProtocol
 from ..model.memory_msa import MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.tokenizing_msa import tokenize_texts
+from ..retrieval import FusionWeights
 from ..synthetic.chain_corpora import ChainCorpus, ChainQuestion, make_chain_corpus
 from ..synthetic.corpora import UNANSWERABLE
 from ..synthetic.kinds import CHAIN_KINDS, HOPS, ChainKind
-from .asking import Ask, Outcome, put
+from .asking import Ask, Outcome, put, round_options
 from .facts import model_facts, run_facts
 from .result import Axis, Result, Trial
 
@@ -97,6 +98,7 @@ def run_chains(
     *,
     source: str = "",
     name: str = "",
+    fusion: FusionWeights | None = None,
     batch_size: int = 8,
     batch_tokens: int = 16384,
     show_progress: bool = True,
@@ -111,6 +113,7 @@ def run_chains(
         path: of the result, which a run that ended early goes on with.
         source: what the prose is, for the result.
         name: of the model, for the result.
+        fusion: weights that the selector "hybrid" fuses by.
         batch_size: questions at a time.
         batch_tokens: tokens encoded at a time.
 
@@ -121,7 +124,9 @@ def run_chains(
         world for tokens in sorted(settings.sizes) for world in _worlds(settings, tokens, tokenizer, protocol, prose)
     ]
     described = {**asdict(settings), "source": source, "prose_texts": len(prose)}
-    result = Result.begin(NAME, described, model_facts(model, tokenizer, protocol, name), run_facts(model.device), path)
+    result = Result.begin(
+        NAME, described, model_facts(model, tokenizer, protocol, name, fusion), run_facts(model.device), path
+    )
     total = sum(len(world.corpus.questions) for world in worlds)
     with tqdm(total=total, unit="question", disable=not show_progress) as progress:
         for world in worlds:
@@ -134,7 +139,7 @@ def run_chains(
             rows = documents if protocol is None else protocol.encode_corpus(documents, tokenizer)
             bank = model.encode_documents(rows, tokenizer, batch_tokens=batch_tokens, show_progress=show_progress)
             result.notes[f"corpus {world.tokens} {world.number}"] = {"documents": len(bank), "tokens": bank.num_tokens}
-            for trials in _asked(world, left, settings, model, tokenizer, protocol, bank, batch_size):
+            for trials in _asked(world, left, settings, model, tokenizer, protocol, bank, batch_size, fusion):
                 result.add(trials)
                 progress.update(len(trials))
             result.save()
@@ -193,6 +198,7 @@ def _asked(
     protocol: PromptProtocol | None,
     bank: MemoryBank,
     batch_size: int,
+    fusion: FusionWeights | None,
 ) -> Iterator[list[Trial]]:
     """The trials of one batch after the other."""
     questions = [world.corpus.questions[place] for place in places]
@@ -200,7 +206,9 @@ def _asked(
         Ask(question.text, (settings.refusal if question.broken else question.answer,), question.rounds)
         for question in questions
     ]
-    rounds = {"max_rounds": ROUNDS, **settings.rounds} if protocol is not None else dict(settings.rounds)
+    rounds = round_options(settings.rounds, fusion)
+    if protocol is not None:
+        rounds = {"max_rounds": ROUNDS, **rounds}
     starts = list(accumulate((document.tokens for document in bank.documents), initial=0))
     options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": settings.max_new_tokens, **rounds}
     outcomes = put(model, tokenizer, bank, protocol, asked, _right, **options)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -22,10 +22,11 @@ from ..hybrid.store import SQLiteStore
 from ..model.memory_msa import MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.modes_msa import evaluating
+from ..retrieval import FusionWeights
 from ..synthetic.conversations import NEVER_SAID, LongConversation, TalkQuestion, make_conversation
 from ..synthetic.conversations.statements import pin_of
 from ..synthetic.corpora import UNANSWERABLE
-from .asking import INVENTED, holds
+from .asking import INVENTED, holds, index_words, round_options
 from .facts import model_facts, run_facts
 from .report import short
 from .result import Result, Trial
@@ -36,7 +37,7 @@ MAPS = (("tokens", "arm"),)
 REFUSALS = (NEVER_SAID, UNANSWERABLE, "I do not know", "I don't know")
 ARMS = {
     "store": "pinned facts and recent turns from the store, older ones from the bank",
-    "bank": "the bank alone, by the model's routers",
+    "bank": "the bank alone, by the model's routers or as --select says",
     "lexical": "the turns that BM25 ranks highest",
     "none": "the question alone",
     "gold": "the turns that hold the answer, and no others: what the reader can do",
@@ -75,7 +76,7 @@ class ConversationSettings:
     mode: str = "router"
     refusals: tuple[str, ...] = REFUSALS
     max_new_tokens: int = 64
-    rounds: Mapping[str, int] = field(default_factory=dict)
+    rounds: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.arms if name not in ARMS]:
@@ -170,10 +171,11 @@ class StoreArm:
 
 
 class BankArm:
-    """The bank alone: the model finds turns by its routers and reads them."""
+    """The bank alone: turns are selected as the settings' rounds say, by default by the model's routers, and read."""
 
-    def __init__(self, kept: Kept, settings: ConversationSettings) -> None:
-        options = {**settings.rounds, "max_new_tokens": settings.max_new_tokens}
+    def __init__(self, kept: Kept, settings: ConversationSettings, fusion: FusionWeights | None = None) -> None:
+        options = {**round_options(settings.rounds, fusion), "max_new_tokens": settings.max_new_tokens}
+        index_words(kept.bank, settings.rounds)
         self.asker = asker_of(kept.model, kept.tokenizer, kept.bank, kept.protocol, **options)
 
     def __call__(self, kept: Kept, writer: Writer, question: TalkQuestion) -> tuple[str, list[int]]:
@@ -203,11 +205,11 @@ def _from_gold(kept: Kept, writer: Writer, question: TalkQuestion) -> tuple[str,
     return _written(kept, writer, question, question.evidence)
 
 
-def _arm(name: str, kept: Kept, settings: ConversationSettings) -> Arm:
+def _arm(name: str, kept: Kept, settings: ConversationSettings, fusion: FusionWeights | None) -> Arm:
     if name == "store":
         return StoreArm(kept, settings)
     if name == "bank":
-        return BankArm(kept, settings)
+        return BankArm(kept, settings, fusion)
     if name == "lexical":
         return LexicalArm(kept, settings)
     return _from_gold if name == "gold" else _from_nothing
@@ -239,6 +241,7 @@ def run_conversations(
     *,
     source: str = "generated",
     name: str = "",
+    fusion: FusionWeights | None = None,
     batch_tokens: int = 16384,
     show_progress: bool = False,
 ) -> Result:
@@ -248,6 +251,7 @@ def run_conversations(
         filler: of `make_conversation`; `source` says what it is.
         path: of the result, which goes on where an earlier run ended.
         name: of the model.
+        fusion: weights that the arm "bank" fuses by, with the selector "hybrid".
 
     Raises:
         ImportError: for the arm "lexical" where bm25s is missing.
@@ -256,10 +260,10 @@ def run_conversations(
     if "lexical" in settings.arms:
         require_bm25s()  # said before the work
     kept_settings = {**asdict(settings), "filler": source}
-    facts = model_facts(model, tokenizer, protocol, name)
+    facts = model_facts(model, tokenizer, protocol, name, fusion)
     result = Result.begin("conversations", kept_settings, facts, run_facts(model.device), path)
     for tokens in settings.sizes:
-        _measure(tokens, settings, model, tokenizer, protocol, filler, result, batch_tokens, show_progress)
+        _measure(tokens, settings, model, tokenizer, protocol, filler, result, batch_tokens, show_progress, fusion)
     result.save()
     return result
 
@@ -274,6 +278,7 @@ def _measure(
     result: Result,
     batch_tokens: int,
     show_progress: bool,
+    fusion: FusionWeights | None,
 ) -> None:
     """Add a trial of a conversation of about so many tokens for each question and arm that has none."""
     talk = make_conversation(tokens, settings.seed, settings.asked, filler)
@@ -294,7 +299,7 @@ def _measure(
                 "tokens": kept.bank.num_tokens,
             }
             writer = Writer(model, tokenizer, kept.bank, protocol, settings.max_new_tokens)
-            for trial in _trials(kept, writer, tokens, wanted, settings, show_progress):
+            for trial in _trials(kept, writer, tokens, wanted, settings, show_progress, fusion):
                 result.add([trial])
         finally:
             kept.close()
@@ -307,11 +312,12 @@ def _trials(
     wanted: Sequence[tuple[str, int]],
     settings: ConversationSettings,
     show_progress: bool,
+    fusion: FusionWeights | None,
 ) -> Iterator[Trial]:
     arms: dict[str, Arm] = {}
     for name, number in tqdm(wanted, f"Asking, {tokens} tokens", unit="question", disable=not show_progress):
         if name not in arms:
-            arms = {name: _arm(name, kept, settings)}  # one at a time
+            arms = {name: _arm(name, kept, settings, fusion)}  # one at a time
         question = kept.talk.questions[number]
         answer, read = arms[name](kept, writer, question)
         right, broke = judged(question, answer, read, settings.refusals)

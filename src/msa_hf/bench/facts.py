@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import shlex
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,15 +19,21 @@ from transformers import PreTrainedTokenizerBase
 from .. import __version__
 from ..generation import PromptProtocol
 from ..model.modeling_msa import MSAForCausalLM
+from ..retrieval import FusionWeights
 
 
 def model_facts(
-    model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase, protocol: PromptProtocol | None, name: str = ""
+    model: MSAForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: PromptProtocol | None,
+    name: str = "",
+    fusion: FusionWeights | None = None,
 ) -> dict[str, Any]:
     """Facts that tell a model, with the way it is asked, from others.
 
     Args:
         name: by which the caller knows it.
+        fusion: weights that come with it, where questions are asked by them.
     """
     origin, config = model.memory_origin(tokenizer), model.config
     return {
@@ -37,7 +46,13 @@ def model_facts(
         "memory_layers": list(config.memory_layers),
         "top_k": config.top_k,
         "protocol": None if protocol is None else protocol.to_dict(),
+        "fusion": None if fusion is None else _fusion_name(fusion),
     }
+
+
+def _fusion_name(fusion: FusionWeights) -> str:
+    digest = hashlib.sha256(json.dumps(asdict(fusion), sort_keys=True).encode()).hexdigest()
+    return f"{fusion.method}, {digest[:16]}"
 
 
 def _short_name(name: str) -> str:

@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from ..generation import PromptProtocol
 from ..model.memory_msa import MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
+from ..retrieval import FusionWeights
 from ..synthetic.corpora import UNANSWERABLE
 from ..synthetic.hashing import derive_key
-from .asking import holds, holds_all
-from .banks import HaystackBanks
+from .asking import holds, holds_all, round_options
+from .banks import HaystackBanks, haystack_of
 from .facts import model_facts, run_facts
 from .haystack import Haystack, Plant, depths_of
 from .intervals import fisher_test
@@ -84,6 +85,7 @@ def run_mine(
     *,
     source: str = "",
     name: str = "",
+    fusion: FusionWeights | None = None,
     batch_size: int = 8,
     batch_tokens: int = 16384,
     show_progress: bool = True,
@@ -102,20 +104,23 @@ def run_mine(
         path: of the result, which a run that ended early goes on with.
         source: what the documents are, for the result.
         name: of the model, for the result.
+        fusion: weights that the selector "hybrid" fuses by.
 
     Raises:
         ValueError: for settings out of range, documents that are too few, and a file that is of another run.
     """
     _check(settings)
     if isinstance(documents, MemoryBank):
-        haystack = Haystack.of_documents(_texts(documents), [document.tokens for document in documents.documents])
+        haystack = haystack_of(documents)
     else:
         haystack = Haystack(documents, tokenizer, None, settings.document_tokens, least_tokens=1)
     settings = replace(settings, sizes=_sizes(settings, haystack))
     terms = own_terms(own_words(haystack.texts), haystack.texts, settings.depths * settings.repeats, settings.seed)
     tasks = {tokens: list(_tasks(settings, tokens, terms)) for tokens in settings.sizes}
     described = {**asdict(settings), "source": source, "haystack": haystack.digest}
-    result = Result.begin(NAME, described, model_facts(model, tokenizer, protocol, name), run_facts(model.device), path)
+    result = Result.begin(
+        NAME, described, model_facts(model, tokenizer, protocol, name, fusion), run_facts(model.device), path
+    )
     result.notes["terms"] = len(terms)
     if all(result.done(question.id) for made in tasks.values() for task in made for question in task.questions):
         return result
@@ -129,7 +134,7 @@ def run_mine(
     def judge(answer: str, expected: Sequence[str]) -> bool:
         return refuses(answer, settings.refusal) if settings.refusal in expected else holds_all(answer, expected)
 
-    asking = Asking(batch_size, settings.max_new_tokens, settings.rounds, judge, insert_in_style)
+    asking = Asking(batch_size, settings.max_new_tokens, round_options(settings.rounds, fusion), judge, insert_in_style)
     count = sum(len(task.questions) for made in tasks.values() for task in made)
     with tqdm(total=count, unit="question", disable=not show_progress) as progress:
         for tokens, made in tasks.items():
@@ -156,15 +161,6 @@ def _check(settings: MineSettings) -> None:
         raise ValueError("`refusal` is empty: say what the model answers where there is no answer.")
     if (wanted := settings.depths * settings.repeats * (1 + settings.hops * len(settings.distances))) > CHAINS:
         raise ValueError(f"{wanted} questions were asked for at each size, and there are names for {CHAINS}.")
-
-
-def _texts(bank: MemoryBank) -> list[str]:
-    texts = []
-    for document in bank.documents:
-        if document.text is None:
-            raise ValueError(f"Document {document.key!r} was stored without its text, into which a sentence is to go.")
-        texts.append(document.text)
-    return texts
 
 
 def _sizes(settings: MineSettings, haystack: Haystack) -> tuple[int, ...]:

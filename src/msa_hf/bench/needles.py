@@ -11,10 +11,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..generation import PromptProtocol
+from ..model.memory_msa import MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
+from ..retrieval import FusionWeights
 from ..synthetic.hashing import derive_key
 from ..synthetic.needles import SEVERAL, TASKS, VALUES, NeedleTask, NeedleTasks
-from .banks import HaystackBanks
+from .asking import round_options
+from .banks import HaystackBanks, haystack_of
 from .facts import model_facts, run_facts
 from .haystack import Haystack, Plant, depths_of
 from .planting import Asking, Question, Task, ask_tasks, check_room
@@ -31,7 +34,7 @@ class NeedleSettings:
     """Settings that the questions and haystacks of a run depend on.
 
     Attributes:
-        sizes: of haystacks, in tokens without what wraps the documents.
+        sizes: of haystacks, in tokens without what wraps the documents; of a bank, with it.
         tasks, values: among those of `msa_hf.synthetic.needles`.
         depths: how many, from the first document to the last.
         repeats: tasks for each kind, kind of values and depth; the same ones at every size.
@@ -56,11 +59,12 @@ def run_needles(
     model: MSAForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     protocol: PromptProtocol | None,
-    texts: Iterable[str],
+    texts: Iterable[str] | MemoryBank,
     path: str | Path | None = None,
     *,
     source: str = "",
     name: str = "",
+    fusion: FusionWeights | None = None,
     batch_size: int = 8,
     batch_tokens: int = 16384,
     show_progress: bool = True,
@@ -71,10 +75,12 @@ def run_needles(
     they disturb no other size, and the same tasks are put at every size.
 
     Args:
-        texts: of the haystack, in order; no more are read than the largest size takes.
+        texts: of the haystack, in order; no more are read than the largest size takes. Or a bank in memory that the
+            model made, with its texts, whose documents are not cut: for several runs over one haystack.
         path: of the result, which a run that ended early goes on with.
         source: what the texts are, for the result.
         name: of the model, for the result.
+        fusion: weights that the selector "hybrid" fuses by.
         batch_size: questions at a time.
         batch_tokens: tokens encoded at a time.
 
@@ -83,20 +89,25 @@ def run_needles(
     """
     sizes = sorted(set(settings.sizes))
     _check(settings)
-    haystack = Haystack(texts, tokenizer, sizes[-1], settings.document_tokens)
+    if isinstance(texts, MemoryBank):
+        haystack = haystack_of(texts, sizes[-1])
+    else:
+        haystack = Haystack(texts, tokenizer, sizes[-1], settings.document_tokens)
     tasks = {tokens: list(_tasks(settings, tokens)) for tokens in sizes}
     check_room(haystack, sizes[0], max(len(task.plants) for task in tasks[sizes[0]]))
     described = {**asdict(settings), "source": source, "haystack": haystack.digest}
-    facts = model_facts(model, tokenizer, protocol, name)
+    facts = model_facts(model, tokenizer, protocol, name, fusion)
     result = Result.begin(NAME, described, facts, run_facts(model.device), path)
     pending = [tokens for tokens in sizes if any(not result.done(task.questions[0].id) for task in tasks[tokens])]
     if not pending:
         return result
-    banks = HaystackBanks.encode(
-        model, tokenizer, protocol, haystack, haystack.documents(pending[-1]), batch_tokens, show_progress
-    )
+    if isinstance(texts, MemoryBank):
+        banks = HaystackBanks(model, tokenizer, protocol, haystack, texts, batch_tokens)
+    else:
+        wanted = haystack.documents(pending[-1])
+        banks = HaystackBanks.encode(model, tokenizer, protocol, haystack, wanted, batch_tokens, show_progress)
     result.notes["encoding"] = banks.facts
-    asking = Asking(batch_size, settings.max_new_tokens, settings.rounds)
+    asking = Asking(batch_size, settings.max_new_tokens, round_options(settings.rounds, fusion))
     with tqdm(total=sum(map(len, tasks.values())), unit="question", disable=not show_progress) as progress:
         for tokens in sizes:
             progress.set_description(f"{tokens:,} tokens")

@@ -19,8 +19,9 @@ from ..evaluation.recall import JudgedFields
 from ..generation import PromptProtocol
 from ..model.memory_msa import MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
+from ..retrieval import FusionWeights
 from ..synthetic.corpora import UNANSWERABLE, make_corpus
-from .asking import Ask, Outcome, put
+from .asking import Ask, Outcome, put, round_options
 from .facts import model_facts, run_facts
 from .intervals import Z95, sign_test
 from .nested import Filler, NestedDocuments, documents_of, encode_nested, first_documents
@@ -73,7 +74,7 @@ class ScalingSettings:
     seed: int = 0
     refusal: str = UNANSWERABLE
     max_new_tokens: int = 32
-    rounds: Mapping[str, int] = field(default_factory=dict)
+    rounds: Mapping[str, Any] = field(default_factory=dict)
     placement: PlacementOptions | None = None
 
     def __post_init__(self) -> None:
@@ -137,6 +138,7 @@ def run_scaling(
     *,
     source: str = "invented",
     name: str = "",
+    fusion: FusionWeights | None = None,
     batch_size: int = 8,
     batch_tokens: int = 16384,
     workers: int = 0,
@@ -147,6 +149,7 @@ def run_scaling(
     Args:
         filler: what stands behind the documents asked about; `source` says what it is.
         path: of the result, which goes on where an earlier run ended.
+        fusion: weights that the selector "hybrid" fuses by.
         workers: processes that make texts and tokens.
 
     Raises:
@@ -154,7 +157,7 @@ def run_scaling(
         ValueError: where the documents asked about do not fit the smallest size.
         ResultError: for a file of another run.
     """
-    facts = model_facts(model, tokenizer, protocol, name)
+    facts = model_facts(model, tokenizer, protocol, name, fusion)
     kept = {**asdict(settings), "filler": source, "questions": len(asked.questions), "documents": len(asked.texts)}
     result = Result.begin("scaling", kept, facts, run_facts(model.device), path)
     left = {size: _left(result, asked, size) for size in settings.sizes}
@@ -181,7 +184,20 @@ def run_scaling(
     for size, questions in left.items():
         if questions:
             bank = first_documents(whole, documents_of(whole, size))
-            _ask(settings, model, tokenizer, protocol, asked, bank, size, questions, result, batch_size, show_progress)
+            _ask(
+                settings,
+                model,
+                tokenizer,
+                protocol,
+                asked,
+                bank,
+                size,
+                questions,
+                result,
+                batch_size,
+                show_progress,
+                fusion,
+            )
     result.save()
     return result
 
@@ -202,13 +218,14 @@ def _ask(
     result: Result,
     batch_size: int,
     show_progress: bool,
+    fusion: FusionWeights | None,
 ) -> None:
     """Put questions to a bank, and keep what came of each."""
     memory: Any = bank
     if settings.placement is not None:
         memory = place_bank(bank, model.device, settings.placement, model=model, tokenizer=tokenizer)
     asks = [_asked(asked.questions[number], settings.refusal) for number in numbers]
-    options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, **settings.rounds}
+    options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, **round_options(settings.rounds, fusion)}
     start = time.monotonic()
     batches = put(model, tokenizer, memory, protocol, asks, _right, batch_size=batch_size, **options)
     place = 0

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from transformers.generation import BaseStreamer
 
-    from ..generation import Answer, Asker
+    from ..generation import Answer, Asker, PromptProtocol
     from ..model.memory_msa import Memory
 
 SHOWN_SOURCES = 5
@@ -48,6 +48,22 @@ def add_asking_options(made: argparse.ArgumentParser) -> None:
     )
 
 
+def interleave_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of Memory Interleave that were given."""
+    return {name: value for name in INTERLEAVE if (value := getattr(args, name)) is not None}
+
+
+def check_protocol(args: argparse.Namespace, protocol: PromptProtocol | None) -> None:
+    """Refuse options of Memory Interleave for a checkpoint without a protocol."""
+    options = interleave_options(args)
+    if protocol is None and options:
+        spelled = f"--{min(options).replace('_', '-')}"
+        raise UserError(
+            f"{spelled}: is about rounds of reading, which need a protocol; {args.model} has no memory_protocol.json "
+            "(`msa-hf train` gives it one)"
+        )
+
+
 def opened_asker(args: argparse.Namespace) -> Asker:
     """The asker of a command: MODEL on BANK, as its options say; warns of untrained routers."""
     checkpoint(args.model)
@@ -63,13 +79,8 @@ def opened_asker(args: argparse.Namespace) -> Asker:
     if model.config.routers_trained is False:
         print(f"msa-hf: the routers of {args.model} are untrained: {UNTRAINED}", file=sys.stderr)
     protocol = protocol_of(args.protocol, args.model)
-    options = {name: value for name in INTERLEAVE if (value := getattr(args, name)) is not None}
-    if protocol is None and options:
-        spelled = f"--{min(options).replace('_', '-')}"
-        raise UserError(
-            f"{spelled}: is about rounds of reading, which need a protocol; {args.model} has no memory_protocol.json "
-            "(`msa-hf train` gives it one)"
-        )
+    check_protocol(args, protocol)
+    options = interleave_options(args)
     with reported():
         if args.placement is None:
             bank: Any = model.load_memory(args.bank, tokenizer, device=device)

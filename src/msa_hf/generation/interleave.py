@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import CompileConfig, GenerationConfig, PreTrainedTokenizerBase
@@ -32,6 +32,9 @@ from .routed_document import RoutedDocument
 from .selectors import Asked, SelectionRound, selector_named
 from .trace import Dropped, Round, Stage, Trace
 from .transcript_feeder import TranscriptFeeder
+
+if TYPE_CHECKING:
+    from ..retrieval import FusionWeights
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,13 @@ class MemoryInterleave:
         max_rounds: at most so many; 0 answers from the pooled memory alone.
         select: `"generate"`: the model names documents freely, decoded greedily. `"constrained"`: it can only spell ids
             of documents that some layer chose in this round, and names one at least in the first. `"router"`: the best
-            documents by router score, without generating.
-        documents_per_round: at most so many are read in a round. Default: 1 for `"router"`, else the model's choice.
+            documents by router score, without generating. `"hybrid"`: the best by a fusion of router, lexical index and
+            vectors, of those that the bank has (docs/retrieval.md).
+        documents_per_round: at most so many are read in a round. Default: 1 for `"router"` and `"hybrid"`, else the
+            model's choice.
         max_id_tokens: at most so many tokens to name documents with, per round.
         max_new_tokens: of the answer, unless `ask` is told otherwise.
-        exclude_read: documents that were read are no candidates any more of `"constrained"` and `"router"`. No document
+        exclude_read: documents that were read are no candidates any more, but of `"generate"`. No document
             is read twice either way; without this a round may select nothing new, which ends retrieval.
         layer_scores: over the layers, a document's score is the `"mean"` (a layer that did not choose it counts with
             the lowest score it reported) or the `"max"`.
@@ -123,6 +128,8 @@ class MemoryInterleave:
         cache_implementation: `"static"`: shapes stay, and where transformers compiles, as on CUDA devices, prompts and
             single tokens are compiled on first use, which takes a minute or so. Default: `"dynamic"`, it grows.
         compile_config: how, as of `generate`.
+        fusion: of `"hybrid"`, as of `Searcher`: weights, or `"reciprocal"`. Default: `fusion.json` beside the bank, if
+            there is one, else reciprocal ranks.
 
     Raises:
         ValueError: for an option out of range, a tokenizer without the protocol's special tokens, or `reuse_cache` on a
@@ -147,6 +154,7 @@ class MemoryInterleave:
         max_context_tokens: int | None = None,
         cache_implementation: str | None = None,
         compile_config: CompileConfig | None = None,
+        fusion: FusionWeights | str | None = None,
     ) -> None:
         check_interface(model)
         selector = selector_named(select)
@@ -187,6 +195,7 @@ class MemoryInterleave:
         self.layer_scores = layer_scores
         self.router_may_end = router_may_end
         self.reuse_cache = reuse_cache
+        self.fusion = fusion
         self.cache_implementation = cache_implementation
         self.compile_config = compile_config
         positions = position_limit(model.config)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from ...user_errors import UserError, reported
+from ..answers import interleave_options
 from ..options import positive
-from .options import add_asking_options, check_outputs, load_asked, names_of, round_options, show, sizes
+from .options import add_asking_options, check_outputs, load_asked, names_of, run_options, show, sizes
 
 NAME = "chains"
 HELP = "Ask for chains of one to four hops, comparisons, order, what two share and later versions, each with a twin."
@@ -68,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
             prose_share=args.text_share,
             refusal=args.refusal or UNANSWERABLE,
             max_new_tokens=args.max_new_tokens,
-            rounds=round_options(args),
+            rounds=interleave_options(args),
         )
+    options = run_options(args)
     model, tokenizer, protocol = load_asked(args)
     with reported():
         if args.text:
@@ -85,10 +87,7 @@ def run(args: argparse.Namespace) -> int:
             prose,
             args.out,
             source=", ".join(args.text) or "documentation of Python",
-            name=args.model,
-            batch_size=args.batch_size,
-            batch_tokens=args.batch_tokens,
-            show_progress=not args.quiet,
+            **options,
         )
     words, hops = in_words(result), broken_hops(result)
     lines = [text_report(result, TABLES), *(["", *table_lines(hops, left=1)] if len(hops) > 1 else ()), "", *words]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from ...user_errors import reported
+from ..answers import interleave_options
 from ..options import positive
-from .options import add_asking_options, check_outputs, load_asked, names_of, round_options, show, sizes
+from .options import add_asking_options, check_outputs, fusion_of, load_asked, names_of, show, sizes
 
 NAME = "conversations"
 HELP = (
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from ...bench.haystack import Haystack, file_texts
     from ...bench.report import html_report, text_report
 
+    fusion = fusion_of(args)
     model, tokenizer, protocol = load_asked(args)
     settings = ConversationSettings(
         sizes=tuple(args.sizes),
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         mode=args.mode,
         refusals=tuple(args.refusal or REFUSALS),
         max_new_tokens=args.max_new_tokens,
-        rounds=round_options(args),
+        rounds=interleave_options(args),
     )
     with reported():
         wanted = min(args.sizes[-1], FILLER_TOKENS)
@@ -75,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             source=", ".join(args.text) or "generated",
             name=args.model,
+            fusion=fusion,
             batch_tokens=args.batch_tokens,
             show_progress=not args.quiet,
         )

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from ...user_errors import UserError, reported
+from ..answers import interleave_options
 from ..documents import add_document_options, read_corpus
 from ..options import at_least, device_in, positive
-from .options import add_asking_options, check_outputs, load_asked, round_options, show, sizes
+from .options import add_asking_options, check_outputs, load_asked, run_options, show, sizes
 
 NAME = "mine"
 HELP = "Plant facts in copies of your documents, ask for them, and say where this model and memory are blind."
@@ -68,13 +69,14 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         document_tokens=args.document_tokens,
         max_new_tokens=args.max_new_tokens,
-        rounds=round_options(args),
+        rounds=interleave_options(args),
         **({} if args.refusal is None else {"refusal": args.refusal}),
     )
     banked = is_bank(Path(args.docs))
     if not banked and not Path(args.docs).exists():
         raise UserError(f"{args.docs}: no such file, folder or bank")
     documents: list[str] | MemoryBank = [] if banked else [row["text"] for row in read_corpus(args, args.docs)]
+    options = run_options(args)
     model, tokenizer, protocol = load_asked(args)
     with reported():
         if banked:
@@ -87,10 +89,7 @@ def run(args: argparse.Namespace) -> int:
             documents,
             args.out,
             source=args.docs,
-            name=args.model,
-            batch_size=args.batch_size,
-            batch_tokens=args.batch_tokens,
-            show_progress=not args.quiet,
+            **options,
         )
     words = in_words(result)
     text = "\n".join([text_report(result, TABLES), "", *words])

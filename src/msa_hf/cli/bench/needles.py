@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ...user_errors import reported
+from ..answers import interleave_options
 from ..options import positive
 from .options import (
     add_asking_options,
@@ -12,7 +13,7 @@ from .options import (
     check_outputs,
     load_asked,
     names_of,
-    round_options,
+    run_options,
     show,
     texts_in,
 )
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from ...bench.needles import MAPS, TABLES, NeedleSettings, in_words, run_needles
     from ...bench.report import html_report, text_report
 
+    options = run_options(args)
     model, tokenizer, protocol = load_asked(args)
     settings = NeedleSettings(
         sizes=args.sizes,
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         document_tokens=args.document_tokens,
         max_new_tokens=args.max_new_tokens,
-        rounds=round_options(args),
+        rounds=interleave_options(args),
     )
     with reported():
         result = run_needles(
@@ -63,13 +65,10 @@ def run(args: argparse.Namespace) -> int:
             model,
             tokenizer,
             protocol,
-            texts_in(args),
+            texts_in(args, model, tokenizer),
             args.out,
             source=", ".join(args.text) or "generated",
-            name=args.model,
-            batch_size=args.batch_size,
-            batch_tokens=args.batch_tokens,
-            show_progress=not args.quiet,
+            **options,
         )
     words = in_words(result)
     text = "\n".join([text_report(result, TABLES), "", *words])

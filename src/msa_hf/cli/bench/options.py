@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
+from ...generation.selectors import SELECTORS
 from ...user_errors import UserError, reported
+from ..answers import check_protocol
 from ..loading import checkpoint, load, protocol_of
 from ..options import add_model_options, at_least, device_in, positive
 from ..sizes import count
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 
     from ...bench.result import Result
     from ...generation import PromptProtocol
+    from ...model.memory_msa import MemoryBank
     from ...model.modeling_msa import MSAForCausalLM
+    from ...retrieval import FusionWeights
 
 
 def sizes(text: str) -> list[int]:
@@ -46,6 +50,12 @@ def add_asking_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: 8)")
     made.add_argument("--batch-tokens", type=positive, default=16384, help="tokens encoded at a time (default: 16384)")
     made.add_argument("--max-new-tokens", type=positive, default=64, help="of an answer (default: 64)")
+    made.add_argument(
+        "--select",
+        choices=SELECTORS,
+        help="how documents are chosen for reading (default: router); hybrid goes by the words of the texts as well, "
+        "weighed by the checkpoint's fusion.json if there is one",
+    )
     made.add_argument("--max-rounds", type=at_least(0), help="of retrieval (default: 3), of a checkpoint with protocol")
     made.add_argument("--documents-per-round", type=positive, help="to read (default: 1)")
     made.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -66,7 +76,8 @@ def add_text_options(made: argparse.ArgumentParser, default_sizes: str) -> None:
         metavar="SOURCE",
         action="append",
         default=[],
-        help="files or folders of a haystack's text, as `encode` takes them; may be repeated (default: generated)",
+        help="files or folders of a haystack's text, as `encode` takes them; may be repeated; for needles also a bank "
+        "(default: generated)",
     )
     made.add_argument(
         "--sizes", type=sizes, default=sizes(default_sizes), help=f"in tokens, by commas (default: {default_sizes})"
@@ -76,10 +87,19 @@ def add_text_options(made: argparse.ArgumentParser, default_sizes: str) -> None:
     )
 
 
-def texts_in(args: argparse.Namespace) -> Iterator[str]:
-    """The texts that were named, or generated ones."""
+def texts_in(
+    args: argparse.Namespace, model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[str] | MemoryBank:
+    """The texts that were named, or the one bank; generated texts where nothing was."""
     from ...bench.haystack import file_texts, generated_texts
+    from ...model.bank_manifest_msa import is_bank
 
+    banks = [source for source in args.text if is_bank(Path(source))]
+    if banks and len(args.text) > 1:
+        raise UserError(f"--text {banks[0]}: a bank is a haystack by itself; name it alone")
+    if banks:
+        with reported():
+            return model.load_memory(banks[0], tokenizer, device=model.device)
     return file_texts(args.text) if args.text else generated_texts(args.seed)
 
 
@@ -97,13 +117,49 @@ def load_asked(args: argparse.Namespace) -> tuple[MSAForCausalLM, PreTrainedToke
     device = device_in(args)
     checkpoint(args.model)  # what is not there is refused at once
     protocol = protocol_of(args.protocol, args.model)
+    check_protocol(args, protocol)
     return *load(args.model, device, args.dtype, args.protocol), protocol
 
 
-def round_options(args: argparse.Namespace) -> dict[str, int]:
-    """The options of Memory Interleave that were given."""
-    named = {"max_rounds": args.max_rounds, "documents_per_round": args.documents_per_round}
-    return {name: value for name, value in named.items() if value is not None}
+def fusion_of(args: argparse.Namespace) -> FusionWeights | None:
+    """The fusion weights that the selector "hybrid" takes: those of the checkpoint; None: reciprocal ranks.
+
+    What a hybrid lacks is said here, before the work.
+    """
+    if args.select != "hybrid":
+        return None
+    from ...retrieval import FusionWeights
+    from ...retrieval.lexical import require_tantivy
+
+    with reported():
+        try:
+            require_tantivy()
+            return FusionWeights.from_pretrained(args.model)
+        except FileNotFoundError:
+            return None
+        except ImportError as error:
+            raise UserError(f"--select hybrid: {error}") from error
+
+
+class RunOptions(TypedDict):
+    """What commands hand to the runs of benchmarks alike."""
+
+    name: str
+    fusion: FusionWeights | None
+    batch_size: int
+    batch_tokens: int
+    show_progress: bool
+
+
+def run_options(args: argparse.Namespace) -> RunOptions:
+    """The options of a run, of whatever benchmark; to be asked for before the model is loaded."""
+    return {
+        "name": args.model,
+        "fusion": fusion_of(args),
+        "batch_size": args.batch_size,
+        "batch_tokens": args.batch_tokens,
+        "show_progress": not args.quiet,
+    }
 
 
 def show(args: argparse.Namespace, result: Result, text: str, page: str) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...user_errors import UserError, reported
+from ..answers import interleave_options
 from ..options import at_least, positive
 from ..plan import placement
-from .options import add_asking_options, add_text_options, check_outputs, load_asked, names_of, round_options, show
+from .options import add_asking_options, add_text_options, check_outputs, load_asked, names_of, run_options, show
 
 if TYPE_CHECKING:
     from ...bench.scaling import AskedDocuments
@@ -64,10 +65,11 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             refusal=args.refusal or UNANSWERABLE,
             max_new_tokens=args.max_new_tokens,
-            rounds=round_options(args),
+            rounds=interleave_options(args),
             placement=PlacementOptions() if args.placement == "auto" else args.placement,
         )
         asked = asked_in(args)
+    options = run_options(args)
     model, tokenizer, protocol = load_asked(args)
     with reported():
         if args.text:
@@ -84,11 +86,8 @@ def run(args: argparse.Namespace) -> int:
             filler,
             args.out,
             source=", ".join(args.text) or "invented",
-            name=args.model,
-            batch_size=args.batch_size,
-            batch_tokens=args.batch_tokens,
             workers=args.workers,
-            show_progress=not args.quiet,
+            **options,
         )
     words = in_words(result)
     text = "\n".join([text_report(result, TABLES), "", *words])

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ...model.memory_msa import Memory
+    from ...retrieval import FusionWeights
     from ..document_ids import DocumentIds
     from ..protocol import PromptProtocol
     from ..routed_document import RoutedDocument
@@ -26,6 +27,7 @@ class Asker(Protocol):
     documents_per_round: int | None
     max_id_tokens: int
     router_may_end: bool
+    fusion: FusionWeights | str | None
 
 
 @dataclass(frozen=True)
