@@ -214,8 +214,9 @@ torture=""
 if [[ -z "$version" && ${#pytest_args[@]} -eq 0 ]] && [[ -r /proc/self/maps ]]; then
     say "torture of banks: runs beside the rest for 5 minutes"
     attacks="$(mktemp -d)"
-    # What it judges by a clock, it judges by that of its own processes: others beside it only make it try less.
-    TQDM_DISABLE=1 "$python" benchmarks/torture_bank.py --minutes 5 >"$attacks/log" 2>&1 &
+    # What it judges by a clock, it judges by that of its own processes: others beside it only make it try less. It takes
+    # what the tests leave, for they decide how long all this takes.
+    TQDM_DISABLE=1 nice -n 5 "$python" benchmarks/torture_bank.py --minutes 5 >"$attacks/log" 2>&1 &
     torture="$!"
     trap 'kill "$torture" 2>/dev/null || true; rm -rf "$attacks"' EXIT
 fi

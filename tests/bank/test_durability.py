@@ -26,7 +26,7 @@ from msa_hf.model.bank_format_msa import BankFormatError
 from msa_hf.model.memory_msa import MemoryBank
 
 resource = pytest.importorskip("resource")
-KILLS = 40  # benchmarks/torture_bank.py goes on for longer
+KILLS = 20  # benchmarks/torture_bank.py goes on for longer
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -279,7 +279,7 @@ def test_verify_finds_any_flipped_byte_and_the_rest_stays_usable(
         data = path.read_bytes()
         if path.name in (".lock", "manifest.json"):
             continue
-        for position in {0, 8, len(data) // 2, len(data) - 1, *(pick.randrange(len(data)) for _ in range(6))}:
+        for position in {0, 8, len(data) // 2, len(data) - 1, *(pick.randrange(len(data)) for _ in range(2))}:
             path.write_bytes(data[:position] + bytes([data[position] ^ 1 << pick.randrange(8)]) + data[position + 1 :])
             with BankStore(FakeModel(), directory, read_only=True) as bank:
                 caplog.clear()

@@ -39,7 +39,7 @@ from msa_hf.user_errors import UserError
 LONGEST = 60  # tokens
 PART = 120  # bytes of text
 TIMEOUT = timedelta(seconds=30)
-KILLS = 8
+KILLS = 5
 
 
 class Model(FakeModel):

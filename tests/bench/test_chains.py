@@ -95,7 +95,8 @@ def test_a_size_too_small_says_what_to_change(tiny: Any):
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out, page = tmp_path / "chains.json", tmp_path / "chains.html"
-    options = ["--sizes", "4K", "--kinds", "one_hop", "--questions", "1", "--quiet", "--text-share", "0"]
+    options = ["--sizes", "4K", "--kinds", "one_hop", "--questions", "1", "--text-share", "0"]
+    options += ["--dtype", "float32", "--quiet"]
     assert main(["bench", "chains", str(TINY), *options, "--out", str(out), "--html", str(page)]) == 0
     assert "1 of 1 questions answered" in capsys.readouterr().out and "<h1>chains" in page.read_text()
     assert len(Result.load(out).trials) == 2

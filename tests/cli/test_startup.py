@@ -95,9 +95,7 @@ assert type(config) is msa_hf.MSAConfig and msa_hf.ops.adapters
 assert not [item for item in sys.meta_path if type(item).__module__ == "msa_hf.registration"]
 '''
 CASES = [
-    "import msa_hf",
     "from transformers import AutoModelForCausalLM; import msa_hf",
-    "from msa_hf.model.configuration_msa import MSAConfig",
     "from msa_hf.generation.interleave import MemoryInterleave",
 ]
 for case in CASES:

@@ -27,7 +27,7 @@ from msa_hf.mcp_server.tools import tools_for
 
 @pytest.fixture(scope="session")
 def reader() -> Reader:
-    model = MSAForCausalLM.from_pretrained(CARD).eval()
+    model = MSAForCausalLM.from_pretrained(CARD, dtype="float32").eval()
     return Reader(model, AutoTokenizer.from_pretrained(CARD), PromptProtocol.from_pretrained(CARD))
 
 
@@ -61,7 +61,9 @@ def log(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def assistant(shared: Path, log: Path) -> Iterator[Assistant]:
     """A client of the server over stdio."""
-    with connected(over_stdio(log, shared, "--model", CARD, "--max-k", 20, "--wait", 0)) as client:
+    with connected(
+        over_stdio(log, shared, "--model", CARD, "--dtype", "float32", "--max-k", 20, "--wait", 0)
+    ) as client:
         yield client
 
 

@@ -659,7 +659,7 @@ def test_reentrant_checkpointing_is_refused(form, options) -> None:
         assert bool(model(**batch).loss.isfinite())
 
 
-@pytest.mark.parametrize("what", ["loss", "lm_loss", None])
+@pytest.mark.parametrize("what", ["loss", None])
 @pytest.mark.parametrize("form", [*FORMS, "bank"])
 def test_gradient_checkpointing_keeps_nothing_alive(form, what, monkeypatch) -> None:
     """Whether all, some or none of a step is differentiated, its tensors go away with its output."""

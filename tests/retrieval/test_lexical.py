@@ -57,8 +57,7 @@ def churn(bank: BankStore, chance: random.Random, commits: int) -> None:
             bank.compact()
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "in_memory"), [(0, False), (1, True)])
 def test_follows_all_changes(tmp_path: Path, seed: int, in_memory: bool) -> None:
     chance = random.Random(seed)
     with BankStore(FakeModel(), None if in_memory else tmp_path, lexical="none") as bank:

@@ -344,7 +344,7 @@ METHODS: dict[str, Any] = {
 @pytest.mark.parametrize("method", METHODS)
 def test_targets_by_default_are_the_bases(method) -> None:
     """Of every method PEFT chooses what it chooses on the base, family after family; the routers stay as they are."""
-    for family in ("llama", "gpt_neox", "qwen3", "gemma2", "llama"):
+    for family in ("llama", "gpt_neox", "llama"):
         try:
             expected = adapters_of(get_peft_model(base_model(family), METHODS[method]()))
         except ValueError as error:  # what PEFT does not know on the base it does not know here
@@ -381,7 +381,7 @@ FEEDFORWARD = {"qwen3": "down_proj", "phi3": "down_proj", "gpt_neox": "dense_4h_
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
-@pytest.mark.parametrize("family, attention", FEW[:3])
+@pytest.mark.parametrize("family, attention", FEW[1:3])
 @pytest.mark.parametrize("method", OTHERS)
 def test_other_methods_train_beside_whole_routers(method, family, attention, tmp_path) -> None:
     """All that is trainable, routers included, gets a gradient; saved, it loads onto a fresh model."""

@@ -195,7 +195,7 @@ def test_tokens_are_counted_as_the_model_gets_them() -> None:
 
 def test_the_shipped_model_answers_from_the_turns_of_the_session_alone(tmp_path: Path, store: SQLiteStore) -> None:
     """Forty facts about invented entities, told to two sessions in turn, and eight questions."""
-    model = MSAForCausalLM.from_pretrained(TINY).eval()
+    model = MSAForCausalLM.from_pretrained(TINY, dtype="float32").eval()
     tokenizer, protocol = AutoTokenizer.from_pretrained(TINY), PromptProtocol.from_pretrained(TINY)
     corpus = make_corpus(40, seed=5, split="test")
     told = list(corpus.texts())

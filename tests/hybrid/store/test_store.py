@@ -348,7 +348,7 @@ def test_a_killed_writer_loses_nothing_it_acknowledged(open_store: Opener) -> No
     """Kills at random moments: the counter is what was acknowledged, or one more."""
     pick = random.Random(0)
     store = open_store()
-    kills = 20 if isinstance(store, SQLiteStore) else 6  # a client of DynamoDB takes a second to make
+    kills = 8 if isinstance(store, SQLiteStore) else 3  # a client of DynamoDB takes a second to make
     acknowledged = 0
 
     def write(pipe: int) -> None:
