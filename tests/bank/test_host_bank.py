@@ -4,6 +4,7 @@ import gc
 import importlib
 import os
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,16 @@ def test_what_one_process_cannot_read_is_told_to_all(made: tuple[Setup, Path], t
         return str(caught.value)
 
     assert all(last.name in message for message in together(2, work))
+
+
+def test_a_device_that_one_process_alone_does_not_have_is_told_to_all(made: tuple[Setup, Path]) -> None:
+    def work(rank: int) -> str:
+        with pytest.raises((RuntimeError, AssertionError)) as caught:
+            host_bank(made[1], device="cuda:99" if rank else None, timeout=timedelta(seconds=30))
+        return str(caught.value)
+
+    told, own = together(2, work)
+    assert own.splitlines()[0] in told and "Process 1 of this shared memory failed" in told
 
 
 def copies_around_a_commit(setup_: Setup, directory: Path) -> list[Path]:

@@ -572,6 +572,24 @@ def test_what_one_process_cannot_read_is_told_to_all(tmp_path: Path) -> None:
     assert all(last.name in message and "corrupted" in message for message, _ in together(2, work))
 
 
+def test_an_argument_that_is_wrong_in_one_process_alone_is_told_to_all() -> None:
+    """At once; the processes may then try again."""
+    bank = made().bank
+    wrong: list[dict[str, Any]] = [{"inputs": "other"}, {"content": "none"}, {"bank": [bank]}]
+    wrong.append({"bank": "a-directory", "content": "replicated"})
+
+    def work(rank: int) -> Any:
+        found = []
+        for arguments in wrong:
+            given = {"bank": bank, "timeout": timedelta(seconds=30), **(arguments if rank else {})}
+            expected = (ValueError, TypeError) if rank else RankFailed
+            found.append(raises(expected, lambda given=given: shard_bank(**given)))
+        return found
+
+    for (told, seconds), (own, _) in zip(*together(2, work), strict=True):
+        assert own in told and told.startswith("Process 1: ") and seconds < 10
+
+
 def test_a_bank_of_another_model_is_refused(tmp_path: Path) -> None:
     made().bank.save_pretrained(tmp_path / "bank")
     with pytest.raises(ValueError, match="chunk_size"):

@@ -66,11 +66,11 @@ def host_bank(
         OSError: where a process cannot reach the memory of another one on its host, or the system has no such memory.
         ValueError: what `MemoryBank.from_pretrained` raises, and where processes find different banks.
     """
-    if not hasattr(os, "memfd_create"):
-        raise OSError("Processes share memory without a name in a file system on Linux alone.")
-    target = torch.empty(0, device=device or "cpu").device
-    ranks = Collectives(group, timeout)
+    ranks = Collectives(group, timeout)  # before all that may be wrong in one process alone: the others hear of it
     try:
+        if not hasattr(os, "memfd_create"):
+            raise OSError("Processes share memory without a name in a file system on Linux alone.")
+        target = torch.empty(0, device=device or "cpu").device
         place = bank_directory(fspath(directory), model, tokenizer)
         bank = _read(_opened_alike(ranks, lambda: open_bank(place, model, tokenizer, verify)), ranks, target)
         ranks.part()

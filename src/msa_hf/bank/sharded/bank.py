@@ -214,21 +214,12 @@ def shard_bank(
         RankFailed: where another process failed.
         RuntimeError: where the processes are not connected.
     """
-    if inputs not in (SAME, DIFFERENT):
-        raise ValueError(f'`inputs` must be "same" or "different", got {inputs!r}.')
-    if content not in CONTENT:
-        raise ValueError(f"`content` must be one of {tuple(CONTENT)}, got {content!r}.")
-    if content != SHARDED and isinstance(bank, str | PathLike):
-        raise ValueError(
-            f"Of a directory each process reads a part: for {content} content pass `host_bank(directory)`."
-        )
-    if not isinstance(bank, str | PathLike | Snapshots):
-        raise TypeError(f"`bank` must be a MemoryBank, a BankStore or a directory, got {type(bank).__name__}.")
-    ranks = Collectives(group, timeout)
+    ranks = Collectives(group, timeout)  # before all that may be wrong in one process alone: the others hear of it
     error: Exception | None = None
     shared: ShardedBank | None = None
     digest = ""
     try:
+        _check_arguments(bank, inputs, content)
         if isinstance(bank, str | PathLike):
             if device is None and model is not None:
                 device = model.device
@@ -257,6 +248,19 @@ def shard_bank(
         )
     assert shared is not None
     return shared
+
+
+def _check_arguments(bank: object, inputs: str, content: str) -> None:
+    if inputs not in (SAME, DIFFERENT):
+        raise ValueError(f'`inputs` must be "same" or "different", got {inputs!r}.')
+    if content not in CONTENT:
+        raise ValueError(f"`content` must be one of {tuple(CONTENT)}, got {content!r}.")
+    if content != SHARDED and isinstance(bank, str | PathLike):
+        raise ValueError(
+            f"Of a directory each process reads a part: for {content} content pass `host_bank(directory)`."
+        )
+    if not isinstance(bank, str | PathLike | Snapshots):
+        raise TypeError(f"`bank` must be a MemoryBank, a BankStore or a directory, got {type(bank).__name__}.")
 
 
 def _part(
