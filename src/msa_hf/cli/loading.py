@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,11 +98,25 @@ def load(
     with reported(foreign=True, subject=name):
         model = MSAForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(name)
+    if note := slow_dtype(model):
+        print(f"msa-hf: {note}", file=sys.stderr)
     if protocol == "none":
         tokenizer.chat_template = None
     if protocol == "chat" and not tokenizer.chat_template:
         raise UserError(f"--protocol chat: the tokenizer of {name} has no chat template")
     return model, tokenizer
+
+
+def slow_dtype(model: MSAForCausalLM) -> str:
+    """A remark on weights of 16 bits on a CPU that has no instructions for them, as before AVX-512; "" elsewhere."""
+    import torch
+
+    if model.device.type != "cpu" or model.dtype.itemsize != 2:
+        return ""
+    if torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2"):
+        return ""
+    named = str(model.dtype).removeprefix("torch.")
+    return f"this CPU has no instructions for {named}; --dtype float32 is several times faster here"
 
 
 def compile_runs(model: MSAForCausalLM) -> None:
