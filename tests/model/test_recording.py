@@ -1,5 +1,6 @@
 """Runs that are recorded and played again: the answers of runs that are not, whatever changes between them."""
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -283,6 +284,58 @@ def test_what_is_recorded_goes_with_its_cache(tapes: list[PlainTape]) -> None:
 def test_only_who_asks_for_it_has_runs_recorded() -> None:
     assert compiled_msa.options_of(None)["mode"] == "default"
     assert compiled_msa.options_of(CompileConfig(mode="reduce-overhead"))["mode"] in compiled_msa.RECORDED_MODES
+
+
+class OneUsePools:
+    """Stands for CUDA graphs in PyTorch's pools of memory: one whose last graph is gone takes no more."""
+
+    def __init__(self) -> None:
+        self.made, self.graphs, self.cleared = 0, dict[int, int](), 0
+
+    def handle(self) -> int:
+        self.made += 1
+        return self.made
+
+    def graph(self) -> Any:
+        pools = self
+
+        class Graph:
+            def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+                if not pools.graphs.get(pool, 1):
+                    raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+                pools.graphs[pool] = pools.graphs.get(pool, 0) + 1
+                weakref.finalize(self, self.leave, pool)
+
+            @staticmethod
+            def leave(pool: int) -> None:
+                pools.graphs[pool] -= 1
+
+            def capture_end(self) -> None: ...
+
+            def replay(self) -> None: ...
+
+        return Graph()
+
+    def clear(self) -> None:
+        self.cleared += 1
+
+
+def test_a_pool_whose_graphs_are_gone_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A memory that moved, of which nothing recorded is left, is recorded again."""
+    pools, places, found = OneUsePools(), ["here"], torch.ones(2)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", pools.handle)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", pools.graph)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", pools.clear, raising=False)
+    tape = recording_msa.CudaTape(torch.device("cpu"))
+    monkeypatch.setattr(tape, "running", contextlib.nullcontext)
+    asked = recording_msa.HostCall(tape, lambda: [found], lambda: places[0])
+    for place in ("here", "there"):
+        places[0] = place
+        for _ in range(3):
+            asked()
+        assert asked.step is not None and asked.step != asked._run  # played, not called
+    assert pools.graphs == {2: 0, 3: 1} and pools.cleared == 4  # around each of two recordings
 
 
 @pytest.mark.gpu

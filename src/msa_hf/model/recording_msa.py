@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import gc
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -55,8 +56,11 @@ class CudaTape:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        # Of the few with priority: those without are handed out again, and whoever gets this one would take memory that
+        # a run has left there while the caller's stream still reads it.
+        self.stream = torch.cuda.Stream(device, priority=-1)
         self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.collecting = False
 
@@ -74,7 +78,10 @@ class CudaTape:
     def begin(self) -> None:
         self.collecting = gc.isenabled()
         gc.disable()  # to free a graph disturbs the one that is recorded
+        if not self.graphs:
+            self.pool = torch.cuda.graph_pool_handle()  # PyTorch takes no more graphs into one whose last is gone
         self.graph = torch.cuda.CUDAGraph()
+        _free_workspaces()
         # Other threads may go on working with the device.
         self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
 
@@ -84,9 +91,17 @@ class CudaTape:
         try:
             graph.capture_end()
         finally:
+            _free_workspaces()
             if self.collecting:
                 gc.enable()
+        self.graphs.add(graph)
         return graph.replay
+
+
+def _free_workspaces() -> None:
+    # Around a recording, as torch.compile does around its own: matrix products of a graph go on using the workspace
+    # that they were recorded with, which must be of the graph's pool. Others are freed by whoever records next.
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 def tape_for(device: torch.device) -> Tape | None:
@@ -186,8 +201,8 @@ class HostCall:
 
     def _recorded(self) -> Step:
         with self.tape.running():
-            self.tape.begin()
             try:
+                self.tape.begin()
                 self._run()
             except BaseException as error:
                 with contextlib.suppress(Exception):
