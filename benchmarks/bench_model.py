@@ -6,7 +6,8 @@
 
 Rows are printed as they come, in groups that `--rows` chooses among:
 
-* check: see below; base: the base alone, as it is; base-static: the same as transformers compiles it, whole.
+* check: see below, of a small model in float32, then of the one that is measured.
+* base: the base alone, as it is; base-static: the same as transformers compiles it, whole.
 * eager: first tokens and decoding with a memory, nothing compiled.
 * prefill, decode: the same compiled, with the small bank.
 * large: first tokens over the large bank, keys in bf16; int8: in 8 bits; many: 64 questions at once.
@@ -16,10 +17,13 @@ Random weights. Documents are encoded for real; the bank is then repeated up to 
 its true size. For `--large-tokens` all layers share one tensor of random routing keys, and one of content in locked
 host memory, which are read as often as if each had its own.
 
-Before anything is measured, a small model in float32 must choose the same documents and give the same logits on this
-device compiled as it does uncompiled. Medians of wall-clock time, the device drained before and after. `first_s` are
-the seconds of the first calls, in which a run is compiled, and recorded. `launches` are kernels and graphs started by
-the host in one run, `waits` copies to the host and synchronizations, `device_ms` all that the device did.
+Before anything is measured, runs must choose the same documents and give the same logits on this device compiled,
+recorded and played as they do launched one kernel after the other. Else the first tensor that differs is named, and
+nothing is measured (run_check.py says what follows from it); `--rows check` checks alone.
+
+Medians of wall-clock time, the device drained before and after. `first_s` are the seconds of the first calls, in which
+a run is compiled, and recorded. `launches` are kernels and graphs started by the host in one run, `waits` copies to the
+host and synchronizations, `device_ms` all that the device did.
 
 Floors of a row: its weights read once (or its arithmetic, if that takes longer) and the routing keys read once in every
 memory layer, at the rates of this device (`msa_hf.bank.tiered.hardware`).
@@ -41,6 +45,7 @@ from typing import Any
 import torch
 import transformers
 from random_models import SHAPES, random_base
+from run_check import runs_are_right
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CompileConfig
 
@@ -49,7 +54,6 @@ from msa_hf.bank.tiered.hardware import RATES
 from msa_hf.bank.tiered.layer import PooledKV, RoutingKeys, TieredLayer
 from msa_hf.bank.tiered.rows import Rows, placed_rows
 from msa_hf.generation import MemoryInterleave, PromptProtocol
-from msa_hf.model.cache_msa import MSACache
 from msa_hf.model.compat_msa import CACHE
 from msa_hf.model.compiled_msa import compiling
 from msa_hf.model.document_rows_msa import ChunkLayout
@@ -267,32 +271,6 @@ def per_token_ms(model: Any, ids: Tensor, steps: int, device: torch.device, **op
     return (many - run(1, 3)[0]) / steps, first
 
 
-def check(device: torch.device, config: CompileConfig) -> None:
-    """Refuse to measure what is not right: compiled, recorded and played, a small model in float32 must choose the
-    documents, and give the logits, that it does launched one kernel after the other."""
-    base = random_base(SHAPES["tiny"], device, torch.float32)
-    model = MSAForCausalLM.from_base(base, prefix_token_ids=[5, 6, 7], router_init="random")
-    banks = [model.encode_documents(torch.randint(3, 4000, (64, 300)).tolist(), show_progress=False) for _ in range(2)]
-    cache = static_cache(model.config, 64)
-    for turn in range(8):
-        ids, bank = torch.randint(3, 4000, (1, 17 + turn), device=device), banks[turn // 5]
-        plain = MSACache(config=model.config)
-        cache.reset()
-        options: dict[str, Any] = {"memory": bank, "use_cache": True, "logits_to_keep": 1}
-        with compiling(model, config):
-            found = model(ids, **options, **{CACHE: cache})
-            expected = model(ids, **options, **{CACHE: plain})
-            for layer, choice in expected.routing.items():
-                if not torch.equal(choice.documents, found.routing[layer].documents):
-                    raise SystemExit(f"Question {turn}: layer {layer} chooses other documents; nothing was measured.")
-            for step in range(5):
-                torch.testing.assert_close(found.logits, expected.logits, atol=2e-3, rtol=2e-3)
-                token = (expected.logits[:, -1:].argmax(-1) + step) % 4000
-                found, expected = (model(token, use_cache=True, **{CACHE: each}) for each in (cache, plain))
-    if device.type == "cuda" and config.backend == "inductor" and len(cache.recordings.known) < 3:
-        raise SystemExit("Runs are not recorded; nothing was measured.")
-
-
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -325,8 +303,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{time.perf_counter() - started:7.1f} s  {what}", flush=True)
 
     if "check" in wanted:
-        check(device, compile_config)
-        say("compiled runs are right")
+        small = random_base(SHAPES["tiny"], device, torch.float32)
+        model = MSAForCausalLM.from_base(small, prefix_token_ids=[5, 6, 7], router_init="random")
+        texts = [torch.randint(3, 4000, (64, 300)).tolist() for _ in range(2)]
+        banks = [model.encode_documents(each, show_progress=False) for each in texts]
+        runs_are_right(model, banks, compile_config, 16, say)
+        del model, small, banks
 
     shape = SHAPES[arguments.shape] | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
     base = random_base(shape, device, torch.bfloat16)
@@ -374,6 +356,9 @@ def main(argv: list[str] | None = None) -> None:
     model.accept_bank(big)
     figures["bank"] = repr(big)
     say(f"small bank, encoded at {figures['encode_tokens_per_s']:,.0f} tokens/s")
+    if "check" in wanted:
+        model.accept_bank(bank)
+        runs_are_right(model, [big, bank], compile_config, arguments.question, say)
 
     def memory_row(what: str, memory: Any, ids: Tensor, goal: str, key_bytes: float, products: float) -> None:
         batch, tokens = ids.shape
