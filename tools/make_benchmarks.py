@@ -28,6 +28,7 @@ RESULTS = {
     "twins of msa-hf-tiny": ("bench_chains_tiny.json", ("twin_of", "tokens")),
     "chains of msa-hf-tiny, 1M tokens": ("bench_chains_tiny_1m.json", ("kind", "tokens")),
     "needles of msa-hf-smollm2-135m": ("bench_needles_smollm2.json", ("kind", "tokens")),
+    "needles of msa-hf-smollm2-135m, hybrid": ("bench_needles_smollm2_hybrid.json", ("kind", "tokens")),
     "msa-hf-tiny on this documentation": ("bench_mine_tiny.json", ("kind", "hops", "tokens")),
 }
 
