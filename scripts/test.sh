@@ -231,8 +231,9 @@ if [[ -z "$version" ]]; then
     fi
 elif ! names_a_path ${pytest_args[@]+"${pytest_args[@]}"}; then
     pytest_args+=(tests/model tests/goldens)
-    # Arithmetic, files of banks and the compiler's work: what these test is the same under every version.
-    for name in attention bank_reader bank_writer chunks compiled forced_documents routing; do
+    # Arithmetic, files of banks and the compiler's work: what these test is the same under every version. A step of
+    # training is in test_versions.py.
+    for name in attention bank_reader bank_writer chunks compiled forced_documents routing training_forward; do
         pytest_args+=("--ignore=tests/model/test_$name.py")
     done
 fi

@@ -23,8 +23,6 @@ from msa_hf.model.routing_msa import Scoring, score_documents
 
 FAMILIES = [
     ("qwen3", "sdpa"),
-    ("qwen3", "eager"),
-    ("llama", "sdpa"),
     ("gpt_neox", "sdpa"),
     ("phi3", "eager"),
     ("gemma2", "eager"),

@@ -70,13 +70,13 @@ def assert_same_answers(ours: Any, theirs: Any, mask: Tensor) -> None:
         torch.testing.assert_close(found.scores, theirs.routing[layer].scores, atol=1e-5, rtol=1e-5)
 
 
+# Every field on one family, and every family as it is.
+FIELDS = ({"similarity": "dot"}, {"shared_router": True}, {"score_bias": True}, {"top_k": 9}, {"prefix_token_ids": []})
+CASES = [*(pytest.param(*item.values, {}, id=item.id) for item in FEW), *(("qwen3", "sdpa", item) for item in FIELDS)]
+
+
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
-@pytest.mark.parametrize(("family", "attention"), FEW)
-@pytest.mark.parametrize(
-    "fields",
-    [{}, {"similarity": "dot"}, {"shared_router": True}, {"score_bias": True}, {"top_k": 9}, {"prefix_token_ids": []}],
-    ids=str,
-)
+@pytest.mark.parametrize(("family", "attention", "fields"), CASES)
 def test_banks_and_answers(family, attention, fields, backend) -> None:
     """The same bank, choices and logits as in plain PyTorch, and all three operations ran on the backend."""
     with plain_pytorch(), Called() as called:
@@ -228,8 +228,9 @@ def test_generation(backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("fields", [{}, {"score_bias": True}, {"shared_router": True}], ids=str)
+@pytest.mark.parametrize(
+    ("fields", "checkpointing"), [({}, False), ({"score_bias": True}, True), ({"shared_router": True}, True)], ids=str
+)
 def test_training_pools_on_the_backend(fields, checkpointing, backend) -> None:
     """Pooling and its derivative run there, routing and gathering stay plain; loss and gradients are the same."""
     made = setup(**fields)

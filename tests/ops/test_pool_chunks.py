@@ -89,7 +89,7 @@ def close_as_pytorch(found: Tensor, inexact: Tensor, exact: Tensor) -> None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_sizes(place, dtype, normalize, seed) -> None:
     """Means over the real tokens of each chunk; nothing beside the tensors is read, all of the result is written."""
     case = random_case(seed, dtype)
@@ -130,7 +130,7 @@ def test_any_strides(place, form, seed) -> None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("kind", HALF_STEPS, ids=str)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_quantized_routing_keys(place, kind, normalize, seed) -> None:
     """Scale times number is the mean, rounded to the nearest; the largest number of a chunk uses the whole range."""
     case = random_case(100 + seed, (torch.float32, torch.bfloat16)[seed % 2])
@@ -250,7 +250,7 @@ def test_quantized_keys_have_no_derivative(place) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("routing_dtype", [None, *HALF_STEPS], ids=str)
+@pytest.mark.parametrize("routing_dtype", [None, *HALF_STEPS][:2], ids=str)
 def test_opcheck(place, routing_dtype) -> None:
     """Schemas, fakes and autograd registration are what torch.library asks for."""
     backend, device = place

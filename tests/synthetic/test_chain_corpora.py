@@ -69,7 +69,7 @@ def test_chains_have_one_answer_that_takes_every_document(corpus: ChainCorpus, r
 def test_no_document_of_a_chain_leads_past_the_next_one_in_small_worlds():
     """Where few entities are linked to each other, some would by chance."""
     count = 0
-    for seed in range(25):
+    for seed in range(8):
         corpus = make_chain_corpus(90, {"three_hop": 3, "four_hop": 2}, seed=seed)
         texts, names = corpus.texts(), corpus.names()
         for question in corpus.questions[::2]:
@@ -77,7 +77,7 @@ def test_no_document_of_a_chain_leads_past_the_next_one_in_small_worlds():
                 later = [*(names[other] or "" for other in question.positives[hop + 2 :]), question.answer]
                 assert not any(text in texts[place] for text in later if place != question.positives[-1])
                 count += 1
-    assert count == 25 * (9 + 8)
+    assert count == 8 * (9 + 8)
 
 
 def test_twins_of_chains_have_no_answer_and_break_where_they_say(corpus: ChainCorpus, reader: Reader):

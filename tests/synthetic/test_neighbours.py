@@ -62,7 +62,7 @@ def test_names_are_taken_apart_where_a_vowel_ends_a_syllable(name: str, parts: P
 # How many there are
 
 
-@pytest.mark.parametrize("crowding", [64, 512])
+@pytest.mark.parametrize("crowding", [64])
 def test_a_crowded_corpus_has_the_near_misses_of_one_as_many_times_as_large(crowding: int):
     """Counted in a sample of the large one: of all pairs, it holds the square of its share. The counts are of 150 pairs
     and more, so 0.7 and 1.4 are four standard deviations away."""

@@ -65,7 +65,7 @@ def test_no_sentence_occurs_twice(texts: list[str]):
 def test_the_seed_decides(texts: list[str]):
     assert prose_documents(20, seed=1) == texts[:20]
     # One source gives up to all twenty texts, so that two seeds that begin with the same long one share those.
-    assert len({prose_documents(1, seed=seed)[0] for seed in range(2, 10)} - {texts[0]}) >= 4
+    assert len({prose_documents(1, seed=seed)[0] for seed in range(2, 6)} - {texts[0]}) >= 2
 
 
 def test_the_standard_library_alone_can_be_had(monkeypatch: pytest.MonkeyPatch):

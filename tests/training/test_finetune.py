@@ -2,12 +2,8 @@
 
 import importlib.util
 import json
-import os
 import random
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -334,27 +330,6 @@ def test_routers_learn_at_their_own_rate_and_find_more(base, files, capsys) -> N
     found = recalls(capsys.readouterr().out)
     assert all(after >= before + 0.25 for before, after in found.values()), found
     assert found["any layer"][1] >= 0.5, found
-
-
-def test_two_processes_share_the_questions(base, files) -> None:
-    """With the variables by which launchers connect them: 32 questions in two steps of 8 for each, one table, one
-    adapter."""
-    command = [sys.executable, str(SCRIPT), *options(base, files, steps=2, **{"eval-questions": 8})]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    both = [
-        subprocess.Popen(
-            command, env={**where, "RANK": rank, "LOCAL_RANK": rank}, stdout=-1, stderr=subprocess.STDOUT, text=True
-        )
-        for rank in "01"
-    ]
-    outputs = [process.communicate(timeout=240)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
-    assert len(recalls(outputs[0])) == 3 and "\n".join(outputs).count("router recall@2") == 1
-    assert re.findall(r"'epoch': '?([\d.]+)'?", outputs[0])[-1] == "1"
-    assert (files["output"] / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("extra", [{"bf16": True}, {"gradient-checkpointing": True}, {"eval-questions": 0}])
