@@ -172,7 +172,7 @@ def test_more_rows_than_there_is_room_for(tapes: list[PlainTape], monkeypatch: p
 
 
 def test_weights_that_change(tapes: list[PlainTape]) -> None:
-    """In place they are seen; in other places, all is recorded anew."""
+    """In place they are seen; in other places, or with another attention, all is recorded anew."""
     made = setup("qwen3", "sdpa", **SMALL)
     question = batch_of(tokens(9, seed=3))
 
@@ -193,6 +193,10 @@ def test_weights_that_change(tapes: list[PlainTape]) -> None:
         weight.weight.data.mul_(0.5)
         bank = made.model.encode_documents(made.documents, show_progress=False)
         both()
+        made.model.set_attn_implementation("eager")
+        both()
+        (cache,) = spare_caches_msa._spare[made.model].values()
+        assert len(cache.recordings.known) == 1  # the token
     finally:
         weight.weight.data = before
 

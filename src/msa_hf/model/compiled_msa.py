@@ -310,7 +310,8 @@ class CompiledRuns:
         if not self.recorded or compiling is None:
             return
         if anew or compiling.state is None:
-            compiling.state = state_of(model)
+            settings = model.config._attn_implementation, torch.is_autocast_enabled(model.device.type)
+            compiling.state = settings, state_of(model)
         cache.recordings.renew(compiling.state)
 
     def run_token(self, model: GeneratingMixin, cache: MSAStaticCache, inputs: Arguments) -> ModelOutput:
