@@ -124,6 +124,20 @@ def test_a_memory_that_stays_is_recorded_too(
         assert [asks(memory, seed) for seed in range(3)] == [2, 2, 0]
 
 
+def test_a_memory_is_asked_in_memory_apart(tapes: list[PlainTape]) -> None:
+    """In that of the parts around it, it would overwrite what the next part is to find: what an H200 met as NaN."""
+    made = setup("qwen3", "sdpa", **SMALL)
+    questions = [{**batch_of(tokens(9, seed=seed)), "memory": made.bank, **EXACTLY} for seed in range(4)]
+    for question in questions[:2]:
+        made.model.generate(**question, **recorded())
+    run, between = tapes
+    assert run.blocks and not between.blocks
+    between.blocks = run.blocks
+    with pytest.raises(ValueError, match="are NaN"):
+        for question in questions[2:]:
+            made.model.generate(**question, **recorded())
+
+
 def test_turns_of_one_cache(tapes: list[PlainTape]) -> None:
     """Later turns choose anew or keep what they have; every kind of run is played in the end."""
     made, answers = setup("qwen3", "sdpa", **SMALL), []
