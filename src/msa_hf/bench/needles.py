@@ -93,7 +93,7 @@ def run_needles(
         haystack = haystack_of(texts, sizes[-1])
     else:
         haystack = Haystack(texts, tokenizer, sizes[-1], settings.document_tokens)
-    tasks = {tokens: list(_tasks(settings, tokens)) for tokens in sizes}
+    tasks = {tokens: list(needle_tasks(settings, tokens)) for tokens in sizes}
     check_room(haystack, sizes[0], max(len(task.plants) for task in tasks[sizes[0]]))
     described = {**asdict(settings), "source": source, "haystack": haystack.digest}
     facts = model_facts(model, tokenizer, protocol, name, fusion)
@@ -123,7 +123,7 @@ def _check(settings: NeedleSettings) -> None:
         raise ValueError(f"{wanted} tasks were asked for at each size, and there are keys for {keys}: ask for fewer.")
 
 
-def _tasks(settings: NeedleSettings, tokens: int) -> Iterator[Task]:
+def needle_tasks(settings: NeedleSettings, tokens: int) -> Iterator[Task]:
     """All tasks at one size, the kinds in turns, so that a run that is cut short has some of each."""
     tasks, number = NeedleTasks(settings.seed), 0
     for repeat in range(settings.repeats):

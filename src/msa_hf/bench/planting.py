@@ -90,7 +90,7 @@ def ask_tasks(
     What lies in a bank does not depend on what was asked before.
     """
     try:
-        for group in _groups(tasks, int(documents * MOST_PLANTED)):
+        for group in banks_of_tasks(tasks, documents):
             questions = [question for task in group for question in task.questions]
             if any(not result.done(question.id) for question in questions):
                 for trials in _trials(result, group, documents, banks, asking):
@@ -101,10 +101,10 @@ def ask_tasks(
         result.save()  # an interruption loses no answer
 
 
-def _groups(tasks: Sequence[Task], most: int) -> Iterator[list[Task]]:
-    """The tasks in groups of at most so many sentences, each for a bank of its own."""
+def banks_of_tasks(tasks: Sequence[Task], documents: int) -> Iterator[list[Task]]:
+    """The tasks in groups, each for a bank of its own; at most a quarter of its documents get a sentence."""
     group: list[Task] = []
-    planted = 0
+    most, planted = int(documents * MOST_PLANTED), 0
     for task in tasks:
         if group and planted + len(task.plants) > most:
             yield group
