@@ -211,6 +211,13 @@ tortured() {
 }
 
 torture=""
+attacks=""
+in_memory=""
+tidy() {
+    [[ -z "$torture" ]] || kill "$torture" 2>/dev/null || true
+    rm -rf ${attacks:+"$attacks"} ${in_memory:+"$in_memory"}
+}
+trap tidy EXIT
 if [[ -z "$version" && ${#pytest_args[@]} -eq 0 ]] && [[ -r /proc/self/maps ]]; then
     say "torture of banks: runs beside the rest for 5 minutes"
     attacks="$(mktemp -d)"
@@ -218,7 +225,6 @@ if [[ -z "$version" && ${#pytest_args[@]} -eq 0 ]] && [[ -r /proc/self/maps ]]; 
     # what the tests leave, for they decide how long all this takes.
     TQDM_DISABLE=1 nice -n 5 "$python" benchmarks/torture_bank.py --minutes 5 >"$attacks/log" 2>&1 &
     torture="$!"
-    trap 'kill "$torture" 2>/dev/null || true; rm -rf "$attacks"' EXIT
 fi
 if [[ -z "$version" ]]; then
     check "ruff check" "$python" -m ruff check
@@ -237,10 +243,17 @@ elif ! names_a_path ${pytest_args[@]+"${pytest_args[@]}"}; then
         pytest_args+=("--ignore=tests/model/test_$name.py")
     done
 fi
+# Every commit of a bank is flushed, which takes a disk longer than all else that these tests do: their files are in memory
+# where it has room, and those of a test that passed are removed at once.
+files=(-o tmp_path_retention_policy=failed)
+if [[ -w /dev/shm ]] && (($(df -k --output=avail /dev/shm | tail -n 1) > 4000000)); then
+    in_memory="$(mktemp -d /dev/shm/msa-hf-tests.XXXXXX)"
+    files+=("--basetemp=$in_memory/files")
+fi
 # The models are tiny and run on one thread each, so every core takes its own files. In the order of the folders: those of
 # few tests last, as is usual, would let one core wait for the slowest test of all.
 spread=(--numprocesses auto --dist loadfile --no-loadscope-reorder)
-check "pytest" "$python" -m pytest -q -p no:cacheprovider "${spread[@]}" ${pytest_args[@]+"${pytest_args[@]}"}
+check "pytest" "$python" -m pytest -q -p no:cacheprovider "${spread[@]}" "${files[@]}" ${pytest_args[@]+"${pytest_args[@]}"}
 [[ -z "$torture" ]] || check "torture of banks" tortured
 
 if ((${#failed[@]})); then

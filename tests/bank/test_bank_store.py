@@ -94,7 +94,7 @@ def agrees(bank: MemoryBank, model: Dictionary) -> None:
 
 
 @pytest.mark.parametrize("on_disk", PLACES)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(events=st.lists(st.tuples(EVENTS, st.booleans()), max_size=25), repeats=st.randoms(use_true_random=False))
 def test_any_sequence_of_events_leaves_what_a_dictionary_would(
     tmp_path: Path, on_disk: bool, events: list[Any], repeats: random.Random

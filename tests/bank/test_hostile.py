@@ -81,14 +81,14 @@ def opened_bank(directory: Path) -> MemoryBank:
     return bank.snapshot()
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzzed_manifests(bank_copy: Path, original: tuple[Path, dict[str, Any]], data: st.DataObject) -> None:
     sign(bank_copy, tampered(original[1], data))
     use(bank_copy, data.draw(st.booleans()))
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzzed_files(bank_copy: Path, original: tuple[Path, dict[str, Any]], data: st.DataObject) -> None:
     """Bytes of any file changed, at its size, with hashes that agree: tables and indices that lie."""
