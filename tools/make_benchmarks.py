@@ -28,6 +28,7 @@ RESULTS = {
     "twins of msa-hf-tiny": ("bench_chains_tiny.json", ("twin_of", "tokens")),
     "chains of msa-hf-tiny, 1M tokens": ("bench_chains_tiny_1m.json", ("kind", "tokens")),
     "needles of msa-hf-smollm2-135m": ("bench_needles_smollm2.json", ("kind", "tokens")),
+    "needles of msa-hf-smollm2-135m, router": ("bench_needles_smollm2_router.json", ("kind", "tokens")),
     "needles of msa-hf-smollm2-135m, hybrid": ("bench_needles_smollm2_hybrid.json", ("kind", "tokens")),
     "needles of msa-hf-smollm2-135m, hybrid, 120K": ("bench_needles_smollm2_hybrid_120k.json", ("kind", "tokens")),
     "several needles of msa-hf-smollm2-135m, hybrid": ("bench_needles_smollm2_several.json", ("kind", "tokens")),

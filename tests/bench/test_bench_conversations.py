@@ -14,6 +14,7 @@ from msa_hf.bench.conversations import (
     NOT_FOUND,
     REFUSALS,
     STALE,
+    BankArm,
     ConversationSettings,
     Kept,
     LexicalArm,
@@ -25,6 +26,7 @@ from msa_hf.bench.conversations import (
 from msa_hf.bench.result import Result
 from msa_hf.cli import main
 from msa_hf.evaluation.prompting import Writer
+from msa_hf.retrieval import FusionWeights
 from msa_hf.synthetic.conversations import NEVER_SAID, TalkQuestion, make_conversation
 
 TINY = "model_cards/msa-hf-tiny"
@@ -87,6 +89,12 @@ def test_words_find_what_was_said_once(kept: Any, tiny: Any) -> None:
     (said, *_) = [item for item in kept.talk.questions if item.sort == "said once"]
     _, read = arm(kept, writer, said)
     assert set(said.evidence) <= set(read) and read == sorted(read) and len(read) == 8
+    # So does the bank alone, where it is told to select by them.
+    pytest.importorskip("tantivy")
+    rounds = {"select": "hybrid", "max_rounds": 1, "documents_per_round": 8}
+    by_words = FusionWeights(("router", "lexical"), "lexical")
+    _, read = BankArm(kept, ConversationSettings(rounds=rounds, max_new_tokens=1), by_words)(kept, writer, said)
+    assert set(said.evidence) <= set(read)
 
 
 def test_a_run_goes_on_where_it_ended_and_asks_everything_once(tiny: Any, tmp_path: Path) -> None:
