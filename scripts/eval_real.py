@@ -12,7 +12,8 @@ tokens. A passage counts as found where it belongs to a gold document. `search` 
 (`real_lexical.py`) and by the teacher; `rerank` has the model read the best of them again (the likelihood of the
 question behind each); `fuse` puts all of these together, with weights fitted on labeled questions that training left
 out. `read` puts the three best passages of every system before the same reader, and no text and the gold
-text beside them. `report` makes tables with intervals and plots of what both wrote.
+text beside them; where the reader refuses, it is asked again and may not begin with the refusal's first word
+("pressed"). `report` makes tables with intervals and plots of what both wrote.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from real_model import PROTOCOL, encode_all, load_trained, total_scores
+from real_model import NOT_FOUND, PROTOCOL, encode_all, load_trained, total_scores
 from real_rows import Flat, connect, device, load, log, rank, save, source_names, world
 from real_systems import (
     AT,
@@ -55,6 +56,7 @@ from msa_hf.training.sharing import gather_rows
 
 FEW = 20  # best passages kept of a ranking
 AGAIN = 50  # of the three systems together that are read again, and as many of the routers alone
+PromptRow = tuple[int, tuple[int, ...], list[int]]  # number of a question, places that are read, tokens
 READ = 3  # texts put before the reader
 SYSTEMS = ("router", "bm25", "minilm")
 HYBRIDS = {"hybrid": ("router", "bm25"), "hybrid with minilm": SYSTEMS}  # name -> what it puts together
@@ -297,22 +299,16 @@ def read(arguments: argparse.Namespace) -> None:
         rounds = [[(at, texts[at]) for at in places]] if places else []  # numbered by their place in the bank
         segments = PROTOCOL.transcript(tokenizer, questions[number]["question"], rounds, closed=True)
         rows.append((number, places, PromptProtocol.join(segments)[0]))
-    rows.sort(key=lambda row: len(row[2]))
-    end = tokenizer.convert_tokens_to_ids(PROTOCOL.answer_end)
-    answers = []
     start = time.time()
-    while rows:
-        size = max(min(arguments.batch, arguments.batch_tokens // len(rows[-1][2])), 1)
-        some, rows = rows[-size:], rows[:-size]
-        width = len(some[-1][2])
-        ids = torch.tensor([[end] * (width - len(row)) + row for _, _, row in some], device=where)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for _, _, row in some], device=where)
-        made = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=end, pad_token_id=end
-        )
-        written = tokenizer.batch_decode(made[:, width:])
-        for (number, places, _), text in zip(some, written, strict=True):
-            answers.append({"number": number, "places": list(places), "answer": PROTOCOL.answer_text(text)})
+    limits = {"batch": arguments.batch, "batch_tokens": arguments.batch_tokens}
+    answered = answers_to(rows, model, tokenizer, **limits)
+    refused = [row for row in rows if answered[row[:2]] == NOT_FOUND]
+    spelled = [PROTOCOL.answer_opening + words for words in (NOT_FOUND, NOT_FOUND.capitalize())]
+    first = [ids[0] for ids in tokenizer(spelled, add_special_tokens=False)["input_ids"]]
+    pressed = answered | answers_to(refused, model, tokenizer, **limits, begin_suppress_tokens=first)
+    answers = [
+        {"number": row[0], "places": row[1], "answer": answered[row[:2]], "pressed": pressed[row[:2]]} for row in rows
+    ]
     log("read", len(answers), "prompts in", round(time.time() - start, 1), "s, by each process")
     Path(work, f"answers{rank()}.json").write_text(json.dumps(answers))
     if group is not None:
@@ -321,16 +317,42 @@ def read(arguments: argparse.Namespace) -> None:
         everything = [
             row for number in range(world()) for row in json.loads(Path(work, f"answers{number}.json").read_text())
         ]
-        by_prompt = {(row["number"], tuple(row["places"])): row["answer"] for row in everything}
-        lines = [
-            {"system": name, "number": number, "answer": by_prompt[number, tuple(p for p in places if p >= 0)]}
-            for name, number, places in jobs
-        ]
+        by_prompt = {(row["number"], tuple(row["places"])): row for row in everything}
+        lines = []
+        for name, number, places in jobs:
+            row = by_prompt[number, tuple(place for place in places if place >= 0)]
+            lines.append({"system": name, "number": number, "answer": row["answer"]})
+            lines.append({"system": f"{name}, pressed", "number": number, "answer": row["pressed"]})
         (out / "answers.json").write_text(json.dumps(lines))
         for name, item in answer_figures(lines, questions).items():
             log(
                 name.ljust(16), "  ".join(f"{kind} {value['em']:.3f}/{value['f1']:.3f}" for kind, value in item.items())
             )
+
+
+def answers_to(
+    rows: list[PromptRow], model: Any, tokenizer: Any, batch: int, batch_tokens: int, **options: Any
+) -> dict[tuple[int, tuple[int, ...]], str]:
+    """Number of a question and the places that were read -> the answer.
+
+    Args:
+        batch, batch_tokens: prompts, and padded tokens of prompts, at a time.
+        options: of `generate`, which is greedy otherwise.
+    """
+    rows = sorted(rows, key=lambda row: len(row[2]))
+    end = tokenizer.convert_tokens_to_ids(PROTOCOL.answer_end)
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": end, "pad_token_id": end, **options}
+    found = {}
+    while rows:
+        size = max(min(batch, batch_tokens // len(rows[-1][2])), 1)
+        some, rows = rows[-size:], rows[:-size]
+        width = len(some[-1][2])
+        ids = torch.tensor([[end] * (width - len(row)) + row for _, _, row in some], device=model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for _, _, row in some], device=model.device)
+        made = model.generate(input_ids=ids, attention_mask=mask, **options)
+        for (number, places, _), text in zip(some, tokenizer.batch_decode(made[:, width:]), strict=True):
+            found[number, places] = PROTOCOL.answer_text(text)
+    return found
 
 
 def holding_place(places: list[int], answers: list[str], texts: list[str]) -> int:

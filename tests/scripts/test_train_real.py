@@ -149,5 +149,6 @@ def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.
         eval_real.main()
     table = (place / "out" / "report.md").read_text()
     assert "router + reader" in table and "hybrid with minilm + reader" in table
+    assert "| gold text, pressed |" in table
     again = np.load(place / "out" / "read_again_99M.npz")
     assert ((again["places"] >= 0) == np.isfinite(again["scores"])).all() and (again["scores"][:, 0] < 0).all()
