@@ -197,7 +197,7 @@ def test_flipped_bits_are_found_before_tantivy_sees_them(tmp_path: Path, recorde
     with BankStore(FakeModel(), tmp_path, lexical="none") as bank:
         churn(bank, chance, 4)
     for kind in ("fast", "term", "json") if recorded else ("fast", "term"):
-        path = chance.choice([path for path in tmp_path.rglob(f"*.{kind}") if path.parent != tmp_path])
+        path = chance.choice(sorted(path for path in tmp_path.glob(f"*/*.{kind}") if not path.name.startswith(".")))
         name, data = str(path.relative_to(tmp_path)), bytearray(path.read_bytes())
         with BankStore(None, tmp_path, read_only=True) as reader:
             assert reader.verify() == []
@@ -211,6 +211,21 @@ def test_flipped_bits_are_found_before_tantivy_sees_them(tmp_path: Path, recorde
         with BankStore(FakeModel(), tmp_path) as bank:
             assert is_exact(bank.snapshot(), chance)
             bank.upsert("k1", text_of(chance))
+            assert is_exact(bank.snapshot(), chance) and bank.verify() == []
+
+
+def test_a_list_of_tantivys_own_that_is_damaged_changes_no_result(tmp_path: Path) -> None:
+    """What it tidies up by is not recorded: nothing is found with it."""
+    chance = random.Random(8)
+    with BankStore(FakeModel(), tmp_path, lexical="none") as bank:
+        churn(bank, chance, 4)
+    for damage in (b"", b"{", b"\xff" * 40, b'["../../manifest.json"]', b'["no-file.term"]'):
+        (path,) = tmp_path.glob("*/.managed.json")
+        path.write_bytes(damage)
+        with BankStore(None, tmp_path, read_only=True) as reader:
+            assert reader.verify() == [] and is_exact(reader.snapshot(), chance)
+        with BankStore(FakeModel(), tmp_path) as bank:
+            churn(bank, chance, 2)
             assert is_exact(bank.snapshot(), chance) and bank.verify() == []
 
 
