@@ -223,7 +223,7 @@ if [[ -z "$version" && ${#pytest_args[@]} -eq 0 ]] && [[ -r /proc/self/maps ]]; 
     attacks="$(mktemp -d)"
     # What it judges by a clock, it judges by that of its own processes: others beside it only make it try less. It takes
     # what the tests leave, for they decide how long all this takes.
-    TQDM_DISABLE=1 nice -n 5 "$python" benchmarks/torture_bank.py --minutes 5 >"$attacks/log" 2>&1 &
+    TQDM_DISABLE=1 nice -n 10 "$python" benchmarks/torture_bank.py --minutes 5 >"$attacks/log" 2>&1 &
     torture="$!"
 fi
 if [[ -z "$version" ]]; then
@@ -237,9 +237,10 @@ if [[ -z "$version" ]]; then
     fi
 elif ! names_a_path ${pytest_args[@]+"${pytest_args[@]}"}; then
     pytest_args+=(tests/model tests/goldens)
-    # Arithmetic, files of banks and the compiler's work: what these test is the same under every version. A step of
-    # training is in test_versions.py.
-    for name in attention bank_reader bank_writer chunks compiled forced_documents routing training_forward; do
+    # Arithmetic, files of banks, fingerprints and the compiler's work: what these test is the same under every version. A
+    # step of training is in test_versions.py.
+    for name in attention bank_reader bank_writer chunks compiled compiled_layers forced_documents origin recording \
+        routing training_forward virtual_tokens; do
         pytest_args+=("--ignore=tests/model/test_$name.py")
     done
 fi

@@ -64,7 +64,7 @@ def assert_equal(ours: Any, theirs: Any) -> None:
 each_size = pytest.mark.parametrize("size", [1, 2, 3, 4])
 
 
-@pytest.mark.parametrize("size, documents", [(1, 11), (2, 1), (2, 11), (3, 2), (3, 5), (4, 2), (4, 5), (4, 11)])
+@pytest.mark.parametrize("size, documents", [(1, 11), (2, 1), (3, 2), (4, 5), (4, 11)])
 def test_documents_scores_and_logits_are_those_of_one_process(size: int, documents: int) -> None:
     """Also where processes have fewer documents than k, or none."""
     made_ = made(documents)
@@ -103,13 +103,10 @@ def test_uneven_batches_of_different_questions(size: int) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"score_bias": True},
-        {"shared_router": True},
-        {"similarity": "dot"},
-        {"head_reduction": "max"},
+        {"score_bias": True, "prefix_token_ids": ()},
+        {"similarity": "dot", "head_reduction": "max"},
         {"query_reduction": "last", "chunk_reduction": "mean"},
-        {"query_reduction": "mean"},
-        {"prefix_token_ids": ()},
+        {"query_reduction": "mean", "shared_router": True},
     ],
     ids=lambda fields: "-".join(map(str, fields)),
 )
@@ -399,7 +396,7 @@ def test_rows_are_bounded_or_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_equal(result, answers(made_.model, made_.bank, **questions()))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_ties_between_processes_go_to_the_lower_document(seed: int) -> None:
     """The k best of every process' k best are the k best of all, whoever has them; scores take few values."""
     pick = torch.Generator().manual_seed(seed)

@@ -172,7 +172,9 @@ def test_an_end_that_is_no_token() -> None:
 @pytest.mark.parametrize(
     "name, reuse, select",
     [
-        *itertools.product(["compact"], [False, True], ["generate", "constrained", "router"]),
+        ("compact", False, "generate"),
+        ("compact", False, "router"),
+        ("compact", True, "constrained"),
         ("published", True, "generate"),
         ("published", False, "constrained"),
     ],

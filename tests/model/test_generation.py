@@ -78,7 +78,7 @@ def test_greedy_equals_recomputation(family, attention) -> None:
     assert len({tuple(row) for row in found[:, -STEPS:].tolist()}) > 1
 
 
-@backends
+@few
 def test_logits_of_every_step_follow_the_definition(family, attention) -> None:
     """The scores that generate() returns are those of a conversation computed naively."""
     made, inputs = setup(family, attention), batch()

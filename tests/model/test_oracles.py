@@ -307,7 +307,7 @@ def test_only_the_last_logits(family, attention) -> None:
 # What must differ -----------------------------------------------------------------------------------------------------
 
 
-@backends
+@few
 def test_the_memory_matters(family, attention) -> None:
     """Fewer documents, larger chunks and other documents give other logits, at the same positions."""
     made, batch = setup(family, attention, chunk_size=1), batch_of(QUESTIONS)
@@ -320,7 +320,7 @@ def test_the_memory_matters(family, attention) -> None:
     assert differ(ask(made, batch, force_documents=torch.full((3, 1), -1)).logits, full) > 1e-3
 
 
-@backends
+@few
 def test_the_prefix_matters(family, attention) -> None:
     """Another prefix of the same length gives other logits, in every layer's own way."""
     batch, nothing = batch_of(QUESTIONS), torch.full((3, 1), -1)
@@ -355,7 +355,7 @@ def test_padded_equals_alone(family, attention, side, lengths) -> None:
         assert_same_routing(alone, output, [sample])
 
 
-@backends
+@few
 def test_left_equals_right(family, attention) -> None:
     """Padding left or right, more or less of it: the same documents, scores and logits in every family."""
     made = setup(family, attention)
@@ -451,7 +451,7 @@ def test_documents_of_odd_sizes(family, attention, documents) -> None:
     assert_reference(setup(family, attention, documents=documents), batch_of(QUESTIONS, ROUTES))
 
 
-@backends
+@few
 def test_the_order_of_documents_is_irrelevant(family, attention) -> None:
     """A bank in another order: the same documents by name, the same scores, the same logits."""
     made, order = setup(family, attention), [3, 0, 4, 2, 1]
@@ -467,7 +467,7 @@ def test_the_order_of_documents_is_irrelevant(family, attention) -> None:
 # Forced documents -----------------------------------------------------------------------------------------------------
 
 
-@backends
+@few
 def test_forcing_the_routed_documents_changes_nothing(family, attention) -> None:
     """Forcing what the one layer chose, in any order and padded by -1, gives the same logits; others do not."""
     made = setup(family, attention, memory_layers=[3], score_bias=True)

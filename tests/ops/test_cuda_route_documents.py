@@ -42,6 +42,6 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_kernel_agrees_with_plain_loops(program: Path) -> None:
     """Sizes at random; a missing barrier, a wrong phase or a stage filled too early ends it or changes scores."""
-    done = subprocess.run([str(program), "--cases", "6", "--seed", "1"], capture_output=True, text=True)
+    done = subprocess.run([str(program), "--cases", "5", "--seed", "1"], capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert ", 0 wrong;" in done.stdout

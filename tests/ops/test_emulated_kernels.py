@@ -36,6 +36,6 @@ def program(tmp_path_factory) -> Path:
 
 def test_kernels_agree_with_plain_loops(program) -> None:
     """At random sizes around every edge, in any order of threads between barriers; what lies beside is not touched."""
-    done = subprocess.run([program, "--cases", "6", "--seed", "0"], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([program, "--cases", "4", "--seed", "0"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "6 cases of pool_chunks and 6 of gather_documents agree" in done.stdout
+    assert "4 cases of pool_chunks and 4 of gather_documents agree" in done.stdout

@@ -16,7 +16,7 @@ HELPER = Path(__file__).parent.parent / "helpers" / "fuzz_ops.py"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is limited as Linux does")
-@pytest.mark.parametrize(("namespace", "count"), [("msa_hf", 400), ("msa_hf_pytorch", 200)])
+@pytest.mark.parametrize(("namespace", "count"), [("msa_hf", 300), ("msa_hf_pytorch", 120)])
 def test_wrong_arguments_raise(namespace: str, count: int, tmp_path: Path) -> None:
     if namespace == "msa_hf" and (reason := why_not_built()) is not None:
         pytest.skip(reason)

@@ -328,7 +328,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(family, attention, t
     assert not any(torch.equal(halfway[name], finished[name]) for name in finished if "router_" in name)
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("gradient_checkpointing", [True])
 def test_adapters_train_save_and_resume(gradient_checkpointing, tmp_path) -> None:
     """Under Trainer only adapters and routers move; a resumed run ends where an uninterrupted one does, and the saved
     adapter loads onto a fresh model."""
@@ -389,8 +389,7 @@ def language_loss(option: str, logits: Tensor, labels: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits[:, :-1][seen], labels[:, 1:][seen], label_smoothing=0.3)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "option"), zip(FORMS, OPTIONS, strict=True))
 def test_a_loss_of_trainers_own_beside_documents_is_refused(form, option, tmp_path) -> None:
     """Trainer would compute it without the model, and no router would learn; the message says what computes both."""
     settings, extra = OPTIONS[option]
@@ -409,8 +408,7 @@ def test_a_loss_of_trainers_own_beside_documents_is_refused(form, option, tmp_pa
 
 
 @pytest.mark.parametrize("size, accumulation", [(3, 2)])
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "option"), zip(FORMS, OPTIONS, strict=True))
 def test_memory_trainer_puts_it_in_the_place_of_the_language_loss(form, option, size, accumulation, tmp_path) -> None:
     """One step equals the gradient by hand, auxiliary and answer losses included, in any micro-batches; what was set
     aside for it is back afterwards."""
