@@ -223,7 +223,7 @@ if [[ -z "$version" && ${#pytest_args[@]} -eq 0 ]] && [[ -r /proc/self/maps ]]; 
     attacks="$(mktemp -d)"
     # What it judges by a clock, it judges by that of its own processes: others beside it only make it try less. It takes
     # what the tests leave, for they decide how long all this takes.
-    TQDM_DISABLE=1 nice -n 10 "$python" benchmarks/torture_bank.py --minutes 5 >"$attacks/log" 2>&1 &
+    TQDM_DISABLE=1 nice -n 15 "$python" benchmarks/torture_bank.py --minutes 5 >"$attacks/log" 2>&1 &
     torture="$!"
 fi
 if [[ -z "$version" ]]; then

@@ -112,7 +112,7 @@ def leave_parts(directory: Path, documents: list[dict[str, Any]]) -> list[Part]:
     return [part]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(1))
 def test_nothing_stays_in_a_bank(tmp_path: Path, seed: int) -> None:
     secrets, living = Secrets(seed), dict[str, dict[str, Any]]()
     gone: list[bytes] = []
@@ -131,7 +131,7 @@ def test_nothing_stays_in_a_bank(tmp_path: Path, seed: int) -> None:
 
 
 @needs_tantivy
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 def test_nothing_stays_in_indexes(tmp_path: Path, seed: int) -> None:
     secrets, living = Secrets(seed), dict[str, dict[str, Any]]()
     with BankStore(FakeModel(), tmp_path, lexical=True, embedder=FakeEmbedder()) as bank:

@@ -130,7 +130,7 @@ def test_a_process_that_is_stopped_or_killed_is_named(lost: int, sent: signal.Si
         assert sent == signal.SIGKILL or "stopped or out of reach" in text
 
 
-@pytest.mark.parametrize(("failing", "store"), [(0, "tcp"), (1, "tcp"), (1, "file")])
+@pytest.mark.parametrize(("failing", "store"), [(0, "tcp"), (1, "file")])
 def test_the_first_traceback_reaches_a_process_that_is_busy(failing: int, store: str) -> None:
     """Process 0, and with it the store, is gone by the time that process 2 looks."""
 
@@ -197,7 +197,7 @@ def test_an_error_is_raised_though_the_store_hangs() -> None:
     assert ended(work, size=2, lost=0) == {1: (Boom, "own")}
 
 
-@pytest.mark.parametrize(("late", "store"), [(0, "tcp"), (1, "tcp"), (1, "file")])
+@pytest.mark.parametrize(("late", "store"), [(0, "tcp"), (1, "file")])
 def test_a_process_that_does_not_connect_is_not_waited_for(late: int, store: str) -> None:
     def work(rank: int) -> None:
         if rank == late:

@@ -32,7 +32,6 @@ def by_torch(bank: Any) -> Any:
 
 WAYS: dict[str, Callable[[Any], Any]] = {
     "pickle": lambda bank: pickle.loads(pickle.dumps(bank)),
-    "protocol 2": lambda bank: pickle.loads(pickle.dumps(bank, 2)),
     "deepcopy": copy.deepcopy,
     "copy": copy.copy,
     "torch.save": by_torch,

@@ -381,7 +381,7 @@ FEEDFORWARD = {"qwen3": "down_proj", "phi3": "down_proj", "gpt_neox": "dense_4h_
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
-@pytest.mark.parametrize("family, attention", FEW[1:3])
+@pytest.mark.parametrize("family, attention", FEW[1:2])
 @pytest.mark.parametrize("method", OTHERS)
 def test_other_methods_train_beside_whole_routers(method, family, attention, tmp_path) -> None:
     """All that is trainable, routers included, gets a gradient; saved, it loads onto a fresh model."""

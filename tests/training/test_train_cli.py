@@ -156,7 +156,7 @@ def test_documents_can_be_a_folder(base, data, tmp_path) -> None:
 # Phases and rates -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share, warm", [(0, 0), (0.6, 4), (1, 6)], ids=["none", "rounded", "nothing-else"])
+@pytest.mark.parametrize("share, warm", [(0.6, 4), (1, 6)], ids=["rounded", "nothing-else"])
 def test_warm_up_weighs_the_router_first(share, warm, base, data, tmp_path, trainers) -> None:
     """Its weights stand in the configuration while its steps are computed and at no other time; what follows has the
     configuration's own. The curve says which phase a step belonged to, and gives the losses unweighted."""
