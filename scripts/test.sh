@@ -8,8 +8,9 @@
 # arguments go to pytest. Without any, banks are tortured beside all this for five minutes (benchmarks/torture_bank.py).
 #
 # With --transformers VERSION: always uses an environment of its own, .venv-transformers-VERSION, because versions of
-# transformers differ in the huggingface-hub they accept. Runs pytest only, on tests/model and tests/goldens unless
-# the arguments name other paths. Where .venv has been made, the new environment begins as a copy of it.
+# transformers differ in the huggingface-hub they accept. Runs pytest only, on tests/goldens and those of tests/model that
+# meet transformers itself, unless the arguments name other paths. Where .venv has been made, the new environment begins
+# as a copy of it.
 #
 # The variable PYTHON chooses the interpreter (3.11 or newer) that a new environment is made with.
 set -euo pipefail
@@ -236,12 +237,13 @@ if [[ -z "$version" ]]; then
         say "CUDA kernels: not compiled, there is no nvcc"
     fi
 elif ! names_a_path ${pytest_args[@]+"${pytest_args[@]}"}; then
-    pytest_args+=(tests/model tests/goldens)
-    # Arithmetic, files of banks, fingerprints and the compiler's work: what these test is the same under every version. A
-    # step of training is in test_versions.py.
-    for name in attention bank_reader bank_writer chunks compiled compiled_layers forced_documents origin recording \
-        routing training_forward virtual_tokens; do
-        pytest_args+=("--ignore=tests/model/test_$name.py")
+    # What meets transformers itself: its cache, generation, checkpoints, attention and configurations. Arithmetic, files of
+    # banks, training and the compiler's work are the same under every version.
+    pytest_args+=(tests/goldens)
+    for name in adapters_per_sample as_the_base as_transformers checkpoints config encoding generate_options generation \
+        interface_of_releases interfaces memory_layers modes oracles positions quantized_bases retrofit static_cache \
+        tokenizing trial versions; do
+        pytest_args+=("tests/model/test_$name.py")
     done
 fi
 # Every commit of a bank is flushed, which takes a disk longer than all else that these tests do: their files are in memory

@@ -185,8 +185,7 @@ def prepared(directory: Path) -> BankStore:
     return bank
 
 
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("compacting", [False, True])
+@pytest.mark.parametrize(("half", "compacting"), [(True, False), (False, True)])
 def test_an_error_at_any_write_leaves_the_last_commit(
     tmp_path: Path, half: bool, compacting: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

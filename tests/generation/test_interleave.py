@@ -306,7 +306,7 @@ def test_a_model_of_another_protocol_is_noticed() -> None:
 # Shapes that stay -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("select", ["router", "constrained", "generate"])
+@pytest.mark.parametrize("select", ["router", "generate"])
 def test_with_a_static_cache(select) -> None:
     """The same answers, documents and scores, in batches and over rounds; ids that were named are forgotten again."""
     options: dict[str, Any] = {"select": select, "max_new_tokens": 6, "documents_per_round": 1}

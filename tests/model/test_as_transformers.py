@@ -240,19 +240,6 @@ def test_a_forward_with_a_bank_is_trained_under_checkpointing(attention: str, ch
         torch.testing.assert_close(found[name], gradient, msg=name)
 
 
-def test_a_compiled_forward_with_a_bank_is_trained() -> None:
-    """`torch.compile(model)` with gradients on: routing has no derivative and is asked for none."""
-    made = setup("qwen3", "sdpa", base={"num_hidden_layers": 1}, memory_layers=[0])
-    expected = gradients_with(made)
-    torch.compiler.reset()
-    plain, made.model = made.model, torch.compile(made.model, backend="eager")
-    plain.zero_grad()
-    found = gradients_with(made)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[f"_orig_mod.{name}"], gradient, atol=1e-5, rtol=1e-4)
-    torch.compiler.reset()
-
-
 def test_routing_is_asked_for_no_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
     """What has no derivative gets queries without one, also in training."""
     made = setup("qwen3")

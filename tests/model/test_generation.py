@@ -427,7 +427,7 @@ def naive_second_turn(made: Setup, found: Any, answers: Tensor, routes: Any) -> 
 LATER = [f"{how}, {history}" for how in ("routes", "keeps", "no memory") for history in ("full history", "new tokens")]
 
 
-@pytest.mark.parametrize("family, attention, later", covered(LATER, ["routes, full history", "keeps, new tokens"]))
+@pytest.mark.parametrize("family, attention, later", covered(LATER, ["keeps, new tokens"]))
 def test_turns_through_generate(family, attention, later) -> None:
     """A second generate() with the cache of the first: whole history or new tokens only, routing anew or not."""
     how, history = later.split(", ")

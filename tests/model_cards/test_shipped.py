@@ -39,7 +39,7 @@ PROSE_SHARE = 0.2
 SEED = 77
 DOCUMENTS_PER_ROUND = 1
 # Of each kind. Where something is broken the first of them are asked; what remains right then is far below.
-QUESTIONS = 12
+QUESTIONS = 10
 BROKEN_QUESTIONS = 6
 
 # What has to be reached, at least. The targets are those of 300 questions and 1,000 documents; from shares two standard

@@ -332,7 +332,7 @@ def test_routers_learn_at_their_own_rate_and_find_more(base, files, capsys) -> N
     assert found["any layer"][1] >= 0.5, found
 
 
-@pytest.mark.parametrize("extra", [{"bf16": True}, {"gradient-checkpointing": True}, {"eval-questions": 0}])
+@pytest.mark.parametrize("extra", [{"bf16": True, "gradient-checkpointing": True}, {"eval-questions": 0}])
 def test_options_that_change_how_it_trains(extra, base, files, capsys) -> None:
     """A step with each; without held-out questions there is no table."""
     assert script().main(options(base, files, steps=1, **extra)) == 0
