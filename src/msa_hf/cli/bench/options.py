@@ -142,7 +142,7 @@ def fusion_of(args: argparse.Namespace) -> FusionWeights | None:
 
 
 class RunOptions(TypedDict):
-    """What commands hand to the runs of benchmarks alike."""
+    """The arguments that commands hand to the runs of benchmarks alike."""
 
     name: str
     fusion: FusionWeights | None
