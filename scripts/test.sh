@@ -240,9 +240,7 @@ elif ! names_a_path ${pytest_args[@]+"${pytest_args[@]}"}; then
     # What meets transformers itself: its cache, generation, checkpoints, attention and configurations. Arithmetic, files of
     # banks, training and the compiler's work are the same under every version.
     pytest_args+=(tests/goldens)
-    for name in adapters_per_sample as_the_base as_transformers checkpoints config encoding generate_options generation \
-        interface_of_releases interfaces memory_layers modes oracles positions quantized_bases retrofit static_cache \
-        tokenizing trial versions; do
+    for name in as_the_base as_transformers checkpoints generate_options generation oracles static_cache versions; do
         pytest_args+=("tests/model/test_$name.py")
     done
 fi
@@ -256,6 +254,9 @@ fi
 # The models are tiny and run on one thread each, so every core takes its own files. In the order of the folders: those of
 # few tests last, as is usual, would let one core wait for the slowest test of all.
 spread=(--numprocesses auto --dist loadfile --no-loadscope-reorder)
+# Of a test with many cases some stand for all; a run that names what it tests has them all.
+names_a_test() { [[ " ${pytest_args[*]-} " == *" -k "* || " ${pytest_args[*]-} " == *"::"* ]]; }
+names_a_test || spread+=(--cases 6)
 check "pytest" "$python" -m pytest -q -p no:cacheprovider "${spread[@]}" "${files[@]}" ${pytest_args[@]+"${pytest_args[@]}"}
 [[ -z "$torture" ]] || check "torture of banks" tortured
 

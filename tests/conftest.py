@@ -12,7 +12,24 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, help="of a test with more cases, run so many that lie evenly apart")
     parser.addoption("--backend", choices=list(BACKENDS), help="run the native operations on this one, or fail")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out cases of tests that have more than `--cases`, the same ones in every process."""
+    if (most := config.getoption("--cases")) is None:
+        return
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {
+        cases[place * len(cases) // most if len(cases) > most else place]
+        for cases in tests.values()
+        for place in range(min(most, len(cases)))
+    }
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(scope="session", autouse=True)
