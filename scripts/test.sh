@@ -254,9 +254,10 @@ fi
 # The models are tiny and run on one thread each, so every core takes its own files. In the order of the folders: those of
 # few tests last, as is usual, would let one core wait for the slowest test of all.
 spread=(--numprocesses auto --dist loadfile --no-loadscope-reorder)
-# Of a test with many cases some stand for all; a run that names what it tests has them all.
+# Of a test with very many cases some stand for all, but every family of models runs; a run that names what it tests has
+# them all.
 names_a_test() { [[ " ${pytest_args[*]-} " == *" -k "* || " ${pytest_args[*]-} " == *"::"* ]]; }
-names_a_test || spread+=(--cases 6)
+names_a_test || spread+=(--cases 18)
 check "pytest" "$python" -m pytest -q -p no:cacheprovider "${spread[@]}" "${files[@]}" ${pytest_args[@]+"${pytest_args[@]}"}
 [[ -z "$torture" ]] || check "torture of banks" tortured
 
