@@ -101,15 +101,22 @@ def left_by(output: Any, cache: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def first_difference(
-    found: Iterator[tuple[str, Tensor]], expected: Iterator[tuple[str, Tensor]], dtype: torch.dtype
-) -> str | None:
+    found: Iterator[tuple[str, Tensor]],
+    expected: Iterator[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    elsewhere: bool = False,
+) -> tuple[str | None, bool]:
     """The first of two runs' tensors that differs by more than sums in another order do, in words; None if none does.
 
     Args:
         dtype: of the model. In 16 bits another document may be as good: behind a layer that chose one, only numbers
             that are not finite count.
+        elsewhere: whether the runs chose other documents before, as for the prompt behind which a token stands.
+
+    Returns:
+        The difference, and whether the runs have chosen other documents by now.
     """
-    before, elsewhere = "nothing", False
+    before = "nothing"
     for (name, ours), (_, theirs) in zip(found, expected, strict=True):
         wrong = None
         if theirs.is_floating_point():
@@ -129,9 +136,9 @@ def first_difference(
             if dtype == torch.float32:
                 wrong = f"{ours.tolist()} instead of {theirs.tolist()}"
         if wrong is not None:
-            return f"{name}: {wrong}; right before: {before}"
+            return f"{name}: {wrong}; right before: {before}", elsewhere
         before = name
-    return None
+    return None, elsewhere
 
 
 def first_wrong_run(model: Any, banks: Sequence[Any], config: CompileConfig, length: int) -> str | None:
@@ -147,11 +154,12 @@ def first_wrong_run(model: Any, banks: Sequence[Any], config: CompileConfig, len
         ids = torch.randint(3, 2000, (1, length + number), device=device)
         plain, memory = MSACache(config=model.config), bank
         cache.reset()
+        elsewhere = False
         for token in range(TOKENS + 1):
             with compiling(model, config):
                 found = model(ids, memory=memory, **options, **{CACHE: cache})
             expected = model(ids, memory=memory, **options, **{CACHE: plain})
-            wrong = first_difference(left_by(found, cache), left_by(expected, plain), model.dtype)
+            wrong, elsewhere = first_difference(left_by(found, cache), left_by(expected, plain), model.dtype, elsewhere)
             if wrong is not None:
                 return f"question {number + 1}, {f'token {token}' if token else 'the prompt'}: {wrong}"
             ids, memory = expected.logits[:, -1:].argmax(-1), None

@@ -355,37 +355,46 @@ class Pools:
     def mine(self, model: Any, group: dist.ProcessGroup | None) -> None:
         """Ask the router, as it is, among all passages; what it finds before the gold ones is learned from next."""
         arguments = self.arguments
-        pool = encode_all(model, self.passages, arguments.mine_tokens, group)
         self.minings += 1
         generator = torch.Generator().manual_seed(self.minings)  # the same passages in all processes
+        among = torch.randperm(len(self.passages.lengths), generator=generator)
+        among = among[: round(arguments.mine_share * len(among))].sort().values.to(self.where)
+        among = among[self.allowed[among]]
+        pool = encode_all(model, self.passages.at(among), arguments.mine_tokens, group)
         count = min(arguments.mined, len(self.owners))
         owners = torch.randperm(len(self.owners), generator=generator)[:count].sort().values
         owners = owners[rank() :: world()].to(self.where)
         questions, gold = self._one_of_each(owners), self.owners[owners]
-        wrong = self._mistakes(model, pool, questions, gold[:, None])
+        wrong = self._mistakes(model, pool, among, questions, gold[:, None])
         known = sorted(n for numbers in self.of_set.values() for n in numbers)
         known = random.Random(self.minings).sample(known, min(arguments.mined_labeled, len(known)))
         labeled = torch.tensor(known[rank() :: world()])
         most = max(len(self.wanted[number]) for number in labeled.tolist())
         right = torch.tensor([(self.wanted[n] * most)[:most] for n in labeled.tolist()], device=self.where)
         labeled = labeled.to(self.where)
-        found = self._mistakes(model, pool, labeled, right)
+        found = self._mistakes(model, pool, among, labeled, right)
         by_number = torch.full((self.labeled, found.shape[1]), -1, device=self.where)
         by_number[gather_rows(labeled, group)] = gather_rows(found, group)
         self.mined = Mined(
             gather_rows(questions, group), gather_rows(gold, group), gather_rows(wrong, group), by_number
         )
 
-    def _mistakes(self, model: Any, pool: Any, numbers: Tensor, gold: Tensor) -> Tensor:
-        """[Q, n] the best passages that are not gold, -1 for those that the teacher finds nearer than the gold one."""
+    def _mistakes(self, model: Any, pool: Any, among: Tensor, numbers: Tensor, gold: Tensor) -> Tensor:
+        """[Q, n] the best passages that are not gold, -1 for those that the teacher finds better than the gold ones.
+
+        Args:
+            pool: what the memory layers hold of the passages `among` [N].
+            numbers: [Q], questions. `gold`: [Q, m], places of their passages.
+        """
         found = []
+        lengths = self.passages.lengths[among]
         for some, right in zip(numbers.split(128), gold.split(128), strict=True):
-            total = total_scores(route_rows(model, self.questions.rows(some), pool, self.passages.lengths))
-            total.masked_fill_(~self.allowed, float("-inf"))
-            total.scatter_(1, right, float("-inf"))
-            best = total.topk(min(3 * self.arguments.group, total.shape[1]), dim=1).indices
-            near = self.questions_near[some]
-            limit = torch.einsum("qd,qgd->qg", near.float(), self.near[right].float()).amax(1, keepdim=True)
-            nearness = torch.einsum("qd,qnd->qn", near.float(), self.near[best].float())
-            found.append(best.masked_fill(nearness > limit + self.arguments.mine_margin, -1))
+            total = total_scores(route_rows(model, self.questions.rows(some), pool, lengths))
+            best = total.topk(min(3 * self.arguments.group + right.shape[1], total.shape[1]), dim=1).indices
+            best = among[best]
+            places, column = torch.unique(torch.cat([right, best], dim=1), return_inverse=True)
+            logits = self.teacher_logits(some, places).gather(1, column)
+            limit = logits[:, : right.shape[1]].amax(1, keepdim=True) + self.arguments.mine_margin
+            is_gold = (best[:, :, None] == right[:, None, :]).any(2)
+            found.append(best.masked_fill(is_gold | (logits[:, right.shape[1] :] > limit), -1))
         return torch.cat(found)

@@ -117,6 +117,13 @@ class Flat:
         index = (self.starts[places][:, None] + within).masked_fill(~mask, 0)
         return TokenRows(self.tokens[index].long().masked_fill(~mask, 0), lengths)
 
+    def at(self, places: Tensor) -> Flat:
+        """The rows at `places` alone, in that order."""
+        lengths = self.lengths[places]
+        within = torch.arange(int(lengths.sum()), device=lengths.device)
+        index = within + (self.starts[places] - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
+        return Flat(self.tokens[index], lengths)
+
     def parts(self, places: Tensor, budget: int) -> Iterator[tuple[Tensor, TokenRows]]:
         """`places` by length in parts of about `budget` padded tokens, each with its rows."""
         places = places[self.lengths[places].argsort()]

@@ -553,8 +553,9 @@ def main() -> None:
     made.add_argument("--mine", default="0.25,0.55", help="shares of the run after which mistakes are mined")
     made.add_argument("--mined", type=int, default=80_000, help="asked questions whose mistakes are mined")
     made.add_argument("--mined-labeled", type=int, default=20_000, help="labeled ones, likewise")
+    made.add_argument("--mine-share", type=float, default=1.0, help="share of all passages among which is mined")
     made.add_argument(
-        "--mine-margin", type=float, default=0.02, help="above the gold passage's, in the teacher's cosine"
+        "--mine-margin", type=float, default=0.5, help="above the gold passage's, in the teacher's logits"
     )
     made.add_argument("--mine-tokens", type=int, default=300_000)
     made.add_argument("--part-tokens", type=int, default=120_000)
