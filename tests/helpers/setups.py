@@ -1,10 +1,11 @@
 """Tiny models with a memory, each with the plain base it was made of, and batches of questions for them."""
 
 import copy
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import pytest
@@ -67,23 +68,28 @@ class Setup:
     """A model with a memory.
 
     Attributes:
-        base: the plain model, never touched.
+        kept_base: the plain model, never handed out.
         model: the same with a memory.
         documents: token ids.
         bank: `documents`, encoded by `model`.
     """
 
-    base: Any
+    kept_base: Any
     model: Any
     documents: list[list[int]]
     bank: MemoryBank
 
     @cached_property
+    def base(self) -> Any:
+        """A copy of the plain model."""
+        return copy.deepcopy(self.kept_base)
+
+    @cached_property
     def reference(self) -> Reference:
-        return Reference(self.base, self.model, self.documents)
+        return Reference(self.kept_base, self.model, self.documents)
 
 
-def setup(
+def build(
     family: str = "qwen3",
     attention: str = "eager",
     documents: Sequence[Sequence[int]] | None = None,
@@ -113,6 +119,30 @@ def setup(
                 weight.fill_(0.7)
     documents = [list(document) for document in documents or tokens(*LENGTHS, seed=1)]
     return Setup(plain, model, documents, model.encode_documents(documents, show_progress=False))
+
+
+@lru_cache(maxsize=64)
+def _kept(arguments: str) -> tuple[Setup, Tensor]:
+    """What `build` makes of `arguments`, never handed out, and the random state that it leaves."""
+    family, attention, documents, base, fields = json.loads(arguments)
+    return build(family, attention, documents, base, **fields), torch.get_rng_state()
+
+
+def setup(
+    family: str = "qwen3",
+    attention: str = "eager",
+    documents: Sequence[Sequence[int]] | None = None,
+    base: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Setup:
+    """What `build` makes, as a copy: it was built for the first test of this process that asked for these arguments.
+
+    A test that changes how models are built, or watches it, calls `build`. The random state is left as by `build`.
+    """
+    kept, state = _kept(json.dumps([family, attention, documents, base, fields]))
+    torch.set_rng_state(state)
+    model, documents, bank = copy.deepcopy((kept.model, kept.documents, kept.bank))
+    return Setup(kept.kept_base, model, documents, bank)
 
 
 def batch_of(

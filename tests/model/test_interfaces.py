@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from setups import Setup, batch_of, setup, tokens
+from setups import Setup, batch_of, build, setup, tokens
 from torch import Tensor
 
 from msa_hf.bank import place_bank, shard_bank
@@ -158,7 +158,7 @@ def test_a_new_similarity_is_one_entry_of_the_table(monkeypatch: pytest.MonkeyPa
     """Configuration, encoding and routing know it: here the cosine halved, whose scores are halved to the bit."""
     halved = Similarity(lambda queries: normalize_heads(queries) / 2, normalized_keys=True)
     monkeypatch.setitem(SIMILARITIES, "half", halved)
-    cosine, half = setup(similarity="cosine"), setup(similarity="half")
+    cosine, half = setup(similarity="cosine"), build(similarity="half")
     theirs, ours = (made.model(**QUESTIONS, memory=made.bank) for made in (cosine, half))
     for layer, routing in theirs.routing.items():
         assert torch.equal(half.bank.layers[layer].routing_keys, cosine.bank.layers[layer].routing_keys)
@@ -166,7 +166,7 @@ def test_a_new_similarity_is_one_entry_of_the_table(monkeypatch: pytest.MonkeyPa
         assert torch.equal(ours.routing[layer].scores, routing.scores / 2)
     assert torch.equal(ours.logits, theirs.logits)
     with pytest.raises(ValueError, match=r"must be one of \('cosine', 'dot', 'half'\)"):
-        setup(similarity="hafl")
+        build(similarity="hafl")
 
 
 def test_names_of_before_warn() -> None:

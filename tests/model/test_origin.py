@@ -14,7 +14,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from families import FAMILIES, base_model
 from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
-from setups import Setup, batch_of, setup
+from setups import Setup, batch_of, build, setup
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -353,7 +353,7 @@ def test_weights_are_read_once_per_state(monkeypatch: pytest.MonkeyPatch) -> Non
     read, state = fingerprint_msa._read, fingerprint_msa._state
     monkeypatch.setattr(fingerprint_msa, "_read", lambda model: reads.append(1) or read(model))
     monkeypatch.setattr(fingerprint_msa, "_state", lambda model: looks.append(1) or state(model))
-    made = setup()
+    made = build()
     for _ in range(2):
         ask(made.model, made.bank)
         encode(made.model, made)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from setups import FEW, Setup, assert_same, batch_of, samples_of, setup, tokens
+from setups import FEW, Setup, assert_same, batch_of, build, samples_of, setup, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -205,8 +205,8 @@ def test_an_untested_version_is_named_once(monkeypatch, caplog, version, told) -
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     compat_msa.logger.warning_once.cache_clear()
     with caplog.at_level(logging.WARNING, compat_msa.logger.name):
-        setup()
-        setup()
+        build()
+        build()
     lines = [record.getMessage() for record in caplog.records if version in record.getMessage()]
     assert len(lines) == told and all("\n" not in line and NEWEST_TESTED in line for line in lines)
 
@@ -241,7 +241,7 @@ def test_nothing_warns(caplog, monkeypatch) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with warnings.catch_warnings(record=True) as raised, caplog.at_level(logging.WARNING, "transformers"):
         warnings.simplefilter("always")
-        made = setup()
+        made = build()
         for options in ({}, {"num_beams": 2}, {"use_cache": False}, {"return_dict_in_generate": True}):
             found = made.model.generate(**batch_of(QUESTIONS), memory=made.bank, **EXACTLY, **options)
         history = torch.nn.functional.pad(found.sequences, (0, 2), value=9)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from battery import why_not
-from setups import FEW, Setup, assert_same, batch_of, setup, tokens
+from setups import FEW, Setup, assert_same, batch_of, build, setup, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -80,11 +80,11 @@ CASES = [*(pytest.param(*item.values, {}, id=item.id) for item in FEW), *(("qwen
 def test_banks_and_answers(family, attention, fields, backend) -> None:
     """The same bank, choices and logits as in plain PyTorch, and all three operations ran on the backend."""
     with plain_pytorch(), Called() as called:
-        expected = setup(family, attention, **fields)
+        expected = build(family, attention, **fields)
         theirs = ask(expected)
     assert called.names == []
     with use_backend(backend), Called() as called:
-        found = setup(family, attention, **fields)
+        found = build(family, attention, **fields)
         ours = ask(found)
     assert called.of(backend) == set(OPERATIONS)
     for layer, memory in found.bank.layers.items():
@@ -102,7 +102,7 @@ def test_banks_and_answers(family, attention, fields, backend) -> None:
 def test_sixteen_bit_models(backend, dtype) -> None:
     """A bank of 16-bit numbers differs from plain PyTorch's by a rounding at most; choices over one bank do not."""
     with plain_pytorch():
-        expected = setup()
+        expected = build()
         expected.model.to(dtype)
         theirs = expected.model.encode_documents(expected.documents, show_progress=False)
     with use_backend(backend):
@@ -315,7 +315,7 @@ def test_on_a_gpu(family, attention, fields, backend, bank_device) -> None:
         if (reason := why_not(operation, backend, "cuda")) is not None:
             pytest.skip(f"{backend}: {reason}")
     with plain_pytorch():
-        found = setup(family, attention, **fields)
+        found = build(family, attention, **fields)
         theirs = ask(found)
     found.model.to("cuda")
     batch = batch_of(QUESTIONS, [[True] + [False] * 6, [True], [True] * 12])
