@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := wanted - set(ROWS):
         parser.error(f"--rows: {', '.join(sorted(unknown))} is none of {', '.join(ROWS)}")
     transformers.logging.set_verbosity_error()
-    device, repeats = torch.device(arguments.device), arguments.repeats
+    device, repeats = torch.empty(0, device=arguments.device).device, arguments.repeats  # with its index
     compile_config = CompileConfig()  # asks for recorded runs
     if arguments.compile_backend != "inductor":
         compile_config = CompileConfig(backend=arguments.compile_backend, mode=None)

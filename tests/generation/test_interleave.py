@@ -21,11 +21,12 @@ from asking import (
     read,
     script,
 )
+from plain_tape import recorded, use_tapes
 from scripted import COMPACT, PUBLISHED, TEXTS, bank_of
 from transformers import CompileConfig
 
 from msa_hf.generation import MemoryInterleave, PromptProtocol
-from msa_hf.model import options_msa
+from msa_hf.model import options_msa, spare_caches_msa
 
 # What the model writes ------------------------------------------------------------------------------------------------
 
@@ -337,6 +338,24 @@ def test_a_static_cache_that_is_full_is_left(select, monkeypatch) -> None:
     found = asker(**options, cache_implementation="static").ask(QUESTIONS[:2], batch_size=2)
     for ours, theirs in zip(found, expected, strict=True):
         assert_same_answers(ours, theirs)
+
+
+@pytest.mark.parametrize("select", ["router", "constrained"])
+def test_recorded_rounds(select, monkeypatch) -> None:
+    """Questions go on with the caches of those before, so that what was recorded for these is played."""
+    tapes = use_tapes(monkeypatch)
+    options: dict[str, Any] = {"select": select, "max_new_tokens": 6, "documents_per_round": 1, "max_rounds": 2}
+    plain, interleave = asker(**options), asker(**options, **recorded())
+    interleave.model.free_spare_caches()
+    parts = []
+    for question in (*QUESTIONS, *QUESTIONS, ONE):
+        assert_same_answers(interleave.ask(question), plain.ask(question))
+        parts.append([tape.parts for tape in tapes])
+    assert len(tapes) == 2 * len(spare_caches_msa._spare[interleave.model])
+    assert parts[-1] == parts[-2] and all(parts[-1])
+    assert_same_answers(interleave.ask(TWO, num_beams=2), plain.ask(TWO, num_beams=2))  # its cache holds two samples
+    assert_same_answers(interleave.ask(ONE), plain.ask(ONE))
+    interleave.model.free_spare_caches()
 
 
 def test_compiled_rounds() -> None:

@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import CompileConfig
 
-from msa_hf.model import compiled_msa
+from msa_hf.model import compiled_msa, recording_msa
+from msa_hf.model.document_rows_msa import ChunkLayout
 
 HOST = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")  # what no graph can hold
 
@@ -100,3 +103,26 @@ class PlainTape(TorchDispatchMode):
                     self.blocks[memory._cdata] = Block(whole)
                 if memory._cdata in self.blocks:
                     self.blocks[memory._cdata].users.append(weakref.ref(item))
+
+
+def use_tapes(monkeypatch: pytest.MonkeyPatch) -> list[PlainTape]:
+    """Have runs with a static cache recorded on the CPU; the tapes in use."""
+    made: list[PlainTape] = []
+
+    def tape_for(device: torch.device) -> PlainTape:
+        made.append(PlainTape())
+        return made[-1]
+
+    monkeypatch.setattr(recording_msa, "tape_for", tape_for)
+    monkeypatch.setattr(compiled_msa, "is_recordable", lambda model: True)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    # As on a GPU.
+    monkeypatch.setattr(ChunkLayout, "width_for", lambda layout, chosen: layout.known_width(*chosen.shape))
+    return made
+
+
+def recorded() -> dict[str, Any]:
+    """Options of `generate` with which its runs are recorded."""
+    config = CompileConfig()
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}

@@ -3,13 +3,13 @@
 import contextlib
 import copy
 import gc
+import random
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from plain_tape import PlainTape
+from plain_tape import PlainTape, recorded, use_tapes
 from setups import Setup, assert_same, batch_of, setup, tokens
 from transformers import CompileConfig
 
@@ -20,7 +20,6 @@ from msa_hf.model import compiled_msa, recording_msa, spare_caches_msa
 from msa_hf.model.cache_msa import MSACache, MSAStaticCache
 from msa_hf.model.compat_msa import CACHE
 from msa_hf.model.dense_layer_msa import DenseLayer
-from msa_hf.model.document_rows_msa import ChunkLayout
 
 SMALL: dict[str, Any] = {"base": {"num_hidden_layers": 3}, "memory_layers": [1, 2]}
 EXACTLY: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
@@ -28,27 +27,9 @@ DETAILS: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": Tru
 
 
 @pytest.fixture
-def tapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PlainTape]]:
+def tapes(monkeypatch: pytest.MonkeyPatch) -> list[PlainTape]:
     """The tapes in use: runs of `generate` with a static cache are recorded on the CPU."""
-    made: list[PlainTape] = []
-
-    def tape_for(device: torch.device) -> PlainTape:
-        made.append(PlainTape())
-        return made[-1]
-
-    monkeypatch.setattr(recording_msa, "tape_for", tape_for)
-    monkeypatch.setattr(compiled_msa, "is_recordable", lambda model: True)
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    # As on a GPU.
-    monkeypatch.setattr(ChunkLayout, "width_for", lambda layout, chosen: layout.known_width(*chosen.shape))
-    yield made
-
-
-def recorded() -> dict[str, Any]:
-    """Options of `generate`."""
-    config = CompileConfig()
-    config._compile_all_devices = True
-    return {"cache_implementation": "static", "compile_config": config}
+    return use_tapes(monkeypatch)
 
 
 def ask(made: Any, question: Any, memory: Any = None, **options: Any) -> None:
@@ -152,6 +133,28 @@ def test_turns_of_one_cache(tapes: list[PlainTape]) -> None:
     assert torch.equal(*answers)
     assert [tape.parts for tape in tapes] == [5, 2]  # a token, a prompt cut twice, contexts; two memory layers
     assert not copy.deepcopy(cache).recordings.known
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_turns_that_choose_nothing(tapes: list[PlainTape], samples: int) -> None:
+    """Texts behind a prompt keep its documents: one run for all of a bucket, up to the last place of the cache."""
+    made, room = setup("qwen3", "sdpa", **SMALL), 256
+    pick, logits = random.Random(samples), []
+    lengths = [9, *(pick.choice([1, 2, 15, 16, 17, 31]) for _ in range(9)), 3]
+    lengths += [room - sum(lengths)]
+    for cache in (MSACache(config=made.model.config), MSAStaticCache(config=made.model.config, max_cache_len=room)):
+        found, seen = [], torch.zeros(samples, 0, dtype=torch.long)
+        with torch.no_grad(), compiled_msa.compiling(made.model, recorded()["compile_config"]):
+            for turn, length in enumerate(lengths):
+                batch = batch_of(tokens(*([length, max(length // 2, 1)][:samples]), seed=turn))
+                seen = torch.cat([seen, batch["attention_mask"]], 1)
+                asked = {"memory": None if turn else made.bank, "logits_to_keep": turn % 3, CACHE: cache}
+                found.append(made.model(batch["input_ids"], attention_mask=seen, **asked).logits)
+        assert int(cache.get_seq_length()) == room
+        logits.append(found)
+    for ours, theirs in zip(*logits, strict=True):
+        assert_same(ours, theirs)
+    assert not isinstance(cache, MSACache) and {kind[0][3] for kind in cache.recordings.known} == {"turn"}
 
 
 def test_padding_and_samples(tapes: list[PlainTape]) -> None:
@@ -299,9 +302,12 @@ def test_what_is_recorded_goes_with_its_cache(tapes: list[PlainTape]) -> None:
     assert model() is None
 
 
-def test_only_who_asks_for_it_has_runs_recorded() -> None:
-    assert compiled_msa.options_of(None)["mode"] == "default"
-    assert compiled_msa.options_of(CompileConfig(mode="reduce-overhead"))["mode"] in compiled_msa.RECORDED_MODES
+@pytest.mark.parametrize("mode", [None, "reduce-overhead", "default"])
+def test_runs_are_recorded_unless_a_mode_says_otherwise(tapes: list[PlainTape], mode: str | None) -> None:
+    made = setup("qwen3", "sdpa", **SMALL)
+    config = None if mode is None else CompileConfig(mode=mode)
+    runs = compiled_msa.compiled_runs(made.model, compiled_msa.options_of(config))
+    assert runs.recorded == (mode != "default")
 
 
 class OneUsePools:

@@ -18,6 +18,7 @@ from transformers.cache_utils import StaticSlidingWindowLayer
 from msa_hf.bank import place_bank
 from msa_hf.bank.tiered.hardware import Tiers
 from msa_hf.model import compiled_msa, document_rows_msa, spare_caches_msa
+from msa_hf.model.attending_layers_msa import options_of_tokens
 from msa_hf.model.cache_msa import LEAST_BUCKET, MSACache, MSAStaticCache
 from msa_hf.model.compat_msa import CACHE, cache_of
 
@@ -152,6 +153,20 @@ def test_compiled_once_for_a_bucket(attention: str, compiling: dict[str, Any]) -
     store.delete("more")
     same(made, QUESTIONS["one"], memory=store, **compiling)
     assert graphs() == before + 4
+
+
+def test_layers_of_a_token_are_tuned() -> None:
+    """Their products have one row. Who asks for something else gets it, and other compilers are told nothing."""
+    tuned = {"coordinate_descent_tuning": True}
+    for mode, also in ((None, {}), ("default", {}), ("max-autotune-no-cudagraphs", {"max_autotune": True})):
+        assert options_of_tokens({"mode": mode, "dynamic": None}) == {
+            "mode": None,
+            "dynamic": None,
+            "options": {**tuned, **also},
+        }
+    given = {"options": {"coordinate_descent_tuning": False, "shape_padding": True}}
+    assert options_of_tokens(given)["options"] == given["options"]
+    assert options_of_tokens({"backend": "eager", "mode": None}) == {"backend": "eager", "mode": None}
 
 
 def test_compiled_batches_and_turns(compiling: dict[str, Any]) -> None:

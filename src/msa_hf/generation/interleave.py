@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 import warnings
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from ..model.interface_msa import check_interface
 from ..model.memory_msa import Memory, Snapshots
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.modes_msa import evaluating
-from ..model.options_msa import STATIC, static_cache
+from ..model.options_msa import STATIC
 from ..model.positions_msa import position_limit
 from .answering import Answering, GenerateOptions
 from .combining import LAYER_SCORES, combine_layers
@@ -297,10 +296,9 @@ class MemoryInterleave:
         self, samples: list[_Sample], streamer: BaseStreamer | None, options: GenerateOptions, static: bool
     ) -> list[Answer]:
         config: GenerationConfig = options["generation_config"]
-        make_cache = functools.partial(static_cache, self.model.config) if static else None
         behind = max(self.max_id_tokens, config.max_new_tokens)
         pad = self.answering.pad_id
-        feed = TranscriptFeeder(self.model, self.bank, pad, samples, self.reuse_cache, make_cache, behind)
+        feed = TranscriptFeeder(self.model, self.bank, pad, samples, self.reuse_cache, static, behind)
         with compiling(self.model, config.compile_config) if static else contextlib.nullcontext():
             for number in range(self.max_rounds):
                 active = [sample for sample in samples if not sample.ended]
@@ -309,7 +307,9 @@ class MemoryInterleave:
                 self._round(feed, active, number, options)
             for sample in samples:
                 sample.segments += sample.closing
-            return self._answer(feed, samples, streamer, options)
+            answers = self._answer(feed, samples, streamer, options)
+        feed.leave_cache()
+        return answers
 
     def _round(self, feed: TranscriptFeeder, samples: list[_Sample], number: int, options: GenerateOptions) -> None:
         start = time.perf_counter()

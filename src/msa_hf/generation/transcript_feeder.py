@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
+from ..model.cache_msa import MSAStaticCache
 from ..model.compat_msa import CACHE, cache_of
 from ..model.configuration_msa import full_attention_layers
 from ..model.memory_msa import Memory
 from ..model.modeling_msa import MSAForCausalLM
+from ..model.options_msa import static_cache
 from ..model.routing_msa import LayerRouting
+from ..model.spare_caches_msa import keep_spare, spare_cache
 from . import protocol
 
 
@@ -41,7 +44,7 @@ class TranscriptFeeder:
         transcripts: all of a batch.
         keep: never start anew: every prefill is a further turn of one cache, in which every transcript has its row;
             those that are not asked for get padding. Earlier tokens then keep what they saw.
-        make_cache: makes the cache of a prefill that starts anew, with room for so many tokens; default: a growing one.
+        static: caches are static ones, of those that the model has to spare; default: they grow.
         behind: tokens of steps or of an answer that may follow a prefill.
     """
 
@@ -52,11 +55,11 @@ class TranscriptFeeder:
         pad_id: int,
         transcripts: Sequence[Transcript],
         keep: bool,
-        make_cache: Callable[[int], Cache] | None = None,
+        static: bool = False,
         behind: int = 0,
     ) -> None:
         self.model, self.bank, self.pad_id, self.keep = model, bank, pad_id, keep
-        self.make_cache, self.behind = make_cache, behind
+        self.static, self.behind = static, behind
         self.rows: Sequence[Transcript] = transcripts
         self.ids = self.mask = self._empty()
         self.cache: Cache | None = None
@@ -79,7 +82,7 @@ class TranscriptFeeder:
 
     def _has_room(self, new: list[list[protocol.Segment]]) -> bool:
         """Tell whether the cache takes new segments of each transcript, and what may follow; one that grows does."""
-        if self.cache is None or self.make_cache is None:
+        if self.cache is None or not self.static:
             return True
         more, room = max(sum(len(part.input_ids) for part in parts) for parts in new), self.cache.get_max_length()
         return room <= 0 or self.ids.shape[1] + more + self.behind <= room
@@ -90,7 +93,7 @@ class TranscriptFeeder:
         `input_ids` and `attention_mask` cover all that is cached as well, `routing_mask` the new tokens.
         """
         if not self._continues(transcripts):
-            self.cache = None
+            self.leave_cache()
             self.rows = self.rows if self.keep else transcripts
             self.ids = self.mask = self._empty()
             for item in transcripts:
@@ -110,8 +113,9 @@ class TranscriptFeeder:
         self.ids = torch.cat([self.ids, padded([ids for ids, _ in new], self.pad_id, torch.long)], 1)
         self.mask = torch.cat([self.mask, padded([[1] * len(ids) for ids, _ in new], 0, torch.long)], 1)
         routes = padded([routes for _, routes in new], False, torch.bool)
-        if self.cache is None and self.make_cache is not None:
-            self.cache = self.make_cache(self.ids.shape[1] + self.behind)
+        if self.cache is None and self.static:
+            wanted = static_cache(self.model.config, self.ids.shape[1] + self.behind)
+            self.cache = spare_cache(self.model, len(self.rows), wanted)
         inputs = {"input_ids": self.ids, "attention_mask": self.mask, "routing_mask": routes}
         if self.cache is not None:
             inputs[CACHE] = self.cache
@@ -142,10 +146,16 @@ class TranscriptFeeder:
     def rewind(self) -> None:
         """Forget the tokens of `step`: the transcript goes on in the protocol's spelling."""
         if self.steps and self.windowed:
-            self.cache = None  # what has left the window cannot be brought back
+            self.leave_cache()  # what has left the window cannot be brought back
         elif self.steps and self.cache is not None:
             self.cache.crop(-self.steps)
         self.steps = 0
+
+    def leave_cache(self) -> None:
+        """Go on without the cache; a static one is there for the next, with the runs that were recorded for it."""
+        if self.static and isinstance(self.cache, MSAStaticCache):
+            keep_spare(self.model, len(self.rows), self.cache)
+        self.cache = None
 
     def _pick(self, logits: Tensor, transcripts: Sequence[Transcript]) -> Tensor:
         return logits[[self.row(item) for item in transcripts], -1].float()

@@ -87,6 +87,19 @@ def _token_layer(layer: nn.Module, *args: object, **kwargs: object) -> object:
     return layer._call_impl(*args, **kwargs)
 
 
+def options_of_tokens(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Options of torch.compile for layers that see one token: their weights are read at the rate of the memory.
+
+    Inductor leaves products with a single row to the library of the device, unless it may tune their tiles.
+    """
+    if options.get("backend", "inductor") != "inductor":
+        return options
+    mode = options.get("mode")
+    of_mode = {} if mode is None else torch._inductor.list_mode_options(mode)
+    given = options.get("options") or {}
+    return {**options, "mode": None, "options": {"coordinate_descent_tuning": True, **of_mode, **given}}
+
+
 class AttendingLayers:
     """The compiled layers of one model.
 
@@ -97,7 +110,7 @@ class AttendingLayers:
     def __init__(self, options: Mapping[str, Any]) -> None:
         # Two functions: sizes of one are no reason to make those of the other symbols.
         self.prompt = torch.compile(_prompt_layer, **options)
-        self.token = torch.compile(_token_layer, **options)
+        self.token = torch.compile(_token_layer, **options_of_tokens(options))
         self.found: list[tuple[int, nn.Module]] = []
 
     @contextlib.contextmanager

@@ -127,6 +127,9 @@ class KeepsContexts(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
+        self._repeat_contexts(repeats)
+
+    def _repeat_contexts(self, repeats: int) -> None:
         for batch in {context.keys.shape[0] for context in self.contexts.values()}:
             self._index_contexts(torch.arange(batch).repeat_interleave(repeats))
 
@@ -178,6 +181,16 @@ class MSAStaticCache(KeepsContexts, StaticCache):
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.counted = None
         return super().update(*args, **kwargs)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Hold every sample `repeats` times, as beams begin; the static layers of transformers cannot."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = (item.repeat_interleave(repeats, 0) for item in (layer.keys, layer.values))
+                layer.batch_size = layer.keys.shape[0]
+                torch._dynamo.mark_static_address(layer.keys)
+                torch._dynamo.mark_static_address(layer.values)
+        self._repeat_contexts(repeats)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last `-tokens_to_remove` tokens out again, in one launch; transformers below 5.24 cannot."""

@@ -71,11 +71,6 @@ class Asked:
 # Modes of torch.compile that ask for CUDA graphs -> the same without, for runs that are recorded here.
 RECORDED_MODES = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
-UNPROVEN = (
-    "The mode {mode!r} records runs of a model with a memory as CUDA graphs, which has not been proven on a GPU: "
-    "compare answers with those of CompileConfig(mode='default')."
-)
-
 _asked: contextvars.ContextVar[Asked] = contextvars.ContextVar("asked_memory")
 _runs: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, CompiledRuns]] = weakref.WeakKeyDictionary()
 
@@ -314,27 +309,48 @@ class CompiledRuns:
             compiling.state = settings, state_of(model)
         cache.recordings.renew(compiling.state)
 
-    def run_token(self, model: GeneratingMixin, cache: MSAStaticCache, inputs: Arguments) -> ModelOutput:
-        """One token of every sample, behind those that `cache` holds, with the contexts that it keeps."""
+    def run_turn(self, model: GeneratingMixin, cache: MSAStaticCache, inputs: Arguments) -> ModelOutput | None:
+        """Tokens that choose no documents, behind those that `cache` holds, with the contexts that it keeps: each token
+        that is generated, or what stands behind a prompt.
+
+        Returns:
+            None for several tokens whose mask is not one of tokens that are there; `cache` is then as before.
+        """
+        mask, length = inputs.get("attention_mask"), inputs["position_ids"].shape[1]
+        made = not isinstance(mask, dict) and (mask is None or mask.dim() == 2)
+        if length > 1 and not made:
+            return None
         self.look_at(model, cache, anew=False)
         cache.settle_contexts()  # others after beams changed places
-        contexts, mask = dict(cache.contexts), inputs.get("attention_mask")
-        made = not isinstance(mask, dict) and (mask is None or mask.dim() == 2)
+        contexts = dict(cache.contexts)
+        width = 1 if length == 1 else self._width(cache, length)
+        if length > 1:
+            inputs = {**_padded(inputs, width - length), "logits_to_keep": kept_places(inputs, length)}
         if made:
             inputs = {**inputs, "attention_mask": real_places(cache, mask, inputs["position_ids"])}
         tensors = {name: item for name, item in inputs.items() if isinstance(item, Tensor)}
         fixed = {name: item for name, item in inputs.items() if name not in tensors}
 
         def run(found: Inputs) -> ModelOutput:
-            visible = {"attention_mask": visible_tokens(model, cache, found["attention_mask"], 1)} if made else {}
+            visible = {"attention_mask": visible_tokens(model, cache, found["attention_mask"], width)} if made else {}
             attending = AttendingPass(config=model.config, layers={}, prefix={}, request=None, contexts=contexts)
-            with self.layers.of(model, token=True):
+            with self.layers.of(model, token=length == 1):
                 return model.run_plainly(**{**fixed, **found, **visible}, memory_pass=attending, return_dict=True)
 
-        if isinstance(mask, dict):
-            return run(tensors)
-        kind = "token", _settings(fixed)
-        return _kept(self.run(cache, kind, run, tensors, inputs["position_ids"].device, contexts))
+        if isinstance(mask, dict) or not (width == 1 or is_in_bucket(width)):
+            output = run(tensors)
+        else:
+            kind = "turn", _settings(fixed)
+            output = _kept(self.run(cache, kind, run, tensors, inputs["position_ids"].device, contexts))
+        if width > length:
+            cache.crop(length - width)
+        return output
+
+    @staticmethod
+    def _width(cache: MSAStaticCache, length: int) -> int:
+        """The tokens that a run of `length` is padded to, where the cache has room for them."""
+        width = bucket_of_prompt(length)
+        return width if cache.seen() + width <= cache.get_max_length() else length
 
     def run_prompt(
         self,
@@ -357,26 +373,16 @@ class CompiledRuns:
         self.look_at(model, cache, anew=True)
         name = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
         (batch, length), device = inputs[name].shape[:2], inputs[name].device
-        room, past = cache.get_max_length(), cache.seen()
-        width = bucket_of_prompt(length)
-        width = width if past + width <= room else length
+        width = self._width(cache, length)
         missing = width - length
-
-        def padded(tensor: Tensor) -> Tensor:
-            return torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing))
-
         groups, dim = heads_of(model)
         if not cache.is_initialized:
             cache.early_initialization(batch, groups, dim, model.dtype, device)
-        kept = inputs.get("logits_to_keep", 0)
-        if isinstance(kept, int):
-            kept = torch.arange(length - kept if kept else 0, length, device=device)
         tensors = {
-            name: padded(inputs[name]),
-            "position_ids": padded(inputs["position_ids"]),
+            **_padded({key: inputs[key] for key in (name, "position_ids")}, missing),
             "attention_mask": real_places(cache, inputs.get("attention_mask"), inputs["position_ids"]),
-            "logits_to_keep": kept,
-            "routing_mask": padded(asked.request.routing_mask),
+            "logits_to_keep": kept_places(inputs, length),
+            **_padded({"routing_mask": asked.request.routing_mask}, missing),
         }
         for layer, (keys, values) in memory.prefix.items():
             tensors |= {f"{layer} keys": keys, f"{layer} values": values}
@@ -417,8 +423,8 @@ class CompiledRuns:
         token = _asked.set(Asked(asked.layers, replace(request, routing_mask=tensors["routing_mask"])))
         try:
             # Prompts of every length there is are not recorded: their contexts, which stay, would fill the device.
-            few = width == bucket_of_prompt(length) <= MOST_PROMPT
-            chosen = self.run(cache, kind, run, tensors, device, contexts) if few else run(tensors)
+            recordable = is_in_bucket(width)
+            chosen = self.run(cache, kind, run, tensors, device, contexts) if recordable else run(tensors)
         finally:
             _asked.reset(token)
         meanwhile()
@@ -460,6 +466,30 @@ def _lengths_of(cache: MSAStaticCache) -> Step:
 def bucket_of_prompt(length: int) -> int:
     """Tokens to which a prompt is padded: the next power of two, or what there is where that is long already."""
     return length if length > MOST_PROMPT else max(1 << (length - 1).bit_length(), LEAST_PROMPT)
+
+
+def is_in_bucket(width: int) -> bool:
+    """Tell whether `width` is a number of tokens to which prompts are padded."""
+    return width == bucket_of_prompt(width) <= MOST_PROMPT
+
+
+def _padded(inputs: Arguments, missing: int) -> Arguments:
+    """What tells of tokens [B, T, ...] for so many more, which are padding; the rest as it is."""
+    of_tokens = ("input_ids", "inputs_embeds", "position_ids", "routing_mask")
+    return {
+        name: torch.nn.functional.pad(item, (0, 0) * (item.dim() - 2) + (0, missing))
+        if name in of_tokens and isinstance(item, Tensor)
+        else item
+        for name, item in inputs.items()
+    }
+
+
+def kept_places(inputs: Arguments, length: int) -> Tensor:
+    """[n] int64, the tokens whose logits are wanted; the same of a run whose prompt is padded."""
+    kept = inputs.get("logits_to_keep", 0)
+    if isinstance(kept, int):
+        return torch.arange(length - kept if kept else 0, length, device=inputs["position_ids"].device)
+    return kept
 
 
 def heads_of(model: GeneratingMixin) -> tuple[int, int]:
@@ -528,9 +558,9 @@ def compiling(model: GeneratingMixin, compile_config: CompileConfig | None = Non
 
 
 def options_of(compile_config: CompileConfig | None) -> Mapping[str, Any]:
-    """Options of torch.compile. Runs are recorded for those alone who ask for it, by a configuration with such a mode:
-    that has not been proven on a GPU."""
-    return (CompileConfig(mode="default") if compile_config is None else compile_config).to_dict()
+    """Options of torch.compile. Runs are recorded where the configuration has such a mode, as that of transformers' own
+    default."""
+    return (CompileConfig() if compile_config is None else compile_config).to_dict()
 
 
 def compiles_on(device: torch.device, compile_config: CompileConfig | None) -> bool:
@@ -555,10 +585,7 @@ def compiled_runs(model: GeneratingMixin, options: Mapping[str, Any]) -> Compile
     if key not in made:
         mode = options.get("mode")
         plain = options if mode is None else {**options, "mode": RECORDED_MODES.get(mode, mode)}
-        recorded = mode in RECORDED_MODES and is_recordable(model)
-        if recorded:
-            logger.warning_once(UNPROVEN.format(mode=mode))
-        made[key] = CompiledRuns(plain, recorded)
+        made[key] = CompiledRuns(plain, recorded=mode in RECORDED_MODES and is_recordable(model))
     return made[key]
 
 

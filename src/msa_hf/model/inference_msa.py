@@ -402,8 +402,7 @@ class MemoryMixin(ModelMixin):
         if runs is None or static is None:
             return None
         if request is None:
-            one = inputs["position_ids"].shape[1] == 1
-            return runs.run_token(self, static, inputs) if one and attending.previous else None
+            return runs.run_turn(self, static, inputs) if attending.previous else None
         if memory is None or request.documents is not None or request.all_scores:
             return None
         asked = Asked(attending.layers, request)

@@ -37,7 +37,13 @@ def spare_cache(model: GeneratingMixin, samples: int, wanted: MSAStaticCache) ->
 
 
 def keep_spare(model: GeneratingMixin, samples: int, cache: MSAStaticCache) -> None:
-    """Keep a cache that nobody uses any more: `MOST_SPARE` for each model, those that were used last."""
+    """Keep a cache that nobody uses any more: `MOST_SPARE` for each model, those that were used last.
+
+    One that holds another number of samples, as beams make it, is freed.
+    """
+    if cache.is_initialized and cache.layers[0].keys.shape[0] != samples:
+        _free([cache])
+        return
     with _lock:
         kept = _spare.setdefault(model, {})
         kind = _kind_of(model, samples, cache)
