@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .walking_msa import modules_of
+from .walking_msa import Met
 
 # The module that a layer of PEFT stands in front of. An adapter's own parameters lie beside it.
 WRAPPED = ("base_layer", "original_module")
@@ -152,13 +152,13 @@ def _layer_classes() -> tuple[type, ...]:
     return _peft("tuners.tuners_utils").BaseTunerLayer, _peft("utils.other").AuxiliaryTrainingWrapper
 
 
-def adapter_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of PEFT in a model, active or not."""
+def adapter_layers(met: Met) -> list[nn.Module]:
+    """The layers of PEFT in what was met, active or not."""
     classes = _layer_classes()
-    return [module for module in modules_of(model) if isinstance(module, classes)] if classes else []
+    return met.of(classes) if classes else []
 
 
-def adapter_state(model: nn.Module) -> tuple[object, ...]:
+def adapter_state(met: Met) -> tuple[object, ...]:
     """All that PEFT can switch without touching a parameter, to be compared with what it was."""
     return tuple(
         (
@@ -167,7 +167,7 @@ def adapter_state(model: nn.Module) -> tuple[object, ...]:
             bool(layer.disable_adapters),
             tuple(vars(layer)["scaling"].items()) if isinstance(vars(layer).get("scaling"), dict) else (),
         )
-        for layer in adapter_layers(model)
+        for layer in adapter_layers(met)
     )
 
 

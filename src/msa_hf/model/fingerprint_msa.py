@@ -27,7 +27,7 @@ from .adapters_msa import (
     place_modules,
     place_parameters,
 )
-from .walking_msa import tensors_of
+from .walking_msa import met_in
 from .weights_msa import HALF_STEPS, AdapterRecord, WeightsRecord, only_asks
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)  # exactly these: made of nothing but themselves
@@ -200,14 +200,15 @@ def _exact(values: Tensor) -> bytes:
 @torch.no_grad()
 def _state(model: nn.Module) -> Hashable:
     """A value that changes with the weights and with what is active; takes a few milliseconds for a model of 4B."""
-    tensors = tensors_of(model)
+    met = met_in(model)
+    tensors = met.tensors()
     plain = all(type(tensor) in PLAIN_TENSORS for tensor in tensors)
     parts = tensors if plain else [part for tensor in tensors for part in _parts(tensor, whole=False)]
     digest = hashlib.blake2b(digest_size=16)
     for _, together in _groups([_sample(part) for part in parts if not part.is_meta]):
         digest.update(together.view(torch.uint8).numpy().tobytes())
     layout = tuple((part.dtype, part.shape, part.device) for part in parts)
-    return layout, adapter_state(model), digest.digest()
+    return layout, adapter_state(met), digest.digest()
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -287,7 +288,7 @@ def _read(model: PreTrainedModel) -> WeightsRecord:
             stacklevel=4,
         )
     older = None
-    if adapter_layers(model):
+    if adapter_layers(met_in(model)):
         raw = (PlacedParameter(name, model, name, tensor) for name, tensor in model.named_parameters())
         everything = counted(raw, only_of_head(lambda part: part.parameters()))
         older = _digest(everything, _read_samples(item for item in everything if not item.tensor.is_meta))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .adapters_msa import adapter_state
-from .walking_msa import tensors_of
+from .walking_msa import met_in
 
 logger = logging.get_logger(__name__)
 
@@ -361,9 +361,9 @@ def version_of(tensor: Tensor) -> int:
 
 def state_of(model: nn.Module) -> tuple[object, ...]:
     """What a recorded run took for granted: where the weights lie, and which adapters are at work."""
-    plain = (Tensor, nn.Parameter)
-    places = [item.data_ptr() if type(item) in plain else id(item) for item in tensors_of(model)]
-    return (model.training, *places, *adapter_state(model))
+    met, plain = met_in(model), (Tensor, nn.Parameter)
+    places = [item.data_ptr() if type(item) in plain else id(item) for item in met.tensors()]
+    return (model.training, *places, *adapter_state(met))
 
 
 def is_recordable(model: nn.Module) -> bool:

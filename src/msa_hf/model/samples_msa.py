@@ -6,14 +6,15 @@ step's documents. As PEFT itself does for encoders, a further hook puts in their
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from .adapters_msa import adapter_layers
 from .types_msa import Arguments
+from .walking_msa import met_in
 
 NAMES = ("adapter_names", "task_ids")
 OFFSETS = "alora_offsets"
@@ -77,11 +78,7 @@ def one_adapter(model: nn.Module) -> Iterator[None]:
 
 def _adapted_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that PEFT has put in, which take such arguments."""
-    peft = sys.modules.get("peft")
-    if peft is None:
-        return []
-    kinds = (peft.tuners.tuners_utils.BaseTunerLayer, peft.utils.AuxiliaryTrainingWrapper)
-    return [module for module in model.modules() if isinstance(module, kinds)]
+    return adapter_layers(met_in(model))
 
 
 def _picked(name: str, values: Values, count: int, owners: Tensor | None) -> Values:
