@@ -131,20 +131,16 @@ def test_a_cache_without_room_is_refused() -> None:
 # Compiled -------------------------------------------------------------------------------------------------------------
 
 
-def test_all_layers_share_their_graphs(compiling: dict[str, Any]) -> None:
-    """Twice as many layers, no more graphs."""
-    made, before = setup("qwen3", "sdpa", base={"num_hidden_layers": 4}, memory_layers=[1, 3]), graphs()
-    same(made, QUESTIONS["one"], **compiling)
-    assert graphs() == before + 4
-
-
-@pytest.mark.parametrize("attention", ["sdpa"])
-def test_compiled_once_for_a_bucket(attention: str, compiling: dict[str, Any]) -> None:
-    """Without a break in the graph; other questions, other banks, a commit: nothing is compiled again."""
-    made = setup("qwen3", attention, documents=tokens(*LONG, seed=1), **SMALL)
-    before = graphs()
-    same(made, QUESTIONS["one"], **compiling)
+def test_compiled_once_for_a_bucket(compiling: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """By `warmup`, without a break in the graph, for all layers alike; other questions, other banks, a commit: nothing
+    is compiled again."""
+    made, before = setup("qwen3", "sdpa", documents=tokens(*LONG, seed=1), memory_layers=[1, 3]), graphs()
+    config = compiling["compile_config"]
+    seconds = made.model.warmup(made.bank, [9], max_new_tokens=4, compile_config=config)
+    assert list(seconds) == [(1, 9)] and seconds[1, 9] > 0
+    assert "warming up" in capsys.readouterr().err
     assert graphs() == before + 4  # a layer with a memory and one without, of the prompt and of a token
+    same(made, QUESTIONS["one"], **compiling)
     same(made, batch_of(tokens(12, seed=4)), **compiling)
     store = made.model.open_memory()
     store.add([{"key": str(place), "input_ids": item} for place, item in enumerate(made.documents)])
@@ -169,19 +165,33 @@ def test_layers_of_a_token_are_tuned() -> None:
     assert options_of_tokens({"backend": "eager", "mode": None}) == {"backend": "eager", "mode": None}
 
 
-def test_compiled_batches_and_turns(compiling: dict[str, Any]) -> None:
-    """Padded questions; and a cache that is handed on from turn to turn, in which padding left no trace."""
+def test_warmup_without_a_compiler() -> None:
     made = setup("qwen3", "sdpa", **SMALL)
-    same(made, QUESTIONS["padded"], **compiling)
-    ids, answers = torch.tensor(tokens(7, seed=8)), []
-    for options in ({}, compiling):
-        cache = MSAStaticCache(config=made.model.config, max_cache_len=64)
-        options = {name: value for name, value in options.items() if name == "compile_config"}
-        first = made.model.generate(ids, memory=made.bank, **{CACHE: cache}, **EXACTLY, **options)
-        more = torch.cat([first, torch.tensor(tokens(5, seed=9))], 1)
-        answers.append(made.model.generate(more, memory=made.bank, **{CACHE: cache}, **EXACTLY, **options))
-        assert int(cache.get_seq_length()) == answers[-1].shape[1] - 1
-    assert torch.equal(*answers)
+    plain = made.model.warmup(made.bank, [5, 6], [1, 2], show_progress=False)
+    assert list(plain) == [(1, 5), (1, 6), (2, 5), (2, 6)]
+
+
+def test_compiled_batches_and_turns(compiling: dict[str, Any]) -> None:
+    """Padded questions, and a cache that is handed on from turn to turn, in which padding left no trace."""
+    made, before = setup("qwen3", "sdpa", **SMALL), graphs()
+    compiled = {"compile_config": compiling["compile_config"]}
+    answers = []
+    for options in ({}, compiled):
+        kind: Any = MSAStaticCache if options else MSACache
+        cache = kind(config=made.model.config, **({"max_cache_len": 64} if options else {}))
+        ids, mask = QUESTIONS["padded"].values()
+        for more in (torch.empty(2, 0, dtype=torch.long), torch.tensor(tokens(5, 5, seed=9))):
+            ids = torch.cat([ids, more], 1)
+            mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+            given = {"input_ids": ids, "attention_mask": mask, "memory": made.bank, CACHE: cache}
+            found = made.model.generate(**given, **EXACTLY, **DETAILS, **options)
+            ids = found.sequences
+            answers.append((ids, torch.stack(found.logits)))
+        assert int(cache.get_seq_length()) == ids.shape[1] - 1
+    assert graphs() >= before + 4
+    for (tokens_, logits), (expected, theirs) in zip(answers[2:], answers[:2], strict=True):
+        assert torch.equal(tokens_, expected)
+        assert_same(logits, theirs)
 
 
 def test_more_rows_than_there_is_room_for(compiling: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,8 +217,10 @@ def test_caches_that_nobody_has_are_used_again(compiling: dict[str, Any]) -> Non
     """Where CUDA graphs look for tensors, there they are; what a caller was given stays the caller's."""
     made = setup("qwen3", "sdpa", **SMALL)
     answers, spare = [], []
+    plain = {"cache_implementation": "static"}  # one size of batch is enough to compile for
     for question in (*QUESTIONS.values(), *QUESTIONS.values()):
-        answers.append(made.model.generate(**question, memory=made.bank, **compiling, **EXACTLY))
+        options = compiling if len(question["input_ids"]) == 1 else plain
+        answers.append(made.model.generate(**question, memory=made.bank, **options, **EXACTLY))
         spare.append(list(spare_caches_msa._spare[made.model].values())[-1])
     # Other batches; "short" and "one" are alike.
     assert spare[0] is not spare[1] and spare[1] is spare[4] and spare[0] is spare[2] is spare[3]
@@ -266,20 +278,6 @@ def test_threads_leave_spare_caches_at_once() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert not failed and len(spare_caches_msa._spare[model]) == spare_caches_msa.MOST_SPARE
-
-
-def test_warmup_compiles_ahead(compiling: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """After it, a question of a like length compiles nothing."""
-    made = setup("qwen3", "sdpa", **SMALL)
-    config = compiling["compile_config"]
-    seconds = made.model.warmup(made.bank, [9], max_new_tokens=4, compile_config=config)
-    assert list(seconds) == [(1, 9)] and seconds[1, 9] > 0
-    assert "warming up" in capsys.readouterr().err
-    before = graphs()
-    same(made, batch_of(tokens(12, seed=5)), **compiling)
-    assert graphs() == before
-    plain = made.model.warmup(made.bank, [5, 6], [1, 2], show_progress=False)
-    assert list(plain) == [(1, 5), (1, 6), (2, 5), (2, 6)]
 
 
 # Waiting for the device -----------------------------------------------------------------------------------------------
