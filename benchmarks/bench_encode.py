@@ -8,6 +8,7 @@ documents are for a first look. Rows of a model, medians of `--repeats` runs tak
 
 * library: `model.encode_documents` of the same documents, tokenizing included; the bank stays on the device.
 * library, compiled: the same with `compile_layers=True`; the first call, which compiles, is stated apart.
+* library, compiled, fp8: with `fp8_projections=True` as well.
 * command: what `msa-hf encode` does once the model is loaded, up to the flushed manifest; beside it the share of the
   library's rate, of which the goal is 0.95.
 * host: seconds of CPU for a million tokens, the forwards of the model left out (their results are zeros): of the
@@ -180,6 +181,12 @@ def measure(name: str, model: Any, tokenizer: Any, protocol: Any, options: argpa
                 ways[compiled] = lambda run=run: run(compile_layers=True)
                 figures[f"{compiled}: first call, s"] = timed(ways[compiled], device).wall
                 print(f"{name:24} {compiled}: first call, {figures[f'{compiled}: first call, s']:.1f} s", flush=True)
+        if options.fp8:
+            for way, run in {"library": library, "command": command}.items():
+                narrow = f"{way}, compiled, fp8"
+                ways[narrow] = lambda run=run: run(compile_layers=True, fp8_projections=True)
+                figures[f"{narrow}: first call, s"] = timed(ways[narrow], device).wall
+                print(f"{name:24} {narrow}: first call, {figures[f'{narrow}: first call, s']:.1f} s", flush=True)
         runs: dict[str, list[Run]] = {way: [] for way in ways}
         for _ in range(options.repeats):
             for way, run in ways.items():
@@ -191,7 +198,7 @@ def measure(name: str, model: Any, tokenizer: Any, protocol: Any, options: argpa
             figures[f"{way}: CPU s per million tokens"] = statistics.median(
                 run.per_million(run.own + run.others) for run in found
             )
-        for suffix in ("", ", compiled") if options.compile else ("",):
+        for suffix in (way.removeprefix("library") for way in ways if way.startswith("library")):
             figures[f"command{suffix}: share of the library's rate"] = (
                 figures[f"command{suffix}: tokens/s"] / figures[f"library{suffix}: tokens/s"]
             )
@@ -231,6 +238,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="as of `msa-hf encode`")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="the rows of compiled layers as well")
+    parser.add_argument("--fp8", action="store_true", help="the rows of compiled layers that project in 8-bit floats")
     parser.add_argument("--directory", type=Path, help="where banks are written (default: the temporary one)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

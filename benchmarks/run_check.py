@@ -37,6 +37,7 @@ from msa_hf.model.routing_msa import RoutingRequest, Scoring, Selection
 
 QUESTIONS = (5, 3)  # of the first bank, and of another
 TOKENS = 5  # decoded behind each
+TURN = 7  # tokens that choose nothing, behind these
 # The length of a difference, over that of what is right: a sum in another order, through all layers.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 
@@ -148,20 +149,23 @@ def first_wrong_run(model: Any, banks: Sequence[Any], config: CompileConfig, len
         banks: two, which the model accepts.
         length: tokens of the shortest question.
     """
-    device, cache = model.device, static_cache(model.config, length + sum(QUESTIONS) + TOKENS)
+    device, cache = model.device, static_cache(model.config, length + sum(QUESTIONS) + TOKENS + 2 * TURN)
+    steps = ["the prompt", *(f"token {number + 1}" for number in range(TOKENS)), "the turn behind it"]
     options: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
     for number, bank in enumerate(bank for bank, times in zip(banks, QUESTIONS, strict=True) for _ in range(times)):
         ids = torch.randint(3, 2000, (1, length + number), device=device)
         plain, memory = MSACache(config=model.config), bank
         cache.reset()
         elsewhere = False
-        for token in range(TOKENS + 1):
+        for step in steps:
+            if step == steps[-1]:
+                ids = torch.randint(3, 2000, (1, TURN), device=device)
             with compiling(model, config):
                 found = model(ids, memory=memory, **options, **{CACHE: cache})
             expected = model(ids, memory=memory, **options, **{CACHE: plain})
             wrong, elsewhere = first_difference(left_by(found, cache), left_by(expected, plain), model.dtype, elsewhere)
             if wrong is not None:
-                return f"question {number + 1}, {f'token {token}' if token else 'the prompt'}: {wrong}"
+                return f"question {number + 1}, {step}: {wrong}"
             ids, memory = expected.logits[:, -1:].argmax(-1), None
     if device.type == "cuda" and config.mode in RECORDED_MODES and len(cache.recordings.known) < 3:
         return "all of it right, but runs are not recorded"

@@ -363,6 +363,8 @@ def test_a_complete_bank_is_taken_over_as_far_as_it_is_the_same(tmp_path: Path) 
     before = content_of(bank)
     assert encode(source, bank, log) == Encoded(20, first.tokens, first.chunks, first.parts, first.parts, 0)
     assert content_of(bank) == before and len(keys_in(log)) == 20
+    assert encode(source, bank, log, fp8_projections=True).found == 0  # what was projected otherwise is not the same
+    assert encode(source, bank, log).found == 0
     log.unlink()
     rows[9]["text"] = rows[9]["text"][::-1]
     rows += [{"key": "one more", "text": "y" * 30}]

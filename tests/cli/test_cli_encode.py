@@ -35,6 +35,16 @@ def test_encode_wraps_documents_as_the_protocol_says(place: Path, tmp_path: Path
     )
 
 
+def test_encode_projects_in_fp8_where_that_is_asked_for(place: Path, tmp_path: Path) -> None:
+    assert main(["encode", str(place / "plain"), str(place / "docs"), str(tmp_path / "bank"), "--fp8"]) == 0
+    model, tokenizer = loaded(place / "plain")
+    bank, rows = model.load_memory(tmp_path / "bank", tokenizer), [{"key": n, "text": TEXTS[n]} for n in sorted(TEXTS)]
+    options = {"show_progress": False, "fp8_projections": True}
+    same_bank(bank, model.encode_documents(rows, tokenizer, **options))
+    with pytest.raises(AssertionError):
+        same_bank(bank, model.encode_documents(rows, tokenizer, show_progress=False))
+
+
 def test_encode_reads_json_lines_and_saved_datasets_alike(place: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = [{"name": name, "body": text, "year": year} for year, (name, text) in enumerate(TEXTS.items())]

@@ -128,6 +128,7 @@ def encode_bank(
     sole_writer: bool = False,
     workers: int | None = None,
     compile_layers: bool = False,
+    fp8_projections: bool = False,
 ) -> Encoded:
     """Encode a corpus into a bank of format version 2, together with the other processes, which all call this.
 
@@ -151,6 +152,7 @@ def encode_bank(
             the next ones are encoded. None: three beside an accelerator, if there are cores for them; beside a model on
             the CPU 0, which does one after the other.
         compile_layers: see `model.encode_documents`; parts that are there were encoded either way.
+        fp8_projections: see `model.encode_documents`; parts that were encoded otherwise are not taken over.
 
     Raises:
         BankLocked: where another writer has the directory open.
@@ -164,7 +166,9 @@ def encode_bank(
     lock: WriterLock | None = None
     try:
         with agreed(ranks):
-            encoder = _Encoder(corpus, model, tokenizer, protocol, too_long, batch_tokens, compile_layers)
+            encoder = _Encoder(
+                corpus, model, tokenizer, protocol, too_long, batch_tokens, compile_layers, fp8_projections
+            )
             parts = encoder.parts(part_size)
             if too_long == "error":
                 own_numbers = (
@@ -312,10 +316,12 @@ class _Encoder:
         too_long: str,
         batch_tokens: int,
         compile_layers: bool,
+        fp8_projections: bool,
     ) -> None:
         if too_long not in ("error", "split"):
             raise ValueError(f"`too_long` must be 'error' or 'split', got {too_long!r}.")
-        self.corpus, self.model, self.batch_tokens, self.compile_layers = corpus, model, batch_tokens, compile_layers
+        self.corpus, self.model, self.batch_tokens = corpus, model, batch_tokens
+        self.compile_layers, self.fp8_projections = compile_layers, fp8_projections
         self.origin: BankOrigin = model.memory_origin(tokenizer)
         positions = position_limit(model.config)
         if protocol is not None and ID_FIELD in corpus.fields:  # before anything is written
@@ -337,6 +343,8 @@ class _Encoder:
             "limit": limit,
             "documents": len(corpus) if split else None,  # of which the ids of pieces depend
         }
+        if fp8_projections:  # parts from before there was a choice are of the model's own dtype
+            self.settings["projections"] = "fp8"
 
     def parts(self, size: int) -> list[Part]:
         """Cut the corpus into parts of at least `size` bytes of text, the last one aside."""
@@ -368,6 +376,7 @@ class _Encoder:
             None,
             batch_tokens=self.batch_tokens,
             compile_layers=self.compile_layers,
+            fp8_projections=self.fp8_projections,
             bank_device="cpu",
             show_progress=False,
             non_blocking=True,  # `write` waits

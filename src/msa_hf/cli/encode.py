@@ -56,6 +56,12 @@ def add_options(made: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compile the model's layers: a minute or more at the beginning, for a quicker model on a GPU",
     )
+    made.add_argument(
+        "--fp8",
+        action="store_true",
+        help="project in 8-bit floats, for a quicker model on GPUs that have them (use it with --compile); keys and "
+        "values differ by some hundredths",
+    )
     add_index_options(made)
     add_sole_writer_option(made)
     add_document_options(made)
@@ -95,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
                     sole_writer=args.sole_writer,
                     workers=args.workers,
                     compile_layers=args.compile,
+                    fp8_projections=args.fp8,
                 )
             indexing = time.perf_counter()
             if ranks.rank == 0:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .compiled_layers_msa import compiled_layers
 from .dense_layer_msa import DenseLayer, chunks_of
+from .fp8_projections_msa import fp8_projections
 from .streams_msa import Departures, send
 from .wrapping_msa import input_device
 
@@ -55,6 +56,7 @@ class EncodedWindow:
         device: where the memory is to lie.
         counted: see `Counted`.
         compiled: with compiled layers.
+        fp8: with projections of 8-bit floats.
 
     Raises:
         ValueError: for numbers that are not finite, naming the document; here, or from `wait` and `layers`.
@@ -69,6 +71,7 @@ class EncodedWindow:
         device: torch.device,
         counted: Counted,
         compiled: bool = False,
+        fp8: bool = False,
     ) -> None:
         self._keys, self._chunk_size, self._device = keys, model.config.chunk_size, device
         self._lengths = torch.tensor([len(item) for item in ids])
@@ -77,7 +80,7 @@ class EncodedWindow:
         source = input_device(model)
         self._departures, ahead = Departures(source), batches_ahead(source)
         separately = {"separately": True} if compiled else {}
-        with compiled_layers(model) if compiled else nullcontext():
+        with fp8_projections(model) if fp8 else nullcontext(), compiled_layers(model) if compiled else nullcontext():
             for places in self._places(batch_tokens):
                 padded = torch.nn.utils.rnn.pad_sequence([ids[place] for place in places], batch_first=True)
                 encoded = model.encode_batch(send(padded, source), self._lengths[places], **separately)

@@ -58,6 +58,7 @@ def encode_documents(
     bank_device: torch.device | str | None = None,
     show_progress: bool = True,
     compile_layers: bool = False,
+    fp8_projections: bool = False,
     non_blocking: bool = False,
     counted: Callable[[int, int], object] | None = None,
 ) -> MemoryBank:
@@ -103,7 +104,7 @@ def encode_documents(
                     counted(documents, sum(len(window[place].ids) for place in places))
 
             keys, ids = [item.key for item in window], [item.ids for item in window]
-            arriving.add(EncodedWindow(model, keys, ids, batch_tokens, device, count, compile_layers))
+            arriving.add(EncodedWindow(model, keys, ids, batch_tokens, device, count, compile_layers, fp8_projections))
             for item in window:
                 chunks = -(-len(item.ids) // config.chunk_size)
                 table.append(Document(item.key, item.text, item.metadata, len(item.ids), chunks))

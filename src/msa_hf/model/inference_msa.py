@@ -172,6 +172,9 @@ class MemoryMixin(ModelMixin):
             show_progress: a progress bar (default yes).
             compile_layers: run the decoder layers compiled. The first call compiles, for a minute or more; later ones
                 of the process, whatever the documents' lengths, do not. Results differ in the order of a last digit.
+            fp8_projections: run the projections of the decoder layers, not the routers', in 8-bit floats (e4m3, a scale
+                per token and per output); for GPUs that have them, together with `compile_layers`. Keys and values
+                differ by some hundredths of their length from those of the model's dtype (default no).
             non_blocking: return once everything was given to a GPU; the bank's `layers`, when they are first asked for,
                 wait for it, and raise for states that are not finite (default no).
 

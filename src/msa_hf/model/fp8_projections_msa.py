@@ -1,0 +1,90 @@
+"""Projections of 8-bit floats while documents are encoded: twice the rate of bfloat16 on GPUs that have them.
+
+Each row of a product has a scale of its own: a token's on the left, an output's on the right. Routers are left as they
+are, and so is all that reads a memory: questions are asked in the dtype of the model.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import ScalingType, scaled_mm
+from transformers import PreTrainedModel
+
+from .retrofit_msa import attention_layers
+from .wrapping_msa import input_device, is_entered_by_its_call
+
+FP8 = torch.float8_e4m3fn
+MULTIPLE = 16  # of both sizes of a matrix; others stay as they are
+LEAST_CAPABILITY = (8, 9)  # of a CUDA device
+
+
+def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [N, D] as e4m3 and their scales [N, 1] float32, by which these are to be multiplied."""
+    rows = rows.float()
+    scales = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / torch.finfo(FP8).max
+    return (rows / scales).to(FP8), scales
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer whose products are of 8-bit floats, summed in float32.
+
+    Args:
+        linear: what it stands for.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight, scales = to_fp8(linear.weight.detach())
+        self.register_buffer("weight", weight.t())
+        self.register_buffer("scales", scales.t())
+        self.bias = linear.bias
+
+    def forward(self, states: Tensor) -> Tensor:
+        """States [..., in] -> [..., out] in their dtype."""
+        rows, scales = to_fp8(states.flatten(0, -2))
+        row_wise = ScalingType.RowWise
+        product = scaled_mm(rows, self.weight, scales, row_wise, self.scales, row_wise, output_dtype=torch.bfloat16)
+        product = product.to(states.dtype).unflatten(0, states.shape[:-1])
+        return product if self.bias is None else product + self.bias
+
+
+@contextlib.contextmanager
+def fp8_projections(model: PreTrainedModel) -> Iterator[None]:
+    """A model whose decoder layers, up to the last one with a memory, project in 8-bit floats.
+
+    Raises:
+        ValueError: where weights come and go around the calls of modules, or the device has no such products.
+    """
+    if is_entered_by_its_call(model):
+        raise ValueError(
+            "`fp8_projections` is for models whose weights stay where they are: this one is offloaded, cut in parts or "
+            "has hooks on the whole model. Leave it out."
+        )
+    device = input_device(model)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        raise ValueError(
+            f"`fp8_projections` needs a GPU with products of 8-bit floats (compute capability 8.9 or newer), but "
+            f"{torch.cuda.get_device_name(device)} has {found}. Leave it out."
+        )
+    names = {module: name for name, module in model.named_modules()}
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for number, attention in attention_layers(model).items():
+            if number <= max(model.config.memory_layers):
+                layer = model.get_submodule(names[attention].rpartition(".")[0])
+                for parent in list(layer.modules()):
+                    for name, child in list(parent.named_children()):
+                        if type(child) is nn.Linear and not name.startswith("router_") and _fits(child):
+                            setattr(parent, name, Fp8Linear(child))
+                            replaced.append((parent, name, child))
+        yield
+    finally:
+        for parent, name, child in replaced:
+            setattr(parent, name, child)
+
+
+def _fits(linear: nn.Linear) -> bool:
+    return linear.in_features % MULTIPLE == 0 == linear.out_features % MULTIPLE
