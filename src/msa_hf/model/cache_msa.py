@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from .recording_msa import Recordings
+from .recording_msa import Recordings, copy_all
 from .renamed_msa import renamed_attribute
 
 LEAST_BUCKET = 64  # rows of the smallest context of a cache whose shapes stay
@@ -216,14 +216,18 @@ class MSAStaticCache(KeepsContexts, StaticCache):
 
     def settled(self, contexts: Mapping[int, MemoryContext]) -> dict[int, MemoryContext]:
         """Contexts in tensors that stay, as after `settle_contexts`; the cache goes on with those that it has."""
-        return {layer: self._settle(layer, item) for layer, item in contexts.items()}
+        copies: list[tuple[Tensor, Tensor]] = []
+        settled = {layer: self._settle(layer, item, copies) for layer, item in contexts.items()}
+        copy_all([place for place, _ in copies], [item for _, item in copies])
+        return settled
 
     def take_settled(self, contexts: Mapping[int, MemoryContext]) -> None:
         """Go on with what `settled` gave at some time, whose tensors were written to since."""
         self._settled = dict(contexts)
         self.contexts.update(contexts)
 
-    def _settle(self, layer: int, context: MemoryContext) -> MemoryContext:
+    def _settle(self, layer: int, context: MemoryContext, copies: list[tuple[Tensor, Tensor]]) -> MemoryContext:
+        """A context in tensors that stay, to which `copies` are yet to be made: places, and what goes there."""
         settled = self._settled.get(layer)
         if settled is context:
             return context
@@ -231,15 +235,12 @@ class MSAStaticCache(KeepsContexts, StaticCache):
             context = context.padded(bucket_of(context.keys.shape[2]))
         given = tensors_of(context)
         if settled is not None and shapes_of(settled) == shapes_of(context):
-            for name, place in tensors_of(settled).items():
-                place.copy_(given[name])
+            copies += [(place, given[name]) for name, place in tensors_of(settled).items()]
             return settled
-        copies: dict[str, Any] = {
-            name: item.clone(memory_format=torch.contiguous_format) for name, item in given.items()
-        }
-        for item in copies.values():
+        own: dict[str, Any] = {name: item.clone(memory_format=torch.contiguous_format) for name, item in given.items()}
+        for item in own.values():
             torch._dynamo.mark_static_address(item)
-        self._settled[layer] = replace(context, **copies)
+        self._settled[layer] = replace(context, **own)
         return self._settled[layer]
 
 

@@ -196,8 +196,7 @@ class HostCall:
         self.step()
 
     def _run(self) -> None:
-        for place, item in zip(self.places, self.function(), strict=True):
-            place.copy_(item)
+        copy_all(self.places, self.function())
 
     def _recorded(self) -> Step:
         with self.tape.running():
@@ -352,6 +351,17 @@ class Recordings:
             return function(inputs)
         self.known[kind] = Recorded(recording, held, result)
         return result
+
+
+def copy_all(places: Sequence[Tensor], items: Sequence[Tensor]) -> None:
+    """Copy tensors to `places` of their shapes and dtypes, those of a dtype in one launch."""
+    alike: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for place, item in zip(places, items, strict=True):
+        mine, theirs = alike.setdefault(place.dtype, ([], []))
+        mine.append(place)
+        theirs.append(item)
+    for mine, theirs in alike.values():
+        torch._foreach_copy_(mine, theirs)
 
 
 def version_of(tensor: Tensor) -> int:
