@@ -1,0 +1,180 @@
+"""A step that trains routers and a reader, against the rate of plain matrix products on the same device.
+
+    python benchmarks/bench_training.py --kernels 20 --json docs/bench_training.json              # one H200
+    python benchmarks/bench_training.py --shape tiny --pool 24 --questions 12 --read 4 --steps 3  # a rehearsal
+
+The step is that of `scripts/train_real.py routers`: a pool of passages, encoded twice (once without a graph), questions
+routed over it, rows that read with the pool as their memory and without one, low-rank updates of all matrices. Random
+weights and tokens; lengths as of passages, questions and rows of real text. Medians over the steps behind the first
+three, which compile.
+
+`share` is what the step computes, the second encoding included, over its time at the rate of a product of 8192^3:
+two operations for each weight of a matrix and token forward, four backward. Attention is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from bench_encode import gigaflops, matrix_rate
+from random_models import SHAPES, random_base
+from torch import Tensor
+
+from msa_hf import MSAForCausalLM
+from msa_hf.training.compiling import compiled_layers
+from msa_hf.training.contrastive import Temperatures, TokenRows, contrastive_step, soft_targets
+from msa_hf.training.reading import plain_reading_loss, reading_loss
+from msa_hf.training.weights import TrainedWeights, linear_ranks
+
+PASSAGE, QUESTION, ROW = (60, 240), (8, 24), (300, 700)  # least and most tokens
+ANSWER = 6  # tokens of an answer
+WARM = 3
+
+
+def rows_of(count: int, lengths: tuple[int, int], budget: int, vocabulary: int, device: str) -> list[TokenRows]:
+    """Random rows by length, in parts of about `budget` tokens, as a pool is cut."""
+    sizes = torch.randint(*lengths, (count,)).sort().values
+    parts = (sizes.cumsum(0) - 1) * max(round(int(sizes.sum()) / budget), 1) // sizes.sum()
+    made = []
+    for size in sizes.split(torch.bincount(parts).tolist()):
+        width = -(-int(size.max()) // 8) * 8
+        made.append(TokenRows(torch.randint(3, vocabulary, (len(size), width), device=device), size.to(device)))
+    return made
+
+
+@contextmanager
+def clocked(parts: dict[str, list[float]], name: str, device: str) -> Iterator[None]:
+    """Note how long something takes."""
+    start = time.perf_counter()
+    yield
+    if device != "cpu":
+        torch.cuda.synchronize()
+    parts.setdefault(name, []).append(time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser.add_argument("--memory-layers", help="with commas between (default: at 0.47, 0.63 and 0.8 of the depth)")
+    parser.add_argument("--pool", type=int, default=2048, help="passages")
+    parser.add_argument("--questions", type=int, default=1024)
+    parser.add_argument("--read", type=int, default=96, help="rows that read, half of them with the pool")
+    parser.add_argument("--rank", type=int, default=28)
+    parser.add_argument("--part-tokens", type=int, default=120_000)
+    parser.add_argument("--question-tokens", type=int, default=30_000)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--kernels", type=int, default=0, help="so many that take most time are named")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    device, shape = options.device, SHAPES[options.shape]
+    count = shape["num_hidden_layers"]
+    layers = options.memory_layers or ",".join(str(round(place * count)) for place in (0.47, 0.63, 0.8))
+    memory_layers = sorted({min(int(layer), count - 1) for layer in layers.split(",")})
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = MSAForCausalLM.from_base(
+        random_base(shape, device, dtype),
+        memory_layers=memory_layers,
+        query_reduction="last",
+        score_bias=True,
+        aux_temperature=0.05,
+    )
+    whole = [name for name, _ in model.named_parameters() if "router_" in name]
+    weights = TrainedWeights(model, linear_ranks(model, dict.fromkeys(range(count), options.rank)), whole)
+    temperatures = Temperatures(len(memory_layers)).to(device)
+    trained = [*weights.low_rank_parameters(), *weights.whole_parameters(), *temperatures.parameters()]
+    optimizer = torch.optim.AdamW(trained, fused=device != "cpu")
+    vocabulary, parts, tokens = shape["vocab_size"], {}, {}
+    profile = torch.profiler.profile() if options.kernels else None
+
+    def step() -> None:
+        documents = rows_of(options.pool, PASSAGE, options.part_tokens, vocabulary, device)
+        questions = rows_of(options.questions, QUESTION, options.question_tokens, vocabulary, device)
+        asked, pool = (sum(len(part.lengths) for part in item) for item in (questions, documents))
+        positives = torch.zeros(asked, pool, dtype=torch.bool, device=device)
+        positives[torch.arange(asked), torch.randint(pool, (asked,))] = True
+        targets = soft_targets(positives, torch.randn(asked, pool, device=device), 0.5)
+        tokens.update(
+            documents=sum(int(part.lengths.sum()) for part in documents),
+            questions=sum(int(part.lengths.sum()) for part in questions),
+        )
+        with clocked(parts, "weights written", device):
+            weights.write()
+        with clocked(parts, "pool and questions", device):
+            result = contrastive_step(model, documents, questions, targets, temperatures, 0.3, 0.2)
+        tokens["rows that read"] = 0
+        with clocked(parts, "reading", device):
+            for with_pool in (True, False) if options.read else ():
+                (row,) = rows_of(max(options.read // 2, 1), ROW, 1 << 60, vocabulary, device)
+                tokens["rows that read"] += int(row.lengths.sum())
+                places = torch.arange(row.ids.shape[1], device=device)
+                labels = row.ids.masked_fill(~row.mask | (places < row.lengths[:, None] - ANSWER), -100)
+                if with_pool:
+                    routes = places == row.lengths[:, None] - ANSWER - 1
+                    loss: Tensor = reading_loss(model, row.ids, labels, routes, result.pool, result.lengths)
+                else:
+                    loss = plain_reading_loss(model, row.ids, labels)
+                (0.5 * loss).backward()
+        with clocked(parts, "optimizer", device):
+            weights.take_gradients()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    seconds = []
+    with compiled_layers(model) if options.compile else nullcontext():
+        for number in range(options.steps):
+            last = number + 1 == options.steps and profile is not None
+            with profile if last else nullcontext(), clocked(parts, "step", device):
+                step()
+            print(f"step {number}: {parts['step'][-1]:.3f} s", flush=True)
+    seconds = {name: statistics.median(items[WARM:-1] or items[-1:]) for name, items in parts.items()}
+    base = model.base_model.layers
+    all_layers = 2e-9 * sum(
+        part.weight.numel() for layer in base for part in layer.modules() if isinstance(part, torch.nn.Linear)
+    )
+    gflop = {
+        "pool and questions": gigaflops(model) * (4 * tokens["documents"] + 3 * tokens["questions"]),
+        "reading": 3 * all_layers * tokens["rows that read"],
+    }
+    gflop["step"] = sum(gflop.values())
+    figures: dict[str, Any] = {"memory layers": memory_layers, **{f"{name}, tokens": n for name, n in tokens.items()}}
+    figures |= {f"{name}, s": taken for name, taken in seconds.items()}
+    figures["document tokens/s"] = tokens["documents"] / seconds["step"]
+    if device != "cpu":
+        figures["memory, GB"] = torch.cuda.max_memory_allocated() / 1e9
+    rate = None if device == "cpu" else matrix_rate(device, dtype)
+    if rate is not None:
+        figures["matrix rate, TFLOP/s"] = rate
+        figures |= {f"{name}, share": work / 1e3 / seconds[name] / rate for name, work in gflop.items()}
+    if profile is not None:
+        averages = profile.key_averages()
+        on_device = [item for item in averages if item.device_type == torch.autograd.DeviceType.CUDA]
+        taking = sorted(on_device, key=lambda item: -item.self_device_time_total)
+        figures["device, s"] = sum(item.self_device_time_total for item in on_device) / 1e6
+        for item in taking[: options.kernels]:
+            print(f"{item.self_device_time_total / 1e3:9.2f} ms {item.count:6} x {item.key[:110]}")
+    for name, value in figures.items():
+        print(f"{name:28} {value:,.4g}" if isinstance(value, float) else f"{name:28} {value}")
+    if options.json:
+        hardware = "CPU" if device == "cpu" else torch.cuda.get_device_name()
+        given = {name: str(value) for name, value in vars(options).items()}
+        record = {"hardware": hardware, "torch": torch.__version__, "arguments": given, "figures": figures}
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
