@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from churn import State, apply, commit, event
+from churn import State, apply, commit, event, serve
 from fake_model import CHUNK, LAYERS, FakeModel, contents, vectors
+from forking import ended, forked
 
 from msa_hf.bank import BankDamaged, BankNotWritable, BankStore, CommitOutcomeUnknown, ErasureIncomplete
 from msa_hf.model import bank_format_msa, bank_log_msa, bank_manifest_msa, bank_writer_msa
@@ -67,25 +66,25 @@ def fast_directory(tmp_path: Path) -> Iterator[Path]:
 def test_a_killed_writer_loses_nothing_it_acknowledged(fast_directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Kills at random moments: the bank is what it was after the last acknowledged event, or one later."""
     pick = random.Random(0)
-    command = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "churn.py")]
-    path = os.pathsep.join([str(Path(bank_format_msa.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     bank_directory = fast_directory / "bank"
     state: State = {}
     number = repaired = in_flight = 0
     span = 0.08  # seconds until a kill, at most
-    with subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, text=True, bufsize=1) as server:
-        assert server.stdin is not None and server.stdout is not None
+    (told, to), (said, out) = os.pipe(), os.pipe()
+    server = forked(serve, [told, out, 2])
+    os.close(told)
+    os.close(out)
+    with open(to, "w", buffering=1) as lines, open(said) as acks:
         caplog.set_level(logging.WARNING)
         for kill in range(5 * KILLS):
             if kill >= KILLS and repaired > 0 and in_flight > 0:
                 break  # they have hit commits
-            print(bank_directory, number, file=server.stdin, flush=True)
-            child = int(server.stdout.readline().split()[1])
+            print(bank_directory, number, file=lines)
+            child = int(acks.readline().split()[1])
             time.sleep(pick.uniform(0, span))
             os.kill(child, signal.SIGKILL)
             before = number
-            while (line := server.stdout.readline().split())[0] == "ack":
+            while (line := acks.readline().split())[0] == "ack":
                 assert int(line[1]) == number
                 state, number = apply(state, event(number)), number + 1
             span *= 1.15 if number == before else 0.95  # as long as a few commits take, also where the machine is busy
@@ -99,7 +98,7 @@ def test_a_killed_writer_loses_nothing_it_acknowledged(fast_directory: Path, cap
                 assert bank.verify() == []
                 repaired += "removed" in caplog.text
             assert set(files_of(bank_directory)) == named(bank_directory)
-        server.stdin.close()
+    assert ended(server) == [0]
     assert number > KILLS // 4 and repaired > 0 and in_flight > 0, "the kills must have hit commits"
 
 

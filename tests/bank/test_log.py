@@ -5,17 +5,18 @@ import errno
 import json
 import os
 import random
+import resource
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import many_commits
 import numpy as np
 import pytest
 from fake_model import FakeModel, contents
+from forking import ended, forked
 
 from msa_hf.bank import (
     BankDamaged,
@@ -28,7 +29,7 @@ from msa_hf.bank import (
 )
 from msa_hf.bank.store.deleted_keys import DeletedKeys
 from msa_hf.bank.store.merge import FAN_IN, LOG_COMMITS, merge_start
-from msa_hf.model import bank_files_msa, bank_manifest_msa, bank_reader_msa, bank_writer_msa
+from msa_hf.model import bank_files_msa, bank_manifest_msa, bank_writer_msa
 from msa_hf.model.bank_log_msa import entry_name
 from msa_hf.model.memory_msa import MemoryBank
 
@@ -51,14 +52,15 @@ def filled(directory: Path | None, count: int = 3) -> BankStore:
 
 def test_files_descriptors_and_mappings_stay_few_and_commits_cheap(tmp_path: Path) -> None:
     """With fewer descriptors than commits; what a commit costs is the same at the end."""
-    helper = Path(__file__).parents[1] / "helpers" / "many_commits.py"
-    command = ["bash", "-c", f"ulimit -n 64; exec {sys.executable} {helper} {tmp_path / 'bank'} 480"]
-    path = os.pathsep.join([str(Path(bank_reader_msa.__file__).parents[2]), str(helper.parent)])
-    result = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        many_commits.main(tmp_path / "bank", 480)
+
+    with open(os.devnull) as none, open(tmp_path / "said", "w") as said, open(tmp_path / "errors", "w") as errors:
+        (code,) = ended(forked(work, [file.fileno() for file in (none, said, errors)]))
+    assert code == 0, (tmp_path / "errors").read_text()
+    found = json.loads((tmp_path / "said").read_text())
     assert found["documents"] == 480 and found["segments"] <= LOG_COMMITS + 3 * FAN_IN
     assert found["descriptors"] <= 64 and found["mappings"] <= 64
     assert found["late"] < 3 * found["early"] + 0.5, "seconds of CPU of a run of commits"

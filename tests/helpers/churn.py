@@ -1,4 +1,4 @@
-"""A writer to be killed, and what it must have done: `python churn.py` forks one for every line it reads.
+"""A writer to be killed, and what it must have done: `serve()` forks one for every line it reads.
 
 A line is `directory first`; the writer applies event `first`, `first + 1`, ... and says `ack n` when event n is
 committed. `dead` follows when it is gone.
@@ -12,6 +12,10 @@ import random
 import sys
 import tempfile
 from typing import Any
+
+from fake_model import FakeModel
+
+from msa_hf.bank import BankStore
 
 State = dict[str, tuple[int, str | None]]  # key -> version, text or None
 
@@ -57,13 +61,8 @@ def write(directory: str, first: int) -> None:
             os.write(1, f"ack {number}\n".encode())
 
 
-if __name__ == "__main__":
-    import torch
-    from fake_model import FakeModel
-
-    from msa_hf.bank import BankStore
-
-    torch.set_num_threads(1)
+def serve() -> None:
+    """Fork a writer for every line of the input."""
     with tempfile.TemporaryDirectory() as warm, BankStore(FakeModel(), warm) as first_bank:
         for number in range(20):  # what is imported on first use is there before the first fork
             commit(first_bank, event(number))

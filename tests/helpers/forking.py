@@ -5,14 +5,19 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 LIMIT = 240
 
 
-def forked(work: Callable[[], object]) -> int:
-    """The number of a process that does some work and ends, after `LIMIT` seconds at the latest."""
+def forked(work: Callable[[], object], streams: Sequence[int] = ()) -> int:
+    """The number of a process that does some work and ends, after `LIMIT` seconds at the latest.
+
+    Args:
+        streams: descriptors that are its input, output and errors, and all that it has; default those of this process.
+    """
     # What a test before left behind must not be taken apart in the child: a process group would wait for threads that
     # the child does not have.
     gc.collect()
@@ -21,6 +26,8 @@ def forked(work: Callable[[], object]) -> int:
         code = 1
         try:
             signal.alarm(LIMIT)
+            if streams:
+                _take(*streams)
             work()
             code = 0
         except BaseException:
@@ -28,6 +35,14 @@ def forked(work: Callable[[], object]) -> int:
         finally:
             os._exit(code)
     return child
+
+
+def _take(*streams: int) -> None:
+    for place, descriptor in enumerate(streams):
+        os.dup2(descriptor, place)
+    os.closerange(len(streams), os.sysconf("SC_OPEN_MAX"))
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(place, "w", buffering=1, closefd=False) for place in (1, 2))
 
 
 def ended(*children: int) -> list[int]:

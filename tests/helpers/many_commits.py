@@ -1,17 +1,15 @@
-"""One-document commits to a bank, and what they cost: `python many_commits.py DIRECTORY COUNT` prints JSON."""
+"""One-document commits to a bank, and what they cost: `main(directory, count)` prints JSON."""
 
 import itertools
 import json
 import os
 import resource
-import sys
 from pathlib import Path
 
 from fake_model import FakeModel
 
 from msa_hf.bank import BankStore
 
-directory, count = Path(sys.argv[1]), int(sys.argv[2])
 RUN = 60
 
 
@@ -25,38 +23,39 @@ def written() -> int:
     return int(io["wchar"])
 
 
-def held() -> tuple[int, int]:
+def held(directory: Path) -> tuple[int, int]:
     maps = Path("/proc/self/maps").read_text().splitlines()
     return len(os.listdir("/proc/self/fd")), sum(str(directory) in line for line in maps)
 
 
-with BankStore(FakeModel(), directory) as bank:
-    times, most = [seconds()], (0, 0)
-    start = written()
-    for number in range(count):
-        bank.upsert(f"key {number}", f"the text of document {number}", version=number)
-        if number % RUN == RUN - 1:
-            times.append(seconds())
-            most = max(most[0], held()[0]), max(most[1], held()[1])
-    each = (written() - start) / count
-    bank.snapshot()
-    most = max(most[0], held()[0]), max(most[1], held()[1])
-    segments = bank.stat()["segments"]
-with BankStore(None, directory, read_only=True) as reader:
-    bank = reader.snapshot()
-    most = max(most[0], held()[0]), max(most[1], held()[1])
-    documents = len(bank)
-runs = [after - before for before, after in itertools.pairwise(times)]
-print(
-    json.dumps(
-        {
-            "documents": documents,
-            "segments": segments,
-            "descriptors": most[0],
-            "mappings": most[1],
-            "early": min(runs[1:4]),
-            "late": min(runs[-3:]),
-            "written": each,
-        }
+def main(directory: Path, count: int) -> None:
+    with BankStore(FakeModel(), directory) as bank:
+        times, most = [seconds()], (0, 0)
+        start = written()
+        for number in range(count):
+            bank.upsert(f"key {number}", f"the text of document {number}", version=number)
+            if number % RUN == RUN - 1:
+                times.append(seconds())
+                most = max(most[0], held(directory)[0]), max(most[1], held(directory)[1])
+        each = (written() - start) / count
+        bank.snapshot()
+        most = max(most[0], held(directory)[0]), max(most[1], held(directory)[1])
+        segments = bank.stat()["segments"]
+    with BankStore(None, directory, read_only=True) as reader:
+        bank = reader.snapshot()
+        most = max(most[0], held(directory)[0]), max(most[1], held(directory)[1])
+        documents = len(bank)
+    runs = [after - before for before, after in itertools.pairwise(times)]
+    print(
+        json.dumps(
+            {
+                "documents": documents,
+                "segments": segments,
+                "descriptors": most[0],
+                "mappings": most[1],
+                "early": min(runs[1:4]),
+                "late": min(runs[-3:]),
+                "written": each,
+            }
+        )
     )
-)

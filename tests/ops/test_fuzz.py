@@ -18,13 +18,9 @@ def test_wrong_arguments_raise(namespace: str, count: int, tmp_path: Path) -> No
     if namespace == "msa_hf" and (reason := why_not_built()) is not None:
         pytest.skip(reason)
 
-    def work() -> None:
-        for descriptor, name in enumerate(("said", "errors"), start=1):
-            os.dup2(os.open(tmp_path / name, os.O_CREAT | os.O_WRONLY), descriptor)
-        sys.stderr = os.fdopen(2, "w")
-        fuzz_ops.main(namespace, 0, count)
-
-    (code,) = ended(forked(work))
+    with open(os.devnull) as none, open(tmp_path / "said", "w") as said, open(tmp_path / "errors", "w") as errors:
+        streams = [file.fileno() for file in (none, said, errors)]
+        (code,) = ended(forked(lambda: fuzz_ops.main(namespace, 0, count), streams))
     last, *result = (tmp_path / "said").read_text().splitlines()
     assert code == 0, f"call {last.strip()}: {(tmp_path / 'errors').read_text()[-3000:]}"
     returned, raised = (int(word) for word in result[0].split()[1::2])
