@@ -6,17 +6,19 @@ import os
 import pty
 import select
 import signal
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import QUESTION, loaded, refusal
+from forking import ended, forked
 
 from msa_hf.cli import main
 from msa_hf.generation import COMPACT, asker_of
+from msa_hf.generation.direct import DirectAsker
 
 TEMPLATE = "{% for item in messages %}{{ item['role'] }} {{ item['content'] }} <eos> {% endfor %}"
 
@@ -102,38 +104,35 @@ def test_a_conversation_goes_on_where_its_history_is_kept(place: Path, tmp_path:
         assert "unable to open" in refusal(capsys, "chat", *command, "--history", name)
 
 
-SLOW = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which whoever runs this in the background has ignored
-from msa_hf.cli import main
-from msa_hf.generation.direct import DirectAsker
+def chat_slowly(*arguments: object) -> None:
+    """Chat, in a process of its own; the answer to "slow" takes a minute."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which whoever runs this in the background has ignored
+    whole = DirectAsker.ask
 
-def ask(self, said, streamer=None, **options):
-    if said[-1]["content"] == "slow":
-        try:
-            streamer.put(self.tokenizer(["sea tea"], return_tensors="pt")["input_ids"][0][:1])
-            streamer.put(self.tokenizer(["sea tea"], return_tensors="pt")["input_ids"][0][1:])
-            print("[writing]", flush=True)
-            time.sleep(60)
-        finally:
-            streamer.end()
-    return whole(self, said, streamer, **options)
+    def ask(self: Any, said: Any, streamer: Any = None, **options: Any) -> Any:
+        if said[-1]["content"] == "slow":
+            try:
+                streamer.put(self.tokenizer(["sea tea"], return_tensors="pt")["input_ids"][0][:1])
+                streamer.put(self.tokenizer(["sea tea"], return_tensors="pt")["input_ids"][0][1:])
+                print("[writing]", flush=True)
+                time.sleep(60)
+            finally:
+                streamer.end()
+        return whole(self, said, streamer, **options)
 
-whole, DirectAsker.ask = DirectAsker.ask, ask
-sys.exit(main(sys.argv[1:]))
-"""
+    DirectAsker.ask = ask  # type: ignore[method-assign]
+    os.environ["TERM"] = "dumb"
+    if code := main(["chat", *map(str, arguments)]):
+        sys.exit(code)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal of its own")
 def test_a_terminal_stops_answers_and_ends(place: Path) -> None:
     """Ctrl-C stops an answer and takes back a line, Ctrl-D ends; in a real terminal."""
     leader, follower = pty.openpty()
-    command = [sys.executable, "-c", SLOW, "chat", str(place / "plain"), str(place / "plain-bank")]
-    environment = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--max-new-tokens", "2"], stdin=follower, stdout=follower, stderr=follower, env=environment,
-        start_new_session=True,
-    )  # fmt: skip
+    work = partial(chat_slowly, place / "plain", place / "plain-bank", "--max-new-tokens", 2)
+    process = forked(work, [follower, follower, follower])
     os.close(follower)
     seen = ""
 
@@ -155,7 +154,7 @@ def test_a_terminal_stops_answers_and_ends(place: Path) -> None:
         without ending the wait, and a loaded machine may stop there.
         """
         for _ in range(6):
-            os.kill(process.pid, signal.SIGINT)
+            os.kill(process, signal.SIGINT)
             if comes(text, 20):
                 return
         raise AssertionError(f"no {text!r} within two minutes; {seen!r}")
@@ -174,8 +173,10 @@ def test_a_terminal_stops_answers_and_ends(place: Path) -> None:
         wait_for("half a li")
         interrupt_until("> ")
         os.write(leader, b"\x04")
-        assert process.wait(60) == 0
+        assert ended(process) == [0]
+        process = 0
     finally:
-        process.kill()
-        process.wait()
+        if process:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
         os.close(leader)
