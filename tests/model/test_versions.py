@@ -226,9 +226,10 @@ def test_our_code_uses_no_deprecated_names() -> None:
     """Only the file of differences knows the old name of an argument that was renamed, as a name or in a string."""
     found = []
     for path in sorted(Path(msa_hf.__file__).parent.rglob("*.py")):
-        if path.name == "compat_msa.py":
+        text = path.read_text()
+        if path.name == "compat_msa.py" or not re.search("torch_dtype|past_key_values|cache_params", text):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(text)):
             words = [getattr(node, field, None) for field in ("arg", "attr", "id", "name", "value")]
             passed = isinstance(node, ast.keyword) and node.arg == "torch_dtype"
             if passed or any(word in ("past_key_values", "cache_params") for word in words if isinstance(word, str)):
@@ -265,7 +266,7 @@ def test_all_of_this_without_the_old_names() -> None:
             *command,
             str(Path(__file__)),
             "-k",
-            "not every_version and not untested and not allows and not gpt_oss and not gemma2",
+            "not every_version and not untested and not allows and not our_code and not gpt_oss and not gemma2",
         ],
         capture_output=True,
         text=True,
