@@ -133,6 +133,39 @@ def test_a_field_that_nobody_knows_refuses() -> None:
     ask(other, made.bank)
 
 
+class AlwaysEqual:
+    """A setting that is like any other of its kind, as the ways to quantize of transformers are."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AlwaysEqual)
+
+
+def test_a_configuration_that_changes_after_the_bank_was_accepted() -> None:
+    """Within its fields too, and where what is equal says other things."""
+    made = setup()
+    model = copy.deepcopy(made.model)
+    ask(model, made.bank)
+    theta = model.config.rope_parameters["rope_theta"]
+    model.config.rope_parameters["rope_theta"] = 5.0
+    assert "rope_parameters.rope_theta" in refusal(model, made.bank)
+    model.config.rope_parameters["rope_theta"] = theta
+    ask(model, made.bank)
+    model.config.memory_layers.pop()
+    assert "memory_layers" in refusal(model, made.bank)
+    model = copy.deepcopy(made.model)
+    model.config.way = AlwaysEqual("one")
+    bank = encode(model, made)
+    ask(model, bank)
+    model.config.way.text = "another"
+    assert "configuration: way was 'one'" in refusal(model, bank)
+
+
 def test_fields_without_a_part_in_the_states_do_not_refuse() -> None:
     made = setup("granite")
     for name, value in HARMLESS.items():

@@ -27,7 +27,7 @@ from .encoding_msa import encode_documents
 from .fingerprint_msa import fingerprint_of, read_weights, tokenizer_fingerprint
 from .interface_msa import MEMORY_INTERFACE
 from .memory_msa import DenseLayer, DocumentTable, LayerMemory, Memory, MemoryBank, OpenSession, Snapshots
-from .origin_msa import BankOrigin, check_origin, default_fields, state_configuration
+from .origin_msa import BankOrigin, check_origin, state_fields
 from .positions_msa import equivalent_length, in_positions_of
 from .retrofit_msa import renumber_memory_layers
 from .routing_msa import LayerRouting, routing_request, scoring_of
@@ -194,7 +194,7 @@ class MemoryMixin(ModelMixin):
         renumber_memory_layers(self)
         weights, kind = read_weights(self), self.config.base_model_type
         assert kind is not None
-        configuration = state_configuration(self.config, quantized=bool(weights.quantized))
+        fields = state_fields(self, kind, quantized=bool(weights.quantized))
         return BankOrigin(
             model_fingerprint=fingerprint_of(weights),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
@@ -204,8 +204,8 @@ class MemoryMixin(ModelMixin):
             similarity=self.config.similarity,
             shared_router=self.config.shared_router,
             prefix_token_ids=tuple(self.config.prefix_token_ids),
-            configuration=configuration,
-            configuration_defaults=default_fields(kind, configuration),
+            configuration=fields.configuration,
+            configuration_defaults=fields.defaults,
             weights=weights,
             rope_length=equivalent_length(self.config),
         )

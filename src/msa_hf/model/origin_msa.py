@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
@@ -287,6 +291,53 @@ def state_configuration(config: PreTrainedConfig, quantized: bool = False) -> di
         and value is not None
     }
     return _json_values(fields)
+
+
+@dataclass(frozen=True)
+class StateFields:
+    """The part of a model's configuration that its states depend on.
+
+    Attributes:
+        configuration: see `state_configuration`.
+        defaults: see `default_fields`.
+    """
+
+    configuration: Mapping[str, object]
+    defaults: tuple[str, ...]
+
+
+# Model -> what its configuration was, copied, and what was found in it.
+_fields: weakref.WeakKeyDictionary[nn.Module, tuple[object, StateFields]] = weakref.WeakKeyDictionary()
+
+
+def state_fields(model: PreTrainedModel, kind: str, quantized: bool) -> StateFields:
+    """The fields of a model's configuration, looked for again only where it is not what it was.
+
+    Args:
+        model: with an `MSAConfig`.
+        kind: `base_model_type`.
+        quantized: see `state_configuration`.
+    """
+    config = model.config
+    now = type(config), kind, quantized, vars(config)
+    known = _fields.get(model)
+    if known is not None and known[0] == now:
+        return known[1]
+    configuration = state_configuration(config, quantized)
+    found = StateFields(configuration, default_fields(kind, configuration))
+    if _tells_changes(vars(config)):
+        _fields[model] = (*now[:-1], copy.deepcopy(vars(config))), found
+    return found
+
+
+def _tells_changes(value: object) -> bool:
+    """Tell whether a copy differs as soon as anything in the value changes: not so where a class decides what is equal,
+    as those of ways to quantize do."""
+    if type(value) is dict:
+        return all(_tells_changes(item) for pair in value.items() for item in pair)
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(_tells_changes(item) for item in value)
+    return value is None or type(value) in (bool, int, float, str, torch.dtype)
 
 
 def default_fields(kind: str, configuration: Mapping[str, object]) -> tuple[str, ...]:
