@@ -27,12 +27,12 @@ from .adapters_msa import (
     place_modules,
     place_parameters,
 )
+from .sampling_msa import SAMPLES, grouped, layout_of, read_samples, sample_of, step_of
 from .walking_msa import met_in
 from .weights_msa import HALF_STEPS, AdapterRecord, WeightsRecord, only_asks
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)  # exactly these: made of nothing but themselves
-SAMPLES = 64  # values per parameter that a fingerprint looks at
-KEPT = 8  # of these, as many as a record keeps
+KEPT = 8  # of the values per parameter that a fingerprint looks at, as many as a record keeps
 REMEMBERED = 4  # states of a model whose weights need not be read again: with an adapter, without it, ...
 
 _records: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, WeightsRecord]] = weakref.WeakKeyDictionary()
@@ -95,22 +95,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str | No
 # Samples --------------------------------------------------------------------------------------------------------------
 
 
-def _step(size: int) -> int:
-    return max(size // SAMPLES, 1)
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """64 evenly strided values of a plain tensor, or all of fewer; a view where it is contiguous."""
-    step = _step(tensor.numel())
-    if tensor.is_contiguous():
-        taken = min(-(-tensor.numel() // step), SAMPLES)
-        return tensor.as_strided((taken,), (step,), tensor.storage_offset())
-    return tensor.flatten()[::step][:SAMPLES]
-
-
 def _kept_places(size: int) -> Tensor:
     """Indices of the values that a record keeps of a parameter with `size` values, [at most 8] int64."""
-    step = _step(size)
+    step = step_of(size)
     return torch.arange(min(-(-size // step), SAMPLES))[:: SAMPLES // KEPT] * step
 
 
@@ -170,18 +157,11 @@ def _saved_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _groups(samples: list[Tensor]) -> list[tuple[list[int], Tensor]]:
-    """Samples of one device and dtype joined on the CPU, with one transfer; each group with the places of its parts."""
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for place, sample in enumerate(samples):
-        groups.setdefault((sample.device, sample.dtype), []).append(place)
-    return [(places, torch.cat([samples[place] for place in places]).cpu()) for places in groups.values()]
-
-
 def _on_host(samples: list[Tensor]) -> list[Tensor]:
-    """Samples on the CPU."""
+    """Samples on the CPU, with one transfer for those of one device and dtype."""
     found = list(samples)
-    for places, together in _groups(samples):
+    for places in grouped(samples):
+        together = torch.cat([samples[place] for place in places]).cpu()
         for place, sample in zip(places, together.split([len(samples[place]) for place in places]), strict=True):
             found[place] = sample
     return found
@@ -199,15 +179,14 @@ def _exact(values: Tensor) -> bytes:
 
 @torch.no_grad()
 def _state(model: nn.Module) -> Hashable:
-    """A value that changes with the weights and with what is active; takes a few milliseconds for a model of 4B."""
+    """A value that changes with the weights and with what is active; takes a millisecond for a model of 4B."""
     met = met_in(model)
     tensors = met.tensors()
     plain = all(type(tensor) in PLAIN_TENSORS for tensor in tensors)
     parts = tensors if plain else [part for tensor in tensors for part in _parts(tensor, whole=False)]
-    digest = hashlib.blake2b(digest_size=16)
-    for _, together in _groups([_sample(part) for part in parts if not part.is_meta]):
-        digest.update(together.view(torch.uint8).numpy().tobytes())
-    layout = tuple((part.dtype, part.shape, part.device) for part in parts)
+    layout, digest = layout_of(parts), hashlib.blake2b(digest_size=16)
+    for bits in read_samples(model, parts, layout):
+        digest.update(bits.cpu().numpy().tobytes())
     return layout, adapter_state(met), digest.digest()
 
 
@@ -243,7 +222,7 @@ def _read_samples(placed: Iterable[PlacedParameter]) -> dict[str, list[Tensor]]:
             for item in items:
                 if not (tensor := item.current() if item.tensor.is_meta else item.tensor).is_meta:
                     # Copies, so that no whole tensor that was loaded or put together is kept.
-                    found[item.name] = [_sample(part.detach()).clone() for part in _parts(tensor)]
+                    found[item.name] = [sample_of(part.detach()).clone() for part in _parts(tensor)]
     samples = iter(_on_host([sample for parts in found.values() for sample in parts]))
     return {name: [next(samples) for _ in parts] for name, parts in found.items()}
 
@@ -349,14 +328,14 @@ def _buffers(model: nn.Module, backbone: str, head: nn.Module | None) -> str | N
             found = True
             digest.update(f"{path.removeprefix(backbone)}{name} {tuple(value.shape)}\n".encode())
             for part in _parts(value.detach()):
-                digest.update(_exact(_sample(part).cpu()))
+                digest.update(_exact(sample_of(part).cpu()))
     return digest.hexdigest() if found else None
 
 
 def _frequencies(model: nn.Module) -> bytes | None:
     """A sample of the frequencies that rotary positions begin with: some schemes change them while they run."""
     found = {
-        name: _sample(buffer).float().cpu()
+        name: sample_of(buffer).float().cpu()
         for name, buffer in sorted(model.named_buffers())
         if name.endswith("original_inv_freq") and not buffer.is_meta
     }
@@ -395,7 +374,7 @@ def _adapted(
             for name, tensor in replaced.items():
                 if tensor.is_meta or name not in whole:
                     return None, "float32"
-                whole[name] = _kept_values(tensor, [_sample(tensor.detach()).cpu()])
+                whole[name] = _kept_values(tensor, [sample_of(tensor.detach()).cpu()])
             continue
         name = f"{adapter.path}.weight"
         if not adapter.is_plain_lora or name not in whole or not len(whole[name]):
