@@ -253,7 +253,10 @@ if [[ -w /dev/shm ]] && (($(df -k --output=avail /dev/shm | tail -n 1) > 4000000
 fi
 # The models are tiny and run on one thread each, so every core takes its own files. In the order of the folders: those of
 # few tests last, as is usual, would let one core wait for the slowest test of all.
-spread=(--numprocesses auto --dist loadfile --no-loadscope-reorder)
+workers=auto
+# Many of all the tests wait, for a disk or a deadline: one process more than there are cores has something to do then.
+[[ -n "$version" || ${#pytest_args[@]} -gt 0 ]] || workers="$(($(getconf _NPROCESSORS_ONLN) + 1))"
+spread=(--numprocesses "$workers" --dist loadfile --no-loadscope-reorder)
 # Of a test with very many cases some stand for all, but every family of models runs; a run that names what it tests has
 # them all.
 names_a_test() { [[ " ${pytest_args[*]-} " == *" -k "* || " ${pytest_args[*]-} " == *"::"* ]]; }
