@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from plain_tape import PlainTape, recorded, use_tapes
-from setups import Setup, assert_same, batch_of, setup, tokens
+from setups import PREFIX, Setup, assert_same, batch_of, setup, tokens
 from transformers import CompileConfig
 
 from msa_hf.bank import place_bank
 from msa_hf.bank.tiered.hardware import Tiers
 from msa_hf.bank.tiered.layer import TieredLayer
-from msa_hf.model import compiled_msa, recording_msa, spare_caches_msa
+from msa_hf.model import compiled_msa, inference_msa, recording_msa, spare_caches_msa
 from msa_hf.model.cache_msa import MSACache, MSAStaticCache
 from msa_hf.model.compat_msa import CACHE
 from msa_hf.model.dense_layer_msa import DenseLayer
@@ -186,6 +186,64 @@ def test_more_rows_than_there_is_room_for(tapes: list[PlainTape], monkeypatch: p
             found.append(answer)
     for ours, theirs in zip(found[4:], found[:4], strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_more_rows_than_in_the_turn_before(tapes: list[PlainTape], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn that runs again finds the contexts of before; a sample that does not route goes on with its own."""
+    made, found, run = setup("qwen3", "sdpa", **SMALL), [], compiled_msa.CompiledRuns.run_prompt
+    first, second = (torch.tensor(tokens(length, length, seed=length)) for length in (7, 5))
+    seen, routes = torch.ones(2, 12, dtype=torch.long), torch.tensor([[True], [False]]).expand(2, 5)
+
+    def runs_again(self: Any, model: Any, memory: Any, asked: Any, contexts: Any, cache: Any, *args: Any) -> None:
+        before = copy.deepcopy(cache.contexts)
+        assert run(self, model, memory, asked, contexts, cache, *args) is None
+        for layer, context in before.items():
+            assert torch.equal(cache.contexts[layer].keys, context.keys)
+
+    for make in (MSACache, MSAStaticCache):
+        kind = {} if make is MSACache else {"max_cache_len": 64}
+        given = {"memory": made.bank, "use_cache": True, **{CACHE: make(config=made.model.config, **kind)}}
+        with (
+            torch.no_grad(),
+            compiled_msa.compiling(made.model, recorded()["compile_config"]),
+            monkeypatch.context() as few,
+        ):
+            made.model(first, **given)
+            few.setattr(compiled_msa, "MOST_ROWS", len(PREFIX) + 1)
+            few.setattr(compiled_msa.CompiledRuns, "run_prompt", runs_again)
+            found.append(made.model(second, attention_mask=seen, routing_mask=routes, **given).logits)
+    assert_same(*found)
+
+
+def test_weights_are_looked_at_behind_all_launches(tapes: list[PlainTape], monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the device works. A model that changed is refused, and its cache is as new."""
+    made, events = setup("qwen3", "sdpa", **SMALL), list[str]()
+    monkeypatch.setattr(inference_msa, "works_beside_the_host", lambda device: True)
+    play, check = recording_msa.Recording.play, inference_msa.MemoryMixin._check_bank
+    monkeypatch.setattr(recording_msa.Recording, "play", lambda self: events.append("play") or play(self))
+    monkeypatch.setattr(
+        inference_msa.MemoryMixin, "_check_bank", lambda self, bank: events.append("check") or check(self, bank)
+    )
+    question, cache = batch_of(tokens(9, seed=3)), MSAStaticCache(config=made.model.config, max_cache_len=64)
+    given = {**question, "memory": made.bank, "use_cache": True, **{CACHE: cache}}
+    expected = made.model(**question, memory=made.bank).logits
+
+    def asks() -> Any:
+        cache.reset()
+        events.clear()
+        with torch.no_grad(), compiled_msa.compiling(made.model, recorded()["compile_config"]):
+            return made.model(**given).logits
+
+    for _ in range(4):
+        assert_same(asks(), expected)
+    assert events == ["play", "play", "check"]  # a prompt, its contexts
+    weight = made.model.model.layers[0].mlp.down_proj.weight.data  # past the counters
+    weight.mul_(2.0)
+    with pytest.raises(ValueError, match="parameters have other values"):
+        asks()
+    assert events == ["play", "play", "check"] and not cache.contexts and cache.seen() == 0
+    weight.div_(2.0)
+    assert_same(asks(), expected)
 
 
 def test_weights_that_change(tapes: list[PlainTape]) -> None:

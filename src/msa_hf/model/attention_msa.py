@@ -51,6 +51,13 @@ AttentionFunction = Callable[..., AttentionOutput]
 Record = TypeVar("Record")
 
 
+def refuse_nan(not_finite: Mapping[int, bool]) -> None:
+    """Raise ValueError where the router queries of a layer were not finite, naming the first."""
+    for layer, found in not_finite.items():
+        if found:
+            raise ValueError(SCORES_ARE_NAN.format(layer=layer))
+
+
 class MemoryPass(Protocol):
     """One run of the backbone. Methods are called by every attention layer, in this order."""
 
@@ -319,15 +326,13 @@ class AttendingPass:
         if not_finite:
             device = next(iter(not_finite.values())).device
             found = torch.stack([flag.to(device, non_blocking=True) for flag in not_finite.values()])
-            for layer, flag in zip(not_finite, found.tolist(), strict=True):  # the device is waited for here, once
-                if flag:
-                    raise ValueError(SCORES_ARE_NAN.format(layer=layer))
+            refuse_nan(dict(zip(not_finite, found.tolist(), strict=True)))  # the device is waited for here, once
         routing, self.routing, self.contexts, self.recording = self.routing, {}, {}, False
         return routing
 
-    def take(self, routing: dict[int, LayerRouting], not_finite: dict[int, Tensor]) -> None:
-        """Take what another pass recorded in the place of this one."""
-        self.routing, self.not_finite = routing, not_finite
+    def take(self, routing: dict[int, LayerRouting]) -> None:
+        """Take what another pass recorded in the place of this one, whose router queries were finite."""
+        self.routing = routing
 
     @staticmethod
     def tied(routing: dict[int, LayerRouting], output: Tensor) -> dict[int, LayerRouting]:

@@ -25,7 +25,7 @@ from transformers import Cache, CompileConfig
 from transformers.utils import ModelOutput, logging
 
 from .attending_layers_msa import AttendingLayers
-from .attention_msa import AttendingPass
+from .attention_msa import AttendingPass, refuse_nan
 from .cache_msa import MemoryContext, MSAStaticCache, bucket_of
 from .chunks_msa import ContextRows
 from .compat_msa import CACHE
@@ -205,8 +205,8 @@ class Chosen:
         layers: those with a memory, in order.
         documents: [layers, B, k] int64.
         scores: [layers, B, k] float32.
-        not_finite: [layers] bool.
-        cut: [] bool, some context needed more rows than there was room for.
+        flags: [layers + 1] bool: in a layer router queries were not finite; behind these, some context needed more rows
+            than there was room for.
     """
 
     output: ModelOutput
@@ -214,13 +214,13 @@ class Chosen:
     layers: list[int]
     documents: Tensor
     scores: Tensor
-    not_finite: Tensor
-    cut: Tensor
+    flags: Tensor
 
     @classmethod
     def of(cls, output: ModelOutput, attending: AttendingPass) -> Chosen:
         """What a pass recorded, whose layers were `RecallingLayer`s."""
         cuts = [layer.cut for layer in attending.layers.values() if isinstance(layer, RecallingLayer)]
+        cut = torch.stack([cut for cut in cuts if cut is not None]).any()
         routing = attending.routing
         return cls(
             output=output,
@@ -228,23 +228,18 @@ class Chosen:
             layers=list(routing),
             documents=torch.stack([item.documents for item in routing.values()]),
             scores=torch.stack([item.scores for item in routing.values()]),
-            not_finite=torch.stack(list(attending.not_finite.values())),
-            cut=torch.stack([cut for cut in cuts if cut is not None]).any(),
+            flags=torch.stack([*attending.not_finite.values(), cut]),
         )
 
     def kept(self) -> Chosen:
-        """The same in tensors that nobody overwrites; contexts, which the cache has copied, stay where they are."""
-        documents, scores, not_finite = self.documents.clone(), self.scores.clone(), self.not_finite.clone()
-        return Chosen(_kept(self.output), self.contexts, self.layers, documents, scores, not_finite, self.cut)
+        """The same in tensors that nobody overwrites; contexts, which a cache copies, and flags stay where they are."""
+        documents, scores = self.documents.clone(), self.scores.clone()
+        return Chosen(_kept(self.output), self.contexts, self.layers, documents, scores, self.flags)
 
     def routing(self) -> dict[int, LayerRouting]:
         """Layer -> its choice."""
         parts = zip(self.layers, self.documents.unbind(), self.scores.unbind(), strict=True)
         return {layer: LayerRouting(documents, scores) for layer, documents, scores in parts}
-
-    def flags(self) -> dict[int, Tensor]:
-        """Layer -> [] bool, its router queries were not finite."""
-        return dict(zip(self.layers, self.not_finite.unbind(), strict=True))
 
 
 def _kept(output: ModelOutput) -> ModelOutput:
@@ -427,19 +422,27 @@ class CompiledRuns:
             chosen = self.run(cache, kind, run, tensors, device, contexts) if recordable else run(tensors)
         finally:
             _asked.reset(token)
+        # All that is known to be wanted is launched before the device is waited for.
+        if missing:
+            cache.crop(-missing)
+        settled = None if contexts else self._settled(cache, chosen, device)
+        kept = chosen.kept()
         meanwhile()
-        cut = bool(chosen.cut)  # the device is waited for here
-        if cut or missing:
-            cache.crop(-width if cut else -missing)
+        *not_finite, cut = chosen.flags.tolist()  # the device is waited for here
         if cut:
+            cache.crop(-length)
             return None
-        # Only now, because the contexts before were still needed.
-        if cache.recordings.holds(chosen):
-            found = chosen.contexts
-            cache.take_settled(self.run(cache, ("settle",), lambda _: cache.settled(found), {}, device, found))
-        else:
-            cache.take_settled(cache.settled(chosen.contexts))
-        return chosen.kept()
+        # Contexts of before, which a prompt that was cut is to find again, are overwritten now at the soonest.
+        cache.take_settled(self._settled(cache, chosen, device) if settled is None else settled)
+        refuse_nan(dict(zip(kept.layers, not_finite, strict=True)))
+        return kept
+
+    def _settled(self, cache: MSAStaticCache, chosen: Chosen, device: torch.device) -> dict[int, MemoryContext]:
+        """The contexts of a prompt in tensors that stay."""
+        found = chosen.contexts
+        if not cache.recordings.holds(chosen):
+            return cache.settled(found)
+        return self.run(cache, ("settle",), lambda _: cache.settled(found), {}, device, found)
 
 
 def _identities(contexts: Mapping[int, MemoryContext]) -> tuple[tuple[int, int], ...]:

@@ -412,7 +412,7 @@ class MemoryMixin(ModelMixin):
         chosen = runs.run_prompt(self, memory, asked, attending.previous, static, inputs, meanwhile)
         if chosen is None:
             return None
-        attending.take(chosen.routing(), chosen.flags())
+        attending.take(chosen.routing())
         return chosen.output
 
     @staticmethod
