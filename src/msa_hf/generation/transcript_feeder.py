@@ -14,7 +14,6 @@ from ..model.compat_msa import CACHE, cache_of
 from ..model.configuration_msa import full_attention_layers
 from ..model.memory_msa import Memory
 from ..model.modeling_msa import MSAForCausalLM
-from ..model.options_msa import static_cache
 from ..model.routing_msa import LayerRouting
 from ..model.spare_caches_msa import keep_spare, spare_cache
 from . import protocol
@@ -114,8 +113,7 @@ class TranscriptFeeder:
         self.mask = torch.cat([self.mask, padded([[1] * len(ids) for ids, _ in new], 0, torch.long)], 1)
         routes = padded([routes for _, routes in new], False, torch.bool)
         if self.cache is None and self.static:
-            wanted = static_cache(self.model.config, self.ids.shape[1] + self.behind)
-            self.cache = spare_cache(self.model, len(self.rows), wanted)
+            self.cache = spare_cache(self.model, len(self.rows), self.ids.shape[1] + self.behind)
         inputs = {"input_ids": self.ids, "attention_mask": self.mask, "routing_mask": routes}
         if self.cache is not None:
             inputs[CACHE] = self.cache

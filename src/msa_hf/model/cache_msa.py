@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from .recording_msa import Recordings, copy_all
@@ -162,13 +162,15 @@ class MSAStaticCache(KeepsContexts, StaticCache):
         max_cache_len: tokens, questions and answers of all turns together, for which there is room.
 
     Attributes:
+        room: `max_cache_len`.
         recordings: of runs over its tensors.
         counted: tokens that it holds, where the host knows; what writes to it without saying how much makes it None.
     """
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int, *args: object, **kwargs: object) -> None:
+        super().__init__(config, max_cache_len, *args, **kwargs)
         self._settled: dict[int, MemoryContext] = {}
+        self.room = max_cache_len
         self.recordings = Recordings()
         self.counted: int | None = 0
 

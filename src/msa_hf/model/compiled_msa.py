@@ -29,7 +29,7 @@ from .attention_msa import AttendingPass, refuse_nan
 from .cache_msa import MemoryContext, MSAStaticCache, bucket_of
 from .chunks_msa import ContextRows
 from .compat_msa import CACHE
-from .memory_msa import LaunchesAlone, LayerMemory, Memory
+from .memory_msa import LayerMemory, Memory, launches_alone
 from .recording_msa import Inputs, Step, call_between, is_recordable, state_of
 from .routing_msa import LayerRouting, RoutingRequest, Scoring, Selection
 from .types_msa import Arguments
@@ -105,7 +105,7 @@ def recall_operation() -> Recall:
 
         def addresses() -> Hashable | None:
             memory = _asked.get().layers[number]
-            return memory.addresses(device, samples, k) if isinstance(memory, LaunchesAlone) else None
+            return memory.addresses(device, samples, k) if launches_alone(memory) else None
 
         return call_between(lambda: ask(queries, mask, number, k, rows, dtype), addresses)
 

@@ -37,7 +37,16 @@ from .inference_msa import (
     seen_by,
 )
 from .memory_msa import Memory
-from .options_msa import GenerationOptions, bind_positional, cache_for, leave_out, refuse_attentions, refuse_small_cache
+from .options_msa import (
+    STATIC,
+    GenerationOptions,
+    bind_positional,
+    cache_for,
+    leave_out,
+    most_tokens,
+    refuse_attentions,
+    refuse_small_cache,
+)
 from .spare_caches_msa import free_all, free_displaced, keep_spare, spare_cache
 from .types_msa import Arguments
 from .wrapping_msa import input_device
@@ -108,10 +117,12 @@ class GeneratingMixin(MemoryMixin):
         own = cache is None and options["use_cache"] is not False
         if own:
             samples = prompt.shape[0] * max(options["num_beams"] or 1, options["num_return_sequences"] or 1)
-            given[CACHE] = cache = cache_for(options, self.config, input_device(self), mask.shape[1])
-            if isinstance(cache, MSAStaticCache) and not options["return_dict_in_generate"]:
+            if options["cache_implementation"] == STATIC and not options["return_dict_in_generate"]:
                 # Not where it is handed out: nobody would give it back, nor what was recorded for it.
-                given[CACHE] = cache = spare_cache(self, samples, cache)
+                cache = spare_cache(self, samples, most_tokens(options, mask.shape[1]))
+            else:
+                cache = cache_for(options, self.config, input_device(self), mask.shape[1])
+            given[CACHE] = cache
             leave_out("cache_implementation", given, options)
             if options["is_assistant"]:
                 cache.activate_past_recording()  # drafts that are turned down are taken back
@@ -130,15 +141,16 @@ class GeneratingMixin(MemoryMixin):
 
         routing_mask = given.get("routing_mask")
         if routing_mask is None:
-            routing_mask = torch.full_like(mask, memory is not None, dtype=torch.bool)
+            routing_mask = mask.bool() if memory is not None else torch.zeros_like(mask, dtype=torch.bool)
         if (missing := mask.shape[1] - routing_mask.shape[1]) > 0:
             # An assistant is called with the tokens generated so far behind the prompt.
             sides = (0, missing) if options["is_assistant"] else (missing, 0)
             routing_mask = torch.nn.functional.pad(routing_mask.bool(), sides)
         if routing_mask.shape != mask.shape:
             raise ValueError(f"`routing_mask` must be [batch, {mask.shape[1]}], got {tuple(routing_mask.shape)}.")
-        routing_mask = routing_mask.bool() & mask.bool()
-        routing_mask[:, :past] = False
+        if given.get("routing_mask") is not None or past:
+            routing_mask = routing_mask.bool() & mask.bool()
+            routing_mask[:, :past] = False
         piece = options["prefill_chunk_size"]
         if piece is not None and bool(routing_mask[:, past + piece :].any()):
             raise ValueError(
@@ -150,7 +162,8 @@ class GeneratingMixin(MemoryMixin):
             raise ValueError(FORCED_WITHOUT_ROUTING)
         given["routing_mask"] = routing_mask
         if given.get("position_ids") is None:
-            given["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0) + self.config.first_position
+            first = self.config.first_position
+            given["position_ids"] = (mask.long().cumsum(1) + (first - 1)).clamp(min=first)
         pad = options["pad_token_id"]
         if pad is not None and not 0 <= int(pad) < self.config.vocab_size:
             given["padding_id"] = int(pad)

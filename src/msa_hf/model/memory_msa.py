@@ -6,11 +6,12 @@ its key, text and metadata; and with what model all of it was made, because no o
 
 import copy
 import importlib
+import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import torch
@@ -63,6 +64,18 @@ class LaunchesAlone(Protocol):
         Returns:
             None where the host has a part in it.
         """
+
+
+# Class -> its layers launch alone. Every prompt asks it of all layers, and a protocol takes long to say.
+_launching: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def launches_alone(layer: object) -> TypeGuard[LaunchesAlone]:
+    """Tell whether a layer is one that `LaunchesAlone` describes."""
+    kind = type(layer)
+    if kind not in _launching:
+        _launching[kind] = issubclass(kind, LaunchesAlone)
+    return _launching[kind]
 
 
 class LayerMemory(Protocol):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -57,14 +59,27 @@ def bind_positional(
     Raises:
         TypeError: for too many values, and for one that is given twice.
     """
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [name for name, item in inspect.signature(function).parameters.items() if item.kind in kinds]
+    names = _positional_names(function)
     if len(values) > len(names):
         raise TypeError(f"{function.__name__}() takes at most {len(names)} positional arguments, got {len(values)}.")
     bound = dict(zip(names, values, strict=False))
     if twice := sorted(bound.keys() & arguments.keys()):
         raise TypeError(f"{function.__name__}() got {twice} twice.")
     return {**bound, **arguments}
+
+
+@functools.lru_cache
+def _names_of_own(function: Hashable) -> list[str]:
+    """The names of positional arguments."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    assert callable(function)
+    return [name for name, item in inspect.signature(function).parameters.items() if item.kind in kinds]
+
+
+def _positional_names(function: Callable[..., object]) -> list[str]:
+    if isinstance(function, MethodType):  # a new one at every call, of the same function
+        return _names_of_own(function.__func__)[1:]
+    return _names_of_own(function)
 
 
 def cache_for(options: GenerationOptions, config: PreTrainedConfig, device: torch.device, prompt: int) -> Cache:
@@ -97,7 +112,12 @@ def cache_for(options: GenerationOptions, config: PreTrainedConfig, device: torc
 
 def static_cache(config: PreTrainedConfig, tokens: int) -> MSAStaticCache:
     """A static cache with room for so many tokens, and for those up to the next `STATIC_STEP`."""
-    return MSAStaticCache(config=config, max_cache_len=-(-tokens // STATIC_STEP) * STATIC_STEP)
+    return MSAStaticCache(config=config, max_cache_len=static_room(tokens))
+
+
+def static_room(tokens: int) -> int:
+    """The room of a static cache for so many tokens."""
+    return -(-tokens // STATIC_STEP) * STATIC_STEP
 
 
 def most_tokens(options: GenerationOptions, prompt: int) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .cache_msa import MSAStaticCache
+from .options_msa import static_cache, static_room
 
 if TYPE_CHECKING:
     from .generating_msa import GeneratingMixin
@@ -25,13 +26,13 @@ _spare: weakref.WeakKeyDictionary[torch.nn.Module, dict[Kind, MSAStaticCache]] =
 _lock = threading.Lock()
 
 
-def spare_cache(model: GeneratingMixin, samples: int, wanted: MSAStaticCache) -> MSAStaticCache:
-    """A cache that an earlier call left, where one is like the one `wanted` for so many samples; else `wanted`."""
+def spare_cache(model: GeneratingMixin, samples: int, tokens: int) -> MSAStaticCache:
+    """A `static_cache` for so many tokens of each sample: one that an earlier call left, or a new one."""
     free_displaced(model)
     with _lock:
-        kept = _spare.get(model, {}).pop(_kind_of(model, samples, wanted), None)
+        kept = _spare.get(model, {}).pop(_kind_of(model, samples, static_room(tokens)), None)
     if kept is None:
-        return wanted
+        return static_cache(model.config, tokens)
     kept.reset()
     return kept
 
@@ -46,7 +47,7 @@ def keep_spare(model: GeneratingMixin, samples: int, cache: MSAStaticCache) -> N
         return
     with _lock:
         kept = _spare.setdefault(model, {})
-        kind = _kind_of(model, samples, cache)
+        kind = _kind_of(model, samples, cache.room)
         old = [kept.pop(kind)] if kind in kept else []
         kept[kind] = cache
         old += [kept.pop(next(iter(kept))) for _ in range(len(kept) - MOST_SPARE)]
@@ -77,9 +78,9 @@ def _free(caches: list[MSAStaticCache]) -> None:
         cache.recordings.clear()
 
 
-def _kind_of(model: GeneratingMixin, samples: int, cache: MSAStaticCache) -> Kind:
+def _kind_of(model: GeneratingMixin, samples: int, room: int) -> Kind:
     # Tensors that were made in inference mode cannot be written to outside of it.
-    return _place_of(model), samples, cache.get_max_length(), torch.is_inference_mode_enabled()
+    return _place_of(model), samples, room, torch.is_inference_mode_enabled()
 
 
 def _place_of(model: GeneratingMixin) -> Place:
