@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import ScalingType, scaled_mm
 from transformers import PreTrainedModel
 
 from .retrofit_msa import attention_layers
@@ -44,8 +43,8 @@ class Fp8Linear(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """States [..., in] -> [..., out] in their dtype."""
         rows, scales = to_fp8(states.flatten(0, -2))
-        row_wise = ScalingType.RowWise
-        product = scaled_mm(rows, self.weight, scales, row_wise, self.scales, row_wise, output_dtype=torch.bfloat16)
+        # The operation itself: torch.compile of torch 2.11 breaks its graph at `torch.nn.functional.scaled_mm`.
+        product = torch.ops.aten._scaled_mm(rows, self.weight, scales, self.scales, out_dtype=torch.bfloat16)
         product = product.to(states.dtype).unflatten(0, states.shape[:-1])
         return product if self.bias is None else product + self.bias
 
