@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import random
+import sys
 import weakref
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from plain_tape import PlainTape, recorded, use_tapes
 from setups import PREFIX, Setup, assert_same, batch_of, setup, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 
 from msa_hf.bank import place_bank
@@ -244,6 +246,26 @@ def test_weights_are_looked_at_behind_all_launches(tapes: list[PlainTape], monke
     assert events == ["play", "play", "check"] and not cache.contexts and cache.seen() == 0
     weight.div_(2.0)
     assert_same(asks(), expected)
+
+
+def test_a_prompt_is_cut_without_waiting(tapes: list[PlainTape]) -> None:
+    """Behind what a static cache holds, whose length is on the device, where transformers asks for it."""
+    made, waiting = setup("qwen3", "sdpa", **SMALL), list[str]()
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            frame = sys._getframe() if "_local_scalar_dense" in str(func) else None
+            while frame is not None:
+                waiting.append(frame.f_code.co_name)
+                frame = frame.f_back
+            return func(*args, **(kwargs or {}))
+
+    cache = MSAStaticCache(config=made.model.config, max_cache_len=64)
+    given = {"memory": made.bank, **{CACHE: cache}, **EXACTLY, "compile_config": recorded()["compile_config"]}
+    answer = made.model.generate(**batch_of(tokens(9, seed=3)), **given)
+    with Waits():
+        made.model.generate(torch.cat([answer, torch.tensor(tokens(4))], 1), **given)
+    assert "generate" in waiting and "prepare_inputs_for_generation" not in waiting
 
 
 def test_weights_that_change(tapes: list[PlainTape]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -268,6 +268,11 @@ class HoldsContexts(Protocol):
     contexts: dict[int, MemoryContext]
 
 
+def holds_contexts(cache: object) -> TypeGuard[HoldsContexts]:
+    """Tell whether a cache is one that `HoldsContexts` describes."""
+    return isinstance(cache, (KeepsContexts, HoldsContexts))  # every token asks it, and a protocol takes long to say
+
+
 @runtime_checkable
 class SettlesContexts(Protocol):
     """A cache whose contexts take one of few shapes once a forward has chosen its documents."""
@@ -277,4 +282,4 @@ class SettlesContexts(Protocol):
 
 def contexts_of(cache: Cache | None) -> dict[int, MemoryContext]:
     """The contexts that a cache keeps; empty for a cache that keeps none, and for None."""
-    return cache.contexts if isinstance(cache, HoldsContexts) else {}
+    return cache.contexts if holds_contexts(cache) else {}

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 from transformers import Cache, CompileConfig
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
 from .attending_layers_msa import AttendingLayers
 from .attention_msa import AttendingPass, refuse_nan
@@ -200,7 +200,7 @@ class Chosen:
     """The results of a compiled prompt. The next one may overwrite their tensors.
 
     Attributes:
-        output: of the base.
+        output: fields of the base's output.
         contexts: by layer.
         layers: those with a memory, in order.
         documents: [layers, B, k] int64.
@@ -209,7 +209,7 @@ class Chosen:
             than there was room for.
     """
 
-    output: ModelOutput
+    output: Arguments
     contexts: dict[int, MemoryContext]
     layers: list[int]
     documents: Tensor
@@ -217,7 +217,7 @@ class Chosen:
     flags: Tensor
 
     @classmethod
-    def of(cls, output: ModelOutput, attending: AttendingPass) -> Chosen:
+    def of(cls, output: Arguments, attending: AttendingPass) -> Chosen:
         """What a pass recorded, whose layers were `RecallingLayer`s."""
         cuts = [layer.cut for layer in attending.layers.values() if isinstance(layer, RecallingLayer)]
         cut = torch.stack([cut for cut in cuts if cut is not None]).any()
@@ -242,9 +242,9 @@ class Chosen:
         return {layer: LayerRouting(documents, scores) for layer, documents, scores in parts}
 
 
-def _kept(output: ModelOutput) -> ModelOutput:
-    """An output in tensors that nobody overwrites."""
-    return type(output)(**{name: item.clone() if isinstance(item, Tensor) else item for name, item in output.items()})
+def _kept(output: Arguments) -> Arguments:
+    """The fields of an output in tensors that nobody overwrites."""
+    return {name: item.clone() if isinstance(item, Tensor) else item for name, item in output.items()}
 
 
 class CompiledRuns:
@@ -304,12 +304,13 @@ class CompiledRuns:
             compiling.state = settings, state_of(model)
         cache.recordings.renew(compiling.state)
 
-    def run_turn(self, model: GeneratingMixin, cache: MSAStaticCache, inputs: Arguments) -> ModelOutput | None:
+    def run_turn(self, model: GeneratingMixin, cache: MSAStaticCache, inputs: Arguments) -> Arguments | None:
         """Tokens that choose no documents, behind those that `cache` holds, with the contexts that it keeps: each token
         that is generated, or what stands behind a prompt.
 
         Returns:
-            None for several tokens whose mask is not one of tokens that are there; `cache` is then as before.
+            The fields of the base's output; None for several tokens whose mask is not one of tokens that are there:
+            `cache` is then as before.
         """
         mask, length = inputs.get("attention_mask"), inputs["position_ids"].shape[1]
         made = not isinstance(mask, dict) and (mask is None or mask.dim() == 2)
@@ -326,11 +327,12 @@ class CompiledRuns:
         tensors = {name: item for name, item in inputs.items() if isinstance(item, Tensor)}
         fixed = {name: item for name, item in inputs.items() if name not in tensors}
 
-        def run(found: Inputs) -> ModelOutput:
+        def run(found: Inputs) -> Arguments:
             visible = {"attention_mask": visible_tokens(model, cache, found["attention_mask"], width)} if made else {}
             attending = AttendingPass(config=model.config, layers={}, prefix={}, request=None, contexts=contexts)
             with self.layers.of(model, token=length == 1):
-                return model.run_plainly(**{**fixed, **found, **visible}, memory_pass=attending, return_dict=True)
+                output = model.run_plainly(**{**fixed, **found, **visible}, memory_pass=attending, return_dict=True)
+            return dict(output)
 
         if isinstance(mask, dict) or not (width == 1 or is_in_bucket(width)):
             output = run(tensors)
@@ -412,7 +414,7 @@ class CompiledRuns:
             )
             with self.layers.of(model, token=False):
                 output = model.run_plainly(**given, memory_pass=attending, return_dict=True)
-            return Chosen.of(output, attending)
+            return Chosen.of(dict(output), attending)
 
         kind = "prompt", rows, request.k, request.scoring, request.score_bias, _settings(fixed)
         token = _asked.set(Asked(asked.layers, replace(request, routing_mask=tensors["routing_mask"])))

@@ -303,6 +303,10 @@ class GeneratingMixin(MemoryMixin):
         if routing_mask is not None and self.config.rope_length is not None:
             # Such bases drop the cache where their frequencies would switch, which they do not here.
             prepare = functools.partial(transformers.GenerationMixin.prepare_inputs_for_generation, self)
+        new = kwargs.get("next_sequence_length")
+        if isinstance(new, Tensor) and isinstance(cache, MSAStaticCache) and inputs_embeds is None:
+            # Behind what the cache holds; transformers asks its device, and would wait for it to cut the prompt.
+            kwargs["next_sequence_length"] = input_ids.shape[1] - cache.seen()
         mask = kwargs.get("attention_mask")
         own_mask = current_runs() is not None and isinstance(cache, MSAStaticCache)
         if own_mask:  # compiled runs make that of all pairs; the base makes none where one of four dimensions is there

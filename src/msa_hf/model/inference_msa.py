@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput, logging
 
 from .attention_config_msa import check_holds_memory
 from .attention_msa import AttendingPass, EncodingDone, EncodingPass, PrefixPass
-from .cache_msa import HoldsContexts, MSACache, MSAStaticCache, SettlesContexts, contexts_of
+from .cache_msa import MSACache, MSAStaticCache, SettlesContexts, contexts_of, holds_contexts
 from .compat_msa import CACHE, empty_cache, rename_cache
 from .compiled_layers_msa import SeparateEncodingPass
 from .compiled_msa import Asked, current_runs
@@ -367,23 +367,23 @@ class MemoryMixin(ModelMixin):
             checking = _do_nothing
             if known and memory is not None:
                 checking = functools.partial(self._check_bank_behind, memory, cache)
-            output = self._run_compiled(attending, memory, cache, kwargs, checking)
-            if output is None:
-                output = self.run_base(**kwargs, memory_pass=attending, return_dict=True)
+            fields = self._run_compiled(attending, memory, cache, kwargs, checking)
+            if fields is None:
+                fields = dict(self.run_base(**kwargs, memory_pass=attending, return_dict=True))
                 checking()
         if isinstance(cache, MSAStaticCache):
             cache.counted = seen
-        # What a mixture calls `aux_loss` is the balance of its experts, which its `loss` holds.
-        fields = {name: value for name, value in output.items() if name != "aux_loss"}
         routing = attending.finish()
         if torch.is_grad_enabled() and is_sharded(self):
-            routing = attending.tied(routing, output[0] if output.get("loss") is None else output[1])
+            first, second, *_ = *fields.values(), None
+            routing = attending.tied(routing, first if fields.get("loss") is None else second)
         if request is not None:
             refuse_unseen(self.config.memory_layers, routing)
             if isinstance(cache, SettlesContexts):
                 cache.settle_contexts()
         if memory is not None:
             routing = {layer: _of_documents(found, memory.documents) for layer, found in routing.items()}
+        fields.pop("aux_loss", None)  # of a mixture: the balance of its experts, which its `loss` holds
         result = type(self).output_class(**fields, routing=routing)
         return result if return_dict is not False else result.to_tuple()
 
@@ -394,8 +394,9 @@ class MemoryMixin(ModelMixin):
         cache: Cache | None,
         inputs: Arguments,
         meanwhile: Callable[[], None],
-    ) -> ModelOutput | None:
-        """A run of what `generate` compiles, as if the pass had gone through the layers; None for any other.
+    ) -> Arguments | None:
+        """The fields of the base's output in a run that `generate` compiles, as if the pass had gone through the
+        layers; None for any other run.
 
         Args:
             meanwhile: what the host does while the device works; for a prompt.
@@ -507,7 +508,7 @@ def seen_by(cache: Cache | None) -> int:
 
 def refuse_forgetful_cache(cache: Cache | None) -> None:
     """Raise TypeError for a cache that has no place for the documents chosen."""
-    if cache is not None and not isinstance(cache, HoldsContexts):
+    if cache is not None and not holds_contexts(cache):
         raise TypeError(
             f"A memory needs an MSACache, which keeps the chosen documents, got {type(cache).__name__}; "
             f"leave `{CACHE}` out or pass MSACache(config=model.config)."
