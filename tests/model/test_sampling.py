@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -21,7 +22,7 @@ class Operations(TorchDispatchMode):
 
 
 def bits_of(tensors: list[Tensor]) -> bytes:
-    return b"".join(item.contiguous().view(torch.uint8).numpy().tobytes() for item in tensors)
+    return b"".join(item.contiguous().view(torch.uint8).cpu().numpy().tobytes() for item in tensors)
 
 
 def read(model: nn.Module, tensors: list[Tensor]) -> bytes:
@@ -35,12 +36,23 @@ def read(model: nn.Module, tensors: list[Tensor]) -> bytes:
     return found
 
 
-def test_samples_are_those_of_each() -> None:
+GPU = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="reads a GPU's memory")]
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_samples_are_those_of_each(device: str) -> None:
     model, kinds = nn.Module(), (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float64, torch.bool)
-    tensors = [(torch.randn(size, 3) * 9).to(kind) for kind in kinds for size in (1, 7, 64, 300) for _ in range(5)] + [
+    tensors = [
+        (torch.randn(size, 3, device=device) * 9).to(kind)
+        for kind in kinds
+        for size in (1, 7, 64, 300)
+        for _ in range(5)
+    ] + [
         torch.empty(0),
         torch.empty(3, device="meta"),
-        torch.tensor(2.5),
+        torch.tensor(2.5, device=device),
     ]
     read(model, tensors)
     before = read(model, tensors)
@@ -52,7 +64,7 @@ def test_samples_are_those_of_each() -> None:
         assert read(model, tensors) != before
         tensors[18].data = tensors[18].data[:9]  # where it was, but fewer
         read(model, tensors)
-        tensors[0] = torch.randn(40)
+        tensors[0] = torch.randn(40, device=device)
         read(model, tensors)
 
 
