@@ -7,7 +7,16 @@ import argparse
 from ...user_errors import UserError, reported
 from ..answers import interleave_options
 from ..options import positive
-from .options import add_asking_options, check_outputs, load_asked, names_of, run_options, show, sizes
+from .options import (
+    add_asking_options,
+    add_batch_size_option,
+    check_outputs,
+    load_asked,
+    names_of,
+    run_options,
+    show,
+    sizes,
+)
 
 NAME = "chains"
 HELP = "Ask for chains of one to four hops, comparisons, order, what two share and later versions, each with a twin."
@@ -17,6 +26,7 @@ KINDS = ("one_hop", "two_hop", "three_hop", "four_hop", "comparison", "order", "
 def add_options(made: argparse.ArgumentParser) -> None:
     """Its options."""
     add_asking_options(made)
+    add_batch_size_option(made)
     made.set_defaults(max_new_tokens=32)
     made.add_argument(
         "--sizes", type=sizes, default=sizes("16K,100K,1M"), help="of corpora, in tokens (default: 16K,100K,1M)"

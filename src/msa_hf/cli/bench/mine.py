@@ -9,7 +9,7 @@ from ...user_errors import UserError, reported
 from ..answers import interleave_options
 from ..documents import add_document_options, read_corpus
 from ..options import at_least, device_in, positive
-from .options import add_asking_options, check_outputs, load_asked, run_options, show, sizes
+from .options import add_asking_options, add_batch_size_option, check_outputs, load_asked, run_options, show, sizes
 
 NAME = "mine"
 HELP = "Plant facts in copies of your documents, ask for them, and say where this model and memory are blind."
@@ -29,6 +29,7 @@ def shares(text: str) -> list[float]:
 def add_options(made: argparse.ArgumentParser) -> None:
     """Its options."""
     add_asking_options(made)
+    add_batch_size_option(made)
     made.add_argument("docs", metavar="DOCS", help="documents as `encode` takes them, or a bank; neither is changed")
     add_document_options(made)
     made.add_argument(

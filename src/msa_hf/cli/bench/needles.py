@@ -9,6 +9,7 @@ from ..answers import interleave_options
 from ..options import positive
 from .options import (
     add_asking_options,
+    add_batch_size_option,
     add_text_options,
     check_outputs,
     load_asked,
@@ -27,6 +28,7 @@ VALUES = ("words", "numbers", "uuids")
 def add_options(made: argparse.ArgumentParser) -> None:
     """Its options."""
     add_asking_options(made)
+    add_batch_size_option(made)
     add_text_options(made, "16K,64K,256K,1M")
     made.add_argument(
         "--tasks", type=names_of(TASKS), default=list(TASKS), help=f"among {', '.join(TASKS)} (default: all)"

@@ -47,7 +47,6 @@ def add_asking_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("model", metavar="MODEL", help="a checkpoint with a memory")
     add_model_options(made)
     made.add_argument("--seed", type=at_least(0), default=0, help="another one makes other questions (default: 0)")
-    made.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: 8)")
     made.add_argument("--batch-tokens", type=positive, default=16384, help="tokens encoded at a time (default: 16384)")
     made.add_argument("--max-new-tokens", type=positive, default=64, help="of an answer (default: 64)")
     made.add_argument(
@@ -67,6 +66,11 @@ def add_asking_options(made: argparse.ArgumentParser) -> None:
         help="the result, written while the benchmark runs; after an interruption the same command goes on with it",
     )
     made.add_argument("--html", metavar="FILE.html", type=Path, help="the result as a page to read")
+
+
+def add_batch_size_option(made: argparse.ArgumentParser) -> None:
+    """Add the option of benchmarks that ask several questions at a time."""
+    made.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: 8)")
 
 
 def add_text_options(made: argparse.ArgumentParser, default_sizes: str) -> None:

@@ -10,7 +10,16 @@ from ...user_errors import UserError, reported
 from ..answers import interleave_options
 from ..options import at_least, positive
 from ..plan import placement
-from .options import add_asking_options, add_text_options, check_outputs, load_asked, names_of, run_options, show
+from .options import (
+    add_asking_options,
+    add_batch_size_option,
+    add_text_options,
+    check_outputs,
+    load_asked,
+    names_of,
+    run_options,
+    show,
+)
 
 if TYPE_CHECKING:
     from ...bench.scaling import AskedDocuments
@@ -23,6 +32,7 @@ KINDS = ("one_hop", "two_hop", "unanswerable")  # as msa_hf.bench.scaling has th
 def add_options(made: argparse.ArgumentParser) -> None:
     """Its options."""
     add_asking_options(made)
+    add_batch_size_option(made)
     add_text_options(made, "16K,64K,256K,1M")
     made.add_argument("--asked", type=positive, default=100, help="invented questions of each kind (default: 100)")
     made.add_argument(
