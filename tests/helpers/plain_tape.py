@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import CompileConfig
 
-from msa_hf.model import compiled_msa, recording_msa
+from msa_hf.model import compiled_msa, recalling_msa, recording_msa
 from msa_hf.model.document_rows_msa import ChunkLayout
 
 HOST = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")  # what no graph can hold
@@ -85,7 +85,7 @@ class PlainTape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if self.part is not None and func.namespace != compiled_msa.NAMESPACE:
+        if self.part is not None and func.namespace != recalling_msa.NAMESPACE:
             assert str(func).split(".")[1] not in HOST, f"{func} within a recording"
             self._note(result, [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)])
             # Other tensors over the same memory: that this holds some keeps nothing from being free.

@@ -18,7 +18,7 @@ from transformers import CompileConfig
 from msa_hf.bank import place_bank
 from msa_hf.bank.tiered.hardware import Tiers
 from msa_hf.bank.tiered.layer import TieredLayer
-from msa_hf.model import compiled_msa, inference_msa, recording_msa, spare_caches_msa
+from msa_hf.model import compiled_msa, inference_msa, prompt_buckets_msa, recording_msa, spare_caches_msa
 from msa_hf.model.cache_msa import MSACache, MSAStaticCache
 from msa_hf.model.compat_msa import CACHE
 from msa_hf.model.dense_layer_msa import DenseLayer
@@ -347,7 +347,7 @@ def test_an_error_of_the_memory_is_raised_at_once(tapes: list[PlainTape], monkey
 def test_prompts_of_any_length_leave_nothing(tapes: list[PlainTape], monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that are padded to no bucket are not recorded, or there would be a recording for each length."""
     made = setup("qwen3", "sdpa", **SMALL)
-    monkeypatch.setattr(compiled_msa, "MOST_PROMPT", 16)
+    monkeypatch.setattr(prompt_buckets_msa, "MOST_PROMPT", 16)
     for length in (17, 18, 17, 18, 17):
         question = {**batch_of(tokens(length, seed=length)), "memory": made.bank}
         answer = made.model.generate(**question, **EXACTLY, **recorded())

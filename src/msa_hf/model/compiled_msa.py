@@ -1,8 +1,7 @@
-"""The two runs of a question, compiled: its prompt, which chooses documents, and every token behind it.
+"""The runs of a question, compiled: its prompt, which chooses documents, and what stands behind it.
 
-Shapes stay: prompts are padded to a bucket, contexts have a bucket's rows, and the cache is static. Inside the graph a
-memory is one opaque operation, `recall`, which asks the memory of the running forward: whatever kind it is, it stays
-out of the graph, so that a commit changes nothing that was compiled, and a memory that lies on disk may wait.
+Shapes stay: prompts are padded to a bucket (prompt_buckets_msa.py), contexts have a bucket's rows, and the cache is
+static. Inside the graph a memory is one opaque operation (recalling_msa.py).
 
 On a GPU what is compiled can also be recorded (recording_msa.py): a token is one launch, and a prompt is one for what
 lies between two memory layers. Nothing of Python runs but what asks the memory.
@@ -12,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
-import re
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -27,11 +24,20 @@ from transformers.utils import logging
 from .attending_layers_msa import AttendingLayers
 from .attention_msa import AttendingPass, refuse_nan
 from .cache_msa import MemoryContext, MSAStaticCache, bucket_of
-from .chunks_msa import ContextRows
 from .compat_msa import CACHE
-from .memory_msa import LayerMemory, Memory, launches_alone
-from .recording_msa import Inputs, Step, call_between, is_recordable, state_of
-from .routing_msa import LayerRouting, RoutingRequest, Scoring, Selection
+from .memory_msa import Memory
+from .prompt_buckets_msa import (
+    bucket_of_prompt,
+    heads_of,
+    is_in_bucket,
+    kept_places,
+    padded,
+    real_places,
+    visible_tokens,
+)
+from .recalling_msa import Asked, RecallingLayer, asking, recall_operation
+from .recording_msa import Inputs, Step, is_recordable, state_of
+from .routing_msa import LayerRouting
 from .types_msa import Arguments
 
 if TYPE_CHECKING:
@@ -40,38 +46,13 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 COMPILED_DEVICES = ("cuda", "xpu", "neuron", "tpu")  # on which transformers compiles
-LEAST_PROMPT = 16  # tokens of the smallest prompt that is compiled for
-MOST_PROMPT = 1024  # longer ones are bound by their arithmetic, not by launches
 # Arguments of a forward that is compiled; others change what comes out of it.
 INPUTS = {"input_ids", "inputs_embeds", "position_ids", "attention_mask", "logits_to_keep", "use_cache", CACHE}
 MOST_ROWS = 2048  # rows of a context for which there is room; where a question needs more, it runs again as it is
-NAMESPACE = "msa_hf_memory"
-RECALL_SCHEMA = (
-    "(Tensor queries, Tensor mask, Tensor layer, int k, int rows, int groups, ScalarType dtype) -> "
-    "(Tensor documents, Tensor scores, Tensor keys, Tensor values, Tensor row_mask, Tensor document_index, Tensor nan, "
-    "Tensor cut)"
-)
-Recall = Callable[..., tuple[Tensor, ...]]
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The memory that `recall` asks, within one forward.
-
-    Attributes:
-        layers: layer -> what is asked.
-        request: how.
-    """
-
-    layers: Mapping[int, LayerMemory]
-    request: RoutingRequest
-
-
 # Modes of torch.compile that ask for CUDA graphs -> the same without, for runs that are recorded here.
 RECORDED_MODES = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
-_asked: contextvars.ContextVar[Asked] = contextvars.ContextVar("asked_memory")
 _runs: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, CompiledRuns]] = weakref.WeakKeyDictionary()
 
 
@@ -89,107 +70,6 @@ class Compiling:
 
 
 _compiling: contextvars.ContextVar[Compiling | None] = contextvars.ContextVar("compiling", default=None)
-
-
-# The memory in a graph ------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def recall_operation() -> Recall:
-    """The operation `recall`, registered on first use; each copy of this file in a process has its own."""
-
-    def recall(
-        queries: Tensor, mask: Tensor, layer: Tensor, k: int, rows: int, groups: int, dtype: torch.dtype
-    ) -> tuple[Tensor, ...]:
-        number, device, samples = int(layer), queries.device, queries.shape[0]
-
-        def addresses() -> Hashable | None:
-            memory = _asked.get().layers[number]
-            return memory.addresses(device, samples, k) if launches_alone(memory) else None
-
-        return call_between(lambda: ask(queries, mask, number, k, rows, dtype), addresses)
-
-    def ask(
-        queries: Tensor, mask: Tensor, layer: int, k: int, rows: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        asked = _asked.get()
-        memory, device = asked.layers[layer], queries.device
-        selection = memory.route(queries, mask, k, asked.request.scoring)
-        found = memory.gather(selection, dtype).to(device, dtype)
-        documents, scores = (item.to(device).contiguous() for item in (selection.documents, selection.scores))
-        nan = scores.new_zeros((), dtype=torch.bool) if selection.has_nan is None else selection.has_nan.to(device)
-        cut = found.row_mask[:, rows:].any()
-
-        def sized(tensor: Tensor, dim: int) -> Tensor:
-            missing = rows - tensor.shape[dim]
-            if missing > 0:
-                return torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 1 - dim) + (0, missing))
-            return tensor.narrow(dim, 0, rows).contiguous()
-
-        keys, values = sized(found.keys, 2), sized(found.values, 2)
-        return documents, scores, keys, values, sized(found.row_mask, 1), sized(found.document_index, 1), nan, cut
-
-    def shapes(
-        queries: Tensor, mask: Tensor, layer: Tensor, k: int, rows: int, groups: int, dtype: torch.dtype
-    ) -> tuple[Tensor, ...]:
-        batch, dim = queries.shape[0], queries.shape[3]
-        states = queries.new_empty(batch, groups, rows, dim, dtype=dtype)
-        columns = queries.new_empty(batch, rows, dtype=torch.long)
-        flag = queries.new_empty((), dtype=torch.bool)
-        return (
-            queries.new_empty(batch, k, dtype=torch.long),
-            queries.new_empty(batch, k, dtype=torch.float32),
-            states,
-            torch.empty_like(states),
-            columns.bool(),
-            columns,
-            flag,
-            torch.empty_like(flag),
-        )
-
-    own = re.sub(r"\W", "_", f"{__name__}_recall")
-    while hasattr(getattr(torch.ops, NAMESPACE), own):  # this file was imported anew
-        own = f"{own}_"
-    # CUDA graphs are cut where it stands: it decides on the host where its parts lie.
-    tags = [tag] if (tag := getattr(torch.Tag, "cudagraph_unsafe", None)) is not None else []
-    # Not `custom_op`, whose calls take three times as long.
-    torch.library.define(f"{NAMESPACE}::{own}", RECALL_SCHEMA, tags=tags)
-    torch.library.impl(f"{NAMESPACE}::{own}", "default", recall)
-    torch.library.register_fake(f"{NAMESPACE}::{own}", shapes)
-    return getattr(getattr(torch.ops, NAMESPACE), own).default
-
-
-class RecallingLayer:
-    """A memory layer as a graph sees it; one question is asked of it.
-
-    Args:
-        recall: the operation.
-        layer: [] int64 on the CPU, number of the model's layer; a tensor, so that all layers have the same graph.
-        rows: of a sample's context.
-        groups: key/value heads.
-        dtype: of keys and values.
-    """
-
-    def __init__(self, recall: Recall, layer: Tensor, rows: int, groups: int, dtype: torch.dtype) -> None:
-        self.recall, self.layer, self.rows, self.groups, self.dtype = recall, layer, rows, groups, dtype
-        self.found: ContextRows | None = None
-        self.cut: Tensor | None = None
-
-    def route(self, queries: Tensor, mask: Tensor, k: int, scoring: Scoring) -> Selection:
-        """The documents, and their rows for `gather`."""
-        documents, scores, keys, values, row_mask, document_index, nan, self.cut = self.recall(
-            queries, mask, self.layer, k, self.rows, self.groups, self.dtype
-        )
-        self.found = ContextRows(keys, values, row_mask, document_index)
-        return Selection(documents, scores, has_nan=nan)
-
-    def score(self, queries: Tensor, mask: Tensor, scoring: Scoring, documents: Tensor | None = None) -> Tensor:
-        raise NotImplementedError("A graph holds no scores of all documents.")
-
-    def gather(self, selection: Selection, dtype: torch.dtype) -> ContextRows:
-        """The rows that came with the documents."""
-        assert self.found is not None
-        return self.found
 
 
 # The runs -------------------------------------------------------------------------------------------------------------
@@ -321,7 +201,7 @@ class CompiledRuns:
         contexts = dict(cache.contexts)
         width = 1 if length == 1 else self._width(cache, length)
         if length > 1:
-            inputs = {**_padded(inputs, width - length), "logits_to_keep": kept_places(inputs, length)}
+            inputs = {**padded(inputs, width - length), "logits_to_keep": kept_places(inputs, length)}
         if made:
             inputs = {**inputs, "attention_mask": real_places(cache, mask, inputs["position_ids"])}
         tensors = {name: item for name, item in inputs.items() if isinstance(item, Tensor)}
@@ -376,10 +256,10 @@ class CompiledRuns:
         if not cache.is_initialized:
             cache.early_initialization(batch, groups, dim, model.dtype, device)
         tensors = {
-            **_padded({key: inputs[key] for key in (name, "position_ids")}, missing),
+            **padded({key: inputs[key] for key in (name, "position_ids")}, missing),
             "attention_mask": real_places(cache, inputs.get("attention_mask"), inputs["position_ids"]),
             "logits_to_keep": kept_places(inputs, length),
-            **_padded({"routing_mask": asked.request.routing_mask}, missing),
+            **padded({"routing_mask": asked.request.routing_mask}, missing),
         }
         for layer, (keys, values) in memory.prefix.items():
             tensors |= {f"{layer} keys": keys, f"{layer} values": values}
@@ -417,13 +297,10 @@ class CompiledRuns:
             return Chosen.of(dict(output), attending)
 
         kind = "prompt", rows, request.k, request.scoring, request.score_bias, _settings(fixed)
-        token = _asked.set(Asked(asked.layers, replace(request, routing_mask=tensors["routing_mask"])))
-        try:
-            # Prompts of every length there is are not recorded: their contexts, which stay, would fill the device.
-            recordable = is_in_bucket(width)
+        # Prompts of every length there is are not recorded: their contexts, which stay, would fill the device.
+        recordable = is_in_bucket(width)
+        with asking(Asked(asked.layers, replace(request, routing_mask=tensors["routing_mask"]))):
             chosen = self.run(cache, kind, run, tensors, device, contexts) if recordable else run(tensors)
-        finally:
-            _asked.reset(token)
         # All that is known to be wanted is launched before the device is waited for.
         if missing:
             cache.crop(-missing)
@@ -466,71 +343,6 @@ def _lengths_of(cache: MSAStaticCache) -> Step:
             place.copy_(length)
 
     return restore
-
-
-def bucket_of_prompt(length: int) -> int:
-    """Tokens to which a prompt is padded: the next power of two, or what there is where that is long already."""
-    return length if length > MOST_PROMPT else max(1 << (length - 1).bit_length(), LEAST_PROMPT)
-
-
-def is_in_bucket(width: int) -> bool:
-    """Tell whether `width` is a number of tokens to which prompts are padded."""
-    return width == bucket_of_prompt(width) <= MOST_PROMPT
-
-
-def _padded(inputs: Arguments, missing: int) -> Arguments:
-    """What tells of tokens [B, T, ...] for so many more, which are padding; the rest as it is."""
-    of_tokens = ("input_ids", "inputs_embeds", "position_ids", "routing_mask")
-    return {
-        name: torch.nn.functional.pad(item, (0, 0) * (item.dim() - 2) + (0, missing))
-        if name in of_tokens and isinstance(item, Tensor)
-        else item
-        for name, item in inputs.items()
-    }
-
-
-def kept_places(inputs: Arguments, length: int) -> Tensor:
-    """[n] int64, the tokens whose logits are wanted; the same of a run whose prompt is padded."""
-    kept = inputs.get("logits_to_keep", 0)
-    if isinstance(kept, int):
-        return torch.arange(length - kept if kept else 0, length, device=inputs["position_ids"].device)
-    return kept
-
-
-def heads_of(model: GeneratingMixin) -> tuple[int, int]:
-    """Key/value heads and their width, of every attention layer."""
-    config = model.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, width
-
-
-def real_places(cache: MSAStaticCache, mask: Tensor | None, positions: Tensor) -> Tensor:
-    """[B, room] bool, the places of a static cache that hold no padding, or nothing yet.
-
-    Args:
-        mask: [B, past + T] of the tokens that are there; None for all.
-        positions: [B, T], on the device.
-    """
-    room = cache.get_max_length()
-    if mask is None:
-        return torch.ones(positions.shape[0], room, dtype=torch.bool, device=positions.device)
-    return torch.nn.functional.pad(mask.to(positions.device).bool(), (0, room - mask.shape[1]), value=True)
-
-
-def visible_tokens(model: GeneratingMixin, cache: MSAStaticCache, real: Tensor, length: int) -> Tensor:
-    """The mask [B, 1, T, room] of the next T tokens over all places of a static cache, as the base takes it.
-
-    Args:
-        real: [B, room] bool, places that may be seen.
-        length: T.
-    """
-    places = torch.arange(real.shape[1], device=real.device)
-    queries = torch.arange(length, device=real.device) + cache.get_seq_length()
-    visible = (places <= queries[:, None])[None, None] & real[:, None, None]
-    if model.config._attn_implementation != "eager":
-        return visible
-    low = torch.finfo(model.dtype).min
-    return torch.zeros_like(visible, dtype=model.dtype).masked_fill(~visible, low)
 
 
 # Which runs are compiled ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from .attention_msa import AttendingPass, EncodingDone, EncodingPass, PrefixPass
 from .cache_msa import MSACache, MSAStaticCache, SettlesContexts, contexts_of, holds_contexts
 from .compat_msa import CACHE, empty_cache, rename_cache
 from .compiled_layers_msa import SeparateEncodingPass
-from .compiled_msa import Asked, current_runs
+from .compiled_msa import current_runs
 from .configuration_msa import MSAConfig
 from .encoding_msa import encode_documents
 from .fingerprint_msa import fingerprint_of, read_weights, tokenizer_fingerprint
@@ -29,6 +29,7 @@ from .interface_msa import MEMORY_INTERFACE
 from .memory_msa import DenseLayer, DocumentTable, LayerMemory, Memory, MemoryBank, OpenSession, Snapshots
 from .origin_msa import BankOrigin, check_origin, state_fields
 from .positions_msa import equivalent_length, in_positions_of
+from .recalling_msa import Asked
 from .retrofit_msa import renumber_memory_layers
 from .routing_msa import LayerRouting, routing_request, scoring_of
 from .samples_msa import one_adapter
