@@ -53,6 +53,7 @@ from msa_hf.training.contrastive import Temperatures, contrastive_step, soft_tar
 from msa_hf.training.reading import plain_reading_loss, reading_loss, reading_row
 from msa_hf.training.sharing import gather_rows, sum_over_processes
 from msa_hf.training.teacher import EmbeddingTeacher
+from msa_hf.training.weights import TrainedWeights
 
 MEMORY_FIELDS = ("memory_layers", "similarity", "chunk_size", "query_reduction", "score_bias", "aux_temperature")
 READING_SHARD = 20_000  # rows
@@ -247,7 +248,7 @@ def routers(arguments: argparse.Namespace) -> None:
     weights = trained_weights(arguments, model)
     temperatures = Temperatures(len(model.config.memory_layers)).to(where)
     if arguments.start and Path(arguments.start).is_dir():
-        weights.load_state_dict({name: value.to(where) for name, value in weights_of_adapter(arguments.start).items()})
+        start_from(weights, {name: value.to(where) for name, value in weights_of_adapter(arguments.start).items()})
     elif arguments.start:
         state = torch.load(arguments.start, map_location=where, weights_only=True)
         weights.load_state_dict({name: value.to(where).float() for name, value in state["weights"].items()})
@@ -425,6 +426,29 @@ def weights_of_adapter(directory: str | Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def start_from(weights: TrainedWeights, state: dict[str, torch.Tensor]) -> None:
+    """Begin with weights that were trained with other ranks or fewer memory layers.
+
+    Updates of a greater rank are cut to the nearest of their rank; of a smaller one they are as they were. Routers of
+    further layers begin as they are.
+    """
+    mine = weights.state_dict()
+    for name in weights.low_rank:
+        rank = mine[f"{name}.down"].shape[0]
+        up, down = state[f"{name}.up"], state[f"{name}.down"]
+        if rank < down.shape[0]:
+            (left, first), (right, second) = torch.linalg.qr(up), torch.linalg.qr(down.T)
+            inner, sizes, outer = torch.linalg.svd(first @ second.T)
+            root = sizes[:rank].sqrt()
+            up, down = left @ inner[:, :rank] * root, (right @ outer[:rank].T * root).T
+        mine[f"{name}.up"][:, : up.shape[1]] = up
+        mine[f"{name}.down"][: down.shape[0]] = down
+    if unknown := state.keys() - mine.keys():
+        raise SystemExit(f"The adapter has weights that are not trained here: {sorted(unknown)[:4]}.")
+    routers = {name: state.get(name, value) for name, value in mine.items() if name in weights.whole}
+    weights.load_state_dict({**mine, **routers})
+
+
 def adapter(arguments: argparse.Namespace) -> None:
     """Write what was trained as an adapter for PEFT, with the protocol."""
     from peft import get_peft_model
@@ -520,7 +544,9 @@ def main() -> None:
     made.add_argument("--name", default="routers")
     made.add_argument("--shards", type=int, default=1, help="in which questions were asked and reading rows made")
     made.add_argument(
-        "--initial", dest="start", help="a checkpoint of this command, or an adapter that `adapter` wrote"
+        "--initial",
+        dest="start",
+        help="a checkpoint of this command, or an adapter that `adapter` wrote, also of another rank or fewer layers",
     )
     made.add_argument("--minutes", type=float, default=15.0)
     made.add_argument("--until", type=float, help="seconds since the epoch, instead of minutes")

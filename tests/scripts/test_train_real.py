@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from msa_hf import MSAForCausalLM
+from msa_hf.training.weights import linear_ranks
 
 # PEFT asks a model for a property by the name that the newer transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -124,6 +125,27 @@ def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.
     assert started.keys() == state.keys()
     for name, value in state.items():
         torch.testing.assert_close(started[name], value.float(), atol=1e-2, rtol=1e-2)
+
+    # With another rank, and a memory layer more.
+    def changes(rank: int, layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        more = MSAForCausalLM.from_base(place / "base", **{**fields, "memory_layers": list(layers)})
+        names = [name for name, _ in more.named_parameters() if "router_" in name]
+        weights = train_real.TrainedWeights(more, linear_ranks(more, dict.fromkeys(range(3), rank)), names)
+        train_real.start_from(weights, dict(started))
+        return {name: item.up @ item.down for name, item in weights.low_rank.items()} | {
+            name: master for name, (_, master) in weights.whole.items()
+        }
+
+    whole, cut = changes(4, (1,)), changes(1, (1, 2))
+    assert cut.keys() - whole.keys() == {name.replace("layers.1", "layers.2") for name in whole if "router_" in name}
+    for name, value in whole.items():
+        if "router_" in name:
+            torch.testing.assert_close(cut[name], value)
+            continue
+        sizes = torch.linalg.svdvals(value)
+        torch.testing.assert_close((cut[name] - value).norm(), sizes[1:].norm(), atol=1e-6, rtol=1e-4)
+    with pytest.raises(SystemExit, match="not trained here"):
+        changes(4, (2,))
 
     # Everything is measured.
     import eval_real
