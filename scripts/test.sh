@@ -199,38 +199,41 @@ failed=()
 # Every check runs, so that one run shows all that is wrong.
 check() { step "$@" || failed+=("$1"); }
 
-# tortured: whether the torture of banks, which runs already, ends well; says what it tried, or else all that it said.
-tortured() {
+# ended PROCESS LOG: whether a check that runs already ends well; says its last line, or else all that it said.
+ended() {
     local status=0
-    wait "$torture" || status=$?
+    wait "$1" || status=$?
     if ((status == 0)); then
-        tail -n 1 "$attacks/log"
+        tail -n 1 "$2"
     else
-        cat "$attacks/log"
+        cat "$2"
     fi
     return "$status"
 }
 
 torture=""
-attacks=""
+typing=""
 in_memory=""
+logs="$(mktemp -d)" # of what runs beside the tests
 tidy() {
-    [[ -z "$torture" ]] || kill "$torture" 2>/dev/null || true
-    rm -rf ${attacks:+"$attacks"} ${in_memory:+"$in_memory"}
+    local process
+    for process in $torture $typing; do kill "$process" 2>/dev/null || true; done
+    rm -rf "$logs" ${in_memory:+"$in_memory"}
 }
 trap tidy EXIT
 if [[ -z "$version" && ${#pytest_args[@]} -eq 0 ]] && [[ -r /proc/self/maps ]]; then
     say "torture of banks: runs beside the rest for 5 minutes"
-    attacks="$(mktemp -d)"
     # What it judges by a clock, it judges by that of its own processes: others beside it only make it try less. It takes
     # what the tests leave, for they decide how long all this takes.
-    TQDM_DISABLE=1 nice -n 15 "$python" benchmarks/torture_bank.py --minutes 5 >"$attacks/log" 2>&1 &
+    TQDM_DISABLE=1 nice -n 15 "$python" benchmarks/torture_bank.py --minutes 5 >"$logs/torture" 2>&1 &
     torture="$!"
 fi
 if [[ -z "$version" ]]; then
     check "ruff check" "$python" -m ruff check
     check "ruff format --check" "$python" -m ruff format --check
-    check "mypy" "$python" -m mypy src/msa_hf
+    # One core would wait for it, so it runs beside the tests.
+    "$python" -m mypy src/msa_hf >"$logs/mypy" 2>&1 &
+    typing="$!"
     if command -v nvcc >/dev/null; then
         check "CUDA kernels" "$python" tools/check_cuda.py
     else
@@ -262,7 +265,8 @@ spread=(--numprocesses "$workers" --dist loadfile --no-loadscope-reorder)
 names_a_test() { [[ " ${pytest_args[*]-} " == *" -k "* || " ${pytest_args[*]-} " == *"::"* ]]; }
 names_a_test || spread+=(--cases 18)
 check "pytest" "$python" -m pytest -q -p no:cacheprovider "${spread[@]}" "${files[@]}" ${pytest_args[@]+"${pytest_args[@]}"}
-[[ -z "$torture" ]] || check "torture of banks" tortured
+[[ -z "$typing" ]] || check "mypy" ended "$typing" "$logs/mypy"
+[[ -z "$torture" ]] || check "torture of banks" ended "$torture" "$logs/torture"
 
 if ((${#failed[@]})); then
     printf 'error: failed: %s\n' "${failed[@]}" >&2
