@@ -243,7 +243,7 @@ elif ! names_a_path ${pytest_args[@]+"${pytest_args[@]}"}; then
     # What meets transformers itself: its cache, generation, checkpoints, attention and configurations. Arithmetic, files of
     # banks, training and the compiler's work are the same under every version.
     pytest_args+=(tests/goldens)
-    for name in as_the_base as_transformers checkpoints generate_options generation oracles static_cache versions; do
+    for name in as_the_base as_transformers checkpoints generate_options generation static_cache versions; do
         pytest_args+=("tests/model/test_$name.py")
     done
 fi

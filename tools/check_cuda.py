@@ -1,11 +1,14 @@
 """Compile every CUDA kernel with nvcc, and hold each to its budget of registers. Needs no GPU.
 
     python tools/check_cuda.py [FILE ...]
+    python tools/check_cuda.py --record     # after a change of csrc/cuda
 
 Every .cu file of csrc/cuda is compiled for each of `ARCHITECTURES`. A kernel that spills registers, that uses more than
 `BUDGETS` allows its file, or whose matrix instructions the compiler had to put one after the other, is an error. The
 C++ files beside them are compiled too where torch is installed. What was compiled once is remembered, by the digest of
-what goes in, in ~/.cache/msa-hf (or $XDG_CACHE_HOME/msa-hf), so that another run takes a second.
+what goes in, in ~/.cache/msa-hf (or $XDG_CACHE_HOME/msa-hf), so that another run takes a second. `--record` keeps in
+checked_cuda.json what was found of the kernels: with the same compiler, flags and sources, a new machine need not find
+it again.
 """
 
 import argparse
@@ -25,6 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTORY = ROOT / "csrc" / "cuda"
+RECORD = ROOT / "tools" / "checked_cuda.json"
 ARCHITECTURES = ("80", "90a", "100")
 # File in csrc/cuda -> the most registers that a thread of its kernels may use. More than a block's size leaves for each
 # thread is a spill already; this is about the blocks that are to fit on a multiprocessor at once: 65536 registers make
@@ -85,12 +89,36 @@ def read_report(text: str) -> list[dict[str, Any]]:
     return kernels
 
 
-def compile_file(source: Path, flags: list[str], key: str, cache: Path) -> dict[str, Any]:
-    """Compile one file, or take what is remembered of it: its kernels, and what is wrong with it."""
+def read_record(digest: str, record: dict[str, Any]) -> dict[str, Any] | None:
+    """What the record says of a file with this digest; it holds no file with which anything is wrong."""
+    if digest not in record:
+        return None
+    kernels = [
+        {"name": "a kernel", "architecture": architecture, "spilled": 0, "registers": registers}
+        for architecture, all_registers in record[digest]["registers"].items()
+        for registers in all_registers
+    ]
+    return {"kernels": kernels, "failed": None, "serialized": []}
+
+
+def recorded(source: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """What the record keeps of a file: the registers of its kernels, by architecture."""
+    registers: dict[str, list[int]] = {}
+    for kernel in result["kernels"]:
+        registers.setdefault(kernel["architecture"], []).append(kernel["registers"])
+    return {"file": name_of(source), "registers": registers}
+
+
+def compile_file(
+    source: Path, flags: list[str], key: str, cache: Path, record: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Compile one file, or take what is known of it: its kernels, and what is wrong with it."""
     digest = hashlib.sha256(key.encode() + source.read_bytes() + repr((source.name, flags)).encode()).hexdigest()
+    if (known := read_record(digest, record or {})) is not None:
+        return known | {"seconds": None, "digest": digest}
     remembered = cache / f"{source.stem}-{digest[:32]}.json"
     if remembered.is_file():
-        return json.loads(remembered.read_text()) | {"seconds": None}
+        return json.loads(remembered.read_text()) | {"seconds": None, "digest": digest}
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         command = ["nvcc", *flags, "-c", str(source), "-o", f"{directory}/{source.stem}.o"]
@@ -106,7 +134,7 @@ def compile_file(source: Path, flags: list[str], key: str, cache: Path) -> dict[
         unfinished = remembered.with_suffix(f".{os.getpid()}")
         unfinished.write_text(json.dumps(result))
         os.replace(unfinished, remembered)
-    return result | {"seconds": time.monotonic() - start}
+    return result | {"seconds": time.monotonic() - start, "digest": digest}
 
 
 def problems(source: Path, result: dict[str, Any], budget: int | None) -> list[str]:
@@ -128,7 +156,10 @@ def problems(source: Path, result: dict[str, Any], budget: int | None) -> list[s
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: all of csrc/cuda")
+    parser.add_argument("--record", action="store_true", help="keep what is found of all kernels")
     arguments = parser.parse_args()
+    if arguments.record and arguments.files:
+        parser.error("--record is of all files")
     if shutil.which("nvcc") is None:
         print("error: nvcc is not on the PATH", file=sys.stderr)
         return 2
@@ -149,20 +180,27 @@ def main() -> int:
         mine = [path for path in headers if source.suffix == ".cpp" or DIRECTORY in path.parents]
         key = version + "".join(path.name + path.read_text() for path in mine)
         flags = common + (device if source.suffix == ".cu" else host or [])
-        return compile_file(source, flags, key, cache)
+        return compile_file(source, flags, key, cache, record)
 
+    record = {} if arguments.record or not RECORD.exists() else json.loads(RECORD.read_text())
+    found: dict[str, Any] = {}
     wrong: list[str] = []
     # The largest files first: they take longest.
     order = sorted(sources, key=lambda source: -source.stat().st_size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for source, result in zip(order, pool.map(check, order), strict=True):
             wrong += problems(source, result, BUDGETS.get(name_of(source)))
+            if source.suffix == ".cu":
+                found[result["digest"]] = recorded(source, result)
             most = max((kernel["registers"] for kernel in result["kernels"]), default=0)
-            took = "remembered" if result["seconds"] is None else f"{result['seconds']:.0f} s"
+            took = "known" if result["seconds"] is None else f"{result['seconds']:.0f} s"
             counted = f"{len(result['kernels']):4} kernels, at most {most:3} registers" if most else "compiles"
             print(f"{name_of(source):34} {counted}, {took}", flush=True)
     for line in wrong:
         print(f"error: {line}", file=sys.stderr)
+    if arguments.record and not wrong:
+        RECORD.write_text(json.dumps(dict(sorted(found.items(), key=lambda item: item[1]["file"])), indent=1) + "\n")
+        print("wrote", RECORD.relative_to(ROOT))
     return int(bool(wrong))
 
 

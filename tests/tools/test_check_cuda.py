@@ -1,6 +1,7 @@
 """tools/check_cuda.py finds kernels that spill, that use too many registers, or whose file has no budget."""
 
 import importlib.util
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,31 @@ def test_what_is_wrong_with_a_file_is_named(script: Any) -> None:
     assert script.problems(Path("bindings.cpp"), result_of(script, kernels=[]), None) == []
     serialized = ["ptxas info : wgmma.mma_async instructions are serialized due to ..."]
     assert len(script.problems(source, result_of(script, kernels=[], serialized=serialized), 64)) == 1
+
+
+def test_what_was_recorded_is_not_compiled_again(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While sources, flags and compiler are the same; and it is held to the budgets all the same."""
+    source, compiled = tmp_path / "some.cu", list[list[str]]()
+    source.write_text("first")
+
+    def run(command: list[str], **options: Any) -> Any:
+        compiled.append(command)
+        return subprocess.CompletedProcess(
+            command, 0, REPORT.replace("16 bytes", "0 bytes").replace("8 bytes", "0 bytes"), ""
+        )
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    result = script.compile_file(source, ["-O3"], "nvcc 13", tmp_path / "one")
+    record = {result["digest"]: script.recorded(source, result)}
+    assert len(compiled) == 1 and record[result["digest"]]["registers"] == {"sm_80": [40], "sm_90a": [168]}
+    known = script.compile_file(source, ["-O3"], "nvcc 13", tmp_path / "two", record)
+    assert len(compiled) == 1 and script.problems(source, known, 168) == []
+    assert "168 registers" in script.problems(source, known, 167)[0]
+    for change in ("source", "flags", "compiler"):
+        source.write_text("second" if change == "source" else "first")
+        flags, compiler = ["-O2" if change == "flags" else "-O3"], "nvcc 14" if change == "compiler" else "nvcc 13"
+        script.compile_file(source, flags, compiler, tmp_path / change, record)
+    assert len(compiled) == 4
 
 
 def test_every_kernel_file_has_a_budget(script: Any) -> None:
