@@ -28,7 +28,7 @@ def is_in_bucket(width: int) -> bool:
 
 
 def padded(inputs: Arguments, missing: int) -> Arguments:
-    """What tells of tokens [B, T, ...] for so many more, which are padding; the rest as it is."""
+    """Inputs whose tensors of tokens [B, T, ...] have so many more, which are padding; the rest as it is."""
     of_tokens = ("input_ids", "inputs_embeds", "position_ids", "routing_mask")
     return {
         name: torch.nn.functional.pad(item, (0, 0) * (item.dim() - 2) + (0, missing))

@@ -17,7 +17,7 @@ _parameters, _buffers = operator.attrgetter("_parameters"), operator.attrgetter(
 
 
 class Walk:
-    """What a walk through a model met; it keeps none of it alive.
+    """A walk through a model, and what it met; it keeps none of it alive.
 
     Args:
         model: walked through now.
@@ -35,7 +35,7 @@ class Walk:
         self.places: dict[tuple[type, ...], list[int]] = {}
 
     def again(self) -> Met | None:
-        """What this walk would meet now, None where that is something else."""
+        """The modules that this walk meets now, None where they are others."""
         found = [module for reference in self.modules if (module := reference()) is not None]
         # All of them are alive here, so that no other module can have the identity of one.
         same = len(found) == len(self.modules) and list(map(type, found)) == self.kinds
@@ -81,7 +81,7 @@ _walks: weakref.WeakKeyDictionary[nn.Module, Walk] = weakref.WeakKeyDictionary()
 
 
 def met_in(model: nn.Module) -> Met:
-    """What there is in a model now."""
+    """The modules of a model now."""
     if torch.compiler.is_compiling():  # which follows no walk
         return Met(list(model.modules()), {})
     walk = _walks.get(model)
