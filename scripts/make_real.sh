@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Train and measure a real model on real text, every stage beside those that it does not need.
 #
-#     bash scripts/make_real.sh data OUT --base BASE --data DATA --teacher TEACHER [--parts 0-10] [--minutes 1.5] [--limit N]
+#     bash scripts/make_real.sh data OUT --base BASE --data DATA --teacher TEACHER [--parts 0-10] [--minutes 1.5] [--limit N] \
+#         [--no-words]
 #     bash scripts/make_real.sh train OUT NAME [arguments of train_real.py routers...]
 #     bash scripts/make_real.sh measure OUT NAME [arguments of eval_real.py read...]
 #
 # `data` makes passages, questions that the base asks (for so many minutes), what the teacher says of both, rows that read,
-# BM25's rankings, and words that teach. `train` makes OUT/NAME.pt from them, and its curve; as often as wanted, under other names.
+# BM25's rankings, and words that teach (minutes of a CPU; without them `train` needs --no-words too). `train` makes
+# OUT/NAME.pt from them, and its curve; as often as wanted, under other names.
 # `measure` makes the adapter, searches with all systems, puts them together, reads, and writes tables and plots to
 # OUT/NAME/. All GPUs are used. What is there already is not made again, so that the same command goes on after an interruption;
 # logs are in OUT/logs.
@@ -61,9 +63,14 @@ together() {
 on_gpu() { CUDA_VISIBLE_DEVICES="$([[ "$gpus" == 0 ]] || echo "$1")" "${@:2}"; }
 
 if [[ "$what" == data ]]; then
-    base="" data="" teacher="" parts=0-10 minutes=1.5 limit=()
+    base="" data="" teacher="" parts=0-10 minutes=1.5 limit=() with_words=yes
     while (($#)); do
         case "$1" in
+            --no-words)
+                with_words=""
+                shift
+                continue
+                ;;
             --base) base="$2" ;;
             --data) data="$2" ;;
             --teacher) teacher="$2" ;;
@@ -110,13 +117,15 @@ if [[ "$what" == data ]]; then
         beside ask "$shard"
     done
     words() { "$python" scripts/real_lexical.py "$1" --work "$out" "${@:2}"; }
-    OMP_NUM_THREADS=4 beside when "$out/sets.pt" "${prepared[@]}" -- stage "$out/words.pt" words \
-        words words --parts "$parts"
+    if [[ -n "$with_words" ]]; then
+        OMP_NUM_THREADS=4 beside when "$out/sets.pt" "${prepared[@]}" -- stage "$out/words.pt" words \
+            words words --parts "$parts"
+        asked=("$out/words.pt")
+        for shard in $(seq 0 $((shards - 1))); do asked+=("$out/asked$shard.pt"); done
+        beside when "${asked[@]}" -- stage "$out/asked$((shards - 1)).words.pt" words-asked words asked --shards "$shards"
+    fi
     OMP_NUM_THREADS=4 beside when "$out/sets.pt" "${prepared[@]}" -- stage "$out/lexical.npz" bm25 \
         words rank --parts "$parts"
-    asked=("$out/words.pt")
-    for shard in $(seq 0 $((shards - 1))); do asked+=("$out/asked$shard.pt"); done
-    beside when "${asked[@]}" -- stage "$out/asked$((shards - 1)).words.pt" words-asked words asked --shards "$shards"
     together
     say "data: $((SECONDS - begun)) s"
     exit
