@@ -9,6 +9,8 @@ to look:
 * rows, keys or values of its context, with the same documents: how they are fetched, or settled in the cache;
 * logits alone: what is behind the last layer.
 
+A question is a prompt that chooses documents, tokens behind it, and a turn of several that choose nothing.
+
 All of it three times: compiled alone; recorded, with the memory asked through the host; recorded, the memory too. What
 is wrong in the last alone is wrong in the recordings that lie between the parts of a prompt. The number of the question
 tells what was done: runs of a kind are compiled with the first and recorded with the second, a memory's layers with

@@ -88,7 +88,7 @@ def _token_layer(layer: nn.Module, *args: object, **kwargs: object) -> object:
 
 
 def options_of_tokens(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Options of torch.compile for layers that see one token: their weights are read at the rate of the memory.
+    """Options of torch.compile for layers that see one token: fewer kernels, as products are compiled too.
 
     Inductor leaves products with a single row to the library of the device, unless it may tune their tiles.
     """

@@ -128,7 +128,7 @@ def _kept(output: Arguments) -> Arguments:
 
 
 class CompiledRuns:
-    """Prompts and single tokens of one model, compiled on first use: seconds each, once.
+    """Prompts, turns and single tokens of one model, compiled on first use: seconds each, once.
 
     Args:
         options: of torch.compile.
