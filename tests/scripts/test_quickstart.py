@@ -87,7 +87,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         padding_side="left",
     ).save_pretrained(place)
     COMPACT.save_pretrained(place)
-    base = base_model("qwen3", vocab_size=len(vocabulary), max_position_embeddings=4096)
+    # Every second token ends an answer, so that few take as long as they may.
+    ends = list(range(0, len(vocabulary), 2))
+    base = base_model("qwen3", vocab_size=len(vocabulary), max_position_embeddings=4096, eos_token_id=ends)
     MSAForCausalLM.from_base(base).save_pretrained(place)
     return place
 
