@@ -148,7 +148,11 @@ inline void enter() {
 }
 
 inline void run_cluster(int cluster, unsigned threads, size_t shared, uint3 first) {
+#ifdef MSA_HF_WATCHED_STACKS
+  constexpr size_t kStack = 64 * 1024;  // an address sanitizer goes through the whole of a stack at every switch
+#else
   constexpr size_t kStack = 256 * 1024;
+#endif
   static std::vector<std::unique_ptr<char[]>> stacks;
   if (threads % 32 != 0) fail("blocks must be whole warps");
   std::vector<Block> blocks(cluster);
