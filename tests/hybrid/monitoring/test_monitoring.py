@@ -28,7 +28,8 @@ ROOT = Path(__file__).parents[3]
 SEED = 1
 CHECKPOINT = ROOT / "model_cards" / "msa-hf-tiny"
 KINDS = ("zeroed", "second_hop")
-DOCUMENTS = 24
+DOCUMENTS = 16
+TOP_K = 8  # half of them
 HEALTHY = 3  # questions, behind those of the kinds: one_hop, two_hop, unanswerable
 
 
@@ -45,7 +46,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    model = MSAForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    model = MSAForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32, top_k=TOP_K).eval()
     tokenizer, protocol = AutoTokenizer.from_pretrained(CHECKPOINT), PromptProtocol.from_pretrained(CHECKPOINT)
     prose = ["Tools are kept in the shed behind the house. Paint is kept there too, on the upper shelf by the door."]
     planted = plant(model, tokenizer, protocol, make_corpus(DOCUMENTS, SEED, "test"), 1, 1, prose, KINDS, SEED)
@@ -146,7 +147,7 @@ def test_an_advantage_is_the_difference_of_log_likelihoods(world: World) -> None
 def test_the_report_says_what_to_do(world: World) -> None:
     report = make_report(world.monitor, world.findings, asked=10, probes=2)
     text = report.to_markdown()
-    assert "2 of 5 questions are to be looked at; 24 documents" in text and "5 more questions were left out" in text
+    assert "2 of 5 questions are to be looked at; 16 documents" in text and "5 more questions were left out" in text
     assert "**Not calibrated**" in text and "To do: Look at the documents" in text
     first = report.flagged[0]
     assert f"## 1. {first.question}" in text and f"`{first.second['texts'].documents[0]}`" in text
