@@ -6,8 +6,11 @@ import gc
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+
+from tqdm import tqdm
 
 LIMIT = 240
 
@@ -26,6 +29,7 @@ def forked(work: Callable[[], object], streams: Sequence[int] = ()) -> int:
         code = 1
         try:
             signal.alarm(LIMIT)
+            _share_no_lock()
             if streams:
                 _take(*streams)
             work()
@@ -35,6 +39,14 @@ def forked(work: Callable[[], object], streams: Sequence[int] = ()) -> int:
         finally:
             os._exit(code)
     return child
+
+
+def _share_no_lock() -> None:
+    """Give progress bars a lock of this process: theirs goes across forks, and a child that is killed keeps it."""
+    classes, lock = [tqdm], threading.RLock()
+    for bar in classes:
+        bar.set_lock(lock)
+        classes += bar.__subclasses__()
 
 
 def _take(*streams: int) -> None:
