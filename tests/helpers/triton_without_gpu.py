@@ -50,6 +50,7 @@ def compile_launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: An
 
 def calls() -> None:
     """Every operation, in all dtypes that it takes."""
+    from msa_hf.model.row_kernel_msa import launch, row_products_kernel
     from msa_hf.ops import quantize_keys
     from msa_hf.ops.gather_documents.triton import gather_documents
     from msa_hf.ops.pool_chunks.triton import pool_chunks, pool_chunks_backward
@@ -58,6 +59,8 @@ def calls() -> None:
     floating, narrow = (torch.float32, torch.bfloat16, torch.float16), (torch.int8, torch.float8_e4m3fn)
     offsets = torch.tensor([0, 3, 5])
     for dtype in floating:
+        for width in (100, 5000):
+            launch(row_products_kernel, torch.zeros(1, width, dtype=dtype), [torch.zeros(3, width, dtype=dtype)] * 2)
         states = torch.zeros(10, 2, 16, dtype=dtype)
         for routing in (None, *narrow):
             for normalize in (True, False):
