@@ -6,19 +6,19 @@ two lie close together and a few documents are near to everything. Routers have 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..model.attention_msa import EncodingPass
 from ..model.chunks_msa import pool_chunks
-from ..model.configuration_msa import MSAConfig
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.retrofit_msa import attention_layers, head_shape
 from ..model.tokenizing_msa import tokenize
-from .contrastive import TokenRows, _run, _similarity
+from .contrastive import TokenRows
+from .router_inputs import router_inputs
 
 HOW = ("center", "whiten")
 
@@ -44,18 +44,6 @@ def sample_rows(
     return found
 
 
-class _StatesPass(EncodingPass):
-    """An encoding that keeps the mean hidden state of every chunk: layer -> [C, hidden] float32."""
-
-    def __init__(self, config: MSAConfig, lengths: Tensor, similarity: str) -> None:
-        super().__init__(config, lengths, similarity, stop=True)
-        self.states: dict[int, Tensor] = {}
-
-    def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
-        super().enter(module, hidden_states)
-        self.states[int(module.layer_idx)] = pool_chunks(hidden_states, self.lengths, self.config.chunk_size)
-
-
 @torch.no_grad()
 def center_routers(
     model: MSAForCausalLM, documents: Sequence[TokenRows], how: str = "center", smallest: float = 1e-3
@@ -79,9 +67,8 @@ def center_routers(
         raise ValueError("A model with `shared_router` has no router projections to change.")
     seen: dict[int, list[Tensor]] = {}
     for rows in documents:
-        encoding = _StatesPass(model.config, rows.lengths, _similarity(model.config))
-        _run(model, rows, torch.arange(rows.ids.shape[1], device=rows.ids.device), encoding)
-        for layer, states in encoding.states.items():
+        pooled = functools.partial(pool_chunks, lengths=rows.lengths, chunk_size=model.config.chunk_size)
+        for layer, states in router_inputs(model, rows, pooled).items():
             seen.setdefault(layer, []).append(states)
     layers = attention_layers(model)
     for layer, parts in seen.items():

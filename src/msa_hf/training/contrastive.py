@@ -82,8 +82,8 @@ class Temperatures(nn.Module):
 
 def encode_rows(model: MSAForCausalLM, rows: TokenRows) -> dict[int, DenseLayer]:
     """`model.encode_batch` of rows, with gradients where they are enabled, as it routes in training."""
-    encoding = EncodingPass(model.config, rows.lengths, _similarity(model.config), stop=True)
-    _run(model, rows, torch.arange(rows.ids.shape[1], device=rows.ids.device), encoding)
+    encoding = EncodingPass(model.config, rows.lengths, training_similarity(model.config), stop=True)
+    run_rows(model, rows, torch.arange(rows.ids.shape[1], device=rows.ids.device), encoding)
     return encoding.finish()
 
 
@@ -103,20 +103,26 @@ def route_rows(
         layers=layers_over(pool, lengths, config.chunk_size),
         prefix={},
         request=routing_request(
-            config, scoring_of(config, _similarity(config)), questions.routes, len(lengths), all_scores=True
+            config, scoring_of(config, training_similarity(config)), questions.routes, len(lengths), all_scores=True
         ),
     )
     positions = torch.arange(questions.ids.shape[1], device=questions.ids.device) + config.first_position
-    _run(model, questions, positions, routing)
+    run_rows(model, questions, positions, routing)
     found = routing.finish()
     return {layer: item.document_scores for layer, item in found.items() if item.document_scores is not None}
 
 
-def _similarity(config: MSAConfig) -> str:
+def training_similarity(config: MSAConfig) -> str:
+    """The similarity by which routers are trained."""
     return config.training_similarity or config.similarity
 
 
-def _run(model: MSAForCausalLM, rows: TokenRows, positions: Tensor, memory_pass: MemoryPass) -> None:
+def run_rows(model: MSAForCausalLM, rows: TokenRows, positions: Tensor, memory_pass: MemoryPass) -> None:
+    """Run the base over rows, up to where the pass ends it.
+
+    Args:
+        positions: [L] int64.
+    """
     with contextlib.suppress(EncodingDone):
         model.run_base(
             backbone_only=True,

@@ -17,7 +17,7 @@ from ..model.dense_layer_msa import DenseLayer, layers_over
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.routing_msa import routing_request, scoring_of
 from .collators import TranscriptCollator
-from .contrastive import _similarity
+from .contrastive import training_similarity
 
 DIGITS = 6  # that the numbers of documents have in training rows at most
 
@@ -68,7 +68,9 @@ def reading_loss(
         config=config,
         layers=layers_over(pool, lengths, config.chunk_size),
         prefix={},
-        request=routing_request(config, scoring_of(config, _similarity(config)), routes, len(lengths), all_scores=True),
+        request=routing_request(
+            config, scoring_of(config, training_similarity(config)), routes, len(lengths), all_scores=True
+        ),
     )
     positions = torch.arange(ids.shape[1], device=ids.device) + config.first_position
     output = model.run_base(
