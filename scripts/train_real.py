@@ -49,14 +49,16 @@ from transformers import AutoTokenizer
 from msa_hf.training import peft_config
 from msa_hf.training.centering import center_routers
 from msa_hf.training.compiling import compiled_layers
-from msa_hf.training.contrastive import Temperatures, contrastive_step, soft_targets
+from msa_hf.training.contrastive import Temperatures, TokenRows, contrastive_step, soft_targets
 from msa_hf.training.reading import plain_reading_loss, reading_loss, reading_row
 from msa_hf.training.sharing import gather_rows, sum_over_processes
 from msa_hf.training.teacher import EmbeddingTeacher
 from msa_hf.training.weights import TrainedWeights
+from msa_hf.training.widening import fit_routers
 
 MEMORY_FIELDS = ("memory_layers", "similarity", "chunk_size", "query_reduction", "score_bias", "aux_temperature")
 READING_SHARD = 20_000  # rows
+SAMPLED = 4096  # passages, and questions, from which routers are set before they are trained
 
 
 # prepare --------------------------------------------------------------------------------------------------------------
@@ -222,9 +224,8 @@ def untrained(arguments: argparse.Namespace) -> None:
     sets = Flat(data["tokens"], data["lengths"]).to(where)
     for how in ("copy", "center", "whiten"):
         model = fresh_model(arguments, where)
-        sample = torch.randperm(len(sets.lengths), device=where)[:4096]
         if how != "copy":
-            center_routers(model, [rows for _, rows in sets.parts(sample, arguments.part_tokens)], how)
+            center_routers(model, sampled_rows(sets, arguments.part_tokens), how)
         for reduction in ("last", "max", "mean"):
             model.config.query_reduction = reduction
             figures = measure(model, sets, data["dev"], arguments.part_tokens, limit=200)
@@ -242,13 +243,15 @@ def routers(arguments: argparse.Namespace) -> None:
     model = fresh_model(arguments, where)
     data = load(work / "sets.pt")
     dev, sets = data["dev"], Flat(data["tokens"], data["lengths"]).to(where)
-    if arguments.first != "copy":
-        sample = torch.randperm(len(sets.lengths), generator=torch.Generator().manual_seed(0))[:4096].to(where)
-        center_routers(model, [rows for _, rows in sets.parts(sample, arguments.part_tokens)], arguments.first)
+    if arguments.first != "copy" and not arguments.start:
+        center_routers(model, sampled_rows(sets, arguments.part_tokens), arguments.first)
     weights = trained_weights(arguments, model)
     temperatures = Temperatures(len(model.config.memory_layers)).to(where)
     if arguments.start and Path(arguments.start).is_dir():
         start_from(weights, {name: value.to(where) for name, value in weights_of_adapter(arguments.start).items()})
+        fields = json.loads(Path(arguments.start, "memory.json").read_text())
+        asked = Flat(data["train"]["tokens"], data["train"]["lengths"]).to(where)
+        begin_further_layers(model, weights, fields["memory_layers"], sets, asked)
     elif arguments.start:
         state = torch.load(arguments.start, map_location=where, weights_only=True)
         weights.load_state_dict({name: value.to(where).float() for name, value in state["weights"].items()})
@@ -430,7 +433,7 @@ def start_from(weights: TrainedWeights, state: dict[str, torch.Tensor]) -> None:
     """Begin with weights that were trained with other ranks or fewer memory layers.
 
     Updates of a greater rank are cut to the nearest of their rank; of a smaller one they are as they were. Routers of
-    further layers begin as they are.
+    further layers stay as they are (`begin_further_layers` sets them).
     """
     mine = weights.state_dict()
     for name in weights.low_rank:
@@ -447,6 +450,28 @@ def start_from(weights: TrainedWeights, state: dict[str, torch.Tensor]) -> None:
         raise SystemExit(f"The adapter has weights that are not trained here: {sorted(unknown)[:4]}.")
     routers = {name: state.get(name, value) for name, value in mine.items() if name in weights.whole}
     weights.load_state_dict({**mine, **routers})
+
+
+def begin_further_layers(
+    model: Any, weights: TrainedWeights, trained: list[int], passages: Flat, questions: Flat, budget: int = 60_000
+) -> None:
+    """Begin the routers of memory layers that were not trained like those of the nearest that was, the upper of two."""
+    further = [layer for layer in model.config.memory_layers if layer not in trained]
+    if not further:
+        return
+    like = {layer: min(trained, key=lambda other: (abs(other - layer), -other)) for layer in further}
+    fit_routers(model, like, sampled_rows(passages, budget), sampled_rows(questions, budget))
+    with torch.no_grad():
+        for name, (weight, master) in weights.whole.items():
+            if any(f"layers.{layer}." in name for layer in further):
+                master.copy_(weight)
+    log("routers of further layers begin like those of trained ones:", like)
+
+
+def sampled_rows(rows: Flat, budget: int) -> list[TokenRows]:
+    """Some of the rows, the same in every run, in parts of about `budget` tokens."""
+    places = torch.randperm(len(rows.lengths), generator=torch.Generator().manual_seed(0))[:SAMPLED]
+    return [part for _, part in rows.parts(places.to(rows.lengths.device), budget)]
 
 
 def adapter(arguments: argparse.Namespace) -> None:
@@ -555,7 +580,12 @@ def main() -> None:
     made.add_argument("--layers", default="14,19,24", help="memory layers")
     made.add_argument("--similarity", choices=("cosine", "dot"), default="cosine")
     made.add_argument("--chunk", type=int, default=64, help="tokens of a chunk")
-    made.add_argument("--first", choices=("copy", "center", "whiten"), default="center", help="routers to start from")
+    made.add_argument(
+        "--first",
+        choices=("copy", "center", "whiten"),
+        default="center",
+        help="routers to start from, without --initial",
+    )
     made.add_argument("--rank", type=int, default=28, help="of the updates below the last memory layer")
     made.add_argument("--upper-rank", type=int, default=28)
     made.add_argument("--rate", type=float, default=1e-3)

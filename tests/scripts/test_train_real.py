@@ -126,12 +126,16 @@ def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.
     for name, value in state.items():
         torch.testing.assert_close(started[name], value.float(), atol=1e-2, rtol=1e-2)
 
-    # With another rank, and a memory layer more.
+    # With another rank, and a memory layer more, which begins like the one that was trained.
+    data = torch.load(place / "work" / "sets.pt", weights_only=True)
+    texts = [train_real.Flat(part["tokens"], part["lengths"]) for part in (data, data["train"])]
+
     def changes(rank: int, layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
         more = MSAForCausalLM.from_base(place / "base", **{**fields, "memory_layers": list(layers)})
         names = [name for name, _ in more.named_parameters() if "router_" in name]
         weights = train_real.TrainedWeights(more, linear_ranks(more, dict.fromkeys(range(3), rank)), names)
         train_real.start_from(weights, dict(started))
+        train_real.begin_further_layers(more, weights, [1], *texts)
         return {name: item.up @ item.down for name, item in weights.low_rank.items()} | {
             name: master for name, (_, master) in weights.whole.items()
         }
@@ -144,6 +148,10 @@ def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.
             continue
         sizes = torch.linalg.svdvals(value)
         torch.testing.assert_close((cut[name] - value).norm(), sizes[1:].norm(), atol=1e-6, rtol=1e-4)
+    own = MSAForCausalLM.from_base(place / "base", **{**fields, "memory_layers": [2]}).model.layers[2].self_attn
+    for name in ("router_q_proj", "router_k_proj"):
+        fitted = cut[f"model.layers.2.self_attn.{name}.weight"]
+        assert (fitted - own.get_submodule(name).weight).norm() > 0.5 * fitted.norm()
     with pytest.raises(SystemExit, match="not trained here"):
         changes(4, (2,))
 
@@ -151,7 +159,6 @@ def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.
     import eval_real
     from real_systems import asked_questions
 
-    data = torch.load(place / "work" / "sets.pt", weights_only=True)
     asked = len(asked_questions(data))
     passages = len(data["lengths"])
     drawn = np.stack([np.random.default_rng(row).permutation(passages)[:10] for row in range(asked)]).astype(np.int32)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..evaluation.recall import router_recall
     from ..evaluation.report import Diagnosis
     from ..evaluation.sharpen import sharpen_score_bias
-    from .centering import center_routers
+    from .centering import center_routers, sample_rows
     from .collators import QuestionCollator
     from .compiling import compiled_layers
     from .contrastive import Temperatures, TokenRows, contrastive_step
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .teacher import EmbeddingTeacher
     from .trainer import MemoryTrainer, RouterWarmup
     from .weights import TrainedWeights
+    from .widening import fit_routers
 
 __all__ = [
     "CollapseGuard",
@@ -41,9 +42,11 @@ __all__ = [
     "compiled_layers",
     "contrastive_step",
     "diagnose",
+    "fit_routers",
     "peft_config",
     "router_recall",
     "sample_questions",
+    "sample_rows",
     "sharpen_score_bias",
 ]
 
@@ -54,7 +57,7 @@ __getattr__ = exports(
         "..evaluation.recall": ["router_recall"],
         "..evaluation.report": ["Diagnosis"],
         "..evaluation.sharpen": ["sharpen_score_bias"],
-        ".centering": ["center_routers"],
+        ".centering": ["center_routers", "sample_rows"],
         ".collators": ["QuestionCollator"],
         ".compiling": ["compiled_layers"],
         ".contrastive": ["Temperatures", "TokenRows", "contrastive_step"],
@@ -64,5 +67,6 @@ __getattr__ = exports(
         ".trainer": ["MemoryTrainer", "RouterWarmup"],
         ".teacher": ["EmbeddingTeacher"],
         ".weights": ["TrainedWeights"],
+        ".widening": ["fit_routers"],
     },
 )

@@ -26,7 +26,7 @@ HOW = ("center", "whiten")
 def sample_rows(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], max_tokens: int = 512, batch_tokens: int = 16_384
 ) -> list[TokenRows]:
-    """Texts as rows for `center_routers`, shortest first; texts without a token are left out.
+    """Texts as rows for `center_routers` and `fit_routers`, shortest first; texts without a token are left out.
 
     Args:
         max_tokens: of a text, cut behind them.
