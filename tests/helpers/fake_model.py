@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,13 @@ class FakeModel:
         offsets = torch.tensor([0, *(row.chunks for row in rows)]).cumsum(0)
         prefix = {layer: tuple(part.to(self.dtype) for part in pair) for layer, pair in self.encode_prefix().items()}
         return MemoryBank(layers, offsets, prefix, DocumentTable(rows), ORIGIN)  # type: ignore[arg-type]
+
+    def encode_rows(self, keys: Any, ids: Any, *, counted: Any, **options: Any) -> Any:
+        """As documents, of which subclasses take note."""
+        rows = [{"key": key, "input_ids": tokens.tolist()} for key, tokens in zip(keys, ids, strict=True)]
+        bank = self.encode_documents(rows, None, **options)
+        counted(list(range(len(rows))))
+        return SimpleNamespace(layers=lambda: bank.layers)
 
 
 def contents(bank: MemoryBank) -> dict[str, tuple[Any, ...]]:

@@ -52,12 +52,9 @@ class PartRows:
     lengths: list[int] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
 
-    def to_encode(self) -> Iterator[Mapping[str, object]]:
-        """The rows as `model.encode_documents` takes them."""
-        tokens, start = torch.from_numpy(self.tokens.astype(np.int64)), 0
-        for key, length in zip(self.keys, self.lengths, strict=True):
-            yield {"key": key, "input_ids": tokens[start : start + length]}
-            start += length
+    def token_ids(self) -> tuple[torch.Tensor, ...]:
+        """The token ids of each row, [tokens] int64."""
+        return torch.from_numpy(self.tokens.astype(np.int64)).split(self.lengths)
 
     def table(self, chunk_size: int) -> ArrowTable:
         """The rows as a table of format version 2."""

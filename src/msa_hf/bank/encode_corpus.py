@@ -16,7 +16,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from ..data.documents import Corpus
 from ..generation.document_ids import ID_FIELD
 from ..model.bank_format_msa import TensorLayout, new_manifest
-from ..model.memory_msa import MemoryBank
+from ..model.encoded_batches_msa import EncodedWindow
 from ..model.origin_msa import BankOrigin
 from ..model.positions_msa import position_limit
 from .corpus_lengths import check_lengths
@@ -59,6 +59,8 @@ class CorpusModel(EncodingModel, Protocol):
 
     config: PreTrainedConfig
     dtype: torch.dtype
+
+    def encode_rows(self, keys: Sequence[str], ids: Sequence[torch.Tensor], **options: object) -> EncodedWindow: ...
 
 
 @dataclass(frozen=True)
@@ -357,37 +359,25 @@ class _Encoder:
                 first, held = number + 1, 0
         return parts
 
-    def encode(self, rows: PartRows, progress: _Progress) -> MemoryBank:
-        """The bank of a part."""
-        documents, told, done = sum(rows.documents), [0, 0], 0
+    def encode(self, rows: PartRows, progress: _Progress) -> EncodedWindow:
+        """The memory of a part, perhaps on its way."""
 
-        def tell(documents: int, tokens: int) -> None:
-            progress.add(documents - told[0], tokens - told[1])
-            told[:] = documents, tokens
+        def count(places: list[int]) -> None:
+            progress.add(sum(rows.documents[place] for place in places), sum(rows.lengths[place] for place in places))
 
-        def count(counted: int, tokens: int) -> None:
-            nonlocal done
-            done += counted  # of rows, of which documents may have several
-            tell(done * documents // len(rows.keys), told[1] + tokens)
-
-        # Without the tokenizer, whose fingerprint would be taken for every part.
-        bank = self.model.encode_documents(
-            rows.to_encode(),
-            None,
+        return self.model.encode_rows(
+            rows.keys,
+            rows.token_ids(),
             batch_tokens=self.batch_tokens,
             compile_layers=self.compile_layers,
             fp8_projections=self.fp8_projections,
             bank_device="cpu",
-            show_progress=False,
-            non_blocking=True,  # `write` waits
             counted=count,
         )
-        tell(documents, sum(rows.lengths))
-        return bank
 
-    def write(self, folder: Path, part: Part, rows: PartRows, bank: MemoryBank) -> Record:
-        """Put the files of a part and its record into `folder`."""
-        layers = {layer: (memory.routing_keys, memory.pooled_kv) for layer, memory in bank.layers.items()}
+    def write(self, folder: Path, part: Part, rows: PartRows, window: EncodedWindow) -> Record:
+        """Put the files of a part and its record into `folder`, once its memory is there."""
+        layers = {layer: (memory.routing_keys, memory.pooled_kv) for layer, memory in window.layers().items()}
         return write_part(folder, part, rows.table(self.origin.chunk_size), layers)
 
 

@@ -20,7 +20,7 @@ from .streams_msa import Departures, send
 from .wrapping_msa import input_device
 
 AHEAD = 8  # batches that are launched before one is looked at, beside a GPU; their results are small
-Counted = Callable[[list[int]], None]  # told the places, in the window, of documents that were given to the model
+Counted = Callable[[list[int]], object]  # told the places, in the window, of documents that were given to the model
 
 
 @dataclass

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .dense_layer_msa import chunks_of
-from .encoded_batches_msa import EncodedWindow
+from .encoded_batches_msa import Counted, EncodedWindow
 from .given_documents_msa import are_paths, each_document, key_of, read_paths
 from .memory_msa import DenseLayer, Document, DocumentTable, MemoryBank
 from .metadata_msa import checked_metadata
@@ -122,6 +122,23 @@ def encode_documents(
         with looking():
             model.accept_bank(bank)
     return bank
+
+
+def encode_rows(
+    model: PreTrainedModel,
+    keys: Sequence[str],
+    ids: Sequence[Tensor],
+    *,
+    bank_device: torch.device | str,
+    counted: Counted,
+    batch_tokens: int = 16384,
+    compile_layers: bool = False,
+    fp8_projections: bool = False,
+) -> EncodedWindow:
+    """Give documents to the model; see `MSAForCausalLM.encode_rows`."""
+    device = torch.device(bank_device)
+    with torch.inference_mode(False), evaluating(model):
+        return EncodedWindow(model, keys, ids, batch_tokens, device, counted, compile_layers, fp8_projections)
 
 
 class _Arriving:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +23,8 @@ from .compat_msa import CACHE, empty_cache, rename_cache
 from .compiled_layers_msa import SeparateEncodingPass
 from .compiled_msa import current_runs
 from .configuration_msa import MSAConfig
-from .encoding_msa import encode_documents
+from .encoded_batches_msa import EncodedWindow
+from .encoding_msa import encode_documents, encode_rows
 from .fingerprint_msa import fingerprint_of, read_weights, tokenizer_fingerprint
 from .interface_msa import MEMORY_INTERFACE
 from .memory_msa import DenseLayer, DocumentTable, LayerMemory, Memory, MemoryBank, OpenSession, Snapshots
@@ -186,6 +187,26 @@ class MemoryMixin(ModelMixin):
         """
         renumber_memory_layers(self)
         return encode_documents(self, documents, tokenizer, **kwargs)
+
+    def encode_rows(self, keys: Sequence[str], ids: Sequence[Tensor], **kwargs: Any) -> EncodedWindow:
+        """Give documents whose token ids are there to the model, in batches sorted by length, for who puts the bank
+        together: without a prefix, an origin or a look at what is given.
+
+        Args:
+            keys: of the documents, for messages.
+            ids: [tokens] int64 of each on the CPU, no fewer than 1 and no more than the model has positions for.
+            bank_device: where the memory is to lie.
+            counted: called with the places of documents that were given to the model.
+            batch_tokens, compile_layers, fp8_projections: as of `encode_documents`.
+
+        Returns:
+            What may still be computed on a GPU; its `layers()` waits for that, and returns layer -> `DenseLayer`.
+
+        Raises:
+            ValueError: for states that are not finite, naming the document; here or from `layers()`.
+        """
+        renumber_memory_layers(self)
+        return encode_rows(self, keys, ids, **kwargs)
 
     def memory_origin(self, tokenizer: PreTrainedTokenizerBase | None = None) -> BankOrigin:
         """Everything that a bank made by this model now depends on.
