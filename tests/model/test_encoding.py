@@ -293,49 +293,6 @@ def test_computation_stops_after_the_last_memory_layer(family: str, last: str) -
     assert not [name for name in rest if "norm" in name or "head" in name or "embed_out" in name]
 
 
-def test_input_is_read_lazily() -> None:
-    """Documents are read as they are needed: never more than the window of 16 batches ahead of the encoder."""
-    model = model_of()
-    length, batch_tokens, total = 10, 20, 150
-    window = 16 * batch_tokens // length
-    read, encoded, ahead = 0, 0, []
-
-    def documents() -> Iterator[list[int]]:
-        nonlocal read
-        for ids in random_documents([length] * total):
-            read += 1
-            yield ids
-
-    def before(_: Any, args: Any) -> None:
-        nonlocal encoded
-        if args[0].shape[1] == length:
-            ahead.append(read - encoded)
-            encoded += args[0].shape[0]
-
-    hook = model.get_input_embeddings().register_forward_pre_hook(before)
-    try:
-        bank = encode(documents(), model=model, batch_tokens=batch_tokens)
-    finally:
-        hook.remove()
-    assert len(bank) == read == encoded == total
-    assert ahead[0] == max(ahead) == window
-
-
-def test_an_endless_input_is_not_read_to_its_end() -> None:
-    """An error in the first window stops the reading."""
-    read = 0
-
-    def documents() -> Iterator[list[int]]:
-        nonlocal read
-        while True:
-            read += 1
-            yield [5] * 10 if read < 100 else []
-
-    with pytest.raises(ValueError, match="Document 99"):
-        encode(documents(), batch_tokens=10)
-    assert read == 100
-
-
 # Progress -------------------------------------------------------------------------------------------------------------
 
 

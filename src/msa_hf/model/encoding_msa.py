@@ -30,6 +30,7 @@ from .wrapping_msa import input_device
 
 # Documents read ahead and sorted by length, in batches' worth of tokens: little padding, bounded memory.
 WINDOW_BATCHES = 16
+FIRST_WINDOW = 7 / 8  # the first where tokens are made on the way, likewise: one batch, with room for padding
 BLOCK, BLOCK_CHARACTERS = 64, 65536  # documents whose texts are tokenized together: as many, or so much text
 
 
@@ -42,6 +43,7 @@ class _Item:
     metadata: dict[str, object] | None
     ids: Tensor  # [tokens] int64
     ends: bool = False  # it is the last part of its document
+    is_there: bool = False  # it was there with its token ids before anything was encoded
 
 
 def encode_documents(
@@ -95,7 +97,7 @@ def encode_documents(
     with torch.inference_mode(False), evaluating(model), progress, look_before as looking:
         prefix = {layer: (key.to(device), value.to(device)) for layer, (key, value) in model.encode_prefix().items()}
         items = reader.read(given)
-        while window := _window(items, batch_tokens * WINDOW_BATCHES):
+        for window in _windows(items, batch_tokens):
 
             def count(places: list[int], window: list[_Item] = window) -> None:
                 documents = sum(window[place].ends for place in places)
@@ -202,16 +204,23 @@ class _ArrivingBank(MemoryBank):
         self._layers = layers
 
 
-def _window(items: Iterator[_Item], tokens: int) -> list[_Item]:
-    """The next documents of together about `tokens` tokens; empty at the end."""
+def _windows(items: Iterable[_Item], batch_tokens: int) -> Iterator[list[_Item]]:
+    """Documents in windows of about `WINDOW_BATCHES` batches.
+
+    Where they have to be read or tokenized first, a device would have nothing to do meanwhile: the first windows are of
+    one batch, two, four and eight.
+    """
+    whole, size = batch_tokens * WINDOW_BATCHES, batch_tokens * FIRST_WINDOW
     window: list[_Item] = []
-    held = 0
+    held, is_there = 0, True
     for item in items:
         window.append(item)
-        held += len(item.ids)
-        if held >= tokens:
-            break
-    return window
+        held, is_there = held + len(item.ids), is_there and item.is_there
+        if held >= (whole if is_there else min(size, whole)):
+            yield window
+            window, held, is_there, size = [], 0, True, 2 * size
+    if window:
+        yield window
 
 
 class _Fields(NamedTuple):
@@ -239,9 +248,11 @@ class _Reader:
 
     def read(self, documents: Iterable[object]) -> Iterator[_Item]:
         keys: set[str] = set()
+        are_there = isinstance(documents, Sized)  # what cannot be counted may be made on the way
         for number, items in self.items(documents):
             before: _Item | None = None
             for item in items:
+                item.is_there = item.is_there and are_there
                 if item.key in keys:
                     raise ValueError(f"Document {number} has the key {item.key!r}, which an earlier document has.")
                 keys.add(item.key)
@@ -324,7 +335,7 @@ class _Reader:
                 f"model knows 0 to {self.vocabulary - 1}. Was it tokenized for another model?"
             )
         if len(ids) <= self.limit:
-            yield _Item(key, text, metadata, ids)
+            yield _Item(key, text, metadata, ids, is_there=given is not None)
         elif self.too_long == "error":
             raise ValueError(
                 f"Document {number} (key {key!r}) has {len(ids)} tokens, above the limit of {self.limit}. "
@@ -333,7 +344,7 @@ class _Reader:
         else:
             try:
                 for part, (piece, piece_ids) in enumerate(self._split(text if given is None else None, ids.tolist())):
-                    yield _Item(f"{key}#{part}", piece, metadata, torch.tensor(piece_ids))
+                    yield _Item(f"{key}#{part}", piece, metadata, torch.tensor(piece_ids), is_there=given is not None)
             except LimitTooSmall as error:
                 raise ValueError(f"Document {number} (key {key!r}) cannot be split: {error}.") from None
 
