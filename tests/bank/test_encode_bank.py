@@ -153,7 +153,7 @@ def test_the_bank_does_not_depend_on_the_number_of_processes(tmp_path: Path, cou
     assert_bank(tmp_path / "alone", rows)
     bytes_of_text = sum(len(row["text"]) for row in rows)
     assert (done.documents, done.tokens, done.own, done.found) == (count, bytes_of_text, count, 0)
-    assert max(bytes_of_text // (PART + LONGEST), 1) <= done.parts <= bytes_of_text // PART + 1
+    assert max(bytes_of_text // (PART + LONGEST), 1) <= done.parts <= bytes_of_text // PART + 3
     for size in (2, 3, 4):
         directory, log = tmp_path / str(size), tmp_path / f"log {size}"
         results = together(size, partial(lambda directory, log, rank: encode(source, directory, log), directory, log))
@@ -377,7 +377,7 @@ def test_documents_that_get_other_numbers_are_encoded_again(tmp_path: Path) -> N
     """A protocol would put the numbers into what is encoded."""
     rows = [{"key": f"key {number}", "text": f"{number:03} " + "z" * 36} for number in range(12)]
     source, bank, log = written(tmp_path / "rows.jsonl", rows), tmp_path / "bank", tmp_path / "log"
-    assert encode(source, bank, log).parts == 4  # of three documents each
+    assert encode(source, bank, log).parts == 6  # three documents alone, then of three each
     assert encode(written(source, rows[3:]), bank, log).found == 0
     assert_bank(bank, rows[3:])
 
@@ -487,6 +487,26 @@ def test_a_corpus_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
     written(tmp_path / "rows.jsonl", [*rows[:7], {**rows[7], "text": rows[7]["text"].swapcase()}, *rows[8:]])
     with connected() as ranks, pytest.raises(UserError, match="line 8: changed while it was encoded"):
         encode_bank(corpus, Model(tmp_path / "log"), tmp_path / "bank", Bytes(), ranks=ranks, show_progress=False)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_first_part_is_cut_further_and_no_other(tmp_path: Path, seed: int) -> None:
+    """So that a model soon has something to encode. Parts behind it are those that they were before."""
+    pick, size = random.Random(seed), 40
+    lengths = [[60], [1, 60, 1], [5, 9, 1, 25, 1, 60, 39, 1], [pick.randint(1, 20) for _ in range(30)]][seed]
+    rows = [{"key": f"key {number}", "text": "x" * length} for number, length in enumerate(lengths)]
+    encode(written(tmp_path / "rows.jsonl", rows), tmp_path / "bank", tmp_path / "log", part_size=size)
+    whole, held = [0], 0
+    for number, length in enumerate(lengths, start=1):
+        held += length
+        if held >= size:
+            whole.append(number)
+            held = 0
+    ends = {*whole[1:], len(lengths)}
+    first = min(ends)
+    ends |= {next((end for end in range(first) if sum(lengths[:end]) >= size * cut), first) for cut in (1 / 8, 3 / 8)}
+    segments = json.loads((tmp_path / "bank" / "manifest.json").read_text())["segments"]
+    assert [segment["documents"][1] for segment in segments] == sorted(ends)
 
 
 # --- what is encoded --------------------------------------------------------------------------------------------------
