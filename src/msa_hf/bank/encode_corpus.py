@@ -32,6 +32,7 @@ from ..data.documents import Corpus
 from ..generation.document_ids import ID_FIELD
 from ..model.bank_format_msa import TensorLayout, new_manifest
 from ..model.encoded_batches_msa import EncodedWindow
+from ..model.memory_msa import MemoryBank
 from ..model.origin_msa import BankOrigin
 from ..model.positions_msa import position_limit
 from .corpus_lengths import check_lengths
@@ -209,8 +210,7 @@ def encode_bank(
         own = _encode_parts(encoder, folder, parts, records, ranks, workers, show_progress)
         with agreed(ranks):
             if lock is not None:
-                # What its tensors look like is learnt by encoding one token.
-                like = model.encode_documents([[0]], None, bank_device="cpu", show_progress=False)
+                like = encoder.like()
                 layers = {layer: (memory.routing_keys, memory.pooled_kv) for layer, memory in like.layers.items()}
                 manifest = new_manifest(encoder.origin.to_manifest(), TensorLayout.of_tensors(layers), version=2)
                 commit_parts(directory, manifest, like.prefix, [records[part.name] for part in parts], lock)
@@ -271,6 +271,8 @@ def _encode_parts(
                 for part in left[turn + ranks.rank : turn + ranks.size][:1]:
                     rows = next(rows_of_parts)
                     writing.put(part, rows, encoder.encode(rows, progress))
+                if turn == turns[-1] and ranks.rank == 0:
+                    encoder.like()  # for the manifest, while parts are on their way to the disk
                 written = writing.written(all=turn == turns[-1])
             said = ranks.everyone((written, progress.own))
             records.update({record["part"]: record for theirs, _ in said for record in theirs})
@@ -325,6 +327,7 @@ class _Encoder:
             raise ValueError(f"`too_long` must be 'error' or 'split', got {too_long!r}.")
         self.corpus, self.model, self.batch_tokens = corpus, model, batch_tokens
         self.compile_layers, self.fp8_projections = compile_layers, fp8_projections
+        self._like: MemoryBank | None = None
         self.origin: BankOrigin = model.memory_origin(tokenizer)
         positions = position_limit(model.config)
         if protocol is not None and ID_FIELD in corpus.fields:  # before anything is written
@@ -364,6 +367,12 @@ class _Encoder:
                 if not cuts:
                     cuts, held = [size], 0
         return parts
+
+    def like(self) -> MemoryBank:
+        """A bank of one token, encoded once: it has the prefix of all, and tells what tensors look like."""
+        if self._like is None:
+            self._like = self.model.encode_documents([[0]], None, bank_device="cpu", show_progress=False)
+        return self._like
 
     def encode(self, rows: PartRows, progress: _Progress) -> EncodedWindow:
         """The memory of a part, perhaps on its way."""
