@@ -33,6 +33,7 @@ from msa_hf.cli import main
 from msa_hf.data.documents import Corpus
 from msa_hf.model.bank_format_msa import BankFormatError
 from msa_hf.model.bank_writer_msa import BankWriter
+from msa_hf.model.inference_msa import MemoryMixin
 from msa_hf.model.memory_msa import BankOrigin, MemoryBank
 from msa_hf.user_errors import UserError
 
@@ -604,16 +605,26 @@ def launch(size: int, directory: Path, *arguments: object) -> list[tuple[int, st
     return [tuple(json.loads((directory / f"said {rank}").read_text())) for rank in range(size)]
 
 
-def test_the_command_under_a_launcher(tmp_path: Path) -> None:
-    """What one process encodes; a mistake is told by every process."""
-    tokenizer = byte_tokenizer()
-    memory_model(tokenizer, COMPACT).save_pretrained(tmp_path / "model")
+def test_the_command_under_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one process encodes, and the library; a mistake is told by every process."""
+    tokenizer, prefixes = byte_tokenizer(), []
+    model, encode_prefix = memory_model(tokenizer, COMPACT), MemoryMixin.encode_prefix
+    model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     COMPACT.save_pretrained(tmp_path / "model")
     rows = rows_of(13, 12)
     source = written(tmp_path / "rows.jsonl", rows)
     command = (tmp_path / "model", source, tmp_path / "bank", "--part-size", PART)
+    monkeypatch.setattr(MemoryMixin, "encode_prefix", lambda self: (prefixes.append(1), encode_prefix(self))[1])
     assert main(["encode", *map(str, command[:2]), str(tmp_path / "alone"), "--part-size", str(PART)]) == 0
+    assert prefixes == [1], "of all parts together"
+    alone, expected = (
+        MemoryBank.from_pretrained(tmp_path / "alone"),
+        model.encode_documents(COMPACT.encode_corpus(rows, tokenizer), show_progress=False),
+    )
+    for layer, memory in expected.layers.items():
+        torch.testing.assert_close(alone.layer(layer).pooled_kv, memory.pooled_kv)
+        torch.testing.assert_close(alone.layer(layer).routing_keys, memory.routing_keys)
     said = launch(2, tmp_path, *command)
     assert [code for code, *_ in said] == [0, 0] and [bool(out) for _, out, _ in said] == [True, False], said
     assert said[0][1].startswith(f"{tmp_path / 'bank'}: 12 documents, ") and "parts were there" not in said[0][1]

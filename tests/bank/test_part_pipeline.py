@@ -142,6 +142,12 @@ def test_parts_are_written_while_the_next_ones_are_encoded(tmp_path: Path, monke
     rows = rows_of(1, 30)
     source, bank, log = written(tmp_path / "rows.jsonl", rows), tmp_path / "bank", tmp_path / "log"
     go_on, write, seen = threading.Event(), encode_corpus.write_part, []
+    prepared, encode_documents = threading.Event(), Model.encode_documents
+
+    def preparing(self: Model, documents: Any, *arguments: Any, **options: Any) -> MemoryBank:
+        if documents == [[0]]:  # for the manifest
+            prepared.set()
+        return encode_documents(self, documents, *arguments, **options)
 
     def waiting(*arguments: Any) -> Any:
         if not seen:  # of the first part: what is encoded meanwhile?
@@ -150,8 +156,10 @@ def test_parts_are_written_while_the_next_ones_are_encoded(tmp_path: Path, monke
                 before = len(keys_in(log))
                 go_on.wait(0.5)
             seen.append(before)
+        assert arguments[1].end < 30 or prepared.wait(5), "what the manifest needs is computed once all is written"
         return write(*arguments)
 
+    monkeypatch.setattr(Model, "encode_documents", preparing)
     monkeypatch.setattr(encode_corpus, "write_part", waiting)
     done = encode(source, bank, log, workers=1)
     per_part = 30 / done.parts

@@ -33,7 +33,8 @@ def add_options(made: argparse.ArgumentParser) -> None:
         "--part-size",
         type=positive,
         metavar="BYTES",
-        help="text that is encoded and kept at a time; what an interruption costs, per process (default: 1000000)",
+        help="text that is encoded and kept at a time, the first of it in three parts; what an interruption costs, per "
+        "process (default: 1000000)",
     )
     made.add_argument(
         "--timeout",
