@@ -63,15 +63,21 @@ def test_threads_at_work_on_one_model(model: Any) -> None:
 
 ENTRIES: dict[str, Callable[[Any], Any]] = {
     "encode": lambda model: model.encode_documents(tokens(4, 5), show_progress=False),
+    "encode rows": lambda model: model.encode_rows(
+        ["a"], [torch.tensor([5, 6])], bank_device="cpu", counted=len
+    ).layers(),
     "encode that fails": lambda model: model.encode_documents([[1], []], show_progress=False),
 }
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_encoding(entry: str, model: Any) -> None:
-    before = modes(model)
+    before, training = modes(model), []
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda *_: training.append(torch.is_grad_enabled() or any(module.training for module in model.modules()))
+    )
     try:
         ENTRIES[entry](model)
     except ValueError:
         assert "fails" in entry
-    assert modes(model) == before
+    assert modes(model) == before and training and not any(training)
