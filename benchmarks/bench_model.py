@@ -59,8 +59,8 @@ from msa_hf.model.compiled_msa import compiling
 from msa_hf.model.document_rows_msa import ChunkLayout
 from msa_hf.model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable, OpenSession
 from msa_hf.model.options_msa import static_cache
-from msa_hf.model.row_products_msa import InductorWithRowProducts
 from msa_hf.ops.formats import FORMATS
+from msa_hf.ops.row_products import InductorWithRowProducts
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "model_cards" / "msa-hf-tiny"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msa_hf.model.row_products_msa import InductorWithRowProducts
+from msa_hf.ops.row_products import InductorWithRowProducts
 
 HIDDEN, HEADS, GROUPS, MIDDLE = 2560, 4096, 1024, 9728  # Qwen3-4B
 

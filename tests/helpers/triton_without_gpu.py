@@ -50,11 +50,11 @@ def compile_launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: An
 
 def calls() -> None:
     """Every operation, in all dtypes that it takes."""
-    from msa_hf.model.row_kernel_msa import launch, row_products_kernel
     from msa_hf.ops import quantize_keys
     from msa_hf.ops.gather_documents.triton import gather_documents
     from msa_hf.ops.pool_chunks.triton import pool_chunks, pool_chunks_backward
     from msa_hf.ops.route_documents.triton import route_documents
+    from msa_hf.ops.row_products.triton import launch, row_products_kernel
 
     floating, narrow = (torch.float32, torch.bfloat16, torch.float16), (torch.int8, torch.float8_e4m3fn)
     offsets = torch.tensor([0, 3, 5])

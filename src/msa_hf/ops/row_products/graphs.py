@@ -24,7 +24,7 @@ Compiled = Callable[..., Any]
 
 @functools.cache
 def _operation() -> Product:
-    from .row_kernel_msa import row_products
+    from .triton import row_products
 
     return row_products
 

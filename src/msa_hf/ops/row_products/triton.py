@@ -7,13 +7,9 @@ that loop over a row wait for it piece by piece, and one launch for every matrix
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:  # in this form, in which transformers does not ask it of everybody who loads a checkpoint
-    raise ImportError("The kernel for products of single rows needs Triton.") from error
 
 MOST = 3  # matrices of one launch
 LONG = 4096  # numbers of a row above which a program has four warps

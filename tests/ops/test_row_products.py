@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from msa_hf.model import row_products_msa
-from msa_hf.model.row_products_msa import InductorWithRowProducts, replace_products
+from msa_hf.ops.row_products import InductorWithRowProducts, graphs, replace_products
 
 
 class Block(nn.Module):
@@ -49,7 +48,7 @@ def run_with(block: nn.Module, row: Tensor) -> tuple[Tensor, list[list[int]]]:
 
 
 def test_those_of_one_row_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_products_msa, "LEAST", 1)
+    monkeypatch.setattr(graphs, "LEAST", 1)
     block, row = Block(), torch.randn(1, 1, 8)
     found, heights = run_with(block, row)
     assert heights == [[12, 4, 4], [8], [8, 8, 8], [8]]
@@ -58,12 +57,12 @@ def test_those_of_one_row_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("rows", [(2, 1), (1, 3), (2,)])
 def test_several_rows_are_left_alone(monkeypatch: pytest.MonkeyPatch, rows: tuple[int, ...]) -> None:
-    monkeypatch.setattr(row_products_msa, "LEAST", 1)
+    monkeypatch.setattr(graphs, "LEAST", 1)
     assert run_with(Block(), torch.randn(*rows, 8))[1] == []
 
 
 def test_small_matrices_and_weights_that_are_made_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_products_msa, "LEAST", 64)
+    monkeypatch.setattr(graphs, "LEAST", 64)
 
     class Made(nn.Module):
         def __init__(self) -> None:
@@ -95,9 +94,9 @@ def test_the_rest_is_what_inductor_makes(monkeypatch: pytest.MonkeyPatch) -> Non
             compiled = torch.compile(block, backend=InductorWithRowProducts(), options=options)
             torch.testing.assert_close(compiled(rows), block(rows))
     assert given == [{}, {"epilogue_fusion": False}]
-    monkeypatch.setattr(row_products_msa, "_is_product", lambda node, device="cuda": device == "cuda")
-    monkeypatch.setattr(row_products_msa, "replace_products", lambda graph, product: 0)
-    monkeypatch.setattr(row_products_msa, "_operation", lambda: None)
+    monkeypatch.setattr(graphs, "_is_product", lambda node, device="cuda": device == "cuda")
+    monkeypatch.setattr(graphs, "replace_products", lambda graph, product: 0)
+    monkeypatch.setattr(graphs, "_operation", lambda: None)
     torch._dynamo.reset()
     torch.compile(block, backend=InductorWithRowProducts(), mode="max-autotune-no-cudagraphs")(torch.randn(1, 8))
     assert given[2]["coordinate_descent_tuning"] and given[2]["max_autotune"]
@@ -105,7 +104,7 @@ def test_the_rest_is_what_inductor_makes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 KERNEL = """
 import random, torch
-from msa_hf.model.row_kernel_msa import LONG, launch, row_products_kernel
+from msa_hf.ops.row_products.triton import LONG, launch, row_products_kernel
 random.seed(0); torch.manual_seed(0)
 for width in (1, 3, 511, 512, 513, LONG, LONG + 1):
     matrices = [torch.randn(random.randint(1, 5), width) for _ in range(random.randint(1, 3))]
@@ -126,9 +125,9 @@ def test_kernel_interpreted() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Random sizes on a GPU, by themselves and within a graph of Inductor's."""
-    from msa_hf.model.row_kernel_msa import LONG, row_products
+    from msa_hf.ops.row_products.triton import LONG, row_products
 
-    monkeypatch.setattr(row_products_msa, "LEAST", 1)
+    monkeypatch.setattr(graphs, "LEAST", 1)
     pick = random.Random(0)
     for width in (1, 8, 511, 512, 513, LONG, LONG + 1, 9728, *(pick.randint(1, 12_000) for _ in range(8))):
         matrices = [torch.randn(pick.randint(1, 900), width, device="cuda") for _ in range(pick.randint(1, 3))]
