@@ -61,6 +61,34 @@ def test_several_rows_are_left_alone(monkeypatch: pytest.MonkeyPatch, rows: tupl
     assert run_with(Block(), torch.randn(*rows, 8))[1] == []
 
 
+@pytest.mark.parametrize("how", ["a method", "an item", "a view", "a function"])
+def test_none_is_moved_before_a_write(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(graphs, "LEAST", 1)
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, row: Tensor) -> Tensor:
+            row = row * 2
+            found = self.first(row)
+            if how == "a method":
+                row.add_(1)
+            elif how == "an item":
+                row[..., 0] = 5
+            elif how == "a view":
+                row.view(-1)[2:4].mul_(3)
+            else:
+                torch.relu_(row)
+            return found + self.second(row) + self.third(row)
+
+    block, row = Written(), torch.randn(1, 8)
+    found, heights = run_with(block, row)
+    assert heights == [[8], [8, 8]]
+    torch.testing.assert_close(found, block(row))
+
+
 def test_small_matrices_and_weights_that_are_made_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "LEAST", 64)
 

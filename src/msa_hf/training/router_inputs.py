@@ -1,4 +1,4 @@
-"""What routers read: the hidden states that come into memory layers while token rows are encoded."""
+"""Hidden states that routers read: those that come into memory layers while token rows are encoded."""
 
 from __future__ import annotations
 

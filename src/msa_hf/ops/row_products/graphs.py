@@ -18,6 +18,24 @@ from torch import Tensor, fx
 LEAST = 2**18  # numbers of a matrix; smaller ones, as of adapters, are not worth a launch
 WIDEST = 2**15  # numbers of a row, which the kernel's code is written out for
 MOST = 3  # matrices of one launch
+# Functions of `operator` that write to what they are given.
+IN_PLACE = {
+    "setitem",
+    "iadd",
+    "isub",
+    "imul",
+    "imatmul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "ilshift",
+    "irshift",
+    "iand",
+    "ior",
+    "ixor",
+    "iconcat",
+}
 Product = Callable[[Tensor, list[Tensor]], Tensor]
 Compiled = Callable[..., Any]
 
@@ -58,6 +76,8 @@ class InductorWithRowProducts:
 def replace_products(graph: fx.GraphModule, product: Product, device: str = "cuda") -> int:
     """Replace linear layers of a single row by `product`, those of the same row by one.
 
+    They are joined where the first of them stands, so none is moved to before an operation that may write.
+
     Args:
         graph: as torch.compile traces it, with examples of its values.
         product: of a row [..., D] and up to three matrices [N, D]: [..., sum of N].
@@ -66,12 +86,14 @@ def replace_products(graph: fx.GraphModule, product: Product, device: str = "cud
     Returns:
         how many calls of it there are now.
     """
-    of_row: dict[fx.Node, list[fx.Node]] = {}
+    of_row: dict[tuple[fx.Node, int], list[fx.Node]] = {}
+    writes = 0
     for node in graph.graph.nodes:
+        writes += _may_write(node)
         if _is_product(node, device):
-            of_row.setdefault(_arguments(node)[0], []).append(node)
+            of_row.setdefault((_arguments(node)[0], writes), []).append(node)
     calls = 0
-    for row, nodes in of_row.items():
+    for (row, _), nodes in of_row.items():
         for start in range(0, len(nodes), MOST):
             _replace(graph.graph, row, nodes[start : start + MOST], product)
             calls += 1
@@ -108,12 +130,33 @@ def _example(node: fx.Node) -> Tensor:
     return found
 
 
+def _may_write(node: fx.Node) -> bool:
+    """Tell whether an operation may change what it is given, as far as its name, its schema and `out` show."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
+    if node.op == "call_module" or "out" in node.kwargs:
+        return True
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True  # a kernel, or a graph of its own
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    if isinstance(target, str):  # a method
+        return target == "__setitem__" or (target.endswith("_") and not target.endswith("__"))
+    name: str = getattr(target, "__name__", "_")
+    if getattr(operator, name, None) is target:
+        return name in IN_PLACE
+    return name.endswith("_") or bool(node.kwargs.get("inplace"))
+
+
 def _is_product(node: fx.Node, device: str = "cuda") -> bool:
     """Tell whether a node is a linear layer of a single row whose weight is an input of the graph, and large."""
     if node.op != "call_function" or node.target is not torch.nn.functional.linear:
         return False
     row, weight, _ = _arguments(node)
-    if not (isinstance(weight, fx.Node) and weight.op in ("placeholder", "get_attr")):
+    if not (isinstance(weight, fx.Node) and weight.op == "placeholder"):
         return False
     given, matrix = _example(row), _example(weight)
     return (
