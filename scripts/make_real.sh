@@ -2,12 +2,13 @@
 # Train and measure a real model on real text, every stage beside those that it does not need.
 #
 #     bash scripts/make_real.sh data OUT --base BASE --data DATA --teacher TEACHER [--parts 0-10] [--minutes 1.5] [--limit N] \
-#         [--no-words]
+#         [--no-words] [--spans N]
 #     bash scripts/make_real.sh train OUT NAME [arguments of train_real.py routers...]
 #     bash scripts/make_real.sh measure OUT NAME [arguments of eval_real.py read...]
 #
 # `data` makes passages, questions that the base asks (for so many minutes), what the teacher says of both, rows that read,
-# BM25's rankings, and words that teach (minutes of a CPU; without them `train` needs --no-words too). `train` makes
+# BM25's rankings, and words that teach (minutes of a CPU; without them `train` needs --no-words too). With --spans it also cuts
+# queries out of N passages, for `train ... --spans`. `train` makes
 # OUT/NAME.pt from them, and its curve; as often as wanted, under other names.
 # `measure` makes the adapter, searches with all systems, puts them together, reads, and writes tables and plots to
 # OUT/NAME/. All GPUs are used. What is there already is not made again, so that the same command goes on after an interruption;
@@ -63,7 +64,7 @@ together() {
 on_gpu() { CUDA_VISIBLE_DEVICES="$([[ "$gpus" == 0 ]] || echo "$1")" "${@:2}"; }
 
 if [[ "$what" == data ]]; then
-    base="" data="" teacher="" parts=0-10 minutes=1.5 limit=() with_words=yes
+    base="" data="" teacher="" parts=0-10 minutes=1.5 limit=() with_words=yes spans=0
     while (($#)); do
         case "$1" in
             --no-words)
@@ -76,6 +77,7 @@ if [[ "$what" == data ]]; then
             --teacher) teacher="$2" ;;
             --parts) parts="$2" ;;
             --minutes) minutes="$2" ;;
+            --spans) spans="$2" ;;
             --limit) limit=(--limit "$2") ;;
             *) die "what is $1?" ;;
         esac
@@ -116,6 +118,12 @@ if [[ "$what" == data ]]; then
         }
         beside ask "$shard"
     done
+    if ((spans > 0)); then
+        beside when "${prepared[@]}" -- stage "$out/spans.pt" spans \
+            train spans --base "$base" --parts "$parts" --passages "$spans"
+        beside when "$out/spans.pt" "$out/taught0.done" -- stage "$out/spans.teacher.pt" teach-spans \
+            on_gpu 0 train teach --teacher "$teacher" --parts "$parts" --shards "$shards" --spans
+    fi
     words() { "$python" scripts/real_lexical.py "$1" --work "$out" "${@:2}"; }
     if [[ -n "$with_words" ]]; then
         OMP_NUM_THREADS=4 beside when "$out/sets.pt" "${prepared[@]}" -- stage "$out/words.pt" words \

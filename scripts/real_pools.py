@@ -190,7 +190,8 @@ class Pools:
         self.arguments, self.where = arguments, where
         work = Path(arguments.work)
         data = load(work / "sets.pt")
-        shards = [load(work / f"asked{shard}.pt") for shard in range(arguments.shards)]
+        asked = [*(f"asked{shard}" for shard in range(arguments.shards)), *(["spans"] if arguments.spans else [])]
+        shards = [load(work / f"{name}.pt") for name in asked]
         names = shards[0]["names"]
         loaded = [data, *(load(work / f"{name}.pt") for name in names)]
         self.passages = Flat.joined([Flat(item["tokens"], item["lengths"]) for item in loaded]).to(where)
@@ -201,9 +202,11 @@ class Pools:
         train = data["train"]
         everything = [Flat(item["tokens"], item["lengths"]) for item in [train, *shards]]
         self.questions = Flat.joined(everything).to(where)
-        asked_near = [load(work / f"asked{shard}.teacher.pt") for shard in range(arguments.shards)]
+        asked_near = [load(work / f"{name}.teacher.pt") for name in asked]
         self.questions_near = torch.cat([taught["train"], *asked_near]).to(where)
         self.labeled = len(train["lengths"])
+        # Behind the asked questions stand the queries that were cut out.
+        self.cut_out = len(self.questions.lengths) - (len(shards[-1]["lengths"]) if arguments.spans else 0)
         self.wanted = [sorted({place for group in item["wanted"] for place in group}) for item in train["questions"]]
         short = (train["lengths"] <= LONGEST_QUESTION).tolist()
         of_set = {
@@ -221,6 +224,8 @@ class Pools:
         self.allowed[data["held_out"].to(where)] = False
         self._own_questions(arguments.drop)
         self.words: Words | None = None
+        if arguments.words and arguments.spans:
+            raise SystemExit("The words of queries cut out were not looked up: give --no-words with --spans.")
         if arguments.words:
             self.words = Words(arguments, self)
         self.siblings = Siblings(data["articles"].to(where))
@@ -294,6 +299,7 @@ class Pools:
         numbers = torch.cat([labeled, asked])
         rows = torch.cat([gold[:, 0], len(labeled) + torch.arange(len(asked), device=where)])
         share = torch.full((len(numbers),), arguments.soft_asked, device=where)
+        share[numbers >= self.cut_out] = arguments.soft_spans
         share[: len(labeled)] = arguments.soft_labeled
         return Draw(pool, numbers, rows, torch.cat([gold[:, 1], pool[with_question]]), share)
 

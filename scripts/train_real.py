@@ -43,6 +43,7 @@ from real_pools import SHARES, Pools, is_held_out
 from real_questions import LONGEST_PASSAGE, questions
 from real_ranking import Ranker
 from real_rows import Flat, connect, device, load, log, rank, save, source_names, tokenized, wait_for, world
+from real_spans import spans
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -190,12 +191,12 @@ def teach(arguments: argparse.Namespace) -> None:
     work = Path(arguments.work)
     teacher = EmbeddingTeacher(arguments.teacher, device())
     names = source_names(arguments.parts)[1 if arguments.only_parts else 0 :][arguments.shard :: arguments.shards]
-    asked = f"asked{arguments.shard}"
-    for name in [*names, *([asked] if arguments.asked else [])]:
+    asked = [*([f"asked{arguments.shard}"] if arguments.asked else []), *(["spans"] if arguments.spans else [])]
+    for name in [*names, *asked]:
         if (work / f"{name}.teacher.pt").exists():
             continue
-        if name == asked:
-            texts = load(work / f"{asked}.pt")["texts"]
+        if name in asked:
+            texts = load(work / f"{name}.pt")["texts"]
         else:
             wait_for(work / f"{name}.pt")
             texts = load(work / f"{name}.texts")
@@ -551,10 +552,16 @@ def main() -> None:
     made.add_argument("--largest", type=int, default=6_000)
     made.add_argument("--no-compile", dest="compile", action="store_false")
 
+    made = command("spans", spans)
+    made.add_argument("--base", required=True)
+    made.add_argument("--passages", type=int, default=100_000)
+    made.add_argument("--turns", type=int, default=3, help="tries to cut a query out of each")
+
     made = command("teach", teach)
     made.add_argument("--teacher", required=True)
     made.add_argument("--only-parts", action="store_true")
     made.add_argument("--asked", action="store_true")
+    made.add_argument("--spans", action="store_true", help="the queries of `spans` too")
     shards(made)
 
     made = command("untrained", untrained)
@@ -601,6 +608,8 @@ def main() -> None:
         "--drop", type=float, default=0.1, help="share of the asked questions that fit their passage least"
     )
     made.add_argument("--no-words", dest="words", action="store_false", help="the embedding model teaches alone")
+    made.add_argument("--spans", action="store_true", help="the queries of `spans` count as asked ones")
+    made.add_argument("--soft-spans", type=float, default=0.2, help="the teacher's share of their targets")
     made.add_argument("--soft-asked", type=float, default=0.5, help="the teacher's share of a target")
     made.add_argument("--soft-labeled", type=float, default=0.25)
     made.add_argument("--soft-temperature", type=float, default=0.04)

@@ -67,6 +67,27 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_queries_cut_out_of_passages(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import train_real
+
+    def run(command: str, *options: str) -> None:
+        given = ["train_real.py", command, "--work", str(place / "work"), "--parts", "0", *options]
+        monkeypatch.setattr(sys, "argv", given)
+        train_real.main()
+
+    base = ("--base", str(place / "base"))
+    run("prepare", *base, "--data", str(place / "data"))
+    run("spans", *base, "--passages", "30", "--turns", "3")
+    made = torch.load(place / "work" / "spans.pt", weights_only=True)
+    texts = torch.load(place / "work" / "part00.texts", weights_only=True)
+    assert made["names"] == ["part00"] and not made["sources"].any() and 30 < len(made["texts"]) <= 90
+    assert len(set(made["places"].tolist())) == 30
+    for query, number in zip(made["texts"], made["places"].tolist(), strict=True):
+        assert set(query.split()) <= set(texts[number].split())
+    assert len(made["tokens"]) == int(made["lengths"].sum()) and len(made["lengths"]) == len(made["texts"])
+
+
 def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import train_real
@@ -100,6 +121,11 @@ def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.
     sizes += " --part-tokens 800 --question-tokens 60 --mine 0"
     run("routers", f"--layers 1 --steps 3 --rank 4 --upper-rank 2 --no-compile --log-every 1 {sizes}")
     run("adapter", f"--out {place / 'adapter'}")
+    run("spans", "--passages 30 --turns 3")
+    run("teach", f"--teacher {place / 'teacher'} --spans", base=False)
+    with pytest.raises(SystemExit, match="give --no-words with --spans"):
+        run("routers", "--layers 1 --no-compile --read 0 --spans")
+    run("routers", f"--name cut --layers 1 --steps 2 --rank 4 --no-words --no-compile --spans {sizes}")
 
     rows = [json.loads(line) for line in (place / "work" / "routers.curve.jsonl").read_text().splitlines()]
     measured = [row["recall"] for row in rows if "recall" in row]
