@@ -42,9 +42,11 @@ Compiled = Callable[..., Any]
 
 @functools.cache
 def _operation() -> Product:
-    from .triton import row_products
+    from . import triton  # registers the operation
 
-    return row_products
+    # A graph names what it calls, for which the definition in Python has no name in some versions of PyTorch.
+    operation: Product = getattr(torch.ops, triton.NAMESPACE).row_products.default
+    return operation
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .graphs import MOST
 
+NAMESPACE = "msa_hf_rows"  # of the operation, in torch.ops
 LONG = 4096  # numbers of a row above which a program has four warps
 
 
@@ -58,7 +59,7 @@ def launch(kernel: Any, row: Tensor, matrices: list[Tensor]) -> Tensor:
     return out
 
 
-@torch.library.triton_op("msa_hf_rows::row_products", mutates_args=())
+@torch.library.triton_op(f"{NAMESPACE}::row_products", mutates_args=())
 def row_products(row: Tensor, matrices: list[Tensor]) -> Tensor:
     """The products of a row with up to three matrices, summed in float32.
 
