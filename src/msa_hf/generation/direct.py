@@ -19,7 +19,7 @@ from ..model.outputs_msa import MSACausalLMOutput
 from ..model.positions_msa import position_limit
 from ..model.routing_msa import LayerRouting
 from .answering import Answering, GenerateOptions
-from .combining import combine_layers
+from .combining import choices_on_host, combine_layers
 from .document_ids import DocumentIds
 from .interleave import Answer, Source
 from .prompting import Prompt, Said, asked_of, messages_of, prompting_of
@@ -144,12 +144,10 @@ class DirectAsker:
             hook.remove()
         end = time.perf_counter()
         beams = options["generation_config"].num_beams or 1
-        found = {
-            layer: (item.documents[::beams].tolist(), item.scores[::beams].tolist()) for layer, item in routing.items()
-        }
+        found = {layer: rows[::beams] for layer, rows in choices_on_host(routing, device).items()}
         answers = []
         for row, (text, prompt, item) in enumerate(zip(texts, prompts, written, strict=True)):
-            chosen = {layer: self._choices(rows[row], scores[row]) for layer, (rows, scores) in found.items()}
+            chosen = {layer: self._choices(*rows[row]) for layer, rows in found.items()}
             combined = combine_layers(chosen, self.layer_scores) if chosen else []
             trace = Trace(text, NO_TEXTS, [Round(chosen, combined)], item.text)
             trace.rounds[0].stages["prefill"] = Stage(len(prompt.input_ids), routed - start)
@@ -159,9 +157,9 @@ class DirectAsker:
         return answers
 
     def _choices(self, documents: list[int], scores: list[float]) -> list[RoutedDocument]:
-        found = []
-        for position, score in zip(documents, scores, strict=True):
-            if position >= 0:
-                document = self.bank.documents[position]
-                found.append(RoutedDocument(position, DocumentIds.of(position, document), document.key, score))
-        return found
+        chosen = [(position, score) for position, score in zip(documents, scores, strict=True) if position >= 0]
+        found = self.bank.documents.at([position for position, _ in chosen])
+        return [
+            RoutedDocument(position, DocumentIds.of(position, document), document.key, score)
+            for (position, score), document in zip(chosen, found, strict=True)
+        ]

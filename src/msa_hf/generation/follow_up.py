@@ -8,7 +8,7 @@ from ..data.padding import pad
 from ..model.memory_msa import Memory
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.modes_msa import evaluating
-from .combining import combine_layers
+from .combining import choices_on_host, combine_layers
 from .prompting import Prompt, Prompting, Said, messages_of, recent_text
 from .routed_document import RoutedDocument
 
@@ -45,15 +45,15 @@ def best_scores(model: MSAForCausalLM, bank: Memory, prompts: Sequence[Prompt], 
             use_cache=False,
             logits_to_keep=1,
         ).routing
-    best = []
+    best, found = [], choices_on_host(routing, device)
     for row in range(len(prompts)):
         chosen = {
             layer: [
                 RoutedDocument(position, position, "", score)
-                for position, score in zip(found.documents[row].tolist(), found.scores[row].tolist(), strict=True)
+                for position, score in zip(*rows[row], strict=True)
                 if position >= 0
             ]
-            for layer, found in routing.items()
+            for layer, rows in found.items()
         }
         ranked = combine_layers(chosen, layer_scores)
         best.append(float("-inf") if not ranked or ranked[0].score is None else ranked[0].score)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from ..model.modes_msa import evaluating
 from ..model.options_msa import STATIC
 from ..model.positions_msa import position_limit
 from .answering import Answering, GenerateOptions
-from .combining import LAYER_SCORES, combine_layers
+from .combining import LAYER_SCORES, choices_on_host, combine_layers
 from .document_ids import DocumentIds
 from .follow_up import standing_alone
 from .prompting import Said, asked_of, messages_of, prompting_of, recent_text
@@ -314,17 +314,11 @@ class MemoryInterleave:
     def _round(self, feed: TranscriptFeeder, samples: list[_Sample], number: int, options: GenerateOptions) -> None:
         start = time.perf_counter()
         logits, routing, fed = feed.prefill(samples)
-        documents, scores = (
-            torch.stack([item.to(self.model.device) for item in items]).tolist()  # the device is waited for once
-            for items in zip(*((found.documents, found.scores) for found in routing.values()), strict=True)
-        )
-        chosen = {
-            layer: list(zip(their_documents, their_scores, strict=True))
-            for layer, their_documents, their_scores in zip(routing, documents, scores, strict=True)
-        }
+        chosen = choices_on_host(routing, self.model.device)
         seconds = time.perf_counter() - start
         rounds: list[Round] = []
-        names: dict[int, tuple[int, str]] = {}
+        mine = [feed.row(sample) for sample in samples]
+        names = self._names(rows[row][0] for rows in chosen.values() for row in mine)
         for row, sample in enumerate(samples):
             found = {layer: self._choices(*rows[feed.row(sample)], names) for layer, rows in chosen.items()}
             item = Round(found, combine_layers(found, self.layer_scores), stages={"prefill": Stage(fed[row], seconds)})
@@ -361,18 +355,20 @@ class MemoryInterleave:
         for item, choice in zip(rounds, selected, strict=True):
             item.stages["select"] = Stage(len(choice.tokens), seconds)
 
-    def _choices(
-        self, documents: list[int], scores: list[float], names: dict[int, tuple[int, str]]
-    ) -> list[RoutedDocument]:
-        """A layer's choice; `names` keeps ids and keys that were looked up, as the layers choose much the same."""
-        chosen = []
-        for position, score in zip(documents, scores, strict=True):
-            if position >= 0:
-                if position not in names:
-                    document = self.bank.documents[position]
-                    names[position] = (DocumentIds.of(position, document), document.key)
-                chosen.append(RoutedDocument(position, *names[position], score))
-        return chosen
+    def _names(self, choices: Iterable[list[int]]) -> dict[int, tuple[int, str]]:
+        """Ids and keys of all documents that layers chose, which choose much the same."""
+        positions = sorted({position for chosen in choices for position in chosen if position >= 0})
+        found = zip(positions, self.bank.documents.at(positions), strict=True)
+        return {position: (DocumentIds.of(position, document), document.key) for position, document in found}
+
+    @staticmethod
+    def _choices(documents: list[int], scores: list[float], names: dict[int, tuple[int, str]]) -> list[RoutedDocument]:
+        """A layer's choice."""
+        return [
+            RoutedDocument(position, *names[position], score)
+            for position, score in zip(documents, scores, strict=True)
+            if position >= 0
+        ]
 
     def _candidates(self, sample: _Sample, item: Round) -> list[RoutedDocument]:
         return [choice for choice in item.combined if not (self.exclude_read and choice.position in sample.read)]

@@ -138,9 +138,26 @@ class DocumentTable(Sequence[Document]):
     @overload
     def __getitem__(self, index: slice) -> list[Document]: ...
     def __getitem__(self, index: int | slice) -> Document | list[Document]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        return self.row(int(self.rows_of(torch.tensor(range(len(self))[index]))))
+        found = range(len(self))[index]
+        return self.at(found) if isinstance(found, range) else self.at([found])[0]
+
+    def at(self, positions: Sequence[int]) -> list[Document]:
+        """The documents at some positions, in that order; of a table, decoded together.
+
+        Raises:
+            IndexError: for a position that is not there.
+            BankFormatError: where the rows are damaged.
+        """
+        if not len(positions):
+            return []
+        if min(positions) < 0 or max(positions) >= len(self):
+            raise IndexError(f"The {len(self)} documents have no positions {min(positions)} to {max(positions)}.")
+        rows = self.rows_of(torch.tensor(positions)).tolist() if len(self.deleted) else positions
+        if self._table is None:
+            return [self._documents[row] for row in rows]
+        # Slices, whose offsets are looked at before anything follows them, as `take` would.
+        pieces = [self._table.slice(row, 1) for row in rows]
+        return list(self._decode(pieces[0] if len(pieces) == 1 else pyarrow().concat_tables(pieces)))
 
     def row(self, row: int) -> Document:
         """The document of a row, deleted or not."""
@@ -194,7 +211,7 @@ class DocumentTable(Sequence[Document]):
 
     @staticmethod
     def _decode(rows: Any) -> Iterator[Document]:
-        for row in _validated(rows).to_pylist():
+        for row in _whole(_validated(rows)).to_pylist():
             metadata = _metadata_of(row["key"], row.pop("metadata"))
             row.pop("digest", None)
             yield Document(**{**row, "metadata": metadata})
@@ -276,6 +293,11 @@ def _validated(rows: Any) -> Any:
     except ValueError as error:
         raise BankFormatError(f"The table of documents is damaged ({error}). {RESTORE}.") from error
     return rows
+
+
+def _whole(rows: Any) -> Any:
+    """Rows in one piece, which are decoded in a third of the time."""
+    return rows.combine_chunks() if isinstance(rows, pyarrow().Table) and len(rows) > 1 else rows
 
 
 def _encoded(table: Any, visible: np.ndarray) -> bytes:

@@ -227,10 +227,13 @@ class Searcher:
         """The findings of one way for each query: at most k positions in the bank with their scores, best first."""
         return self._ask(way, queries, k).lists
 
-    def routed(self, position: int, score: float | None = None) -> RoutedDocument:
-        """A document as a router would name it."""
-        document = self.bank.documents[position]
-        return RoutedDocument(position, DocumentIds.of(position, document), document.key, score)
+    def routed(self, ranking: Sequence[tuple[int, float]]) -> list[RoutedDocument]:
+        """Positions with their scores, as a router would name these documents."""
+        documents = self.bank.documents.at([position for position, _ in ranking])
+        return [
+            RoutedDocument(position, DocumentIds.of(position, document), document.key, score)
+            for (position, score), document in zip(ranking, documents, strict=True)
+        ]
 
     def documents(self, queries: Sequence[str], k: int, mode: str = "hybrid", **options: Any) -> Tensor:
         """[B, k] int64 positions of the documents found for each query, best first, -1 where fewer are: what
@@ -319,8 +322,8 @@ class Searcher:
         }
         terms = _QueryTerms(query, self.bank.indexes["lexical"]) if "lexical" in found and len(self.bank) else None
         hits = []
-        for rank, (position, score) in enumerate(ranked, 1):
-            document = self.bank.documents[position]
+        documents = self.bank.documents.at([position for position, _ in ranked])
+        for rank, ((position, score), document) in enumerate(zip(ranked, documents, strict=True), 1):
             scores = found["router"].scores if "router" in found else None
             why = Why(
                 router=places.get("router", {}).get(position),

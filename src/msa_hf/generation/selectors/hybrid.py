@@ -55,4 +55,4 @@ class Hybrid(Router):
         lists = {"router": unread(router), **{way: unread(ranking) for way, ranking in found.items()}}
         count = self.asker.documents_per_round or self.documents_per_round
         ranked = fuse(lists, self.searcher.fusion, asked.question)[:count]
-        return replace(asked, candidates=[self.searcher.routed(position, score) for position, score in ranked])
+        return replace(asked, candidates=self.searcher.routed(ranked))
