@@ -7,13 +7,14 @@
     torchrun --nproc-per-node 1 scripts/eval_real.py read   --base build/real/base --work build/real --out OUT
     python   scripts/eval_real.py report --work build/real --out OUT
 
-The banks are nested: the passages of all question sets, then those of the further text in order, up to so many million
-tokens. A passage counts as found where it belongs to a gold document. `search` ranks passages by the routers, by BM25
-(`real_lexical.py`) and by the teacher; `rerank` has the model read the best of them again (the likelihood of the
-question behind each); `fuse` puts all of these together, with weights fitted on labeled questions that training left
-out. `read` puts the three best passages of every system before the same reader, and no text and the gold
-text beside them; where the reader refuses, it is asked again and may not begin with the refusal's first word
-("pressed"). `report` makes tables with intervals and plots of what both wrote.
+The banks are nested: the passages of all question sets, then those of the further text in order, up to so many
+million tokens. A passage counts as found where it belongs to a gold document. `search` ranks passages by the routers,
+by BM25 (`real_lexical.py`) and by the teacher; `rerank` has the model read the best of them again (the likelihood of
+the question behind each); `fuse` puts all of these together, with weights fitted on labeled questions that training
+left out, and reads the best of them for their wording ("unread": not). `read` puts the three best passages of every
+system before the same reader, and no text and the gold text beside them; where the reader refuses, it is asked again
+and may not begin with the refusal's first word ("pressed"). `report` makes tables with intervals and plots of what
+both wrote.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from real_rows import Flat, connect, device, load, log, rank, save, source_names
 from real_systems import (
     AT,
     KEPT,
+    CountedWords,
     Lists,
     asked_questions,
     bank_limits,
@@ -41,7 +44,9 @@ from real_systems import (
     hit_groups,
     interval,
     lists_of,
+    ranking_of,
     recalls,
+    with_wording,
 )
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -49,7 +54,7 @@ from transformers import AutoTokenizer
 from msa_hf.evaluation import exact_match
 from msa_hf.evaluation.metrics import normalize_answer
 from msa_hf.generation import PromptProtocol
-from msa_hf.retrieval import QueryLikelihood, fuse
+from msa_hf.retrieval import FusionWeights, QueryLikelihood, fuse
 from msa_hf.training.compiling import compiled_layers
 from msa_hf.training.contrastive import route_rows
 from msa_hf.training.sharing import gather_rows
@@ -214,6 +219,8 @@ def put_together(arguments: argparse.Namespace) -> None:
     dev = [number for number, item in enumerate(questions) if item["split"] == "dev"]
     report = json.loads((out / "search.json").read_text())
     kept = {size: dict(np.load(out / f"candidates_{size}.npz")) for size in report["sizes"]}
+    texts = [text for name in source_names(arguments.parts) for text in load(work / f"{name}.texts")]
+    words = CountedWords(texts)
     best: dict[str, np.ndarray] = {}
     for size, item in kept.items():
         for system in SYSTEMS:
@@ -223,7 +230,12 @@ def put_together(arguments: argparse.Namespace) -> None:
     first = {size: {"router": [item["router"] for item in lists_of(kept[size], ("router",))]} for size in kept}
     for name, systems in HYBRIDS.items():
         lists = {size: lists_of(item, systems) for size, item in kept.items()}
-        for size, ranked in fused(out / name.replace(" ", "-"), name, lists, questions).items():
+        weights = fit_on(lists, questions)
+        for size, ranked in rankings(weights, lists, questions).items():
+            best[f"{size} {name}, unread"] = places_of(ranked)
+        weights = with_wording(weights, lists, questions, texts, words)
+        keep(weights, out / name.replace(" ", "-"), name)
+        for size, ranked in rankings(weights, lists, questions, texts, words).items():
             first[size][name] = ranked
             best[f"{size} {name}"] = places_of(ranked)
     read = {size: out / f"read_again_{size}.npz" for size in kept}
@@ -232,7 +244,9 @@ def put_together(arguments: argparse.Namespace) -> None:
         for name in READ_AGAIN:
             lists = {size: read_again_lists(first[size][name], again[size]) for size in kept}
             name += " + reader"
-            for size, ranked in fused(out / name.replace(" + ", "-").replace(" ", "-"), name, lists, questions).items():
+            weights = fit_on(lists, questions)
+            keep(weights, out / name.replace(" + ", "-").replace(" ", "-"), name)
+            for size, ranked in rankings(weights, lists, questions).items():
                 best[f"{size} {name}"] = places_of(ranked)
     np.savez_compressed(out / "best.npz", **best)
     for name, rows in best.items():
@@ -241,18 +255,27 @@ def put_together(arguments: argparse.Namespace) -> None:
     (out / "search.json").write_text(json.dumps(report, indent=1))
 
 
-def fused(
-    folder: Path, name: str, lists: dict[str, list[Lists]], questions: list[dict[str, Any]]
-) -> dict[str, list[list[tuple[int, float]]]]:
-    """Size -> one ranking for every question, by weights that are fitted and written to `folder`."""
-    weights = fit_on(lists, questions)
-    log(name, "by", weights.method, weights.recall)
+def keep(weights: FusionWeights, folder: Path, name: str) -> None:
+    """Write weights to a folder of their own."""
+    log(name, "by", weights.method, weights.recall, "read for wording" if weights.wording else "")
     folder.mkdir(exist_ok=True)
     weights.save_pretrained(folder)
+
+
+def rankings(
+    weights: FusionWeights,
+    lists: dict[str, list[Lists]],
+    questions: list[dict[str, Any]],
+    texts: Sequence[str] = (),
+    words: CountedWords | None = None,
+) -> dict[str, list[list[tuple[int, float]]]]:
+    """Size -> the ranking of every question, best `AGAIN`; read for their wording with texts and words."""
+
+    def ranked(item: Lists, question: str) -> list[tuple[int, float]]:
+        return fuse(item, weights, question) if words is None else ranking_of(item, weights, question, texts, words)
+
     return {
-        size: [
-            fuse(item, weights, question["question"])[:AGAIN] for item, question in zip(found, questions, strict=True)
-        ]
+        size: [ranked(item, question["question"])[:AGAIN] for item, question in zip(found, questions, strict=True)]
         for size, found in lists.items()
     }
 
@@ -530,7 +553,8 @@ def main() -> None:
     made.add_argument("--parts", default="0-10")
     made.add_argument("--batch-tokens", type=int, default=60_000)
 
-    command("fuse", put_together)
+    made = command("fuse", put_together)
+    made.add_argument("--parts", default="0-10")
     command("report", report)
 
     arguments = parser.parse_args()

@@ -157,7 +157,8 @@ else
         "$python" scripts/train_real.py adapter "${of[@]}" --out "$results/adapter"
     stage "$results/search.json" "search-$name" \
         "${launch[@]}" scripts/eval_real.py search "${of[@]}" --out "$results" --parts "$parts"
-    stage "$results/best.npz" "fuse-$name" "$python" scripts/eval_real.py fuse --work "$out" --out "$results"
+    stage "$results/best.npz" "fuse-$name" "$python" scripts/eval_real.py fuse --work "$out" --out "$results" \
+        --parts "$parts"
     stage "$results/answers.json" "read-$name" \
         "${launch[@]}" scripts/eval_real.py read "${of[@]}" --out "$results" --parts "$parts" "$@"
     stage "$results/report.md" "report-$name" "$python" scripts/eval_real.py report --work "$out" --out "$results"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from real_pools import is_held_out
 
-from msa_hf.retrieval import FusionWeights, fit_fusion
+from msa_hf.retrieval import FusionWeights, fit_fusion, fit_wording, fuse, rank_by_wording
+from msa_hf.retrieval.lexical import LexicalIndex
+from msa_hf.retrieval.wording import READ
 
 AT = (1, 5, 10)
 WAYS = {"router": "router", "bm25": "lexical", "minilm": "dense"}  # system -> its name in msa_hf.retrieval
@@ -99,12 +105,66 @@ def fit_on(lists: dict[str, list[Lists]], questions: list[dict[str, Any]]) -> Fu
     Args:
         lists: size -> lists of every question.
     """
+    return fit_fusion(*_known(lists, questions))
+
+
+def _known(
+    lists: dict[str, list[Lists]], questions: list[dict[str, Any]]
+) -> tuple[list[Lists], list[set[int]], list[str], list[float]]:
+    """Lists, gold passages, texts and importance of the questions that weights are fitted on."""
     sizes = list(lists)
     counts = {kind: sum(item["set"] == kind for item in questions) for kind in {item["set"] for item in questions}}
     numbers = [number for number, item in enumerate(questions) if item["split"] == "fit"]
-    return fit_fusion(
+    return (
         [lists[sizes[place % len(sizes)]][number] for place, number in enumerate(numbers)],
         [{place for group in questions[number]["wanted"] for place in group} for number in numbers],
         [questions[number]["question"] for number in numbers],
         [counts[questions[number]["set"]] ** -0.5 for number in numbers],
     )
+
+
+class CountedWords:
+    """English words as a lexical index has them, and how rare they are in some of many texts.
+
+    Args:
+        texts: all of them.
+        counted: about how many are looked at.
+    """
+
+    def __init__(self, texts: list[str], counted: int = 60_000) -> None:
+        self._index = LexicalIndex("english")
+        some = texts[:: max(len(texts) // counted, 1)]
+        self.texts = len(some)
+        self.counts: Counter[str] = Counter()
+        for text in some:
+            self.counts.update(set(self.terms(text)))
+
+    def terms(self, text: str) -> list[str]:
+        return self._index.terms(text)
+
+    def rarity(self, term: str) -> float:
+        return math.log((self.texts + 1) / (self.counts[term] + 0.5))
+
+
+def with_wording(
+    weights: FusionWeights,
+    lists: dict[str, list[Lists]],
+    questions: list[dict[str, Any]],
+    texts: Sequence[str],
+    words: CountedWords,
+) -> FusionWeights:
+    """The weights, and beside them those by which the best passages are read for their wording."""
+    known, gold, asked, importance = _known(lists, questions)
+    ranked = [fuse(item, weights, question) for item, question in zip(known, asked, strict=True)]
+    read = [[texts[place] for place, _ in ranking[:READ]] for ranking in ranked]
+    return replace(weights, wording=fit_wording(ranked, read, gold, asked, words, importance))
+
+
+def ranking_of(
+    lists: Lists, weights: FusionWeights, question: str, texts: Sequence[str], words: CountedWords
+) -> list[tuple[int, float]]:
+    """The passages on all lists, fused, and read for their wording if the weights say so."""
+    ranked = fuse(lists, weights, question)
+    if not weights.wording:
+        return ranked
+    return rank_by_wording(ranked, [texts[place] for place, _ in ranked[:READ]], question, words, weights.wording)

@@ -7,7 +7,7 @@ from scripted import COMPACT, TEXTS, bank_of, byte_tokenizer, memory_model
 
 from msa_hf.bank import BankStore
 from msa_hf.generation import MemoryInterleave
-from msa_hf.retrieval import FusionWeights, Searcher, add_lexical_index, add_vectors, fuse
+from msa_hf.retrieval import FusionWeights, Searcher, add_lexical_index, add_vectors, fuse, wording
 
 pytest.importorskip("tantivy")
 TOKENIZER = byte_tokenizer()
@@ -44,6 +44,19 @@ def test_rounds_read_what_all_rankings_together_find(vectors: bool) -> None:
     weighed._selector.searcher.fusion = FusionWeights(("router", *ways), "lexical")  # type: ignore[attr-defined]
     expected = [position for position, _ in found["lexical"][1][:2]]
     assert [source.position for source in weighed.ask(QUESTIONS[1]).documents] == expected
+
+
+def test_rounds_read_for_wording_where_weights_say_so() -> None:
+    """By what a text has of the question's capitalized words and numbers alone, whatever the rankings say."""
+    bank = bank_of(MODEL, TOKENIZER, COMPACT)
+    add_lexical_index(bank)
+    names = tuple((float(feature == "names"), 0.0, 0.0, 0.0) for feature in wording.FEATURES)
+    weights = FusionWeights(("router", "lexical"), wording=names)
+    for number in (11, 14):
+        question = f"What stands {number} miles from the amber and the cedar?"
+        answer = asked(bank, max_rounds=1, documents_per_round=1, fusion=weights).ask(question)
+        (source,) = answer.documents
+        assert f" {number} miles" in TEXTS[source.position]
 
 
 def test_a_bank_without_either_is_refused(tmp_path) -> None:

@@ -2,6 +2,7 @@
 died meanwhile, and nothing of what was erased."""
 
 import json
+import math
 import os
 import random
 import re
@@ -319,3 +320,16 @@ def test_words(tmp_path: Path) -> None:
         BankStore(FakeModel(), tmp_path, lexical="french")
     with BankStore(FakeModel(), tmp_path) as bank:
         assert bank.stat()["indexes"]["lexical"]["language"] == "german"
+
+
+def test_words_are_rare_as_their_texts_are() -> None:
+    chance = random.Random(7)
+    texts = [text_of(chance) for _ in range(40)]
+    index = LexicalIndex("none")
+    index.apply(Change((), enumerate(texts), many=False))
+    searcher = index.searcher()
+    for word in [*chance.sample(WORDS, 12), "nowhere"]:
+        count = sum(word in text.split() for text in texts)
+        assert searcher.rarity(word) == pytest.approx(math.log(41 / (count + 0.5)))
+    index.apply(Change(range(10), (), many=False))  # what was removed still counts, as its statistics do
+    assert all(math.isfinite(index.searcher().rarity(word)) for word in WORDS)

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,17 @@ from msa_hf import MemoryBank
 from msa_hf.bank import BankStore, place_bank
 from msa_hf.generation import PromptProtocol
 from msa_hf.model.memory_msa import DocumentTable
-from msa_hf.retrieval import FusionWeights, Hit, Searcher, add_lexical_index, add_vectors, fuse, search
+from msa_hf.retrieval import (
+    FusionWeights,
+    Hit,
+    Searcher,
+    add_lexical_index,
+    add_vectors,
+    fit_fusion,
+    fuse,
+    search,
+    wording,
+)
 
 TOKENIZER = byte_tokenizer()
 MODEL = memory_model(TOKENIZER, COMPACT)
@@ -141,6 +152,45 @@ def test_fusion_weights_lie_beside_the_bank(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="fusion weights are for lexical, dense, but router, lexical, dense were"):
             bank.search(QUESTIONS[0], 3)
         assert bank.search(QUESTIONS[0], 3, fusion="reciprocal")[0].why.fused_by == "reciprocal ranks"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_best_are_read_for_their_wording(kind: str, tmp_path: Path) -> None:
+    """By the names of a question alone: the one text that has them both comes first, the others keep their order."""
+    names = [[float(feature == "names"), 0.0, 0.0, 0.0] for feature in wording.FEATURES]
+    weights = FusionWeights(("lexical", "dense"), "lexical", wording=tuple(map(tuple, names)))
+    place = KINDS[kind](tmp_path)
+    options: dict[str, Any] = {"ways": ("lexical", "dense"), "embedder": FakeEmbedder()}
+    bank = MemoryBank.from_pretrained(place, MODEL, TOKENIZER) if isinstance(place, Path) else place
+    query = "Which 13 The"
+    plain = bank.search(query, 6, fusion="reciprocal", **options)
+    found = bank.search(query, 6, fusion=weights, **options)
+    assert " 13 " in (found[0].text or "") and found[0].score == 1.0
+    assert found[0].why.fused_by == "lexical, then wording"
+    assert {hit.key for hit in found} == {hit.key for hit in plain}
+    assert [hit.score for hit in found] == sorted((hit.score for hit in found), reverse=True)
+    with pytest.raises(ValueError, match="weights are for lexical, dense"):
+        bank.search(query, 3, fusion=weights, **{**options, **ROUTERS, "ways": None})
+
+
+def test_wording_is_fitted_on_a_bank() -> None:
+    bank = in_memory(Path())
+    searcher = Searcher(bank, embedder=FakeEmbedder())
+    questions = [f"How far is {text.split()[3]} {text.split()[4]}?" for text in TEXTS] * 3
+    gold = [{number % len(TEXTS)} for number in range(len(questions))]
+    candidates = searcher.candidates(questions)
+    plain = fit_fusion(candidates, gold, questions)
+    weights = searcher.fit_wording(plain, candidates, gold, questions)
+    assert searcher.fit_wording(weights, candidates, gold, questions) == weights
+    assert replace(weights, wording=()) == plain
+    unweighed = searcher.fit_wording(None, candidates, gold, questions)
+    assert unweighed.method == "reciprocal ranks" and unweighed.ways == tuple(candidates[0])
+    again = Searcher(bank, embedder=FakeEmbedder(), fusion=unweighed)
+    right = sum(hits[0].position in known for hits, known in zip(again.search(questions, 1), gold, strict=True))
+    before = sum(hits[0].position in known for hits, known in zip(searcher.search(questions, 1), gold, strict=True))
+    assert right >= before
+    with pytest.raises(ValueError, match="No questions"):
+        searcher.fit_wording(None, [], [], [])
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

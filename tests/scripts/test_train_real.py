@@ -195,7 +195,7 @@ def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.
     for command, options in {
         "search": f"--sizes 5,99 --no-compile --parts 0 --base {place / 'base'}",
         "rerank": f"--parts 0 --base {place / 'base'} --batch-tokens 900",
-        "fuse": "",
+        "fuse": "--parts 0",
         "read": f"--parts 0 --base {place / 'base'} --limit 2",
         "report": "",
     }.items():

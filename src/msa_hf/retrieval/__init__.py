@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .lexical import LexicalSearcher
     from .reranking import QueryLikelihood, reread
     from .searcher import Searcher, search
+    from .wording import fit_wording, rank_by_wording
 
 __all__ = [
     "DenseSearcher",
@@ -32,8 +33,10 @@ __all__ = [
     "add_lexical_index",
     "add_vectors",
     "fit_fusion",
+    "fit_wording",
     "fuse",
     "keep_indexes",
+    "rank_by_wording",
     "reread",
     "search",
 ]
@@ -51,5 +54,6 @@ __getattr__ = exports(
         ".lexical": ["LexicalSearcher"],
         ".reranking": ["QueryLikelihood", "reread"],
         ".searcher": ["Searcher", "search"],
+        ".wording": ["fit_wording", "rank_by_wording"],
     },
 )

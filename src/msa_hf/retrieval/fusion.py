@@ -24,6 +24,8 @@ what they are about, vectors for what people type into a search box): each is it
     capital      whether it begins with a capital letter
 
 With weights on `reciprocal` and `always` alone this is fusion by reciprocal ranks, so the learned weights contain it.
+
+Weights may also say how the best of what they put together is read for its wording (`wording`).
 """
 
 from __future__ import annotations
@@ -37,11 +39,12 @@ import torch
 from torch import Tensor
 
 from ..model.bounds_msa import read_json
+from . import wording as reading
 from .sidecar import write_sidecar
 
 FILE = "fusion.json"
 FORMAT = "msa_hf-fusion"
-VERSION = 1
+VERSION, WITH_WORDING = 1, 2  # releases that do not read for wording refuse weights that want it
 STEEP = 5  # of `steep`
 CONSTANT = 60  # of reciprocal ranks, as in the method's paper (Cormack, Clarke and Buettcher, 2009)
 FEATURES = ("score", "gap", "level", "reciprocal", "steep", "absent")
@@ -70,6 +73,8 @@ class FusionWeights:
         units: per way its unit and the usual score of its best document; used by learned weights.
         questions: that it was fitted on.
         recall: method -> mean of recall at 1 and at 10 on the questions that judged, which chose the method.
+        wording: of `rank_by_wording`, by which the best are read again, with the words of the lexical index, which is
+            one of the ways then; empty: they are not.
     """
 
     ways: tuple[str, ...]
@@ -78,10 +83,22 @@ class FusionWeights:
     units: tuple[tuple[float, ...], ...] = ()
     questions: int = 0
     recall: dict[str, float] = field(default_factory=dict)
+    wording: tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for weights of a wording that are no table of theirs, or that no index has the words of."""
+        if self.wording and [len(row) for row in self.wording] != [len(reading.ABOUT)] * len(reading.FEATURES):
+            raise ValueError("its weights of wording are not those of its features")
+        if self.wording and "lexical" not in self.ways:
+            raise ValueError("texts are read for their wording with the words of a lexical index, which is not asked")
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `fusion.json` beside a checkpoint or a bank."""
         record = {"format": FORMAT, "version": VERSION, "features": list(FEATURES), **asdict(self)}
+        if self.wording:
+            record |= {"version": WITH_WORDING, "wording_features": [list(reading.FEATURES), list(reading.ABOUT)]}
+        else:
+            del record["wording"]
         write_sidecar(Path(directory) / FILE, record)
 
     @classmethod
@@ -95,8 +112,12 @@ class FusionWeights:
         path = Path(directory) / FILE
         try:
             record = read_json(path)
-            if record["format"] != FORMAT or record["version"] != VERSION or tuple(record["features"]) != FEATURES:
-                raise ValueError("its format, version or features are others")
+            version = record["version"]
+            if record["format"] != FORMAT or version not in (VERSION, WITH_WORDING):
+                raise ValueError("its format or version are others")
+            words = tuple(map(tuple, record["wording_features"])) if version == WITH_WORDING else None
+            if tuple(record["features"]) != FEATURES or words not in (None, (reading.FEATURES, reading.ABOUT)):
+                raise ValueError("its features are others")
             ways, method = tuple(map(str, record["ways"])), str(record["method"])
             weights = tuple(tuple(map(float, row)) for row in record["weights"])
             if method not in (RECIPROCAL, LEARNED, *ways):
@@ -109,7 +130,8 @@ class FusionWeights:
             ):
                 raise ValueError("its weights are not those of its ways and features")
             recall = {str(name): float(value) for name, value in record["recall"].items()}
-            return cls(ways, method, weights, units, int(record["questions"]), recall)
+            wording = () if words is None else tuple(tuple(map(float, row)) for row in record["wording"])
+            return cls(ways, method, weights, units, int(record["questions"]), recall, wording)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not weights of a fusion ({error}); fit them again.") from error
 

@@ -46,8 +46,8 @@ class Why:
         terms: words of the query that the text has, as the query spells them.
         dense: the embedding model.
         reader: reading the text again (`reread`), whose score is a log-likelihood.
-        fused_by: how the ways were put together: "reciprocal ranks", "learned weights", or the one way that is as good;
-            None where one was asked.
+        fused_by: how the ways were put together: "reciprocal ranks", "learned weights", or the one way that is as good,
+            with ", then wording" where the best were read for theirs; None where one was asked.
     """
 
     router: Found | None = None

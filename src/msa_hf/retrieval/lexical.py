@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -154,6 +155,7 @@ class LexicalSearcher:
 
     def __init__(self, index: LexicalIndex, searcher: Any) -> None:
         self._index, self._searcher = index, searcher
+        self._rarity: dict[str, float] = {}
 
     def __reduce__(self) -> tuple[type[UnbuiltIndex], tuple[str]]:
         return UnbuiltIndex, (self.language,)  # tantivy's files stay where they are
@@ -169,6 +171,14 @@ class LexicalSearcher:
     def terms(self, text: str) -> list[str]:
         """`LexicalIndex.terms`."""
         return self._index.terms(text)
+
+    def rarity(self, term: str) -> float:
+        """The logarithm of one over the share of texts with a word; a word of none is the rarest."""
+        if term not in self._rarity:
+            with _panics_told():
+                count = self._searcher.doc_freq("text", term)
+            self._rarity[term] = math.log((len(self) + 1) / (min(count, len(self)) + 0.5))
+        return self._rarity[term]
 
     def best(self, query: str, k: int, is_there: Callable[[int], bool] = lambda row: True) -> list[tuple[int, float]]:
         """The k best rows for a query with their scores, best first; equal scores go to the lower row.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -27,13 +27,14 @@ from ..model.unicode_msa import check_unicode
 from .dense import DenseSearcher
 from .dense_files import has_vectors, open_vectors
 from .embedders import Embedder
-from .fusion import FusionWeights, fuse
+from .fusion import RECIPROCAL, FusionWeights, fuse
 from .hits import Found, FoundByLayer, Hit, Why
 from .lexical import LexicalSearcher, UnbuiltIndex
 from .lexical_files import open_searcher, read_record, search_in_memory
 from .router_scores import RouterScores, router_scores
 from .rows import CommittedRows, rows_of_bank
 from .where import Where, checked_where, rows_where
+from .wording import READ, fit_wording, rank_by_wording
 
 logger = logging.getLogger(__name__)
 WAYS = ("router", "lexical", "dense")
@@ -227,6 +228,41 @@ class Searcher:
         """The findings of one way for each query: at most k positions in the bank with their scores, best first."""
         return self._ask(way, queries, k).lists
 
+    def fused(self, lists: Mapping[str, Sequence[tuple[int, float]]], query: str) -> list[tuple[int, float]]:
+        """One ranking of all documents on the lists of the ways: fused, and read for wording if the weights say so."""
+        ranked = fuse(lists, self.fusion, query)
+        if self.fusion is None or not self.fusion.wording:
+            return ranked
+        return rank_by_wording(ranked, self._texts(ranked[:READ]), query, self.lexical(), self.fusion.wording)
+
+    def _texts(self, ranking: Sequence[tuple[int, float]]) -> list[str | None]:
+        return [document.text for document in self.bank.documents.at([position for position, _ in ranking])]
+
+    def fit_wording(
+        self,
+        weights: FusionWeights | None,
+        candidates: Sequence[Mapping[str, Sequence[tuple[int, float]]]],
+        gold: Sequence[Collection[int]],
+        questions: Sequence[str],
+    ) -> FusionWeights:
+        """Fusion weights by which the best are read for their wording as well, if that finds more (`fit_wording`).
+
+        Args:
+            weights: of `fit_fusion`; None: reciprocal ranks.
+            candidates: of each question, as `candidates` gives them, of ways of which one is the lexical index.
+            gold: of each question, the positions of the documents that answer it.
+            questions: their texts.
+
+        Raises:
+            ValueError: for a bank without a lexical index, no questions, or lists of different lengths.
+        """
+        if not candidates:
+            raise ValueError("No questions: wording is learned from some whose documents are known.")
+        made = FusionWeights(tuple(candidates[0])) if weights is None else replace(weights, wording=())
+        ranked = [fuse(lists, made, query) for lists, query in zip(candidates, questions, strict=True)]
+        texts = [self._texts(ranking[:READ]) for ranking in ranked]
+        return replace(made, wording=fit_wording(ranked, texts, gold, questions, self.lexical()))
+
     def routed(self, ranking: Sequence[tuple[int, float]]) -> list[RoutedDocument]:
         """Positions with their scores, as a router would name these documents."""
         documents = self.bank.documents.at([position for position, _ in ranking])
@@ -312,8 +348,10 @@ class Searcher:
         lists = {way: item.lists[number] for way, item in found.items()}
         fused_by = None
         if mode == "hybrid":
-            ranked = fuse(lists, self.fusion, query)[:k]
-            fused_by = "reciprocal ranks" if self.fusion is None else self.fusion.method
+            ranked = self.fused(lists, query)[:k]
+            fused_by = RECIPROCAL if self.fusion is None else self.fusion.method
+            if self.fusion is not None and self.fusion.wording:
+                fused_by += ", then wording"
         else:
             ranked = lists[mode][:k]
         places = {

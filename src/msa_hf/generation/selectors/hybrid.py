@@ -46,7 +46,6 @@ class Hybrid(Router):
 
     def _fused(self, asked: Asked, found: dict[str, list[tuple[int, float]]]) -> Asked:
         """The question with the documents of all rankings together as its candidates."""
-        from ...retrieval import fuse
 
         def unread(ranking: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
             return [(position, score) for position, score in ranking if position not in asked.read]
@@ -54,5 +53,5 @@ class Hybrid(Router):
         router = [(choice.position, choice.score or 0.0) for choice in asked.candidates]
         lists = {"router": unread(router), **{way: unread(ranking) for way, ranking in found.items()}}
         count = self.asker.documents_per_round or self.documents_per_round
-        ranked = fuse(lists, self.searcher.fusion, asked.question)[:count]
+        ranked = self.searcher.fused(lists, asked.question)[:count]
         return replace(asked, candidates=self.searcher.routed(ranked))

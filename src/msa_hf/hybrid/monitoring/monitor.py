@@ -17,7 +17,7 @@ from ...generation.combining import combine_layers
 from ...model.memory_msa import Memory, MemoryBank, Snapshots
 from ...model.modeling_msa import MSAForCausalLM
 from ...model.tokenizing_msa import tokenize
-from ...retrieval import Embedder, FusionWeights, Searcher, fuse
+from ...retrieval import Embedder, FusionWeights, Searcher
 from .calibration import Calibration, calibrate
 from .coverage import left_out, sentences_of
 from .finding import Cost, Finding, SecondAnswer
@@ -420,7 +420,7 @@ class Monitor:
             lists = router
             count = min((self.denser - 1) * max(len(item.known), 1), self.candidates) if self.protocol else 0
         elif check == "hybrid":
-            lists = [unread(fuse(item.scores, self.searcher.fusion, item.question))]
+            lists = [unread(self.searcher.fused(item.scores, item.question))]
             count = self.candidates if self.protocol else 0
         elif self._says_nothing(item.answer):  # the way to the answer may go through any document that was named
             best = list(islice(_in_turns([unread(item.scores[way]) for way in self.ways]), len(self.ways)))
@@ -455,7 +455,7 @@ class Monitor:
         if check == "denser":
             attended = [position for position, _ in item.scores["router"]][: self.denser * k]
         else:
-            attended = [position for position, _ in fuse(item.scores, self.searcher.fusion, item.question)][:k]
+            attended = [position for position, _ in self.searcher.fused(item.scores, item.question)][:k]
         known = set(item.known)
         new = more or [position for position in attended if position not in known][: self.candidates]
         return Evidence(rounds, attended), new
