@@ -39,14 +39,13 @@ def of(question: str, text: str) -> dict[str, float]:
 
 def test_what_is_read_off_a_text() -> None:
     found = of("Who built Elm Bridge in 1890?", "Elm Bridge\nIt was opened in 1890. Elm wood was built upon.\nThe end.")
-    words = {"who": 3, "built": 5, "elm": 3, "bridge": 6, "in": 2, "1890": 4}
-    total = sum(words.values())
-    assert found["coverage"] == pytest.approx((total - 3) / total) and found["square"] == found["coverage"] ** 2
+    total = sum(map(len, ("built", "elm", "bridge", "in", "1890")))  # who asks
+    assert found["coverage"] == found["square"] == 1
     assert found["title"] == pytest.approx(9 / total) and found["titled"] == 1
     assert found["sentence"] == pytest.approx(8 / total)  # elm, built
     assert found["two"] == pytest.approx(14 / total)  # in 1890, elm built
     assert found["under"] == pytest.approx(15 / total)  # the title with in 1890
-    assert found["pairs"] == pytest.approx(2 / (3 + 3 + 3 + 2 + 2))  # in 1890
+    assert found["pairs"] == pytest.approx(2 / (3 + 3 + 2 + 2))  # in 1890
     assert found["names"] == 1 and found["rarest"] == 1
     assert found["length"] == pytest.approx(math.log(1 + 12) - 4.5)
 
@@ -56,7 +55,8 @@ def test_texts_of_no_form(text: str) -> None:
     found = of("Elm?", text)
     assert found["title"] == 0 and all(math.isfinite(value) for value in found.values())
     assert found["coverage"] == float("Elm" in text)
-    assert of("???", text)["coverage"] == 0
+    assert of("???", text)["coverage"] == of("What is which?", text)["coverage"] == 0
+    assert of("Elm, oak?", "An elm.")["square"] == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -13,8 +13,9 @@ its rare words, its names and numbers, two words side by side. The score of a ca
     rarest       whether the text or its title has the rarest of its words
     length       the logarithm of the text's words, less 4.5
 
-where words count by how rare they are. Each weight is itself a weighted sum of `always` 1, the number of `words` of the
-question, whether it `asks` (a question mark) and whether it begins with a `capital` letter.
+where words count by how rare they are, and those that only ask (`ASKING`, English) do not. Each weight is itself a
+weighted sum of `always` 1, the number of `words` of the question, whether it `asks` (a question mark) and whether it
+begins with a `capital` letter.
 """
 
 from __future__ import annotations
@@ -41,6 +42,14 @@ LOWEST = -30.0  # below the best of a ranking; what is further down is as good a
 LONGEST_TITLE = 200  # characters of a first line
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+|(?<=[。！？])")
 AS_WRITTEN = re.compile(r"\w+")
+# Words that ask: no text is right for having them, and in texts that tell they are rare.
+ASKING = frozenset(
+    (
+        *("who", "whom", "whose", "what", "which", "when", "where", "why", "how", "do", "does", "did", "has", "have"),
+        *("had", "am", "is", "are", "was", "were", "be", "been", "can", "could", "would", "should", "may", "might"),
+        *("will", "shall"),
+    )
+)
 RIDGE = 1e-3
 STEPS = 100
 # Of the questions, every third judges whether reading helps; all of them make the weights that are kept.
@@ -73,7 +82,7 @@ class Wording:
 
     def __init__(self, question: str, words: Words) -> None:
         self.words = words
-        terms = words.terms(question)
+        terms = words.terms(AS_WRITTEN.sub(lambda found: "" if found[0].lower() in ASKING else found[0], question))
         self.rarity = {term: words.rarity(term) for term in terms}
         self.total = sum(self.rarity.values()) or 1.0
         self.rarest = max(self.rarity, key=lambda term: self.rarity[term], default=None)
