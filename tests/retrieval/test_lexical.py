@@ -15,7 +15,7 @@ from fake_model import FakeModel
 
 from msa_hf.bank import BankStore
 from msa_hf.model.memory_msa import MemoryBank
-from msa_hf.retrieval import lexical_files
+from msa_hf.retrieval import lexical, lexical_files
 from msa_hf.retrieval.lexical import Change, LexicalIndex
 from msa_hf.retrieval.lexical_files import LexicalFollower
 from msa_hf.retrieval.rows import rows_of_bank
@@ -322,7 +322,8 @@ def test_words(tmp_path: Path) -> None:
         assert bank.stat()["indexes"]["lexical"]["language"] == "german"
 
 
-def test_words_are_rare_as_their_texts_are() -> None:
+def test_words_are_rare_as_their_texts_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lexical, "KEPT_WORDS", 5)
     chance = random.Random(7)
     texts = [text_of(chance) for _ in range(40)]
     index = LexicalIndex("none")

@@ -50,7 +50,9 @@ def test_what_is_read_off_a_text() -> None:
     assert found["length"] == pytest.approx(math.log(1 + 12) - 4.5)
 
 
-@pytest.mark.parametrize("text", ["", "\n", "nothing of it", "\n\n  \n", "x" * 300 + "\nElm", "Elm\n"])
+@pytest.mark.parametrize(
+    "text", ["", "\n", "nothing of it", "\n\n  \n", "x" * 300 + "\nElm", "Elm " + "x" * 300 + "\nrest", "Elm\n"]
+)
 def test_texts_of_no_form(text: str) -> None:
     found = of("Elm?", text)
     assert found["title"] == 0 and all(math.isfinite(value) for value in found.values())

@@ -27,6 +27,7 @@ LONGEST_WORD = 64  # bytes; what is longer is no word that somebody looks for
 THREAD_BYTES = 32 * 2**20  # of memory for each indexing thread
 MOST_THREADS = 8
 FEW_DOCUMENTS = 2000  # up to so many one thread indexes as fast
+KEPT_WORDS = 65_536  # of questions, whose rarity is not looked up again
 META = "meta.json"  # tantivy's, of its last commit
 
 
@@ -175,6 +176,8 @@ class LexicalSearcher:
     def rarity(self, term: str) -> float:
         """The logarithm of one over the share of texts with a word; a word of none is the rarest."""
         if term not in self._rarity:
+            if len(self._rarity) >= KEPT_WORDS:
+                self._rarity.clear()
             with _panics_told():
                 count = self._searcher.doc_freq("text", term)
             self._rarity[term] = math.log((len(self) + 1) / (min(count, len(self)) + 0.5))
