@@ -1,4 +1,4 @@
-"""What several memory layers chose, on the host, and one ranking of it."""
+"""Choices of several memory layers: brought to the host, and put into one ranking."""
 
 from __future__ import annotations
 

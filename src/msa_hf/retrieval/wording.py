@@ -73,7 +73,7 @@ class Words(Protocol):
 
 
 class Wording:
-    """What a question says, to be looked for in texts.
+    """The words of a question, to be looked for in texts.
 
     Args:
         question: its text.
@@ -237,7 +237,7 @@ class _Known:
         return torch.tensor([float(document in self.gold) for document, _ in self.ranking], dtype=torch.float64)
 
     def gain(self, weights: Tensor) -> float:
-        """What recall at `DEPTHS` gains, averaged and weighed."""
+        """The gain in recall at `DEPTHS`, summed and weighed."""
         order = (self.features @ (weights @ torch.tensor(self.kind, dtype=torch.float64))).argsort(descending=True)
         before = self.right
         found = [float(item[:depth].any()) for depth in DEPTHS for item in (before[order], before)]
