@@ -16,8 +16,10 @@ KINDS = ("sentence", "part", "keywords")  # of `PairMaker`: those that ask for o
 
 
 def spans(arguments: argparse.Namespace) -> None:
-    """Cut queries out of passages of the further text, the same ones in every run; `spans.pt`, of the form of
-    `asked0.pt`."""
+    """Cut queries out of passages of the further text, the same ones in every run.
+
+    They go to `spans.pt`, which has the form of `asked0.pt`.
+    """
     work = Path(arguments.work)
     names = source_names(arguments.parts)[1:]
     texts = [load(work / f"{name}.texts") for name in names]
