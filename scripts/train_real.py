@@ -248,15 +248,12 @@ def routers(arguments: argparse.Namespace) -> None:
         center_routers(model, sampled_rows(sets, arguments.part_tokens), arguments.first)
     weights = trained_weights(arguments, model)
     temperatures = Temperatures(len(model.config.memory_layers)).to(where)
+    if arguments.start:
+        begin_from(arguments.start, weights, temperatures, where)
     if arguments.start and Path(arguments.start).is_dir():
-        start_from(weights, {name: value.to(where) for name, value in weights_of_adapter(arguments.start).items()})
         fields = json.loads(Path(arguments.start, "memory.json").read_text())
         asked = Flat(data["train"]["tokens"], data["train"]["lengths"]).to(where)
         begin_further_layers(model, weights, fields["memory_layers"], sets, asked)
-    elif arguments.start:
-        state = torch.load(arguments.start, map_location=where, weights_only=True)
-        weights.load_state_dict({name: value.to(where).float() for name, value in state["weights"].items()})
-        temperatures.load_state_dict(state["temperatures"])
     torch.manual_seed(arguments.seed * 1000 + rank())  # every process draws its own part of a pool
     pools = Pools(arguments, where)
     reader = Reader(arguments, work, where)
@@ -272,15 +269,7 @@ def routers(arguments: argparse.Namespace) -> None:
 
     def write_checkpoint(step: int) -> None:
         if rank() == 0:
-            save(
-                work / f"{arguments.name}.pt",
-                {
-                    "weights": {name: value.bfloat16().cpu() for name, value in weights.state_dict().items()},
-                    "temperatures": {name: value.cpu() for name, value in temperatures.state_dict().items()},
-                    "step": step,
-                    "arguments": {name: value for name, value in vars(arguments).items() if not callable(value)},
-                },
-            )
+            save_checkpoint(arguments, weights, temperatures, step)
 
     def report(step: int, **figures: Any) -> None:
         if rank() == 0:
@@ -375,6 +364,31 @@ def routers(arguments: argparse.Namespace) -> None:
         save(work / f"{arguments.name}.done", step)
     if group is not None:
         dist.destroy_process_group()
+
+
+def save_checkpoint(
+    arguments: argparse.Namespace, weights: TrainedWeights, temperatures: Temperatures, step: int
+) -> None:
+    """Write what `adapter` and `eval_real.py` take, under the name of the run."""
+    save(
+        Path(arguments.work, f"{arguments.name}.pt"),
+        {
+            "weights": {name: value.bfloat16().cpu() for name, value in weights.state_dict().items()},
+            "temperatures": {name: value.cpu() for name, value in temperatures.state_dict().items()},
+            "step": step,
+            "arguments": {name: value for name, value in vars(arguments).items() if not callable(value)},
+        },
+    )
+
+
+def begin_from(start: str, weights: TrainedWeights, temperatures: Temperatures, where: torch.device) -> None:
+    """Begin with the weights of an adapter's directory, or with those and the temperatures of a checkpoint."""
+    if Path(start).is_dir():
+        start_from(weights, {name: value.to(where) for name, value in weights_of_adapter(start).items()})
+        return
+    state = torch.load(start, map_location=where, weights_only=True)
+    weights.load_state_dict({name: value.to(where).float() for name, value in state["weights"].items()})
+    temperatures.load_state_dict(state["temperatures"])
 
 
 def write_profile(profile: torch.profiler.profile, path: Path, where: torch.device) -> None:

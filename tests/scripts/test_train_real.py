@@ -126,6 +126,19 @@ def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.
     with pytest.raises(SystemExit, match="give --no-words with --spans"):
         run("routers", "--layers 1 --no-compile --read 0 --spans")
     run("routers", f"--name cut --layers 1 --steps 2 --rank 4 --no-words --no-compile --spans {sizes}")
+    import real_corpus
+
+    finish = (
+        f"--base {place / 'base'} --work {place / 'work'} --initial {place / 'work' / 'routers.pt'} --layers 1 --rank 4"
+    )
+    finish += " --upper-rank 2 --spans --steps 2 --step-questions 12 --candidates 9 --near 3 --log-every 1 --no-compile"
+    monkeypatch.setattr(sys, "argv", ["real_corpus.py", *finish.split()])
+    real_corpus.main()
+    before, after = (torch.load(place / "work" / f"{name}.pt", weights_only=True) for name in ("routers", "finished"))
+    differ = {name for name, value in before["weights"].items() if not value.equal(after["weights"][name])}
+    assert len(differ) == 2 and all("router_" in name for name in differ)
+    finished = [json.loads(line) for line in (place / "work" / "finished.curve.jsonl").read_text().splitlines()]
+    assert [sorted(row["recall"]) for row in finished if "recall" in row] == [["all", "sets"]] * 2
 
     rows = [json.loads(line) for line in (place / "work" / "routers.curve.jsonl").read_text().splitlines()]
     measured = [row["recall"] for row in rows if "recall" in row]

@@ -1,0 +1,275 @@
+"""Routers trained against every document of a corpus, the layers below them as they are.
+
+Pools of thousands of documents show a router few of those that it will take for others among hundreds of thousands. A
+router key is a linear map of the mean of a chunk's hidden states, and a router query one of the token that routes. So
+where nothing but routers is trained, a corpus is encoded once, and every step scores its questions against all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..model.chunks_msa import pool_chunks
+from ..model.dense_layer_msa import DenseLayer, layers_over
+from ..model.modeling_msa import MSAForCausalLM
+from ..model.retrofit_msa import attention_layers
+from ..model.routing_msa import SIMILARITIES, normalize_heads, reduce_queries, routing_request, scoring_of
+from .contrastive import RoutingPass, TokenRows, run_rows, training_similarity
+from .router_inputs import router_inputs
+
+TILE = 200_000  # chunks projected at a time
+
+
+@dataclass(frozen=True)
+class CorpusStates:
+    """What the routing keys of a corpus are linear maps of.
+
+    The documents stand in an order of their own, those of most chunks first, and their chunks in layers: all first
+    chunks, then the second ones of the documents that have two, and so on. So the best chunk of every document is a
+    maximum of prefixes.
+
+    Attributes:
+        order: [N] int64, the documents in this order. `rows`: [N] int64, the place of every document in it.
+        counts: documents that have a first chunk, a second one, and so on.
+        states: memory layer -> [C, hidden], means of the chunks' hidden states.
+    """
+
+    order: Tensor
+    rows: Tensor
+    counts: tuple[int, ...]
+    states: dict[int, Tensor]
+
+    def best(self, chunks: Tensor) -> Tensor:
+        """The scores of chunks [..., C] as the best one of every document, [..., N]."""
+        first, *further = chunks.split(self.counts, dim=-1)
+        found = first.clone()
+        for part in further:
+            there = found[..., : part.shape[-1]]
+            torch.maximum(there, part, out=there)
+        return found
+
+
+@torch.no_grad()
+def corpus_states(model: MSAForCausalLM, parts: Iterable[tuple[Tensor, TokenRows]]) -> CorpusStates:
+    """The states of a corpus that is encoded part by part.
+
+    Args:
+        model: with a memory; its own dtype is kept.
+        parts: numbers of documents [n] int64 with their rows. Every document from 0 on is in one of them.
+
+    Raises:
+        ValueError: for no documents.
+    """
+    size = model.config.chunk_size
+    found: dict[int, list[Tensor]] = {layer: [] for layer in model.config.memory_layers}
+    numbers, lengths = [], []
+    for places, rows in parts:
+        pooled = router_inputs(model, rows, partial(_pooled, rows.lengths, size))
+        for layer, states in pooled.items():
+            found[layer].append(states)
+        numbers.append(places)
+        lengths.append(rows.lengths)
+    if not numbers:
+        raise ValueError("A corpus needs documents; there are none.")
+    number, chunks = torch.cat(numbers), -(-torch.cat(lengths) // size)
+    order = chunks.argsort(descending=True, stable=True)
+    first = (chunks.cumsum(0) - chunks)[order]
+    counts = tuple(int((chunks > further).sum()) for further in range(int(chunks.max())))
+    places = torch.cat([first[:count] + further for further, count in enumerate(counts)])
+    rows_of = torch.empty_like(number)
+    rows_of[number[order]] = torch.arange(len(number), device=number.device)
+    return CorpusStates(
+        number[order], rows_of, counts, {layer: torch.cat(found.pop(layer))[places] for layer in [*found]}
+    )
+
+
+def _pooled(lengths: Tensor, size: int, states: Tensor) -> Tensor:
+    return pool_chunks(states, lengths, size).to(states.dtype)
+
+
+class _QuestionPass(RoutingPass):
+    """Keeps what the routers read of the token that routes, and ends at the last memory layer."""
+
+    inputs: dict[int, Tensor]
+    last: Tensor
+
+    def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
+        super().enter(module, hidden_states)
+        layer = self.place(module)
+        self.inputs[layer] = hidden_states[torch.arange(len(self.last), device=self.last.device), self.last]
+
+
+@torch.no_grad()
+def question_states(
+    model: MSAForCausalLM, questions: TokenRows, pool: Mapping[int, DenseLayer], lengths: Tensor
+) -> dict[int, Tensor]:
+    """Memory layer -> [Q, hidden], what its router reads of the tokens that route.
+
+    Args:
+        questions: whose last tokens route.
+        pool: layer -> what the memory layers hold of some documents, in order, to which the questions attend.
+        lengths: [N] int64, tokens of these documents.
+
+    Raises:
+        ValueError: for a model whose questions are not routed by their last token.
+    """
+    config = model.config
+    if config.query_reduction != "last":
+        raise ValueError(
+            f"Routers are trained against a corpus where the last token of a question routes; this model reduces them "
+            f"by {config.query_reduction!r} (`query_reduction`)."
+        )
+    scoring = scoring_of(config, training_similarity(config))
+    routing = _QuestionPass(
+        config=config,
+        layers=layers_over(pool, lengths, config.chunk_size),
+        prefix={},
+        request=routing_request(config, scoring, questions.routes, len(lengths)),
+    )
+    routing.inputs, routing.last = {}, questions.lengths - 1
+    positions = torch.arange(questions.ids.shape[1], device=questions.ids.device) + config.first_position
+    run_rows(model, questions, positions, routing)
+    routing.finish()
+    return routing.inputs
+
+
+class CorpusRouters(nn.Module):
+    """The router projections of a model as float32 masters that are trained by themselves.
+
+    Args:
+        model: with router projections.
+
+    Raises:
+        ValueError: for a model without them.
+    """
+
+    def __init__(self, model: MSAForCausalLM) -> None:
+        super().__init__()
+        config = model.config
+        if config.shared_router:
+            raise ValueError("A model with `shared_router` has no router projections to train.")
+        layers = attention_layers(model)
+        self.similarity = training_similarity(config)
+        self.layers = tuple(config.memory_layers)
+        modules = [layers[layer] for layer in self.layers]
+        self.width = int(modules[0].head_dim)
+        self.queries = nn.ParameterList([module.router_q_proj.weight.detach().float().clone() for module in modules])
+        self.keys = nn.ParameterList([module.router_k_proj.weight.detach().float().clone() for module in modules])
+
+    @torch.no_grad()
+    def write(self, model: MSAForCausalLM) -> None:
+        """Put the projections as they are now into a model."""
+        layers = attention_layers(model)
+        for layer, query, key in zip(self.layers, self.queries, self.keys, strict=True):
+            layers[layer].router_q_proj.weight.copy_(query)
+            layers[layer].router_k_proj.weight.copy_(key)
+
+    def query_of(self, place: int, states: Tensor) -> Tensor:
+        """States [Q, hidden] of a layer as vectors [Q, G * D] float32 whose products with keys are the scores."""
+        heads = nn.functional.linear(states.float(), self.queries[place]).unflatten(-1, (-1, self.width))
+        groups = self.keys[place].shape[0] // self.width
+        return reduce_queries(heads[:, None], groups, self.similarity)[:, 0].flatten(1)
+
+    def key_of(self, place: int, states: Tensor) -> Tensor:
+        """States [..., hidden] of a layer's chunks as routing keys [..., G * D] float32."""
+        keys = nn.functional.linear(states.float(), self.keys[place])
+        if not SIMILARITIES[self.similarity].normalized_keys:
+            return keys
+        return normalize_heads(keys.unflatten(-1, (-1, self.width))).flatten(-2)
+
+    @torch.no_grad()
+    def scores(self, corpus: CorpusStates, questions: Mapping[int, Tensor]) -> list[Tensor]:
+        """Of every memory layer the scores [Q, N] float32 of all documents, in the order of the corpus."""
+        return [
+            corpus.best(
+                torch.cat([query @ self.key_of(place, part).T for part in corpus.states[layer].split(TILE)], dim=1)
+            )
+            for place, (layer, query) in enumerate(self._queries(questions))
+        ]
+
+    def scores_at(self, corpus: CorpusStates, questions: Mapping[int, Tensor], rows: Tensor) -> list[Tensor]:
+        """The same of the documents that stand at `rows` [Q, C], with gradients: [Q, C] of every layer."""
+        counts = torch.tensor(corpus.counts, device=rows.device)
+        there = rows[..., None] < counts  # [Q, C, R]
+        chunks = (rows[..., None] + (counts.cumsum(0) - counts))[there]
+        asker = there.nonzero()[:, 0]
+        found = []
+        for place, (layer, query) in enumerate(self._queries(questions)):
+            products = (self.key_of(place, corpus.states[layer][chunks]) * query[asker]).sum(1)
+            scores = products.new_full(there.shape, float("-inf")).masked_scatter(there, products)
+            found.append(scores.amax(2))
+        return found
+
+    def _queries(self, questions: Mapping[int, Tensor]) -> list[tuple[int, Tensor]]:
+        return [(layer, self.query_of(place, questions[layer])) for place, layer in enumerate(self.layers)]
+
+
+def corpus_loss(
+    routers: CorpusRouters,
+    corpus: CorpusStates,
+    questions: Mapping[int, Tensor],
+    gold: Tensor,
+    temperatures: Tensor,
+    teacher: Callable[[Tensor], Tensor] | None = None,
+    share: Tensor | float = 0.0,
+    near: Tensor | None = None,
+    excluded: Tensor | None = None,
+    candidates: int = 128,
+    layer_weight: float = 0.5,
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy over all documents of a corpus, of the layers' sum and of each layer alone.
+
+    All documents are in the denominator; gradients reach those that score highest, the gold ones, and those named.
+
+    Args:
+        questions: memory layer -> [Q, hidden], of `question_states`.
+        gold: [Q, m] int64, rows of the documents that answer, -1 behind them; at least one for every question.
+        temperatures: [1 + layers], of `Temperatures`.
+        teacher: gives its logits [Q, C] of the documents at rows [Q, C].
+        share: of the teacher in the target, per question ([Q]) or of all.
+        near: [Q, n] int64, rows of further documents that gradients reach, such as the teacher's best.
+        excluded: [N] bool, documents that no question is compared with.
+        candidates: documents that score highest.
+
+    Returns:
+        The loss, scalar float32, and the share of the questions whose best document is a gold one.
+    """
+    whole = routers.scores(corpus, questions)
+    total = torch.stack(whole).sum(0)
+    if excluded is not None:
+        total.masked_fill_(excluded, float("-inf"))
+    gold = torch.where(gold < 0, gold[:, :1], gold)
+    best = total.topk(min(candidates, total.shape[1]), dim=1).indices
+    rows = torch.cat([gold, best, *([] if near is None else [near])], dim=1).sort(dim=1).values
+    again = torch.zeros_like(rows, dtype=torch.bool)
+    again[:, 1:] = rows[:, 1:] == rows[:, :-1]
+    if excluded is not None:
+        again |= excluded[rows]
+    is_gold = (rows[:, :, None] == gold[:, None, :]).any(2) & ~again
+    targets = is_gold / is_gold.sum(1, keepdim=True).clamp(min=1)
+    if teacher is not None:
+        weight = torch.as_tensor(share, device=rows.device, dtype=targets.dtype).reshape(-1, 1)
+        soft = teacher(rows).float().masked_fill(again, float("-inf")).softmax(1)
+        targets = (1 - weight) * targets + weight * soft
+    found = routers.scores_at(corpus, questions, rows)
+    losses = []
+    for scores, everything, temperature in zip(
+        [torch.stack(found).sum(0), *found], [total, *whole], temperatures, strict=True
+    ):
+        if excluded is not None and everything is not total:
+            everything.masked_fill_(excluded, float("-inf"))
+        # What is not among the candidates has its part of the denominator.
+        rest = everything.scatter_(1, rows, float("-inf")).div_(temperature.detach()).logsumexp(1, keepdim=True)
+        logits = torch.cat([(scores / temperature).masked_fill(again, float("-inf")), rest], dim=1)
+        log_shares = logits.log_softmax(1)[:, :-1].masked_fill(again, 0.0)
+        losses.append(-(targets * log_shares).sum(1).mean())
+    hits = is_gold.gather(1, torch.stack(found).sum(0).masked_fill(again, float("-inf")).argmax(1, keepdim=True))
+    loss = losses[0]
+    if layer_weight and len(found) > 1:
+        loss = loss + layer_weight * torch.stack(losses[1:]).mean()
+    return loss, hits.float().mean()

@@ -1,0 +1,134 @@
+"""Routers trained against every document of a corpus: scores as the library's, the loss over all documents."""
+
+import pytest
+import torch
+from families import base_model
+from torch import Tensor
+
+from msa_hf import MSAForCausalLM
+from msa_hf.training.contrastive import Temperatures, TokenRows, encode_rows, route_rows, soft_targets
+from msa_hf.training.corpus import CorpusRouters, CorpusStates, corpus_loss, corpus_states, question_states
+
+LENGTHS = [3, 4, 9, 12, 5, 8, 1, 11, 7, 17, 4, 2]
+
+
+def rows_of(lengths: list[int]) -> TokenRows:
+    ids = torch.randint(3, 128, (len(lengths), max(lengths)))
+    counts = torch.tensor(lengths)
+    return TokenRows(ids.masked_fill(torch.arange(ids.shape[1]) >= counts[:, None], 0), counts)
+
+
+def made(**fields: object) -> MSAForCausalLM:
+    torch.manual_seed(0)
+    options = {"chunk_size": 4, "top_k": 3, "query_reduction": "last", "score_bias": True} | fields
+    return MSAForCausalLM.from_base(base_model("llama"), **options).eval()
+
+
+def asked(model: MSAForCausalLM) -> tuple[TokenRows, TokenRows, CorpusStates, dict[int, Tensor]]:
+    """Documents, questions, and what their routers read; the documents in two parts, in another order."""
+    documents, questions = rows_of(LENGTHS), rows_of([4, 2, 6, 5, 3])
+    order = torch.randperm(len(LENGTHS))
+    parts = [(some, TokenRows(documents.ids[some], documents.lengths[some])) for some in order.split(7)]
+    corpus = corpus_states(model, parts)
+    with torch.no_grad():
+        pool = encode_rows(model, documents)
+    return documents, questions, corpus, question_states(model, questions, pool, documents.lengths)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_scores_are_those_of_the_library(similarity: str) -> None:
+    model = made(similarity=similarity)
+    documents, questions, corpus, states = asked(model)
+    with torch.no_grad():
+        expected = route_rows(model, questions, encode_rows(model, documents), documents.lengths)
+    routers = CorpusRouters(model)
+    assert len(routers.layers) == 2
+    rows = torch.stack([torch.randperm(len(LENGTHS))[:5] for _ in range(5)])
+    for layer, scores, some in zip(
+        routers.layers, routers.scores(corpus, states), routers.scores_at(corpus, states, rows), strict=True
+    ):
+        torch.testing.assert_close(scores[:, corpus.rows], expected[layer], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(some, scores.gather(1, rows), atol=1e-6, rtol=1e-5)
+
+
+def test_documents_stand_by_their_chunks() -> None:
+    corpus = asked(made())[2]
+    chunks = -(-torch.tensor(LENGTHS) // 4)
+    assert chunks[corpus.order].tolist() == sorted(chunks.tolist(), reverse=True)
+    assert corpus.order[corpus.rows].tolist() == list(range(len(LENGTHS)))
+    assert sum(corpus.counts) == int(chunks.sum()) and corpus.counts == (12, 7, 4, 1, 1)
+
+
+def test_the_loss_is_the_cross_entropy_over_all_documents() -> None:
+    model = made()
+    _, _, corpus, states = asked(model)
+    routers, temperatures = CorpusRouters(model), Temperatures(2)()
+    gold = torch.tensor([[0, -1], [3, 7], [11, -1], [5, 5], [2, 9]])
+    teacher, share = torch.randn(5, len(LENGTHS)), torch.tensor([0.0, 0.3, 0.5, 1.0, 0.2])
+    excluded = torch.zeros(len(LENGTHS), dtype=torch.bool)
+    excluded[4] = True
+    positives = torch.zeros(5, len(LENGTHS), dtype=torch.bool)
+    for row, places in enumerate(gold.tolist()):
+        positives[row, [place for place in places if place >= 0]] = True
+    targets = soft_targets(positives, teacher.masked_fill(excluded, float("-inf")), share)
+    everything = torch.arange(len(LENGTHS)).expand(5, -1)
+    scores = routers.scores_at(corpus, states, everything)
+    expected = torch.zeros(())
+    for found, temperature, weight in zip(
+        [torch.stack(scores).sum(0), *scores], temperatures, (1.0, 0.2, 0.2), strict=True
+    ):
+        logs = (found / temperature).masked_fill(excluded, float("-inf")).log_softmax(1).masked_fill(excluded, 0.0)
+        expected = expected - weight * (targets * logs).sum(1).mean()
+    arguments = (routers, corpus, states, gold, temperatures, lambda rows: teacher.gather(1, rows), share)
+    loss, _ = corpus_loss(*arguments, excluded=excluded, candidates=len(LENGTHS), layer_weight=0.4)
+    torch.testing.assert_close(loss, expected)
+    wanted = torch.autograd.grad(expected, [*routers.parameters()], retain_graph=True)
+    for given, gradient in zip(torch.autograd.grad(loss, [*routers.parameters()]), wanted, strict=True):
+        torch.testing.assert_close(given, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_no_candidate_has_its_part_of_the_denominator() -> None:
+    model = made()
+    _, _, corpus, states = asked(model)
+    routers, temperatures = CorpusRouters(model), Temperatures(2)()
+    gold = torch.tensor([[0], [3], [11], [5], [2]])
+    few, hits = corpus_loss(routers, corpus, states, gold, temperatures, candidates=2)
+    every, same = corpus_loss(routers, corpus, states, gold, temperatures, candidates=len(LENGTHS))
+    torch.testing.assert_close(few, every)
+    assert hits == same
+    # Without a teacher further candidates only add gradients.
+    near = torch.tensor([[1, 3], [3, 4], [5, 6], [7, 8], [9, 9]])
+    torch.testing.assert_close(
+        corpus_loss(routers, corpus, states, gold, temperatures, near=near, candidates=2)[0], few
+    )
+
+
+def test_training_finds_the_documents() -> None:
+    model = made()
+    documents, questions, corpus, states = asked(model)
+    routers, gold = CorpusRouters(model), torch.tensor([[0], [3], [11], [5], [2]])
+    optimizer = torch.optim.Adam(routers.parameters(), lr=1e-2)
+    temperatures = Temperatures(2)().detach()
+    for _ in range(60):
+        loss, hits = corpus_loss(routers, corpus, states, gold, temperatures, candidates=3)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert hits == 1.0
+    routers.write(model)
+    with torch.no_grad():
+        first = corpus.order[torch.stack(routers.scores(corpus, states)).sum(0).argmax(1)]
+        again = route_rows(model, questions, encode_rows(model, documents), documents.lengths)
+    assert first.tolist() == corpus.order[gold.squeeze(1)].tolist()
+    # The first memory layer reads what it read before; others read what it chose.
+    layer = routers.layers[0]
+    torch.testing.assert_close(routers.scores(corpus, states)[0][:, corpus.rows], again[layer], atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_trained_is_refused() -> None:
+    with pytest.raises(ValueError, match="reduces them by 'max'"):
+        asked(made(query_reduction="max"))
+    with pytest.raises(ValueError, match="no router projections"):
+        CorpusRouters(made(shared_router=True))
+    with pytest.raises(ValueError, match="needs documents"):
+        corpus_states(made(), [])
