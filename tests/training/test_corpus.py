@@ -90,17 +90,44 @@ def test_the_loss_is_the_cross_entropy_over_all_documents() -> None:
 def test_what_is_no_candidate_has_its_part_of_the_denominator() -> None:
     model = made()
     _, _, corpus, states = asked(model)
-    routers, temperatures = CorpusRouters(model), Temperatures(2)()
+    routers, temperatures = CorpusRouters(model), Temperatures(2)
+    trained = [*routers.parameters(), *temperatures.parameters()]
     gold = torch.tensor([[0], [3], [11], [5], [2]])
-    few, hits = corpus_loss(routers, corpus, states, gold, temperatures, candidates=2)
-    every, same = corpus_loss(routers, corpus, states, gold, temperatures, candidates=len(LENGTHS))
+    few, hits = corpus_loss(routers, corpus, states, gold, temperatures(), candidates=2)
+    every, same = corpus_loss(routers, corpus, states, gold, temperatures(), candidates=len(LENGTHS))
     torch.testing.assert_close(few, every)
     assert hits == same
+    wanted = torch.autograd.grad(every, trained)
+    for given, gradient in zip(torch.autograd.grad(few, trained), wanted, strict=True):
+        torch.testing.assert_close(given, gradient, atol=1e-5, rtol=1e-4)
+    temperatures = temperatures().detach()
     # Without a teacher further candidates only add gradients.
     near = torch.tensor([[1, 3], [3, 4], [5, 6], [7, 8], [9, 9]])
     torch.testing.assert_close(
         corpus_loss(routers, corpus, states, gold, temperatures, near=near, candidates=2)[0], few
     )
+
+
+def test_a_sample_stands_for_the_others_in_expectation() -> None:
+    model = made()
+    _, _, corpus, states = asked(model)
+    routers, temperatures = CorpusRouters(model), Temperatures(2, first=0.3)().detach()
+    one = {layer: rows[:1] for layer, rows in states.items()}
+
+    def share(**options: int) -> float:
+        with torch.no_grad():
+            loss, _ = corpus_loss(
+                routers, corpus, one, torch.tensor([[3]]), temperatures, candidates=1, layer_weight=0, **options
+            )
+        return float(loss.exp())
+
+    torch.manual_seed(1)
+    drawn = torch.tensor([share(sampled=5) for _ in range(400)])
+    exact, error = share(), drawn.std() / 20
+    assert 0 < error < 0.02 * exact
+    assert abs(drawn.mean() - exact) < 4 * error
+    with pytest.raises(ValueError, match="more than the 2 candidates of a question, got 2"):
+        share(sampled=2)
 
 
 def test_training_finds_the_documents() -> None:

@@ -193,16 +193,25 @@ class CorpusRouters(nn.Module):
         ]
 
     def scores_at(self, corpus: CorpusStates, questions: Mapping[int, Tensor], rows: Tensor) -> list[Tensor]:
-        """The same of the documents that stand at `rows` [Q, C], with gradients: [Q, C] of every layer."""
+        """The same of the documents that stand at `rows`, with gradients: [Q, C] of every layer.
+
+        Args:
+            rows: [Q, C] int64, or [C] for the same documents of all questions.
+        """
         counts = torch.tensor(corpus.counts, device=rows.device)
-        there = rows[..., None] < counts  # [Q, C, R]
+        there = rows[..., None] < counts  # [..., C, R]
         chunks = (rows[..., None] + (counts.cumsum(0) - counts))[there]
-        asker = there.nonzero()[:, 0]
         found = []
         for place, (layer, query) in enumerate(self._queries(questions)):
-            products = (self.key_of(place, corpus.states[layer][chunks]) * query[asker]).sum(1)
-            scores = products.new_full(there.shape, float("-inf")).masked_scatter(there, products)
-            found.append(scores.amax(2))
+            keys = self.key_of(place, corpus.states[layer][chunks])
+            if rows.dim() == 1:
+                products = query @ keys.T
+                mask = there.expand(len(query), *there.shape)
+            else:
+                products = (keys * query[there.nonzero()[:, 0]]).sum(1)
+                mask = there
+            scores = products.new_full(mask.shape, float("-inf")).masked_scatter(mask, products)
+            found.append(scores.amax(-1))
         return found
 
     def _queries(self, questions: Mapping[int, Tensor]) -> list[tuple[int, Tensor]]:
@@ -220,11 +229,14 @@ def corpus_loss(
     near: Tensor | None = None,
     excluded: Tensor | None = None,
     candidates: int = 128,
+    sampled: int = 8192,
     layer_weight: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy over all documents of a corpus, of the layers' sum and of each layer alone.
 
-    All documents are in the denominator; gradients reach those that score highest, the gold ones, and those named.
+    The documents that score highest, the gold ones and those named have their own part of the denominator; all others
+    together that of a sample of them, in expectation. Both have gradients: where only the highest had, scores would
+    rise everywhere.
 
     Args:
         questions: memory layer -> [Q, hidden], of `question_states`.
@@ -232,24 +244,24 @@ def corpus_loss(
         temperatures: [1 + layers], of `Temperatures`.
         teacher: gives its logits [Q, C] of the documents at rows [Q, C].
         share: of the teacher in the target, per question ([Q]) or of all.
-        near: [Q, n] int64, rows of further documents that gradients reach, such as the teacher's best.
+        near: [Q, n] int64, rows of further documents such as the teacher's best.
         excluded: [N] bool, documents that no question is compared with.
         candidates: documents that score highest.
+        sampled: documents, the same for all questions.
 
     Returns:
         The loss, scalar float32, and the share of the questions whose best document is a gold one.
+
+    Raises:
+        ValueError: for a sample in which the candidates of one question could be all there is.
     """
-    whole = routers.scores(corpus, questions)
-    total = torch.stack(whole).sum(0)
-    if excluded is not None:
-        total.masked_fill_(excluded, float("-inf"))
+    total = torch.stack(routers.scores(corpus, questions)).sum(0)
+    allowed = torch.ones_like(total[0], dtype=torch.bool) if excluded is None else ~excluded
     gold = torch.where(gold < 0, gold[:, :1], gold)
-    best = total.topk(min(candidates, total.shape[1]), dim=1).indices
+    best = total.masked_fill_(~allowed, float("-inf")).topk(min(candidates, total.shape[1]), dim=1).indices
     rows = torch.cat([gold, best, *([] if near is None else [near])], dim=1).sort(dim=1).values
-    again = torch.zeros_like(rows, dtype=torch.bool)
-    again[:, 1:] = rows[:, 1:] == rows[:, :-1]
-    if excluded is not None:
-        again |= excluded[rows]
+    again = ~allowed[rows]
+    again[:, 1:] |= rows[:, 1:] == rows[:, :-1]
     is_gold = (rows[:, :, None] == gold[:, None, :]).any(2) & ~again
     targets = is_gold / is_gold.sum(1, keepdim=True).clamp(min=1)
     if teacher is not None:
@@ -257,19 +269,28 @@ def corpus_loss(
         soft = teacher(rows).float().masked_fill(again, float("-inf")).softmax(1)
         targets = (1 - weight) * targets + weight * soft
     found = routers.scores_at(corpus, questions, rows)
-    losses = []
-    for scores, everything, temperature in zip(
-        [torch.stack(found).sum(0), *found], [total, *whole], temperatures, strict=True
-    ):
-        if excluded is not None and everything is not total:
-            everything.masked_fill_(excluded, float("-inf"))
-        # What is not among the candidates has its part of the denominator.
-        rest = everything.scatter_(1, rows, float("-inf")).div_(temperature.detach()).logsumexp(1, keepdim=True)
-        logits = torch.cat([(scores / temperature).masked_fill(again, float("-inf")), rest], dim=1)
-        log_shares = logits.log_softmax(1)[:, :-1].masked_fill(again, 0.0)
-        losses.append(-(targets * log_shares).sum(1).mean())
-    hits = is_gold.gather(1, torch.stack(found).sum(0).masked_fill(again, float("-inf")).argmax(1, keepdim=True))
-    loss = losses[0]
+
+    sample = allowed.nonzero().squeeze(1)
+    if sampled <= rows.shape[1] and sampled < len(sample):
+        raise ValueError(f"`sampled` must be more than the {rows.shape[1]} candidates of a question, got {sampled}.")
+    sample = sample[torch.randperm(len(sample), device=rows.device)[:sampled]]
+    listed = torch.zeros_like(total, dtype=torch.bool).scatter_(1, rows, True)[:, sample]
+    others = routers.scores_at(corpus, questions, sample)
+    beside = allowed.sum() - (~again).sum(1, keepdim=True)  # documents that are no candidates
+    stand_for = (beside / (~listed).sum(1, keepdim=True)).log()
+    stand_for = stand_for.masked_fill(beside == 0, float("-inf"))
+
+    def cross_entropy(scores: Tensor, others: Tensor, temperature: Tensor) -> Tensor:
+        logits = (scores / temperature).masked_fill(again, float("-inf"))
+        # A large number below all scores: infinite ones have no gradient.
+        rest = (others / temperature).masked_fill(listed, -1e4).logsumexp(1, keepdim=True) + stand_for
+        log_shares = torch.cat([logits, rest], dim=1).log_softmax(1)[:, :-1].masked_fill(again, 0.0)
+        return -(targets * log_shares).sum(1).mean()
+
+    summed = torch.stack(found).sum(0)
+    loss = cross_entropy(summed, torch.stack(others).sum(0), temperatures[0])
     if layer_weight and len(found) > 1:
-        loss = loss + layer_weight * torch.stack(losses[1:]).mean()
-    return loss, hits.float().mean()
+        single = [cross_entropy(*item) for item in zip(found, others, temperatures[1:], strict=True)]
+        loss = loss + layer_weight * torch.stack(single).mean()
+    first = summed.masked_fill(again, float("-inf")).argmax(1, keepdim=True)
+    return loss, is_gold.gather(1, first).float().mean()
