@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from bench_model import counted
 from random_models import SHAPES, random_base
 from transformers import AutoTokenizer
 
@@ -173,7 +174,8 @@ def measure(name: str, model: Any, tokenizer: Any, protocol: Any, options: argpa
                     corpus, model, out, tokenizer, protocol, ranks=ranks, show_progress=False, **extra, **options
                 ).tokens
 
-        ways: dict[str, Callable[[], int]] = {"library": library, "command": command}
+        plain = {way: run for way, run in {"library": library, "command": command}.items() if way in options.ways}
+        ways: dict[str, Callable[[], int]] = dict(plain)
         print(f"{name:24} library: first call, {timed(library, device).wall:.1f} s", flush=True)
         if options.compile:
             for way, run in list(ways.items()):
@@ -182,7 +184,7 @@ def measure(name: str, model: Any, tokenizer: Any, protocol: Any, options: argpa
                 figures[f"{compiled}: first call, s"] = timed(ways[compiled], device).wall
                 print(f"{name:24} {compiled}: first call, {figures[f'{compiled}: first call, s']:.1f} s", flush=True)
         if options.fp8:
-            for way, run in {"library": library, "command": command}.items():
+            for way, run in plain.items():
                 narrow = f"{way}, compiled, fp8"
                 ways[narrow] = lambda run=run: run(compile_layers=True, fp8_projections=True)
                 figures[f"{narrow}: first call, s"] = timed(ways[narrow], device).wall
@@ -198,7 +200,15 @@ def measure(name: str, model: Any, tokenizer: Any, protocol: Any, options: argpa
             figures[f"{way}: CPU s per million tokens"] = statistics.median(
                 run.per_million(run.own + run.others) for run in found
             )
+        for way, run in ways.items():
+            counts = counted(run, torch.device(device)) if options.kernels else None
+            for milliseconds, times, kernel in [] if counts is None else counts.kernels[: options.kernels]:
+                print(f"{way:24} {milliseconds:10.2f} ms {times:7} x {kernel[:100]}")
+            if counts is not None:
+                figures[f"{way}: device, s"] = counts.device_ms / 1e3
         for suffix in (way.removeprefix("library") for way in ways if way.startswith("library")):
+            if f"command{suffix}" not in ways:
+                continue
             figures[f"command{suffix}: share of the library's rate"] = (
                 figures[f"command{suffix}: tokens/s"] / figures[f"library{suffix}: tokens/s"]
             )
@@ -239,9 +249,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="the rows of compiled layers as well")
     parser.add_argument("--fp8", action="store_true", help="the rows of compiled layers that project in 8-bit floats")
+    parser.add_argument("--ways", default="library,command", help="those that are measured, separated by commas")
+    parser.add_argument("--kernels", type=int, default=0, help="of each way, so many that take most time are named")
     parser.add_argument("--directory", type=Path, help="where banks are written (default: the temporary one)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    options.ways = options.ways.split(",")
+    if unknown := set(options.ways) - {"library", "command"}:
+        parser.error(f"--ways has {', '.join(sorted(unknown))}; there are library and command")
     transformers.logging.set_verbosity_error()
     dtype = getattr(torch, options.dtype)
     figures = {}

@@ -4,12 +4,14 @@
 #     bash scripts/make_real.sh data OUT --base BASE --data DATA --teacher TEACHER [--parts 0-10] [--minutes 1.5] [--limit N] \
 #         [--no-words] [--spans N]
 #     bash scripts/make_real.sh train OUT NAME [arguments of train_real.py routers...]
+#     bash scripts/make_real.sh finish OUT NAME --initial OUT/OTHER.pt [arguments of real_corpus.py...]
 #     bash scripts/make_real.sh measure OUT NAME [arguments of eval_real.py read...]
 #
 # `data` makes passages, questions that the base asks (for so many minutes), what the teacher says of both, rows that read,
 # BM25's rankings, and words that teach (minutes of a CPU; without them `train` needs --no-words too). With --spans it also cuts
 # queries out of N passages, for `train ... --spans`. `train` makes
-# OUT/NAME.pt from them, and its curve; as often as wanted, under other names.
+# OUT/NAME.pt from them, and its curve; as often as wanted, under other names. `finish` trains the routers of such a checkpoint
+# against all passages, on one GPU, and makes another.
 # `measure` makes the adapter, searches with all systems, puts them together, reads, and writes tables and plots to
 # OUT/NAME/. All GPUs are used. What is there already is not made again, so that the same command goes on after an interruption;
 # logs are in OUT/logs.
@@ -19,7 +21,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 what="${1:-}" out="${2:-}"
-[[ "$what" =~ ^(data|train|measure)$ && -n "$out" ]] || { usage; exit 2; }
+[[ "$what" =~ ^(data|train|finish|measure)$ && -n "$out" ]] || { usage; exit 2; }
 shift 2
 mkdir -p "$out/logs"
 out="$(cd "$out" && pwd)"
@@ -149,6 +151,10 @@ if [[ "$what" == train ]]; then
     stage "$out/$name.done" "train-$name" "${launch[@]}" scripts/train_real.py routers --base "$base" --work "$out" \
         --name "$name" --shards "$shards" "$@"
     tail -n 1 "$out/$name.curve.jsonl"
+elif [[ "$what" == finish ]]; then
+    stage "$out/$name.pt" "finish-$name" "$python" scripts/real_corpus.py --base "$base" --work "$out" --name "$name" \
+        --shards "$shards" "$@"
+    grep recall "$out/$name.curve.jsonl" | tail -n 1
 else
     results="$out/$name"
     mkdir -p "$results"

@@ -157,7 +157,8 @@ def with_wording(
     known, gold, asked, importance = _known(lists, questions)
     ranked = [fuse(item, weights, question) for item, question in zip(known, asked, strict=True)]
     read = [[texts[place] for place, _ in ranking[:READ]] for ranking in ranked]
-    return replace(weights, wording=fit_wording(ranked, read, gold, asked, words, importance))
+    fused = [{way: item[way] for way in weights.ways} for item in known]
+    return replace(weights, wording=fit_wording(ranked, read, gold, asked, words, importance, fused))
 
 
 def ranking_of(
@@ -167,4 +168,5 @@ def ranking_of(
     ranked = fuse(lists, weights, question)
     if not weights.wording:
         return ranked
-    return rank_by_wording(ranked, [texts[place] for place, _ in ranked[:READ]], question, words, weights.wording)
+    read, fused = [texts[place] for place, _ in ranked[:READ]], {way: lists[way] for way in weights.ways}
+    return rank_by_wording(ranked, read, question, words, weights.wording, fused)

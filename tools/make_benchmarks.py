@@ -31,6 +31,8 @@ RESULTS = {
     "needles of msa-hf-smollm2-135m, router": ("bench_needles_smollm2_router.json", ("kind", "tokens")),
     "needles of msa-hf-smollm2-135m, hybrid": ("bench_needles_smollm2_hybrid.json", ("kind", "tokens")),
     "needles of msa-hf-smollm2-135m, hybrid, 120K": ("bench_needles_smollm2_hybrid_120k.json", ("kind", "tokens")),
+    "needles of msa-hf-smollm2-135m, hybrid, 1M": ("bench_needles_smollm2_hybrid_1m.json", ("kind", "tokens")),
+    "needles of msa-hf-smollm2-135m, hybrid, 10M": ("bench_needles_smollm2_hybrid_10m.json", ("kind", "tokens")),
     "several needles of msa-hf-smollm2-135m, hybrid": ("bench_needles_smollm2_several.json", ("kind", "tokens")),
     "msa-hf-tiny on this documentation": ("bench_mine_tiny.json", ("kind", "hops", "tokens")),
 }

@@ -50,7 +50,7 @@ def test_rounds_read_for_wording_where_weights_say_so() -> None:
     """By what a text has of the question's capitalized words and numbers alone, whatever the rankings say."""
     bank = bank_of(MODEL, TOKENIZER, COMPACT)
     add_lexical_index(bank)
-    names = tuple((float(feature == "names"), 0.0, 0.0, 0.0) for feature in wording.FEATURES)
+    names = tuple((float(feature == "names"), 0.0, 0.0, 0.0) for feature in (*wording.FEATURES, "router", "lexical"))
     weights = FusionWeights(("router", "lexical"), wording=names)
     for number in (11, 14):
         question = f"What stands {number} miles from the amber and the cedar?"

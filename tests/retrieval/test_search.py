@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def test_fusion_weights_lie_beside_the_bank(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_best_are_read_for_their_wording(kind: str, tmp_path: Path) -> None:
     """By the names of a question alone: the one text that has them both comes first, the others keep their order."""
-    names = [[float(feature == "names"), 0.0, 0.0, 0.0] for feature in wording.FEATURES]
+    names = [[float(feature == "names"), 0.0, 0.0, 0.0] for feature in (*wording.FEATURES, "lexical", "dense")]
     weights = FusionWeights(("lexical", "dense"), "lexical", wording=tuple(map(tuple, names)))
     place = KINDS[kind](tmp_path)
     options: dict[str, Any] = {"ways": ("lexical", "dense"), "embedder": FakeEmbedder()}
@@ -171,6 +172,21 @@ def test_the_best_are_read_for_their_wording(kind: str, tmp_path: Path) -> None:
     assert [hit.score for hit in found] == sorted((hit.score for hit in found), reverse=True)
     with pytest.raises(ValueError, match="weights are for lexical, dense"):
         bank.search(query, 3, fusion=weights, **{**options, **ROUTERS, "ways": None})
+
+
+def test_the_ways_count_again_once_wording_does(tmp_path: Path) -> None:
+    """Two ways whose lists differ: the weight on one of them alone gives the order of its list, whichever it is."""
+    bank, embedder = in_memory(tmp_path), FakeEmbedder()
+    for way in ("lexical", "dense"):
+        alone = tuple((float(row == way), 0.0, 0.0, 0.0) for row in (*wording.FEATURES, "dense", "lexical"))
+        weights = FusionWeights(("dense", "lexical"), wording=alone)
+        searcher = Searcher(bank, embedder=embedder, fusion=weights)
+        for one, other in pairwise(TEXTS[:6]):
+            query = f"{one} {other}"
+            lists = searcher.candidates([query], ("lexical", "dense"))[0]  # in another order than the weights are for
+            scores = dict(lists[way])
+            found = [scores[document] for document, _ in searcher.fused(lists, query) if document in scores]
+            assert len(set(found)) > 2 and found == sorted(found, reverse=True)
 
 
 def test_wording_is_fitted_on_a_bank() -> None:

@@ -48,6 +48,38 @@ def test_what_is_read_off_a_text() -> None:
     assert found["pairs"] == pytest.approx(2 / (3 + 3 + 2 + 2))  # in 1890
     assert found["names"] == 1 and found["rarest"] == 1
     assert found["length"] == pytest.approx(math.log(1 + 12) - 4.5)
+    assert found["entitled"] == 1 and found["focus"] == pytest.approx(6 / (6 + 2 + 3 + 6))  # in 1890; it was opened
+    assert found["run"] == pytest.approx(2 / 5)  # in 1890, and no more of the five
+
+
+@pytest.mark.parametrize(
+    ("question", "right", "wrong"),
+    [
+        ("How many arches has Elm Bridge?", "Elm Bridge has seven arches.", "Elm Bridge has arches."),
+        ("how long is elm bridge", "Elm Bridge is 1,204 m long.", "Elm Bridge is long."),
+        ("When was Elm Bridge built?", "Elm Bridge was built in May.", "Elm Bridge was built late."),
+        ("What year was Elm Bridge built in, not 1890?", "Elm Bridge: 1903.", "Elm Bridge was not built in 1890."),
+        ("Where does Elm Bridge stand?", "Elm Bridge stands near Tolland.", "Elm Bridge stands near water."),
+        ("which city has elm bridge", "Elm Bridge: in Oskel.", "Elm Bridge: in a city."),
+        ("Who built Elm Bridge?", "Elm Bridge was built by Mira Tolland.", "Elm Bridge was built by masons."),
+        ("whose is Elm Bridge", "It is the bridge of Mira.", "Nobody says whose Elm Bridge is."),
+    ],
+)
+def test_what_is_asked_for_is_looked_for(question: str, right: str, wrong: str) -> None:
+    assert (of(question, right)["wanted"], of(question, wrong)["wanted"]) == (1, 0)
+    # Only in the sentence that says most of the question, and only where something is asked for.
+    assert of(question, f"Nothing of it. {wrong} On 3 May 1777 Ann came to Ulm.")["wanted"] == 0
+    assert of("Elm Bridge?", right)["wanted"] == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_runs_are_those_of_all_stretches(seed: int) -> None:
+    pick = random.Random(seed)
+    asked, told = ([f"w{pick.randint(0, 4)}" for _ in range(count)] for count in (pick.randint(1, 9), 30))
+    stretches = [asked[start : start + size] for size in range(1, 10) for start in range(len(asked) - size + 1)]
+    there = {tuple(told[start : start + size]) for size in range(1, 10) for start in range(30)}
+    longest = max((len(stretch) for stretch in stretches if tuple(stretch) in there), default=0)
+    assert of(" ".join(asked), " ".join(told))["run"] == pytest.approx(longest / len(asked))
 
 
 @pytest.mark.parametrize(
@@ -85,6 +117,9 @@ def test_shares_are_those_of_sets(seed: int) -> None:
     assert found["sentence"] == pytest.approx(max(map(share, sets)))
     assert found["two"] == pytest.approx(max(share(a | b) for a, b in zip(sets, [*sets[1:], set()], strict=True)))
     assert found["under"] == pytest.approx(max(share(one | head) for one in sets))
+    best = max(sets, key=lambda one: share(one | head))
+    for name, words in (("focus", best), ("entitled", head)):
+        assert found[name] == pytest.approx(sum(len(w) for w in words if w in asked) / sum(map(len, words)))
     wanted = sum(least[pair] for pair in pairs & near) / (sum(least.values()) or 1)
     assert found["pairs"] == pytest.approx(wanted)
 
@@ -135,12 +170,36 @@ def test_weights_are_learned_where_reading_helps() -> None:
         fit_wording([[(0, 1.0)]], [], [{0}], ["text"], WORDS)
 
 
+def test_lists_count_where_they_are_given() -> None:
+    """Texts say nothing; the second of two ways knows. Its scores stand in another order than the ranking."""
+    pick, rankings, lists, gold = random.Random(0), [], [], []
+    for _ in range(60):
+        right = pick.randrange(6)
+        rankings.append([(n, 1.0 - n / 10) for n in range(6)])
+        others = [(n, pick.random()) for n in range(5)]
+        tells = sorted([(n, float(n == right) + pick.random() / 2) for n in range(6)], key=lambda pair: -pair[1])[:4]
+        lists.append({"router": sorted(others, key=lambda pair: -pair[1]), "lexical": tells})
+        gold.append({right})
+    given = (rankings, [["text"] * 6] * 60, gold, ["elm bridge"] * 60, WORDS)
+    assert fit_wording(*given) == ()
+    weights = fit_wording(*given, lists=lists)
+    assert len(weights) == len(FEATURES) + 2
+    for ranking, item, right in zip(rankings, lists, gold, strict=True):
+        assert rank_by_wording(ranking, ["text"] * 6, "elm bridge", WORDS, weights, item)[0][0] in right
+    found = features_of(rankings[0], ["text"] * 6, "elm", WORDS, {"lexical": [(2, 5.0), (0, 3.0)]})
+    assert found[:, -1].tolist() == [-1.0, -2.0, 1.0, -2.0, -2.0, -2.0]  # not on the list: the lowest, less one
+    with pytest.raises(ValueError, match="same ways in the same order"):
+        fit_wording(*given, lists=[*lists[:-1], dict(reversed(lists[-1].items()))])
+
+
 def test_they_lie_with_the_weights_of_a_fusion(tmp_path: Path) -> None:
     weights = fit_fusion([{"router": [(0, 2.0), (1, 1.0)], "lexical": [(1, 3.0)]}] * 3, [{1}] * 3, ["a b"] * 3)
     weights.save_pretrained(tmp_path)
     record = json.loads((tmp_path / "fusion.json").read_text())
     assert record["version"] == 1 and "wording" not in record  # earlier releases read it
-    more = replace(weights, wording=tuple(map(tuple, AS_IT_IS)))
+    more = replace(weights, wording=tuple(map(tuple, [*AS_IT_IS, [0.0] * 4, [0.5] * 4])))
+    with pytest.raises(ValueError, match="not those of its features"):  # no row for each of the ways
+        replace(weights, wording=tuple(map(tuple, AS_IT_IS)))
     more.save_pretrained(tmp_path)
     assert FusionWeights.from_pretrained(tmp_path) == more
     record = json.loads((tmp_path / "fusion.json").read_text())

@@ -33,13 +33,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..model.bounds_msa import read_json
 from . import wording as reading
+from .rankings import Candidates, Ranking, ranks_of, scores_of, standing
 from .sidecar import write_sidecar
 
 FILE = "fusion.json"
@@ -56,9 +56,6 @@ RIDGE = 1e-3
 STEPS = 80
 # Of the questions, every third judges the methods; all of them make the weights that are kept.
 JUDGES = 3
-
-Ranking: TypeAlias = Sequence[tuple[int, float]]  # documents and scores, best first
-Candidates: TypeAlias = Mapping[str, Ranking]  # way -> its list
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,8 @@ class FusionWeights:
 
     def __post_init__(self) -> None:
         """Raise ValueError for weights of a wording that are no table of theirs, or that no index has the words of."""
-        if self.wording and [len(row) for row in self.wording] != [len(reading.ABOUT)] * len(reading.FEATURES):
+        rows = len(reading.FEATURES) + len(self.ways)
+        if self.wording and [len(row) for row in self.wording] != [len(reading.ABOUT)] * rows:
             raise ValueError("its weights of wording are not those of its features")
         if self.wording and "lexical" not in self.ways:
             raise ValueError("texts are read for their wording with the words of a lexical index, which is not asked")
@@ -163,7 +161,7 @@ def fuse(
         about = _about(candidates, weights.ways, weights.units, question)
         scores = (features @ (torch.tensor(weights.weights, dtype=torch.float64) @ about)).tolist()
     else:
-        reciprocal = [_reciprocal(_ranks(item, documents), CONSTANT) for item in candidates.values()]
+        reciprocal = [_reciprocal(ranks_of(item, documents), CONSTANT) for item in candidates.values()]
         scores = torch.stack(reciprocal).sum(0).tolist()
         if method != RECIPROCAL:  # one way first; the others order what it does not have
             first = {document: len(candidates[method]) - rank for rank, (document, _) in enumerate(candidates[method])}
@@ -254,20 +252,8 @@ class _Question:
     importance: float
 
 
-def _ranks(ranking: Ranking, documents: Sequence[int]) -> Tensor:
-    """[documents] float64, places from 0 in the list; infinite for those that are not on it."""
-    places = {document: float(place) for place, (document, _) in enumerate(ranking)}
-    return torch.tensor([places.get(document, float("inf")) for document in documents], dtype=torch.float64)
-
-
 def _reciprocal(ranks: Tensor, constant: int) -> Tensor:
     return (constant + 1) / (constant + 1 + ranks)
-
-
-def _scores(ranking: Ranking) -> tuple[Tensor, float]:
-    """The scores of a list, float64, and their spread, 1 where they have none."""
-    scores = torch.tensor([score for _, score in ranking] or [0.0], dtype=torch.float64)
-    return scores, float(scores.std(correction=0)) or 1.0
 
 
 def _features(
@@ -276,13 +262,13 @@ def _features(
     """[documents, ways * features] float64."""
     columns = []
     for way, (unit, _) in zip(ways, units, strict=True):
-        scores, spread = _scores(candidates[way])
-        ranks = _ranks(candidates[way], documents)
+        scores, spread = scores_of(candidates[way])
+        ranks = ranks_of(candidates[way], documents)
         there = ranks.isfinite()
         own = scores[torch.where(there, ranks, len(scores) - 1).long()]
         absent = (~there).double()
         columns += [
-            (own - scores.mean()) / spread - absent,
+            standing(candidates[way], documents),
             (own - scores[0]) / spread - absent,
             (own - scores[0]) / unit - absent,
             _reciprocal(ranks, CONSTANT),
@@ -298,7 +284,7 @@ def _about(
     """[1 + 4 ways + 3] float64, what a question's weights depend on."""
     found = [1.0]
     for way, (unit, usual) in zip(ways, units, strict=True):
-        scores, spread = _scores(candidates[way])
+        scores, spread = scores_of(candidates[way])
         best, second, tenth = (float(scores[min(place, len(scores) - 1)]) for place in (0, 1, 9))
         height = (best - float(scores.mean())) / spread
         found += [
@@ -318,7 +304,7 @@ def _units(ways: Sequence[str], questions: Sequence[_Question]) -> tuple[tuple[f
     """Per way how far a best document usually stands above the mean of its list, and its usual score."""
     found = []
     for way in ways:
-        lists = [_scores(item.lists[way])[0] for item in questions]
+        lists = [scores_of(item.lists[way])[0] for item in questions]
         above = sum(float(scores[0] - scores.mean()) for scores in lists) / len(lists)
         found.append((above if above > 0 else 1.0, sum(float(scores[0]) for scores in lists) / len(lists)))
     return tuple(found)

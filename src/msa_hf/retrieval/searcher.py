@@ -233,7 +233,8 @@ class Searcher:
         ranked = fuse(lists, self.fusion, query)
         if self.fusion is None or not self.fusion.wording:
             return ranked
-        return rank_by_wording(ranked, self._texts(ranked[:READ]), query, self.lexical(), self.fusion.wording)
+        fused = {way: lists[way] for way in self.fusion.ways}
+        return rank_by_wording(ranked, self._texts(ranked[:READ]), query, self.lexical(), self.fusion.wording, fused)
 
     def _texts(self, ranking: Sequence[tuple[int, float]]) -> list[str | None]:
         return [document.text for document in self.bank.documents.at([position for position, _ in ranking])]
@@ -261,7 +262,8 @@ class Searcher:
         made = FusionWeights(tuple(candidates[0])) if weights is None else replace(weights, wording=())
         ranked = [fuse(lists, made, query) for lists, query in zip(candidates, questions, strict=True)]
         texts = [self._texts(ranking[:READ]) for ranking in ranked]
-        return replace(made, wording=fit_wording(ranked, texts, gold, questions, self.lexical()))
+        fused = [{way: lists[way] for way in made.ways} for lists in candidates]
+        return replace(made, wording=fit_wording(ranked, texts, gold, questions, self.lexical(), lists=fused))
 
     def routed(self, ranking: Sequence[tuple[int, float]]) -> list[RoutedDocument]:
         """Positions with their scores, as a router would name these documents."""

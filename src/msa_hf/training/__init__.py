@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .collators import QuestionCollator
     from .compiling import compiled_layers
     from .contrastive import Temperatures, TokenRows, contrastive_step
+    from .corpus import numbered_rows, train_on_corpus
     from .monitor import CollapsedError, CollapseGuard, RouterMonitor
     from .peft import peft_config
     from .question_generation import sample_questions
@@ -43,11 +44,13 @@ __all__ = [
     "contrastive_step",
     "diagnose",
     "fit_routers",
+    "numbered_rows",
     "peft_config",
     "router_recall",
     "sample_questions",
     "sample_rows",
     "sharpen_score_bias",
+    "train_on_corpus",
 ]
 
 __getattr__ = exports(
@@ -61,6 +64,7 @@ __getattr__ = exports(
         ".collators": ["QuestionCollator"],
         ".compiling": ["compiled_layers"],
         ".contrastive": ["Temperatures", "TokenRows", "contrastive_step"],
+        ".corpus": ["numbered_rows", "train_on_corpus"],
         ".monitor": ["CollapsedError", "CollapseGuard", "RouterMonitor"],
         ".peft": ["peft_config"],
         ".question_generation": ["sample_questions"],

@@ -7,22 +7,31 @@ where nothing but routers is trained, a corpus is encoded once, and every step s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from ..model.chunks_msa import pool_chunks
 from ..model.dense_layer_msa import DenseLayer, layers_over
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.retrofit_msa import attention_layers
 from ..model.routing_msa import SIMILARITIES, normalize_heads, reduce_queries, routing_request, scoring_of
-from .contrastive import RoutingPass, TokenRows, run_rows, training_similarity
+from ..model.tokenizing_msa import tokenize
+from .contrastive import RoutingPass, Temperatures, TokenRows, encode_rows, run_rows, training_similarity
 from .router_inputs import router_inputs
 
 TILE = 200_000  # chunks projected at a time
+WARMUP = 20  # steps
+TEMPERATURE_RATE = 0.01
+
+NumberedRows: TypeAlias = tuple[Tensor, TokenRows]  # numbers [n] int64 of texts, and their rows
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class CorpusStates:
 
 
 @torch.no_grad()
-def corpus_states(model: MSAForCausalLM, parts: Iterable[tuple[Tensor, TokenRows]]) -> CorpusStates:
+def corpus_states(model: MSAForCausalLM, parts: Iterable[NumberedRows]) -> CorpusStates:
     """The states of a corpus that is encoded part by part.
 
     Args:
@@ -294,3 +303,128 @@ def corpus_loss(
         loss = loss + layer_weight * torch.stack(single).mean()
     first = summed.masked_fill(again, float("-inf")).argmax(1, keepdim=True)
     return loss, is_gold.gather(1, first).float().mean()
+
+
+def numbered_rows(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], max_tokens: int = 512, batch_tokens: int = 16_384
+) -> list[NumberedRows]:
+    """Texts as rows with their numbers, shortest first, in parts.
+
+    Args:
+        max_tokens: of a text, cut behind them.
+        batch_tokens: per part, padding included.
+
+    Raises:
+        ValueError: for a text without a token.
+    """
+    rows = [tokenize(tokenizer, text)[:max_tokens] for text in texts]
+    for number, ids in enumerate(rows):
+        if not ids:
+            raise ValueError(f"Text {number} has no tokens; leave it out.")
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    found, start = [], 0
+    for stop in range(1, len(order) + 1):
+        if stop == len(order) or len(rows[order[stop]]) * (stop + 1 - start) > batch_tokens:
+            some = order[start:stop]
+            lengths = torch.tensor([len(rows[number]) for number in some])
+            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[number]) for number in some], batch_first=True)
+            found.append((torch.tensor(some), TokenRows(padded, lengths)))
+            start = stop
+    return found
+
+
+def train_on_corpus(
+    model: MSAForCausalLM,
+    documents: Sequence[NumberedRows],
+    questions: Sequence[NumberedRows],
+    gold: Sequence[Sequence[int]],
+    steps: int = 400,
+    batch_size: int = 512,
+    learning_rate: float = 3e-4,
+    among: int = 50_000,
+    after_step: Callable[[int, float, float], None] | None = None,
+    show_progress: bool = True,
+) -> None:
+    """Train a model's routers against all documents of a corpus; nothing else of it changes.
+
+    For routers that pools have trained (`contrastive_step`, `msa-hf train`). Encode banks anew afterwards.
+
+    Args:
+        model: with a memory and router projections, whose questions route by their last token.
+        documents, questions: of `numbered_rows`.
+        gold: of each question the numbers of the documents that answer it, at least one.
+        steps: of the optimizer, the rate falling as a cosine.
+        batch_size: questions of a step.
+        learning_rate: of the projections.
+        among: documents to which questions attend while what their routers read is taken down.
+        after_step: gets the number of steps done, the loss, and the share of questions whose best document answers.
+        show_progress: show a bar.
+
+    Raises:
+        ValueError: for a question without a document, or with one that there is not, and as the functions used do.
+    """
+    device = model.device
+    documents, questions = ([_on(device, part) for part in parts] for parts in (documents, questions))
+    corpus = corpus_states(model, documents)
+    if len(gold) != sum(len(numbers) for numbers, _ in questions):
+        raise ValueError(f"`gold` has {len(gold)} entries for {sum(len(part) for part, _ in questions)} questions.")
+    for number, places in enumerate(gold):
+        if not places or min(places) < 0 or max(places) >= len(corpus.order):
+            raise ValueError(f"Question {number} is answered by documents {list(places)} of {len(corpus.order)}.")
+    widest = max(map(len, gold))
+    wanted = torch.tensor([[*places, *[-1] * (widest - len(places))] for places in gold], device=device)
+    wanted = corpus.rows[wanted.clamp(min=0)].masked_fill(wanted < 0, -1)
+    states = _states_of(model, questions, documents, among)
+    routers, temperatures = CorpusRouters(model), Temperatures(len(model.config.memory_layers)).to(device)
+    groups = [
+        {"params": list(routers.parameters()), "lr": learning_rate},
+        {"params": list(temperatures.parameters()), "lr": TEMPERATURE_RATE},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_shape, steps))
+    for step in tqdm(range(steps), "training routers", disable=not show_progress):
+        chosen = torch.randint(len(gold), (batch_size,), device=device)
+        asked = {layer: rows[chosen] for layer, rows in states.items()}
+        loss, hits = corpus_loss(routers, corpus, asked, wanted[chosen], temperatures(), layer_weight=0.1)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(routers.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if after_step is not None:
+            after_step(step + 1, float(loss.detach()), float(hits))
+    routers.write(model)
+
+
+def _on(device: torch.device, part: NumberedRows) -> NumberedRows:
+    numbers, rows = part
+    return numbers.to(device), TokenRows(rows.ids.to(device), rows.lengths.to(device), rows.skipped)
+
+
+def _states_of(
+    model: MSAForCausalLM, questions: Sequence[NumberedRows], documents: Sequence[NumberedRows], among: int
+) -> dict[int, Tensor]:
+    """What the routers read of the questions, in the order of their numbers, among some of the documents."""
+    found: list[dict[int, DenseLayer]] = []
+    lengths: list[Tensor] = []
+    pick = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad():
+        for place in pick:
+            if sum(map(len, lengths)) < among:
+                found.append(encode_rows(model, documents[place][1]))
+                lengths.append(documents[place][1].lengths)
+    pool = {
+        layer: DenseLayer(
+            torch.cat([part[layer].routing_keys for part in found]),
+            torch.cat([part[layer].pooled_kv for part in found]),
+        )
+        for layer in found[0]
+    }
+    parts = [question_states(model, rows, pool, torch.cat(lengths)) for _, rows in questions]
+    back = torch.cat([numbers for numbers, _ in questions]).argsort()
+    return {layer: torch.cat([part[layer] for part in parts])[back] for layer in parts[0]}
+
+
+def _shape(steps: int, step: int) -> float:
+    """A warm-up, and then half a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))) * min((step + 1) / WARMUP, 1.0)

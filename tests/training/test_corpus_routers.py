@@ -1,13 +1,27 @@
 """Routers trained against every document of a corpus: scores as the library's, the loss over all documents."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from families import base_model
+from small_corpus import notes, tokenizer_of_notes
 from torch import Tensor
 
 from msa_hf import MSAForCausalLM
 from msa_hf.training.contrastive import Temperatures, TokenRows, encode_rows, route_rows, soft_targets
-from msa_hf.training.corpus import CorpusRouters, CorpusStates, corpus_loss, corpus_states, question_states
+from msa_hf.training.corpus import (
+    CorpusRouters,
+    CorpusStates,
+    corpus_loss,
+    corpus_states,
+    numbered_rows,
+    question_states,
+    train_on_corpus,
+)
+from msa_hf.training.unlabeled import reading_protocol
 
 LENGTHS = [3, 4, 9, 12, 5, 8, 1, 11, 7, 17, 4, 2]
 
@@ -152,6 +166,58 @@ def test_training_finds_the_documents() -> None:
     torch.testing.assert_close(routers.scores(corpus, states)[0][:, corpus.rows], again[layer], atol=1e-5, rtol=1e-5)
 
 
+def test_rows_keep_their_numbers() -> None:
+    tokenizer, texts = tokenizer_of_notes(), list(notes().values())
+    parts = numbered_rows(tokenizer, texts, max_tokens=20, batch_tokens=90)
+    assert sorted(torch.cat([numbers for numbers, _ in parts]).tolist()) == list(range(len(texts)))
+    lengths = torch.cat([rows.lengths for _, rows in parts])
+    assert len(parts) > 2 and lengths.equal(lengths.sort().values)
+    for numbers, rows in parts:
+        assert rows.ids.numel() <= 90 or len(numbers) == 1
+        for number, ids, length in zip(numbers.tolist(), rows.ids, rows.lengths.tolist(), strict=True):
+            assert ids[:length].tolist() == tokenizer(texts[number], add_special_tokens=False)["input_ids"][:20]
+    with pytest.raises(ValueError, match="Text 1 has no tokens"):
+        numbered_rows(tokenizer, ["one", ""])
+
+
+def test_a_model_is_trained_on_its_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of the page: the router then finds what it was asked for, and nothing else of the model changed."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    base = base_model("llama", vocab_size=300)
+    model = MSAForCausalLM.from_base(base, chunk_size=4, query_reduction="last", score_bias=True)
+    for part in (model, tokenizer := tokenizer_of_notes(), reading_protocol(tokenizer)):
+        part.save_pretrained("my-msa")
+    texts = notes()
+    rows = [
+        {"key": key, "text": text, "question": text.splitlines()[0], "positives": [key]} for key, text in texts.items()
+    ]
+    for name, more in (("docs.jsonl", []), ("questions.jsonl", [{**rows[0], "positives": []}])):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]), encoding="utf-8")
+    page = Path(__file__).parents[2] / "docs" / "finetuning.md"
+    (example,) = re.findall(
+        r"```python\n([^`]*train_on_corpus.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    example = example.replace(
+        "for row in asked])\nmodel", "for row in asked], steps=80, batch_size=32, learning_rate=2e-2)\nmodel"
+    )
+    exec(compile(example, page.name, "exec"), {})
+    finished = MSAForCausalLM.from_pretrained("my-msa-finished")
+    differ = [name for name, value in finished.state_dict().items() if not value.equal(model.state_dict()[name])]
+    assert differ and all(re.search(r"router_[qk]_proj", name) for name in differ)
+
+    def first(model: MSAForCausalLM) -> float:
+        documents = numbered_rows(tokenizer, texts.values(), batch_tokens=100_000)
+        questions = numbered_rows(tokenizer, [row["question"] + "\n" for row in rows], batch_tokens=100_000)
+        ((numbers, kept),), ((order, asked),) = documents, questions
+        with torch.no_grad():
+            scores = route_rows(model.eval(), asked, encode_rows(model, kept), kept.lengths)
+        best = numbers[torch.stack(list(scores.values())).sum(0).argmax(1)]
+        return float((best == order).float().mean())
+
+    assert first(finished) > first(model) + 0.3
+
+
 def test_what_cannot_be_trained_is_refused() -> None:
     with pytest.raises(ValueError, match="reduces them by 'max'"):
         asked(made(query_reduction="max"))
@@ -159,3 +225,11 @@ def test_what_cannot_be_trained_is_refused() -> None:
         CorpusRouters(made(shared_router=True))
     with pytest.raises(ValueError, match="needs documents"):
         corpus_states(made(), [])
+    numbered = [(torch.arange(3), rows_of([3, 4, 5]))]
+    for gold, message in (
+        ([[0], [1]], "2 entries for 3 questions"),
+        ([[0], [1], []], r"Question 2 is answered by documents \[\] of 3"),
+        ([[0], [3], [1]], r"Question 1 is answered by documents \[3\] of 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_on_corpus(made(), numbered, numbered, gold, show_progress=False)
