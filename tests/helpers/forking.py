@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 
+import torch
 from tqdm import tqdm
 
 LIMIT = 240
@@ -29,6 +30,7 @@ def forked(work: Callable[[], object], streams: Sequence[int] = ()) -> int:
         code = 1
         try:
             signal.alarm(LIMIT)
+            _have_threads()
             _share_no_lock()
             if streams:
                 _take(*streams)
@@ -39,6 +41,12 @@ def forked(work: Callable[[], object], streams: Sequence[int] = ()) -> int:
         finally:
             os._exit(code)
     return child
+
+
+def _have_threads() -> None:
+    """Make torch's pool of threads anew before there are others: the first two that miss it would race for it, and one
+    find none ("Invalid thread pool!")."""
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def _share_no_lock() -> None:
