@@ -5,6 +5,7 @@ import torch
 from fake_embedder import FakeEmbedder
 from scripted import COMPACT, TEXTS, bank_of, byte_tokenizer, memory_model
 
+from msa_hf import MSAForCausalLM
 from msa_hf.bank import BankStore
 from msa_hf.generation import MemoryInterleave
 from msa_hf.retrieval import FusionWeights, Searcher, add_lexical_index, add_vectors, fuse, wording
@@ -57,6 +58,21 @@ def test_rounds_read_for_wording_where_weights_say_so() -> None:
         answer = asked(bank, max_rounds=1, documents_per_round=1, fusion=weights).ask(question)
         (source,) = answer.documents
         assert f" {number} miles" in TEXTS[source.position]
+
+
+def test_rounds_go_by_the_weights_of_the_checkpoint(tmp_path) -> None:
+    MODEL.save_pretrained(tmp_path)
+    FusionWeights(("router", "lexical"), "lexical").save_pretrained(tmp_path)
+    bank = bank_of(MODEL, TOKENIZER, COMPACT)
+    add_lexical_index(bank)
+    model = MSAForCausalLM.from_pretrained(tmp_path).eval()
+    expected = [position for position, _ in Searcher(bank).rankings("lexical", [QUESTIONS[1]], 2)[0]]
+    for options, same in (({}, True), ({"fusion": "reciprocal"}, False)):
+        asker = MemoryInterleave(
+            model, TOKENIZER, bank, COMPACT, select="hybrid", **{**OPTIONS, "max_rounds": 1}, **options
+        )
+        read = [source.position for source in asker.ask(QUESTIONS[1]).documents]
+        assert (read == expected) == same
 
 
 def test_a_bank_without_either_is_refused(tmp_path) -> None:

@@ -41,6 +41,7 @@ class FakeModel:
     """Encodes one token per character; counts what it encoded."""
 
     device = torch.device("cpu")
+    name_or_path = ""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype

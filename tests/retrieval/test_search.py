@@ -13,7 +13,7 @@ import torch
 from fake_embedder import FakeEmbedder
 from scripted import COMPACT, TEXTS, bank_of, byte_tokenizer, memory_model
 
-from msa_hf import MemoryBank
+from msa_hf import MemoryBank, MSAForCausalLM
 from msa_hf.bank import BankStore, place_bank
 from msa_hf.generation import PromptProtocol
 from msa_hf.model.memory_msa import DocumentTable
@@ -28,6 +28,7 @@ from msa_hf.retrieval import (
     search,
     wording,
 )
+from msa_hf.retrieval.fusion import fusion_beside
 
 TOKENIZER = byte_tokenizer()
 MODEL = memory_model(TOKENIZER, COMPACT)
@@ -153,6 +154,33 @@ def test_fusion_weights_lie_beside_the_bank(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="fusion weights are for lexical, dense, but router, lexical, dense were"):
             bank.search(QUESTIONS[0], 3)
         assert bank.search(QUESTIONS[0], 3, fusion="reciprocal")[0].why.fused_by == "reciprocal ranks"
+
+
+def test_weights_lie_beside_the_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Those beside the bank go before; those for other ways do not count, and are said not to."""
+    MODEL.save_pretrained(tmp_path / "model")
+    model = MSAForCausalLM.from_pretrained(tmp_path / "model").eval()
+    options: dict[str, Any] = {**ROUTERS, "model": model, "embedder": FakeEmbedder()}
+    query = QUESTIONS[0]
+    with store_of(tmp_path / "bank") as bank:
+
+        def fused_by(**more: Any) -> str | None:
+            return bank.search(query, 3, **{**options, **more})[0].why.fused_by
+
+        assert fused_by() == "reciprocal ranks" and not caplog.records
+        FusionWeights(("router", "lexical"), "lexical").save_pretrained(tmp_path / "model")
+        found = bank.search(query, 3, ways=("router", "lexical"), **options)
+        assert found[0].why.fused_by == "lexical" and found[0].key == bank.search(query, 1, "lexical")[0].key
+        assert fused_by(ways=("router", "lexical"), fusion="reciprocal") == "reciprocal ranks" and not caplog.records
+        assert fused_by() == "reciprocal ranks"
+        assert "fusion.json weighs router, lexical; router, lexical, dense are fused by reciprocal ranks" in caplog.text
+        FusionWeights(("router", "lexical"), "router").save_pretrained(tmp_path / "bank")
+        assert fused_by(ways=("router", "lexical")) == "router"
+        (tmp_path / "bank" / "fusion.json").unlink()
+        (tmp_path / "model" / "fusion.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"model.fusion\.json: not weights of a fusion"):
+            fused_by()
+    assert fusion_beside("") is None and fusion_beside(str(tmp_path)) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -42,7 +42,11 @@ def add_options(made: argparse.ArgumentParser) -> None:
     )
     made.add_argument("--check", action="store_true", help="check the chain alone, and run nothing")
     made.add_argument("--embedder", metavar="MODEL", help=f"that made the bank's vectors: {EMBEDDER_HELP}")
-    made.add_argument("--fusion", metavar="DIRECTORY", help="whose fusion.json weighs a hybrid (default: the bank's)")
+    made.add_argument(
+        "--fusion",
+        metavar="DIRECTORY",
+        help="whose fusion.json weighs a hybrid (default: the bank's, else the model's)",
+    )
     add_model_options(made)
     made.add_argument("--json", action="store_true", help="one JSON object per question")
 

@@ -41,7 +41,11 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--k", type=positive, default=10, help="documents to find (default: 10)")
     made.add_argument("--model", metavar="MODEL", help="the checkpoint that made the bank")
     made.add_argument("--embedder", metavar="MODEL", help=f"that made the bank's vectors: {EMBEDDER_HELP}")
-    made.add_argument("--fusion", metavar="DIRECTORY", help="whose fusion.json weighs a hybrid (default: the bank's)")
+    made.add_argument(
+        "--fusion",
+        metavar="DIRECTORY",
+        help="whose fusion.json weighs a hybrid (default: the bank's, else the model's)",
+    )
     made.add_argument(
         "--where",
         metavar="NAME=VALUE",

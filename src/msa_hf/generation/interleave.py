@@ -127,8 +127,8 @@ class MemoryInterleave:
         cache_implementation: `"static"`: shapes stay, and where transformers compiles, as on CUDA devices, prompts and
             single tokens are compiled on first use, which takes a minute or so. Default: `"dynamic"`, it grows.
         compile_config: how, as of `generate`.
-        fusion: of `"hybrid"`, as of `Searcher`: weights, or `"reciprocal"`. Default: `fusion.json` beside the bank, if
-            there is one, else reciprocal ranks.
+        fusion: of `"hybrid"`, as of `Searcher`: weights, or `"reciprocal"`. Default: `fusion.json` beside the bank, or
+            beside the checkpoint where it is for what the bank has, else reciprocal ranks.
 
     Raises:
         ValueError: for an option out of range, a tokenizer without the protocol's special tokens, or `reuse_cache` on a

@@ -30,6 +30,7 @@ Weights may also say how the best of what they put together is read for its word
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -132,6 +133,20 @@ class FusionWeights:
             return cls(ways, method, weights, units, int(record["questions"]), recall, wording)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not weights of a fusion ({error}); fit them again.") from error
+
+
+def fusion_beside(name_or_path: str) -> FusionWeights | None:
+    """The weights that lie beside a checkpoint in a directory; None where there are none.
+
+    Raises:
+        ValueError: for what is no such file, naming the cause.
+    """
+    directory = Path(name_or_path)
+    if not name_or_path or not (directory / "config.json").is_file():
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        return FusionWeights.from_pretrained(directory)
+    return None
 
 
 def fuse(

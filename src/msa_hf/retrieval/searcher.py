@@ -27,7 +27,7 @@ from ..model.unicode_msa import check_unicode
 from .dense import DenseSearcher
 from .dense_files import has_vectors, open_vectors
 from .embedders import Embedder
-from .fusion import RECIPROCAL, FusionWeights, fuse
+from .fusion import FILE, RECIPROCAL, FusionWeights, fuse, fusion_beside
 from .hits import Found, FoundByLayer, Hit, Why
 from .lexical import LexicalSearcher, UnbuiltIndex
 from .lexical_files import open_searcher, read_record, search_in_memory
@@ -71,8 +71,8 @@ class Searcher:
         model, tokenizer: for `"router"`.
         protocol: whose prompt puts questions to the model; None: the question and a line break.
         embedder: for `"dense"`: the model that made the bank's vectors. Default: the one that it was opened with.
-        fusion: for `"hybrid"`: weights of `fit_fusion`, or `"reciprocal"`. Default: `fusion.json` beside the bank where
-            there is one, else reciprocal ranks.
+        fusion: for `"hybrid"`: weights of `fit_fusion`, or `"reciprocal"`. Default: `fusion.json` beside the bank, else
+            that beside the model's checkpoint where it is for the ways asked, else reciprocal ranks.
     """
 
     def __init__(
@@ -90,6 +90,10 @@ class Searcher:
         self.model, self.tokenizer, self.protocol, self.embedder = model, tokenizer, protocol, embedder
         self.ids = DocumentIds(self.bank)
         self.fusion = self._fusion(fusion)
+        self._of_checkpoint: FusionWeights | None = None
+        self._warned = False
+        if fusion is None and self.fusion is None and model is not None:
+            self._of_checkpoint = fusion_beside(model.name_or_path)
 
     def _fusion(self, fusion: FusionWeights | str | None) -> FusionWeights | None:
         if isinstance(fusion, str):
@@ -230,11 +234,29 @@ class Searcher:
 
     def fused(self, lists: Mapping[str, Sequence[tuple[int, float]]], query: str) -> list[tuple[int, float]]:
         """One ranking of all documents on the lists of the ways: fused, and read for wording if the weights say so."""
-        ranked = fuse(lists, self.fusion, query)
-        if self.fusion is None or not self.fusion.wording:
+        weights = self.weights(lists)
+        ranked = fuse(lists, weights, query)
+        if weights is None or not weights.wording:
             return ranked
-        fused = {way: lists[way] for way in self.fusion.ways}
-        return rank_by_wording(ranked, self._texts(ranked[:READ]), query, self.lexical(), self.fusion.wording, fused)
+        fused = {way: lists[way] for way in weights.ways}
+        return rank_by_wording(ranked, self._texts(ranked[:READ]), query, self.lexical(), weights.wording, fused)
+
+    def weights(self, ways: Collection[str]) -> FusionWeights | None:
+        """The weights by which some ways are fused; None: by reciprocal ranks.
+
+        Those of the checkpoint give way, with a warning, where they are for others.
+        """
+        found = self._of_checkpoint
+        if found is None or set(found.ways) == set(ways):
+            return self.fusion or found
+        if not self._warned:
+            logger.warning(
+                "The checkpoint's %s weighs %s; %s are fused by reciprocal ranks. Pass `fusion`, or fit weights for "
+                "them (docs/retrieval.md).",
+                *(FILE, ", ".join(found.ways), ", ".join(ways)),
+            )
+        self._warned = True
+        return None
 
     def _texts(self, ranking: Sequence[tuple[int, float]]) -> list[str | None]:
         return [document.text for document in self.bank.documents.at([position for position, _ in ranking])]
@@ -351,8 +373,9 @@ class Searcher:
         fused_by = None
         if mode == "hybrid":
             ranked = self.fused(lists, query)[:k]
-            fused_by = RECIPROCAL if self.fusion is None else self.fusion.method
-            if self.fusion is not None and self.fusion.wording:
+            weights = self.weights(lists)
+            fused_by = RECIPROCAL if weights is None else weights.method
+            if weights is not None and weights.wording:
                 fused_by += ", then wording"
         else:
             ranked = lists[mode][:k]
@@ -466,8 +489,7 @@ def search(
         protocol: whose prompt puts questions to the model (`PromptProtocol.from_pretrained`); None: the question and a
             line break.
         embedder: for `"dense"`, the model that made the bank's vectors. Default: the one that the bank was opened with.
-        fusion: for `"hybrid"`: `FusionWeights`, or `"reciprocal"`. Default: `fusion.json` beside the bank, else
-            reciprocal ranks.
+        fusion: for `"hybrid"`: `FusionWeights`, or `"reciprocal"`. Default: as of `Searcher`.
         ways: for `"hybrid"`: those to ask, of router, lexical and dense. Default: all that are there.
         depth: documents of each way that are fused.
         batch_size: questions at once. The hits do not depend on it.

@@ -31,7 +31,7 @@ class Hybrid(Router):
         super().__init__(asker)
         from ...retrieval import Searcher  # here, because the command line lists selectors without loading torch
 
-        self.searcher: Searcher = Searcher(asker.bank, fusion=asker.fusion)
+        self.searcher: Searcher = Searcher(asker.bank, model=asker.model, fusion=asker.fusion)
         self.ways = self.searcher.kept()
 
     def select(self, round: SelectionRound) -> list[Selected]:

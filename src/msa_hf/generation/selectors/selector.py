@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ...model.memory_msa import Memory
+    from ...model.modeling_msa import MSAForCausalLM
     from ...retrieval import FusionWeights
     from ..document_ids import DocumentIds
     from ..protocol import PromptProtocol
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 class Asker(Protocol):
     """The `MemoryInterleave` that a selector selects for, which describes the arguments, as far as it may be read."""
 
+    model: MSAForCausalLM
     tokenizer: PreTrainedTokenizerBase
     bank: Memory
     ids: DocumentIds
