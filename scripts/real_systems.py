@@ -23,7 +23,9 @@ KEPT = 50  # best passages kept per question and system
 def held_out_numbers(data: dict[str, Any]) -> list[int]:
     """The labeled questions that training left out, without those of needles, which nobody asks."""
     questions = data["train"]["questions"]
-    return [number for number, item in enumerate(questions) if is_held_out(number) and item["set"] != "needles"]
+    return [
+        number for number, item in enumerate(questions) if is_held_out(number, item["set"]) and item["set"] != "needles"
+    ]
 
 
 def asked_questions(data: dict[str, Any]) -> list[dict[str, Any]]:

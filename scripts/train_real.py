@@ -149,7 +149,8 @@ def reading_rows(
     labels: list[list[int]] = []
     routes: list[int] = []
     by_set = {
-        name: [n for n, item in enumerate(questions) if item["set"] == name and not is_held_out(n)] for name in SHARES
+        name: [n for n, item in enumerate(questions) if item["set"] == name and not is_held_out(n, name)]
+        for name in SHARES
     }
     names = [name for name in SHARES if by_set[name]]
     for _ in range(count):
