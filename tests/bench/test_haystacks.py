@@ -1,5 +1,7 @@
 """Haystacks are nested, sentences lie where they were put, and a bank is what encoding its texts would make."""
 
+import itertools
+import random
 from typing import Any
 
 import pytest
@@ -9,6 +11,8 @@ from msa_hf.bench.asking import Ask, holds, index_words, put
 from msa_hf.bench.banks import HaystackBanks
 from msa_hf.bench.haystack import Haystack, HaystackTooSmall, Plant, generated_texts
 from msa_hf.generation import PromptProtocol
+from msa_hf.model.splitting_msa import split_text
+from msa_hf.model.tokenizing_msa import tokenize
 from msa_hf.synthetic.sentences import insert_sentence
 
 Tiny = tuple[Any, Any, PromptProtocol]
@@ -34,6 +38,25 @@ def test_long_texts_are_cut_and_nothing_is_lost(tiny: Tiny) -> None:
     text = " ".join(f"Sentence number {number} is here." for number in range(200))
     made = Haystack([text], tiny[1], 1500, document_tokens=50, least_tokens=1)
     assert text.startswith(" ".join(made.texts)) and sum(item[-1] == "." for item in made.texts) > 20
+
+
+def test_threads_cut_as_one_does(tiny: Tiny) -> None:
+    """Texts of all lengths, in order, each in the pieces that it has by itself."""
+    pick = random.Random(0)
+    texts = [
+        "\n".join(" ".join(pick.choices(["elm", "oak.", "a reef", " pine "], k=pick.randint(1, 60))) for _ in range(3))
+        for _ in range(90)
+    ]
+    expected = []
+    for text in texts:
+        pieces = [piece for piece, _ in split_text(tiny[1], text, 40)]
+        pieces = pieces if len(pieces) == 1 else [piece.strip() for piece in pieces if piece.strip()]
+        expected += [(piece, len(tokenize(tiny[1], piece))) for piece in pieces]
+    haystack = Haystack(texts, tiny[1], None, 40, least_tokens=1)
+    assert haystack.texts == [piece for piece, count in expected if count]
+    assert [haystack.tokens(number + 1) for number in range(len(haystack))] == list(
+        itertools.accumulate(count for _, count in expected if count)
+    )
 
 
 @pytest.mark.parametrize("text", ["One. Two! Three? Four", "# Head\n\nOne line\nTwo\n", "no end at all", "One."])

@@ -6,7 +6,9 @@ import hashlib
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -14,14 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.documents import Corpus
 from ..model.splitting_msa import split_text
-from ..model.tokenizing_msa import tokenize_texts
+from ..model.tokenizing_msa import tokenize
 from ..synthetic.corpora import make_corpus
 from ..synthetic.prose import prose_documents
 from ..synthetic.sentences import insert_sentence
 
 LEAST_TOKENS = 16  # of a document; shorter rests of a text are left out
 GENERATED = 2_000_000  # documents of the generated corpus that texts are taken from, about 200M tokens
-BLOCK = 2048  # texts made or tokenized at a time
+BLOCK = 2048  # texts made or cut at a time
 
 Insert = Callable[[str, str, float], str]  # text, sentence and place in it, 0 to 1 -> text with the sentence
 
@@ -167,21 +169,30 @@ def generated_texts(seed: int = 0, prose_share: float = 0.2) -> Iterator[str]:
 
 
 def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> Iterator[tuple[str, int]]:
-    """Texts in pieces of at most `limit` tokens, and how many each has."""
-    block: list[str] = []
+    """Texts in pieces of at most `limit` tokens, and how many each has; several texts at a time, in threads, since
+    tokenizers leave Python's lock to others."""
     size = 64  # so that a small haystack reads little
     source = iter(texts)
-    while True:
-        block = [text for _, text in zip(range(size), source, strict=False)]
-        if not block:
-            return
-        size = min(2 * size, BLOCK)
-        for text, ids in zip(block, tokenize_texts(tokenizer, block), strict=True):
-            if len(ids) <= limit:
-                yield text, len(ids)
-                continue
-            pieces = [piece for cut, _ in split_text(tokenizer, text, limit) if (piece := cut.strip())]
-            yield from zip(pieces, map(len, tokenize_texts(tokenizer, pieces)), strict=True)
+    threads = ThreadPoolExecutor()
+    try:
+        while block := [text for _, text in zip(range(size), source, strict=False)]:
+            size = min(2 * size, BLOCK)
+            for pieces in threads.map(partial(_pieces, tokenizer, limit), block):
+                yield from pieces
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, limit: int, text: str) -> list[tuple[str, int]]:
+    if len(text) < 8 * limit and (count := len(tokenize(tokenizer, text))) <= limit:  # a long one is cut in any case
+        return [(text, count)]
+    cuts = [(cut, len(ids)) for cut, ids in split_text(tokenizer, text, limit)]
+    if len(cuts) == 1:
+        return cuts
+    stripped = ((cut.strip(), cut, count) for cut, count in cuts)
+    return [
+        (piece, count if piece == cut else len(tokenize(tokenizer, piece))) for piece, cut, count in stripped if piece
+    ]
 
 
 def depths_of(count: int) -> list[float]:
