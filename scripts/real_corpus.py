@@ -4,7 +4,8 @@
 
 Behind `train_real.py routers`, whose pools hold a few thousand passages: all passages are encoded once, and every
 question; then every step scores its questions against all passages. Writes a checkpoint as `routers` does, which
-`train_real.py adapter` and `eval_real.py` take.
+`train_real.py adapter` and `eval_real.py` take, and others part of the way: what is trained for all passages finds a
+little less among few.
 """
 
 from __future__ import annotations
@@ -214,12 +215,13 @@ def train(arguments: argparse.Namespace, read: Read) -> None:
         with (work / f"{arguments.name}.curve.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "seconds": round(time.time() - start, 1), **figures}) + "\n")
 
-    def measured(step: int) -> None:
+    def measured(step: int, blend: float = 1.0) -> None:
         found = read.recall.of(routers)
         for bank, figures in found.items():
-            log(f"step {step}, {bank}:", shown(figures))
-        report(step, recall=found)
+            log(f"step {step}, {bank}, blend {blend:g}:", shown(figures))
+        report(step, recall=found, blend=blend)
 
+    before = [weight.detach().clone() for weight in routers.parameters()]
     measured(0)
     losses: list[float] = []
     hits: list[float] = []
@@ -255,15 +257,28 @@ def train(arguments: argparse.Namespace, read: Read) -> None:
             losses, hits = [], []
         if (step + 1) % arguments.measure_every == 0 and step + 1 < arguments.steps:
             measured(step + 1)
-    measured(arguments.steps)
-    masters = {f"router_{kind}_proj": parts for kind, parts in (("q", routers.queries), ("k", routers.keys))}
-    for name, (_, master) in read.weights.whole.items():
-        for projection, parts in masters.items():
+    trained = [weight.detach().clone() for weight in routers.parameters()]
+    for blend in sorted({1.0, *(float(share) for share in arguments.blends.split(",") if share)}):
+        with torch.no_grad():
+            for weight, first, last in zip(routers.parameters(), before, trained, strict=True):
+                weight.copy_(torch.lerp(first, last, blend))
+        measured(arguments.steps, blend=blend)
+        name = arguments.name if blend == 1 else f"{arguments.name}-{blend:g}"
+        write(argparse.Namespace(**{**vars(arguments), "name": name}), read.weights, routers, temperatures)
+        log("wrote", work / f"{name}.pt", f"{time.time() - start:.0f} s")
+
+
+def write(
+    arguments: argparse.Namespace, weights: TrainedWeights, routers: CorpusRouters, temperatures: Temperatures
+) -> None:
+    """Write a checkpoint with these projections in the place of its own."""
+    projections = {f"router_{kind}_proj": parts for kind, parts in (("q", routers.queries), ("k", routers.keys))}
+    for name, (_, master) in weights.whole.items():
+        for projection, parts in projections.items():
             if f"{projection}.weight" in name:
                 layer = int(name.partition("layers.")[2].partition(".")[0])
                 master.data.copy_(parts[routers.layers.index(layer)])
-    save_checkpoint(arguments, read.weights, temperatures, arguments.steps)
-    log("wrote", work / f"{arguments.name}.pt", f"{time.time() - start:.0f} s")
+    save_checkpoint(arguments, weights, temperatures, arguments.steps)
 
 
 def main() -> None:
@@ -282,6 +297,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--warmup", type=int, default=20)
+    parser.add_argument(
+        "--blends",
+        default="0.5,0.75",
+        help="shares of the way from the first weights to the last that are kept as well",
+    )
     parser.add_argument("--step-questions", type=int, default=512)
     parser.add_argument("--asked", type=int, default=150_000, help="asked questions that are used")
     parser.add_argument("--asked-share", type=float, default=0.5, help="of a step's questions")

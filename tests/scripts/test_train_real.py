@@ -132,13 +132,20 @@ def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.
         f"--base {place / 'base'} --work {place / 'work'} --initial {place / 'work' / 'routers.pt'} --layers 1 --rank 4"
     )
     finish += " --upper-rank 2 --spans --steps 2 --step-questions 12 --candidates 9 --near 3 --log-every 1 --no-compile"
+    finish += " --blends 0.5"
     monkeypatch.setattr(sys, "argv", ["real_corpus.py", *finish.split()])
     real_corpus.main()
     before, after = (torch.load(place / "work" / f"{name}.pt", weights_only=True) for name in ("routers", "finished"))
     differ = {name for name, value in before["weights"].items() if not value.equal(after["weights"][name])}
     assert len(differ) == 2 and all("router_" in name for name in differ)
     finished = [json.loads(line) for line in (place / "work" / "finished.curve.jsonl").read_text().splitlines()]
-    assert [sorted(row["recall"]) for row in finished if "recall" in row] == [["all", "sets"]] * 2
+    measured = [row for row in finished if "recall" in row]
+    assert [sorted(row["recall"]) for row in measured] == [["all", "sets"]] * 3
+    assert [row["blend"] for row in measured] == [1, 0.5, 1]
+    half = torch.load(place / "work" / "finished-0.5.pt", weights_only=True)["weights"]
+    for name in differ:
+        middle = (before["weights"][name].float() + after["weights"][name].float()) / 2
+        torch.testing.assert_close(half[name].float(), middle, atol=2e-3, rtol=2e-2)
 
     rows = [json.loads(line) for line in (place / "work" / "routers.curve.jsonl").read_text().splitlines()]
     measured = [row["recall"] for row in rows if "recall" in row]
