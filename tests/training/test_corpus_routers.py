@@ -205,6 +205,7 @@ def test_a_model_is_trained_on_its_corpus(tmp_path: Path, monkeypatch: pytest.Mo
     finished = MSAForCausalLM.from_pretrained("my-msa-finished")
     differ = [name for name, value in finished.state_dict().items() if not value.equal(model.state_dict()[name])]
     assert differ and all(re.search(r"router_[qk]_proj", name) for name in differ)
+    assert finished.config.routers_trained
 
     def first(model: MSAForCausalLM) -> float:
         documents = numbered_rows(tokenizer, texts.values(), batch_tokens=100_000)
@@ -219,8 +220,11 @@ def test_a_model_is_trained_on_its_corpus(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_cannot_be_trained_is_refused() -> None:
-    with pytest.raises(ValueError, match="reduces them by 'max'"):
-        asked(made(query_reduction="max"))
+    for field, name in (("query_reduction", "max"), ("head_reduction", "max"), ("chunk_reduction", "mean")):
+        with pytest.raises(ValueError, match=f"this model has .*'{name}'"):
+            asked(made(**{field: name}))
+        with pytest.raises(ValueError, match=f"this model has .*'{name}'"):
+            CorpusRouters(made(**{field: name}))
     with pytest.raises(ValueError, match="no router projections"):
         CorpusRouters(made(shared_router=True))
     with pytest.raises(ValueError, match="needs documents"):

@@ -19,10 +19,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..model.chunks_msa import pool_chunks
+from ..model.configuration_msa import MSAConfig
 from ..model.dense_layer_msa import DenseLayer, layers_over
 from ..model.modeling_msa import MSAForCausalLM
+from ..model.modes_msa import evaluating
 from ..model.retrofit_msa import attention_layers
-from ..model.routing_msa import SIMILARITIES, normalize_heads, reduce_queries, routing_request, scoring_of
+from ..model.routing_msa import SIMILARITIES, Scoring, normalize_heads, reduce_queries, routing_request, scoring_of
 from ..model.tokenizing_msa import tokenize
 from .contrastive import RoutingPass, Temperatures, TokenRows, encode_rows, run_rows, training_similarity
 from .router_inputs import router_inputs
@@ -128,12 +130,7 @@ def question_states(
         ValueError: for a model whose questions are not routed by their last token.
     """
     config = model.config
-    if config.query_reduction != "last":
-        raise ValueError(
-            f"Routers are trained against a corpus where the last token of a question routes; this model reduces them "
-            f"by {config.query_reduction!r} (`query_reduction`)."
-        )
-    scoring = scoring_of(config, training_similarity(config))
+    scoring = _scoring(config)
     routing = _QuestionPass(
         config=config,
         layers=layers_over(pool, lengths, config.chunk_size),
@@ -147,6 +144,20 @@ def question_states(
     return routing.inputs
 
 
+def _scoring(config: MSAConfig) -> Scoring:
+    """The scoring of a model by which a corpus can be scored: one vector per question, the best chunk of a document."""
+    scoring = scoring_of(config, training_similarity(config))
+    wanted = Scoring(scoring.similarity, heads="mean", tokens="last", chunks="max")
+    if scoring != wanted:
+        raise ValueError(
+            "Routers are trained against a corpus where the last token of a question routes, by the mean over its heads "
+            "and the best chunk of a document (`query_reduction='last'`, `head_reduction='mean'`, "
+            f"`chunk_reduction='max'`); this model has {config.query_reduction!r}, {config.head_reduction!r} and "
+            f"{config.chunk_reduction!r}."
+        )
+    return scoring
+
+
 class CorpusRouters(nn.Module):
     """The router projections of a model as float32 masters that are trained by themselves.
 
@@ -154,7 +165,7 @@ class CorpusRouters(nn.Module):
         model: with router projections.
 
     Raises:
-        ValueError: for a model without them.
+        ValueError: for a model without them, and for one that does not score as `question_states` wants it.
     """
 
     def __init__(self, model: MSAForCausalLM) -> None:
@@ -163,7 +174,7 @@ class CorpusRouters(nn.Module):
         if config.shared_router:
             raise ValueError("A model with `shared_router` has no router projections to train.")
         layers = attention_layers(model)
-        self.similarity = training_similarity(config)
+        self.similarity = _scoring(config).similarity
         self.layers = tuple(config.memory_layers)
         modules = [layers[layer] for layer in self.layers]
         self.width = int(modules[0].head_dim)
@@ -365,7 +376,9 @@ def train_on_corpus(
     """
     device = model.device
     documents, questions = ([_on(device, part) for part in parts] for parts in (documents, questions))
-    corpus = corpus_states(model, documents)
+    routers = CorpusRouters(model)
+    with evaluating(model):
+        corpus = corpus_states(model, documents)
     if len(gold) != sum(len(numbers) for numbers, _ in questions):
         raise ValueError(f"`gold` has {len(gold)} entries for {sum(len(part) for part, _ in questions)} questions.")
     for number, places in enumerate(gold):
@@ -374,8 +387,9 @@ def train_on_corpus(
     widest = max(map(len, gold))
     wanted = torch.tensor([[*places, *[-1] * (widest - len(places))] for places in gold], device=device)
     wanted = corpus.rows[wanted.clamp(min=0)].masked_fill(wanted < 0, -1)
-    states = _states_of(model, questions, documents, among)
-    routers, temperatures = CorpusRouters(model), Temperatures(len(model.config.memory_layers)).to(device)
+    with evaluating(model):
+        states = _states_of(model, questions, documents, among)
+    temperatures = Temperatures(len(model.config.memory_layers)).to(device)
     groups = [
         {"params": list(routers.parameters()), "lr": learning_rate},
         {"params": list(temperatures.parameters()), "lr": TEMPERATURE_RATE},
@@ -394,6 +408,7 @@ def train_on_corpus(
         if after_step is not None:
             after_step(step + 1, float(loss.detach()), float(hits))
     routers.write(model)
+    model.config.routers_trained = True
 
 
 def _on(device: torch.device, part: NumberedRows) -> NumberedRows:
