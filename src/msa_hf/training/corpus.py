@@ -150,8 +150,8 @@ def _scoring(config: MSAConfig) -> Scoring:
     wanted = Scoring(scoring.similarity, heads="mean", tokens="last", chunks="max")
     if scoring != wanted:
         raise ValueError(
-            "Routers are trained against a corpus where the last token of a question routes, by the mean over its heads "
-            "and the best chunk of a document (`query_reduction='last'`, `head_reduction='mean'`, "
+            "Routers are trained against a corpus where the last token of a question routes, by the mean over its "
+            "heads and the best chunk of a document (`query_reduction='last'`, `head_reduction='mean'`, "
             f"`chunk_reduction='max'`); this model has {config.query_reduction!r}, {config.head_reduction!r} and "
             f"{config.chunk_reduction!r}."
         )
