@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -68,7 +69,10 @@ class HaystackBanks:
         """
         started = time.monotonic()
         texts = haystack.texts[: len(haystack) if documents is None else documents]
-        rows = [_row(number, str(number), text, tokenizer, protocol) for number, text in enumerate(texts)]
+        with ThreadPoolExecutor() as threads:  # tokenizers leave Python's lock to others
+            rows = list(
+                threads.map(lambda item: _row(item[0], str(item[0]), item[1], tokenizer, protocol), enumerate(texts))
+            )
         whole = model.encode_documents(rows, tokenizer, batch_tokens=batch_tokens, show_progress=show_progress)
         made = cls(model, tokenizer, protocol, haystack, whole, batch_tokens)
         made.facts["seconds"] = round(time.monotonic() - started, 1)
