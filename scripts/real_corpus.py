@@ -61,8 +61,7 @@ class Questions:
         places = torch.tensor([(row + 6 * [-1])[:6] for row in wanted], device=where)
         behind = pools.place_of_asked[self.numbers[len(known) :] - pools.labeled][:, None]
         places = torch.cat([places, torch.nn.functional.pad(behind, (0, 5), value=-1)])
-        gold = corpus.rows[places.clamp(min=0)].masked_fill(places < 0, -1)
-        self.gold = gold
+        self.gold = corpus.rows[places.clamp(min=0)].masked_fill(places < 0, -1)
         ends = np.cumsum([0, *(len(numbers) for numbers in labeled.values())]).tolist()
         self.of_set = {
             name: torch.arange(start, stop, device=where)
@@ -144,7 +143,7 @@ class Recall:
 
 @dataclass
 class Read:
-    """What a run begins with: a checkpoint's model and weights, and what its routers read.
+    """The beginning of a run: a checkpoint's model and weights, and what its routers read.
 
     Attributes:
         excluded: [N] bool, rows of the corpus that training does not see.

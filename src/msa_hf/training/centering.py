@@ -32,14 +32,27 @@ def sample_rows(
         max_tokens: of a text, cut behind them.
         batch_tokens: per batch, padding included.
     """
-    rows = sorted((ids for text in texts if (ids := tokenize(tokenizer, text)[:max_tokens])), key=len)
-    found: list[TokenRows] = []
+    rows = [ids for text in texts if (ids := tokenize(tokenizer, text)[:max_tokens])]
+    return [batch for _, batch in batches_by_length(rows, batch_tokens)]
+
+
+def batches_by_length(rows: Sequence[Sequence[int]], batch_tokens: int) -> list[tuple[Tensor, TokenRows]]:
+    """Token ids in batches, shortest first, each with the numbers of its rows ([n] int64).
+
+    Args:
+        rows: none of them empty.
+        batch_tokens: per batch, padding included; a row that is longer is a batch of its own.
+    """
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    found: list[tuple[Tensor, TokenRows]] = []
     start = 0
-    for stop in range(1, len(rows) + 1):
-        if stop == len(rows) or len(rows[stop]) * (stop + 1 - start) > batch_tokens:
-            batch = [torch.tensor(ids) for ids in rows[start:stop]]
+    for stop in range(1, len(order) + 1):
+        if stop == len(order) or len(rows[order[stop]]) * (stop + 1 - start) > batch_tokens:
+            some = order[start:stop]
+            batch = [torch.tensor(rows[number]) for number in some]
             lengths = torch.tensor([len(ids) for ids in batch])
-            found.append(TokenRows(torch.nn.utils.rnn.pad_sequence(batch, batch_first=True), lengths))
+            padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+            found.append((torch.tensor(some), TokenRows(padded, lengths)))
             start = stop
     return found
 

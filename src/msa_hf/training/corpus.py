@@ -26,6 +26,7 @@ from ..model.modes_msa import evaluating
 from ..model.retrofit_msa import attention_layers
 from ..model.routing_msa import SIMILARITIES, Scoring, normalize_heads, reduce_queries, routing_request, scoring_of
 from ..model.tokenizing_msa import tokenize
+from .centering import batches_by_length
 from .contrastive import RoutingPass, Temperatures, TokenRows, encode_rows, run_rows, training_similarity
 from .router_inputs import router_inputs
 
@@ -38,7 +39,7 @@ NumberedRows: TypeAlias = tuple[Tensor, TokenRows]  # numbers [n] int64 of texts
 
 @dataclass(frozen=True)
 class CorpusStates:
-    """What the routing keys of a corpus are linear maps of.
+    """The hidden states that the routing keys of a corpus are linear maps of.
 
     The documents stand in an order of their own, those of most chunks first, and their chunks in layers: all first
     chunks, then the second ones of the documents that have two, and so on. So the best chunk of every document is a
@@ -204,7 +205,7 @@ class CorpusRouters(nn.Module):
 
     @torch.no_grad()
     def scores(self, corpus: CorpusStates, questions: Mapping[int, Tensor]) -> list[Tensor]:
-        """Of every memory layer the scores [Q, N] float32 of all documents, in the order of the corpus."""
+        """The scores [Q, N] float32 of all documents by every memory layer, in the order of the corpus."""
         return [
             corpus.best(
                 torch.cat([query @ self.key_of(place, part).T for part in corpus.states[layer].split(TILE)], dim=1)
@@ -332,16 +333,7 @@ def numbered_rows(
     for number, ids in enumerate(rows):
         if not ids:
             raise ValueError(f"Text {number} has no tokens; leave it out.")
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
-    found, start = [], 0
-    for stop in range(1, len(order) + 1):
-        if stop == len(order) or len(rows[order[stop]]) * (stop + 1 - start) > batch_tokens:
-            some = order[start:stop]
-            lengths = torch.tensor([len(rows[number]) for number in some])
-            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[number]) for number in some], batch_first=True)
-            found.append((torch.tensor(some), TokenRows(padded, lengths)))
-            start = stop
-    return found
+    return batches_by_length(rows, batch_tokens)
 
 
 def train_on_corpus(
@@ -419,7 +411,7 @@ def _on(device: torch.device, part: NumberedRows) -> NumberedRows:
 def _states_of(
     model: MSAForCausalLM, questions: Sequence[NumberedRows], documents: Sequence[NumberedRows], among: int
 ) -> dict[int, Tensor]:
-    """What the routers read of the questions, in the order of their numbers, among some of the documents."""
+    """The states that routers read of the questions, in the order of their numbers, among some of the documents."""
     found: list[dict[int, DenseLayer]] = []
     lengths: list[Tensor] = []
     pick = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
