@@ -2,14 +2,15 @@
 # Train and measure a real model on real text, every stage beside those that it does not need.
 #
 #     bash scripts/make_real.sh data OUT --base BASE --data DATA --teacher TEACHER [--parts 0-10] [--minutes 1.5] [--limit N] \
-#         [--no-words] [--spans N]
+#         [--no-words] [--spans N] [--reader CHECKPOINT]
 #     bash scripts/make_real.sh train OUT NAME [arguments of train_real.py routers...]
 #     bash scripts/make_real.sh finish OUT NAME --initial OUT/OTHER.pt [arguments of real_corpus.py...]
 #     bash scripts/make_real.sh measure OUT NAME [arguments of eval_real.py read...]
 #
 # `data` makes passages, questions that the base asks (for so many minutes), what the teacher says of both, rows that read,
 # BM25's rankings, and words that teach (minutes of a CPU; without them `train` needs --no-words too). With --spans it also cuts
-# queries out of N passages, for `train ... --spans`. `train` makes
+# queries out of N passages, for `train ... --spans`; with --reader, a trained checkpoint or adapter, it makes rows that read of
+# those asked questions whose answers that finds likely, for `train ... --read-asked 0.6`. `train` makes
 # OUT/NAME.pt from them, and its curve; as often as wanted, under other names. `finish` trains the routers of such a checkpoint
 # against all passages, on one GPU, and makes another.
 # `measure` makes the adapter, searches with all systems, puts them together, reads, and writes tables and plots to
@@ -66,7 +67,7 @@ together() {
 on_gpu() { CUDA_VISIBLE_DEVICES="$([[ "$gpus" == 0 ]] || echo "$1")" "${@:2}"; }
 
 if [[ "$what" == data ]]; then
-    base="" data="" teacher="" parts=0-10 minutes=1.5 limit=() with_words=yes spans=0
+    base="" data="" teacher="" parts=0-10 minutes=1.5 limit=() with_words=yes spans=0 reader=""
     while (($#)); do
         case "$1" in
             --no-words)
@@ -80,6 +81,7 @@ if [[ "$what" == data ]]; then
             --parts) parts="$2" ;;
             --minutes) minutes="$2" ;;
             --spans) spans="$2" ;;
+            --reader) reader="$2" ;;
             --limit) limit=(--limit "$2") ;;
             *) die "what is $1?" ;;
         esac
@@ -90,7 +92,8 @@ if [[ "$what" == data ]]; then
     printf '%s\n' "$parts" >"$out/parts"
     rm -f "$out/failed"
     train() { "$python" scripts/train_real.py "$1" --work "$out" "${@:2}"; }
-    asking=()
+    asking=() checking=()
+    [[ -z "${limit[*]}" ]] || checking=(--likely 100 --workers 2 --batch-tokens 3000 --no-compile)
     [[ -z "${limit[*]}" ]] || asking=(--ask-steps 2 --ask-batch 4 --batch-tokens 3000 --largest 24 --no-compile)
     prepared=()
     for number in $(seq "${parts%-*}" "${parts#*-}"); do
@@ -119,6 +122,8 @@ if [[ "$what" == data ]]; then
                 on_gpu "$1" train teach --teacher "$teacher" --parts "$parts" --shard "$1" --shards "$shards" --asked
         }
         beside ask "$shard"
+        [[ -z "$reader" ]] || beside when "$out/asked$shard.pt" -- stage "$out/answers$shard.pt" "answers-$shard" \
+            on_gpu "$shard" train answers --base "$base" --initial "$reader" --shard "$shard" "${checking[@]}"
     done
     if ((spans > 0)); then
         beside when "${prepared[@]}" -- stage "$out/spans.pt" spans \

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from real_rows import Flat
 from torch import Tensor
 
@@ -72,6 +75,16 @@ def load_trained(path: Any, base: str, where: torch.device) -> Any:
     weights = {name: value.to(where).float() for name, value in checkpoint["weights"].items()}
     trained_weights(made, model).load_state_dict(weights)
     return model
+
+
+def load_start(start: str, base: str, where: torch.device) -> Any:
+    """The model with the weights of a checkpoint or of an adapter's directory, merged."""
+    if not Path(start).is_dir():
+        return load_trained(start, base, where)
+    fields = json.loads(Path(start, "memory.json").read_text())
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    model = MSAForCausalLM.from_base(base, **fields, dtype=dtype).to(where)
+    return PeftModel.from_pretrained(model, start).merge_and_unload().eval()
 
 
 @torch.no_grad()

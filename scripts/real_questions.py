@@ -1,4 +1,7 @@
-"""A stage of `train_real.py`: the base learns to ask questions about passages, and asks about the further text."""
+"""A stage of `train_real.py`: the base learns to ask questions about passages, and asks about the further text.
+
+It names the answer first and asks for that, so that what it writes also teaches to read (`real_reading.py`).
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,9 @@ SAME_LENGTH = 8  # passages that questions are asked about are cut to a multiple
 TAGS = ("\nQuery:", "\nQuestion:")  # search queries, and questions asked with the passage in view
 UNASKED = ("multihop", "needles")  # sets of questions that no passage alone leads to, or that nobody asks
 SEARCHED = ("nq",)  # sets of search queries
+BETWEEN = " |"  # an answer and its question
+LONGEST_ANSWER = 12  # tokens
+LONGEST_WRITTEN = 40  # tokens of an answer and its question
 
 
 def questions(arguments: argparse.Namespace) -> None:
@@ -35,9 +41,12 @@ def questions(arguments: argparse.Namespace) -> None:
     tags = [tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in TAGS]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     data = load(work / "sets.pt")
+    answers = tokenizer(
+        [first_line(item["answers"][0]) + BETWEEN for item in data["train"]["questions"]], add_special_tokens=False
+    )
     ranks = linear_ranks(model, dict.fromkeys(range(model.config.num_hidden_layers), 64))
     weights = TrainedWeights(model, ranks)
-    learn_to_ask(arguments, model, weights, data, tags, end, where)
+    learn_to_ask(arguments, model, weights, data, answers["input_ids"], tags, end, where)
     log("taught to ask in", round(time.time() - start), "s")
 
     names = source_names(arguments.parts)[1:]
@@ -54,7 +63,9 @@ def questions(arguments: argparse.Namespace) -> None:
     for batch in by_length(shortened[usable], arguments.batch_tokens, arguments.largest):
         chosen = usable[batch]
         within = torch.arange(int(shortened[chosen[0]]), device=where)
-        rows = sample_questions(model, flat.tokens[flat.starts[chosen][:, None] + within].long(), tags, end)
+        rows = sample_questions(
+            model, flat.tokens[flat.starts[chosen][:, None] + within].long(), tags, end, LONGEST_WRITTEN
+        )
         count = (rows != end).sum(2)
         good = (count < rows.shape[2]) & (count > 2)
         for kind in range(len(tags)):
@@ -81,10 +92,10 @@ def questions(arguments: argparse.Namespace) -> None:
     sources = torch.bucketize(places_of, counts.cumsum(0), right=True)
     within_source = places_of - torch.nn.functional.pad(counts.cumsum(0), (1, 0))[sources]
     flat = Flat(torch.cat(made), torch.cat(lengths))
-    texts = [
-        text.strip()
-        for text in tokenizer.batch_decode([row.tolist() for row in flat.tokens.split(flat.lengths.tolist())])
-    ]
+    written = tokenizer.batch_decode([row.tolist() for row in flat.tokens.split(flat.lengths.tolist())])
+    pairs = [text.partition(BETWEEN.strip())[::2] for text in written]
+    whole = [number for number, (answer, question) in enumerate(pairs) if answer.strip() and question.strip()]
+    answers_of, texts = ([pairs[number][part].strip() for number in whole] for part in (0, 1))
     again = tokenized(tokenizer, [text + "\n" for text in texts])
     save(
         work / f"asked{arguments.shard}.pt",
@@ -92,14 +103,19 @@ def questions(arguments: argparse.Namespace) -> None:
             "tokens": again.tokens,
             "lengths": again.lengths,
             "texts": texts,
-            "places": within_source,
-            "sources": sources,
+            "answers": answers_of,
+            "places": within_source[whole],
+            "sources": sources[whole],
             "names": names,
         },
     )
     log("asked", len(texts), "questions;", "for example:")
     for place in random.Random(0).sample(range(len(texts)), min(12, len(texts))):
-        log("   ", texts[place])
+        log("   ", texts[place], "->", answers_of[place])
+
+
+def first_line(text: str) -> str:
+    return text.strip().partition("\n")[0].replace(BETWEEN.strip(), " ")
 
 
 def learn_to_ask(
@@ -107,6 +123,7 @@ def learn_to_ask(
     model: Any,
     weights: TrainedWeights,
     data: dict[str, Any],
+    answers: list[list[int]],
     tags: Any,
     end: int,
     where: Any,
@@ -116,12 +133,13 @@ def learn_to_ask(
     pick = random.Random(arguments.shard)
     rows = []
     for number, question in enumerate(train["questions"]):
-        if question["set"] in UNASKED:
+        if question["set"] in UNASKED or len(answers[number]) > LONGEST_ANSWER:
             continue
         searched = question["set"] in SEARCHED
         place = pick.choice(question["wanted"][0])
         first, length = int(question_tokens.starts[number]), int(question_tokens.lengths[number])
-        written = question_tokens.tokens[first : first + length - 1].tolist()  # without the line break
+        # The question without its line break.
+        written = [*answers[number], *question_tokens.tokens[first : first + length - 1].tolist()]
         first = int(passages.starts[place])
         passage = passages.tokens[first : first + int(passages.lengths[place])].tolist()
         rows += [question_row(passage, tags[0 if searched else 1], written, end)] * (4 if searched else 1)

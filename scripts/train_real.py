@@ -7,6 +7,7 @@
     python scripts/real_lexical.py words   --work build/real --parts 0-10
     python scripts/real_lexical.py asked   --work build/real
     python scripts/train_real.py reading   --base build/real/base --work build/real --reading 60000
+    python scripts/train_real.py answers   --base build/real/base --work build/real --initial ADAPTER  # optional
     torchrun --nproc-per-node 1 scripts/train_real.py routers --base build/real/base --work build/real --minutes 20
     python scripts/train_real.py adapter   --base build/real/base --work build/real --out build/real/adapter
 
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,16 +32,16 @@ import torch.distributed as dist
 from real_data import passages_of, read_filler, read_passages, read_questions, wanted_passages
 from real_model import (
     BASE_NAME,
-    NOT_FOUND,
     PROTOCOL,
     fresh_model,
     measure,
     shown,
     trained_weights,
 )
-from real_pools import SHARES, Pools, is_held_out
+from real_pools import Pools
 from real_questions import LONGEST_PASSAGE, questions
 from real_ranking import Ranker
+from real_reading import Reader, answers, prepare_reading
 from real_rows import Flat, connect, device, load, log, rank, save, source_names, tokenized, wait_for, world
 from real_spans import spans
 from safetensors.torch import load_file
@@ -51,14 +51,12 @@ from msa_hf.training import peft_config
 from msa_hf.training.centering import center_routers
 from msa_hf.training.compiling import compiled_layers
 from msa_hf.training.contrastive import Temperatures, TokenRows, contrastive_step, soft_targets
-from msa_hf.training.reading import plain_reading_loss, reading_loss, reading_row
 from msa_hf.training.sharing import gather_rows, sum_over_processes
 from msa_hf.training.teacher import EmbeddingTeacher
 from msa_hf.training.weights import TrainedWeights
 from msa_hf.training.widening import fit_routers
 
 MEMORY_FIELDS = ("memory_layers", "similarity", "chunk_size", "query_reduction", "score_bias", "aux_temperature")
-READING_SHARD = 20_000  # rows
 SAMPLED = 4096  # passages, and questions, from which routers are set before they are trained
 
 
@@ -116,72 +114,6 @@ def prepare_questions(arguments: argparse.Namespace, tokenizer: Any, passages: A
     kept_out = {place for question in rows["dev"] for group in question["wanted"] for place in group}
     found["held_out"] = torch.tensor(sorted(kept_out))
     return found
-
-
-def prepare_reading(arguments: argparse.Namespace) -> None:
-    """Rows that read, from what was prepared and what the teacher found; shard `--shard` of `--shards`."""
-    work, where = Path(arguments.work), device()
-    data, taught = load(work / "sets.pt"), load(work / "sets.teacher.pt")
-    texts = load(work / "sets.texts")
-    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-    passages = taught["passages"].to(where)
-    near = torch.cat(
-        [(some.to(where) @ passages.T).topk(12, dim=1).indices.cpu() for some in taught["train"].split(512)]
-    )
-    rows = reading_rows(data, texts, near.tolist(), tokenizer, arguments.reading, 1 + arguments.shard)
-    save(work / f"reading{arguments.shard}.pt", rows)
-    log("prepared", len(rows["routes"]), "rows that read")
-
-
-def reading_rows(
-    data: dict[str, Any], texts: list[str], near: list[list[int]], tokenizer: Any, count: int, seed: int
-) -> dict[str, Any]:
-    """Rows that read: the gold passages among up to three others; every tenth without gold passages.
-
-    Args:
-        near: for every labeled question the passages that a teacher finds nearest; others are drawn from these, from
-            the neighbors of the gold passage and from anywhere.
-    """
-    pick = random.Random(seed)
-    kept_out = set(data["held_out"].tolist())
-    questions = data["train"]["questions"]
-    ids: list[list[int]] = []
-    labels: list[list[int]] = []
-    routes: list[int] = []
-    by_set = {
-        name: [n for n, item in enumerate(questions) if item["set"] == name and not is_held_out(n, name)]
-        for name in SHARES
-    }
-    names = [name for name in SHARES if by_set[name]]
-    for _ in range(count):
-        number = pick.choice(by_set[pick.choices(names, [SHARES[name] for name in names])[0]])
-        question = questions[number]
-        gold = [pick.choice(group) for group in question["wanted"]][:4]
-        beside = [place for item in gold for place in range(item - 3, item + 4) if 0 <= place < len(texts)]
-        others = [*beside, *near[number], *near[number], *(pick.randrange(len(texts)) for _ in range(4))]
-        everything = {place for group in question["wanted"] for place in group}
-        pick.shuffle(others)
-        others = [place for place in dict.fromkeys(others) if place not in everything and place not in kept_out]
-        chosen = others[: pick.choice((0, 1, 2, 2, 3))]
-        answerable = pick.random() >= 0.08
-        if answerable:
-            chosen += gold
-        elif not chosen:
-            chosen = others[:1]
-        pick.shuffle(chosen)
-        answer = question["answers"][0] if answerable else NOT_FOUND
-        row = reading_row(tokenizer, PROTOCOL, question["question"], [texts[place] for place in chosen], answer, pick)
-        if len(row.ids) <= 1024 and any(row.routes):
-            ids.append(row.ids)
-            labels.append(row.labels)
-            routes.append(len(row.routes) - 1 - row.routes[::-1].index(True))
-    flat = Flat.of(ids)
-    return {
-        "tokens": flat.tokens,
-        "lengths": flat.lengths,
-        "labels": Flat.of(labels).tokens,
-        "routes": torch.tensor(routes),
-    }
 
 
 # teach ----------------------------------------------------------------------------------------------------------------
@@ -400,37 +332,6 @@ def write_profile(profile: torch.profiler.profile, path: Path, where: torch.devi
     log("wrote", path)
 
 
-class Reader:
-    """Rows that read, half of them with the step's pool as a memory, half with nothing but their texts."""
-
-    def __init__(self, arguments: argparse.Namespace, work: Path, where: torch.device) -> None:
-        self.count, self.weight = arguments.read, arguments.read_weight
-        data = load(work / f"reading{rank() % arguments.shards}.pt") if self.count else None
-        if data is not None:
-            self.ids = Flat(data["tokens"], data["lengths"]).to(where)
-            self.labels = Flat(data["labels"], data["lengths"]).to(where)
-            self.routes = data["routes"].to(where)
-
-    def step(self, model: Any, result: Any) -> float:
-        """Add the gradients of one batch; its mean loss."""
-        half = max(self.count // 2, 1)
-        losses = []
-        for number in range(2):
-            chosen = torch.randint(len(self.routes), (half,), device=self.routes.device)
-            chosen = chosen[self.ids.lengths[chosen].argsort()]
-            items = self.ids.rows(chosen)
-            labels = self.labels.rows(chosen).ids.masked_fill(~items.mask, -100)
-            if number:
-                loss = plain_reading_loss(model, items.ids, labels)
-            else:
-                routes = torch.zeros_like(items.mask)
-                routes[torch.arange(len(chosen), device=routes.device), self.routes[chosen]] = True
-                loss = reading_loss(model, items.ids, labels, routes, result.pool, result.lengths)
-            (0.5 * self.weight * loss).backward()
-            losses.append(float(loss.detach()))
-        return sum(losses) / 2
-
-
 # adapter --------------------------------------------------------------------------------------------------------------
 
 
@@ -556,6 +457,18 @@ def main() -> None:
     made.add_argument("--reading", type=int, default=20_000, help="rows that read, of one shard")
     made.add_argument("--shard", type=int, default=0)
 
+    made = command("answers", answers)
+    made.add_argument("--base", required=True)
+    made.add_argument(
+        "--initial", dest="start", required=True, help="who finds answers likely: a checkpoint or adapter"
+    )
+    made.add_argument("--shard", type=int, default=0)
+    made.add_argument("--likely", type=float, default=2.5, help="minus the log likelihood of an answer, at most")
+    made.add_argument("--unanswerable", type=float, default=0.05, help="share of the rows without their passage")
+    made.add_argument("--workers", type=int, help="processes that make rows (default: one per core)")
+    made.add_argument("--batch-tokens", type=int, default=160_000)
+    made.add_argument("--no-compile", dest="compile", action="store_false")
+
     made = command("questions", questions)
     made.add_argument("--base", required=True)
     made.add_argument("--minutes", type=float, default=3.0)
@@ -642,6 +555,8 @@ def main() -> None:
     made.add_argument("--question-tokens", type=int, default=30_000)
     made.add_argument("--read", type=int, default=96)
     made.add_argument("--read-weight", type=float, default=1.0)
+    made.add_argument("--read-tokens", type=int, default=16_000, help="of the rows that read, at a time")
+    made.add_argument("--read-asked", type=float, default=0.0, help="share of rows of `answers` among those that read")
     made.add_argument("--ranked", type=int, default=0, help="labeled questions of a step whose candidates are read")
     made.add_argument("--ranked-candidates", type=int, default=8)
     made.add_argument("--rank-weight", type=float, default=0.3)

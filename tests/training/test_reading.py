@@ -8,7 +8,7 @@ from scripted import byte_tokenizer, memory_model
 
 from msa_hf.generation import COMPACT
 from msa_hf.training.contrastive import TokenRows, encode_rows
-from msa_hf.training.reading import reading_loss, reading_row
+from msa_hf.training.reading import answer_losses, plain_reading_loss, reading_loss, reading_row
 
 TOKENIZER = byte_tokenizer()
 
@@ -50,3 +50,27 @@ def test_the_loss_is_that_of_the_training_forward() -> None:
     torch.testing.assert_close(found, expected)
     found.backward()
     assert model.get_input_embeddings().weight.grad is not None
+
+
+def test_what_an_answer_costs_is_the_sum_over_its_own_tokens() -> None:
+    model = memory_model(TOKENIZER, COMPACT)
+    texts, answers = ["Ann came.", "Bo left early, and nobody saw it.", "It rains."], ["Ann", "nobody at all", "it"]
+    made = [
+        reading_row(TOKENIZER, COMPACT, "Who?", [text], answer, random.Random(2))
+        for text, answer in zip(texts, answers, strict=True)
+    ]
+    alone = []
+    for row in made:
+        output = model(input_ids=torch.tensor([row.ids]))
+        shares = output.logits[0, :-1].log_softmax(1)
+        costs = [-shares[place, label] for place, label in enumerate(row.labels[1:]) if label != -100]
+        assert len(costs) == len([label for label in row.labels if label != -100])
+        alone.append(torch.stack(costs).sum())
+    width = max(len(row.ids) for row in made)
+    ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in made])
+    labels = torch.tensor([row.labels + [-100] * (width - len(row.labels)) for row in made])
+    found = answer_losses(model, ids, labels)
+    torch.testing.assert_close(found, torch.stack(alone))
+    assert not found.requires_grad
+    mean = plain_reading_loss(model, ids, labels)
+    torch.testing.assert_close(found.sum() / (labels != -100).sum(), mean.detach())

@@ -91,7 +91,27 @@ def plain_reading_loss(model: MSAForCausalLM, ids: Tensor, labels: Tensor) -> Te
     return _answer_loss(model, output.last_hidden_state, labels)
 
 
+@torch.no_grad()
+def answer_losses(model: MSAForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
+    """Minus the log likelihood of every row's whole answer, without a memory.
+
+    Args:
+        ids, labels: [B, T] int64, right-padded.
+
+    Returns:
+        [B] float32, sums over labeled tokens.
+    """
+    output = model.run_base(backbone_only=True, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    losses, wanted = _token_losses(model, output.last_hidden_state, labels)
+    return losses.new_zeros(len(ids)).index_add_(0, wanted.nonzero()[:, 0], losses)
+
+
 def _answer_loss(model: MSAForCausalLM, states: Tensor, labels: Tensor) -> Tensor:
+    return _token_losses(model, states, labels)[0].mean()
+
+
+def _token_losses(model: MSAForCausalLM, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses of labeled tokens, float32, and where these stand, [B, T - 1] bool."""
     wanted = labels[:, 1:] != IGNORED
     logits = model.get_output_embeddings()(states[:, :-1][wanted])
-    return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted])
+    return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="none"), wanted

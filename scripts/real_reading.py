@@ -1,0 +1,253 @@
+"""Stages of `train_real.py`: rows that read texts and answer, of labeled and of asked questions, and their loss.
+
+Labeled questions are few, and a reader that saw them several times knows their answers: with the gold text
+`msa-hf-smollm2-135m` answered .80 of those that it was trained on and .56 of others. What the base asks is new, but
+often wrong; so a reader that was trained before has to find each answer likely (`answers`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from real_model import NOT_FOUND, PROTOCOL, load_start
+from real_pools import SHARES, is_held_out
+from real_rows import Flat, device, load, log, rank, save
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from msa_hf.data.questions import IGNORED
+from msa_hf.training.compiling import compiled_layers
+from msa_hf.training.reading import ReadingRow, answer_losses, plain_reading_loss, reading_loss, reading_row
+
+LONGEST_ROW = 1024  # tokens
+LONGEST_ANSWER = 60  # characters
+NEAR = 8  # passages that the teacher finds nearest, of which some are read beside the right one
+
+
+def prepare_reading(arguments: argparse.Namespace) -> None:
+    """Rows that read, from what was prepared and what the teacher found; shard `--shard` of `--shards`."""
+    work, where = Path(arguments.work), device()
+    data, taught = load(work / "sets.pt"), load(work / "sets.teacher.pt")
+    texts = load(work / "sets.texts")
+    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
+    passages = taught["passages"].to(where)
+    near = torch.cat(
+        [(some.to(where) @ passages.T).topk(12, dim=1).indices.cpu() for some in taught["train"].split(512)]
+    )
+    rows = reading_rows(data, texts, near.tolist(), tokenizer, arguments.reading, 1 + arguments.shard)
+    write_rows(work / f"reading{arguments.shard}.pt", rows)
+    log("prepared", len(rows), "rows that read")
+
+
+def reading_rows(
+    data: dict[str, Any], texts: list[str], near: list[list[int]], tokenizer: Any, count: int, seed: int
+) -> list[ReadingRow]:
+    """Rows that read: the gold passages among up to three others; every tenth without gold passages.
+
+    Args:
+        near: for every labeled question the passages that a teacher finds nearest; others are drawn from these, from
+            the neighbors of the gold passage and from anywhere.
+    """
+    pick = random.Random(seed)
+    kept_out = set(data["held_out"].tolist())
+    questions = data["train"]["questions"]
+    rows: list[ReadingRow] = []
+    by_set = {
+        name: [n for n, item in enumerate(questions) if item["set"] == name and not is_held_out(n, name)]
+        for name in SHARES
+    }
+    names = [name for name in SHARES if by_set[name]]
+    for _ in range(count):
+        number = pick.choice(by_set[pick.choices(names, [SHARES[name] for name in names])[0]])
+        question = questions[number]
+        gold = [pick.choice(group) for group in question["wanted"]][:4]
+        beside = [place for item in gold for place in range(item - 3, item + 4) if 0 <= place < len(texts)]
+        others = [*beside, *near[number], *near[number], *(pick.randrange(len(texts)) for _ in range(4))]
+        everything = {place for group in question["wanted"] for place in group}
+        pick.shuffle(others)
+        others = [place for place in dict.fromkeys(others) if place not in everything and place not in kept_out]
+        chosen = others[: pick.choice((0, 1, 2, 2, 3))]
+        answerable = pick.random() >= 0.08
+        if answerable:
+            chosen += gold
+        elif not chosen:
+            chosen = others[:1]
+        pick.shuffle(chosen)
+        answer = question["answers"][0] if answerable else NOT_FOUND
+        row = reading_row(tokenizer, PROTOCOL, question["question"], [texts[place] for place in chosen], answer, pick)
+        if fits(row):
+            rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions, answers and passages, for processes that make rows of them.
+
+    Attributes:
+        questions, answers: [Q]. `places`: [Q], of the passages that they were asked about, among `texts`.
+    """
+
+    questions: list[str]
+    answers: list[str]
+    places: list[int]
+    texts: list[str]
+    tokenizer: Any
+
+    def row(self, number: int, beside: list[int], answerable: bool = True) -> ReadingRow:
+        """The row of a question whose passage stands among others; without its own passage if it has no answer."""
+        pick = random.Random(number)
+        chosen = [*beside, self.places[number]] if answerable else beside
+        pick.shuffle(chosen)
+        texts = [self.texts[place] for place in chosen]
+        answer = self.answers[number] if answerable else NOT_FOUND
+        return reading_row(self.tokenizer, PROTOCOL, self.questions[number], texts, answer, pick)
+
+
+asked: Asked  # of this process and those that it forks
+
+
+def made_row(given: tuple[int, list[int], bool]) -> ReadingRow:
+    return asked.row(*given)
+
+
+def answers(arguments: argparse.Namespace) -> None:
+    """Rows that read asked questions whose answers a trained reader finds likely; shard `--shard`."""
+    global asked
+    work, where, start = Path(arguments.work), device(), time.time()
+    made = load(work / f"asked{arguments.shard}.pt")
+    sources = [load(work / f"{name}.texts") for name in made["names"]]
+    starts = torch.tensor([0, *map(len, sources)]).cumsum(0)
+    texts = [text for items in sources for text in items]
+    places = (made["places"] + starts[made["sources"]]).tolist()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
+    asked = Asked(made["texts"], made["answers"], places, texts, tokenizer)
+    # Forked before anything is on an accelerator.
+    with multiprocessing.get_context("fork").Pool(arguments.workers or os.cpu_count()) as workers:
+        said = [n for n, answer in enumerate(asked.answers) if says(texts[places[n]], answer)]
+        alone = workers.map(made_row, [(number, [], True) for number in said], chunksize=256)
+        log(len(said), "of", len(places), "answers stand in their passages;", round(time.time() - start), "s")
+        losses = answer_losses_of(alone, arguments, where)
+        kept = [number for number, loss in zip(said, losses.tolist(), strict=True) if loss < arguments.likely]
+        log(len(kept), "are likely enough;", round(time.time() - start), "s")
+        near = nearest(work, arguments.shard, made["names"], kept, where).tolist()
+        pick = random.Random(arguments.shard)
+        given = []
+        for number, close in zip(kept, near, strict=True):
+            place = places[number]
+            around = [other for other in range(place - 3, place + 4) if 0 <= other < len(texts)]
+            others = [*around, *close, *(pick.randrange(len(texts)) for _ in range(2))]
+            pick.shuffle(others)
+            others = [other for other in dict.fromkeys(others) if other != place]
+            answerable = pick.random() >= arguments.unanswerable
+            # Another passage may say the same.
+            if not answerable:
+                others = [other for other in others if not says(texts[other], asked.answers[number])]
+            given.append((number, others[: pick.choice((0, 0, 1, 2, 3)) or int(not answerable)], answerable))
+        rows = [row for row in workers.map(made_row, given, chunksize=256) if fits(row)]
+    write_rows(work / f"answers{arguments.shard}.pt", rows)
+    log("made", len(rows), "rows that read;", round(time.time() - start), "s; for example:")
+    for number in pick.sample(kept, min(12, len(kept))):
+        log("   ", asked.questions[number], "->", asked.answers[number])
+
+
+def says(text: str, answer: str) -> bool:
+    """Tell whether a passage has the words of an answer."""
+    return 0 < len(answer) <= LONGEST_ANSWER and answer.lower() in text.lower()
+
+
+def fits(row: ReadingRow) -> bool:
+    return len(row.ids) <= LONGEST_ROW and any(row.routes)
+
+
+def write_rows(path: Path, rows: list[ReadingRow]) -> None:
+    """Write rows as `Reader` takes them."""
+    flat = Flat.of([row.ids for row in rows])
+    save(
+        path,
+        {
+            "tokens": flat.tokens,
+            "lengths": flat.lengths,
+            "labels": Flat.of([row.labels for row in rows]).tokens,
+            "routes": torch.tensor([len(row.routes) - 1 - row.routes[::-1].index(True) for row in rows]),
+        },
+    )
+
+
+@torch.no_grad()
+def answer_losses_of(rows: list[ReadingRow], arguments: argparse.Namespace, where: torch.device) -> Tensor:
+    """[N] float32, minus the log likelihood of each row's answer by the trained reader, without a memory."""
+    model = load_start(arguments.start, arguments.base, where)
+    ids = Flat.of([row.ids for row in rows]).to(where)
+    labels = Flat.of([row.labels for row in rows]).to(where)
+    losses = torch.empty(len(rows), device=where)
+    with compiled_layers(model) if arguments.compile else nullcontext():
+        for places, items in ids.parts(torch.arange(len(rows), device=where), arguments.batch_tokens):
+            wanted = labels.rows(places).ids.masked_fill(~items.mask, IGNORED)
+            losses[places] = answer_losses(model, items.ids, wanted)
+    return losses.cpu()
+
+
+def nearest(work: Path, shard: int, names: list[str], numbers: list[int], where: torch.device) -> Tensor:
+    """[N, NEAR] places of the passages that the teacher finds nearest to questions."""
+    passages = torch.cat([load(work / f"{name}.teacher.pt") for name in names]).to(where)
+    questions = load(work / f"asked{shard}.teacher.pt")[numbers].to(where)
+    count = min(NEAR, len(passages))
+    found = [(some @ passages.T).topk(count, dim=1).indices.cpu() for some in questions.split(512)]
+    return torch.cat(found) if found else torch.empty(0, count, dtype=torch.long)
+
+
+class Reader:
+    """Rows that read, half of them with the step's pool as a memory, half with nothing but their texts."""
+
+    def __init__(self, arguments: argparse.Namespace, work: Path, where: torch.device) -> None:
+        self.count, self.weight, self.tokens = arguments.read, arguments.read_weight, arguments.read_tokens
+        self.asked = arguments.read_asked
+        shard = rank() % arguments.shards
+        names = ["reading", *(["answers"] if self.asked else [])] if self.count else []
+        files = [load(work / f"{name}{shard}.pt") for name in names]
+        if files:
+            self.labeled = len(files[0]["routes"])  # rows; those of asked questions stand behind them
+            self.ids = Flat.joined([Flat(data["tokens"], data["lengths"]) for data in files]).to(where)
+            self.labels = Flat.joined([Flat(data["labels"], data["lengths"]) for data in files]).to(where)
+            self.routes = torch.cat([data["routes"] for data in files]).to(where)
+
+    def step(self, model: Any, result: Any) -> float:
+        """Add the gradients of one batch; its mean loss."""
+        half = max(self.count // 2, 1)
+        total = 0.0
+        for attends in (True, False):
+            chosen = self.draw(half)
+            labels = self.labels.at(chosen).tokens
+            counted = int((labels != IGNORED).sum())
+            # Rows of like length together: padded to the longest of all, most of a batch would be padding.
+            for places, items in self.ids.parts(chosen, self.tokens):
+                wanted = self.labels.rows(places).ids.masked_fill(~items.mask, IGNORED)
+                if attends:
+                    routes = torch.zeros_like(items.mask)
+                    routes[torch.arange(len(places), device=routes.device), self.routes[places]] = True
+                    loss = reading_loss(model, items.ids, wanted, routes, result.pool, result.lengths)
+                else:
+                    loss = plain_reading_loss(model, items.ids, wanted)
+                loss = loss * int((wanted != IGNORED).sum()) / counted
+                (0.5 * self.weight * loss).backward()
+                total += float(loss.detach())
+        return total / 2
+
+    def draw(self, count: int) -> Tensor:
+        """[count] int64 places of rows."""
+        labeled = round(count * (1 - self.asked))
+        where = self.routes.device
+        drawn = [torch.randint(self.labeled, (labeled,), device=where)]
+        if labeled < count:
+            drawn.append(torch.randint(self.labeled, len(self.routes), (count - labeled,), device=where))
+        return torch.cat(drawn)
