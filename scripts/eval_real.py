@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from real_answers import READ, READ_SETS, answers_to, holding_place, prompt_row
 from real_model import NOT_FOUND, PROTOCOL, encode_all, load_trained, total_scores
 from real_rows import Flat, connect, device, load, log, rank, save, source_names, world
 from real_systems import (
@@ -53,7 +54,6 @@ from transformers import AutoTokenizer
 
 from msa_hf.evaluation import exact_match
 from msa_hf.evaluation.metrics import normalize_answer
-from msa_hf.generation import PromptProtocol
 from msa_hf.retrieval import FusionWeights, QueryLikelihood, fuse
 from msa_hf.training.compiling import compiled_layers
 from msa_hf.training.contrastive import route_rows
@@ -61,12 +61,9 @@ from msa_hf.training.sharing import gather_rows
 
 FEW = 20  # best passages kept of a ranking
 AGAIN = 50  # of the three systems together that are read again, and as many of the routers alone
-PromptRow = tuple[int, tuple[int, ...], list[int]]  # number of a question, places that are read, tokens
-READ = 3  # texts put before the reader
 SYSTEMS = ("router", "bm25", "minilm")
 HYBRIDS = {"hybrid": ("router", "bm25"), "hybrid with minilm": SYSTEMS}  # name -> what it puts together
 READ_AGAIN = ("router", *HYBRIDS)  # what is put together with the scores of reading again
-READ_SETS = ("nq", "squad11", "squadshifts_newwiki")
 
 
 # search ---------------------------------------------------------------------------------------------------------------
@@ -317,11 +314,10 @@ def read(arguments: argparse.Namespace) -> None:
     jobs = [job for job in jobs if job[0] in kept]
     # Equal prompts are read once.
     wanted = sorted({(number, tuple(place for place in places if place >= 0)) for _, number, places in jobs})
-    rows = []
-    for number, places in wanted[rank() :: world()]:
-        rounds = [[(at, texts[at]) for at in places]] if places else []  # numbered by their place in the bank
-        segments = PROTOCOL.transcript(tokenizer, questions[number]["question"], rounds, closed=True)
-        rows.append((number, places, PromptProtocol.join(segments)[0]))
+    rows = [
+        prompt_row(number, questions[number]["question"], places, texts, tokenizer)
+        for number, places in wanted[rank() :: world()]
+    ]
     start = time.time()
     limits = {"batch": arguments.batch, "batch_tokens": arguments.batch_tokens}
     answered = answers_to(rows, model, tokenizer, **limits)
@@ -351,37 +347,6 @@ def read(arguments: argparse.Namespace) -> None:
             log(
                 name.ljust(16), "  ".join(f"{kind} {value['em']:.3f}/{value['f1']:.3f}" for kind, value in item.items())
             )
-
-
-def answers_to(
-    rows: list[PromptRow], model: Any, tokenizer: Any, batch: int, batch_tokens: int, **options: Any
-) -> dict[tuple[int, tuple[int, ...]], str]:
-    """Number of a question and the places that were read -> the answer.
-
-    Args:
-        batch, batch_tokens: prompts, and padded tokens of prompts, at a time.
-        options: of `generate`, which is greedy otherwise.
-    """
-    rows = sorted(rows, key=lambda row: len(row[2]))
-    end = tokenizer.convert_tokens_to_ids(PROTOCOL.answer_end)
-    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": end, "pad_token_id": end, **options}
-    found = {}
-    while rows:
-        size = max(min(batch, batch_tokens // len(rows[-1][2])), 1)
-        some, rows = rows[-size:], rows[:-size]
-        width = len(some[-1][2])
-        ids = torch.tensor([[end] * (width - len(row)) + row for _, _, row in some], device=model.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for _, _, row in some], device=model.device)
-        made = model.generate(input_ids=ids, attention_mask=mask, **options)
-        for (number, places, _), text in zip(some, tokenizer.batch_decode(made[:, width:]), strict=True):
-            found[number, places] = PROTOCOL.answer_text(text)
-    return found
-
-
-def holding_place(places: list[int], answers: list[str], texts: list[str]) -> int:
-    """The first passage of a document that holds an answer; the first of all, if none does."""
-    wanted = [answer.lower() for answer in answers if answer.strip()]
-    return next((place for place in places if any(answer in texts[place].lower() for answer in wanted)), places[0])
 
 
 def token_f1(answer: str, wanted: str) -> float:

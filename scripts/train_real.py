@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from real_answers import gold_text_answers
 from real_data import passages_of, read_filler, read_passages, read_questions, wanted_passages
 from real_model import (
     BASE_NAME,
@@ -210,9 +211,20 @@ def routers(arguments: argparse.Namespace) -> None:
                 seconds = round(time.time() - start, 1)
                 file.write(json.dumps({"step": step, "seconds": seconds, **figures}) + "\n")
 
+    def report_reading(step: int) -> None:
+        if rank() == 0 and arguments.answered:
+            limits = {"batch": 192, "batch_tokens": arguments.part_tokens}
+            right = gold_text_answers(
+                model, arguments.base, dev["questions"], load(work / "sets.texts"), arguments.answered, **limits
+            )
+            log("answered with the gold text:", "  ".join(f"{name} {share:.3f}" for name, share in right.items()))
+            report(step, answered=right)
+
     start, step, tokens, pairs, mined = time.time(), 0, 0, 0, 0
     total = 60 * arguments.minutes if arguments.until is None else arguments.until - start
     minings = [float(share) for share in arguments.mine.split(",") if share]
+    weights.write()
+    report_reading(0)
     last_measured, losses, since = time.time(), [0.0], time.time()
     with compiled_layers(model) if arguments.compile else nullcontext():
         figures = measure(model, sets, dev, arguments.part_tokens, group=group)
@@ -293,6 +305,7 @@ def routers(arguments: argparse.Namespace) -> None:
         figures = measure(model, sets, dev, arguments.part_tokens, group=group)
         log(f"end, step {step}:", shown(figures))
         report(step, recall=figures)
+    report_reading(step)
     if rank() == 0:
         save(work / f"{arguments.name}.done", step)
     if group is not None:
@@ -562,6 +575,9 @@ def main() -> None:
     made.add_argument("--rank-weight", type=float, default=0.3)
     made.add_argument("--profile", type=int, metavar="STEP", help="write what this step spends its time on")
     made.add_argument("--log-every", type=int, default=20)
+    made.add_argument(
+        "--answered", type=int, default=100, help="development questions of a set answered before and after (0: none)"
+    )
     made.add_argument("--measure-every", type=float, default=180.0)
     made.add_argument("--no-compile", dest="compile", action="store_false")
 

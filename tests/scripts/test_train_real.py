@@ -243,6 +243,8 @@ def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.
     rows = [json.loads(line) for line in (place / "work" / "routers.curve.jsonl").read_text().splitlines()]
     measured = [row["recall"] for row in rows if "recall" in row]
     assert len(measured) == 2 and set(measured[0]) == {"nq", "squad11"}
+    answered = [(row["step"], row["answered"]) for row in rows if "answered" in row]
+    assert [step for step, _ in answered] == [0, 3] and all(set(shares) == {"nq", "squad11"} for _, shares in answered)
     losses = [row for row in rows if "loss" in row]
     assert [row["step"] for row in losses] == [1, 2, 3] and all(row["read"] > 0 and row["ranked"] > 0 for row in losses)
 
