@@ -272,6 +272,7 @@ def routers(arguments: argparse.Namespace) -> None:
                 arguments.layer_weight,
                 arguments.document_weight,
                 group,
+                held_tokens=arguments.part_tokens,
             )
             read = reader.step(model, result) if arguments.read else None
             ranked = ranker.step(model) if arguments.ranked else None

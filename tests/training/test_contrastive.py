@@ -11,6 +11,7 @@ from forking import ended, forked
 from torch import Tensor
 
 from msa_hf import MSAForCausalLM
+from msa_hf.training import contrastive
 from msa_hf.training.compiling import compiled_layers
 from msa_hf.training.contrastive import (
     Temperatures,
@@ -85,8 +86,10 @@ def test_scores_are_those_of_the_library(model, documents, questions) -> None:
                 torch.testing.assert_close(scores[number], routing[layer].document_scores[0], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("document_weight", [0.0, 0.3])
-def test_cached_gradients_are_those_of_the_whole_pool(model, documents, questions, document_weight: float) -> None:
+@pytest.mark.parametrize(("document_weight", "held"), [(0.0, 0), (0.3, 0), (0.3, 1), (0.0, 2), (0.3, 3)])
+def test_cached_gradients_are_those_of_the_whole_pool(
+    model, documents, questions, document_weight: float, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     temperatures = Temperatures(len(model.config.memory_layers))
     wanted = targets()
     scores = route_rows(model, questions, encode_rows(model, documents), documents.lengths)
@@ -97,15 +100,19 @@ def test_cached_gradients_are_those_of_the_whole_pool(model, documents, question
     model.zero_grad(set_to_none=True)
     temperatures.zero_grad()
 
-    result = contrastive_step(
-        model,
-        [part(documents, 0, 2), part(documents, 2, 3), part(documents, 3, 9)],
-        [part(questions, 0, 3), part(questions, 3, 5)],
-        wanted,
-        temperatures,
-        0.5,
-        document_weight,
-    )
+    encoded = []
+
+    def encode(model, rows):
+        encoded.append((rows.ids.shape[0], torch.is_grad_enabled()))
+        return encode_rows(model, rows)
+
+    monkeypatch.setattr(contrastive, "encode_rows", encode)
+    parts = [part(documents, 0, 2), part(documents, 2, 3), part(documents, 3, 9)]
+    asked = [part(questions, 0, 3), part(questions, 3, 5)]
+    tokens = [sum(rows.ids.numel() for rows in rows_of) for rows_of in (asked, parts[3 - held :])]
+    result = contrastive_step(model, parts, asked, wanted, temperatures, 0.5, document_weight, held_tokens=sum(tokens))
+    assert encoded[:3] == [(2, held > 2), (1, held > 1), (6, held > 0)]
+    assert encoded[3:] == [(6, True), (1, True), (2, True)][held:]
     torch.testing.assert_close(result.loss, loss.detach())
     torch.testing.assert_close(temperatures.logarithm.grad, scale)
     got = {name: item.grad for name, item in model.named_parameters() if item.grad is not None}

@@ -212,6 +212,7 @@ def contrastive_step(
     layer_weight: float = 0.5,
     document_weight: float = 0.0,
     group: dist.ProcessGroup | None = None,
+    held_tokens: int = 0,
 ) -> PoolResult:
     """Add the gradients of one pool's loss to those of the model.
 
@@ -220,22 +221,27 @@ def contrastive_step(
 
     Args:
         model: with a memory, no dropout and no prefix.
-        documents: parts of the pool; one part's graph is held at a time.
+        documents: parts of the pool; one part's graph is held at a time, but for those of `held_tokens`.
         questions: parts of the questions; the graphs of all are held.
         targets: [Q, N], questions and documents in the order of the parts; with a group, the documents of all processes
             in order of ranks.
         temperatures, layer_weight, document_weight: as `pool_loss` takes them.
         group: of the processes that share a pool. None: this one alone.
+        held_tokens: tokens, with padding, whose graphs may be held at a time. The last parts that have no more of them,
+            together with all questions, are encoded once.
     """
-    with torch.no_grad():
-        parts = [encode_rows(model, rows) for rows in documents]
+    held_from = first_held(documents, questions, held_tokens)
+    parts = []
+    for number, rows in enumerate(documents):
+        with torch.set_grad_enabled(number >= held_from):
+            parts.append(encode_rows(model, rows))
     layers = list(parts[0])
     lengths = gather_rows(torch.cat([rows.lengths for rows in documents]), group)
     chunks = count_rows(torch.cat([part[layers[0]].routing_keys for part in parts]), group)
     leaves = {}
     for layer in layers:
-        keys = gather_rows(torch.cat([part[layer].routing_keys for part in parts]), group, chunks)
-        pooled = gather_rows(torch.cat([part[layer].pooled_kv for part in parts]), group, chunks)
+        keys = gather_rows(torch.cat([part[layer].routing_keys.detach() for part in parts]), group, chunks)
+        pooled = gather_rows(torch.cat([part[layer].pooled_kv.detach() for part in parts]), group, chunks)
         leaves[layer] = DenseLayer(keys.requires_grad_(), pooled.requires_grad_(layer != layers[-1]))
     asked = [route_rows(model, rows, leaves, lengths) for rows in questions]
     scores = {layer: torch.cat([item[layer] for item in asked]) for layer in layers}
@@ -250,10 +256,12 @@ def contrastive_step(
         tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
         # The questions of other processes have gradients for these documents too.
         sum_over_processes([tensor.grad], group)
-    start = own_rows(chunks, group).start
-    for rows, part in zip(documents, parts, strict=True):
-        stop = start + part[layers[0]].routing_keys.shape[0]
-        again = encode_rows(model, rows)
+    stop = own_rows(chunks, group).stop
+    # The last first, so that what is held goes before more is.
+    for number in reversed(range(len(parts))):
+        part = parts.pop()
+        start = stop - part[layers[0]].routing_keys.shape[0]
+        again = part if number >= held_from else encode_rows(model, documents[number])
         tensors, gradients = [], []
         for layer, leaf in leaves.items():
             for made, kept in (
@@ -264,6 +272,16 @@ def contrastive_step(
                     tensors.append(made)
                     gradients.append(kept.grad[start:stop])
         torch.autograd.backward(tensors, gradients)
-        start = stop
+        stop = start
     pool = {layer: DenseLayer(leaf.routing_keys.detach(), leaf.pooled_kv.detach()) for layer, leaf in leaves.items()}
     return PoolResult(loss.detach(), hits, pool, lengths)
+
+
+def first_held(documents: Sequence[TokenRows], questions: Sequence[TokenRows], tokens: int) -> int:
+    """The first of the documents' last parts that, with all questions, have at most so many tokens."""
+    left = tokens - sum(rows.ids.numel() for rows in questions)
+    first = len(documents)
+    while first and documents[first - 1].ids.numel() <= left:
+        first -= 1
+        left -= documents[first].ids.numel()
+    return first

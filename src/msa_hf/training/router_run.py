@@ -426,6 +426,7 @@ class _Run:
             targets.to(device),
             self.temperatures,
             document_weight=DOCUMENT_WEIGHT,
+            held_tokens=self.sizes.part_tokens,
         )
         figures = {"loss": float(result.loss), "hits": float(result.hits)}
         if self.prepared.labeled and (read := self._read(pool, result)) is not None:
