@@ -66,6 +66,11 @@ def questions(arguments: argparse.Namespace) -> None:
         asked += len(batch)
         if time.time() > until:
             break
+    if not sum(map(len, lengths)):
+        raise SystemExit(
+            f"The base asked no question that ends about {asked} passages: it takes more labeled questions to learn "
+            "from, or more --ask-steps."
+        )
     log(
         "asked about",
         asked,

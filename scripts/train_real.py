@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from real_data import passages_of, read_filler, read_passages, read_questions, wanted_passages
+from real_data import passages_of, read_filler, read_passages, read_questions, sets_among, wanted_passages
 from real_model import (
     BASE_NAME,
     NOT_FOUND,
@@ -39,7 +39,7 @@ from real_model import (
     shown,
     trained_weights,
 )
-from real_pools import SHARES, Pools, is_held_out
+from real_pools import SHARES, Pools, is_held_out, shares_of
 from real_questions import LONGEST_PASSAGE, questions
 from real_ranking import Ranker
 from real_rows import Flat, connect, device, load, log, rank, save, source_names, tokenized, wait_for, world
@@ -94,15 +94,26 @@ def prepare_questions(arguments: argparse.Namespace, tokenizer: Any, passages: A
     found: dict[str, Any] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
     for split in ("train", "dev"):
-        kept = []
+        kept, unknown, unanswerable = [], 0, 0
         for question in read_questions(arguments.data, split):
-            if not all(key in of_document for key in question["gold"]):
-                continue  # a rehearsal has not all documents
+            if not question["gold"]:
+                unanswerable += 1
+                continue
+            if not all(of_document.get(key) for key in question["gold"]):
+                unknown += 1  # a rehearsal has not all documents; one may have no text
+                continue
             if split == "train":
                 question["wanted"] = wanted_passages(question, passages, of_document)
             else:
                 question["wanted"] = [of_document[key] for key in question["gold"]]
             kept.append(question)
+        if unknown or unanswerable:
+            log(split, "questions left out:", unknown, "of documents that are not there,", unanswerable, "of none")
+        if not kept:
+            raise SystemExit(
+                f"{arguments.data}: no set has a question in its questions.{split}.jsonl.xz whose documents are there; "
+                "routers are trained and fused on some of train, and measured on some of dev."
+            )
         rows[split] = kept
         flat = tokenized(tokenizer, [question["question"] + "\n" for question in kept], None)
         found[split] = {
@@ -126,7 +137,10 @@ def prepare_reading(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
     passages = taught["passages"].to(where)
     near = torch.cat(
-        [(some.to(where) @ passages.T).topk(12, dim=1).indices.cpu() for some in taught["train"].split(512)]
+        [
+            (some.to(where) @ passages.T).topk(min(12, len(passages)), dim=1).indices.cpu()
+            for some in taught["train"].split(512)
+        ]
     )
     rows = reading_rows(data, texts, near.tolist(), tokenizer, arguments.reading, 1 + arguments.shard)
     save(work / f"reading{arguments.shard}.pt", rows)
@@ -149,12 +163,18 @@ def reading_rows(
     labels: list[list[int]] = []
     routes: list[int] = []
     by_set = {
-        name: [n for n, item in enumerate(questions) if item["set"] == name and not is_held_out(n, name)]
-        for name in SHARES
+        name: [
+            n
+            for n, item in enumerate(questions)
+            if item["set"] == name and not is_held_out(n, name) and any(map(str.strip, item["answers"]))
+        ]
+        for name in sets_among({item["set"] for item in questions}, SHARES)
     }
-    names = [name for name in SHARES if by_set[name]]
+    names = [name for name in by_set if by_set[name]]
+    if not names:
+        raise SystemExit("No labeled question has an answer, so that there are no rows that read.")
     for _ in range(count):
-        number = pick.choice(by_set[pick.choices(names, [SHARES[name] for name in names])[0]])
+        number = pick.choice(by_set[pick.choices(names, shares_of(names))[0]])
         question = questions[number]
         gold = [pick.choice(group) for group in question["wanted"]][:4]
         beside = [place for item in gold for place in range(item - 3, item + 4) if 0 <= place < len(texts)]
@@ -169,7 +189,8 @@ def reading_rows(
         elif not chosen:
             chosen = others[:1]
         pick.shuffle(chosen)
-        answer = question["answers"][0] if answerable else NOT_FOUND
+        written = [answer for answer in question["answers"] if answer.strip()]
+        answer = written[0] if answerable else NOT_FOUND
         row = reading_row(tokenizer, PROTOCOL, question["question"], [texts[place] for place in chosen], answer, pick)
         if len(row.ids) <= 1024 and any(row.routes):
             ids.append(row.ids)
