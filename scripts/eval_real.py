@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from real_answers import READ, READ_SETS, answers_to, holding_place, prompt_row
+from real_data import sets_among
 from real_model import NOT_FOUND, PROTOCOL, encode_all, load_trained, total_scores
 from real_rows import Flat, connect, device, load, log, rank, save, source_names, world
 from real_systems import (
@@ -285,6 +286,11 @@ def places_of(rankings: list[list[tuple[int, float]]]) -> np.ndarray:
     return rows
 
 
+def sets_read(questions: list[dict[str, Any]]) -> list[str]:
+    """Sets of development questions that are read."""
+    return sets_among({item["set"] for item in questions if item["split"] == "dev"}, READ_SETS)
+
+
 # read -----------------------------------------------------------------------------------------------------------------
 
 
@@ -302,9 +308,17 @@ def read(arguments: argparse.Namespace) -> None:
     tokenizer.padding_side = "left"
     model = load_trained(work / f"{arguments.name}.pt", arguments.base, where)
     chosen = []
-    for kind in READ_SETS:
+    for kind in sets_read(questions):
         of_kind = [n for n, item in enumerate(questions) if item["split"] == "dev" and item["set"] == kind]
-        chosen += of_kind[: arguments.limit]
+        graded = [n for n in of_kind if any(map(str.strip, questions[n]["answers"]))]
+        if len(graded) < len(of_kind):
+            log(
+                kind,
+                "has",
+                len(of_kind) - len(graded),
+                "questions without an answer to compare with; they are not read",
+            )
+        chosen += graded[: arguments.limit]
     kept = arguments.systems.split(",") if arguments.systems else ["no memory", "gold text", *best]
     jobs: list[tuple[str, int, list[int]]] = []
     for number in chosen:
@@ -429,9 +443,10 @@ def report(arguments: argparse.Namespace) -> None:
         lines.append("")
     figures = answer_figures(json.loads((out / "answers.json").read_text()), questions)
     lines += ["# Answers", "", f"Exact match / F1 with {READ} texts read; 95 % interval of exact match over all.", ""]
-    lines += ["| | " + " | ".join(READ_SETS) + " | all |", "|---|" + "---|" * (len(READ_SETS) + 1)]
+    read_sets = sets_read(questions)
+    lines += ["| | " + " | ".join(read_sets) + " | all |", "|---|" + "---|" * (len(read_sets) + 1)]
     for system, item in figures.items():
-        cells = [f"{item[kind]['em']:.3f} / {item[kind]['f1']:.3f}" if kind in item else "-" for kind in READ_SETS]
+        cells = [f"{item[kind]['em']:.3f} / {item[kind]['f1']:.3f}" if kind in item else "-" for kind in read_sets]
         low, high = item["all"]["em_interval"]
         cells.append(f"{item['all']['em']:.3f} / {item['all']['f1']:.3f} ({low:.3f} to {high:.3f})")
         lines.append(f"| {system} | " + " | ".join(cells) + " |")
@@ -446,7 +461,7 @@ def plot_recall(path: Path, found: dict[str, Any], systems: tuple[str, ...]) -> 
     from matplotlib import pyplot
 
     there = found[f"{next(iter(found['sizes']))} router"]
-    kinds = [kind for kind in (*READ_SETS, "multihop") if kind in there]
+    kinds = sets_among(there, (*READ_SETS, "multihop"))
     figure, panels = pyplot.subplots(1, len(kinds), figsize=(3.6 * len(kinds), 3.2), sharey=True, squeeze=False)
     tokens = [item["tokens"] for item in found["sizes"].values()]
     for panel, kind in zip(panels[0], kinds, strict=True):

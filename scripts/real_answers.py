@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from real_data import sets_among
 from real_model import PROTOCOL
 from transformers import AutoTokenizer
 
@@ -67,7 +68,8 @@ def gold_text_answers(
     """
     tokenizer = AutoTokenizer.from_pretrained(base)
     found = {}
-    for kind in READ_SETS:
+    answered_sets = {item["set"] for item in questions if any(map(str.strip, item["answers"]))}
+    for kind in sets_among(answered_sets, READ_SETS):
         numbers = [number for number, item in enumerate(questions) if item["set"] == kind][:limit]
         rows = []
         for number in numbers:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from real_model import encode_all, fresh_model, shown, trained_weights
-from real_pools import SHARES, Pools
+from real_pools import Pools, shares_of
 from real_rows import Flat, device, load, log
 from torch import Tensor
 from train_real import begin_from, save_checkpoint
@@ -87,7 +87,7 @@ class Questions:
     def draw(self, counts: dict[str, int]) -> Tensor:
         """Numbers of so many questions of each kind, labeled ones by the shares of their sets."""
         names = list(self.of_set)
-        weights = torch.tensor([SHARES[name] for name in names])
+        weights = torch.tensor(shares_of(names))
         of_set = torch.multinomial(weights, counts["labeled"], replacement=True).bincount(minlength=len(names)).tolist()
         parts = [_some(self.of_set[name], count) for name, count in zip(names, of_set, strict=True)]
         parts += [_some(self.of_kind[kind], counts[kind]) for kind in KINDS[1:]]

@@ -3,6 +3,8 @@
 The directory holds one folder per set with `documents.jsonl.xz` (`key`, `title`, `text`) and two files of questions,
 `questions.train.jsonl.xz` and `questions.dev.jsonl.xz` (`question`, `answers`, `gold`: keys of all documents needed). A
 folder `wikipedia` holds `part-NN.jsonl.xz` (`key`, `title`, `text`): further text, in which none of it is to be found.
+
+Sets may have any names. Of those in `KNOWN` each stage uses the ones that it was made with, of all others every one.
 """
 
 from __future__ import annotations
@@ -10,13 +12,19 @@ from __future__ import annotations
 import json
 import lzma
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 LONGEST = 900  # characters of a passage, its title left out
+KNOWN = frozenset(
+    (
+        *("covidqa", "fairytaleqa", "multihop", "needles", "nq", "squad11"),
+        *("squadshifts_amazon", "squadshifts_newwiki", "squadshifts_reddit"),
+    )
+)
 SENTENCE_END = re.compile(r"(?<=[.!?])[\s\"')\]]*\s+|\n+")
 
 
@@ -78,6 +86,11 @@ class Passages:
 def sets_of(directory: str | Path) -> list[str]:
     """Folders with documents of their own, in alphabetical order."""
     return sorted(path.parent.name for path in Path(directory).glob("*/documents.jsonl.xz"))
+
+
+def sets_among(there: Collection[str], chosen: Iterable[str]) -> list[str]:
+    """Of the sets that are there the chosen ones, in their order, then in alphabetical order those not in `KNOWN`."""
+    return [*(name for name in chosen if name in there), *sorted(set(there) - KNOWN)]
 
 
 def read_passages(directory: str | Path, limit: int | None = None) -> Passages:

@@ -45,8 +45,14 @@ def index_of(tokens: Any, limit: int | None = None) -> Any:
 
 
 def best_of(index: Any, asked: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
-    best, scores = index.retrieve(asked, k=count, show_progress=False, n_threads=-1, backend_selection=SELECTION)
-    return best.astype(np.int32), scores.astype(np.float32)
+    """[Q, count] the best passages and their scores; -1 and 0 where there are fewer passages."""
+    found = min(count, int(index.scores["num_docs"]))
+    best, scores = index.retrieve(asked, k=found, show_progress=False, n_threads=-1, backend_selection=SELECTION)
+    behind = ((0, 0), (0, count - found))
+    return (
+        np.pad(best.astype(np.int32), behind, constant_values=-1),
+        np.pad(scores.astype(np.float32), behind),
+    )
 
 
 def texts_of(arguments: argparse.Namespace) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from real_data import sets_among
 from real_rows import Flat
 from torch import Tensor
 
@@ -124,7 +125,7 @@ def measure(
     dev: dict[str, Any],
     budget: int,
     limit: int = 400,
-    sets: Sequence[str] = MEASURED,
+    sets: Sequence[str] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, dict[str, float]]:
     """Set -> recall at 1 and 10 of any gold passage, by the sum of the layers' scores, among all passages given."""
@@ -132,7 +133,7 @@ def measure(
     pool = encode_all(model, passages, budget, group)
     flat = Flat(dev["tokens"], dev["lengths"]).to(where)
     found = {}
-    for name in sets:
+    for name in sets_among({item["set"] for item in dev["questions"]}, MEASURED) if sets is None else sets:
         numbers = [n for n, item in enumerate(dev["questions"]) if item["set"] == name][:limit]
         if not numbers:
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from real_data import sets_among
 from real_model import encode_all, total_scores
 from real_rows import Flat, load, log, rank, world
 from real_words import WordRows, fitted_weights, word_scores
@@ -32,6 +33,7 @@ SHARES = {
     "squadshifts_reddit": 0.08,
     "squadshifts_amazon": 0.08,
 }
+OTHERS = 0.1  # of each set of another name, beside these
 # Every so-manieth labeled question of a set is not trained on: weights of hybrid retrieval are fitted on these. Search
 # queries need others than questions do, and there are few of them.
 HELD_OUT = {"nq": 4}
@@ -42,6 +44,11 @@ def is_held_out(number: int, kind: str) -> bool:
     """Tell whether training leaves out a labeled question, by its number and the name of its set."""
     every = HELD_OUT.get(kind, USUALLY)
     return number % every == 7 % every
+
+
+def shares_of(names: Iterable[str]) -> list[float]:
+    """Shares of sets among the labeled questions of a step; they need not sum to 1."""
+    return [SHARES.get(name, OTHERS) for name in names]
 
 
 class Siblings:
@@ -220,7 +227,7 @@ class Pools:
                 for n, item in enumerate(train["questions"])
                 if item["set"] == name and short[n] and not is_held_out(n, name)
             ]
-            for name in SHARES
+            for name in sets_among({item["set"] for item in train["questions"]}, SHARES)
         }
         self.of_set = {name: numbers for name, numbers in of_set.items() if numbers}
         starts = torch.from_numpy(firsts)[1:]
@@ -268,7 +275,7 @@ class Pools:
         names = list(self.of_set)
         chosen = [
             self.pick.choice(self.of_set[name])
-            for name in self.pick.choices(names, [SHARES[name] for name in names], k=arguments.labeled)
+            for name in self.pick.choices(names, shares_of(names), k=arguments.labeled)
         ]
         chosen = list(dict.fromkeys(chosen))
         pairs = [(row, place) for row, number in enumerate(chosen) for place in self.wanted[number][:6]]

@@ -41,12 +41,13 @@ def questions(arguments: argparse.Namespace) -> None:
     tags = [tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in TAGS]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     data = load(work / "sets.pt")
-    answers = tokenizer(
-        [first_line(item["answers"][0]) + BETWEEN for item in data["train"]["questions"]], add_special_tokens=False
-    )
+    named = [next(filter(str.strip, item["answers"]), "") for item in data["train"]["questions"]]
+    answers = [
+        tokenizer(first_line(text) + BETWEEN, add_special_tokens=False)["input_ids"] if text else [] for text in named
+    ]
     ranks = linear_ranks(model, dict.fromkeys(range(model.config.num_hidden_layers), 64))
     weights = TrainedWeights(model, ranks)
-    learn_to_ask(arguments, model, weights, data, answers["input_ids"], tags, end, where)
+    learn_to_ask(arguments, model, weights, data, answers, tags, end, where)
     log("taught to ask in", round(time.time() - start), "s")
 
     names = source_names(arguments.parts)[1:]
@@ -88,13 +89,17 @@ def questions(arguments: argparse.Namespace) -> None:
         round(time.time() - start),
         "s",
     )
+    written = [text for part, sizes in zip(made, lengths, strict=True) for text in decoded(tokenizer, part, sizes)]
+    pairs = [text.partition(BETWEEN.strip())[::2] for text in written]
+    whole = [number for number, (answer, question) in enumerate(pairs) if answer.strip() and question.strip()]
+    if not whole:
+        raise SystemExit(
+            f"The base asked no question with an answer that ends about {asked} passages: it takes more labeled questions "
+            "to learn from, or more --ask-steps."
+        )
     places_of = torch.cat(places)
     sources = torch.bucketize(places_of, counts.cumsum(0), right=True)
     within_source = places_of - torch.nn.functional.pad(counts.cumsum(0), (1, 0))[sources]
-    flat = Flat(torch.cat(made), torch.cat(lengths))
-    written = tokenizer.batch_decode([row.tolist() for row in flat.tokens.split(flat.lengths.tolist())])
-    pairs = [text.partition(BETWEEN.strip())[::2] for text in written]
-    whole = [number for number, (answer, question) in enumerate(pairs) if answer.strip() and question.strip()]
     answers_of, texts = ([pairs[number][part].strip() for number in whole] for part in (0, 1))
     again = tokenized(tokenizer, [text + "\n" for text in texts])
     save(
@@ -112,6 +117,11 @@ def questions(arguments: argparse.Namespace) -> None:
     log("asked", len(texts), "questions;", "for example:")
     for place in random.Random(0).sample(range(len(texts)), min(12, len(texts))):
         log("   ", texts[place], "->", answers_of[place])
+
+
+def decoded(tokenizer: Any, tokens: Tensor, lengths: Tensor) -> list[str]:
+    """The texts of rows that stand one behind the other."""
+    return tokenizer.batch_decode([row.tolist() for row in tokens.split(lengths.tolist())])
 
 
 def first_line(text: str) -> str:
@@ -133,7 +143,7 @@ def learn_to_ask(
     pick = random.Random(arguments.shard)
     rows = []
     for number, question in enumerate(train["questions"]):
-        if question["set"] in UNASKED or len(answers[number]) > LONGEST_ANSWER:
+        if question["set"] in UNASKED or not 0 < len(answers[number]) <= LONGEST_ANSWER:
             continue
         searched = question["set"] in SEARCHED
         place = pick.choice(question["wanted"][0])

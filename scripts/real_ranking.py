@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 import torch
-from real_pools import SHARES, Pools
+from real_pools import Pools, shares_of
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -38,8 +38,7 @@ class Ranker:
         pools = self.pools
         names = list(pools.of_set)
         numbers = [
-            pools.pick.choice(pools.of_set[name])
-            for name in pools.pick.choices(names, [SHARES[name] for name in names], k=count)
+            pools.pick.choice(pools.of_set[name]) for name in pools.pick.choices(names, shares_of(names), k=count)
         ]
         gold = [pools.pick.choice(pools.wanted[number]) for number in numbers]
         wrong = self._wrong(numbers)

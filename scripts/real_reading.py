@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_data import sets_among
 from real_model import NOT_FOUND, PROTOCOL, load_start
-from real_pools import SHARES, is_held_out
+from real_pools import SHARES, is_held_out, shares_of
 from real_rows import Flat, device, load, log, rank, save
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -40,8 +41,9 @@ def prepare_reading(arguments: argparse.Namespace) -> None:
     texts = load(work / "sets.texts")
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
     passages = taught["passages"].to(where)
+    count = min(12, len(passages))
     near = torch.cat(
-        [(some.to(where) @ passages.T).topk(12, dim=1).indices.cpu() for some in taught["train"].split(512)]
+        [(some.to(where) @ passages.T).topk(count, dim=1).indices.cpu() for some in taught["train"].split(512)]
     )
     rows = reading_rows(data, texts, near.tolist(), tokenizer, arguments.reading, 1 + arguments.shard)
     write_rows(work / f"reading{arguments.shard}.pt", rows)
@@ -62,12 +64,18 @@ def reading_rows(
     questions = data["train"]["questions"]
     rows: list[ReadingRow] = []
     by_set = {
-        name: [n for n, item in enumerate(questions) if item["set"] == name and not is_held_out(n, name)]
-        for name in SHARES
+        name: [
+            n
+            for n, item in enumerate(questions)
+            if item["set"] == name and not is_held_out(n, name) and any(map(str.strip, item["answers"]))
+        ]
+        for name in sets_among({item["set"] for item in questions}, SHARES)
     }
-    names = [name for name in SHARES if by_set[name]]
+    names = [name for name in by_set if by_set[name]]
+    if not names:
+        raise SystemExit("No labeled question has an answer, so that there are no rows that read.")
     for _ in range(count):
-        number = pick.choice(by_set[pick.choices(names, [SHARES[name] for name in names])[0]])
+        number = pick.choice(by_set[pick.choices(names, shares_of(names))[0]])
         question = questions[number]
         gold = [pick.choice(group) for group in question["wanted"]][:4]
         beside = [place for item in gold for place in range(item - 3, item + 4) if 0 <= place < len(texts)]
@@ -82,7 +90,8 @@ def reading_rows(
         elif not chosen:
             chosen = others[:1]
         pick.shuffle(chosen)
-        answer = question["answers"][0] if answerable else NOT_FOUND
+        written = [answer for answer in question["answers"] if answer.strip()]
+        answer = written[0] if answerable else NOT_FOUND
         row = reading_row(tokenizer, PROTOCOL, question["question"], [texts[place] for place in chosen], answer, pick)
         if fits(row):
             rows.append(row)

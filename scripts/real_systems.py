@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from real_pools import is_held_out
+from real_rows import log
 
 from msa_hf.retrieval import FusionWeights, fit_fusion, fit_wording, fuse, rank_by_wording
 from msa_hf.retrieval.lexical import LexicalIndex
@@ -107,7 +108,11 @@ def fit_on(lists: dict[str, list[Lists]], questions: list[dict[str, Any]]) -> Fu
     Args:
         lists: size -> lists of every question.
     """
-    return fit_fusion(*_known(lists, questions))
+    known = _known(lists, questions)
+    if not known[0]:
+        log("no labeled question was left out of training to fit weights on: fused by reciprocal ranks")
+        return FusionWeights(tuple(next(iter(lists.values()))[0]))
+    return fit_fusion(*known)
 
 
 def _known(
@@ -157,6 +162,8 @@ def with_wording(
 ) -> FusionWeights:
     """The weights, and beside them those by which the best passages are read for their wording."""
     known, gold, asked, importance = _known(lists, questions)
+    if not known:
+        return weights
     ranked = [fuse(item, weights, question) for item, question in zip(known, asked, strict=True)]
     read = [[texts[place] for place, _ in ranking[:READ]] for ranking in ranked]
     fused = [{way: item[way] for way in weights.ways} for item in known]

@@ -93,15 +93,26 @@ def prepare_questions(arguments: argparse.Namespace, tokenizer: Any, passages: A
     found: dict[str, Any] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
     for split in ("train", "dev"):
-        kept = []
+        kept, unknown, unanswerable = [], 0, 0
         for question in read_questions(arguments.data, split):
-            if not all(key in of_document for key in question["gold"]):
-                continue  # a rehearsal has not all documents
+            if not question["gold"]:
+                unanswerable += 1
+                continue
+            if not all(of_document.get(key) for key in question["gold"]):
+                unknown += 1  # a rehearsal has not all documents; one may have no text
+                continue
             if split == "train":
                 question["wanted"] = wanted_passages(question, passages, of_document)
             else:
                 question["wanted"] = [of_document[key] for key in question["gold"]]
             kept.append(question)
+        if unknown or unanswerable:
+            log(split, "questions left out:", unknown, "of documents that are not there,", unanswerable, "of none")
+        if not kept:
+            raise SystemExit(
+                f"{arguments.data}: no set has a question in its questions.{split}.jsonl.xz whose documents are there; "
+                "routers are trained and fused on some of train, and measured on some of dev."
+            )
         rows[split] = kept
         flat = tokenized(tokenizer, [question["question"] + "\n" for question in kept], None)
         found[split] = {

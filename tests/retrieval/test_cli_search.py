@@ -9,6 +9,7 @@ from scripted import COMPACT, TEXTS, byte_tokenizer, memory_model
 
 from msa_hf import MemoryBank
 from msa_hf.cli import bank, encode, main, search
+from msa_hf.retrieval import FusionWeights
 
 pytest.importorskip("tantivy")
 
@@ -40,13 +41,18 @@ def found(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_search(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_search(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (record,) = found(capsys, place / "bank", "the pine", "--mode", "lexical", "--k", 3)
     assert record["query"] == "the pine" and [hit["key"] for hit in record["hits"]] == ["k15"]
     assert record["hits"][0]["why"]["terms"] == ["pine"] and record["hits"][0]["text"] == TEXTS[15]
     two = found(capsys, place / "bank", "the pine", "cedar", "--model", place / "model", "--k", 4)
     assert [len(item["hits"]) for item in two] == [4, 4] and two[0]["hits"][0]["why"]["fused_by"] == "reciprocal ranks"
     assert {item["layer"] for item in two[1]["hits"][0]["why"]["layers"]} == {1, 3}
+    FusionWeights(("lexical", "dense"), "lexical").save_pretrained(tmp_path)
+    hybrid = [place / "bank", "the pine", "--model", place / "model", "--k", 4, "--fusion"]
+    assert main(["search", *map(str, hybrid), str(tmp_path)]) == 2 and "--fusion reciprocal" in capsys.readouterr().err
+    (record,) = found(capsys, *hybrid, "reciprocal")
+    assert [hit["key"] for hit in record["hits"]] == [hit["key"] for hit in two[0]["hits"]]
     expected = MemoryBank.from_pretrained(place / "bank").search("cedar", 3, "lexical")
     (record,) = found(capsys, place / "bank", "cedar", "--mode", "lexical", "--k", 3)
     assert record["hits"] == [json.loads(json.dumps(hit.to_dict())) for hit in expected]

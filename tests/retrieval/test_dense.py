@@ -1,6 +1,7 @@
 """Vectors that are kept with a bank: each is that of its document's text, whatever was done to the bank."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,37 @@ def test_damaged_files_are_made_anew(tmp_path: Path) -> None:
             reader.search("anything", 1, "dense", embedder=FakeEmbedder())
         with BankStore(None, tmp_path, embedder=FakeEmbedder()) as bank:
             assert_exact(bank.snapshot(), chance)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda vectors: vectors * float("nan"), "numbers that are not finite for 1 texts"),
+        (lambda vectors: vectors[0], r"returned \[24\] for 1 texts; a tensor \[1, (24|D)\] is wanted"),
+        (
+            lambda vectors: vectors[:, :5],
+            r"returned \[1, 5\] for 1 texts; a tensor \[1, 24\] is wanted|is another embedding",
+        ),
+        (lambda vectors: vectors.repeat(2, 1), r"returned \[2, 24\] for 1 texts"),
+        (lambda vectors: vectors.tolist(), "returned list for 1 texts"),
+    ],
+)
+def test_what_are_no_vectors_is_refused(spoil: Callable[[torch.Tensor], Any], message: str) -> None:
+    bank, embedder, good = FakeModel().encode_documents([{"text": "ba be"}]), FakeEmbedder(), FakeEmbedder()
+    add_vectors(bank, good)
+    for name in ("embed_queries", "embed_documents"):
+        setattr(embedder, name, lambda texts: spoil(good.embed_queries(texts)))
+    with pytest.raises(ValueError, match=message):  # it is not taken for the model that made them
+        bank.search("ba", 1, "dense", embedder=embedder)
+    bank.indexes["dense"].embedder = embedder
+    with pytest.raises(ValueError, match=message):
+        bank.search("ba", 1, "dense")
+    if message.endswith("embedding"):
+        return
+    with pytest.raises(ValueError, match=message):
+        add_vectors(bank, embedder)
+    with pytest.raises(ValueError, match=message):
+        BankStore(FakeModel(), None, embedder=embedder)
 
 
 def test_a_long_text_has_a_vector_for_every_passage() -> None:

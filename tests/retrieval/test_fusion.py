@@ -1,7 +1,10 @@
 """Rankings put together: reciprocal ranks as written down, and learned weights that are worth their fitting."""
 
+import json
+import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,12 +87,21 @@ def test_weights_are_saved_and_read(tmp_path: Path) -> None:
     weights.save_pretrained(tmp_path)
     assert FusionWeights.from_pretrained(tmp_path) == weights
     text = (tmp_path / "fusion.json").read_text()
+    record = json.loads(text)
+    learned, about = record | {"method": LEARNED, "units": [[1.0, 0.5]] * 2}, [0.1] * 12
+    spoiled: list[dict[str, Any]] = [
+        *(learned | {"weights": [about] * 11 + [[*about[:-1], value]]} for value in (math.nan, math.inf, 10**400)),
+        *(learned | {"weights": [about] * 12, "units": [[1.0, 0.5], unit]} for unit in ([0.0, 1.0], [-1.0, 1.0])),
+        {"ways": ["lexical", "lexical"]},
+        {"questions": math.inf},
+    ]
     for broken in (
         "{",
         "[]",
         text.replace('"version": 1', '"version": 2'),
         text.replace('"method": "', '"method": "x'),
         text.replace('"level"', '"other"'),
+        *(json.dumps(record | change) for change in spoiled),
     ):
         (tmp_path / "fusion.json").write_text(broken)
         with pytest.raises(ValueError, match=r"fusion\.json: not weights of a fusion"):
@@ -106,6 +118,9 @@ def test_what_does_not_fit_is_refused() -> None:
         fit_fusion([*lists[:2], {"dense": lists[2]["dense"]}], gold)
     with pytest.raises(ValueError, match="weights are for lexical, dense, but dense were asked"):
         fuse({"dense": lists[0]["dense"]}, FusionWeights(("lexical", "dense"), LEARNED))
+    huge = FusionWeights(("lexical", "dense"), LEARNED, ((1e308,) * 12,) * 12, ((1.0, 0.5),) * 2)
+    with pytest.raises(ValueError, match="not finite: fit others"):
+        fuse(lists[0], huge)
 
 
 def test_weights_depend_on_the_question() -> None:

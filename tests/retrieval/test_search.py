@@ -28,7 +28,7 @@ from msa_hf.retrieval import (
     search,
     wording,
 )
-from msa_hf.retrieval.fusion import fusion_beside
+from msa_hf.retrieval.fusion import RECIPROCAL, fusion_beside
 
 TOKENIZER = byte_tokenizer()
 MODEL = memory_model(TOKENIZER, COMPACT)
@@ -143,7 +143,12 @@ def test_batches_and_numbers_of_hits_change_nothing() -> None:
             fewer = search(bank, question, 3, mode, **options)
             assert [hit.key for hit in fewer] == [hit.key for hit in single[:3]]
     assert search(bank, [], mode="lexical") == []
-    assert len(search(bank, QUESTIONS[0], 1000, "router", **options)) == len(TEXTS)
+    for mode in (*ALL, "hybrid"):
+        most = search(bank, QUESTIONS[0], len(TEXTS), mode, **options)
+        for k in (1000, 10**12, 10**30):  # room for so many hits would end the process
+            assert search(bank, QUESTIONS[0], k, mode, **options) == most
+        assert mode == "lexical" or len(most) == len(TEXTS)
+    assert len(search(bank, QUESTIONS[0], 3, depth=10**12, **options)) == 3
 
 
 def test_fusion_weights_lie_beside_the_bank(tmp_path: Path) -> None:
@@ -200,6 +205,9 @@ def test_the_best_are_read_for_their_wording(kind: str, tmp_path: Path) -> None:
     assert [hit.score for hit in found] == sorted((hit.score for hit in found), reverse=True)
     with pytest.raises(ValueError, match="weights are for lexical, dense"):
         bank.search(query, 3, fusion=weights, **{**options, **ROUTERS, "ways": None})
+    ranks = replace(weights, method=RECIPROCAL)  # which fuse any ways, but read what these have found
+    with pytest.raises(ValueError, match="weights are for lexical, dense"):
+        bank.search(query, 3, fusion=ranks, **{**options, **ROUTERS, "ways": ("router", "dense")})
 
 
 def test_the_ways_count_again_once_wording_does(tmp_path: Path) -> None:
@@ -257,6 +265,8 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     assert "routers of this model have not been trained" in caplog.text
     for wrong, message in (
         ({"query": " "}, "Query 0 is ' '"),
+        ({"query": None}, "`query` must be a text, or a list of texts, got None"),
+        ({"query": "x", "fusion": {"ways": 2}}, "`fusion` must be FusionWeights or 'reciprocal', got {'ways': 2}"),
         ({"query": "x", "k": 0}, "`k` must be"),
         ({"query": "x", "mode": "bm25"}, "`mode` must be one of"),
         ({"query": "x", "ways": ["words"]}, "`ways` must be some of"),

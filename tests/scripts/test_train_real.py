@@ -6,6 +6,7 @@ import random
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,6 +158,66 @@ def assert_reading_in_parts(place: Path) -> None:
         gradients = [item.grad.clone() for item in model.parameters() if item.grad is not None]
         found.append((torch.tensor(loss), gradients))
     torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
+
+
+def test_sets_of_other_people(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sets of any name; one document, no development questions, questions without answers or documents: all of these
+    together, and few passages."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import eval_real
+    import real_lexical
+    import real_model
+    import train_real
+
+    data, work = place / "data", place / "work"
+    own = data / "übung"
+    (data / "nq").rename(own)
+    (data / "squad11").rename(data / "b")
+    (data / "b" / "questions.dev.jsonl.xz").unlink()
+
+    def write(path: Path, rows: list[dict[str, object]]) -> None:
+        path.parent.mkdir(exist_ok=True)
+        with lzma.open(path, "at", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    write(data / "one" / "documents.jsonl.xz", [{"key": "one", "title": "", "text": "w1 w2 w3 ."}])
+    write(own / "documents.jsonl.xz", [{"key": "blank", "title": "w1", "text": " "}])
+    odd = [([], ["nq1"]), ([" "], ["nq1"]), (["w1"], []), (["w1"], ["nowhere"]), (["w1"], ["blank"])]
+    for split in ("train", "dev"):
+        rows = [{"question": "w1 w2", "answers": answers, "gold": gold} for answers, gold in odd]
+        write(own / f"questions.{split}.jsonl.xz", rows)
+
+    def run(script: Any, *options: object) -> None:
+        monkeypatch.setattr(sys, "argv", [script.__name__, options[0], "--work", str(work), *map(str, options[1:])])
+        script.main()
+
+    base = ("--base", place / "base")
+    run(train_real, "prepare", *base, "--data", data, "--parts", 0)
+    assert capsys.readouterr().out.count("questions left out: 2 of documents that are not there, 1 of none") == 2
+    run(train_real, "teach", "--teacher", place / "teacher", "--parts", 0)
+    run(train_real, "reading", *base, "--reading", 12)
+    read = torch.load(work / "reading0.pt", weights_only=True)
+    assert len(read["routes"]) == 12
+    run(real_lexical, "rank", "--parts", 0, "--sizes", "5,10")
+    lexical, prepared = np.load(work / "lexical.npz"), torch.load(work / "sets.pt", weights_only=True)
+    count = len(prepared["lengths"])
+    assert count < real_lexical.KEPT
+    assert all((row[:count] >= 0).all() and (row[count:] == -1).all() for row in lexical["5M places"])
+    questions = eval_real.asked_questions(prepared)
+    assert eval_real.sets_read(questions) == ["übung"] and {item["split"] for item in questions} == {"dev", "fit"}
+    model = real_model.MSAForCausalLM.from_base(place / "base", memory_layers=[1])
+    flat = train_real.Flat(prepared["tokens"], prepared["lengths"])
+    assert set(real_model.measure(model, flat, prepared["dev"], 800)) == {"übung"}
+    unfit = [{**item, "split": "dev"} for item in questions]
+    lists = {"5M": [{"router": [(0, 1.0)], "lexical": [(1, 1.0)]}] * len(unfit)}
+    weights = eval_real.fit_on(lists, unfit)
+    assert weights.method == "reciprocal ranks" and "fused by reciprocal ranks" in capsys.readouterr().out
+    assert eval_real.with_wording(weights, lists, unfit, [], None) == weights
+    for path in data.glob("*/questions.dev.jsonl.xz"):
+        path.unlink()
+    (work / "sets.pt").unlink()
+    with pytest.raises(SystemExit, match=r"no set has a question in its questions\.dev\.jsonl\.xz"):
+        run(train_real, "prepare", *base, "--data", data, "--parts", 0)
 
 
 def test_the_whole_way_from_data_to_an_adapter(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

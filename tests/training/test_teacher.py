@@ -38,6 +38,7 @@ def test_embeddings_are_normalized_means_whatever_the_batch(tmp_path: Path) -> N
         states = model(torch.tensor([[4, 5]])).last_hidden_state[0]
     torch.testing.assert_close(found[2], torch.nn.functional.normalize(states.mean(0), dim=0))
     torch.testing.assert_close(found.norm(dim=1), torch.ones(5))
+    assert EmbeddingTeacher(tmp_path).embed([]).shape == (0, 16)
 
 
 def test_without_sentence_transformers_only_means_are_computed(tmp_path: Path, monkeypatch) -> None:

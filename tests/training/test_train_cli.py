@@ -426,6 +426,7 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         ({"warmup-share": 1.5}, "--warmup-share must be from 0 to 1, got 1.5"),
         ({"router-learning-rate": 0}, "--router-learning-rate must be above 0, got 0"),
         ({"learning-rate": "nan"}, "--learning-rate must be above 0, got nan"),
+        ({"seed": -1}, "--seed must be from 0 to 4294967295, got -1"),
         ({"eval-every": -1}, "--eval-every must be at least 0, got -1"),
         ({"held-out": 21}, "--held-out 21: of 40 questions with positives at most 20 can be held out"),
         ({"max-length": 4}, "'d2' has 5 tokens, above the limit of 4; split it. (--max-length 4)"),

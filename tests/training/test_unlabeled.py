@@ -148,6 +148,7 @@ def test_questions_are_mixed_in_and_train_the_reader(place: Path, tmp_path: Path
         {"question": f"{words(text)[0]} {words(text)[1]} about", "answer": words(text)[2], "positives": [f"{key}.md"]}
         for key, text in list(notes().items())[:20]
     ]
+    rows += [{"question": "what does nobody know", "answer": "unknown", "positives": []}]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "base").mkdir()
     model = MSAForCausalLM.from_base(place / "base", memory_layers=[0, 1], chunk_size=8, score_bias=True)
@@ -155,6 +156,7 @@ def test_questions_are_mixed_in_and_train_the_reader(place: Path, tmp_path: Path
     tokenizer_of_notes().save_pretrained(tmp_path / "base")
     questions = {"questions": tmp_path / "questions.jsonl", "save-every": 0}
     assert main(command(tmp_path, tmp_path / "out", place / "notes", **questions)) == 0
+    assert "1 of 21 questions name no document that answers them" in capsys.readouterr().err
     steps, measured = lines(tmp_path / "out")
     assert all(row["reading_loss"] > 0 for row in steps)
     assert measured[-1]["questions"] == 10 + 4 and "question" in measured[-1]["kinds"]
@@ -259,6 +261,9 @@ def test_questions_of_a_model_are_asked_and_kept(place: Path, tmp_path: Path, mo
         ({"ask": "nowhere/at/all"}, "--ask nowhere/at/all"),
         ({"questions": "none.jsonl"}, "none.jsonl: No such file"),
         ({"max_length": 2}, "--max-length must be at least 8"),
+        ({"seed": -1}, "--seed must be from 0 to 4294967295, got -1"),
+        ({"seed": 10**30}, "--seed must be from 0 to 4294967295"),
+        ({"soft": 0.2}, "--soft: is the share of a teacher in the labels; name one by --teacher"),
         ({"report_to": "wandb"}, "wandb"),
     ],
 )

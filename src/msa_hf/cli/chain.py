@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..user_errors import UserError, reported
-from .indexes import EMBEDDER_HELP, embedder_of
+from .indexes import EMBEDDER_HELP, add_fusion_option, embedder_of, fusion_of
 from .loading import checkpoint, load, protocol_of
 from .options import add_model_options, device_in, positive
 
@@ -42,11 +42,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
     )
     made.add_argument("--check", action="store_true", help="check the chain alone, and run nothing")
     made.add_argument("--embedder", metavar="MODEL", help=f"that made the bank's vectors: {EMBEDDER_HELP}")
-    made.add_argument(
-        "--fusion",
-        metavar="DIRECTORY",
-        help="whose fusion.json weighs a hybrid (default: the bank's, else the model's)",
-    )
+    add_fusion_option(made)
     add_model_options(made)
     made.add_argument("--json", action="store_true", help="one JSON object per question")
 
@@ -82,7 +78,6 @@ def _answer(args: argparse.Namespace, chain: Chain | None) -> None:
     """Load what the steps need, and answer."""
     from ..hybrid.chains import BankRetriever, ChainRunner, InterleaveReader
     from ..model.memory_msa import MemoryBank
-    from ..retrieval import FusionWeights
 
     device = device_in(args)
     model = tokenizer = protocol = retriever = memory = None
@@ -91,8 +86,8 @@ def _answer(args: argparse.Namespace, chain: Chain | None) -> None:
         model, tokenizer = load(args.model, device, args.dtype, args.protocol)
         protocol = protocol_of(args.protocol, args.model)
     if args.bank is not None:
+        fusion = fusion_of(args.fusion)
         with reported():
-            fusion = None if args.fusion is None else FusionWeights.from_pretrained(args.fusion)
             bank = MemoryBank.from_pretrained(args.bank, model, tokenizer, device=device, verify=False)
         embedder = embedder_of(args.embedder, device)
         options = {"model": model, "tokenizer": tokenizer, "protocol": protocol}

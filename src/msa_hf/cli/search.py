@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..user_errors import UserError, reported
 from .characters import in_one_line
-from .indexes import EMBEDDER_HELP, embedder_of
+from .indexes import EMBEDDER_HELP, add_fusion_option, embedder_of, fusion_of
 from .loading import load, protocol_of
 from .options import add_model_options, device_in, positive
 
@@ -41,11 +41,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--k", type=positive, default=10, help="documents to find (default: 10)")
     made.add_argument("--model", metavar="MODEL", help="the checkpoint that made the bank")
     made.add_argument("--embedder", metavar="MODEL", help=f"that made the bank's vectors: {EMBEDDER_HELP}")
-    made.add_argument(
-        "--fusion",
-        metavar="DIRECTORY",
-        help="whose fusion.json weighs a hybrid (default: the bank's, else the model's)",
-    )
+    add_fusion_option(made)
     made.add_argument(
         "--where",
         metavar="NAME=VALUE",
@@ -62,11 +58,10 @@ def add_options(made: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`msa-hf search`."""
     from ..model.memory_msa import MemoryBank
-    from ..retrieval import FusionWeights, Searcher
+    from ..retrieval import Searcher
 
     device = device_in(args)
-    with reported():
-        fusion = None if args.fusion is None else FusionWeights.from_pretrained(args.fusion)
+    fusion = fusion_of(args.fusion)
     embedder = embedder_of(args.embedder, device)
     model = tokenizer = protocol = None
     if args.model is not None:

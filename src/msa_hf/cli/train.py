@@ -152,6 +152,8 @@ def _train_by_documents(
     given = {name: value for name, value in vars(args).items() if name in names}
     if "memory_layers" in given:
         given["memory_layers"] = tuple(given["memory_layers"])
+    if "soft" in given and "teacher" not in given:
+        raise UserError("--soft: is the share of a teacher in the labels; name one by --teacher, or leave it out")
     settings = RouterSettings(**{**given, "base": checkpoint(args.model), "output": out})
     labeled = [] if questions is None else read_questions(questions, documents, args.encoding)
     protocol = protocol_of(args.protocol, args.model)

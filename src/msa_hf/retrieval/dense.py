@@ -132,25 +132,38 @@ class VectorMaker:
     def _embedded(self, waiting: Sequence[tuple[int, list[str]]]) -> Iterator[tuple[int, Tensor]]:
         if not waiting or self.embedder is None:
             return
-        found = normalized(self.embedder.embed_documents([piece for _, pieces in waiting for piece in pieces]))
-        self._check(found, sum(len(pieces) for _, pieces in waiting))
+        texts = [piece for _, pieces in waiting for piece in pieces]
+        found = checked(self.embedder.embed_documents(texts), len(texts), self.dimension)
+        self.dimension = found.shape[1]
         start = 0
         for row, pieces in waiting:
             yield row, found[start : start + len(pieces)].to(DTYPE)
             start += len(pieces)
 
-    def _check(self, found: Tensor, count: int) -> None:
-        if found.shape != (count, self.dimension or found.shape[-1]) or not bool(found.isfinite().all()):
-            raise ValueError(
-                f"The embedding model returned {list(found.shape)} numbers for {count} passages, or some that are not "
-                f"finite; [{count}, {self.dimension or 'D'}] are wanted."
-            )
-        self.dimension = found.shape[1]
-
 
 def normalized(vectors: Tensor) -> Tensor:
     """[N, D] of length 1, float32, on the CPU."""
     return torch.nn.functional.normalize(vectors.detach().float().cpu(), dim=1)
+
+
+def checked(vectors: Tensor, count: int, dimension: int | None = None) -> Tensor:
+    """`normalized` of what an embedding model returned for `count` texts.
+
+    Args:
+        dimension: of vectors; None: any.
+
+    Raises:
+        ValueError: for what is no tensor of that shape, or has numbers that are not finite.
+    """
+    shape = list(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
+    wanted = [count, shape[-1] if dimension is None and isinstance(shape, list) and shape else dimension]
+    if shape != wanted:
+        raise ValueError(
+            f"The embedding model returned {shape} for {count} texts; a tensor [{count}, {dimension or 'D'}] is wanted."
+        )
+    if not bool(vectors.isfinite().all()):
+        raise ValueError(f"The embedding model returned numbers that are not finite for {count} texts.")
+    return normalized(vectors)
 
 
 def _places(old: Sequence[Vectors]) -> dict[bytes, tuple[Vectors, int, int]]:
@@ -175,9 +188,14 @@ def joined(parts: Sequence[Vectors], dimension: int) -> Vectors:
 
 
 def probe(embedder: Embedder) -> list[list[float]]:
-    """What the model makes of `PROBES`, to know it by."""
-    vectors = torch.cat([embedder.embed_queries(PROBES[:1]), embedder.embed_documents(PROBES[1:])])
-    return [[round(number, 4) for number in row] for row in normalized(vectors).tolist()]
+    """What the model makes of `PROBES`, to know it by.
+
+    Raises:
+        ValueError: where that are no vectors.
+    """
+    query = checked(embedder.embed_queries(PROBES[:1]), 1)
+    document = checked(embedder.embed_documents(PROBES[1:]), 1, query.shape[1])
+    return [[round(number, 4) for number in row] for row in (query[0].tolist(), document[0].tolist())]
 
 
 def check_probe(embedder: Embedder, expected: Sequence[Sequence[float]], name: str) -> None:
@@ -279,9 +297,8 @@ class DenseSearcher:
         Returns:
             rows [B, k] int64, -1 where fewer have vectors; scores [B, k] float32, -inf beside -1. On the CPU.
         """
-        vectors = normalized(self.check_embedder(embedder).embed_queries(list(queries)))
-        if vectors.shape[1] != self.dimension:
-            raise ValueError(f"Queries have {vectors.shape[1]} numbers, the bank's vectors {self.dimension}.")
+        asked = self.check_embedder(embedder).embed_queries(list(queries))
+        vectors = checked(asked, len(queries), self.dimension)
         if not self.rows:
             empty = torch.full((len(queries), k), -1)
             return empty, torch.full(empty.shape, float("-inf"))

@@ -31,6 +31,7 @@ Weights may also say how the best of what they put together is read for its word
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -84,7 +85,14 @@ class FusionWeights:
     wording: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise ValueError for weights of a wording that are no table of theirs, or that no index has the words of."""
+        """Raise ValueError for numbers that none can be, a way named twice, or weights of a wording that are no table
+        of theirs, or that no index has the words of."""
+        if len(set(self.ways)) < len(self.ways):
+            raise ValueError("it has a way twice")
+        if not all(math.isfinite(value) for row in (*self.weights, *self.units, *self.wording) for value in row):
+            raise ValueError("its weights have one that is not finite")
+        if any(unit[0] <= 0 for unit in self.units):
+            raise ValueError("the unit of a way is not positive")
         rows = len(reading.FEATURES) + len(self.ways)
         if self.wording and [len(row) for row in self.wording] != [len(reading.ABOUT)] * rows:
             raise ValueError("its weights of wording are not those of its features")
@@ -131,7 +139,7 @@ class FusionWeights:
             recall = {str(name): float(value) for name, value in record["recall"].items()}
             wording = () if words is None else tuple(tuple(map(float, row)) for row in record["wording"])
             return cls(ways, method, weights, units, int(record["questions"]), recall, wording)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
             raise ValueError(f"{path}: not weights of a fusion ({error}); fit them again.") from error
 
 
@@ -160,13 +168,15 @@ def fuse(
         question: its text, on which learned weights may depend. None: what they learned of texts does not count.
 
     Raises:
-        ValueError: where learned weights are for other ways than those asked.
+        ValueError: where weights, learned or of a wording, are for other ways than those asked; or where they are so
+            large, or a way's scores such, that no number is left.
     """
     method = RECIPROCAL if weights is None else weights.method
-    if weights is not None and method != RECIPROCAL and set(weights.ways) != set(candidates):
+    weighed = weights is not None and (method != RECIPROCAL or weights.wording)
+    if weights is not None and weighed and set(weights.ways) != set(candidates):
         raise ValueError(
             f"The fusion weights are for {', '.join(weights.ways)}, but {', '.join(candidates)} were asked: fit "
-            "others, or pass fusion='reciprocal'."
+            "others, or pass fusion='reciprocal' (--fusion reciprocal)."
         )
     documents = sorted({document for ranking in candidates.values() for document, _ in ranking})
     if not documents:
@@ -175,6 +185,11 @@ def fuse(
         features = _features(candidates, weights.ways, weights.units, documents)
         about = _about(candidates, weights.ways, weights.units, question)
         scores = (features @ (torch.tensor(weights.weights, dtype=torch.float64) @ about)).tolist()
+        if not all(map(math.isfinite, scores)):
+            raise ValueError(
+                "The fusion weights make scores of these rankings that are not finite: fit others, or pass "
+                "fusion='reciprocal' (--fusion reciprocal)."
+            )
     else:
         reciprocal = [_reciprocal(ranks_of(item, documents), CONSTANT) for item in candidates.values()]
         scores = torch.stack(reciprocal).sum(0).tolist()

@@ -198,7 +198,8 @@ class LexicalSearcher:
         ]
         if not clauses or k < 1 or not len(self):
             return []
-        question, limit = tantivy.Query.boolean_query(clauses), k + 1
+        question = tantivy.Query.boolean_query(clauses)
+        limit = min(k, len(self)) + 1  # tantivy reserves room for all of them, and ends the process where there is none
         while True:
             with _panics_told():
                 hits = self._searcher.search(question, limit, count=False).hits

@@ -96,9 +96,9 @@ class Searcher:
             self._of_checkpoint = fusion_beside(model.name_or_path)
 
     def _fusion(self, fusion: FusionWeights | str | None) -> FusionWeights | None:
-        if isinstance(fusion, str):
+        if fusion is not None and not isinstance(fusion, FusionWeights):
             if fusion != "reciprocal":
-                raise ValueError(f"`fusion` must be FusionWeights or 'reciprocal', got {fusion!r}.")
+                raise ValueError(f"`fusion` must be FusionWeights or 'reciprocal', got {fusion!r:.80}.")
             return None
         if fusion is None and self.bank.home is not None:
             with contextlib.suppress(FileNotFoundError):
@@ -337,6 +337,7 @@ class Searcher:
         documents = self.bank.documents
         if not len(self.bank):
             return _Asked([[] for _ in queries])
+        k = min(k, len(self.bank))  # what is found is made room for at once
         if way == "lexical":
             return _Asked(self._by_words(queries, k, rows))
         if way == "dense":
@@ -352,7 +353,7 @@ class Searcher:
         if rows is not None:
             absent = torch.from_numpy(~rows[documents.visible_rows()]).to(scores.device)
             scores = scores.masked_fill(absent, float("-inf"))
-        return _Asked(_lists(*select_documents(scores, min(k, len(self.bank)))), found)
+        return _Asked(_lists(*select_documents(scores, k)), found)
 
     def _by_words(self, queries: Sequence[str], k: int, rows: np.ndarray | None) -> list[list[tuple[int, float]]]:
         searcher, documents = self.lexical(), self.bank.documents
@@ -506,6 +507,8 @@ def search(
     """
     if isinstance(bank, str | Path):
         bank = MemoryBank.from_pretrained(bank, model, tokenizer)
+    if not isinstance(query, str | Sequence):
+        raise ValueError(f"`query` must be a text, or a list of texts, got {query!r:.80}.")
     searcher = Searcher(bank, model=model, tokenizer=tokenizer, protocol=protocol, embedder=embedder, fusion=fusion)
     queries = [query] if isinstance(query, str) else query
     hits = searcher.search(queries, k, mode, ways, depth, batch_size, where)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .settings import REPORTERS, SettingError
+from .settings import MOST_SEED, REPORTERS, SettingError
 
 STARTS = ("auto", "whiten", "copy")
 # Of settings by which two runs may differ that are one.
@@ -93,6 +93,7 @@ class RouterSettings:
         for name in ("learning_rate", "router_learning_rate"):
             self._require(name, "above 0", lambda value: 0 < value < math.inf)
         self._require("soft", "from 0 to 1", lambda value: 0 <= value <= 1)
+        self._require("seed", f"from 0 to {MOST_SEED}", lambda value: 0 <= value <= MOST_SEED)
 
     def _require(self, name: str, range: str, holds: Callable[[Any], bool]) -> None:
         value = getattr(self, name)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 LORA, FULL = "lora", "full"
 REPORTERS = ("none", "tensorboard", "wandb")
+MOST_SEED = 2**32 - 1  # NumPy takes no larger one
 LEARNING_RATE = {LORA: 1e-4, FULL: 1e-5}
 
 
@@ -102,6 +103,7 @@ class Settings:
         for name in ("learning_rate", "router_learning_rate"):
             self._require(name, "above 0", lambda value: 0 < value < math.inf)
         self._require("warmup_share", "from 0 to 1", lambda value: 0 <= value <= 1)
+        self._require("seed", f"from 0 to {MOST_SEED}", lambda value: 0 <= value <= MOST_SEED)
 
     def _require(self, name: str, range: str, holds: Callable[[float], bool]) -> None:
         value: float | None = vars(self)[name]

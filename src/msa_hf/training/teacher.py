@@ -90,7 +90,9 @@ class EmbeddingTeacher:
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
         """[N, D] L2-normalized embeddings, on the device and in the model's dtype."""
-        coded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length, padding=False)["input_ids"]
+        coded = []
+        if texts:  # tokenizers refuse none
+            coded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length, padding=False)["input_ids"]
         order = sorted(range(len(coded)), key=lambda place: len(coded[place]))
         found = torch.empty(len(coded), self.model.config.hidden_size, dtype=self.model.dtype, device=self.device)
         start = 0

@@ -172,6 +172,11 @@ def prepare_routers(
     checkpoint = _checkpoint_to_resume(settings, output, record)
     maker = PairMaker(passages, settings.seed)
     labeled = _labeled(questions, list(documents), passages)
+    if len(labeled) < len(questions):
+        notes.append(
+            f"{len(questions) - len(labeled)} of {len(questions)} questions name no document that answers them; routers"
+            " learn nothing of these, and they are left out"
+        )
     labeled, measured = _hold_out(settings, maker, labeled)
     corpus = [passage.text for passage in passages]
     for item in measured:
