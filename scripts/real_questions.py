@@ -94,8 +94,8 @@ def questions(arguments: argparse.Namespace) -> None:
     whole = [number for number, (answer, question) in enumerate(pairs) if answer.strip() and question.strip()]
     if not whole:
         raise SystemExit(
-            f"The base asked no whole question with an answer about {asked} passages: it takes more labeled questions to "
-            "learn from, or more --ask-steps."
+            f"The base asked no whole question with an answer about {asked} passages: it takes more labeled questions "
+            "to learn from, or more --ask-steps."
         )
     places_of = torch.cat(places)
     sources = torch.bucketize(places_of, counts.cumsum(0), right=True)
