@@ -198,7 +198,7 @@ def test_kinds_without_an_axis_are_compared_as_well() -> None:
     ]
     assert sum(item.before.asked for item in found.cells if item.before) == 30
     assert [item.values for item in compare(*sides, "hops").cells] == [(1,), (2,)]
-    with pytest.raises(ResultError, match="No axis 'bogus'.* kind, distance, hops"):
+    with pytest.raises(ResultError, match=r"No axis 'bogus'.* kind, distance, hops"):
         compare(*sides, "kind", "bogus")
 
 

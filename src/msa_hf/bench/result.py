@@ -165,7 +165,10 @@ class Result:
             found = {**trial.axes, "kind": trial.kind}
             if (kind is None or trial.kind == kind) and all(axis in found for axis in axes):
                 groups.setdefault(tuple(found[axis] for axis in axes), []).append(trial.right)
-        return [Cell(values, sum(right), len(right)) for values, right in sorted(groups.items(), key=lambda group: in_order(group[0]))]
+        return [
+            Cell(values, sum(right), len(right))
+            for values, right in sorted(groups.items(), key=lambda group: in_order(group[0]))
+        ]
 
     def save(self) -> None:
         """Write the file as a whole, or leave the one that is there."""
