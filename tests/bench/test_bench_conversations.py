@@ -23,7 +23,7 @@ from msa_hf.bench.conversations import (
     judged,
     run_conversations,
 )
-from msa_hf.bench.result import Result
+from msa_hf.bench.result import Result, ResultError
 from msa_hf.cli import main
 from msa_hf.evaluation.prompting import Writer
 from msa_hf.retrieval import FusionWeights
@@ -108,6 +108,8 @@ def test_a_run_goes_on_where_it_ended_and_asks_everything_once(tiny: Any, tmp_pa
     again = run_conversations(ConversationSettings(**settings, **arms), *tiny, path=path)  # type: ignore[arg-type]
     assert again.trials == whole.trials and len(again.runs) == 2
     assert sum(cell.asked for cell in again.cells("arm")) == 10 and len(in_words(again)) == 2
+    with pytest.raises(ResultError, match=r"cannot go on with .filler_texts: "):
+        run_conversations(ConversationSettings(**settings, **arms), *tiny, ["Other talk."], path)  # type: ignore[arg-type]
 
 
 def test_the_command_writes_result_and_page_and_names_what_is_wrong(

@@ -22,7 +22,7 @@ from msa_hf.bench.nested import (
     encode_nested,
     first_documents,
 )
-from msa_hf.bench.result import Result, Trial
+from msa_hf.bench.result import Result, ResultError, Trial
 from msa_hf.bench.scaling import (
     ScalingSettings,
     given_questions,
@@ -151,8 +151,13 @@ def test_all_documents_asked_about_are_in_the_smallest_bank(tiny: Any, texts: li
         [{"question": "?", "answer": "x", "positives": [str(place) for place in range(9)]}],
         {str(place): text for place, text in enumerate(texts)},
     )
+
+    class Unread(GivenTexts):
+        def block(self, number: int) -> list[str]:
+            raise AssertionError("The largest bank is begun.")
+
     with pytest.raises(ValueError, match="9 documents asked about have more than 300 tokens, the smallest size"):
-        run_scaling(ScalingSettings((300, 2000)), *tiny, asked, GivenTexts(texts[9:]))
+        run_scaling(ScalingSettings((300, 2000)), *tiny, asked, Unread(texts[9:]))
     with pytest.raises(ValueError, match="at least 2200 tokens"):
         invented_questions(1000, 3)
     with pytest.raises(ValueError, match="ascend"):
@@ -190,6 +195,25 @@ def test_the_command_asks_the_same_of_every_size_and_goes_on(
     out.write_text(json.dumps(record))
     assert main(["bench", "scaling", TINY, *options]) == 0
     assert Result.load(out).trials == result.trials
+
+
+def test_a_file_of_other_questions_or_texts_is_refused(tiny: Any, texts: list[str], tmp_path: Path) -> None:
+    """As many questions about as many documents, under the same names."""
+    path, settings = tmp_path / "curve.json", ScalingSettings((150,), max_new_tokens=1, rounds={"max_rounds": 1})
+
+    def run(question: str, text: str, filler: list[str]) -> Result:
+        asked = given_questions([{"question": question, "answer": "x", "positives": ["d"]}], {"d": text})
+        return run_scaling(settings, *tiny, asked, GivenTexts(filler), path)
+
+    done = run("Who?", texts[0], texts[1:9])
+    assert run("Who?", texts[0], texts[1:9]).trials == done.trials
+    for other in (("What?", texts[0], texts[1:9]), ("Who?", texts[30], texts[1:9])):
+        with pytest.raises(ResultError, match=r"cannot go on with .asked: "):
+            run(*other)
+    with pytest.raises(ResultError, match=r"cannot go on with .filler_texts: "):
+        run("Who?", texts[0], texts[11:19])
+    assert invented_questions(3000, 2, 0, ["one_hop"]).digest != invented_questions(3000, 2, 0, ["two_hop"]).digest
+    assert InventedTexts(0, ["a"]).digest != InventedTexts(1, ["a"]).digest
 
 
 def test_questions_without_their_documents_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

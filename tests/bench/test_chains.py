@@ -59,6 +59,14 @@ def test_a_run_goes_on_where_it_stopped_and_refuses_other_settings(tiny: Any, me
         run_chains(ChainSettings((6000,), ("two_hop",), (2000,), 2, 3), *tiny, path=path, show_progress=False)
 
 
+def test_a_file_of_other_texts_is_refused(tiny: Any, tmp_path: Path):
+    settings = ChainSettings((2500,), ("one_hop",), questions=1, max_new_tokens=1, rounds={"max_rounds": 1})
+    path = tmp_path / "chains.json"
+    run_chains(settings, *tiny, ["Some prose."], path, show_progress=False)
+    with pytest.raises(ResultError, match=r"cannot go on with .prose: "):
+        run_chains(settings, *tiny, ["Other prose."], path, show_progress=False)
+
+
 def test_reports_say_in_words_where_it_breaks(measured: tuple[Result, Path]):
     result, _ = measured
     wrong = sum(not trial.right for trial in result.trials if trial.kind != NO_ANSWER)

@@ -178,6 +178,30 @@ def test_other_questions_are_compared_by_shares() -> None:
         compare(before, after)
 
 
+def test_kinds_without_an_axis_are_compared_as_well() -> None:
+    """Of chains no question has all axes: twins have no hops, and questions of one hop no distance."""
+    sides = []
+    for right in (True, False):
+        made = Result("chains", {}, MODEL)
+        for number in range(10):
+            axes = {"tokens": 1000, "hops": 2, "distance": 500}
+            made.add([Trial(f"{number}", "two_hop", axes, "?", ("a",), "a", right)])
+            made.add([Trial(f"{number} one", "one_hop", {"tokens": 1000, "hops": 1}, "?", ("a",), "a", True)])
+            made.add([Trial(f"{number} twin", "no", {"tokens": 1000, "twin_of": "two_hop"}, "?", ("a",), "a", right)])
+        sides.append(made)
+    found = compare(*sides)
+    assert found.axes == ("kind", "distance", "hops", "tokens", "twin_of")
+    assert [(item.values, item.beyond_chance) for item in found.cells] == [
+        (("no", "-", "-", 1000, "two_hop"), True),
+        (("one_hop", "-", 1, 1000, "-"), False),
+        (("two_hop", 500, 2, 1000, "-"), True),
+    ]
+    assert sum(item.before.asked for item in found.cells if item.before) == 30
+    assert [item.values for item in compare(*sides, "hops").cells] == [(1,), (2,)]
+    with pytest.raises(ResultError, match=r"No axis 'bogus'.* kind, distance, hops"):
+        compare(*sides, "kind", "bogus")
+
+
 def test_a_page_needs_nothing_but_itself_and_shows_text_as_text() -> None:
     made = result([True, False])
     made.add(

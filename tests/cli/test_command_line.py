@@ -10,12 +10,46 @@ from commands import QUESTION, refusal
 
 from msa_hf import MSAForCausalLM
 from msa_hf.cli import main
+from msa_hf.cli.command_line import parser
 
 
 def test_wrong_commands_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "required: COMMAND" in refusal(capsys)
     assert "invalid choice: 'frobnicate'" in refusal(capsys, "frobnicate")
     assert "unrecognized arguments: --colour" in refusal(capsys, "inspect", "bank", "--colour")
+
+
+@pytest.mark.parametrize(
+    "line, wanted",
+    [
+        ("ask model bank --json One?", ["One?"]),
+        ("ask --json model bank One? Two?", ["One?", "Two?"]),
+        ("ask model bank One? --max-rounds 1 Two? --json Three?", ["One?", "Two?", "Three?"]),
+        ("ask model bank --json -", ["-"]),
+        ("ask model bank One? --json -- --really?", ["One?", "--really?"]),
+        ("search bank one --json two", ["one", "two"]),
+        ("bank delete bank --missing-ok tea coffee", ["tea", "coffee"]),
+        ("bank delete bank tea --missing-ok coffee", ["tea", "coffee"]),
+        ("refresh one two", ["one", "two"]),
+    ],
+)
+def test_lists_may_stand_before_and_behind_options(line: str, wanted: list[str]) -> None:
+    arguments = line.split()
+    found = vars(parser(arguments).parse_args(arguments))
+    (listed,) = (found[name] for name in ("questions", "queries", "keys", "checkpoints") if name in found)
+    assert listed == wanted
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ("ask model bank One? --jsn Two?", "unrecognized arguments: --jsn"),
+        ("inspect bank --json other", "unrecognized arguments: other"),
+        ("search bank --json", "required: QUERY"),
+    ],
+)
+def test_what_no_list_takes_is_refused(capsys: pytest.CaptureFixture[str], line: str, named: str) -> None:
+    assert named in refusal(capsys, *line.split())
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

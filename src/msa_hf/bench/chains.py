@@ -22,7 +22,7 @@ from ..synthetic.chain_corpora import ChainCorpus, ChainQuestion, make_chain_cor
 from ..synthetic.corpora import UNANSWERABLE
 from ..synthetic.kinds import CHAIN_KINDS, HOPS, ChainKind
 from .asking import Ask, Outcome, put, round_options
-from .facts import model_facts, run_facts
+from .facts import digest_of, model_facts, run_facts
 from .result import Axis, Result, Trial
 
 NAME = "chains"
@@ -123,7 +123,7 @@ def run_chains(
     worlds = [
         world for tokens in sorted(settings.sizes) for world in _worlds(settings, tokens, tokenizer, protocol, prose)
     ]
-    described = {**asdict(settings), "source": source, "prose_texts": len(prose)}
+    described = {**asdict(settings), "source": source, "prose": digest_of(prose), "prose_texts": len(prose)}
     result = Result.begin(
         NAME, described, model_facts(model, tokenizer, protocol, name, fusion), run_facts(model.device), path
     )

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from ..tables import table_lines
 from .intervals import fisher_test, sign_test
-from .result import Axis, Cell, Result, ResultError, Trial, differences
+from .result import Axis, Cell, Result, ResultError, Trial, differences, in_order
 
 LEVEL = 0.05  # of all differences of a comparison together (Holm)
+NONE = "-"  # stands for an axis that a kind of question does not have
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,27 @@ def compare(before: Result, after: Result, *axes: str) -> Comparison:
     (Fisher's). Of all the cells together, 5 % of comparisons without a difference mark one (Holm's correction).
 
     Args:
-        axes: of the cells; default: the kind of question and all axes that both results have.
+        axes: of the cells, which leave out trials without one of them; default: the kind of question and all axes that
+            both results have, for all trials: a kind without an axis, such as facts without a distance, has "-" there.
 
     Raises:
-        ResultError: for results of different benchmarks, and where they have no cell in common.
+        ResultError: for results of different benchmarks, an axis that they do not have, and where they have no cell in
+            common.
     """
     if before.benchmark != after.benchmark:
         raise ResultError(f"These are results of different benchmarks: {before.benchmark} and {after.benchmark}.")
-    if not axes:
-        named = [{name for trial in item.trials for name in trial.axes} for item in (before, after)]
-        axes = ("kind", *sorted(named[0] & named[1]))
-    sides = [{cell.values: cell for cell in item.cells(*axes)} for item in (before, after)]
+    known = [{"kind", *(name for trial in item.trials for name in trial.axes)} for item in (before, after)]
+    both = ["kind", *sorted(known[0] & known[1] - {"kind"})]
+    if unknown := [axis for axis in axes if axis not in both]:
+        raise ResultError(f"No axis {unknown[0]!r} is in both results; those in both are {', '.join(both)}.")
+    named, axes = bool(axes), axes or tuple(both)
+    trials = [_by_values(item, axes, named) for item in (before, after)]
+    sides = [
+        {values: Cell(values, sum(one.right for one in group), len(group)) for values, group in item.items()}
+        for item in trials
+    ]
     if not sides[0].keys() & sides[1].keys():
         raise ResultError(f"These results have no trials in common by {', '.join(axes)}: nothing can be compared.")
-    trials = [_by_values(item, axes) for item in (before, after)]
     values = list(sides[0]) + [item for item in sides[1] if item not in sides[0]]
     chances = {
         item: _chance(trials[0][item], trials[1][item]) for item in values if item in sides[0] and item in sides[1]
@@ -93,13 +101,13 @@ def compare(before: Result, after: Result, *axes: str) -> Comparison:
     return Comparison(axes, tuple(changed), tuple(cells))
 
 
-def _by_values(result: Result, axes: tuple[str, ...]) -> dict[tuple[Axis, ...], list[Trial]]:
+def _by_values(result: Result, axes: tuple[str, ...], only_with_all: bool) -> dict[tuple[Axis, ...], list[Trial]]:
     groups: dict[tuple[Axis, ...], list[Trial]] = {}
     for trial in result.trials:
         found: Mapping[str, Axis] = {**trial.axes, "kind": trial.kind}
-        if all(axis in found for axis in axes):
-            groups.setdefault(tuple(found[axis] for axis in axes), []).append(trial)
-    return groups
+        if not only_with_all or all(axis in found for axis in axes):
+            groups.setdefault(tuple(found.get(axis, NONE) for axis in axes), []).append(trial)
+    return dict(sorted(groups.items(), key=lambda group: in_order(group[0])))
 
 
 def _chance(before: list[Trial], after: list[Trial]) -> float:

@@ -27,7 +27,7 @@ from ..synthetic.conversations import NEVER_SAID, LongConversation, TalkQuestion
 from ..synthetic.conversations.statements import pin_of
 from ..synthetic.corpora import UNANSWERABLE
 from .asking import INVENTED, holds, index_words, round_options
-from .facts import model_facts, run_facts
+from .facts import digest_of, model_facts, run_facts
 from .report import short
 from .result import Result, Trial
 
@@ -259,7 +259,7 @@ def run_conversations(
     """
     if "lexical" in settings.arms:
         require_bm25s()  # said before the work
-    kept_settings = {**asdict(settings), "filler": source}
+    kept_settings = {**asdict(settings), "filler": source, "filler_texts": digest_of(filler)}
     facts = model_facts(model, tokenizer, protocol, name, fusion)
     result = Result.begin("conversations", kept_settings, facts, run_facts(model.device), path)
     for tokens in settings.sizes:

@@ -7,6 +7,7 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
@@ -72,6 +73,14 @@ def run_facts(device: torch.device, command: str | None = None) -> dict[str, Any
             **{name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
         },
     }
+
+
+def digest_of(texts: Iterable[str]) -> str:
+    """A name that tells these texts, in their order, from others."""
+    total = hashlib.sha256()
+    for text in texts:
+        total.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return total.hexdigest()[:16]
 
 
 def program() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ from ..model.tokenizing_msa import tokenize
 from ..synthetic.corpora import make_corpus
 from ..synthetic.prose import prose_documents
 from ..synthetic.sentences import insert_sentence
+from .facts import digest_of
 
 LEAST_TOKENS = 16  # of a document; shorter rests of a text are left out
 GENERATED = 2_000_000  # documents of the generated corpus that texts are taken from, about 200M tokens
@@ -102,10 +102,7 @@ class Haystack:
     @property
     def digest(self) -> str:
         """A name that tells these texts from others."""
-        total = hashlib.sha256()
-        for text in self.texts:
-            total.update(text.encode() + b"\0")
-        return total.hexdigest()[:16]
+        return digest_of(self.texts)
 
     def documents(self, tokens: int) -> int:
         """The number of first documents that have so many tokens."""

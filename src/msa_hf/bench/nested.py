@@ -18,6 +18,7 @@ from ..model.modeling_msa import MSAForCausalLM
 from ..synthetic.corpora import Corpus, make_corpus
 from ..synthetic.hashing import Permutation, derive_key
 from ..synthetic.prose import prose_documents
+from .facts import digest_of
 from .haystack import HaystackTooSmall
 
 BLOCK = 2048  # texts that a process makes at a time
@@ -28,7 +29,14 @@ Row = dict[str, object]
 
 
 class Filler(Protocol):
-    """Texts by blocks; a process makes any of them without the ones before."""
+    """Texts by blocks; a process makes any of them without the ones before.
+
+    Attributes:
+        digest: a name that tells these texts from others.
+    """
+
+    @property
+    def digest(self) -> str: ...
 
     def block(self, number: int) -> list[str]:
         """The texts of a block, at most `BLOCK`; none behind the last."""
@@ -39,6 +47,11 @@ class GivenTexts:
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = texts
+
+    @property
+    def digest(self) -> str:
+        """See `Filler`."""
+        return digest_of(self._texts)
 
     def block(self, number: int) -> list[str]:
         """See `Filler`."""
@@ -55,6 +68,11 @@ class InventedTexts:
 
     def __init__(self, seed: int, asked: Sequence[str], prose_share: float = 0.2) -> None:
         self._seed, self._asked, self._share = seed, "\n".join(asked), prose_share
+
+    @property
+    def digest(self) -> str:
+        """See `Filler`."""
+        return digest_of(self.block(0))
 
     def block(self, number: int) -> list[str]:
         """See `Filler`."""
@@ -100,6 +118,11 @@ class NestedDocuments:
     ) -> None:
         self._maker = _RowMaker(tokenizer, protocol, filler, len(wanted), tokens, seed)
         self._wanted, self._tokens, self._workers = wanted, tokens, workers
+
+    def fit_into(self, tokens: int) -> bool:
+        """Tell whether a bank of so many tokens has all documents that questions are about, the last one if it begins
+        there."""
+        return sum(self._maker.row(*item)[1] for item in enumerate(self._wanted[:-1])) < tokens
 
     def rows(self) -> Iterator[Row]:
         """Rows up to the number of tokens.

@@ -165,7 +165,10 @@ class Result:
             found = {**trial.axes, "kind": trial.kind}
             if (kind is None or trial.kind == kind) and all(axis in found for axis in axes):
                 groups.setdefault(tuple(found[axis] for axis in axes), []).append(trial.right)
-        return [Cell(values, sum(right), len(right)) for values, right in sorted(groups.items(), key=_order)]
+        return [
+            Cell(values, sum(right), len(right))
+            for values, right in sorted(groups.items(), key=lambda group: in_order(group[0]))
+        ]
 
     def save(self) -> None:
         """Write the file as a whole, or leave the one that is there."""
@@ -234,6 +237,6 @@ def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(values), allow_nan=False))
 
 
-def _order(group: tuple[tuple[Axis, ...], Sequence[bool]]) -> tuple[tuple[bool, Axis], ...]:
-    """Numbers before words."""
-    return tuple((isinstance(value, str), value) for value in group[0])
+def in_order(values: Sequence[Axis]) -> tuple[tuple[bool, Axis], ...]:
+    """A key that sorts values of axes: numbers before words."""
+    return tuple((isinstance(value, str), value) for value in values)

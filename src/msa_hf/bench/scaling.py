@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..model.modeling_msa import MSAForCausalLM
 from ..retrieval import FusionWeights
 from ..synthetic.corpora import UNANSWERABLE, make_corpus
 from .asking import Ask, Outcome, put, round_options
-from .facts import model_facts, run_facts
+from .facts import digest_of, model_facts, run_facts
 from .intervals import Z95, sign_test
 from .nested import Filler, NestedDocuments, documents_of, encode_nested, first_documents
 from .report import short
@@ -55,6 +55,11 @@ class AskedDocuments:
 
     texts: tuple[str, ...]
     questions: tuple[AskedQuestion, ...]
+
+    @property
+    def digest(self) -> str:
+        """A name that tells these questions and documents from others."""
+        return digest_of([*self.texts, *(repr(astuple(item)) for item in self.questions)])
 
 
 @dataclass(frozen=True)
@@ -158,12 +163,24 @@ def run_scaling(
         ResultError: for a file of another run.
     """
     facts = model_facts(model, tokenizer, protocol, name, fusion)
-    kept = {**asdict(settings), "filler": source, "questions": len(asked.questions), "documents": len(asked.texts)}
+    documents = NestedDocuments(tokenizer, protocol, asked.texts, filler, settings.sizes[-1], settings.seed, workers)
+    if not documents.fit_into(settings.sizes[0]):  # said before the largest bank is encoded, which can take hours
+        raise ValueError(
+            f"The {len(asked.texts)} documents asked about have more than {settings.sizes[0]:,} tokens, the smallest "
+            "size. Ask for larger sizes, or fewer questions."
+        )
+    kept = {
+        **asdict(settings),
+        "filler": source,
+        "filler_texts": filler.digest,
+        "asked": asked.digest,
+        "questions": len(asked.questions),
+        "documents": len(asked.texts),
+    }
     result = Result.begin("scaling", kept, facts, run_facts(model.device), path)
     left = {size: _left(result, asked, size) for size in settings.sizes}
     if not any(left.values()):
         return result
-    documents = NestedDocuments(tokenizer, protocol, asked.texts, filler, settings.sizes[-1], settings.seed, workers)
     placed = settings.placement is not None
     start = time.monotonic()
     whole = encode_nested(
@@ -176,11 +193,6 @@ def run_scaling(
     )
     seconds = round(time.monotonic() - start, 1)
     result.notes["encoding"] = {"seconds": seconds, "tokens": whole.num_tokens, "documents": len(whole)}
-    if documents_of(whole, settings.sizes[0]) < len(asked.texts):
-        raise ValueError(
-            f"The {len(asked.texts)} documents asked about have more than {settings.sizes[0]:,} tokens, the smallest "
-            "size. Ask for larger sizes, or fewer questions."
-        )
     for size, questions in left.items():
         if questions:
             bank = first_documents(whole, documents_of(whole, size))

@@ -73,10 +73,29 @@ COMMANDS: tuple[Command, ...] = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports wrong arguments like any other mistake of the user."""
+    """Reports wrong arguments like any other mistake of the user, and takes lists of arguments behind options too."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        """Parse as usual, then give the list at the end, such as QUESTION ..., what stands behind an option.
+
+        argparse fills a list where the first of it can stand, with nothing if an option comes there, and then
+        knows nothing of the rest.
+        """
+        found, rest = super().parse_known_args(args, namespace)
+        lists = [action.dest for action in self._actions if not action.option_strings and action.nargs in ("*", "+")]
+        marked = rest.index("--") if "--" in rest else len(rest)
+        if lists and rest and not any(map(_is_option, rest[:marked])):
+            setattr(found, lists[-1], [*getattr(found, lists[-1]), *rest[:marked], *rest[marked + 1 :]])
+            rest = []
+        return found, rest
+
+
+def _is_option(text: str) -> bool:
+    """Tell whether argparse takes a text for an option: it begins with a dash, is not one, and has no space."""
+    return text.startswith("-") and text != "-" and " " not in text
 
 
 def parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
