@@ -213,6 +213,46 @@ def test_a_page_needs_nothing_but_itself_and_shows_text_as_text() -> None:
     assert "documents were not found" in page and "routing" in text_report(made)
 
 
+def test_a_page_says_how_it_was_measured_and_where_what_broke() -> None:
+    made = result([True, False], rounds={"select": "hybrid"}, ids_end="<end>", nothing=None, form=["{id}\n"])
+    page = html_report(made, more={"Hops": [["hop", "wrong"], ["2", "1"]], "Nothing": [["hop"]]})
+    assert "<td>rounds</td><td>select hybrid</td>" in page and "<td>ids_end</td><td>&lt;end&gt;</td>" in page
+    assert "<td>nothing</td><td>none</td>" in page and "<td>form</td><td>&quot;{id}\\n&quot;</td>" in page
+    assert "<h3>Run 1</h3>" in page and "<td>hardware</td><td>here</td>" in page and "<h2>Hops</h2>" in page
+    assert "Nothing" not in page and "<th>answer</th><th>broke</th>" in page
+
+
+def test_a_file_has_the_shares_with_their_intervals(tmp_path: Path) -> None:
+    made = result([True, False, True], tmp_path / "r.json")
+    record = json.loads((tmp_path / "r.json").read_text())
+    shares = {json.dumps(item["by"], sort_keys=True): item for item in record["shares"]}
+    assert len(shares) == len(record["shares"]) == 1 + 1 + 3 + 1 + 3 + 1
+    low, high = wilson(2, 3)
+    numbers = {"right": 2, "asked": 3, "share": 0.666667, "low": round(low, 6), "high": round(high, 6)}
+    assert shares["{}"] == {"by": {}, **numbers} and shares['{"kind": "single", "tokens": 1000}']["right"] == 2
+    assert Result.load(tmp_path / "r.json").trials == made.trials
+
+
+def test_an_interruption_loses_no_answer(tmp_path: Path) -> None:
+    made = result([], tmp_path / "r.json")
+    with pytest.raises(KeyboardInterrupt), made.kept():
+        made.add([trial(1, True)])
+        raise KeyboardInterrupt
+    assert Result.load(tmp_path / "r.json").trials == made.trials
+
+
+def test_a_name_that_is_not_utf_8_stands_in_a_file(tmp_path: Path) -> None:
+    result([True], tmp_path / "r.json", source="caf\udce9")
+    assert Result.load(tmp_path / "r.json").settings["source"] == "caf\udce9"
+    result([], tmp_path / "r.json", source="caf\udce9")
+
+
+@pytest.mark.parametrize("option", ["--out", "--html"])
+def test_what_cannot_be_written_is_refused_before_any_work(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "needles", "model_cards/msa-hf-tiny", option, "/proc/result"]) == 2
+    assert "/proc/result: cannot be written" in capsys.readouterr().err
+
+
 def test_it_is_said_what_broke_and_which_document_is_read_for_anything() -> None:
     made = result([True])
     made.add(
@@ -230,4 +270,7 @@ def test_it_is_said_what_broke_and_which_document_is_read_for_anything() -> None
 def test_numbers_are_short() -> None:
     assert [short(value) for value in (16000, 1_000_000, 99_000_000, 10**9, 0.5, 1.0, "x", 7)] == [
         *("16K", "1M", "99M", "1B", "0.5", "1", "x", "7")
+    ]
+    assert [short(value) for value in (999, 65_536, 999_499, 999_999, 999_999_999, 10**12)] == [
+        *("999", "65.5K", "999K", "1M", "1B", "1000B")
     ]

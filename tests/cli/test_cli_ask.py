@@ -237,6 +237,7 @@ def test_ask_refuses_banks_and_questions(place: Path, tmp_path: Path, capsys: py
     assert "not empty" in refusal(capsys, "ask", place / "compact", place / "compact-bank", " ")
     assert "at least 1" in refusal(capsys, "ask", *plain, QUESTION, "--max-new-tokens", "0")
     assert "invalid choice: 'best'" in refusal(capsys, "ask", *plain, QUESTION, "--select", "best")
+    assert "--select hybrid puts together" in refusal(capsys, "ask", *plain, QUESTION, "--fusion", "reciprocal")
     assert "has no token" in refusal(capsys, "ask", *plain, QUESTION, "--protocol", "published")
 
 

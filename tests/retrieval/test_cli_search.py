@@ -1,6 +1,7 @@
 """`msa-hf encode --lexical`, `bank index` and `search`, end to end on a tiny model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import fake_embedder
@@ -63,6 +64,21 @@ def test_search(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         and main(["search", str(place / "bank"), "xyzzy", "--mode", "lexical"]) == 0
     )
     assert capsys.readouterr().out.endswith("bank: no document fits\n")
+
+
+def test_ask_fuses_as_it_is_told(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights beside the bank that are for other ways are refused, and given way to on request."""
+    copied = shutil.copytree(place / "bank", tmp_path / "bank")
+    FusionWeights(("lexical", "dense"), "lexical").save_pretrained(copied)
+    FusionWeights(("router", "lexical"), "lexical").save_pretrained(tmp_path)
+    ask = ["ask", place / "model", copied, "pine", "--select", "hybrid", "--max-rounds", 1, "--max-new-tokens", 2]
+    options: list[tuple[list[object], int]] = [([], 2), (["--fusion", "reciprocal"], 0), (["--fusion", tmp_path], 0)]
+    for given, code in options:
+        assert main([str(item) for item in [*ask, "--json", *given]]) == code
+    said = capsys.readouterr()
+    assert "for lexical, dense, but router, lexical were asked" in said.err and "--fusion reciprocal" in said.err
+    sources = [[source["key"] for source in json.loads(line)["sources"]] for line in said.out.splitlines()]
+    assert len(sources) == 2 and sources[1] == ["k15"]
 
 
 def test_where(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import threading
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from fake_model import FakeModel
 
 from msa_hf.bank import BankStore
 from msa_hf.model.memory_msa import MemoryBank
-from msa_hf.retrieval import lexical, lexical_files
+from msa_hf.retrieval import add_lexical_index, lexical, lexical_files
 from msa_hf.retrieval.lexical import Change, LexicalIndex
 from msa_hf.retrieval.lexical_files import LexicalFollower
 from msa_hf.retrieval.rows import rows_of_bank
@@ -320,6 +321,35 @@ def test_words(tmp_path: Path) -> None:
         BankStore(FakeModel(), tmp_path, lexical="french")
     with BankStore(FakeModel(), tmp_path) as bank:
         assert bank.stat()["indexes"]["lexical"]["language"] == "german"
+
+
+def test_accents_count_as_one_whether_they_stand_apart_or_not() -> None:
+    words = ["Zürich", "café", "한국어", "ἀρχή"]
+    apart = [unicodedata.normalize("NFD", word) for word in words]
+    index = LexicalIndex("none")
+    index.apply(Change((), enumerate([" ".join(words), " ".join(apart)]), False))
+    for one, other in zip(words, apart, strict=True):
+        assert one != other and index.terms(one) == index.terms(other) and len(index.terms(one)) == 1
+        assert [row for row, _ in index.searcher().best(one, 3)] == [0, 1]
+        assert index.searcher().best(one, 3) == index.searcher().best(other, 3)
+    bank = FakeModel().encode_documents([{"text": apart[0]}])
+    add_lexical_index(bank)
+    assert [hit.why.terms for hit in bank.search(apart[0], mode="lexical")] == [(words[0],)]
+
+
+def test_an_index_of_another_release_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with BankStore(FakeModel(), tmp_path, lexical=True) as bank:
+        bank.add([{"key": "a", "text": "bak"}])
+    record = json.loads((tmp_path / "lexical.json").read_text())
+    (tmp_path / "lexical.json").write_text(json.dumps({**record, "version": record["version"] - 1}))
+    with BankStore(None, tmp_path, read_only=True) as reader:
+        assert not reader.stat()["indexes"]["lexical"]["current"]
+        assert [hit.key for hit in reader.search("bak", mode="lexical")] == ["a"]
+    assert "another release made it, by other rules of what is a word" in caplog.text
+    with BankStore(FakeModel(), tmp_path) as bank:
+        assert [hit.key for hit in bank.search("bak", mode="lexical")] == ["a"]
+    again = json.loads((tmp_path / "lexical.json").read_text())
+    assert again["version"] == record["version"] and again["index"] != record["index"]
 
 
 def test_words_are_rare_as_their_texts_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """Routers trained against every document of a corpus: scores as the library's, the loss over all documents."""
 
 import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from small_corpus import notes, tokenizer_of_notes
 from torch import Tensor
 
 from msa_hf import MSAForCausalLM
+from msa_hf.model.retrofit_msa import attention_layers
 from msa_hf.training.contrastive import Temperatures, TokenRows, encode_rows, route_rows, soft_targets
 from msa_hf.training.corpus import (
     CorpusRouters,
@@ -237,3 +240,21 @@ def test_what_cannot_be_trained_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             train_on_corpus(made(), numbered, numbered, gold, show_progress=False)
+    options: dict[str, Any]
+    for options, message in (
+        ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"among": 0}, "`among` must be at least 1"),
+        ({"learning_rate": math.nan}, "`learning_rate` must be above 0 and finite, got nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_on_corpus(made(), numbered, numbered, [[0]] * 3, **options)
+    with pytest.raises(ValueError, match="no questions to train on"):
+        train_on_corpus(made(), numbered, [], [])
+    model = made()
+    layer = attention_layers(model)[model.config.memory_layers[0]]
+    before = layer.router_k_proj.weight.clone()
+    many: dict[str, Any] = {"steps": 3, "batch_size": 2, "learning_rate": 1e38, "show_progress": False}
+    with pytest.raises(ValueError, match="no numbers; the model is as it was"):
+        train_on_corpus(model, numbered, numbered, [[0]] * 3, **many)
+    assert layer.router_k_proj.weight.equal(before) and not model.config.routers_trained

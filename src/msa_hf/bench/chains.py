@@ -128,7 +128,7 @@ def run_chains(
         NAME, described, model_facts(model, tokenizer, protocol, name, fusion), run_facts(model.device), path
     )
     total = sum(len(world.corpus.questions) for world in worlds)
-    with tqdm(total=total, unit="question", disable=not show_progress) as progress:
+    with result.kept(), tqdm(total=total, unit="question", disable=not show_progress) as progress:
         for world in worlds:
             progress.set_description(f"{world.tokens:,} tokens")
             left = [place for place in range(len(world.corpus.questions)) if not result.done(world.id(place))]
@@ -142,8 +142,6 @@ def run_chains(
             for trials in _asked(world, left, settings, model, tokenizer, protocol, bank, batch_size, fusion):
                 result.add(trials)
                 progress.update(len(trials))
-            result.save()
-    result.save()
     return result
 
 

@@ -262,9 +262,9 @@ def run_conversations(
     kept_settings = {**asdict(settings), "filler": source, "filler_texts": digest_of(filler)}
     facts = model_facts(model, tokenizer, protocol, name, fusion)
     result = Result.begin("conversations", kept_settings, facts, run_facts(model.device), path)
-    for tokens in settings.sizes:
-        _measure(tokens, settings, model, tokenizer, protocol, filler, result, batch_tokens, show_progress, fusion)
-    result.save()
+    with result.kept():
+        for tokens in settings.sizes:
+            _measure(tokens, settings, model, tokenizer, protocol, filler, result, batch_tokens, show_progress, fusion)
     return result
 
 

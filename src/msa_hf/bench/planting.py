@@ -89,7 +89,7 @@ def ask_tasks(
 
     What lies in a bank does not depend on what was asked before.
     """
-    try:
+    with result.kept():
         for group in banks_of_tasks(tasks, documents):
             questions = [question for task in group for question in task.questions]
             if any(not result.done(question.id) for question in questions):
@@ -97,8 +97,6 @@ def ask_tasks(
                     result.add(trials)
             if progress is not None:
                 progress.update(len(questions))
-    finally:
-        result.save()  # an interruption loses no answer
 
 
 def banks_of_tasks(tasks: Sequence[Task], documents: int) -> Iterator[list[Task]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from types import MappingProxyType
 
 from ..tables import table_lines
 from .asking import RUNGS
@@ -14,7 +16,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .2rem .7rem; text-align: right }
 th:first-child, td:first-child { text-align: left } tr + tr { border-top: 1px solid #ddd } svg { max-width: 100% }
-pre { white-space: pre-wrap; background: #f6f6f6; padding: .7rem } details { margin: 1rem 0 }
+table.text th, table.text td { text-align: left; vertical-align: top; overflow-wrap: anywhere }
+details { margin: 1rem 0; overflow-x: auto }
 """
 CELL = 64, 30  # width and height in a heat map
 MOST_FAILURES = 200  # that a page lists
@@ -22,11 +25,11 @@ COLLAPSED = 0.5  # of the wrong answers for which one document was read in vain:
 
 
 def short(value: Axis) -> str:
-    """A value of an axis in few characters: 65536 is 66K, 1000000 is 1M."""
+    """A value of an axis in few characters: 65536 is 65.5K, 1000000 is 1M."""
     if isinstance(value, int) and value >= 1000:
         for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-            if value >= size:
-                return f"{value / size:.3g}{unit}"
+            if value >= 0.9995 * size:  # 999,999 is 1M, not 1000K
+                return f"{value / size:.3g}{unit}" if value < 999.5 * size else f"{value / size:.0f}{unit}"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -126,6 +129,7 @@ def html_report(
     maps: Sequence[tuple[str, str]] = (),
     words: Sequence[str] = (),
     figures: Sequence[str] = (),
+    more: Mapping[str, Sequence[Sequence[str]]] = MappingProxyType({}),
 ) -> str:
     """A page with what was found: sentences, heat maps, tables, the failures and all that repeats the run.
 
@@ -134,6 +138,7 @@ def html_report(
         maps: axes across and down of each heat map, drawn for every kind of question that has both.
         words: what it comes to, a sentence each.
         figures: SVG, which comes first.
+        more: rows of further tables by their titles, the header first; one without other rows is left out.
     """
     body = [f"<h1>{escape(title(result))}</h1>", *(f"<p>{escape(sentence)}</p>" for sentence in words), *figures]
     for across, down in maps:
@@ -143,26 +148,47 @@ def html_report(
     for axes in tables:
         if len(rows := cell_table(result, *axes)) > 1:
             body += [f"<h2>By {escape(', '.join(axes))}</h2>", _table(rows)]
-    if len(rows := broken(result)) > 1:
-        body += ["<h2>What broke</h2>", _table(rows)]
+    for name, listed in {"What broke": broken(result), **more}.items():
+        if len(listed) > 1:
+            body += [f"<h2>{escape(name)}</h2>", _table(listed, text=True)]
     failures = [trial for trial in result.trials if not trial.right]
     if failures:
-        listed = [["id", "question", "expected", "answer"]]
-        listed += [[item.id, item.question, "; ".join(item.expected), item.answer] for item in failures[:MOST_FAILURES]]
+        listed = [["id", "question", "expected", "answer", "broke"]]
+        listed += [
+            [item.id, item.question, "; ".join(item.expected), item.answer, str(item.detail.get("broke") or "")]
+            for item in failures[:MOST_FAILURES]
+        ]
         named = f"{len(failures)} wrong answers" + (f", the first {MOST_FAILURES}" * (len(failures) > MOST_FAILURES))
-        body.append(f"<details><summary>{named}</summary>{_table(listed)}</details>")
-    facts = {"settings": result.settings, "model": result.model, "notes": result.notes, "runs": result.runs}
-    listed = [[name, str(value)] for name, value in facts.items()]
-    body += ["<h2>How it was measured</h2>", _table([["", ""], *listed])]
-    head = f'<meta charset="utf-8"><title>{escape(title(result))}</title><style>{STYLE}</style>'
+        body.append(f"<details><summary>{named}</summary>{_table(listed, text=True)}</details>")
+    facts = {"Settings": result.settings, "Model": result.model, "Notes": result.notes}
+    facts |= {f"Run {number}": run for number, run in enumerate(result.runs, 1)}
+    body.append("<h2>How it was measured</h2>")
+    for name, fact in facts.items():
+        if fact:
+            listed = [[key, value if isinstance(value, str) else _plain(value)] for key, value in fact.items()]
+            body += [f"<h3>{name}</h3>", _table([["", ""], *listed], text=True)]
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f"<title>{escape(title(result))}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang=en><head>{head}</head><body>\n" + "\n".join(body) + "\n</body></html>\n"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def _table(rows: Sequence[Sequence[str]], text: bool = False) -> str:
+    """A table; of text rather than numbers, it stands to the left. A header without words is left out."""
     head, *rest = rows
-    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
+    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"] if any(head) else []
     lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rest]
-    return "<table>" + "\n".join(lines) + "</table>"
+    return f"<table{' class=text' * text}>" + "\n".join(lines) + "</table>"
+
+
+def _plain(value: object) -> str:
+    """A JSON value in a line; the marks of JSON stand around nested text alone that could not be seen without them."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "none"
+    if isinstance(value, str) and (not value or value != " ".join(value.split())):
+        return json.dumps(value, ensure_ascii=False)
+    return "none" if value is None else str(value)
 
 
 def _rank(value: Axis) -> tuple[bool, Axis]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,14 @@ class Result:
         result.save()
         return result
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Write the file at the end, also where an interruption or a fault is the end: no answer is lost."""
+        try:
+            yield
+        finally:
+            self.save()
+
     def done(self, id: str) -> bool:
         """Tell whether a trial of that name is among those made."""
         return id in self._known
@@ -170,6 +179,15 @@ class Result:
             for values, right in sorted(groups.items(), key=lambda group: in_order(group[0]))
         ]
 
+    def shares(self) -> Iterator[dict[str, Any]]:
+        """The shares of right answers with their 95 % intervals: of all, by kind, by each axis, and by it and kind."""
+        axes = sorted({name for trial in self.trials for name in trial.axes})
+        for by in ((), ("kind",), *((axis,) for axis in axes), *(("kind", axis) for axis in axes)):
+            for cell in self.cells(*by):
+                counts = {"right": cell.right, "asked": cell.asked}
+                interval = {name: round(getattr(cell, name), 6) for name in ("share", "low", "high")}
+                yield {"by": dict(zip(by, cell.values, strict=True)), **counts, **interval}
+
     def save(self) -> None:
         """Write the file as a whole, or leave the one that is there."""
         now = time.monotonic()
@@ -179,18 +197,23 @@ class Result:
             return
         new = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            new.write_text(self.to_json(), encoding="utf-8")
+            # A file's name need not be UTF-8: its other bytes are escaped as JSON has them.
+            new.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
             os.replace(new, self.path)
         finally:
             new.unlink(missing_ok=True)
         self._saved = time.monotonic()
 
     def to_json(self) -> str:
-        """All of it as JSON text, a line for each trial."""
+        """All of it as JSON text, a line for each share and each trial. The shares are there for whoever reads the
+        file; `load` counts them anew."""
         head = {name: getattr(self, name) for name in ("benchmark", "settings", "model", "runs", "notes")}
         opening = json.dumps({"format": FORMAT, **head}, ensure_ascii=False, allow_nan=False, indent=1)
-        lines = ",\n".join(json.dumps(asdict(item), ensure_ascii=False, allow_nan=False) for item in self.trials)
-        return f'{opening[:-2]},\n "trials": [\n{lines}\n]}}\n'
+        lists = {"shares": self.shares(), "trials": map(asdict, self.trials)}
+        for name, items in lists.items():
+            lines = ",\n".join(json.dumps(item, ensure_ascii=False, allow_nan=False) for item in items)
+            opening = f'{opening[:-2]},\n "{name}": [\n{lines}\n]\n}}'
+        return f"{opening}\n"
 
     @classmethod
     def load(cls, path: str | Path) -> Result:

@@ -193,24 +193,24 @@ def run_scaling(
     )
     seconds = round(time.monotonic() - start, 1)
     result.notes["encoding"] = {"seconds": seconds, "tokens": whole.num_tokens, "documents": len(whole)}
-    for size, questions in left.items():
-        if questions:
-            bank = first_documents(whole, documents_of(whole, size))
-            _ask(
-                settings,
-                model,
-                tokenizer,
-                protocol,
-                asked,
-                bank,
-                size,
-                questions,
-                result,
-                batch_size,
-                show_progress,
-                fusion,
-            )
-    result.save()
+    with result.kept():
+        for size, questions in left.items():
+            if questions:
+                bank = first_documents(whole, documents_of(whole, size))
+                _ask(
+                    settings,
+                    model,
+                    tokenizer,
+                    protocol,
+                    asked,
+                    bank,
+                    size,
+                    questions,
+                    result,
+                    batch_size,
+                    show_progress,
+                    fusion,
+                )
     return result
 
 
@@ -252,7 +252,6 @@ def _ask(
         "seconds for a question": round((time.monotonic() - start) / len(asks), 3),
         "placement": "one place" if settings.placement is None else str(memory.plan),
     }
-    result.save()
 
 
 def _asked(question: AskedQuestion, refusal: str) -> Ask:

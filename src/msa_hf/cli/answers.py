@@ -12,6 +12,7 @@ from ..generation.selectors import SELECTORS
 from ..json_object import JsonObject
 from ..user_errors import UserError, reported
 from .characters import shown
+from .indexes import add_fusion_option, fusion_of
 from .loading import check_bank, checkpoint, compile_runs, load, protocol_of
 from .options import add_compile_option, add_model_options, at_least, device_in, positive
 from .plan import placement
@@ -33,6 +34,7 @@ def add_asking_options(made: argparse.ArgumentParser) -> None:
     add_model_options(made)
     add_compile_option(made)
     made.add_argument("--select", choices=SELECTORS, help="how documents are chosen for reading (default: router)")
+    add_fusion_option(made)
     made.add_argument("--max-rounds", type=at_least(0), help="of retrieval (default: 3)")
     made.add_argument(
         "--documents-per-round",
@@ -81,6 +83,10 @@ def opened_asker(args: argparse.Namespace) -> Asker:
     protocol = protocol_of(args.protocol, args.model)
     check_protocol(args, protocol)
     options = interleave_options(args)
+    if args.fusion is not None:
+        if args.select != "hybrid":
+            raise UserError("--fusion: weighs what --select hybrid puts together; give both, or leave it out")
+        options["fusion"] = fusion_of(args.fusion)
     with reported():
         if args.placement is None:
             bank: Any = model.load_memory(args.bank, tokenizer, device=device)

@@ -14,7 +14,7 @@ from .dense_files import RECORD as VECTORS
 from .dense_files import DenseFollower, VectorsBehind, VectorsLost, has_vectors, open_vectors, outdated_files
 from .dense_files import damaged_files as damaged_vectors
 from .embedders import Embedder
-from .lexical_files import LexicalFollower, open_searcher, outdated_folders, read_record
+from .lexical_files import LexicalFollower, is_current, open_searcher, outdated_folders, read_record
 from .lexical_files import damaged_files as damaged_index
 from .rows import BankFollower, CommittedRows
 from .sidecar import read_sidecar
@@ -120,7 +120,7 @@ class Followers:
         """Everything kept, by name, as JSON values."""
         found = {item.name: item.describe() for item in self._followers}
         if "lexical" not in found and self.directory is not None and (record := read_record(self.directory)):
-            current = self._rows is not None and record.get("commit") == self._rows.commit
+            current = self._rows is not None and is_current(record, self._rows.commit)
             found["lexical"] = {"language": record.get("language"), "current": current}
         if "dense" not in found and self.directory is not None and has_vectors(self.directory):
             record = read_sidecar(self.directory / VECTORS, VECTORS_KIND) or {}

@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import types
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,11 @@ def require_tantivy() -> types.ModuleType:
         return importlib.import_module("tantivy")
     except ImportError as error:
         raise ImportError("A lexical index needs tantivy: pip install 'msa-hf[lexical]'.") from error
+
+
+def composed(text: str) -> str:
+    """A text with each accent in one character with its letter, however it was written: words are cut at lone ones."""
+    return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ class LexicalIndex:
 
     def terms(self, text: str) -> list[str]:
         """The words of a text as the index has them, in order."""
-        found: list[str] = self._analyzer.analyze(text)
+        found: list[str] = self._analyzer.analyze(composed(text))
         return [term for term in found if term.strip()]
 
     def apply(self, change: Change) -> int:
@@ -111,7 +117,7 @@ class LexicalIndex:
                 for row, text in change.texts:
                     if text is not None:
                         document = self._tantivy.Document()
-                        document.add_text("text", text)
+                        document.add_text("text", composed(text))
                         document.add_integer("row", row)
                         writer.add_document(document)
                 stamp: int = writer.commit()

@@ -31,7 +31,7 @@ from .sidecar import damage_of, digest_of, read_sidecar, write_sidecar
 logger = logging.getLogger(__name__)
 RECORD = "lexical.json"
 KIND = "msa_hf-lexical-index"
-VERSION = 1  # of how texts become words; an index of another one is made anew
+VERSION = 2  # of how texts become words; an index of another one is made anew
 FOLDER = re.compile(r"lexical-[0-9a-f]{16}")
 TRIES = 10  # of a reader whose files a writer removes meanwhile
 
@@ -42,6 +42,11 @@ def read_record(directory: Path) -> JsonObject | None:
     if record is None and os.path.lexists(directory / RECORD):
         return {"kind": KIND, "language": "english"}  # damaged: of no commit
     return record
+
+
+def is_current(record: JsonObject, commit: str) -> bool:
+    """Tell whether an index is of this commit of the bank, and of the words of this release."""
+    return record.get("version") == VERSION and record.get("commit") == commit
 
 
 class LexicalFollower:
@@ -172,7 +177,7 @@ class LexicalFollower:
 def outdated_folders(directory: Path, commit: str) -> list[Path]:
     """Indexes in a directory that are not of this commit of the bank: they may hold what was deleted."""
     record = read_record(directory) or {}
-    current = record.get("index") if record.get("version") == VERSION and record.get("commit") == commit else None
+    current = record.get("index") if is_current(record, commit) else None
     return [path for path in directory.iterdir() if FOLDER.fullmatch(path.name) and path.name != current]
 
 
@@ -187,8 +192,11 @@ def open_searcher(directory: Path, rows: CommittedRows, build: bool = True) -> L
         record = read_record(directory)
         if record is None:
             return None
-        if record.get("version") != VERSION or record.get("commit") != rows.commit:
+        if record.get("commit") != rows.commit:
             cause = "it is not of the commit that was opened"
+            break
+        if record.get("version") != VERSION:
+            cause = "another release made it, by other rules of what is a word"
             break
         try:
             if len(rows.hidden) < record["hidden"]:
@@ -225,7 +233,7 @@ def damaged_files(directory: Path, commit: str) -> dict[str, str]:
     """The faults of files of the index of this commit, by their paths in the directory."""
     for _ in range(TRIES):
         record = read_record(directory) or {}
-        if record.get("commit") != commit or record.get("version") != VERSION:
+        if not is_current(record, commit):
             return {}
         try:
             folder, files = _folder(directory, record), _digests(record)

@@ -29,7 +29,7 @@ from .dense_files import has_vectors, open_vectors
 from .embedders import Embedder
 from .fusion import FILE, RECIPROCAL, FusionWeights, fuse, fusion_beside
 from .hits import Found, FoundByLayer, Hit, Why
-from .lexical import LexicalSearcher, UnbuiltIndex
+from .lexical import LexicalSearcher, UnbuiltIndex, composed
 from .lexical_files import open_searcher, read_record, search_in_memory
 from .router_scores import RouterScores, router_scores
 from .rows import CommittedRows, rows_of_bank
@@ -413,7 +413,7 @@ class _QueryTerms:
 
     def __init__(self, query: str, searcher: LexicalSearcher) -> None:
         self._searcher = searcher
-        words = re.findall(r"\w+", query) or [query]
+        words = re.findall(r"\w+", composed(query)) or [query]
         self._words = {word: set(searcher.terms(word)) for word in words}  # each once, in order
 
     def found_in(self, text: str | None) -> tuple[str, ...]:

@@ -364,18 +364,27 @@ def train_on_corpus(
         show_progress: show a bar.
 
     Raises:
-        ValueError: for a question without a document, or with one that there is not, and as the functions used do.
+        ValueError: for numbers out of range, no questions, a question without a document, or with one that there is
+            not; for routers that training made no numbers; and as the functions used do. The model is then as it was.
     """
     device = model.device
     documents, questions = ([_on(device, part) for part in parts] for parts in (documents, questions))
     routers = CorpusRouters(model)
+    for name, count in (("steps", steps), ("batch_size", batch_size), ("among", among)):
+        if count < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {count}.")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"`learning_rate` must be above 0 and finite, got {learning_rate}.")
+    there, asked_for = (sum(len(numbers) for numbers, _ in parts) for parts in (documents, questions))
+    if len(gold) != asked_for:
+        raise ValueError(f"`gold` has {len(gold)} entries for {asked_for} questions.")
+    if not gold:
+        raise ValueError("There are no questions to train on.")
+    for number, places in enumerate(gold):
+        if there and (not places or min(places) < 0 or max(places) >= there):
+            raise ValueError(f"Question {number} is answered by documents {list(places)} of {there}.")
     with evaluating(model):
         corpus = corpus_states(model, documents)
-    if len(gold) != sum(len(numbers) for numbers, _ in questions):
-        raise ValueError(f"`gold` has {len(gold)} entries for {sum(len(part) for part, _ in questions)} questions.")
-    for number, places in enumerate(gold):
-        if not places or min(places) < 0 or max(places) >= len(corpus.order):
-            raise ValueError(f"Question {number} is answered by documents {list(places)} of {len(corpus.order)}.")
     widest = max(map(len, gold))
     wanted = torch.tensor([[*places, *[-1] * (widest - len(places))] for places in gold], device=device)
     wanted = corpus.rows[wanted.clamp(min=0)].masked_fill(wanted < 0, -1)
@@ -399,6 +408,11 @@ def train_on_corpus(
         optimizer.zero_grad(set_to_none=True)
         if after_step is not None:
             after_step(step + 1, float(loss.detach()), float(hits))
+    if not all(bool(weight.isfinite().all()) for weight in routers.parameters()):
+        raise ValueError(
+            "Training made routers that are no numbers; the model is as it was. Lower `learning_rate`, which was "
+            f"{learning_rate}."
+        )
     routers.write(model)
     model.config.routers_trained = True
 

@@ -101,5 +101,5 @@ def run(args: argparse.Namespace) -> int:
         )
     words, hops = in_words(result), broken_hops(result)
     lines = [text_report(result, TABLES), *(["", *table_lines(hops, left=1)] if len(hops) > 1 else ()), "", *words]
-    show(args, result, "\n".join(lines), html_report(result, TABLES, MAPS, words))
+    show(args, result, "\n".join(lines), html_report(result, TABLES, MAPS, words, more={"Where chains broke": hops}))
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -112,6 +113,14 @@ def check_outputs(args: argparse.Namespace) -> None:
     for path in (args.out, args.html):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise UserError(f"{path}: not a file in a directory that is there")
+        if path is not None:
+            try:
+                with tempfile.TemporaryFile(dir=path.absolute().parent):
+                    pass
+                if path.exists():
+                    path.open("ab").close()
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from error
     if args.out is not None and args.html is not None and args.out.absolute() == args.html.absolute():
         raise UserError(f"{args.out}: --out and --html are one file; name two")
 
@@ -168,7 +177,8 @@ def run_options(args: argparse.Namespace) -> RunOptions:
 
 def show(args: argparse.Namespace, result: Result, text: str, page: str) -> None:
     """Print a result, and write its page."""
+    # First, so that a page that cannot be written takes no answer with it.
+    print(result.to_json() if args.json else text, end="" if args.json else "\n")
     with reported():
         if args.html is not None:
-            args.html.write_text(page, encoding="utf-8")
-    print(result.to_json() if args.json else text, end="" if args.json else "\n")
+            args.html.write_text(page, encoding="utf-8", errors="backslashreplace")
