@@ -20,6 +20,7 @@ from msa_hf.bench.planting import banks_of_tasks
 from msa_hf.bench.report import short
 from msa_hf.cli.bench.options import sizes
 from msa_hf.retrieval.lexical import Change, LexicalIndex
+from msa_hf.synthetic.needles import NeedleTasks
 from msa_hf.tables import table_lines
 
 FIRST = (1, 2, 4, 8, 16)
@@ -30,7 +31,8 @@ def ranks(haystack: Haystack, settings: NeedleSettings, tokens: int) -> dict[str
     """The rank, from 1, of the last document that a question needs, by kind; MISSED where words do not find it."""
     documents = haystack.documents(tokens)
     found: dict[str, list[int]] = {}
-    for group in banks_of_tasks(list(needle_tasks(settings, tokens)), documents):
+    taken = NeedleTasks(settings.seed).keys_in(haystack.texts)
+    for group in banks_of_tasks(list(needle_tasks(settings, tokens, taken)), documents):
         plants = [plant for task in group for plant in task.plants]
         places = haystack.place(documents, plants)
         texts = {**dict(enumerate(haystack.texts[:documents])), **haystack.planted(places, plants)}

@@ -13,10 +13,10 @@ from whole_reader import Reader
 
 from msa_hf import MemoryBank
 from msa_hf.bank import BankStore
-from msa_hf.bench import planting
+from msa_hf.bench import mine, planting
 from msa_hf.bench.haystack import Haystack
 from msa_hf.bench.invented import MOST_HOPS, Chains
-from msa_hf.bench.mine import MineSettings, in_words, refuses, run_mine
+from msa_hf.bench.mine import MineSettings, depths_apart, in_words, refuses, run_mine
 from msa_hf.bench.result import Result, Trial
 from msa_hf.bench.style import insert_in_style, own_terms, own_words
 from msa_hf.cli import main
@@ -172,6 +172,32 @@ def test_terms_are_made_of_the_corpus_words_and_new_to_it() -> None:
     assert own_terms(own_words(["One text."]), ["One text."], 4, 0) == []
 
 
+def test_facts_lie_as_far_apart_as_the_result_says(model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From three quarters on, half of the size farther is back at a quarter, not at the other side of the end."""
+    assert depths_apart(0.75, 0.5, 4) == [0.75, 0.25, 0.75, 0.25] and depths_apart(0.0, 0.4, 4) == [0.0, 0.4, 0.8, 0.4]
+    assert depths_apart(0.95, 0.05, 3) == [0.95, 1.0, 0.95] and depths_apart(0.6, 0.7, 3) == [0.6, 0.0, 0.7]
+    monkeypatch.setattr(planting, "put", Reader())
+    settings = MineSettings((50_000,), 2, 5, (0.3, 0.5), 1, document_tokens=400, max_new_tokens=2)
+    result = run(model, PAGES * 4, settings)
+    chains = [trial for trial in result.trials if trial.kind == "chain"]
+    assert len(chains) == 10 and len({trial.axes["depth"] for trial in chains}) == 5
+    for trial in chains:
+        (apart,) = trial.detail["tokens_apart"]
+        assert apart == pytest.approx(trial.axes["distance"], abs=6000), trial.id  # type: ignore[arg-type]
+
+
+def test_names_of_the_documents_are_not_planted(model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages of an earlier run, kept among the documents, hold its questions and their answers."""
+    monkeypatch.setattr(planting, "put", Reader())
+    asked = [trial.question for trial in run(model).trials]
+    pages = [*PAGES, "\n".join(f"Earlier it was asked: {question}" for question in asked)]
+    again = run(model, pages)
+    assert not set(asked) & {trial.question for trial in again.trials} and len(again.trials) >= len(asked)
+    monkeypatch.setattr(mine, "CHAINS", 10)
+    with pytest.raises(ValueError, match="name nearly all entities of seed 0; take another `seed`"):
+        run(model, pages)
+
+
 @pytest.mark.parametrize("hops", range(1, MOST_HOPS + 1))
 def test_every_fact_of_a_chain_is_about_what_the_one_before_names(hops: int) -> None:
     chains = Chains(5)
@@ -193,6 +219,7 @@ def test_every_fact_of_a_chain_is_about_what_the_one_before_names(hops: int) -> 
         ({"hops": 5}, "`hops` must be 1 to 4"),
         ({"distances": ()}, "at least one"),
         ({"distances": (2.0,)}, "0 to 1"),
+        ({"distances": (0.5, 0.5)}, "has one twice"),
         ({"sizes": (100,)}, "are too few to plant"),
         ({"repeats": 5000}, "names for"),
         ({"refusal": " "}, "`refusal` is empty"),

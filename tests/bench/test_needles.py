@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from whole_reader import Reader
 
 from msa_hf.bench import planting
 from msa_hf.bench.haystack import Haystack
-from msa_hf.bench.needles import NeedleSettings, in_words, run_needles, score
+from msa_hf.bench.needles import NeedleSettings, in_words, needle_tasks, run_needles, score
 from msa_hf.bench.result import Result
 from msa_hf.cli import main
 from msa_hf.retrieval import FusionWeights
@@ -111,6 +112,22 @@ def test_what_cannot_be_measured_is_refused(changes: dict[str, Any], named: str,
         run(model, settings=settings)
 
 
+def test_no_key_stands_in_the_haystack(model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planting, "put", Reader())
+    tasks = NeedleTasks(0)
+    one, other = tasks.keys(0)[0], tasks.keys(4)[3].replace("-", " ").title()
+    texts = [*TEXTS[:30], f"She called it {one}.", f"We came to {other} at noon.", *TEXTS[30:]]
+    assert tasks.keys_in(texts) == {one, other.lower().replace(" ", "-")}
+    settings = replace(SETTINGS, sizes=(6000,))
+    result = run_needles(settings, *model, COMPACT, texts, batch_tokens=4096, show_progress=False)
+    asked = " ".join(trial.question for trial in result.trials)
+    assert not any(key in asked for number in (0, 4) for key in tasks.keys(number))
+    assert all(any(key in asked for key in tasks.keys(number)) for number in (1, 2, 3, 5, 30, 31))
+    keys = [key for number in range(len(tasks)) for key in tasks.keys(number)]
+    with pytest.raises(ValueError, match="keys stand in the texts"):
+        list(needle_tasks(settings, 6000, keys))
+
+
 def test_training_and_testing_share_no_word_and_no_wording() -> None:
     assert len(set(ADJECTIVES)) == len(ADJECTIVES) and len(set(NOUNS)) == len(NOUNS)
     words = []
@@ -169,7 +186,7 @@ def test_the_command_measures_and_compares(
     result = Result.load(out)
     assert len(result.trials) == 8 and result.settings["source"].endswith("texts.txt")
     assert {tuple(sorted(item.detail)) for item in result.trials} >= {
-        ("broke", "forced_gold", "found", "gold", "gold_read", "gold_text", "of", "read")
+        ("broke", "forced_gold", "found", "gold", "gold_read", "gold_text", "of", "read", "tokens_apart")
     }
     assert main([*command, "--json"]) == 0
     assert [item["id"] for item in json.loads(capsys.readouterr().out)["trials"]] == [item.id for item in result.trials]

@@ -25,12 +25,14 @@ class Chain:
         question: names the first entity and describes the others.
         answer: the last fact's value.
         twin: the same question for something that no sentence states.
+        names: of its entities, without articles.
     """
 
     sentences: tuple[str, ...]
     question: str
     answer: str
     twin: str
+    names: tuple[str, ...]
 
 
 class Chains:
@@ -60,7 +62,7 @@ class Chains:
         kind = self._below(len(KINDS), number, "kind")
         name = self._name(number, 0, kind)
         called = _subject(kind, name)
-        sentences = []
+        sentences, names = [], [name]
         for hop in range(hops):
             last = hop == hops - 1
             fitting = [item for item in ATTRIBUTES[kind] if (item.link < 0) == last]
@@ -71,8 +73,9 @@ class Chains:
                 other = others[self._below(len(others), number, "other")]
                 sentences.append(self._sentence(attribute, _subject(kind, name), value, number, hop))
                 question, twin = (self._pick(item.questions, number, "question") for item in (attribute, other))
-                return Chain(tuple(sentences), question.format(n=called), value, twin.format(n=called))
+                return Chain(tuple(sentences), question.format(n=called), value, twin.format(n=called), tuple(names))
             value = self._name(number, hop + 1, attribute.link)
+            names.append(value)
             sentences.append(self._sentence(attribute, _subject(kind, name), value, number, hop))
             called = self._pick(attribute.descriptions, number, "description", hop).format(n=called)
             name, kind = value, attribute.link

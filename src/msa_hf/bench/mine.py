@@ -21,7 +21,7 @@ from .banks import HaystackBanks, haystack_of
 from .facts import model_facts, run_facts
 from .haystack import Haystack, Plant, depths_of
 from .intervals import fisher_test
-from .invented import CHAINS, MOST_HOPS, Chains
+from .invented import CHAINS, MOST_HOPS, Chain, Chains
 from .planting import MOST_PLANTED, Asking, Question, Task, ask_tasks
 from .report import broken_in_words, short
 from .result import Axis, Cell, Result
@@ -55,7 +55,8 @@ class MineSettings:
         sizes: in tokens, of the first documents; none: the whole corpus, a quarter and a sixteenth of it.
         hops: most facts that a question follows.
         depths: how many places of the first fact, from the first document to the last.
-        distances: between a fact and the next, as shares of the size; chains turn back at the ends.
+        distances: between a fact and the next, as shares of the size; chains turn back at the ends, and where neither
+            way is long enough go to the end that is farther away.
         repeats: questions of each kind at each place, each with an unanswerable twin.
         document_tokens: of a document at most; longer ones are cut where a paragraph or sentence ends.
         refusal: what the model says where there is no answer.
@@ -116,7 +117,8 @@ def run_mine(
         haystack = Haystack(documents, tokenizer, None, settings.document_tokens, least_tokens=1)
     settings = replace(settings, sizes=_sizes(settings, haystack))
     terms = own_terms(own_words(haystack.texts), haystack.texts, settings.depths * settings.repeats, settings.seed)
-    tasks = {tokens: list(_tasks(settings, tokens, terms)) for tokens in settings.sizes}
+    chains = _new_chains(settings, haystack.texts)
+    tasks = {tokens: list(_tasks(settings, tokens, terms, chains)) for tokens in settings.sizes}
     described = {**asdict(settings), "source": source, "haystack": haystack.digest}
     result = Result.begin(
         NAME, described, model_facts(model, tokenizer, protocol, name, fusion), run_facts(model.device), path
@@ -157,6 +159,8 @@ def _check(settings: MineSettings) -> None:
         raise ValueError(f"`distances` are shares of the size, 0 to 1, got {list(settings.distances)}.")
     if any(size < 1 for size in settings.sizes):
         raise ValueError(f"`sizes` must be positive, got {list(settings.sizes)}.")
+    if len({f"{distance:g}" for distance in settings.distances}) < len(settings.distances):  # as trials are named
+        raise ValueError(f"`distances` has one twice, to six digits, got {list(settings.distances)}.")
     if not settings.refusal.strip():
         raise ValueError("`refusal` is empty: say what the model answers where there is no answer.")
     if (wanted := settings.depths * settings.repeats * (1 + settings.hops * len(settings.distances))) > CHAINS:
@@ -183,16 +187,40 @@ def _sizes(settings: MineSettings, haystack: Haystack) -> tuple[int, ...]:
     return tuple(fitting)
 
 
-def _tasks(settings: MineSettings, tokens: int, terms: Sequence[tuple[str, str]]) -> Iterator[Task]:
+def _new_chains(settings: MineSettings, texts: Sequence[str]) -> list[Chain]:
+    """A chain for each question at a size, whose names are in no document: they could be there in an earlier report.
+
+    Raises:
+        ValueError: where the documents name too many.
+    """
+    wanted = [
+        hops
+        for _ in range(settings.repeats * settings.depths)
+        for hops in range(1, settings.hops + 1)
+        for _ in (settings.distances if hops > 1 else (0.0,))
+    ]
+    chains, whole, numbers, found = Chains(settings.seed), "\n".join(texts), iter(range(CHAINS)), list[Chain]()
+    while len(found) < len(wanted):
+        if (number := next(numbers, None)) is None:
+            raise ValueError(f"The documents name nearly all entities of seed {settings.seed}; take another `seed`.")
+        chain = chains.chain(number, wanted[len(found)])
+        if not any(name in whole for name in chain.names):
+            found.append(chain)
+    return found
+
+
+def _tasks(
+    settings: MineSettings, tokens: int, terms: Sequence[tuple[str, str]], chains: Sequence[Chain]
+) -> Iterator[Task]:
     """All tasks at one size, the kinds in turns; the same ones at every size."""
-    chains, number, term = Chains(settings.seed), 0, iter(terms)
+    number, term = 0, iter(terms)
     for repeat in range(settings.repeats):
         for depth in depths_of(settings.depths):
             if (pair := next(term, None)) is not None:
                 yield _term(settings, tokens, depth, repeat, pair)
             for hops in range(1, settings.hops + 1):
                 for distance in settings.distances if hops > 1 else (0.0,):
-                    yield _chain(settings, tokens, depth, repeat, hops, distance, chains, number)
+                    yield _chain(settings, tokens, depth, repeat, hops, distance, chains[number], number)
                     number += 1
 
 
@@ -203,16 +231,15 @@ def _chain(
     repeat: int,
     hops: int,
     distance: float,
-    chains: Chains,
+    made: Chain,
     number: int,
 ) -> Task:
-    made = chains.chain(number, hops)
     axes: dict[str, Axis] = {"tokens": tokens, "depth": depth, "hops": hops}
     if hops > 1:
         axes["distance"] = round(distance * tokens)
     plants = tuple(
-        Plant(sentence, _folded(depth + hop * distance), _place(settings.seed, number, hop))
-        for hop, sentence in enumerate(made.sentences)
+        Plant(sentence, place, _place(settings.seed, number, hop))
+        for hop, (sentence, place) in enumerate(zip(made.sentences, depths_apart(depth, distance, hops), strict=True))
     )
     kind = "fact" if hops == 1 else "chain"
     id = f"{kind} {hops} {tokens} {depth:g} {distance:g} {repeat}"
@@ -242,10 +269,19 @@ def _term(settings: MineSettings, tokens: int, depth: float, repeat: int, terms:
     )
 
 
-def _folded(depth: float) -> float:
-    """A depth beyond an end, turned back into 0 to 1."""
-    rest = depth % 2.0
-    return 2.0 - rest if rest > 1.0 else rest
+def depths_apart(depth: float, distance: float, count: int) -> list[float]:
+    """Depths from the first one on, each so far from the one before: on, or back where that would be beyond an end.
+
+    Where both ways are too short, it is the end that is farther away.
+    """
+    depths, step = [depth], distance
+    for _ in range(count - 1):
+        following = [round(depths[-1] + one, 9) for one in (step, -step)]
+        if not 0.0 <= following[0] <= 1.0:
+            step = -step
+        fitting = [place for place in following if 0.0 <= place <= 1.0]
+        depths.append(fitting[0] if fitting else 0.0 if depths[-1] > 0.5 else 1.0)
+    return depths
 
 
 def _place(*parts: int | str) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,8 @@ def run_needles(
         haystack = haystack_of(texts, sizes[-1])
     else:
         haystack = Haystack(texts, tokenizer, sizes[-1], settings.document_tokens)
-    tasks = {tokens: list(needle_tasks(settings, tokens)) for tokens in sizes}
+    taken = NeedleTasks(settings.seed).keys_in(haystack.texts)
+    tasks = {tokens: list(needle_tasks(settings, tokens, taken)) for tokens in sizes}
     check_room(haystack, sizes[0], max(len(task.plants) for task in tasks[sizes[0]]))
     described = {**asdict(settings), "source": source, "haystack": haystack.digest}
     facts = model_facts(model, tokenizer, protocol, name, fusion)
@@ -123,20 +124,29 @@ def _check(settings: NeedleSettings) -> None:
         raise ValueError(f"{wanted} tasks were asked for at each size, and there are keys for {keys}: ask for fewer.")
 
 
-def needle_tasks(settings: NeedleSettings, tokens: int) -> Iterator[Task]:
-    """All tasks at one size, the kinds in turns, so that a run that is cut short has some of each."""
-    tasks, number = NeedleTasks(settings.seed), 0
+def needle_tasks(settings: NeedleSettings, tokens: int, taken: Collection[str] = ()) -> Iterator[Task]:
+    """All tasks at one size, the kinds in turns, so that a run that is cut short has some of each.
+
+    Args:
+        taken: keys that stand in the haystack, of which no task is made.
+
+    Raises:
+        ValueError: where too few keys are left.
+    """
+    tasks = NeedleTasks(settings.seed)
+    numbers = (number for number in range(len(tasks)) if not set(taken).intersection(tasks.keys(number)))
     for repeat in range(settings.repeats):
         for depth in depths_of(settings.depths):
             for values in settings.values:
                 for name in settings.tasks:
+                    if (number := next(numbers, None)) is None:
+                        raise ValueError(f"{len(taken)} keys stand in the texts, and too few are left: ask for fewer.")
                     made = tasks.task(name, values, number)
                     id = f"{name} {values} {tokens} {depth:g} {repeat}"
                     axes: dict[str, Axis] = {"tokens": tokens, "depth": depth, "values": values}
                     gold = tuple(range(len(made.answers)))
                     question = Question(id, name, axes, made.question, made.answers, gold)
                     yield Task(_plants(made, depth, derive_key("plants", settings.seed, number)), (question,))
-                    number += 1
 
 
 def _plants(task: NeedleTask, depth: float, key: int) -> tuple[Plant, ...]:

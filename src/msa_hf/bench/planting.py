@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -142,15 +143,16 @@ def _trials(
         )
         rest_of = iter(alike)
         for outcomes in found:
-            yield [_trial(*next(rest_of), outcome) for outcome in outcomes]
+            yield [_trial(banks.haystack, *next(rest_of), outcome) for outcome in outcomes]
 
 
-def _trial(question: Question, ask: Ask, outcome: Outcome) -> Trial:
+def _trial(haystack: Haystack, question: Question, ask: Ask, outcome: Outcome) -> Trial:
     detail = {
         "found": outcome.found,
         "of": len(ask.expected),
         "broke": outcome.broke,
         "gold": list(ask.gold),
+        "tokens_apart": [abs(haystack.tokens(b) - haystack.tokens(a)) for a, b in pairwise(ask.gold)],
         "gold_read": len(set(ask.gold) & set(outcome.read)),
         "read": list(outcome.read)[:READ_KEPT],
         **outcome.rungs,

@@ -7,8 +7,9 @@ from two of the others in one word, so that no two tasks of a split can be confu
 
 from __future__ import annotations
 
+import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +88,12 @@ class NeedleTasks:
         first, second = divmod(block, len(self._words[1]) // 2)
         (one, other), (this, that) = self._words[0][2 * first :][:2], self._words[1][2 * second :][:2]
         return f"{one}-{this}", f"{one}-{that}", f"{other}-{this}", f"{other}-{that}"
+
+    def keys_in(self, texts: Iterable[str]) -> set[str]:
+        """The keys that stand in texts, with a hyphen or a space between their words."""
+        words = ("|".join(item) for item in self._words)
+        key = re.compile(rf"\b({next(words)})[- ]({next(words)})\b")
+        return {f"{one}-{other}" for text in texts for one, other in key.findall(text.lower())}
 
     def task(self, name: str, values: str, number: int) -> NeedleTask:
         """A task.

@@ -23,7 +23,7 @@ def shares(text: str) -> list[float]:
         found = [-1.0]
     if not all(0 <= item <= 1 for item in found):
         raise argparse.ArgumentTypeError(f"must be shares from 0 to 1 separated by commas, got {text!r}")
-    return found
+    return sorted(set(found))
 
 
 def add_options(made: argparse.ArgumentParser) -> None:
