@@ -40,6 +40,7 @@ def test_files_come_in_order_and_what_is_left_out_is_reported(folder: Path) -> N
     }
     said = "\n".join(report_lines(corpus.skipped))
     assert "skipped 3 hidden: .f.txt, .git, ~$g.md" in said and "(.png): h.png" in said
+    assert "(no suffix: a text needs one, such as .txt): README" in said
 
 
 def test_links_are_followed_and_every_file_is_read_once(folder: Path) -> None:

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from .. import __version__
 from ..user_errors import UserError
@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # overloaded in argparse
         """Parse as usual, then give the list at the end, such as QUESTION ..., what stands behind an option.
 
         argparse fills a list where the first of it can stand, with nothing if an option comes there, and then

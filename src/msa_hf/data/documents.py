@@ -27,6 +27,7 @@ from .lines import check_encoding
 from .saved_datasets import is_saved_dataset, saved_dataset
 
 DIGEST_BYTES = 16
+NO_SUFFIX = "no suffix: a text needs one, such as .txt"
 Source = str | os.PathLike[str]
 
 
@@ -206,7 +207,7 @@ class Corpus:
             kind = kind_of(name)
             if kind is None:
                 suffix = Path(name).suffix
-                self.skipped.append(Skipped(name, f"not of a kind that is read ({suffix or 'no suffix'})"))
+                self.skipped.append(Skipped(name, f"not of a kind that is read ({suffix or NO_SUFFIX})"))
             else:
                 yield path / name, name, kind
 
