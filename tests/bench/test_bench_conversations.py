@@ -139,3 +139,48 @@ def test_the_command_writes_result_and_page_and_names_what_is_wrong(
 def test_an_arm_that_is_none_is_refused_before_any_work() -> None:
     with pytest.raises(ValueError, match="must be among store, bank, lexical, none, gold, got 'crystal'"):
         ConversationSettings(arms=("crystal",))
+
+
+@pytest.mark.parametrize(
+    ("sort", "text", "answer", "stale", "said", "right", "broke"),
+    [
+        # The question names the later value itself; an answer in a whole sentence repeats it.
+        ("before", "What was Ana Roth's course before it was Basque?", "Dutch", "Basque", "Dutch", True, ""),
+        (
+            "before",
+            "What was Ana Roth's course before it was Basque?",
+            "Dutch",
+            "Basque",
+            "Before Basque: Dutch",
+            True,
+            "",
+        ),
+        ("before", "What was Ana Roth's course before it was Basque?", "Dutch", "Basque", "Basque.", False, "stale"),
+        # Of two that are named, both are no choice; and the other one never held.
+        ("which first", "Of whom first, Ana Roth or Eva Holm?", "Ana Roth", "Eva Holm", "Ana Roth", True, ""),
+        ("which first", "Of whom first, Ana Roth or Eva Holm?", "Ana Roth", "Eva Holm", "Eva Holm", False, "misread"),
+        (
+            "which first",
+            "Of whom first, Ana Roth or Eva Holm?",
+            "Ana Roth",
+            "Eva Holm",
+            "Ana Roth or Eva Holm",
+            False,
+            "misread",
+        ),
+        (
+            "updated once",
+            "Which language is Ana Roth learning?",
+            "Dutch",
+            "Basque",
+            "Basque, then Dutch",
+            False,
+            "stale",
+        ),
+    ],
+)
+def test_a_value_that_the_question_names_is_no_former_one(
+    sort: str, text: str, answer: str, stale: str, said: str, right: bool, broke: str
+) -> None:
+    question = TalkQuestion("time", sort, text, answer, (3, 5), (stale,))
+    assert judged(question, said, [3, 5], ()) == (right, broke)

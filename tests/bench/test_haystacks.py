@@ -138,3 +138,11 @@ def test_what_broke_is_told(tiny: Tiny, haystack: Haystack) -> None:
 )
 def test_an_answer_holds_whole_words(answer: str, expected: str, right: bool) -> None:
     assert holds(answer, expected) is right
+
+
+def test_documents_too_short_to_count_are_refused_and_named(tiny: Tiny) -> None:
+    """Otherwise all texts were read, without end where they are generated, and none kept."""
+    with pytest.raises(ValueError, match="of 5 tokens at most are too short: those of fewer than 16"):
+        Haystack(generated_texts(), tiny[1], 1000, document_tokens=5)
+    with pytest.raises(HaystackTooSmall, match="have 0 tokens, 3 documents or rests of fewer than 16 left out, but 9"):
+        Haystack(["One.", "Two.", "Three."], tiny[1], 9)

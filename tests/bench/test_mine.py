@@ -292,3 +292,10 @@ def test_the_result_is_json(model: tuple[Any, Any], monkeypatch: pytest.MonkeyPa
     again = run(model, path=tmp_path / "r.json")
     record = json.loads((tmp_path / "r.json").read_text())
     assert len(record["trials"]) == len(again.trials) and len(record["runs"]) == 2
+
+
+def test_terms_are_made_of_words_of_any_alphabet_with_small_letters() -> None:
+    words = "дорога камень мост стена größe über θάλασσα"
+    found = own_words([words, words, *("else", "other", "Большой 委员会委员会") * 2])
+    assert set(found) >= {"дорога", "größe", "θάλασσα"}
+    assert own_words(["委员会委员会 Großes ABCDE"] * 3) == []

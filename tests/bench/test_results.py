@@ -3,13 +3,15 @@
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 from msa_hf.bench.comparing import compare
+from msa_hf.bench.curve import curve
 from msa_hf.bench.intervals import fisher_test, sign_test, wilson
-from msa_hf.bench.report import broken_in_words, html_report, short, text_report
+from msa_hf.bench.report import broken_in_words, heat_map, html_report, short, text_report
 from msa_hf.bench.result import Result, ResultError, Trial
 from msa_hf.cli import main
 
@@ -251,6 +253,15 @@ def test_a_name_that_is_not_utf_8_stands_in_a_file(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_refused_before_any_work(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "needles", "model_cards/msa-hf-tiny", option, "/proc/result"]) == 2
     assert "/proc/result: cannot be written" in capsys.readouterr().err
+
+
+def test_maps_and_curves_have_room_for_long_labels() -> None:
+    made = result([True, False])
+    label = "a kind of question with a name that goes on"
+    made.add([Trial("x", label, {"tokens": 5, "depth": 0.5}, "?", ("a",), "b", False)])
+    drawn = heat_map(made.cells("tokens", "kind"), "tokens", "kind")
+    assert int(re.findall(r'<text x="(\d+)"', drawn)[0]) >= 6 * len(label)
+    assert int(re.findall(r'width="(\d+)"', curve(made))[0]) > 490 + 6 * len(label)
 
 
 def test_it_is_said_what_broke_and_which_document_is_read_for_anything() -> None:

@@ -219,8 +219,11 @@ def judged(question: TalkQuestion, answer: str, read: Sequence[int], refusals: S
     """Judge whether an answer is right, and what broke if it is not.
 
     An answer that names a value of a former time beside the right one is wrong: nothing says which of them it means.
+    Where the question names that value itself, an answer may repeat it; unless it names the right one too, to choose.
     """
-    old = any(holds(answer, value) for value in question.stale)
+    choice = question.answer is not None and holds(question.text, question.answer)
+    others = [value for value in question.stale if choice or not holds(question.text, value)]
+    old = any(holds(answer, value) for value in others)
     if question.answer is None:
         right = any(holds(answer, text) for text in refusals)
         return right, "" if right else STALE if old else INVENTED
@@ -228,7 +231,8 @@ def judged(question: TalkQuestion, answer: str, read: Sequence[int], refusals: S
         return True, ""
     if not set(question.evidence) <= set(read):
         return False, NOT_FOUND
-    return False, STALE if old else MISREAD
+    stale = not choice and any(holds(answer, value) for value in question.stale)
+    return False, STALE if stale else MISREAD
 
 
 def run_conversations(

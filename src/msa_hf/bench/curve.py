@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from html import escape
 
-from .report import short
+from .report import LETTER, short
 from .result import Cell, Result
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 320, 48, 150, 16, 36
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 640, 320, 48, 16, 36  # of all, without the names of the lines
 COLORS = ("#222222", "#1f6fb4", "#c2511b", "#2f8a4a", "#8a4fa3", "#a3862f")
 
 
@@ -20,17 +20,19 @@ def curve(result: Result, axis: str = "tokens") -> str:
     values = sorted({float(cell.values[0]) for cell in lines[0][1]})
     if not values:
         return ""
+    names = max(150, LETTER * max(len(name) for name, _ in lines) + 24)
+    width, right = WIDTH - 150 + names, names
     low = min(cell.low for _, cells in lines for cell in cells)
     bottom = math.floor(10 * low) / 10
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{HEIGHT}" '
         'font-family="system-ui, sans-serif" font-size="12">'
     ]
 
     def across(value: float) -> float:
         first, last = math.log(values[0]), math.log(values[-1])
         share = (math.log(value) - first) / (last - first) if last > first else 0.5
-        return LEFT + 12 + share * (WIDTH - LEFT - RIGHT - 24)
+        return LEFT + 12 + share * (width - LEFT - right - 24)
 
     def down(share: float) -> float:
         return TOP + (1 - share) / (1 - bottom) * (HEIGHT - TOP - BOTTOM)
@@ -39,7 +41,7 @@ def curve(result: Result, axis: str = "tokens") -> str:
     for step in range(steps + 1):
         share = bottom + step / 10
         y = down(share)
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+        parts.append(f'<line x1="{LEFT}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{share:.1f}</text>')
     for value in values:
         place = f'x="{across(value):.1f}" y="{HEIGHT - BOTTOM + 18}"'
@@ -51,7 +53,7 @@ def curve(result: Result, axis: str = "tokens") -> str:
         )
         y = TOP + 18 * number + 10
         parts.append(
-            f'<text x="{WIDTH - RIGHT + 14}" y="{y}" fill="{COLORS[number % len(COLORS)]}">{escape(name)}</text>'
+            f'<text x="{width - right + 14}" y="{y}" fill="{COLORS[number % len(COLORS)]}">{escape(name)}</text>'
         )
     return "\n".join([*parts, "</svg>"])
 

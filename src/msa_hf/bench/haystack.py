@@ -61,6 +61,7 @@ class Haystack:
 
     Raises:
         HaystackTooSmall: where the texts have fewer tokens.
+        ValueError: for documents of fewer tokens than one must have, which all would be left out.
     """
 
     def __init__(
@@ -71,11 +72,17 @@ class Haystack:
         document_tokens: int = 112,
         least_tokens: int = LEAST_TOKENS,
     ) -> None:
+        if document_tokens < least_tokens:
+            raise ValueError(
+                f"Documents of {document_tokens} tokens at most are too short: those of fewer than {least_tokens} are "
+                "left out. Ask for longer ones."
+            )
         self.texts: list[str] = []
         self._ends = array("q")  # tokens up to the end of each document
-        total = 0
+        total = short = 0
         for text, count in _cut(texts, tokenizer, document_tokens):
             if count < least_tokens:
+                short += 1
                 continue
             total += count
             self.texts.append(text)
@@ -85,8 +92,8 @@ class Haystack:
         if tokens is None and total:
             return
         raise HaystackTooSmall(
-            f"The texts have {total:,} tokens, but {tokens or 1:,} were asked for. Name more texts or "
-            "ask for smaller sizes."
+            f"The texts have {total:,} tokens{_left_out(short, least_tokens)}, but {tokens or 1:,} were asked for. "
+            "Name more texts or ask for smaller sizes."
         )
 
     @classmethod
@@ -190,6 +197,10 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, limit: int, text: str) -> list[t
     return [
         (piece, count if piece == cut else len(tokenize(tokenizer, piece))) for piece, cut, count in stripped if piece
     ]
+
+
+def _left_out(short: int, least: int) -> str:
+    return f", {short:,} documents or rests of fewer than {least} left out" * bool(short)
 
 
 def depths_of(count: int) -> list[float]:

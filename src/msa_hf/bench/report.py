@@ -20,6 +20,7 @@ table.text th, table.text td { text-align: left; vertical-align: top; overflow-w
 details { margin: 1rem 0; overflow-x: auto }
 """
 CELL = 64, 30  # width and height in a heat map
+LETTER = 8  # the width of a letter of its labels at most, about
 MOST_FAILURES = 200  # that a page lists
 COLLAPSED = 0.5  # of the wrong answers for which one document was read in vain: more is no chance
 
@@ -91,7 +92,8 @@ def heat_map(cells: Sequence[Cell], across: str, down: str) -> str:
     """A heat map as SVG of cells with two values each: the first across, the second down."""
     columns, rows = (sorted({cell.values[place] for cell in cells}, key=_rank) for place in (0, 1))
     width, height = CELL
-    left, top = 80, 40
+    names = [across, down, *map(short, rows)]
+    left, top = max(80, LETTER * max(map(len, names)) + 16), 40
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width * len(columns) + 10}" '
         f'height="{top + height * len(rows) + 10}" font-family="system-ui, sans-serif" font-size="12">',

@@ -12,7 +12,7 @@ from ..synthetic.sentences import SENTENCE_END
 ITEM = re.compile(r"(\s*(?:[-*+•]|\d{1,3}[.)])\s+)\S")
 FENCE = re.compile(r"\s*(?:```|~~~)")
 CLOSED = re.compile(r"\s*(?:#|\||<|>|\.\. |={3,}|-{3,}|:::|!\[)")  # lines that no sentence goes behind
-WORD = re.compile(r"(?<![\w/.@-])[a-z]{4,12}(?![\w/@-])")
+WORD = re.compile(r"(?<![\w/.@-])[^\W\d_]{4,12}(?![\w/@-])")  # of any alphabet; those of small letters are taken
 MOST_WORDS = 600
 
 
@@ -51,7 +51,7 @@ def own_words(texts: Iterable[str]) -> list[str]:
 
     They stand in the order of their numbers, equal ones by alphabet.
     """
-    each = [set(WORD.findall(text)) for text in texts]
+    each = [{word for word in WORD.findall(text) if word.islower()} for text in texts]
     counts = Counter(word for words in each for word in words)
     usual = sorted(
         (item for item in counts.items() if 1 < item[1] <= max(len(each) / 3, 2)), key=lambda item: (-item[1], item[0])

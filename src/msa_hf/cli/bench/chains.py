@@ -6,7 +6,7 @@ import argparse
 
 from ...user_errors import UserError, reported
 from ..answers import interleave_options
-from ..options import positive
+from ..options import at_least, positive
 from .options import (
     add_asking_options,
     add_batch_size_option,
@@ -16,6 +16,7 @@ from .options import (
     run_options,
     show,
     sizes,
+    told,
 )
 
 NAME = "chains"
@@ -53,8 +54,10 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--text-share", type=float, default=0.2, help="of the documents that are such texts, 0 to 0.9 (default: 0.2)"
     )
-    made.add_argument("--document-tokens", type=positive, default=112, help="of such a text at most (default: 112)")
-    made.add_argument("--refusal", help="the answer to what the memory does not hold (default: that of msa-hf-tiny)")
+    made.add_argument("--document-tokens", type=at_least(16), default=112, help="of such a text at most (default: 112)")
+    made.add_argument(
+        "--refusal", type=told, help="the answer to what the memory does not hold (default: that of msa-hf-tiny)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import argparse
 from ...user_errors import reported
 from ..answers import interleave_options
 from ..options import positive
-from .options import add_asking_options, check_outputs, fusion_of, load_asked, names_of, show, sizes
+from .options import add_asking_options, check_outputs, fusion_of, load_asked, names_of, show, sizes, told
 
 NAME = "conversations"
 HELP = (
@@ -31,6 +31,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--mode", choices=MODES, default="router", help="how `store` searches (default: router)")
     made.add_argument(
         "--refusal",
+        type=told,
         metavar="TEXT",
         action="append",
         help="an answer that says that nothing is known; may be repeated (default: those of our checkpoints)",

@@ -9,7 +9,16 @@ from ...user_errors import UserError, reported
 from ..answers import interleave_options
 from ..documents import add_document_options, read_corpus
 from ..options import at_least, device_in, positive
-from .options import add_asking_options, add_batch_size_option, check_outputs, load_asked, run_options, show, sizes
+from .options import (
+    add_asking_options,
+    add_batch_size_option,
+    check_outputs,
+    load_asked,
+    run_options,
+    show,
+    sizes,
+    told,
+)
 
 NAME = "mine"
 HELP = "Plant facts in copies of your documents, ask for them, and say where this model and memory are blind."
@@ -48,7 +57,9 @@ def add_options(made: argparse.ArgumentParser) -> None:
         "--document-tokens", type=at_least(16), default=112, help="of a document at most; longer are cut (default: 112)"
     )
     made.add_argument(
-        "--refusal", help="what the model says where there is no answer (default: as msa-hf-tiny says it)"
+        "--refusal",
+        type=told,
+        help="what the model says where there is no answer (default: as msa-hf-tiny says it)",
     )
 
 

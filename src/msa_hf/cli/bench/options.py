@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from ...evaluation.metrics import normalize_answer
 from ...generation.selectors import SELECTORS
 from ...user_errors import UserError, reported
 from ..answers import check_protocol
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
 def sizes(text: str) -> list[int]:
     """An argument type: numbers of tokens, such as 16K,64K,1M, ascending."""
     return sorted({count(item) for item in text.split(",")})
+
+
+def told(text: str) -> str:
+    """An argument type: an answer, which has words."""
+    if not normalize_answer(text):
+        raise argparse.ArgumentTypeError(f"must say in words that there is no answer, got {text!r}")
+    return text
 
 
 def names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
@@ -88,7 +96,7 @@ def add_text_options(made: argparse.ArgumentParser, default_sizes: str) -> None:
         "--sizes", type=sizes, default=sizes(default_sizes), help=f"in tokens, by commas (default: {default_sizes})"
     )
     made.add_argument(
-        "--document-tokens", type=positive, default=112, help="of a haystack's documents at most (default: 112)"
+        "--document-tokens", type=at_least(16), default=112, help="of a haystack's documents at most (default: 112)"
     )
 
 

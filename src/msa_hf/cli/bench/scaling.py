@@ -19,6 +19,7 @@ from .options import (
     names_of,
     run_options,
     show,
+    told,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ def add_options(made: argparse.ArgumentParser) -> None:
         help="questions of your own, as `eval` takes them, in place of invented ones; with --documents",
     )
     made.add_argument("--documents", metavar="SOURCE", help="the documents that --questions are about, by their keys")
-    made.add_argument("--refusal", help="the answer to what the memory does not hold (default: that of msa-hf-tiny)")
+    made.add_argument(
+        "--refusal", type=told, help="the answer to what the memory does not hold (default: that of msa-hf-tiny)"
+    )
     made.add_argument(
         "--placement",
         type=placement,
