@@ -54,12 +54,15 @@ def measured(file: str, axes: tuple[str, ...]) -> str:
 
 
 def how(result: Result) -> str:
-    """Hardware, versions, time and command of a result's last run, in a sentence and a block."""
-    last = result.runs[-1]
-    versions = ", ".join(f"{name} {last['versions'][name]}" for name in ("torch", "transformers"))
+    """Hardware, versions, time and command of a result's longest run, in a sentence and a block.
+
+    The last one may have found everything answered, on another machine, and written a page.
+    """
+    longest = max(result.runs, key=lambda run: run["seconds"])
+    versions = ", ".join(f"{name} {longest['versions'][name]}" for name in ("torch", "transformers"))
     seconds = sum(run["seconds"] for run in result.runs)
-    said = f"{last['hardware']}, {result.model['dtype']}, {versions}; {seconds:.0f} s, on a machine with other work:"
-    return f"{said}\n\n```bash\n{last['command']}\n```"
+    said = f"{longest['hardware']}, {result.model['dtype']}, {versions}; {seconds:.0f} s, on a machine with other work:"
+    return f"{said}\n\n```bash\n{longest['command']}\n```"
 
 
 TABLES = {name: partial(measured, *given) for name, given in RESULTS.items()}

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from msa_hf.bench.result import Result
+
 ROOT = Path(__file__).parents[2]
 NAMES = ("performance", "scaling", "benchmarks")
 # Parameters of the published checkpoints.
@@ -44,6 +46,15 @@ def test_documents_are_what_is_computed(
     copy.write_text("no tables")
     with pytest.raises(SystemExit, match="0 places for the table"):
         main(["--document", str(copy)])
+
+
+def test_a_later_run_that_asked_nothing_is_not_how_it_was_measured(scripts: dict[str, Any]) -> None:
+    runs = [
+        {"hardware": name, "versions": {"torch": "2", "transformers": "5"}, "command": name, "seconds": seconds}
+        for name, seconds in (("small part", 2.0), ("most", 60.0), ("page alone", 0.0))
+    ]
+    said = scripts["benchmarks"]["how"](Result("needles", {}, {"dtype": "bfloat16"}, runs))
+    assert said.startswith("most, bfloat16, torch 2") and "62 s" in said and "```bash\nmost\n```" in said
 
 
 def test_models_have_the_published_parameters(scripts: dict[str, Any]) -> None:
