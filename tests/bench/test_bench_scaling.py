@@ -219,3 +219,10 @@ def test_a_file_of_other_questions_or_texts_is_refused(tiny: Any, texts: list[st
 def test_questions_without_their_documents_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "scaling", TINY, "--questions", "q.jsonl"]) == 2
     assert "--questions and --documents belong together" in capsys.readouterr().err
+
+
+def test_no_more_than_all_is_lost_and_nothing_where_nothing_was_right() -> None:
+    one = loss(result_of([(True, True)]))
+    assert one is not None and (one.low, one.high) == (-1.0, 1.0) and "(95 %: -100.0 to 100.0;" in str(one)
+    none = loss(result_of([(False, False), (False, True)]))
+    assert none is not None and "none was right at first" in str(none) and "% lost" not in str(none)

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,13 @@ def test_a_failed_write_leaves_the_file_that_is_there(tmp_path: Path) -> None:
     assert path.read_bytes() == before and [item.name for item in tmp_path.iterdir()] == ["r.json"]
 
 
+def record(**changes: object) -> str:
+    """A file of one trial."""
+    made = {**asdict(trial(0, True)), **changes}
+    head = {"format": 1, "benchmark": "needles", "settings": {}, "model": {}, "runs": [], "notes": {}}
+    return json.dumps({**head, "trials": [made]})
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
@@ -114,6 +122,10 @@ def test_a_failed_write_leaves_the_file_that_is_there(tmp_path: Path) -> None:
         ('{"format": 1}', "damaged"),
         ('{"format": 1, "trials": [{"id": 1}]}', "damaged"),
         ('{"format": 1, "trials": 3}', "damaged"),
+        (record(axes={"tokens": [1]}), "damaged"),
+        (record(detail=3), "damaged"),
+        (record(right=1), "damaged"),
+        (record().replace('"settings": {}', '"settings": 5'), "damaged"),
     ],
 )
 def test_what_is_no_result_is_refused_by_name(

@@ -227,18 +227,22 @@ class Result:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ResultError(f"{path}: no result of a benchmark: {error}") from error
+            raise ResultError(f"{path}: no result of a benchmark ({error}); name another file") from error
         if not isinstance(record, dict) or "format" not in record:
-            raise ResultError(f"{path}: no result of a benchmark")
+            raise ResultError(f"{path}: no result of a benchmark; name another file")
         if record["format"] != FORMAT:
             raise ResultError(f"{path}: its format is {record['format']!r}, this release reads {FORMAT}; measure again")
         try:
             trials = [_trial(item) for item in record["trials"]]
             kept = {name: record[name] for name in ("benchmark", "settings", "model", "runs", "notes")}
+            if wrong := [name for name in ("settings", "model", "notes") if not isinstance(kept[name], dict)]:
+                raise ValueError(f"{wrong[0]}: {kept[wrong[0]]!r:.60}")
         except (KeyError, TypeError, ValueError) as error:
-            raise ResultError(f"{path}: damaged, or made by hand: {error!r}") from error
+            raise ResultError(
+                f"{path}: damaged, or made by hand ({error!r}); measure again into another file"
+            ) from error
         if len({trial.id for trial in trials}) < len(trials):
-            raise ResultError(f"{path}: damaged: a trial is there twice")
+            raise ResultError(f"{path}: damaged, a trial is there twice; measure again into another file")
         return cls(**kept, trials=trials, path=path)
 
 
@@ -250,9 +254,11 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
 
 def _trial(record: Mapping[str, Any]) -> Trial:
     values = {**record, "expected": tuple(record["expected"])}
-    if not isinstance(values["right"], bool) or not isinstance(values["axes"], dict):
-        raise ValueError(f"trial {values.get('id')!r}")
-    return Trial(**values)
+    trial = Trial(**values)
+    whole = isinstance(trial.right, bool) and isinstance(trial.axes, dict) and isinstance(trial.detail, dict)
+    if not whole or not all(isinstance(value, str | int | float) for value in trial.axes.values()):
+        raise ValueError(f"trial {trial.id!r}")
+    return trial
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:

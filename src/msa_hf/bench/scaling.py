@@ -305,14 +305,15 @@ class Loss:
         return (self.first - self.last) / self.first if self.first else 0.0
 
     def __str__(self) -> str:
-        return (
+        told = (
             f"From {short(self.sizes[0])} to {short(self.sizes[1])} tokens {self.first:.3f} became {self.last:.3f} of "
-            f"{self.asked} questions: {100 * self.relative:.1f} % lost (95 %: {100 * self._share(self.low):.1f} to "
-            f"{100 * self._share(self.high):.1f}; p = {self.p:.2f})."
+            f"{self.asked} questions: "
         )
-
-    def _share(self, points: float) -> float:
-        return points / self.first if self.first else 0.0
+        if not self.first:
+            return f"{told}none was right at first, so that none can be lost (p = {self.p:.2f})."
+        # More than all cannot be lost, however wide the interval of a few questions is.
+        low, high = (100 * min(points / self.first, 1.0) for points in (self.low, self.high))
+        return f"{told}{100 * self.relative:.1f} % lost (95 %: {low:.1f} to {high:.1f}; p = {self.p:.2f})."
 
 
 def loss(result: Result, kind: str | None = None) -> Loss | None:
@@ -338,7 +339,8 @@ def loss(result: Result, kind: str | None = None) -> Loss | None:
     spread = (lost + gained + 1 - (lost - gained) ** 2 / count) / count**2
     half = Z95 * math.sqrt(spread)
     shares = sum(first[item] for item in both) / count, sum(last[item] for item in both) / count
-    return Loss((sizes[0], sizes[-1]), *shares, count, difference - half, difference + half, sign_test(gained, lost))
+    low, high = max(difference - half, -1.0), min(difference + half, 1.0)
+    return Loss((sizes[0], sizes[-1]), *shares, count, low, high, sign_test(gained, lost))
 
 
 def in_words(result: Result) -> list[str]:
