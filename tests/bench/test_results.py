@@ -216,6 +216,20 @@ def test_kinds_without_an_axis_are_compared_as_well() -> None:
         compare(*sides, "kind", "bogus")
 
 
+def test_all_questions_together_tell_what_cells_of_one_cannot() -> None:
+    before, after = Result("needles", {}, MODEL), Result("needles", {}, MODEL)
+    for made, right in ((before, False), (after, True)):
+        made.add(Trial(f"{n}", "single", {"depth": n, "tokens": 1000}, "?", ("a",), "a", right) for n in range(20))
+    found = compare(before, after)
+    assert len(found.cells) == 20 and not any(cell.beyond_chance for cell in found.cells)
+    assert found.whole.after is not None and (found.whole.after.right, found.whole.after.asked) == (20, 20)
+    assert found.whole.p == pytest.approx(2 / 2**20) and found.whole.beyond_chance
+    assert str(found).splitlines()[1].startswith("all") and "better" in str(found).splitlines()[1]
+    # What one result alone has is not in the sum.
+    after.add([trial(0, False, tokens=5000)])
+    assert compare(before, after).whole.after == found.whole.after
+
+
 def test_a_page_needs_nothing_but_itself_and_shows_text_as_text() -> None:
     made = result([True, False])
     made.add(

@@ -10,6 +10,7 @@ from .intervals import fisher_test, sign_test
 from .result import Axis, Cell, Result, ResultError, Trial, differences, in_order
 
 LEVEL = 0.05  # of all differences of a comparison together (Holm)
+ALL = "all"  # the row of all questions
 NONE = "-"  # stands for an axis that a kind of question does not have
 
 
@@ -36,22 +37,25 @@ class Comparison:
 
     Attributes:
         axes: of the cells.
+        whole: all trials of the cells that both results have; its value is `ALL`.
         changed: settings and facts of the models that are not the same, in words.
         cells: in order.
     """
 
     axes: tuple[str, ...]
+    whole: Difference
     changed: tuple[str, ...]
     cells: tuple[Difference, ...]
 
     def __str__(self) -> str:
         rows = [[*self.axes, "before", "after", "difference", "p", ""]]
-        for cell in self.cells:
+        for cell in (self.whole, *self.cells):
             known = cell.before is not None and cell.after is not None
             gain = f"{cell.after.share - cell.before.share:+.3f}" if cell.before and cell.after else "-"
             mark = ("better" if gain.startswith("+") else "WORSE") if cell.beyond_chance else ""
             shown = [str(item) if item else "-" for item in (cell.before, cell.after)]
-            rows.append([*map(str, cell.values), *shown, gain, f"{cell.p:.4f}" if known else "-", mark])
+            named = [*map(str, cell.values), *[""] * (len(self.axes) - len(cell.values))]
+            rows.append([*named, *shown, gain, f"{cell.p:.4f}" if known else "-", mark])
         lines = [f"differs: {item}" for item in self.changed]
         return "\n".join([*lines, *([""] if lines else []), *table_lines(rows, left=len(self.axes))])
 
@@ -60,7 +64,8 @@ def compare(before: Result, after: Result, *axes: str) -> Comparison:
     """Compare two results of one benchmark.
 
     Cells whose trials are the same questions are compared question by question (sign test), others by their shares
-    (Fisher's). Of all the cells together, 5 % of comparisons without a difference mark one (Holm's correction).
+    (Fisher's), and so are all of them together, which tells most where cells have few questions. Of all these, 5 % of
+    comparisons without a difference mark one (Holm's correction).
 
     Args:
         axes: of the cells, which leave out trials without one of them; default: the kind of question and all axes that
@@ -88,7 +93,9 @@ def compare(before: Result, after: Result, *axes: str) -> Comparison:
     chances = {
         item: _chance(trials[0][item], trials[1][item]) for item in values if item in sides[0] and item in sides[1]
     }
-    beyond, left = set(), len(chances)
+    shared = [[trial for item in chances for trial in side[item]] for side in trials]
+    chances[()] = _chance(*shared)
+    beyond, left = set[tuple[Axis, ...]](), len(chances)
     for item, p in sorted(chances.items(), key=lambda found: found[1]):
         if p > LEVEL / left:
             break
@@ -98,7 +105,9 @@ def compare(before: Result, after: Result, *axes: str) -> Comparison:
     cells = (
         Difference(item, sides[0].get(item), sides[1].get(item), chances.get(item), item in beyond) for item in values
     )
-    return Comparison(axes, tuple(changed), tuple(cells))
+    sums = [Cell((ALL,), sum(trial.right for trial in side), len(side)) for side in shared]
+    whole = Difference((ALL,), sums[0], sums[1], chances[()], () in beyond)
+    return Comparison(axes, whole, tuple(changed), tuple(cells))
 
 
 def _by_values(result: Result, axes: tuple[str, ...], only_with_all: bool) -> dict[tuple[Axis, ...], list[Trial]]:
