@@ -123,7 +123,7 @@ def test_the_command_on_a_folder_of_documentation(
     assert main([*command, "--out", str(out), "--html", str(page)]) == 0
     said = capsys.readouterr().out
     assert "fact: 0 of 1 right" in said and "What broke in" in said and "By hops" in said
-    assert state(tmp_path / "docs") == before and "<h2>By hops</h2>" in page.read_text()
+    assert state(tmp_path / "docs") == before and "<h2>By kind, hops</h2>" in page.read_text()
     assert main(["bench", "compare", str(out), str(out)]) == 0
     assert main([*command[:4], "--sizes", "9M", "--quiet", "--device", "cpu"]) == 2
     assert "fewer than the 9,000,000" in capsys.readouterr().err
@@ -264,6 +264,10 @@ def test_it_says_in_words_where_the_memory_is_blind() -> None:
     said = "\n".join(in_words(made))
     assert "fact: 80 of 80 right" in said and "sees well" in said
     assert re.search(r"chain: 9 of 80 right.*: blind\.", said)
+    # One question says nothing: of a kind that sees nine of ten, one in ten is wrong.
+    for asked, state in ((1, "too few questions to tell"), (2, "blind")):
+        few = Result("mine", {}, {}, trials=trials(2, 1000, 0, "routing")[:asked])
+        assert in_words(few)[1].startswith(f"chain: 0 of {asked} right") and state in in_words(few)[1]
     assert (
         re.search(r"By hops: best at 1 hops.*worst at 2 hops", said)
         and "By tokens: no difference beyond chance" in said
@@ -299,3 +303,28 @@ def test_terms_are_made_of_words_of_any_alphabet_with_small_letters() -> None:
     found = own_words([words, words, *("else", "other", "Большой 委员会委员会") * 2])
     assert set(found) >= {"дорога", "größe", "θάλασσα"}
     assert own_words(["委员会委员会 Großes ABCDE"] * 3) == []
+
+
+@pytest.mark.parametrize("distance", [0.05, 0.5, 0.8])
+def test_a_distance_without_room_is_told_as_it_is(
+    model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, distance: float
+) -> None:
+    monkeypatch.setattr(planting, "put", Reader())
+    texts = [f"Item {number} of the list. It is short." for number in range(300)]
+    settings = MineSettings(depths=5, repeats=1, hops=4, distances=(distance,), document_tokens=400)
+    result = run(model, texts, settings)
+    size = max(result.settings["sizes"])
+    chains = [trial for trial in result.trials if trial.kind == "chain" and trial.axes["tokens"] == size]
+    assert len(chains) == 5 * 3
+    for trial in chains:
+        said = int(trial.axes["distance"])
+        assert said == round(distance * size) or distance > 0.5
+        # From end to end, sentences of many questions take turns at the ends.
+        assert all(apart >= said - 0.15 * size for apart in trial.detail["tokens_apart"])
+
+
+def test_terms_that_were_wanted_and_not_made_are_told() -> None:
+    for terms, said in ((0, "No terms were asked for, of 4 wanted"), (3, "3 terms were asked for, of 4 wanted")):
+        made = Result("mine", {}, {}, notes={"terms": terms, "terms wanted": 4})
+        assert in_words(made)[-1].startswith(said)
+    assert not any("terms" in line for line in in_words(Result("mine", {}, {}, notes={"terms": 4, "terms wanted": 4})))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from .result import Axis, Cell, Result
 from .style import insert_in_style, own_terms, own_words
 
 NAME = "mine"
-TABLES = (("kind",), ("tokens",), ("hops",), ("distance",), ("depth",), ("kind", "tokens"))
+# Each by the kind: a model that answers nothing has all twins right, which is half of the questions.
+TABLES = (("kind",), ("kind", "tokens"), ("kind", "hops"), ("kind", "distance"), ("kind", "depth"))
 MAPS = (("tokens", "depth"),)
 PARTS = (16, 4, 1)  # sizes, if none are given: the whole corpus, and these parts of it
 WANTED = 0.9  # a share below it is a blind spot, if its interval is
+UNDECIDED = "too few questions to tell (--repeats asks more)"
 TWIN = ", unanswerable"
 # Each of a term and a number.
 TERM_SENTENCES = (
@@ -123,7 +126,7 @@ def run_mine(
     result = Result.begin(
         NAME, described, model_facts(model, tokenizer, protocol, name, fusion), run_facts(model.device), path
     )
-    result.notes["terms"] = len(terms)
+    result.notes |= {"terms": len(terms), "terms wanted": settings.depths * settings.repeats}
     if all(result.done(question.id) for made in tasks.values() for task in made for question in task.questions):
         return result
     if isinstance(documents, MemoryBank):
@@ -235,11 +238,12 @@ def _chain(
     number: int,
 ) -> Task:
     axes: dict[str, Axis] = {"tokens": tokens, "depth": depth, "hops": hops}
-    if hops > 1:
-        axes["distance"] = round(distance * tokens)
+    depths = depths_apart(depth, distance, hops)
+    if hops > 1:  # not what was asked for where there was no room for it
+        axes["distance"] = round(min(abs(there - here) for here, there in pairwise(depths)) * tokens)
     plants = tuple(
         Plant(sentence, place, _place(settings.seed, number, hop))
-        for hop, (sentence, place) in enumerate(zip(made.sentences, depths_apart(depth, distance, hops), strict=True))
+        for hop, (sentence, place) in enumerate(zip(made.sentences, depths, strict=True))
     )
     kind = "fact" if hops == 1 else "chain"
     id = f"{kind} {hops} {tokens} {depth:g} {distance:g} {repeat}"
@@ -296,7 +300,7 @@ def in_words(result: Result) -> list[str]:
     lines = [f"{cell.right} of {cell.asked} questions right, {cell}." for cell in result.cells()]
     for cell in result.cells("kind"):
         (kind,) = cell.values
-        state = "blind" if cell.high < WANTED else "sees well" if cell.low >= WANTED else "not blind for certain"
+        state = "blind" if cell.high < WANTED and cell.asked > 1 else "sees well" if cell.low >= WANTED else UNDECIDED
         lines.append(f"{kind}: {cell.right} of {cell.asked} right, {cell}: {state}.")
     answerable = [trial for trial in result.trials if not trial.kind.endswith(TWIN)]
     some = Result(result.benchmark, {}, {}, trials=answerable)
@@ -308,8 +312,12 @@ def in_words(result: Result) -> list[str]:
     ):
         lines += _contrast(axis, words, some.cells(axis))
     lines += broken_in_words(result)
-    if result.notes.get("terms") == 0:
-        lines.append("No terms were asked for: the documents have too few words of their own.")
+    terms, wanted = (result.notes.get(name) for name in ("terms", "terms wanted"))
+    if isinstance(terms, int) and terms < (1 if wanted is None else wanted):
+        lines.append(
+            f"{terms or 'No'} terms were asked for{f', of {wanted} wanted' * bool(wanted)}: the documents have too few "
+            "words of small letters of their own."
+        )
     return lines
 
 
