@@ -32,6 +32,7 @@ from .report import short
 from .result import Result, Trial
 
 SESSION = "talk"
+LONGER = 1.5  # times the tokens that were asked for: so much longer a conversation is told of
 TABLES = (("arm", "tokens"), ("arm", "tokens", "kind"), ("arm", "sort"))
 MAPS = (("tokens", "arm"),)
 REFUSALS = (NEVER_SAID, UNANSWERABLE, "I do not know", "I don't know")
@@ -353,4 +354,8 @@ def in_words(result: Result) -> list[str]:
         )
         sentence = f"{short(tokens)} tokens, {ARMS[str(arm)]}: {cell} of {cell.asked} questions right"
         sentences.append(f"{sentence}; wrong: {broke}." if broke else f"{sentence}.")
+    for tokens in (cell.values[0] for cell in result.cells("tokens")):
+        found = result.notes.get(f"conversation of {tokens}", {}).get("tokens", 0)
+        if found > LONGER * int(tokens):  # by a tokenizer of short pieces, or because the questions take as much
+            sentences.append(f"The conversation of {short(tokens)} tokens has {found:,}, as this model encodes it.")
     return sentences
