@@ -188,10 +188,10 @@ def joined(parts: Sequence[Vectors], dimension: int) -> Vectors:
 
 
 def probe(embedder: Embedder) -> list[list[float]]:
-    """What the model makes of `PROBES`, to know it by.
+    """The vectors of `PROBES`, to know a model by.
 
     Raises:
-        ValueError: where that are no vectors.
+        ValueError: where these are no vectors.
     """
     query = checked(embedder.embed_queries(PROBES[:1]), 1)
     document = checked(embedder.embed_documents(PROBES[1:]), 1, query.shape[1])
