@@ -60,7 +60,7 @@ def holding_place(places: Sequence[int], answers: Sequence[str], texts: Sequence
 def gold_text_answers(
     model: Any, base: str, questions: Sequence[dict[str, Any]], texts: Sequence[str], limit: int, **limits: int
 ) -> dict[str, float]:
-    """Set -> exact match of its first `limit` questions, answered from a passage that holds the answer.
+    """Set -> exact match of its first `limit` questions that have an answer, from a passage that holds it.
 
     Args:
         base: whose tokenizer it is.
@@ -68,9 +68,9 @@ def gold_text_answers(
     """
     tokenizer = AutoTokenizer.from_pretrained(base)
     found = {}
-    answered_sets = {item["set"] for item in questions if any(map(str.strip, item["answers"]))}
-    for kind in sets_among(answered_sets, READ_SETS):
-        numbers = [number for number, item in enumerate(questions) if item["set"] == kind][:limit]
+    graded = [number for number, item in enumerate(questions) if any(map(str.strip, item["answers"]))]
+    for kind in sets_among({questions[number]["set"] for number in graded}, READ_SETS):
+        numbers = [number for number in graded if questions[number]["set"] == kind][:limit]
         rows = []
         for number in numbers:
             item = questions[number]
@@ -78,6 +78,5 @@ def gold_text_answers(
             rows.append(prompt_row(number, item["question"], gold[:READ], texts, tokenizer))
         answered = answers_to(rows, model, tokenizer, **limits)
         right = [any(exact_match(answered[row[:2]], wanted) for wanted in questions[row[0]]["answers"]) for row in rows]
-        if right:
-            found[kind] = sum(right) / len(right)
+        found[kind] = sum(right) / len(right)
     return found
