@@ -13,15 +13,15 @@ import os
 import random
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from multiprocessing.pool import Pool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from real_data import sets_among
 from real_model import NOT_FOUND, PROTOCOL, load_start
 from real_pools import SHARES, is_held_out, shares_of
-from real_rows import Flat, device, load, log, rank, save
+from real_rows import Flat, device, load, log, rank, save, world
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -33,6 +33,34 @@ LONGEST_ROW = 1024  # tokens
 LONGEST_ANSWER = 60  # characters
 NEAR = 8  # passages that the teacher finds nearest, of which some are read beside the right one
 
+shared: tuple[list[str], Any]  # texts and tokenizer, in the processes of `row_makers`
+
+
+class Transcript(NamedTuple):
+    """A question, the places of the texts that are read, its answer, and the seed of the numbers that texts have."""
+
+    question: str
+    places: list[int]
+    answer: str
+    seed: int
+
+
+def row_makers(texts: list[str], tokenizer: Any, workers: int | None) -> Pool:
+    """Processes for `made_row`, one per core by default; forked, so before anything is on an accelerator."""
+    return multiprocessing.get_context("fork").Pool(workers or os.cpu_count(), share, (texts, tokenizer))
+
+
+def share(texts: list[str], tokenizer: Any) -> None:
+    global shared
+    shared = texts, tokenizer
+
+
+def made_row(given: Transcript) -> ReadingRow:
+    """The row of a transcript, in one of the processes of `row_makers`."""
+    texts, tokenizer = shared
+    read = [texts[place] for place in given.places]
+    return reading_row(tokenizer, PROTOCOL, given.question, read, given.answer, random.Random(given.seed))
+
 
 def prepare_reading(arguments: argparse.Namespace) -> None:
     """Rows that read, from what was prepared and what the teacher found; shard `--shard` of `--shards`."""
@@ -40,29 +68,33 @@ def prepare_reading(arguments: argparse.Namespace) -> None:
     data, taught = load(work / "sets.pt"), load(work / "sets.teacher.pt")
     texts = load(work / "sets.texts")
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-    passages = taught["passages"].to(where)
-    count = min(12, len(passages))
-    near = torch.cat(
-        [(some.to(where) @ passages.T).topk(count, dim=1).indices.cpu() for some in taught["train"].split(512)]
-    )
-    rows = reading_rows(data, texts, near.tolist(), tokenizer, arguments.reading, 1 + arguments.shard)
+    with row_makers(texts, tokenizer, arguments.workers) as makers:
+        passages = taught["passages"].to(where)
+        count = min(12, len(passages))
+        near = torch.cat(
+            [(some.to(where) @ passages.T).topk(count, dim=1).indices.cpu() for some in taught["train"].split(512)]
+        )
+        pick = random.Random(1 + arguments.shard)
+        made = labeled_transcripts(data, len(texts), near.tolist(), arguments.reading, arguments.unanswerable, pick)
+        rows = [row for row in makers.map(made_row, made, chunksize=256) if fits(row)]
     write_rows(work / f"reading{arguments.shard}.pt", rows)
     log("prepared", len(rows), "rows that read")
 
 
-def reading_rows(
-    data: dict[str, Any], texts: list[str], near: list[list[int]], tokenizer: Any, count: int, seed: int
-) -> list[ReadingRow]:
-    """Rows that read: the gold passages among up to three others; every tenth without gold passages.
+def labeled_transcripts(
+    data: dict[str, Any], texts: int, near: list[list[int]], count: int, unanswerable: float, pick: random.Random
+) -> list[Transcript]:
+    """Labeled questions with their gold passages among up to three others.
 
     Args:
+        texts: how many there are.
         near: for every labeled question the passages that a teacher finds nearest; others are drawn from these, from
             the neighbors of the gold passage and from anywhere.
+        unanswerable: share of transcripts without gold passages.
     """
-    pick = random.Random(seed)
     kept_out = set(data["held_out"].tolist())
     questions = data["train"]["questions"]
-    rows: list[ReadingRow] = []
+    made: list[Transcript] = []
     by_set = {
         name: [
             n
@@ -78,13 +110,13 @@ def reading_rows(
         number = pick.choice(by_set[pick.choices(names, shares_of(names))[0]])
         question = questions[number]
         gold = [pick.choice(group) for group in question["wanted"]][:4]
-        beside = [place for item in gold for place in range(item - 3, item + 4) if 0 <= place < len(texts)]
-        others = [*beside, *near[number], *near[number], *(pick.randrange(len(texts)) for _ in range(4))]
+        beside = [place for item in gold for place in range(item - 3, item + 4) if 0 <= place < texts]
+        others = [*beside, *near[number], *near[number], *(pick.randrange(texts) for _ in range(4))]
         everything = {place for group in question["wanted"] for place in group}
         pick.shuffle(others)
         others = [place for place in dict.fromkeys(others) if place not in everything and place not in kept_out]
         chosen = others[: pick.choice((0, 1, 2, 2, 3))]
-        answerable = pick.random() >= 0.08
+        answerable = pick.random() >= unanswerable
         if answerable:
             chosen += gold
         elif not chosen:
@@ -92,67 +124,32 @@ def reading_rows(
         pick.shuffle(chosen)
         written = [answer for answer in question["answers"] if answer.strip()]
         answer = written[0] if answerable else NOT_FOUND
-        row = reading_row(tokenizer, PROTOCOL, question["question"], [texts[place] for place in chosen], answer, pick)
-        if fits(row):
-            rows.append(row)
-    return rows
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Questions, answers and passages, for processes that make rows of them.
-
-    Attributes:
-        questions, answers: [Q]. `places`: [Q], of the passages that they were asked about, among `texts`.
-    """
-
-    questions: list[str]
-    answers: list[str]
-    places: list[int]
-    texts: list[str]
-    tokenizer: Any
-
-    def row(self, number: int, beside: list[int], answerable: bool = True) -> ReadingRow:
-        """The row of a question whose passage stands among others; without its own passage if it has no answer."""
-        pick = random.Random(number)
-        chosen = [*beside, self.places[number]] if answerable else beside
-        pick.shuffle(chosen)
-        texts = [self.texts[place] for place in chosen]
-        answer = self.answers[number] if answerable else NOT_FOUND
-        return reading_row(self.tokenizer, PROTOCOL, self.questions[number], texts, answer, pick)
-
-
-asked: Asked  # of this process and those that it forks
-
-
-def made_row(given: tuple[int, list[int], bool]) -> ReadingRow:
-    return asked.row(*given)
+        made.append(Transcript(question["question"], chosen, answer, pick.getrandbits(32)))
+    return made
 
 
 def answers(arguments: argparse.Namespace) -> None:
     """Rows that read asked questions whose answers a trained reader finds likely; shard `--shard`."""
-    global asked
     work, where, start = Path(arguments.work), device(), time.time()
     made = load(work / f"asked{arguments.shard}.pt")
     sources = [load(work / f"{name}.texts") for name in made["names"]]
     starts = torch.tensor([0, *map(len, sources)]).cumsum(0)
     texts = [text for items in sources for text in items]
+    questions, answers_of = made["texts"], made["answers"]
     places = (made["places"] + starts[made["sources"]]).tolist()
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-    asked = Asked(made["texts"], made["answers"], places, texts, tokenizer)
-    # Forked before anything is on an accelerator.
-    with multiprocessing.get_context("fork").Pool(arguments.workers or os.cpu_count()) as workers:
-        said = [n for n, answer in enumerate(asked.answers) if says(texts[places[n]], answer)]
-        alone = workers.map(made_row, [(number, [], True) for number in said], chunksize=256)
+    with row_makers(texts, tokenizer, arguments.workers) as makers:
+        said = [n for n, answer in enumerate(answers_of) if says(texts[places[n]], answer)]
+        alone = [Transcript(questions[n], [places[n]], answers_of[n], n) for n in said]
         log(len(said), "of", len(places), "answers stand in their passages;", round(time.time() - start), "s")
-        losses = answer_losses_of(alone, arguments, where)
+        losses = answer_losses_of(makers.map(made_row, alone, chunksize=256), arguments, where)
         kept = [number for number, loss in zip(said, losses.tolist(), strict=True) if loss < arguments.likely]
         log(len(kept), "are likely enough;", round(time.time() - start), "s")
         near = nearest(work, arguments.shard, made["names"], kept, where).tolist()
         pick = random.Random(arguments.shard)
         given = []
         for number, close in zip(kept, near, strict=True):
-            place = places[number]
+            place, answer = places[number], answers_of[number]
             around = [other for other in range(place - 3, place + 4) if 0 <= other < len(texts)]
             others = [*around, *close, *(pick.randrange(len(texts)) for _ in range(2))]
             pick.shuffle(others)
@@ -160,13 +157,18 @@ def answers(arguments: argparse.Namespace) -> None:
             answerable = pick.random() >= arguments.unanswerable
             # Another passage may say the same.
             if not answerable:
-                others = [other for other in others if not says(texts[other], asked.answers[number])]
-            given.append((number, others[: pick.choice((0, 0, 1, 2, 3)) or int(not answerable)], answerable))
-        rows = [row for row in workers.map(made_row, given, chunksize=256) if fits(row)]
+                others = [other for other in others if not says(texts[other], answer)]
+            chosen = others[: pick.choice((0, 0, 1, 2, 3)) or int(not answerable)]
+            if answerable:
+                chosen.append(place)
+            pick.shuffle(chosen)
+            answer = answer if answerable else NOT_FOUND
+            given.append(Transcript(questions[number], chosen, answer, number))
+        rows = [row for row in makers.map(made_row, given, chunksize=256) if fits(row)]
     write_rows(work / f"answers{arguments.shard}.pt", rows)
     log("made", len(rows), "rows that read;", round(time.time() - start), "s; for example:")
     for number in pick.sample(kept, min(12, len(kept))):
-        log("   ", asked.questions[number], "->", asked.answers[number])
+        log("   ", questions[number], "->", answers_of[number])
 
 
 def says(text: str, answer: str) -> bool:
@@ -221,11 +223,13 @@ class Reader:
     def __init__(self, arguments: argparse.Namespace, work: Path, where: torch.device) -> None:
         self.count, self.weight, self.tokens = arguments.read, arguments.read_weight, arguments.read_tokens
         self.asked = arguments.read_asked
-        shard = rank() % arguments.shards
-        names = ["reading", *(["answers"] if self.asked else [])] if self.count else []
-        files = [load(work / f"{name}{shard}.pt") for name in names]
+        # Every shard of a run of fewer processes, and one each of a run of more.
+        shards = range(rank() % arguments.shards, arguments.shards, world())
+        labeled = [load(work / f"reading{shard}.pt") for shard in shards] if self.count else []
+        asked = [load(work / f"answers{shard}.pt") for shard in shards] if self.count and self.asked else []
+        files = [*labeled, *asked]
         if files:
-            self.labeled = len(files[0]["routes"])  # rows; those of asked questions stand behind them
+            self.labeled = sum(len(data["routes"]) for data in labeled)  # rows; those of asked questions stand behind
             self.ids = Flat.joined([Flat(data["tokens"], data["lengths"]) for data in files]).to(where)
             self.labels = Flat.joined([Flat(data["labels"], data["lengths"]) for data in files]).to(where)
             self.routes = torch.cat([data["routes"] for data in files]).to(where)

@@ -481,6 +481,8 @@ def main() -> None:
     made.add_argument("--base", required=True)
     made.add_argument("--reading", type=int, default=20_000, help="rows that read, of one shard")
     made.add_argument("--shard", type=int, default=0)
+    made.add_argument("--unanswerable", type=float, default=0.08, help="share of the rows without their passages")
+    made.add_argument("--workers", type=int, help="processes that make rows (default: one per core)")
 
     made = command("answers", answers)
     made.add_argument("--base", required=True)

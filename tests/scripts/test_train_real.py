@@ -160,6 +160,33 @@ def assert_reading_in_parts(place: Path) -> None:
     torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "processes, shards, read",
+    [(1, 1, [[0]]), (2, 2, [[0], [1]]), (1, 2, [[0, 1]]), (2, 3, [[0, 2], [1]]), (3, 2, [[0], [1], [0]])],
+)
+def test_every_shard_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, shards: int, read: list[list[int]]
+) -> None:
+    """Rows made in more shards than processes train are all drawn from, asked ones apart from labeled ones."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from real_reading import Reader, ReadingRow, write_rows
+
+    for shard in range(shards):
+        for offset, name in ((0, "reading"), (10, "answers")):
+            number = shard + offset
+            rows = [ReadingRow([number] * 3, [-100, number, number], [True, False, False])] * (2 + number)
+            write_rows(tmp_path / f"{name}{shard}.pt", rows)
+    options = {"read": 4, "read_weight": 1.0, "read_asked": 0.5, "read_tokens": 64, "shards": shards}
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    for rank, expected in enumerate(read):
+        monkeypatch.setenv("RANK", str(rank))
+        reader = Reader(Namespace(**options), tmp_path, torch.device("cpu"))
+        drawn = reader.draw(2000)
+        for rows, offset in ((drawn[:1000], 0), (drawn[1000:], 10)):
+            found = reader.ids.at(rows).tokens.view(-1, 3)[:, 0]
+            assert found.unique().tolist() == [shard + offset for shard in expected]
+
+
 def test_sets_of_other_people(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Sets of any name; one document, no development questions, questions without answers or documents: all of these
     together, and few passages."""
