@@ -8,7 +8,8 @@ import torch
 from setups import Setup, assert_same, batch_of, setup, tokens
 
 from msa_hf import MemoryBank
-from msa_hf.bank import BankStore
+from msa_hf.bank import BankStore, place_bank
+from msa_hf.bank.tiered.hardware import Tiers
 
 LENGTHS = (1, 3, 4, 7, 12, 5, 9)
 GONE = (1, 4)
@@ -93,6 +94,26 @@ def test_an_empty_bank_is_no_memory_but_a_prefix(made: Setup, deleted: bool) -> 
         expected = made.model(**batch, memory=made.bank, force_documents=nothing)
     assert all((routing.documents == -1).all() for routing in found.routing.values())
     assert_same(found.logits, expected.logits)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"score_bias": True}, {"query_reduction": "mean"}, {"head_reduction": "max"}, {"chunk_reduction": "mean"}],
+    ids=lambda fields: "-".join(map(str, *fields.items())) if fields else "default",
+)
+def test_an_empty_bank_has_no_scores(fields: dict[str, Any]) -> None:
+    """Whichever way documents are scored, with and without a gradient, and where the scores of all are asked for."""
+    made = setup("qwen3", "sdpa", **fields)
+    bank, batch = made.model.open_memory(), batch_of(tokens(5, 9, seed=3))
+    tiered = place_bank(bank, tiers=Tiers(*[10**12] * 3))
+    expected = made.model(**batch, memory=made.bank, force_documents=torch.full((2, 1), -1)).logits
+    for memory in (bank, tiered):
+        for all_scores in (False, True):
+            found = made.model(**batch, memory=memory, output_document_scores=all_scores)
+            assert_same(found.logits, expected)
+            for routing in found.routing.values():
+                assert (routing.documents == -1).all()
+                assert routing.document_scores is None or routing.document_scores.shape == (2, 0)
 
 
 def test_changed_text_is_what_the_model_reads(made: Setup) -> None:

@@ -346,7 +346,7 @@ def _tiles(routing_keys: KeyRows, queries: Tensor) -> Iterator[tuple[Tensor, Cal
     batch, width = queries.shape[:2]
 
     def rows_of(keys: Tensor) -> list[slice]:
-        step = max(tile_elements(queries.device) // (keys.shape[0] * width), 1)
+        step = max(tile_elements(queries.device) // max(keys.shape[0] * width, 1), 1)  # a bank may be empty
         return [slice(start, start + step) for start in range(0, batch, step)]
 
     for keys in routing_keys.split(TILE_CHUNKS * _tiles_on(queries.device)):
@@ -355,7 +355,7 @@ def _tiles(routing_keys: KeyRows, queries: Tensor) -> Iterator[tuple[Tensor, Cal
 
 def _score_chunks(queries: Tensor, valid: Tensor, keys: Tensor, query_reduction: str) -> Tensor:
     """[b, t, G or H, D] queries against [c, G * D] keys -> [b, c]: heads and tokens reduced, tokens in tiles."""
-    step = max(tile_elements(queries.device) // (keys.shape[0] * queries.shape[0]), 1)
+    step = max(tile_elements(queries.device) // max(keys.shape[0] * queries.shape[0], 1), 1)
     total: Tensor | None = None
     for part, real in zip(queries.split(step, dim=1), valid.split(step, dim=1), strict=True):
         scores = _token_scores(part, keys)
