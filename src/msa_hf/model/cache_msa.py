@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
@@ -190,8 +190,7 @@ class MSAStaticCache(KeepsContexts, StaticCache):
             if layer.is_initialized:
                 layer.keys, layer.values = (item.repeat_interleave(repeats, 0) for item in (layer.keys, layer.values))
                 layer.batch_size = layer.keys.shape[0]
-                torch._dynamo.mark_static_address(layer.keys)
-                torch._dynamo.mark_static_address(layer.values)
+                _mark_as_staying([layer.keys, layer.values])
         self._repeat_contexts(repeats)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -240,10 +239,16 @@ class MSAStaticCache(KeepsContexts, StaticCache):
             copies += [(place, given[name]) for name, place in tensors_of(settled).items()]
             return settled
         own: dict[str, Any] = {name: item.clone(memory_format=torch.contiguous_format) for name, item in given.items()}
-        for item in own.values():
-            torch._dynamo.mark_static_address(item)
+        _mark_as_staying(own.values())
         self._settled[layer] = replace(context, **own)
         return self._settled[layer]
+
+
+def _mark_as_staying(tensors: Iterable[Tensor]) -> None:
+    """Tell torch.compile that tensors stay where they are; not within a trace of its own, which refuses that."""
+    if not torch.compiler.is_compiling():
+        for item in tensors:
+            torch._dynamo.mark_static_address(item)
 
 
 def tensors_of(context: MemoryContext) -> dict[str, Tensor]:
