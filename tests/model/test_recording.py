@@ -466,3 +466,27 @@ def test_graphs_of_a_gpu() -> None:
                 torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
     recordings = [cache.recordings for cache in spare_caches_msa._spare[model].values()]
     assert sum(len(item.known) for item in recordings) >= 3 and not any(item.refused for item in recordings)
+
+
+def test_weights_that_autocast_has_cast(tapes: list[PlainTape]) -> None:
+    """A recording casts them itself: what autocast keeps of a weight is gone, or old, when it is played."""
+    made = setup("qwen3", "sdpa", **SMALL)
+    tolerance = 8 * torch.finfo(torch.bfloat16).eps
+    for _ in range(3):
+        made.bank = made.model.encode_documents(made.documents, show_progress=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            for seed in range(5):
+                given = {**batch_of(tokens(9, seed=seed)), **EXACTLY, "memory": made.bank, "max_new_tokens": 1}
+                given["min_new_tokens"] = 1
+                logits: list[torch.Tensor] = []
+                for options in ({}, recorded()):
+                    seen: list[torch.Tensor] = []
+                    hook = made.model.register_forward_hook(
+                        lambda _, args, output, seen=seen: seen.append(output.logits)
+                    )
+                    made.model.generate(**given, **options)
+                    hook.remove()
+                    logits += seen
+                assert_same(logits[1], logits[0], tolerance)
+        with torch.no_grad():
+            made.model.lm_head.weight.mul_(2)

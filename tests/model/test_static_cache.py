@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from setups import FEW, Setup, assert_same, batch_of, setup, tokens
+from setups import FEW, PREFIX, Setup, assert_same, batch_of, setup, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
@@ -202,6 +202,48 @@ def test_more_rows_than_there_is_room_for(compiling: dict[str, Any], monkeypatch
     monkeypatch.setattr(compiled_msa, "MOST_ROWS", LEAST_BUCKET)
     cache = same(made, QUESTIONS["one"], **compiling)
     assert int(cache.get_seq_length()) == 9 + EXACTLY["max_new_tokens"] - 1
+
+
+def test_a_prefix_that_takes_all_the_room(compiling: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = setup("qwen3", "sdpa", **SMALL)
+    monkeypatch.setattr(compiled_msa, "MOST_ROWS", len(PREFIX) - 1)
+    same(made, QUESTIONS["one"], **compiling)
+    empty = made.model.open_memory()
+    compiled, plain = (
+        made.model.generate(**QUESTIONS["one"], memory=empty, **EXACTLY, **more) for more in (compiling, {})
+    )
+    assert torch.equal(compiled, plain)
+
+
+@pytest.mark.parametrize("how", ["forward", "model"])
+def test_a_model_that_its_owner_compiles(how: str) -> None:
+    """Whole, as transformers' own examples do: the static cache takes part in the trace."""
+    torch.compiler.reset()
+    made = setup("qwen3", "sdpa", **SMALL)
+    expected = made.model.generate(**QUESTIONS["one"], memory=made.bank, **EXACTLY)
+    if how == "forward":
+        made.model.forward = torch.compile(made.model.forward, backend="eager")
+    else:
+        made.model.compile(backend="eager")
+    found = made.model.generate(**QUESTIONS["one"], memory=made.bank, cache_implementation="static", **EXACTLY)
+    assert torch.equal(found, expected)
+    torch.compiler.reset()
+
+
+def test_compiled_under_autocast(compiling: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Which keeps keys and values in dtypes of its own: not in a cache that was left without it, nor the other way."""
+    made = setup("qwen3", "sdpa", **SMALL)
+    compiled_msa.logger.parent.propagate = True
+    exact = made.model.generate(**QUESTIONS["one"], memory=made.bank, **EXACTLY)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = made.model.generate(**QUESTIONS["one"], memory=made.bank, **EXACTLY, **DETAILS)
+            found = made.model.generate(**QUESTIONS["one"], memory=made.bank, **compiling, **EXACTLY, **DETAILS)
+            made.model.generate(**QUESTIONS["one"], memory=made.bank, **compiling, **EXACTLY)  # leaves a cache
+        for ours, theirs in zip(found.logits, expected.logits, strict=True):
+            assert_same(ours, theirs, 8 * torch.finfo(torch.bfloat16).eps)
+        assert torch.equal(made.model.generate(**QUESTIONS["one"], memory=made.bank, **compiling, **EXACTLY), exact)
+    assert "Under autocast the first prompt of a cache is not compiled" in caplog.text
 
 
 def test_what_is_not_compiled_says_so(compiling: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:

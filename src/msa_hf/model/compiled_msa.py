@@ -36,7 +36,7 @@ from .prompt_buckets_msa import (
     visible_tokens,
 )
 from .recalling_msa import Asked, RecallingLayer, asking, recall_operation
-from .recording_msa import Inputs, Step, is_recordable, state_of
+from .recording_msa import Inputs, Step, autocast_of, is_recordable, state_of
 from .routing_msa import LayerRouting
 from .types_msa import Arguments
 
@@ -152,6 +152,13 @@ class CompiledRuns:
             problem = "its positions change with the length of a text"
         elif known - INPUTS:
             problem = f"{sorted(known - INPUTS)[0]!r} changes what comes out"
+        if not cache.is_initialized and autocast_of(model.device) is not None:
+            # Layers differ in whether autocast leaves their keys as wide as the weights.
+            logger.warning_once(
+                "Under autocast the first prompt of a cache is not compiled: it shows in which dtypes tokens are kept. "
+                "A model in 16 bits (`dtype=torch.bfloat16`) needs no autocast."
+            )
+            return None
         if problem is not None:
             logger.warning_once(f"The runs of this model with a memory are not compiled: {problem}.")
         return cache if problem is None else None
@@ -180,7 +187,7 @@ class CompiledRuns:
         if not self.recorded or compiling is None:
             return
         if anew or compiling.state is None:
-            settings = model.config._attn_implementation, torch.is_autocast_enabled(model.device.type)
+            settings = model.config._attn_implementation, autocast_of(model.device)
             compiling.state = settings, state_of(model)
         cache.recordings.renew(compiling.state)
 
@@ -269,6 +276,8 @@ class CompiledRuns:
         prefixed = max((keys.shape[-2] for keys, _ in memory.prefix.values()), default=0)
         most = memory.documents.most_chunks(request.k)
         rows = min(bucket_of(prefixed + most), MOST_ROWS) - prefixed
+        if rows < min(most, 1):  # the prefix alone takes all of it
+            return None
         contexts = dict(contexts)
 
         def run(found: Inputs) -> Chosen:

@@ -341,7 +341,8 @@ class Recordings:
             return recorded.result
         recording, restore = Recording(*self.tapes), undo()
         try:
-            result = recording.record(lambda: function(places.tensors))
+            with without_cached_casts():
+                result = recording.record(lambda: function(places.tensors))
         except RuntimeError as error:
             if recording.on_host:
                 raise
@@ -351,6 +352,27 @@ class Recordings:
             return function(inputs)
         self.known[kind] = Recorded(recording, held, result)
         return result
+
+
+def autocast_of(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast computes on a device now; None where it is off, or the device has none."""
+    kind = device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled else None
+
+
+@contextlib.contextmanager
+def without_cached_casts() -> Iterator[None]:
+    """Have autocast cast weights anew.
+
+    Casts that it keeps are freed where it ends, and a run that was recorded with them would read them for ever.
+    """
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
 
 
 def copy_all(places: Sequence[Tensor], items: Sequence[Tensor]) -> None:

@@ -13,14 +13,15 @@ import torch
 
 from .cache_msa import MSAStaticCache
 from .options_msa import static_cache, static_room
+from .recording_msa import autocast_of
 
 if TYPE_CHECKING:
     from .generating_msa import GeneratingMixin
 
 MOST_SPARE = 4  # caches of a model that wait for the next call of a like size
-# Dtype and device of the model; samples, room, made in inference mode.
+# Dtype and device of the model; samples, room, made in inference mode, dtype of autocast.
 Place = tuple[torch.dtype, torch.device]
-Kind = tuple[Place, int, int, bool]
+Kind = tuple[Place, int, int, bool, torch.dtype | None]
 
 _spare: weakref.WeakKeyDictionary[torch.nn.Module, dict[Kind, MSAStaticCache]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
@@ -79,8 +80,8 @@ def _free(caches: list[MSAStaticCache]) -> None:
 
 
 def _kind_of(model: GeneratingMixin, samples: int, room: int) -> Kind:
-    # Tensors that were made in inference mode cannot be written to outside of it.
-    return _place_of(model), samples, room, torch.is_inference_mode_enabled()
+    # Tensors that were made in inference mode cannot be written to outside of it, and autocast keeps others.
+    return _place_of(model), samples, room, torch.is_inference_mode_enabled(), autocast_of(model.device)
 
 
 def _place_of(model: GeneratingMixin) -> Place:
