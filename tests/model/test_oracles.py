@@ -574,6 +574,10 @@ def test_no_input() -> None:
         made.model(memory=made.bank)
     with pytest.raises(ValueError, match="needs a prompt"):
         made.model.generate(memory=made.bank)
+    with pytest.raises(ValueError, match="prompt has no tokens"):
+        made.model.generate(torch.empty(1, 0, dtype=torch.long), memory=made.bank)
+    with pytest.raises(ValueError, match=r"must be \[batch, tokens\], got \(3,\)"):
+        made.model.generate(torch.tensor([5, 6, 7]), memory=made.bank)
 
 
 @pytest.mark.parametrize("name", ["routing_mask", "force_documents"])

@@ -95,6 +95,8 @@ class GeneratingMixin(MemoryMixin):
         prompt = next((given[name] for name in PROMPTS if given.get(name) is not None), None)
         if prompt is None:
             raise ValueError("generate() with a memory needs a prompt.")
+        if prompt.dim() < 2:
+            raise ValueError(f"A prompt must be [batch, tokens], got {tuple(prompt.shape)}; one alone: `ids[None]`.")
         refuse_assistant(given.get("assistant_model"), memory, options)
         refuse_drafts_of_offloaded(self, options)
         refuse_attentions(options, self.config._attn_implementation)
@@ -133,6 +135,8 @@ class GeneratingMixin(MemoryMixin):
             given.pop("force_documents", None)  # the prompt has been seen, and its documents stay
         elif past:
             refuse_drafts(options)
+        if not mask.shape[1]:
+            raise ValueError("The prompt has no tokens: without a question no documents can be chosen.")
         if mask.shape[1] <= past:
             raise ValueError(
                 f"The cache holds {past} tokens, `attention_mask` covers {mask.shape[1]}: pass the whole history, or "
