@@ -178,6 +178,12 @@ def test_a_seed_decides_a_draw(client: httpx.Client) -> None:
     assert drawn[0] == drawn[1] and len(set(drawn)) > 1
 
 
+@pytest.mark.parametrize("temperature", [1e-25, 1e-38, 5e-324])
+def test_a_temperature_next_to_nothing_takes_the_most_likely_tokens(client: httpx.Client, temperature: float) -> None:
+    most_likely = text_of(ask(client, QUESTIONS[0], max_tokens=6))
+    assert text_of(ask(client, QUESTIONS[0], temperature=temperature, max_tokens=6)) == most_likely
+
+
 def test_a_conversation_is_asked_as_everywhere_and_nothing_is_dropped_silently(
     server: Served, client: httpx.Client
 ) -> None:

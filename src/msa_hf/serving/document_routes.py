@@ -6,6 +6,7 @@ from typing import Annotated
 
 from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.responses import JSONResponse
 
 from ..json_object import JsonObject
@@ -18,6 +19,15 @@ from .service import Service
 
 Tags = Annotated[str | None, Header(max_length=4096)]
 MOST_VERSION = 2**62
+
+
+class _KeyConvertor(PathConvertor):
+    """The rest of a path, line breaks too: starlette's own leaves one at the end out, which is another key."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("document_key", _KeyConvertor())
 
 
 def document_routes(service: Service) -> APIRouter:
@@ -77,12 +87,12 @@ def document_routes(service: Service) -> APIRouter:
         """Delete a document."""
         return await remove(request, key, expected(expected_version, if_match))
 
-    @router.get("/v1/documents/{key:path}", tags=["documents"])
+    @router.get("/v1/documents/{key:document_key}", tags=["documents"])
     async def get_document(key: str, if_none_match: Tags = None) -> Response:
         """A document with its text."""
         return await show(key, if_none_match)
 
-    @router.put("/v1/documents/{key:path}", tags=["documents"])
+    @router.put("/v1/documents/{key:document_key}", tags=["documents"])
     async def put_document(
         key: str, body: DocumentBody, request: Request, if_match: Tags = None, if_none_match: Tags = None
     ) -> Response:
@@ -91,7 +101,7 @@ def document_routes(service: Service) -> APIRouter:
         ((document, fresh, changed),) = await put(request, [given(checked(key), body, wanted)])
         return JSONResponse(as_put(document, fresh, changed), 201 if fresh else 200, {"ETag": etag(document)})
 
-    @router.delete("/v1/documents/{key:path}", tags=["documents"])
+    @router.delete("/v1/documents/{key:document_key}", tags=["documents"])
     async def delete_document(
         key: str,
         request: Request,

@@ -20,6 +20,7 @@ MOST_STOPS = 4
 SHOWN_NAME = 100  # characters of a name in an error
 LONGEST_KEY = 1024  # characters
 MOST_DOCUMENTS = 256  # of one commit
+LEAST_TEMPERATURE = 1e-30  # logits over less overflow; the most likely token alone is drawn long before
 # Option -> the values of it that ask for nothing.
 ABSENT: dict[str, tuple[object, ...]] = {
     "n": (1,),
@@ -139,9 +140,10 @@ class Generated(Body):
             name = "max_tokens" if new_tokens is None else "max_completion_tokens"
             raise bad_parameter(name, f"at most {limits.new_tokens} on this server, got {asked}.")
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        temperature = self.temperature or 0.0
         return Options(
             default if asked is None else asked,
-            0.0 if self.temperature is None else self.temperature,
+            temperature if temperature >= LEAST_TEMPERATURE else 0.0,
             1.0 if self.top_p is None else self.top_p,
             self.seed,
             stops,
