@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from msa_hf.bank import BankDamaged, BankLocked, BankStore
 from msa_hf.bank.store.segments import Segment
+from msa_hf.bank.store.state import State
 from msa_hf.generation import COMPACT, DocumentIds
 from msa_hf.model import bank_format_msa, bank_manifest_msa
-from msa_hf.model.bank_format_msa import FileRecord
+from msa_hf.model.bank_format_msa import BankFormatError, FileRecord
 from msa_hf.model.bank_writer_msa import BankWriter
 from msa_hf.model.memory_msa import BankOrigin, Document, DocumentTable, MemoryBank
 from msa_hf.model.shard_msa import Shard
@@ -250,6 +251,60 @@ def test_what_is_no_document_is_named_and_changes_nothing(
 
 
 # --- snapshots and readers --------------------------------------------------------------------------------------------
+
+
+def test_what_is_caught_inside_a_batch_leaves_nothing_in_its_commit(place: Path | None) -> None:
+    with BankStore(FakeModel(), place) as bank:
+        bank.upsert("there", "one")
+        with bank.batch():
+            bank.upsert("pending", "two")
+            with pytest.raises(ValueError, match="'there'"):
+                bank.add([{"key": "lost", "text": "three"}, {"key": "there", "text": "four"}])
+            with pytest.raises(ValueError, match="no text"):
+                bank.add([{"key": "lost", "text": "three"}, {"key": "other"}])
+            assert bank.add(["five"]) == [2]
+        assert texts(bank) == {"there": "one", "pending": "two", "2": "five"}
+
+
+def test_a_document_is_that_of_its_key_while_another_thread_compacts(
+    place: Path | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with BankStore(FakeModel(), place) as bank:
+        bank.add({"key": f"k{number}", "text": f"text {number}"} for number in range(4))
+        bank.delete("k0")
+        find = State.find
+
+        def find_and_compact(state: State, key: str) -> int | None:
+            row = find(state, key)
+            bank.compact()
+            return row
+
+        monkeypatch.setattr(State, "find", find_and_compact)
+        found = bank.get("k1")
+        assert found is not None and (found.key, found.text) == ("k1", "text 1")
+
+
+def test_an_integer_names_a_document_wherever_a_key_does(place: Path | None) -> None:
+    with BankStore(FakeModel(), place) as bank:
+        bank.add([{"key": 7, "text": "seven", "version": 3}])
+        for key in (7, np.int64(7), "7"):
+            found = bank.get(key)  # type: ignore[arg-type]
+            assert found is not None and found.key == "7" and key in bank  # type: ignore[operator]
+            assert bank.known_version(key) == 3  # type: ignore[arg-type]
+            assert bank.snapshot().documents.position(key) == bank.documents.position(key) == 0  # type: ignore[arg-type]
+        assert 8 not in bank and bank.get(8) is None  # type: ignore[operator,arg-type]
+        for wrong in (7.0, True, None):
+            with pytest.raises(TypeError, match="an integer by its digits"):
+                bank.get(wrong)  # type: ignore[arg-type]
+            with pytest.raises(TypeError, match="an integer by its digits"):
+                bank.documents.position(wrong)  # type: ignore[arg-type]
+
+
+def test_a_file_in_the_place_of_the_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no bank")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(BankFormatError, match="a file is where the directory of a bank is to be"):
+            BankStore(FakeModel(), path)
 
 
 def test_a_snapshot_stays_while_the_writer_goes_on(place: Path | None) -> None:

@@ -19,7 +19,7 @@ from ..generation.asking import Asker, asker_of
 from ..hybrid.streams import open_when_free
 from ..model.bank_format_msa import MANIFEST
 from ..model.checkpoint_msa import UNTRAINED
-from ..model.document_table_msa import Document
+from ..model.document_table_msa import Document, DocumentTable
 from ..model.memory_msa import MemoryBank
 from ..retrieval import Hit, Searcher
 from ..retrieval.where import Where
@@ -188,7 +188,8 @@ class SharedBank:
             ValueError: for a cursor of another bank, or of this one before it was compacted.
         """
         self._store.refresh()
-        state, documents = self._store.state, self._store.documents
+        state = self._store.state  # once: another call may move on to a later commit
+        documents = DocumentTable(state.table, state.hidden, state.find)
         lineage, first = str(state.manifest.get("lineage", "")), 0
         if cursor is not None:
             origin, _, row = cursor.partition(":")

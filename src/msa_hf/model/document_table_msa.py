@@ -14,6 +14,7 @@ from torch import Tensor
 from .arrow_msa import ROWS_PER_BATCH, pyarrow, table_schema, write_batches
 from .bank_format_msa import RESTORE, BankFormatError
 from .bounds_msa import check_json
+from .given_documents_msa import key_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +222,9 @@ class DocumentTable(Sequence[Document]):
 
         Raises:
             KeyError: naming a key that no document has.
+            TypeError: for what is no key.
         """
+        key = key if isinstance(key, str) else key_of(key)
         if self._find is not None:
             if (row := self._find(key)) is None:
                 raise KeyError(key)

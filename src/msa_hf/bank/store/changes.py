@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -96,6 +97,35 @@ class Changes:
         self._protocol, self._watermark = protocol, watermark
         self.next_id = next_id
         self.of_keys: dict[str, Change] = {}
+        self._before: dict[str, Change | None] | None = None  # of the keys that changed since `all_or_none` began
+
+    @contextlib.contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """A block whose changes are taken back where it raises: the commit may go on without them."""
+        outer, next_id = self._before, self.next_id
+        before: dict[str, Change | None] = {}
+        self._before = before
+        try:
+            yield
+        except BaseException:
+            for key, change in before.items():
+                if change is None:
+                    del self.of_keys[key]
+                else:
+                    self.of_keys[key] = change
+            self.next_id = next_id
+            raise
+        else:
+            if outer is not None:
+                for key, change in before.items():
+                    outer.setdefault(key, change)
+        finally:
+            self._before = outer
+
+    def _change(self, key: str, change: Change) -> None:
+        if self._before is not None:
+            self._before.setdefault(key, self.of_keys.get(key))
+        self.of_keys[key] = change
 
     def known(self, key: str) -> tuple[Known, int | None]:
         """Look a key up, in the changes or else in the bank, and its row there."""
@@ -140,7 +170,7 @@ class Changes:
             self.next_id += 1
         # An unchanged text whose row is in the bank keeps its tensors; else what is pending is encoded once anyway.
         copied = same and (key not in self.of_keys or self.of_keys[key].copy)
-        self.of_keys[key] = Change(Known(latest, id, digest, encoded, True), row, text, tokens, copied)
+        self._change(key, Change(Known(latest, id, digest, encoded, True), row, text, tokens, copied))
         return True
 
     def delete(self, key: str, version: int | None) -> bool:
@@ -150,7 +180,7 @@ class Changes:
         if self._is_late(known, stated) or (not known.exists and version is None):
             return False
         version = known.version if version is None else version
-        self.of_keys[key] = Change(Known(version), row)
+        self._change(key, Change(Known(version), row))
         return known.exists
 
     def _is_late(self, known: Known, version: int | None) -> bool:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...model.bank_format_msa import (
+    CHOOSE,
     MANIFEST,
     BankFormatError,
     Manifest,
@@ -60,6 +61,18 @@ class Contents:
     keys: DeletedKeys
     prefix: dict[int, TensorPair] | None
     damage: list[Damage]
+
+
+def make_directory(directory: Path) -> None:
+    """Make the directory of a bank, and those above it, where they are missing.
+
+    Raises:
+        BankFormatError: where a file has the name of one of them.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise format_error(directory, "a file is where the directory of a bank is to be", CHOOSE) from error
 
 
 def read_contents(reader: BankReader, opened: Iterable[Segment], device: torch.device) -> Contents:

@@ -18,6 +18,7 @@ from ...model.bank_lock_msa import missing_commit, noted_commit
 from ...model.bank_log_msa import entry_name
 from ...model.bank_manifest_msa import TRIES, read_manifest
 from ...model.bank_reader_msa import BankReader, read_bank
+from ...model.given_documents_msa import key_of
 from ...model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable, LayerMemory, MemoryBank
 from ...model.routing_msa import RoutingRequest
 from ...retrieval.followers import Followers
@@ -150,7 +151,8 @@ class CommittedBank:
     @property
     def documents(self) -> DocumentTable:
         """The documents of now; their tensors are not read."""
-        return DocumentTable(self.state.table, self.state.hidden, self.state.find)
+        state = self.state  # once: another thread may commit meanwhile
+        return DocumentTable(state.table, state.hidden, state.find)
 
     @property
     def prefix(self) -> dict[int, TensorPair]:
@@ -204,46 +206,49 @@ class CommittedBank:
         return len(self.state)
 
     def __contains__(self, key: str) -> bool:
-        return self._find(key) is not None
+        return self._find(key_of(key))[1] is not None
 
     def get(self, key: str) -> Document | None:
         """The document named `key` as it was last committed, None if there is none.
 
         Raises:
             BankDamaged: if a table that may hold the document is damaged.
+            TypeError, ValueError: for what is no key.
         """
-        row = self._find(key)
-        return None if row is None else DocumentTable(self.state.table, find=self.state.find).row(row)
+        state, row = self._find(key_of(key))
+        return None if row is None else DocumentTable(state.table, find=state.find).row(row)
 
-    def _find(self, key: str) -> int | None:
-        """The row of a key; that there is none is never said from bytes that were not verified.
+    def _find(self, key: str) -> tuple[State, int | None]:
+        """The state of now, and the row that a key has in it: another thread may commit, and move rows, meanwhile.
 
-        If a writer has removed files of the state of a bank that was opened to read, it moves on to the last commit.
+        That there is none is never said from bytes that were not verified. If a writer has removed files of the state
+        of a bank that was opened to read, it moves on to the last commit.
         """
         for attempt in range(TRIES):
-            row = self.state.find(key)
+            state = self.state
+            row = state.find(key)
             if row is not None or self.directory is None:
-                return row
-            if self.state.may_have_lost(key):
+                return state, row
+            if state.may_have_lost(key):
                 raise BankDamaged(f"{key!r} may be the key of a document in damaged files ({self._damaged_files()}).")
             try:
-                self._verify_tables()
+                self._verify_tables(state)
             except BankDamaged:
                 if attempt + 1 == TRIES or not self.refresh():
                     raise
             else:
-                return None
+                return state, None
         raise AssertionError
 
     def _damaged_files(self) -> str:
         return ", ".join(sorted(self._damage))
 
-    def _verify_tables(self) -> None:
+    def _verify_tables(self, state: State) -> None:
         """Compare the tables of a bank that was opened to read with their SHA-256, each of them once."""
         assert self.directory is not None
         if not self.read_only:
             return  # it was opened with that
-        for segment in self.state.segments:
+        for segment in state.segments:
             record = segment.record["table"]
             if record["file"] not in self._verified and not segment.lost.all():
                 if (cause := damage_of_file(self.directory, record)) is not None:
@@ -266,7 +271,7 @@ class CommittedBank:
             "chunks": state.chunks,
             "tokens": state.tokens,
             "segments": len(state.segments),
-            "generation": self.generation,
+            "generation": state.manifest["generation"],
             "next_id": state.manifest["next_id"],
             "remembered_deletions": len(self._deleted_keys),
             "bytes": sum(entry["bytes"] for entry in files),

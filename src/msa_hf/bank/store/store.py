@@ -35,7 +35,7 @@ from .erase import erase
 from .errors import BankDamaged, BankNotWritable, CommitOutcomeUnknown
 from .format_v1 import as_version_3
 from .merge import LOG_COMMITS, merged_in_memory, segment_bytes, segments_to_merge, write_checkpoint
-from .open import new_bank, remove_leftovers
+from .open import make_directory, new_bank, remove_leftovers
 from .reading import CommittedBank
 from .segments import Segment, damage_of
 from .state import State
@@ -126,7 +126,7 @@ class BankStore(CommittedBank):
             if model is None and self.directory is not None:
                 read_manifest(self.directory)  # before anything is made there
             if self.directory is not None and not read_only:
-                self.directory.mkdir(parents=True, exist_ok=True)
+                make_directory(self.directory)
                 self._access = WriteAccess(self.directory, sole_writer)
                 remove_leftovers(self.directory)
             if self.directory is not None and (read_only or is_bank(self.directory)):
@@ -176,7 +176,10 @@ class BankStore(CommittedBank):
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[BankStore]:
-        """Everything inside is one commit; where something raises, none of it happens."""
+        """Everything inside is one commit; where something raises, none of it happens.
+
+        A call inside whose error you catch leaves nothing in the commit either.
+        """
         with self._mutex:
             if self._pending is not None:
                 raise RuntimeError("A batch of this bank is open already.")
@@ -215,7 +218,7 @@ class BankStore(CommittedBank):
         """
         given_documents = each_document(read_paths(documents) if are_paths(documents) else documents)
         ids: list[int | None] = []
-        with self._changing() as changes:
+        with self._changing() as changes, changes.all_or_none():
             for document in given_documents:
                 given = GivenDocument.of(document)
                 key = str(changes.next_id) if given.key is None else key_of(given.key)
@@ -250,6 +253,7 @@ class BankStore(CommittedBank):
     def known_version(self, key: str) -> int | None:
         """The version up to which events about a key have no effect: that of its document or of its deletion, or a
         watermark above it; None where none is known."""
+        key = key_of(key)
         with self._mutex:
             known, _ = self._committed(key) if self._pending is None else self._pending.known(key)
             versions = [item for item in (known.version, self.state.manifest.get("watermark")) if item is not None]
