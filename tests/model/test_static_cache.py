@@ -171,6 +171,24 @@ def test_warmup_without_a_compiler() -> None:
     assert list(plain) == [(1, 5), (1, 6), (2, 5), (2, 6)]
 
 
+@pytest.mark.parametrize(
+    "given, kind, said",
+    [
+        ({"memory": None}, TypeError, "pass a bank"),
+        ({"prompt_tokens": 16}, TypeError, "`prompt_tokens` takes whole numbers, as in .16, 32., got 16"),
+        ({"prompt_tokens": [8, 0]}, ValueError, "`prompt_tokens` takes numbers from 1, got .8, 0."),
+        ({"prompt_tokens": []}, ValueError, "`prompt_tokens` takes numbers from 1"),
+        ({"batch_sizes": [1.5]}, TypeError, "`batch_sizes` takes whole numbers"),
+        ({"batch_sizes": (-1,)}, ValueError, "`batch_sizes` takes numbers from 1"),
+        ({"max_new_tokens": 0}, ValueError, "`max_new_tokens` takes numbers from 1"),
+    ],
+)
+def test_warmup_refuses(given: dict[str, Any], kind: type[Exception], said: str) -> None:
+    made = setup("qwen3", "sdpa", **SMALL)
+    with pytest.raises(kind, match=said):
+        made.model.warmup(**{"memory": made.bank, **given})
+
+
 def test_compiled_batches_and_turns(compiling: dict[str, Any]) -> None:
     """Padded questions, and a cache that is handed on from turn to turn, in which padding left no trace."""
     made, before = setup("qwen3", "sdpa", **SMALL), graphs()

@@ -220,7 +220,15 @@ class GeneratingMixin(MemoryMixin):
         Returns:
             Seconds by (batch size, tokens of the prompt). Where transformers does not compile, as on the CPU, they are
             those of a plain run.
+
+        Raises:
+            TypeError, ValueError: without a memory, and for lengths and sizes that are no whole numbers from 1.
         """
+        if memory is None:
+            raise TypeError("warmup() compiles what runs with a memory: pass a bank of the kind that will be asked.")
+        _check_sizes("prompt_tokens", prompt_tokens)
+        _check_sizes("batch_sizes", batch_sizes)
+        _check_sizes("max_new_tokens", (max_new_tokens,))
         seconds: dict[tuple[int, int], float] = {}
         cases = [(batch, length) for batch in batch_sizes for length in prompt_tokens]
         for batch, length in tqdm(cases, "warming up", disable=not show_progress):
@@ -335,6 +343,13 @@ class GeneratingMixin(MemoryMixin):
                 if force_documents is not None and (not past or bool(part.any())):
                     model_inputs["force_documents"] = force_documents
         return model_inputs
+
+
+def _check_sizes(name: str, sizes: Sequence[int]) -> None:
+    if not isinstance(sizes, Sequence) or not all(isinstance(size, int) for size in sizes):
+        raise TypeError(f"`{name}` takes whole numbers, as in [16, 32], got {sizes!r}.")
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"`{name}` takes numbers from 1, got {list(sizes)}.")
 
 
 def _stop_behind(tokens: int) -> Callable[..., Tensor]:
