@@ -75,7 +75,8 @@ def test_passages_are_cut_to_length_and_taken_once() -> None:
     for limit in (5, pick.randint(10, 25), 200):
         found, repeated = cut_passages({**texts, "copy": texts["note3"]}, tokenizer, limit)
         assert max(len(tokenizer(passage.text)["input_ids"]) for passage in found) <= limit
-        assert repeated >= 1 and len({passage.text for passage in found}) == len(found)
+        assert len({passage.text for passage in found}) == len(found)
+        assert {found[place].text in texts["note3"] for document, place in repeated if document == len(texts)} == {True}
         together = {n: " ".join(p.text for p in found if p.document == n).split() for n in range(len(texts))}
         if limit == 200:
             assert [" ".join(together[n]) for n in together] == [" ".join(text.split()) for text in texts.values()]

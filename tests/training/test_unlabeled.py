@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from forking import ended, forked
@@ -16,11 +17,13 @@ from small_corpus import notes, save_base, save_notes, tokenizer_of_notes
 
 from msa_hf import MSAForCausalLM
 from msa_hf.cli import main
+from msa_hf.data.questions import Question
 from msa_hf.training import router_run
 from msa_hf.training.asked_questions import ASKED_FILE
+from msa_hf.training.mining import TokenStore
 from msa_hf.training.monitor import CollapseGuard
 from msa_hf.training.pairs import words
-from msa_hf.training.pools import PoolDrawer
+from msa_hf.training.pools import PoolDrawer, Round
 from msa_hf.training.router_run import CURVE_FILE, PLOT_FILE, train_routers
 from msa_hf.training.router_settings import RouterSettings
 from msa_hf.training.unlabeled import CHECKPOINT_FILE, prepare_routers
@@ -164,6 +167,46 @@ def test_questions_are_mixed_in_and_train_the_reader(place: Path, tmp_path: Path
     first = load_file(tmp_path / "base" / "model.safetensors")
     # Above the last memory layer there is only what reads.
     assert not torch.equal(trained["model.layers.1.mlp.down_proj.weight"], first["model.layers.1.mlp.down_proj.weight"])
+
+
+def test_answers_stay_in_the_texts_that_labeled_questions_read(place: Path, tmp_path: Path) -> None:
+    """Held-out passages lose the sentence that asks for them, but not the one that answers a labeled question; in
+    pools such a passage is whole too."""
+    questions: list[Question] = [
+        {"question": f"what of {key}", "answer": " ".join(words(text)[-5:]), "positives": [key]}
+        for key, text in notes().items()
+    ]
+    for seed in range(3):
+        prepared = prepare_routers(settings(place, tmp_path / "out", seed=seed, held_out=40), notes(), questions)
+        taken_out = 0
+        for item in [*prepared.labeled, *prepared.measured]:
+            text = " ".join(words(prepared.corpus[item.gold[-1]]))
+            assert item.kind != "question" or (item.answer or "-") in text
+            taken_out += item.kind != "question" and item.text is not None
+        assert taken_out > 5
+    coder, texts = prepared.coder, prepared.corpus
+    store = TokenStore(coder.documents(texts, range(len(texts))))
+    asked = {gold: item for item in prepared.labeled for gold in item.gold}
+    drawer = PoolDrawer(prepared.maker, store, coder, set(), prepared.labeled, size=8)
+    gold, seed = next(
+        (pair.gold[0], pair)
+        for pair in drawer.seeds(0, 90)
+        if pair.text and len(pair.gold) == 1 and pair.gold[0] in asked
+    )
+    pool = drawer.draw(0, Round(0, [seed, asked[gold]], np.full((2, 1), -1)))
+    assert pool.documents[pool.places.index(gold)] == store.row(gold)
+
+
+def test_questions_about_a_document_that_stands_twice_are_kept(place: Path, tmp_path: Path) -> None:
+    """Of two equal documents one is taken; a question that names the other, or both, asks for that one."""
+    texts = {**notes(), "copy": notes()["note3"]}
+    questions: list[Question] = [
+        {"question": "one", "answer": "x", "positives": ["copy"]},
+        {"question": "both", "answer": "x", "positives": ["note3", "copy"]},
+    ]
+    prepared = prepare_routers(settings(place, tmp_path / "out"), texts, questions)
+    assert [item.gold for item in prepared.labeled] == [(3,), (3,)]
+    assert prepared.notes == ["1 passages occur more than once and are taken once"]
 
 
 def test_mined_passages_are_wrong_and_in_the_pools(place: Path, tmp_path: Path, monkeypatch) -> None:

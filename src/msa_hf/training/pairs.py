@@ -72,8 +72,10 @@ def cut_passages(
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
     titles: Mapping[str, str] | None = None,
-) -> tuple[list[Passage], int]:
-    """Passages of at most `limit` tokens, in order, and how many were left out because they occurred before.
+) -> tuple[list[Passage], list[tuple[int, int]]]:
+    """Passages of at most `limit` tokens, in order, and those left out because they occurred before.
+
+    Of each passage left out: the number of its document, and the place of the passage that says the same.
 
     Args:
         documents: key -> text.
@@ -85,8 +87,8 @@ def cut_passages(
         ValueError: for a limit without room for a character.
     """
     found: list[Passage] = []
-    seen: set[int] = set()
-    repeated = 0
+    seen: dict[int, int] = {}
+    repeated: list[tuple[int, int]] = []
     keys = list(documents)
     for start in range(0, len(keys), BATCH):
         some = keys[start : start + BATCH]
@@ -102,9 +104,10 @@ def cut_passages(
                 if not (piece := piece.strip()):
                     continue
                 same = hash(tuple(words(piece)) or piece)
-                repeated += same in seen
-                if same not in seen:
-                    seen.add(same)
+                if same in seen:
+                    repeated.append((number, seen[same]))
+                else:
+                    seen[same] = len(found)
                     found.append(Passage(piece, number, title))
     return found, repeated
 

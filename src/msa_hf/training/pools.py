@@ -206,7 +206,7 @@ class PoolDrawer:
             item = round.seeds[number]
             if item.kind == "question":
                 for place in item.gold[:MOST_GOLD]:
-                    texts.setdefault(place, None)
+                    texts[place] = None  # whole, also where a pair has taken its sentence out: it may be the answer
             elif item.gold[-1] in texts:
                 continue
             else:

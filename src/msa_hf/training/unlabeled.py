@@ -162,7 +162,7 @@ def prepare_routers(
         passages, repeated = cut_passages(documents, tokenizer, max(settings.max_length - wrapping, 1), titles)
     except ValueError as error:
         raise SettingError("max_length", "{1} ({0} {2})", error, settings.max_length) from None
-    notes = [f"{repeated} passages occur more than once and are taken once"] if repeated else []
+    notes = [f"{len(repeated)} passages occur more than once and are taken once"] if repeated else []
     if len(passages) < LEAST_PASSAGES:
         raise TrainingError(
             f"the documents have {len(passages)} different passages; routers learn to tell passages apart, which takes "
@@ -171,7 +171,7 @@ def prepare_routers(
     record = {**settings.decisive(), "protocol": protocol.to_dict(), "data": _digest(documents, questions)}
     checkpoint = _checkpoint_to_resume(settings, output, record)
     maker = PairMaker(passages, settings.seed)
-    labeled = _labeled(questions, list(documents), passages)
+    labeled = _labeled(questions, list(documents), passages, repeated)
     if len(labeled) < len(questions):
         notes.append(
             f"{len(questions) - len(labeled)} of {len(questions)} questions name no document that answers them; routers"
@@ -243,20 +243,30 @@ def _load(settings: RouterSettings) -> tuple[Any, Any]:
     return model.to(device).eval(), tokenizer
 
 
-def _labeled(questions: Sequence[Question], keys: list[str], passages: Sequence[Passage]) -> list[Asked]:
+def _labeled(
+    questions: Sequence[Question], keys: list[str], passages: Sequence[Passage], repeated: Sequence[tuple[int, int]]
+) -> list[Asked]:
     """Questions with the passages of their documents; those that have the answer, where any has."""
     number = {key: place for place, key in enumerate(keys)}
     of_document: dict[int, list[int]] = {}
     for place, passage in enumerate(passages):
         of_document.setdefault(passage.document, []).append(place)
+    for document, place in repeated:
+        of_document.setdefault(document, []).append(place)
     found = []
     for question in questions:
         gold = [place for key in question["positives"] for place in of_document.get(number[key], [])]
-        answer = " ".join(words(question["answer"]))
-        having = [place for place in gold if answer and answer in " ".join(words(passages[place].text))]
+        gold = list(dict.fromkeys(gold))
+        having = [place for place in gold if _says(passages[place].text, question["answer"])]
         if gold:
             found.append(Asked(question["question"], "question", tuple(having or gold), None, question["answer"]))
     return found
+
+
+def _says(text: str, answer: str) -> bool:
+    """Tell whether a text has the words of an answer, which are some, one after the other."""
+    wanted = " ".join(words(answer))
+    return bool(wanted) and wanted in " ".join(words(text))
 
 
 def _hold_out(settings: RouterSettings, maker: PairMaker, labeled: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
@@ -266,14 +276,22 @@ def _hold_out(settings: RouterSettings, maker: PairMaker, labeled: Sequence[Aske
     if wanted > count // 2:
         raise SettingError("held_out", "{} {}: of {} passages at most {}", wanted, count, count // 2)
     pick = random.Random(f"{settings.seed}, held out")
+    answers: dict[int, list[str]] = {}
+    for item in labeled:
+        for place in item.gold:
+            answers.setdefault(place, []).append(item.answer or "")
     measured: list[Asked] = []
     for place in pick.sample(range(count), count):
         if len(measured) == wanted:
             break
-        # A title asks for all of its document, which few documents of one passage can tell from the text.
-        if pairs := [pair for pair in maker.of(place) if pair.kind != "title"]:
+        # A title asks for all of its document, which few documents of one passage can tell from the text. Readers are
+        # trained and routers measured on these texts, so that the answers of labeled questions stay in them.
+        whole = maker.passages[place].text
+        needed = [answer for answer in answers.get(place, ()) if _says(whole, answer)]
+        pairs = [pair for pair in maker.of(place) if pair.kind != "title"]
+        if pairs := [pair for pair in pairs if all(_says(pair.text, answer) for answer in needed)]:
             pair = pick.choice(pairs)
-            text = None if pair.text == maker.passages[place].text else pair.text
+            text = None if pair.text == whole else pair.text
             measured.append(Asked(pair.query, pair.kind, (place,), text))
     if not measured:
         raise TrainingError(
