@@ -311,6 +311,15 @@ def test_a_collapsed_router_ends_the_run(collapses, base, data, tmp_path, traine
         assert code == 0 and said == [] and lines[-1]["step"] == 8
 
 
+def test_states_that_are_no_numbers_are_a_collapse(base, data, tmp_path, capsys) -> None:
+    """Weights so large that hidden states overflow, while they are numbers themselves."""
+    extra = {"eval-every": 0, "full": True, "learning-rate": 1e30, "warmup-share": 0}
+    assert main(command(base, data, tmp_path / "out", steps=3, **extra)) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("msa-hf: error: ")]
+    assert len(said) == 1 and "The run has collapsed at step " in said[0]
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 # Interrupted runs -----------------------------------------------------------------------------------------------------
 
 

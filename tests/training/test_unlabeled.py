@@ -370,6 +370,18 @@ def test_a_collapsed_run_ends(place, tmp_path) -> None:
     assert not (tmp_path / "config.json").exists() and (tmp_path / CURVE_FILE).exists()
 
 
+def test_scores_that_are_no_numbers_are_a_collapse(place, tmp_path, capsys) -> None:
+    """Weights so large that hidden states overflow, while they are numbers themselves."""
+    assert main(command(place, tmp_path, **{"learning-rate": 1e30, "steps": 20})) == 1
+    assert "The run has collapsed at step 1: The router scores of layer 1 are NaN" in capsys.readouterr().err
+
+
+def test_an_adapter_is_no_base(place, tmp_path, capsys) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert main(["train", str(tmp_path), str(place / "notes"), str(tmp_path / "out")]) == 2
+    assert "an adapter of PEFT without its base; make one" in capsys.readouterr().err
+
+
 def test_figures_go_to_what_trainer_reports_to(place, tmp_path, monkeypatch) -> None:
     told: list[tuple[str, Any]] = []
 

@@ -29,6 +29,11 @@ def checkpoint(name: str) -> str:
     if not name:
         raise UserError("the name of the model is empty")
     if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise UserError(
+                f"{name}: an adapter of PEFT without its base; make one checkpoint of both (`msa-hf train --merge`, or "
+                "PeftModel.merge_and_unload() and save_pretrained())"
+            )
         return name
     if path.exists():
         raise UserError(f"{name}: not a directory")
@@ -85,11 +90,6 @@ def load(
     """A model with a memory, and its tokenizer, which puts questions as `protocol` says."""
     name = checkpoint(name)
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        if os.path.isfile(os.path.join(name, "adapter_config.json")):
-            raise UserError(
-                f"{name}: an adapter of PEFT without its base; make one checkpoint of both (`msa-hf train --merge`, or "
-                "PeftModel.merge_and_unload() and save_pretrained())"
-            )
         raise UserError(f"{name}: no checkpoint there (no config.json)")
     from transformers import AutoTokenizer
 

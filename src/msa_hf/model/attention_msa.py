@@ -51,11 +51,15 @@ AttentionFunction = Callable[..., AttentionOutput]
 Record = TypeVar("Record")
 
 
+class NotFiniteError(ValueError):
+    """Hidden states or router scores that are no numbers, by which nothing can be chosen."""
+
+
 def refuse_nan(not_finite: Mapping[int, bool]) -> None:
-    """Raise ValueError where the router queries of a layer were not finite, naming the first."""
+    """Raise `NotFiniteError` where the router queries of a layer were not finite, naming the first."""
     for layer, found in not_finite.items():
         if found:
-            raise ValueError(SCORES_ARE_NAN.format(layer=layer))
+            raise NotFiniteError(SCORES_ARE_NAN.format(layer=layer))
 
 
 class MemoryPass(Protocol):

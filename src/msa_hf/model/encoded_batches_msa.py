@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .attention_msa import NotFiniteError
 from .compiled_layers_msa import compiled_layers
 from .dense_layer_msa import DenseLayer, chunks_of
 from .fp8_projections_msa import fp8_projections
@@ -124,7 +125,7 @@ class EncodedWindow:
                 rows = memory.pooled_kv.flatten(1).isfinite().all(1) & memory.routing_keys.isfinite().all(1)
                 chunks = chunks_of(self._lengths[batch.places], self._chunk_size)
                 place = int(torch.searchsorted(chunks, int((~rows).nonzero()[0]), right=True)) - 1
-                raise ValueError(
+                raise NotFiniteError(
                     f"Document {self._keys[batch.places[place]]!r} has NaN or infinite states in layer {layer}: the "
                     "model's weights hold NaN, or its dtype overflows. Nothing was written."
                 )

@@ -29,12 +29,13 @@ from transformers.integrations import is_tensorboard_available, is_wandb_availab
 
 from ..data.questions import Question
 from ..generation import PromptProtocol, protocol_beside
+from ..model.attention_msa import NotFiniteError
 from ..model.configuration_msa import MSAConfig
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.positions_msa import position_limit
 from .collators import QuestionCollator, TranscriptCollator
 from .curve import Curve, summary
-from .monitor import CollapseGuard, Measurement, RouterMonitor
+from .monitor import CollapsedError, CollapseGuard, Measurement, RouterMonitor
 from .peft import peft_config
 from .resume import SETTINGS_FILE, ResumeDrawing, checkpoint_to_resume, checkpoints_in, digest_of
 from .settings import LORA, SettingError, Settings, TrainingError
@@ -336,15 +337,18 @@ def train(prepared: Prepared, trainer: MemoryTrainer, guard: CollapseGuard | Non
         (output / SETTINGS_FILE).write_text(json.dumps(prepared.record, indent=2) + "\n", encoding="utf-8")
     try:
         trainer.train(resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint))
-    except BaseException:
+        if monitor is not None and monitor.measurements[-1]["step"] < trainer.state.global_step:
+            monitor.measure(trainer.model, trainer.state.global_step)
+    except BaseException as error:
         progress = trainer.pop_callback(ProgressCallback)
         if progress is not None and progress.training_bar is not None:
             progress.training_bar.close()  # or what is said next stands behind it
+        step = trainer.state.global_step
+        if isinstance(error, NotFiniteError) and step:  # before the first step they are the base's own
+            raise CollapsedError(f"The run has collapsed at step {step}: {error}") from error
         raise
     finally:
         trainer.warmup.restore()
-    if monitor is not None and monitor.measurements[-1]["step"] < trainer.state.global_step:
-        monitor.measure(trainer.model, trainer.state.global_step)
     load_expression = _save(prepared, trainer)
     if is_main_process:
         curve.write(trainer.state)

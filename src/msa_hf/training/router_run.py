@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from ..data.questions import IGNORED
 from ..json_object import JsonObject
+from ..model.attention_msa import NotFiniteError
 from .asked_questions import ask_about
 from .centering import center_routers
 from .compiling import compiled_layers, decoder_layers
@@ -116,6 +117,10 @@ def train_routers(
         return run.train(after_step)
     except ImportError as error:
         raise TrainingError(str(error)) from error
+    except NotFiniteError as error:
+        if run is None or not run.step:
+            raise  # the base's own
+        raise CollapsedError(f"The run has collapsed at step {run.step}: {error}") from error
     except torch.OutOfMemoryError as error:
         raise TrainingError("out of memory; take a smaller --pool, --part-tokens or --corpus") from error
     finally:
