@@ -13,13 +13,15 @@ from msa_hf import MSAForCausalLM
 from msa_hf.generation import COMPACT, PromptProtocol
 from msa_hf.retrieval import FusionWeights
 from msa_hf.training import peft_config
+from msa_hf.training.adapter_memory import save_adapter_memory
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {"memory_layers": [2], "query_reduction": "last", "score_bias": True, "chunk_size": 4}
 
 
+@pytest.mark.parametrize("retrofit", [False, True], ids=["plain", "with-memory"])
 def test_the_checkpoint_routes_and_speaks_as_base_and_adapter_do(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    retrofit: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import merge_adapter
@@ -28,7 +30,10 @@ def test_the_checkpoint_routes_and_speaks_as_base_and_adapter_do(
     tokenizer = byte_tokenizer()
     base_model("llama", vocab_size=len(tokenizer)).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    model = MSAForCausalLM.from_base(str(base), **FIELDS)
+    if retrofit:
+        MSAForCausalLM.from_base(str(base), **FIELDS).save_pretrained(base)
+    make = MSAForCausalLM.from_pretrained if retrofit else MSAForCausalLM.from_base
+    model = make(str(base), **FIELDS)
     tuned = get_peft_model(model, peft_config(model, r=2, target_modules="all-linear"))
     torch.manual_seed(0)
     for name, weight in tuned.named_parameters():
@@ -36,16 +41,21 @@ def test_the_checkpoint_routes_and_speaks_as_base_and_adapter_do(
             weight.data.add_(torch.randn_like(weight) * 0.1)
             assert "lora" in name or "router" in name
     tuned.save_pretrained(adapter)
+    with pytest.raises(SystemExit, match=r"has no memory\.json: write the fields"):
+        merge_adapter.merge(str(base), adapter, out, torch.float32)
+    model.config.routers_trained = True  # by whoever trained it
+    save_adapter_memory(model.config, adapter)
+    assert json.loads((adapter / "memory.json").read_text()).items() >= FIELDS.items()
+    merge_adapter.merge(str(base), adapter, out, torch.float32)
+    assert not {"memory_protocol.json", "fusion.json"} & {path.name for path in out.iterdir()}
     COMPACT.save_pretrained(adapter)
     (weights := FusionWeights(("router", "lexical"))).save_pretrained(adapter)
-    (adapter / "memory.json").write_text(json.dumps(FIELDS))
-
     merge_adapter.merge(str(base), adapter, out, torch.float32)
     merged = MSAForCausalLM.from_pretrained(out).eval()
     assert PromptProtocol.from_pretrained(out) == COMPACT and FusionWeights.from_pretrained(out) == weights
     assert merged.config.query_reduction == "last"
     assert merged.config.routers_trained is True
-    apart = PeftModel.from_pretrained(MSAForCausalLM.from_base(str(base), **FIELDS), adapter).eval()
+    apart = PeftModel.from_pretrained(make(str(base), **FIELDS), adapter).eval()
     texts = ["Ann came.", "Bo left early."]
     ids = torch.tensor([tokenizer("Who came?", add_special_tokens=False)["input_ids"]])
     found = []

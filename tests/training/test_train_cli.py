@@ -18,6 +18,7 @@ from msa_hf import MSAForCausalLM
 from msa_hf.cli import main
 from msa_hf.model.retrofit_msa import ROUTER_MODULES
 from msa_hf.training import CollapsedError, CollapseGuard, finetune, router_recall
+from msa_hf.training.adapter_memory import ADAPTER_MEMORY
 from msa_hf.training.finetune import make_trainer, prepare, split, train
 from msa_hf.training.settings import Settings
 
@@ -136,7 +137,8 @@ def test_the_printed_expression_loads_what_was_trained(method, base, data, tmp_p
     assert loaded.config.routers_trained is True and start.routers_trained is False
     assert weights_of(loaded.config) == OWN and loaded.config.use_cache is start.use_cache is True
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert ("config.json" in names) == (method != "lora") and ("adapter_config.json" in names) == (method == "lora")
+    assert ("config.json" in names) == (method != "lora")
+    assert ({"adapter_config.json", ADAPTER_MEMORY} <= names) == (method == "lora")
     assert {"tokenizer.json", finetune.CURVE_FILE} <= names
     assert not any(name.startswith("checkpoint-") or name.endswith((".bin", ".pt")) for name in names)
 

@@ -133,7 +133,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(place: Path, tmp_path: Path,
             assert all(row[name] == pytest.approx(expected[name], rel=1e-4) for name in kept & expected.keys())
 
 
-def test_an_adapter_routes_as_the_checkpoint(place: Path, tmp_path: Path, capsys) -> None:
+def test_an_adapter_routes_as_the_checkpoint(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     found = {}
     for kind in ("checkpoint", "adapter"):
         assert main(command(place, tmp_path / kind, **({"adapter": True} if kind == "adapter" else {}))) == 0
@@ -143,6 +143,13 @@ def test_an_adapter_routes_as_the_checkpoint(place: Path, tmp_path: Path, capsys
         assert model.config.routers_trained is True
     torch.testing.assert_close(found["adapter"], found["checkpoint"], atol=1e-5, rtol=1e-4)
     assert not (tmp_path / "adapter" / "config.json").exists()
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    import merge_adapter
+
+    merge_adapter.merge(str(place / "base"), tmp_path / "adapter", tmp_path / "merged", torch.float32)
+    merged = MSAForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(routed(merged), found["checkpoint"], atol=1e-5, rtol=1e-4)
+    assert merged.config.to_diff_dict() == MSAForCausalLM.from_pretrained(tmp_path / "checkpoint").config.to_diff_dict()
 
 
 def test_questions_are_mixed_in_and_train_the_reader(place: Path, tmp_path: Path, capsys) -> None:

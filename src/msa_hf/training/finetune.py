@@ -33,6 +33,7 @@ from ..model.attention_msa import NotFiniteError
 from ..model.configuration_msa import MSAConfig
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.positions_msa import position_limit
+from .adapter_memory import save_adapter_memory
 from .collators import QuestionCollator, TranscriptCollator
 from .curve import Curve, summary
 from .monitor import CollapsedError, CollapseGuard, Measurement, RouterMonitor
@@ -380,6 +381,8 @@ def _save(prepared: Prepared, trainer: MemoryTrainer) -> str:
         prepared.tokenizer.save_pretrained(settings.output)
         if prepared.protocol is not None:
             prepared.protocol.save_pretrained(settings.output)
+        if not whole:
+            save_adapter_memory(model.config, settings.output)
     if whole:
         return f"MSAForCausalLM.from_pretrained({settings.output!r})"
     make = "from_pretrained" if _is_retrofit(settings.base) else "from_base"

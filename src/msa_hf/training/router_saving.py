@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model.modeling_msa import MSAForCausalLM
+from .adapter_memory import save_adapter_memory
 from .weights import TrainedWeights
 
 
@@ -46,6 +47,7 @@ def save_adapter(model: MSAForCausalLM, weights: TrainedWeights, rank: int, outp
         layer.lora_A["default"].weight.data.copy_(item.down)
         layer.lora_B["default"].weight.data.copy_(item.up)
     tuned.save_pretrained(output)
+    save_adapter_memory(model.config, output)
 
 
 def adapter_expression(model: MSAForCausalLM, base: str, output: Path, retrofit: bool) -> str:
