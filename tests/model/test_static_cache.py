@@ -252,6 +252,7 @@ def test_compiled_under_autocast(compiling: dict[str, Any], caplog: pytest.LogCa
     """Which keeps keys and values in dtypes of its own: not in a cache that was left without it, nor the other way."""
     made = setup("qwen3", "sdpa", **SMALL)
     compiled_msa.logger.parent.propagate = True
+    compiled_msa.logger.warning_once.cache_clear()  # another test may have been told
     exact = made.model.generate(**QUESTIONS["one"], memory=made.bank, **EXACTLY)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
@@ -268,6 +269,7 @@ def test_what_is_not_compiled_says_so(compiling: dict[str, Any], caplog: pytest.
     """Layers with a window: the answer is the same, and a warning names the reason."""
     made, before = setup("gemma2", "eager"), graphs()
     compiled_msa.logger.parent.propagate = True
+    compiled_msa.logger.warning_once.cache_clear()  # another test may have been told
     same(made, QUESTIONS["one"], **compiling)
     assert graphs() == before
     assert "not compiled: its layers with a window" in caplog.text
