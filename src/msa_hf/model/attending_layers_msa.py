@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention_msa import AttendingPass
-from .cache_msa import MSAStaticCache
+from .cache_msa import MSAStaticCache, in_dtypes_of
 from .compat_msa import CACHE
 from .retrofit_msa import attention_layers
 
@@ -76,7 +76,7 @@ class OneLayerCache:
 
     def update(self, key: Tensor, value: Tensor, layer: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """Write the keys and values [B, G, T, D] of new tokens; gives those of all places."""
-        return self.layer.update(key, value, *args, **kwargs)
+        return self.layer.update(*in_dtypes_of(self.layer, key, value), *args, **kwargs)
 
 
 def _prompt_layer(layer: nn.Module, *args: object, **kwargs: object) -> object:

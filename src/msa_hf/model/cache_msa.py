@@ -180,9 +180,12 @@ class MSAStaticCache(KeepsContexts, StaticCache):
             self.counted = int(self.get_seq_length())
         return self.counted
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         self.counted = None
-        return super().update(*args, **kwargs)
+        keys, values = in_dtypes_of(self.layers[layer_idx], key_states, value_states)
+        return super().update(keys, values, layer_idx, *args, **kwargs)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Hold every sample `repeats` times, as beams begin; the static layers of transformers cannot."""
@@ -242,6 +245,17 @@ class MSAStaticCache(KeepsContexts, StaticCache):
         _mark_as_staying(own.values())
         self._settled[layer] = replace(context, **own)
         return self._settled[layer]
+
+
+def in_dtypes_of(layer: StaticLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of new tokens in the dtypes that a static layer keeps them in, which it makes ready if it is new.
+
+    Under autocast keys may be wider than values. Transformers 5.17 makes places for both in the dtype of the first
+    keys, and writes nothing else to them.
+    """
+    if not layer.is_initialized:
+        layer.lazy_initialization(keys, values)
+    return keys.to(layer.keys.dtype), values.to(layer.values.dtype)
 
 
 def _mark_as_staying(tensors: Iterable[Tensor]) -> None:
