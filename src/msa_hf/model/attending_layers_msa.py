@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention_msa import AttendingPass
-from .cache_msa import MSAStaticCache, in_dtypes_of
-from .compat_msa import CACHE
+from .cache_msa import MSAStaticCache
+from .compat_msa import CACHE, in_dtypes_of
 from .retrofit_msa import attention_layers
 
 THE_LAYER = 0  # number of a layer among its own things

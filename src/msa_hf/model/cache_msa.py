@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from .compat_msa import in_dtypes_of
 from .recording_msa import Recordings, copy_all
 from .renamed_msa import renamed_attribute
 
@@ -245,17 +246,6 @@ class MSAStaticCache(KeepsContexts, StaticCache):
         _mark_as_staying(own.values())
         self._settled[layer] = replace(context, **own)
         return self._settled[layer]
-
-
-def in_dtypes_of(layer: StaticLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of new tokens in the dtypes that a static layer keeps them in, which it makes ready if it is new.
-
-    Under autocast keys may be wider than values. Transformers 5.17 makes places for both in the dtype of the first
-    keys, and writes nothing else to them.
-    """
-    if not layer.is_initialized:
-        layer.lazy_initialization(keys, values)
-    return keys.to(layer.keys.dtype), values.to(layer.values.dtype)
 
 
 def _mark_as_staying(tensors: Iterable[Tensor]) -> None:

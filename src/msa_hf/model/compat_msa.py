@@ -6,7 +6,9 @@ import re
 from dataclasses import fields
 
 import transformers
+from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, logging
 
@@ -57,6 +59,17 @@ def empty_cache(cache: Cache) -> None:
     if not cache.is_compileable:
         for layer in cache.layers:
             layer.is_initialized = False
+
+
+def in_dtypes_of(layer: StaticLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of new tokens in the dtypes that a static layer keeps them in, which it makes ready if it is new.
+
+    Under autocast keys may be wider than values. Transformers 5.17 makes places for both in the dtype of the first
+    keys, and writes nothing else to them.
+    """
+    if not layer.is_initialized:
+        layer.lazy_initialization(keys, values)
+    return keys.to(layer.keys.dtype), values.to(layer.values.dtype)
 
 
 def readable_by_both_names(output_class: type) -> type:
