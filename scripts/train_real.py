@@ -481,7 +481,7 @@ def main() -> None:
     made.add_argument("--base", required=True)
     made.add_argument("--reading", type=int, default=20_000, help="rows that read, of one shard")
     made.add_argument("--shard", type=int, default=0)
-    made.add_argument("--unanswerable", type=float, default=0.08, help="share of the rows without their passages")
+    made.add_argument("--unanswerable", type=float, default=0.05, help="share of the rows without their passages")
     made.add_argument("--workers", type=int, help="processes that make rows (default: one per core)")
 
     made = command("answers", answers)
@@ -491,7 +491,7 @@ def main() -> None:
     )
     made.add_argument("--shard", type=int, default=0)
     made.add_argument("--likely", type=float, default=2.5, help="minus the log likelihood of an answer, at most")
-    made.add_argument("--unanswerable", type=float, default=0.05, help="share of the rows without their passage")
+    made.add_argument("--unanswerable", type=float, default=0.03, help="share of the rows without their passage")
     made.add_argument("--workers", type=int, help="processes that make rows (default: one per core)")
     made.add_argument("--batch-tokens", type=int, default=160_000)
     made.add_argument("--no-compile", dest="compile", action="store_false")
