@@ -462,7 +462,8 @@ def plot_recall(path: Path, found: dict[str, Any], systems: tuple[str, ...]) -> 
 
     there = found[f"{next(iter(found['sizes']))} router"]
     kinds = sets_among(there, (*READ_SETS, "multihop"))
-    figure, panels = pyplot.subplots(1, len(kinds), figsize=(3.6 * len(kinds), 3.2), sharey=True, squeeze=False)
+    size = 3.6 * len(kinds) + 2, 3.2
+    figure, panels = pyplot.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False, layout="constrained")
     tokens = [item["tokens"] for item in found["sizes"].values()]
     for panel, kind in zip(panels[0], kinds, strict=True):
         name = "all@10" if kind == "multihop" else "any@1"
@@ -472,8 +473,7 @@ def plot_recall(path: Path, found: dict[str, Any], systems: tuple[str, ...]) -> 
         panel.set(xscale="log", title=f"{kind} ({name})", xlabel="tokens in the bank", ylim=(0, 1))
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("recall")
-    panels[0][-1].legend()
-    figure.tight_layout()
+    figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
