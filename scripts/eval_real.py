@@ -462,8 +462,10 @@ def plot_recall(path: Path, found: dict[str, Any], systems: tuple[str, ...]) -> 
 
     there = found[f"{next(iter(found['sizes']))} router"]
     kinds = sets_among(there, (*READ_SETS, "multihop"))
-    size = 3.6 * len(kinds) + 2, 3.2
-    figure, panels = pyplot.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    width = 3.6 * len(kinds) + 2  # with room for the legend
+    figure, panels = pyplot.subplots(
+        1, len(kinds), figsize=(width, 3.2), sharey=True, squeeze=False, layout="constrained"
+    )
     tokens = [item["tokens"] for item in found["sizes"].values()]
     for panel, kind in zip(panels[0], kinds, strict=True):
         name = "all@10" if kind == "multihop" else "any@1"
