@@ -26,7 +26,8 @@ a run is compiled, and recorded. `launches` are kernels and graphs started by th
 host and synchronizations, `device_ms` all that the device did.
 
 Floors of a row: its weights read once (or its arithmetic, if that takes longer) and the routing keys read once in every
-memory layer, at the rates of this device (`msa_hf.bank.tiered.hardware`).
+memory layer, at the rates of this device (`msa_hf.bank.tiered.hardware`). That of many questions has the time that the
+base takes for them in the place of its arithmetic.
 """
 
 from __future__ import annotations
@@ -161,12 +162,16 @@ class Floors:
         self.bytes = sum(weight.nbytes for weight in base.parameters())
         self.numbers = sum(weight.numel() for weight in base.parameters())
 
-    def ms(self, tokens: int, key_bytes: float = 0, key_products: float = 0) -> float | None:
-        """Milliseconds for so many tokens at once: weights, then in all memory layers keys and their products."""
+    def ms(
+        self, tokens: int, key_bytes: float = 0, key_products: float = 0, base_ms: float | None = None
+    ) -> float | None:
+        """Milliseconds for so many tokens at once: weights, or what the base takes, then in all memory layers keys and
+        their products."""
         if self.rates is None or self.rates.copy is None or self.rates.matmul is None:
             return None
         weights = max(self.bytes / self.rates.copy, 2 * self.numbers * tokens / self.rates.matmul)
-        return 1e3 * (weights + max(key_bytes / self.rates.copy, key_products / self.rates.matmul))
+        own_ms = 1e3 * weights if base_ms is None else base_ms
+        return own_ms + 1e3 * max(key_bytes / self.rates.copy, key_products / self.rates.matmul)
 
 
 # Memories -------------------------------------------------------------------------------------------------------------
@@ -340,6 +345,10 @@ def main(argv: list[str] | None = None) -> None:
         figures["base_prefill_ms"], figures["base_ms_per_token"] = rows[0].ms, rows[1].ms
     if "base-static" in wanted:
         row_per_token("base: a token, static cache", base, **static)
+    many = torch.randint(3, 2000, (64, 32), device=device)
+    if "many" in wanted:
+        row("base: 64 x 32 tokens", lambda: base(many, logits_to_keep=1), floors.ms(many.numel()))
+        figures["base_many_ms"] = rows[-1].ms
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     protocol = PromptProtocol.from_pretrained(TOKENIZER)
@@ -363,11 +372,12 @@ def main(argv: list[str] | None = None) -> None:
         model.accept_bank(bank)
         runs_are_right(model, [big, bank], compile_config, arguments.question, say)
 
-    def memory_row(what: str, memory: Any, ids: Tensor, goal: str, key_bytes: float, products: float) -> None:
+    def memory_row(
+        what: str, memory: Any, ids: Tensor, goal: str, key_bytes: float, products: float, base_ms: float | None = None
+    ) -> None:
         batch, tokens = ids.shape
-        floor = floors.ms(
-            batch * tokens, len(memory.layers) * key_bytes, len(memory.layers) * products * batch * tokens
-        )
+        layers = len(memory.layers)
+        floor = floors.ms(batch * tokens, layers * key_bytes, layers * products * batch * tokens, base_ms)
         name = f"{what}, {batch} x {tokens} tokens"
         if "eager" in wanted:
             row(f"{name}, eager", lambda: model(ids, memory=memory, logits_to_keep=1), floor, count=3)
@@ -401,8 +411,8 @@ def main(argv: list[str] | None = None) -> None:
         if "large" in wanted:
             memory_row("first token, large bank, bf16 keys", large, ids, "25 ms", large.key_bytes, large.key_products)
         if "many" in wanted:
-            many = torch.randint(3, 2000, (64, 32), device=device)
-            memory_row("large bank", large, many, "0.7 of the floor", large.key_bytes, large.key_products)
+            own = figures["base_many_ms"]
+            memory_row("large bank", large, many, "0.7 of the floor", large.key_bytes, large.key_products, own)
         del large
     if count and wanted & {"int8", "rounds"}:
         large = LargeMemory(bank, count, arguments.tokens, "int8", text, device)
