@@ -69,6 +69,20 @@ STABLE_TORCH_LIBRARY(msa_hf, m) {
       "gather_documents(Tensor documents, Tensor offsets, Tensor content, Tensor? scales, SymInt width, "
       "ScalarType? dtype=None, int? first=None) -> (Tensor keys, Tensor values, Tensor valid, Tensor slots)");
 
+  // One softmax over [context rows; own tokens] for a single query token of every sample. No kernel of it is compiled yet:
+  // Triton has one, for GPUs.
+  //   query                         [B, H, D] floating
+  //   keys, values                  [B, G, S, D]: the own tokens; H is a multiple of G
+  //   mask                          [B or 1, S] bool: own tokens that are visible; None for all
+  //   context_keys, context_values  [B, G, R, D]
+  //   row_mask                      [B, R] bool: rows that are there
+  //   bias                          [B, R] float32: added to the logits of rows; None for nothing
+  //   scaling                       of the logits
+  // Returns [B, H, D] in the dtype of values.
+  m.def(
+      "attend_token(Tensor query, Tensor keys, Tensor values, Tensor? mask, Tensor context_keys, "
+      "Tensor context_values, Tensor row_mask, Tensor? bias, float scaling) -> Tensor");
+
   // What was compiled, one "name: text" per line: the sources' digest, the instruction sets that this processor has of
   // those that were compiled in, and the CUDA architectures ("none" without CUDA).
   m.def("build_info() -> str");

@@ -51,6 +51,7 @@ def compile_launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: An
 def calls() -> None:
     """Every operation, in all dtypes that it takes."""
     from msa_hf.ops import quantize_keys
+    from msa_hf.ops.attend_token.triton import attend_token
     from msa_hf.ops.gather_documents.triton import gather_documents
     from msa_hf.ops.pool_chunks.triton import pool_chunks, pool_chunks_backward
     from msa_hf.ops.route_documents.triton import route_documents
@@ -61,6 +62,11 @@ def calls() -> None:
     for dtype in floating:
         for width in (100, 5000):
             launch(row_products_kernel, torch.zeros(1, width, dtype=dtype), [torch.zeros(3, width, dtype=dtype)] * 2)
+        rows, one = torch.zeros(1, 2, 300, 40, dtype=dtype), torch.ones(1, 300, dtype=torch.bool)
+        for mask, bias in ((None, None), (one, None), (one, one.float())):
+            attend_token(rows[:, :, 0], rows, rows, mask, rows, rows, one, bias, 1.0)
+            few = rows[:, :, :9]  # one part
+            attend_token(rows[:, :, 0], few, few, None, rows[:, :, :0], rows[:, :, :0], one[:, :0], None, 1.0)
         states = torch.zeros(10, 2, 16, dtype=dtype)
         for routing in (None, *narrow):
             for normalize in (True, False):

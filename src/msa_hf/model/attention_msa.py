@@ -27,7 +27,6 @@ from .configuration_msa import MSAConfig
 from .context_attention_msa import (
     context_attention,
     context_attention_and_weights,
-    fused_context_attention,
     logit_options,
 )
 from .dense_layer_msa import DenseLayer, select_scored
@@ -384,7 +383,7 @@ class AttendingPass:
             key, value = key[:, :, :length], value[:, :, :length]
         options = logit_options(kwargs)
         if base is ALL_ATTENTION_FUNCTIONS["sdpa"]:
-            return fused_context_attention(query, key, value, attention_mask, context, **options), None
+            return OPERATIONS["attend_context"](query, key, value, attention_mask, context, **options), None
         if kwargs.get("output_attentions", self.config.output_attentions):
             return context_attention_and_weights(query, key, value, attention_mask, context, **options)
         return context_attention(query, key, value, attention_mask, context, **options), None

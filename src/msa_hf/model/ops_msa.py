@@ -4,12 +4,14 @@ Here they are plain PyTorch, so that a checkpoint's code needs nothing beside it
 its `ops` folder installs its own, which take the same arguments and give the same results.
 """
 
-from typing import Protocol, TypedDict
+from typing import Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
+from .cache_msa import MemoryContext
 from .chunks_msa import gather_documents, pool_documents
+from .context_attention_msa import LogitOptions, fused_context_attention
 from .routing_msa import route_documents
 
 
@@ -52,15 +54,36 @@ class GatherDocuments(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
 
+class AttendContext(Protocol):
+    """`context_attention_msa.fused_context_attention`: over the rows of a context and the own tokens."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        context: MemoryContext,
+        /,
+        **options: Unpack[LogitOptions],
+    ) -> Tensor: ...
+
+
 class Operations(TypedDict):
     """An implementation of every operation."""
 
     route_documents: RouteDocuments  # has no gradient
     pool_documents: PoolDocuments
     gather_documents: GatherDocuments  # where `content` needs no gradient
+    attend_context: AttendContext
 
 
-PLAIN = Operations(route_documents=route_documents, pool_documents=pool_documents, gather_documents=gather_documents)
+PLAIN = Operations(
+    route_documents=route_documents,
+    pool_documents=pool_documents,
+    gather_documents=gather_documents,
+    attend_context=fused_context_attention,
+)
 # Those in use.
 OPERATIONS = Operations(**PLAIN)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import gc
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -29,6 +30,9 @@ HostFunction = Callable[[], Sequence[Tensor]]
 Addresses = Callable[[], Hashable | None]
 Inputs = Mapping[str, Tensor]
 Result = TypeVar("Result")
+
+# Runs of a kind that may fail to be recorded: one that has to compile something after all does, and the next finds it.
+MOST_FAILURES = 2
 
 
 class Tape(Protocol):
@@ -90,12 +94,25 @@ class CudaTape:
         assert graph is not None
         try:
             graph.capture_end()
+        except RuntimeError:
+            self._leave_failed()
+            raise
         finally:
             _free_workspaces()
             if self.collecting:
                 gc.enable()
         self.graphs.add(graph)
         return graph.replay
+
+    def _leave_failed(self) -> None:
+        """Leave a part that the device refused to record: PyTorch's random numbers believe to be recorded until a part
+        is ended, and its allocator goes on filling the pool."""
+        self.pool = torch.cuda.graph_pool_handle()
+        empty = torch.cuda.CUDAGraph()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is empty
+            empty.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+            empty.capture_end()
 
 
 def _free_workspaces() -> None:
@@ -272,7 +289,7 @@ class Recordings:
     Attributes:
         places: kind -> where its inputs are.
         known: kind -> its recording.
-        refused: kinds that cannot be recorded.
+        failures: kind -> how many of its runs could not be recorded.
     """
 
     def __init__(self) -> None:
@@ -280,7 +297,7 @@ class Recordings:
         self.state: object = None
         self.places: dict[Hashable, Places] = {}
         self.known: dict[Hashable, Recorded[Any]] = {}
-        self.refused: set[Hashable] = set()
+        self.failures: dict[Hashable, int] = {}
 
     def __deepcopy__(self, memo: object) -> Recordings:
         return Recordings()
@@ -296,7 +313,7 @@ class Recordings:
 
     def clear(self) -> None:
         """Forget all, and free its memory."""
-        self.state, self.places, self.known, self.refused = None, {}, {}, set()
+        self.state, self.places, self.known, self.failures = None, {}, {}, {}
 
     def holds(self, result: object) -> bool:
         """Tell whether a result of `run` is that of a recording, which its next run gives again."""
@@ -327,7 +344,8 @@ class Recordings:
                 return function(inputs)
             self.tapes = tape, between
         kind = kind, tuple((name, item.shape, item.dtype) for name, item in inputs.items())
-        if kind in self.refused:
+        failures = self.failures.get(kind, 0)
+        if failures == MOST_FAILURES:
             return function(inputs)
         places = self.places.get(kind)
         if places is None:
@@ -346,8 +364,9 @@ class Recordings:
         except RuntimeError as error:
             if recording.on_host:
                 raise
-            logger.warning_once(f"A run of this model is launched piece by piece, it cannot be recorded: {error}")
-            self.refused.add(kind)
+            self.failures[kind] = failures + 1
+            if failures + 1 == MOST_FAILURES:
+                logger.warning_once(f"A run of this model is launched piece by piece, it cannot be recorded: {error}")
             restore()
             return function(inputs)
         self.known[kind] = Recorded(recording, held, result)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
+from ..model.cache_msa import MemoryContext
+from ..model.context_attention_msa import LogitOptions, fused_context_attention
 from ..model.ops_msa import PLAIN, Operations, install_operations
 from ..model.streams_msa import send
+from .attend_token import attend_token
 from .gather_documents import gather_documents, most_rows
 from .pool_chunks import pool_chunks
 from .route_documents import route_documents
+
+TOKEN_DEVICES = {"cuda"}  # on which a kernel for single tokens is quicker than PyTorch's
 
 
 def pool_documents(
@@ -49,10 +56,46 @@ def gather(
     return gather_documents(documents, offsets, content, width, dtype=dtype)
 
 
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    context: MemoryContext,
+    **options: Unpack[LogitOptions],
+) -> Tensor:
+    """`context_attention_msa.fused_context_attention`; a single token on a GPU by `attend_token`, which takes a kernel
+    or two where PyTorch takes ten."""
+    given = query, key, value, attention_mask, context
+    tensors = query, key, value, context.keys, context.values
+    if (
+        query.shape[2] != 1
+        or query.device.type not in TOKEN_DEVICES
+        or options["softcap"] is not None
+        or options["sinks"] is not None
+        or options["dropout"]
+        or (attention_mask is not None and attention_mask.dtype != torch.bool)
+        or any(item.dtype != value.dtype for item in tensors)
+        or (torch.is_grad_enabled() and any(item.requires_grad for item in tensors))
+    ):
+        return fused_context_attention(*given, **options)
+    mask = None if attention_mask is None else attention_mask[:, 0, 0, : key.shape[2]]
+    scaling = query.shape[3] ** -0.5 if options["scaling"] is None else options["scaling"]
+    attended = attend_token(
+        query[:, :, 0], key, value, mask, context.keys, context.values, context.row_mask, context.bias, scaling
+    )
+    return attended[:, None]
+
+
 def register() -> None:
     """Make the model use these."""
     install_operations(
-        Operations(route_documents=route_documents, pool_documents=pool_documents, gather_documents=gather)
+        Operations(
+            route_documents=route_documents,
+            pool_documents=pool_documents,
+            gather_documents=gather,
+            attend_context=attend,
+        )
     )
 
 

@@ -197,3 +197,39 @@ def check_gather_documents(
     check_positions("documents", documents, len(offsets) - 1)
     check_size("width", width)
     check_devices(documents, {"offsets": offsets})
+
+
+def check_attend_token(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    context_keys: Tensor,
+    context_values: Tensor,
+    row_mask: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+) -> None:
+    """Refuse contradictions; see `attend_token`."""
+    check_tensor("query", query, [-1, -1, -1])
+    samples, heads, dim = query.shape
+    check_tensor("keys", keys, [samples, -1, -1, dim])
+    groups = keys.shape[1]
+    if not groups or heads % groups:
+        raise ValueError(f"`query` has {heads} heads, which {groups} groups of keys cannot share.")
+    check_tensor("values", values, keys.shape)
+    check_tensor("context_keys", context_keys, [samples, groups, -1, dim])
+    check_tensor("context_values", context_values, context_keys.shape)
+    if not keys.shape[2] + context_keys.shape[2]:
+        raise ValueError("There is nothing to attend to: `keys` and `context_keys` have no rows.")
+    states = {"query": query, "keys": keys, "values": values, "context_keys": context_keys}
+    for name, tensor in {**states, "context_values": context_values}.items():
+        check_floating(name, tensor)
+    if mask is not None:
+        shape = [1 if mask.shape[:1] == (1,) else samples, keys.shape[2]]
+        check_tensor("mask", mask, shape, torch.bool)
+    check_tensor("row_mask", row_mask, [samples, context_keys.shape[2]], torch.bool)
+    if bias is not None:
+        check_tensor("bias", bias, row_mask.shape, torch.float32)
+    others = {"keys": keys, "values": values, "mask": mask, "context_keys": context_keys}
+    check_devices(query, {**others, "context_values": context_values, "row_mask": row_mask, "bias": bias})
