@@ -55,13 +55,16 @@ def calls() -> None:
     from msa_hf.ops.gather_documents.triton import gather_documents
     from msa_hf.ops.pool_chunks.triton import pool_chunks, pool_chunks_backward
     from msa_hf.ops.route_documents.triton import route_documents
-    from msa_hf.ops.row_products.triton import launch, row_products_kernel
+    from msa_hf.ops.row_products.triton import launch
 
     floating, narrow = (torch.float32, torch.bfloat16, torch.float16), (torch.int8, torch.float8_e4m3fn)
     offsets = torch.tensor([0, 3, 5])
     for dtype in floating:
         for width in (100, 5000):
-            launch(row_products_kernel, torch.zeros(1, width, dtype=dtype), [torch.zeros(3, width, dtype=dtype)] * 2)
+            one, three = torch.zeros(1, width, dtype=dtype), torch.zeros(3, width, dtype=dtype)
+            for gated in (False, True):
+                launch(one, [three] * 2)
+                launch(one, [three] * 2, one[0], 1e-6, one[:, : 3 if gated else 6], gated)
         rows, one = torch.zeros(1, 2, 300, 40, dtype=dtype), torch.ones(1, 300, dtype=torch.bool)
         for mask, bias in ((None, None), (one, None), (one, one.float())):
             attend_token(rows[:, :, 0], rows, rows, mask, rows, rows, one, bias, 1.0)

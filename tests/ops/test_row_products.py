@@ -5,13 +5,34 @@ import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from msa_hf.ops.row_products import InductorWithRowProducts, graphs, replace_products
+
+
+def by_definition(
+    row: Tensor,
+    matrices: Sequence[Tensor],
+    norm: Tensor | None = None,
+    epsilon: float = 0.0,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """`row_products` in the dtype of the row."""
+    if norm is not None:
+        row = row / (row.pow(2).mean(-1, keepdim=True) + epsilon).sqrt() * norm
+    products = [row @ matrix.T for matrix in matrices]
+    if gated:
+        products = [nn.functional.silu(products[0]) * products[1]]
+    total = torch.cat(products, -1)
+    return total if residual is None else total + residual
 
 
 class Block(nn.Module):
@@ -30,13 +51,48 @@ class Block(nn.Module):
         return row + sum(expert(row) * number for number, expert in enumerate(self.experts))
 
 
-def run_with(block: nn.Module, row: Tensor) -> tuple[Tensor, list[list[int]]]:
-    """What a block compiled with such products makes of a row, and the heights of the matrices of each."""
+class DecoderLayer(nn.Module):
+    """A decoder layer as transformers writes it, but for its attention.
+
+    Args:
+        size: of a row.
+        middle: of the gated layer.
+        bias: of all matrices.
+    """
+
+    def __init__(self, size: int = 8, middle: int = 20, bias: bool = False) -> None:
+        super().__init__()
+        self.before, self.behind = LlamaRMSNorm(size, eps=1e-5), LlamaRMSNorm(size, eps=1e-3)
+        for norm in (self.before, self.behind):
+            norm.weight.data.normal_(1, 0.2)
+        self.query, self.key = nn.Linear(size, 12, bias=bias), nn.Linear(size, 12, bias=bias)
+        self.out = nn.Linear(12, size, bias=bias)
+        self.gate, self.up = nn.Linear(size, middle, bias=bias), nn.Linear(size, middle, bias=bias)
+        self.down = nn.Linear(middle, size, bias=bias)
+
+    def forward(self, row: Tensor) -> Tensor:
+        seen = self.before(row)
+        row = row + self.out(self.query(seen) * self.key(seen).tanh())
+        seen = self.behind(row)
+        return row + self.down(nn.functional.silu(self.gate(seen)) * self.up(seen))
+
+
+def run_with(block: nn.Module, row: Tensor, around: list[str] | None = None) -> tuple[Tensor, list[list[int]]]:
+    """What a block compiled with such products makes of a row, and the heights of the matrices of each.
+
+    Args:
+        around: takes what each has around it, in words.
+    """
     heights: list[list[int]] = []
 
-    def product(row: Tensor, matrices: list[Tensor]) -> Tensor:
+    def product(
+        row: Tensor, matrices: list[Tensor], norm: Tensor | None, epsilon: float, residual: Tensor | None, gated: bool
+    ) -> Tensor:
         heights.append([len(matrix) for matrix in matrices])
-        return torch.cat([row @ matrix.T for matrix in matrices], -1)
+        found = {"norm": norm is not None, "gate": gated, "residual": residual is not None}
+        if around is not None:
+            around.append(" ".join(name for name, there in found.items() if there))
+        return by_definition(row, matrices, norm, epsilon, residual, gated)
 
     def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         replace_products(graph, product, "cpu")
@@ -53,6 +109,60 @@ def test_those_of_one_row_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     found, heights = run_with(block, row)
     assert heights == [[12, 4, 4], [8], [8, 8, 8], [8]]
     torch.testing.assert_close(found, block(row))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_stands_around_them_goes_with_them(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Norms, gate and residuals of two layers, in whatever order a sum is written."""
+    monkeypatch.setattr(graphs, "LEAST", 1)
+    torch.manual_seed(0)
+    block, row = nn.Sequential(DecoderLayer(), DecoderLayer()).to(dtype), torch.randn(1, 1, 8).to(dtype)
+    around: list[str] = []
+    found, heights = run_with(block, row, around)
+    assert heights == [[12, 12], [8], [20, 20], [8]] * 2
+    assert around == ["norm", "residual", "norm gate", "residual"] * 2
+    with torch.no_grad():
+        exact = block.double()(row.double())
+    torch.testing.assert_close(found.double(), exact, atol=16 * torch.finfo(dtype).eps, rtol=0.01)
+
+
+def test_what_has_a_bias_keeps_gate_and_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "LEAST", 1)
+    block, row, around = DecoderLayer(bias=True), torch.randn(1, 8), list[str]()
+    found, heights = run_with(block, row, around)
+    assert heights == [[12, 12], [8], [20, 20], [8]] and around == ["norm", "", "norm", ""]
+    torch.testing.assert_close(found, block(row))
+
+
+@pytest.mark.parametrize("how", ["read twice", "written to", "another gate", "another shape", "scaled", "in half"])
+def test_what_is_not_of_a_product_alone_stays_in_the_graph(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Products that others read too, sums behind a write, other gates and norms, residuals of another shape."""
+    monkeypatch.setattr(graphs, "LEAST", 1)
+
+    class Layer(DecoderLayer):
+        def forward(self, row: Tensor) -> Tensor:
+            norm = nn.functional.rms_norm(row, row.shape[-1:]) if how == "scaled" else self.before(row)
+            gate, up = self.gate(norm), self.up(norm)
+            if how == "written to":
+                row = row.clone()
+                kept = self.down(up)
+                row.mul_(2)
+                return row + kept
+            if how == "another shape":
+                return self.down(up) + row.sum(-1, keepdim=True)
+            if how == "in half":
+                return self.down(up) + row.double()
+            if how == "another gate":
+                return self.down(nn.functional.gelu(gate) * up)
+            found = self.down(nn.functional.silu(gate) * up)
+            return found * (row + found) + (gate.sum() if how == "read twice" else 0)
+
+    block, row, around = Layer(), torch.randn(1, 8), list[str]()
+    with torch.no_grad():
+        exact = block(row)
+    found, _ = run_with(block, row, around)
+    torch.testing.assert_close(found, exact)
+    assert "residual" not in " ".join(around) and ("gate" in " ".join(around)) == (how == "scaled")
 
 
 @pytest.mark.parametrize("rows", [(2, 1), (1, 3), (2,)])
@@ -132,19 +242,26 @@ def test_the_rest_is_what_inductor_makes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 KERNEL = """
 import random, torch
-from msa_hf.ops.row_products.triton import LONG, launch, row_products_kernel
+from torch.utils._pytree import tree_map_only
+from test_row_products import by_definition
+from msa_hf.ops.row_products.triton import LONG, launch
 random.seed(0); torch.manual_seed(0)
 for width in (1, 3, 511, 512, 513, LONG, LONG + 1):
-    matrices = [torch.randn(random.randint(1, 5), width) for _ in range(random.randint(1, 3))]
-    row = torch.randn(1, 1, width)
-    exact = torch.cat([row.double() @ matrix.double().T for matrix in matrices], -1)
-    torch.testing.assert_close(launch(row_products_kernel, row, matrices).double(), exact, atol=4e-4, rtol=0)
+    for gated in (False, True):
+        sizes = [random.randint(1, 5)] * 2 if gated else [random.randint(1, 5) for _ in range(random.randint(1, 3))]
+        matrices, row = [torch.randn(size, width) / width ** 0.5 for size in sizes], torch.randn(1, 1, width)
+        norm = random.choice((None, torch.randn(width)))
+        residual = random.choice((None, torch.randn(1, 1, sizes[0] if gated else sum(sizes))))
+        given = row, matrices, norm, 1e-3, residual
+        exact = by_definition(*tree_map_only(torch.Tensor, torch.Tensor.double, given), gated)
+        torch.testing.assert_close(launch(*given, gated).double(), exact, atol=2e-5, rtol=2e-6)
 """
 
 
 def test_kernel_interpreted() -> None:
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -157,16 +274,29 @@ def test_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
 
     monkeypatch.setattr(graphs, "LEAST", 1)
     pick = random.Random(0)
-    for width in (1, 8, 511, 512, 513, LONG, LONG + 1, 9728, *(pick.randint(1, 12_000) for _ in range(8))):
-        matrices = [torch.randn(pick.randint(1, 900), width, device="cuda") for _ in range(pick.randint(1, 3))]
+    for width in (1, 8, 511, 512, 513, LONG, LONG + 1, 9728, *(pick.randint(1, 12_000) for _ in range(12))):
+        gated = pick.random() < 0.3
+        sizes = [pick.randint(1, 900)] * 2 if gated else [pick.randint(1, 900) for _ in range(pick.randint(1, 3))]
+        matrices = [(torch.randn(size, width, device="cuda") / width**0.5).to(dtype) for size in sizes]
         row = torch.randn(1, 1, width, device="cuda", dtype=dtype)
-        matrices = [(matrix / width**0.5).to(dtype) for matrix in matrices]
-        exact = torch.cat([row.double() @ matrix.double().T for matrix in matrices], -1)
-        found = row_products(row, matrices).double()
-        torch.testing.assert_close(found, exact, atol=4 * torch.finfo(dtype).eps, rtol=torch.finfo(dtype).eps)
-    block, row = Block(520).to("cuda", dtype).eval(), torch.randn(1, 1, 520, device="cuda", dtype=dtype)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        found = torch.compile(block, backend=InductorWithRowProducts())(row)
-        exact = block.double()(row.double())
-    torch.testing.assert_close(found.double(), exact, atol=32 * torch.finfo(dtype).eps, rtol=0)
+        norm = pick.choice((None, torch.randn(width, device="cuda", dtype=dtype)))
+        residual = pick.choice((None, torch.randn(1, 1, sizes[0] if gated else sum(sizes), device="cuda", dtype=dtype)))
+        given = row, matrices, norm, 1e-3, residual
+        exact = by_definition(*tree_map_only(Tensor, Tensor.double, given), gated)
+        found, eps = row_products(*given, gated).double(), torch.finfo(dtype).eps
+        torch.testing.assert_close(found, exact, atol=8 * eps * float(exact.abs().max()), rtol=4 * eps)
+    for block, row in ((Block(520), torch.randn(1, 1, 520)), (DecoderLayer(700, 1100), torch.randn(1, 1, 700))):
+        block, row = block.to("cuda", dtype).eval(), row.to("cuda", dtype)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            compiled = torch.compile(block, backend=InductorWithRowProducts())
+            found, played = compiled(row), None
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                played = compiled(compiled(row))
+            graph.replay()
+            exact = block.double()(row.double())
+            twice = block(exact)
+        torch.testing.assert_close(found.double(), exact, atol=32 * torch.finfo(dtype).eps, rtol=0)
+        # Launched before the kernels that it depends on have ended.
+        torch.testing.assert_close(played.double(), twice, atol=128 * torch.finfo(dtype).eps, rtol=0.02)

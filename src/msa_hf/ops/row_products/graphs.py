@@ -10,10 +10,12 @@ import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
+
+from .surroundings import Norm, example_of, gate_of, norm_of, residual_of
 
 LEAST = 2**18  # numbers of a matrix; smaller ones, as of adapters, are not worth a launch
 WIDEST = 2**15  # numbers of a row, which the kernel's code is written out for
@@ -36,8 +38,22 @@ IN_PLACE = {
     "ixor",
     "iconcat",
 }
-Product = Callable[[Tensor, list[Tensor]], Tensor]
 Compiled = Callable[..., Any]
+
+
+class Product(Protocol):
+    """`triton.row_products`."""
+
+    def __call__(
+        self,
+        row: Tensor,
+        matrices: list[Tensor],
+        norm: Tensor | None,
+        epsilon: float,
+        residual: Tensor | None,
+        gated: bool,
+        /,
+    ) -> Tensor: ...
 
 
 @functools.cache
@@ -75,10 +91,25 @@ class InductorWithRowProducts:
         return torch._inductor.compile(graph, list(inputs), options=given)
 
 
-def replace_products(graph: fx.GraphModule, product: Product, device: str = "cuda") -> int:
-    """Replace linear layers of a single row by `product`, those of the same row by one.
+class _Row(NamedTuple):
+    """What products have to share to be one.
 
-    They are joined where the first of them stands, so none is moved to before an operation that may write.
+    Attributes:
+        states: the row, or what it is the norm of.
+        norm: None where it is none.
+        writes: operations that may write, before them.
+    """
+
+    states: fx.Node
+    norm: Norm | None
+    writes: int
+
+
+def replace_products(graph: fx.GraphModule, product: Product, device: str = "cuda") -> int:
+    """Replace linear layers of a single row by `product`, those of the same row by one, with what stands around them.
+
+    They are joined where the first of them stands, or the gate or sum behind them, so none is moved to before or behind
+    an operation that may write. The norm stays in the graph for whoever else reads the row; nobody, most often.
 
     Args:
         graph: as torch.compile traces it, with examples of its values.
@@ -88,27 +119,78 @@ def replace_products(graph: fx.GraphModule, product: Product, device: str = "cud
     Returns:
         how many calls of it there are now.
     """
-    of_row: dict[tuple[fx.Node, int], list[fx.Node]] = {}
+    before: dict[fx.Node, int] = {}  # operations that may write
     writes = 0
+    of_row: dict[_Row, list[fx.Node]] = {}
     for node in graph.graph.nodes:
+        before[node] = writes
         writes += _may_write(node)
         if _is_product(node, device):
-            of_row.setdefault((_arguments(node)[0], writes), []).append(node)
+            row = _arguments(node)[0]
+            norm = norm_of(row)
+            if norm is not None and before[norm.first] == before[node]:
+                of_row.setdefault(_Row(norm.states, norm, writes), []).append(node)
+            else:
+                of_row.setdefault(_Row(row, None, writes), []).append(node)
     calls = 0
-    for (row, _), nodes in of_row.items():
+    for row, nodes in of_row.items():
+        for gate in list(nodes):
+            found = None if _arguments(gate)[2] is not None else gate_of(gate)
+            if found is None or gate not in nodes:
+                continue
+            silu, other, times = found
+            same = other in nodes and example_of(other).shape == example_of(gate).shape
+            if same and _arguments(other)[2] is None and before[times] == row.writes:
+                _put(graph.graph, row, [gate, other], product, times, None, gated=True)
+                for node in (silu, gate, other):
+                    graph.graph.erase_node(node)
+                nodes = [node for node in nodes if node not in (gate, other)]
+                calls += 1
         for start in range(0, len(nodes), MOST):
-            _replace(graph.graph, row, nodes[start : start + MOST], product)
+            _replace(graph.graph, row, nodes[start : start + MOST], product, before)
             calls += 1
     graph.graph.lint()
     graph.recompile()
     return calls
 
 
-def _replace(graph: fx.Graph, row: fx.Node, nodes: list[fx.Node], product: Product) -> None:
+def _put(
+    graph: fx.Graph,
+    row: _Row,
+    nodes: list[fx.Node],
+    product: Product,
+    place: fx.Node,
+    residual: fx.Node | None,
+    gated: bool = False,
+) -> None:
+    """Put one product in the place of an operation that reads those of `nodes`."""
+    with graph.inserting_before(place):
+        call = graph.call_function(product, _given(row, nodes, residual, gated))
+    call.meta.update(place.meta)
+    place.replace_all_uses_with(call)
+    graph.erase_node(place)
+
+
+def _given(row: _Row, nodes: list[fx.Node], residual: fx.Node | None, gated: bool) -> tuple[Any, ...]:
+    """The arguments of a product, of nodes that are there now: what a row was made by may have been replaced."""
+    states, weights = _arguments(nodes[0])[0], [_arguments(node)[1] for node in nodes]
+    norm = None if row.norm is None else norm_of(states)
+    if norm is None:
+        return states, weights, None, 0.0, residual, gated
+    return norm.states, weights, norm.weight, norm.epsilon, residual, gated
+
+
+def _replace(graph: fx.Graph, row: _Row, nodes: list[fx.Node], product: Product, before: Mapping[fx.Node, int]) -> None:
     """Replace linear layers of one row by one product. Their weights are inputs of the graph, there from the start."""
-    weights, sizes = [_arguments(node)[1] for node in nodes], [_example(node).shape[-1] for node in nodes]
+    if len(nodes) == 1 and _arguments(nodes[0])[2] is None:
+        found = residual_of(nodes[0])
+        if found is not None and before[found[1]] == row.writes:
+            _put(graph, row, nodes, product, found[1], found[0])
+            graph.erase_node(nodes[0])
+            return
+    sizes = [example_of(node).shape[-1] for node in nodes]
     with graph.inserting_before(nodes[0]):
-        parts = [graph.call_function(product, (row, weights))]
+        parts = [graph.call_function(product, _given(row, nodes, None, False))]
         if len(nodes) > 1:
             split = graph.call_function(torch.split, (parts[0], sizes, -1))
             parts = [graph.call_function(operator.getitem, (split, number)) for number in range(len(nodes))]
@@ -117,6 +199,7 @@ def _replace(graph: fx.Graph, row: fx.Node, nodes: list[fx.Node], product: Produ
         if bias is not None:
             with graph.inserting_before(node):
                 part = graph.call_function(torch.add, (part, bias))
+        part.meta.update(node.meta)
         node.replace_all_uses_with(part)
         graph.erase_node(node)
 
@@ -125,11 +208,6 @@ def _arguments(node: fx.Node) -> tuple[Any, Any, Any]:
     """Row, weight and bias of a linear layer."""
     found = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
     return found["input"], found["weight"], found.get("bias")
-
-
-def _example(node: fx.Node) -> Tensor:
-    found: Tensor = node.meta["example_value"]
-    return found
 
 
 def _may_write(node: fx.Node) -> bool:
@@ -160,7 +238,7 @@ def _is_product(node: fx.Node, device: str = "cuda") -> bool:
     row, weight, _ = _arguments(node)
     if not (isinstance(weight, fx.Node) and weight.op == "placeholder"):
         return False
-    given, matrix = _example(row), _example(weight)
+    given, matrix = example_of(row), example_of(weight)
     return (
         given.device.type == matrix.device.type == device
         and given.dtype == matrix.dtype
