@@ -504,6 +504,25 @@ def test_a_failed_recording_of_a_gpu_leaves_nothing() -> None:
     assert found.tolist() == [4.0] * 8
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_nothing_is_compiled_anew_where_a_run_is_recorded(autocast: bool, tapes: list[PlainTape]) -> None:
+    """All that torch.compile guards of a process is as in the run before, which compiled: a GPU cannot record that."""
+    made = setup("qwen3", "sdpa", **SMALL)
+    guards: dict[torch.Size, Any] = {}  # of runs of a kind
+
+    def guarded(layer: object, given: tuple[torch.Tensor, ...]) -> None:
+        guard = guards.setdefault(given[0].shape, torch._C._dynamo.guards.GlobalStateGuard())
+        assert guard.check(), guard.reason()
+
+    hook = made.model.model.layers[0].register_forward_pre_hook(guarded)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for seed in range(4):
+            given = {**batch_of(tokens(9, seed=seed)), **EXACTLY, "memory": made.bank, "max_new_tokens": 3}
+            made.model.generate(**{**given, "min_new_tokens": 3}, **recorded())
+    hook.remove()
+    assert tapes[0].parts and len(guards) == 2 + autocast  # under which the first prompt is not padded
+
+
 def test_weights_that_autocast_has_cast(tapes: list[PlainTape]) -> None:
     """A recording casts them itself: what autocast keeps of a weight is gone, or old, when it is played."""
     made = setup("qwen3", "sdpa", **SMALL)

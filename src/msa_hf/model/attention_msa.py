@@ -27,6 +27,7 @@ from .configuration_msa import MSAConfig
 from .context_attention_msa import (
     context_attention,
     context_attention_and_weights,
+    fused_context_attention,
     logit_options,
 )
 from .dense_layer_msa import DenseLayer, select_scored
@@ -373,17 +374,20 @@ class AttendingPass:
             context = self._route(module, self.request, query, value.dtype, context)
         elif context is None:
             context = self._prefix_context(layer, query, value.dtype)
+        fused, length, options = base is ALL_ATTENTION_FUNCTIONS["sdpa"], query.shape[2], logit_options(kwargs)
+        if context is not None and self.keep_contexts and self.recording:
+            self.contexts[layer] = context
+        if fused and length == 1:
+            attended = OPERATIONS["attend_token"](query, key, value, attention_mask, context, **options)
+            if attended is not None:
+                return attended, None
         if context is None:
             return base(module, query, key, value, attention_mask, **kwargs)
-        if self.keep_contexts and self.recording:
-            self.contexts[layer] = context
-        length = query.shape[2]
         if attention_mask is None and 1 < length < key.shape[2]:
             # Transformers leaves the mask of a prompt out where the tokens are the first of a static cache.
             key, value = key[:, :, :length], value[:, :, :length]
-        options = logit_options(kwargs)
-        if base is ALL_ATTENTION_FUNCTIONS["sdpa"]:
-            return OPERATIONS["attend_context"](query, key, value, attention_mask, context, **options), None
+        if fused:
+            return fused_context_attention(query, key, value, attention_mask, context, **options), None
         if kwargs.get("output_attentions", self.config.output_attentions):
             return context_attention_and_weights(query, key, value, attention_mask, context, **options)
         return context_attention(query, key, value, attention_mask, context, **options), None

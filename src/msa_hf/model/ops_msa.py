@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cache_msa import MemoryContext
 from .chunks_msa import gather_documents, pool_documents
-from .context_attention_msa import LogitOptions, fused_context_attention
+from .context_attention_msa import LogitOptions
 from .routing_msa import route_documents
 
 
@@ -54,8 +54,8 @@ class GatherDocuments(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
 
-class AttendContext(Protocol):
-    """`context_attention_msa.fused_context_attention`: over the rows of a context and the own tokens."""
+class AttendToken(Protocol):
+    """`leave_to_pytorch`, or a kernel for the attention of a single token of every sample."""
 
     def __call__(
         self,
@@ -63,10 +63,27 @@ class AttendContext(Protocol):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        context: MemoryContext,
+        context: MemoryContext | None,
         /,
         **options: Unpack[LogitOptions],
-    ) -> Tensor: ...
+    ) -> Tensor | None: ...
+
+
+def leave_to_pytorch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    context: MemoryContext | None,
+    /,
+    **options: Unpack[LogitOptions],
+) -> Tensor | None:
+    """What `context_attention` gives, [B, 1, H, D], for a query [B, H, 1, D]; None, as here, where a call is not taken.
+
+    Args:
+        context: None for own tokens alone.
+    """
+    return None
 
 
 class Operations(TypedDict):
@@ -75,14 +92,14 @@ class Operations(TypedDict):
     route_documents: RouteDocuments  # has no gradient
     pool_documents: PoolDocuments
     gather_documents: GatherDocuments  # where `content` needs no gradient
-    attend_context: AttendContext
+    attend_token: AttendToken
 
 
 PLAIN = Operations(
     route_documents=route_documents,
     pool_documents=pool_documents,
     gather_documents=gather_documents,
-    attend_context=fused_context_attention,
+    attend_token=leave_to_pytorch,
 )
 # Those in use.
 OPERATIONS = Operations(**PLAIN)

@@ -350,7 +350,7 @@ class Recordings:
         places = self.places.get(kind)
         if places is None:
             self.places[kind] = places = Places(inputs, device)
-            with self.tapes[0].running():
+            with self.tapes[0].running(), without_cached_casts(device):
                 return function(places.tensors)
         places.fill(inputs)
         recorded = self.known.get(kind)
@@ -359,7 +359,7 @@ class Recordings:
             return recorded.result
         recording, restore = Recording(*self.tapes), undo()
         try:
-            with without_cached_casts():
+            with without_cached_casts(device):
                 result = recording.record(lambda: function(places.tensors))
         except RuntimeError as error:
             if recording.on_host:
@@ -381,11 +381,15 @@ def autocast_of(device: torch.device) -> torch.dtype | None:
 
 
 @contextlib.contextmanager
-def without_cached_casts() -> Iterator[None]:
-    """Have autocast cast weights anew.
+def without_cached_casts(device: torch.device) -> Iterator[None]:
+    """Have autocast, where it is on, cast weights anew.
 
-    Casts that it keeps are freed where it ends, and a run that was recorded with them would read them for ever.
+    Casts that it keeps are freed where it ends, and a run that was recorded with them would read them for ever. What is
+    compiled is compiled for one or the other: the run before the one that is recorded does without them too.
     """
+    if autocast_of(device) is None:
+        yield
+        return
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

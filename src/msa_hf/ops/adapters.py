@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model.cache_msa import MemoryContext
-from ..model.context_attention_msa import LogitOptions, fused_context_attention
+from ..model.context_attention_msa import LogitOptions
 from ..model.ops_msa import PLAIN, Operations, install_operations
 from ..model.streams_msa import send
 from .attend_token import attend_token
@@ -61,24 +61,26 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    context: MemoryContext,
+    context: MemoryContext | None,
+    /,
     **options: Unpack[LogitOptions],
-) -> Tensor:
-    """`context_attention_msa.fused_context_attention`; a single token on a GPU by `attend_token`, which takes a kernel
-    or two where PyTorch takes ten."""
-    given = query, key, value, attention_mask, context
+) -> Tensor | None:
+    """`ops_msa.leave_to_pytorch`, but on a GPU `attend_token`: a kernel or two where PyTorch takes ten."""
+    if query.device.type not in TOKEN_DEVICES:
+        return None
+    if context is None:
+        row_mask = torch.ones(key.shape[0], 0, dtype=torch.bool, device=key.device)
+        context = MemoryContext(key[:, :, :0], value[:, :, :0], row_mask, prefix_length=0)
     tensors = query, key, value, context.keys, context.values
     if (
-        query.shape[2] != 1
-        or query.device.type not in TOKEN_DEVICES
-        or options["softcap"] is not None
+        options["softcap"] is not None
         or options["sinks"] is not None
         or options["dropout"]
         or (attention_mask is not None and attention_mask.dtype != torch.bool)
         or any(item.dtype != value.dtype for item in tensors)
         or (torch.is_grad_enabled() and any(item.requires_grad for item in tensors))
     ):
-        return fused_context_attention(*given, **options)
+        return None
     mask = None if attention_mask is None else attention_mask[:, 0, 0, : key.shape[2]]
     scaling = query.shape[3] ** -0.5 if options["scaling"] is None else options["scaling"]
     attended = attend_token(
@@ -94,7 +96,7 @@ def register() -> None:
             route_documents=route_documents,
             pool_documents=pool_documents,
             gather_documents=gather,
-            attend_context=attend,
+            attend_token=attend,
         )
     )
 
