@@ -59,9 +59,9 @@ from msa_hf.model.compat_msa import CACHE
 from msa_hf.model.compiled_msa import compiling
 from msa_hf.model.document_rows_msa import ChunkLayout
 from msa_hf.model.memory_msa import BankOrigin, DenseLayer, Document, DocumentTable, OpenSession
+from msa_hf.model.ops_msa import OPERATIONS, PLAIN, install_operations
 from msa_hf.model.options_msa import static_cache
 from msa_hf.ops.formats import FORMATS
-from msa_hf.ops.row_products import InductorWithRowProducts
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "model_cards" / "msa-hf-tiny"
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kernels", type=int, default=0, help="of each row, so many that take most are named")
     parser.add_argument("--layers", type=int, help="of the model, instead of the shape's")
     parser.add_argument("--compile-backend", default="inductor", help="eager: for rehearsals")
-    parser.add_argument("--row-products", action="store_true", help="single tokens by the kernel for single rows")
+    parser.add_argument("--plain-tokens", action="store_true", help="tokens without the library's own kernels")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     wanted = set(arguments.rows.split(","))
@@ -300,8 +300,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--rows: {', '.join(sorted(unknown))} is none of {', '.join(ROWS)}")
     transformers.logging.set_verbosity_error()
     device, repeats = torch.empty(0, device=arguments.device).device, arguments.repeats  # with its index
-    backend = InductorWithRowProducts() if arguments.row_products else "inductor"
-    compile_config = CompileConfig(backend=backend)  # asks for recorded runs
+    if arguments.plain_tokens:
+        install_operations({**OPERATIONS, **{name: PLAIN[name] for name in ("attend_token", "token_backend")}})
+    compile_config = CompileConfig()  # asks for recorded runs
     if arguments.compile_backend != "inductor":
         compile_config = CompileConfig(backend=arguments.compile_backend, mode=None)
         compile_config._compile_all_devices = True

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from msa_hf.ops.row_products import InductorWithRowProducts
 
@@ -28,7 +29,7 @@ class Layer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(HIDDEN)
+        self.norm = Qwen3RMSNorm(HIDDEN)
         self.query, self.key, self.value = (nn.Linear(HIDDEN, size, bias=False) for size in (HEADS, GROUPS, GROUPS))
         self.out = nn.Linear(HEADS, HIDDEN, bias=False)
         self.gate, self.up = (nn.Linear(HIDDEN, MIDDLE, bias=False) for _ in range(2))

@@ -21,6 +21,7 @@ from msa_hf.model import compiled_msa, document_rows_msa, spare_caches_msa
 from msa_hf.model.attending_layers_msa import options_of_tokens
 from msa_hf.model.cache_msa import LEAST_BUCKET, MSACache, MSAStaticCache
 from msa_hf.model.compat_msa import CACHE, cache_of
+from msa_hf.model.ops_msa import OPERATIONS
 
 LONG = (1, 3, 4, 7, 230, 250)  # documents, of which some two have more rows than the smallest bucket
 SMALL: dict[str, Any] = {"base": {"num_hidden_layers": 2}, "memory_layers": [1]}  # compiling takes time by the layer
@@ -151,18 +152,22 @@ def test_compiled_once_for_a_bucket(compiling: dict[str, Any], capsys: pytest.Ca
     assert graphs() == before + 4
 
 
-def test_layers_of_a_token_are_tuned() -> None:
+def test_layers_of_a_token_are_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their products have one row. Who asks for something else gets it, and other compilers are told nothing."""
     tuned = {"coordinate_descent_tuning": True}
     for mode, also in ((None, {}), ("default", {}), ("max-autotune-no-cudagraphs", {"max_autotune": True})):
         assert options_of_tokens({"mode": mode, "dynamic": None}) == {
             "mode": None,
+            "backend": OPERATIONS["token_backend"](),
             "dynamic": None,
             "options": {**tuned, **also},
         }
     given = {"options": {"coordinate_descent_tuning": False, "shape_padding": True}}
     assert options_of_tokens(given)["options"] == given["options"]
     assert options_of_tokens({"backend": "eager", "mode": None}) == {"backend": "eager", "mode": None}
+    monkeypatch.setitem(OPERATIONS, "token_backend", lambda: "another")
+    assert options_of_tokens({"backend": "inductor", "mode": None})["backend"] == "another"
+    assert options_of_tokens({"backend": "eager"})["backend"] == "eager"
 
 
 def test_warmup_without_a_compiler() -> None:

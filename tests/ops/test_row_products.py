@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from msa_hf.ops import adapters
 from msa_hf.ops.row_products import InductorWithRowProducts, graphs, replace_products
 
 
@@ -238,6 +239,18 @@ def test_the_rest_is_what_inductor_makes(monkeypatch: pytest.MonkeyPatch) -> Non
     torch._dynamo.reset()
     torch.compile(block, backend=InductorWithRowProducts(), mode="max-autotune-no-cudagraphs")(torch.randn(1, 8))
     assert given[2]["coordinate_descent_tuning"] and given[2]["max_autotune"]
+
+
+def test_it_is_the_default_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU and Triton; AMD's GPUs, and machines without either, have Inductor's."""
+    there: dict[str, Any] = {"gpu": True, "triton": True, "hip": None}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there["gpu"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if there[name] else None)
+    for missing in (None, "gpu", "triton", "hip"):
+        there |= {"gpu": missing != "gpu", "triton": missing != "triton"}
+        monkeypatch.setattr(torch.version, "hip", "6.4" if missing == "hip" else None)
+        expected = InductorWithRowProducts() if missing is None else "inductor"
+        assert adapters.token_backend() == expected
 
 
 KERNEL = """

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from .attention_msa import AttendingPass
 from .cache_msa import MSAStaticCache
 from .compat_msa import CACHE, in_dtypes_of
+from .ops_msa import OPERATIONS
 from .retrofit_msa import attention_layers
 
 THE_LAYER = 0  # number of a layer among its own things
@@ -97,7 +98,8 @@ def options_of_tokens(options: Mapping[str, Any]) -> Mapping[str, Any]:
     mode = options.get("mode")
     of_mode = {} if mode is None else torch._inductor.list_mode_options(mode)
     given = options.get("options") or {}
-    return {**options, "mode": None, "options": {"coordinate_descent_tuning": True, **of_mode, **given}}
+    tuned = {"coordinate_descent_tuning": True, **of_mode, **given}
+    return {**options, "backend": OPERATIONS["token_backend"](), "mode": None, "options": tuned}
 
 
 class AttendingLayers:

@@ -4,7 +4,8 @@ Here they are plain PyTorch, so that a checkpoint's code needs nothing beside it
 its `ops` folder installs its own, which take the same arguments and give the same results.
 """
 
-from typing import Protocol, TypedDict, Unpack
+from collections.abc import Callable
+from typing import Any, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from .cache_msa import MemoryContext
 from .chunks_msa import gather_documents, pool_documents
 from .context_attention_msa import LogitOptions
 from .routing_msa import route_documents
+
+Backend = str | Callable[..., Any]  # of torch.compile
 
 
 class RouteDocuments(Protocol):
@@ -86,6 +89,11 @@ def leave_to_pytorch(
     return None
 
 
+def inductor() -> Backend:
+    """The backend of torch.compile for layers that see one token of each sample, where Inductor was asked for."""
+    return "inductor"
+
+
 class Operations(TypedDict):
     """An implementation of every operation."""
 
@@ -93,6 +101,7 @@ class Operations(TypedDict):
     pool_documents: PoolDocuments
     gather_documents: GatherDocuments  # where `content` needs no gradient
     attend_token: AttendToken
+    token_backend: Callable[[], Backend]  # as `inductor`
 
 
 PLAIN = Operations(
@@ -100,6 +109,7 @@ PLAIN = Operations(
     pool_documents=pool_documents,
     gather_documents=gather_documents,
     attend_token=leave_to_pytorch,
+    token_backend=inductor,
 )
 # Those in use.
 OPERATIONS = Operations(**PLAIN)

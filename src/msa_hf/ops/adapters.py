@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Unpack
 
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor
 
 from ..model.cache_msa import MemoryContext
 from ..model.context_attention_msa import LogitOptions
-from ..model.ops_msa import PLAIN, Operations, install_operations
+from ..model.ops_msa import PLAIN, Backend, Operations, inductor, install_operations
 from ..model.streams_msa import send
 from .attend_token import attend_token
 from .gather_documents import gather_documents, most_rows
 from .pool_chunks import pool_chunks
 from .route_documents import route_documents
+from .row_products import InductorWithRowProducts
 
 TOKEN_DEVICES = {"cuda"}  # on which a kernel for single tokens is quicker than PyTorch's
 
@@ -89,6 +91,13 @@ def attend(
     return attended[:, None]
 
 
+def token_backend() -> Backend:
+    """`ops_msa.inductor`, with the library's own kernel for products of single rows where there is a GPU and Triton."""
+    if not torch.cuda.is_available() or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return inductor()
+    return InductorWithRowProducts()
+
+
 def register() -> None:
     """Make the model use these."""
     install_operations(
@@ -97,6 +106,7 @@ def register() -> None:
             pool_documents=pool_documents,
             gather_documents=gather,
             attend_token=attend,
+            token_backend=token_backend,
         )
     )
 
