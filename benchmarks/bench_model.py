@@ -11,6 +11,7 @@ Rows are printed as they come, in groups that `--rows` chooses among:
 * eager: first tokens and decoding with a memory, nothing compiled.
 * prefill, decode: the same compiled, with the small bank.
 * large: first tokens over the large bank, keys in bf16; int8: in 8 bits; many: 64 questions at once.
+* host: int8 keys of all layers but a third in host memory, as on a GPU of 24 GB.
 * rounds: a whole question by Memory Interleave.
 
 Random weights. Documents are encoded for real; the bank is then repeated up to `--bank-tokens`, so that routing sees
@@ -65,7 +66,7 @@ from msa_hf.ops.formats import FORMATS
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "model_cards" / "msa-hf-tiny"
-ROWS = ("check", "base", "base-static", "eager", "prefill", "decode", "large", "many", "int8", "rounds")
+ROWS = ("check", "base", "base-static", "eager", "prefill", "decode", "large", "many", "int8", "host", "rounds")
 WARM = 4  # runs before one is measured: compiled, recorded, contexts recorded, played
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -198,16 +199,31 @@ def repeated(bank: MemoryBank, times: int, text: str | None = None) -> MemoryBan
 
 
 class LargeMemory:
-    """Keys on the device, content in 8 bits in host memory; every layer has the same of both.
+    """Keys on the device, or in host memory, content in 8 bits in host memory; every layer has the same of both.
 
     Args:
         small: a bank of the model, for what does not depend on size.
         documents: of equal length, of `text`.
         tokens: of a document.
         keys: their format, a name of `FORMATS`.
+        resident: of a quantized format, layers, the first ones, whose keys lie on the device; None for all. The others'
+            lie in host memory.
+
+    Attributes:
+        key_bytes: of a layer.
+        host_bytes: of all keys in host memory, as if no two layers had the same.
     """
 
-    def __init__(self, small: MemoryBank, documents: int, tokens: int, keys: str, text: str, device: torch.device):
+    def __init__(
+        self,
+        small: MemoryBank,
+        documents: int,
+        tokens: int,
+        keys: str,
+        text: str,
+        device: torch.device,
+        resident: int | None = None,
+    ) -> None:
         chunks = math.ceil(tokens / small.origin.chunk_size)
         some = next(iter(small.layers.values()))
         (groups, dim), dtype = some.keys.shape[1:], some.routing_keys.dtype
@@ -223,12 +239,17 @@ class LargeMemory:
         self.key_bytes = rows.nbytes
         content = placed_rows([torch.ones(count, 2, groups, dim, dtype=dtype)], "fp8", device, on_device=not on_gpu)
         layout = ChunkLayout(torch.arange(documents + 1) * chunks)
-        layer = TieredLayer(
-            RoutingKeys(rows, own, streamed=False, candidates=None, usual=FORMATS[keys].candidates),
-            PooledKV(content, dtype),
-            layout,
-        )
-        self.layers = dict.fromkeys(small.layers, layer)
+        usual = FORMATS[keys].candidates
+        found = RoutingKeys(rows, own, streamed=False, candidates=None, usual=usual)
+        self.layers = dict.fromkeys(small.layers, TieredLayer(found, PooledKV(content, dtype), layout))
+        self.host_bytes = 0
+        if resident is not None:
+            away = list(small.layers)[resident:]
+            far = RoutingKeys(
+                placed_rows([exact.cpu()], keys, device, on_device=not on_gpu), own, True, candidates=None, usual=usual
+            )
+            self.layers |= dict.fromkeys(away, TieredLayer(far, PooledKV(content, dtype), layout))
+            self.host_bytes = rows.nbytes * len(away)
         self.documents = DocumentTable([Document(str(place), text, None, tokens, chunks) for place in range(documents)])
         self.origin: BankOrigin = small.origin
         self.prefix: Mapping[int, tuple[Tensor, Tensor]] = small.prefix
@@ -374,11 +395,20 @@ def main(argv: list[str] | None = None) -> None:
         runs_are_right(model, [big, bank], compile_config, arguments.question, say)
 
     def memory_row(
-        what: str, memory: Any, ids: Tensor, goal: str, key_bytes: float, products: float, base_ms: float | None = None
+        what: str,
+        memory: Any,
+        ids: Tensor,
+        goal: str,
+        key_bytes: float,
+        products: float,
+        base_ms: float | None = None,
+        host_bytes: float = 0,
     ) -> None:
         batch, tokens = ids.shape
         layers = len(memory.layers)
         floor = floors.ms(batch * tokens, layers * key_bytes, layers * products * batch * tokens, base_ms)
+        if floor is not None and host_bytes:
+            floor = max(floor, 1e3 * host_bytes / floors.rates.host_link)
         name = f"{what}, {batch} x {tokens} tokens"
         if "eager" in wanted:
             row(f"{name}, eager", lambda: model(ids, memory=memory, logits_to_keep=1), floor, count=3)
@@ -415,12 +445,19 @@ def main(argv: list[str] | None = None) -> None:
             own = figures["base_many_ms"]
             memory_row("large bank", large, many, "0.7 of the floor", large.key_bytes, large.key_products, own)
         del large
-    if count and wanted & {"int8", "rounds"}:
+    if count and wanted & {"int8", "host", "rounds"}:
         large = LargeMemory(bank, count, arguments.tokens, "int8", text, device)
         model.accept_bank(large)
         say("large bank, int8 keys")
         if "int8" in wanted:
             memory_row("first token, large bank, int8 keys", large, ids, "19 ms", large.key_bytes, large.key_products)
+        if "host" in wanted:
+            third = len(bank.layers) // 3
+            far = LargeMemory(bank, count, arguments.tokens, "int8", text, device, resident=third)
+            model.accept_bank(far)
+            what = f"first token, large bank, int8 keys, those of {len(bank.layers) - third} layers in host memory"
+            memory_row(what, far, ids, "350 ms computed", far.key_bytes, far.key_products, host_bytes=far.host_bytes)
+            del far
         if "rounds" in wanted:
             rounds: dict[str, Any] = {"max_rounds": 2, "documents_per_round": 1, "router_may_end": False}
             asker = MemoryInterleave(model, tokenizer, large, protocol, max_new_tokens=16, **rounds, **static)
