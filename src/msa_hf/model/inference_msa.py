@@ -27,6 +27,7 @@ from .encoded_batches_msa import EncodedWindow
 from .encoding_msa import encode_documents, encode_rows
 from .fingerprint_msa import fingerprint_of, read_weights, tokenizer_fingerprint
 from .interface_msa import MEMORY_INTERFACE
+from .known_masks_msa import ones_like
 from .memory_msa import DenseLayer, DocumentTable, LayerMemory, Memory, MemoryBank, OpenSession, Snapshots
 from .origin_msa import BankOrigin, check_origin, state_fields
 from .positions_msa import equivalent_length, in_positions_of
@@ -135,11 +136,12 @@ class MemoryMixin(ModelMixin):
         stop = not is_entered_by_its_call(self)
         kind = SeparateEncodingPass if separately else EncodingPass
         encoding = kind(self.config, lengths, self.config.similarity, stop=stop)
-        # Padding stands behind the documents, where causal attention does not look.
+        # Padding stands behind the documents, where causal attention does not look. What wraps a model may take its
+        # arguments apart, and gets a mask that is a plain tensor.
         self.run_from_outside(
             stop=stop,
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=ones_like(ids) if stop else torch.ones_like(ids),
             position_ids=torch.arange(ids.shape[1], device=ids.device).expand(ids.shape),
             use_cache=False,
             memory_pass=encoding,
