@@ -11,7 +11,7 @@ from setups import FEW, Setup, assert_same, batch_of, build, setup, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msa_hf.model import attention_msa
+from msa_hf.model import attention_msa, chunks_msa
 from msa_hf.model.document_rows_msa import ChunkLayout
 from msa_hf.ops import BACKENDS, adapters, use_backend
 
@@ -52,6 +52,19 @@ class Called(TorchDispatchMode):
         spaces = {name.split(".")[0] for name in self.names}
         assert spaces <= {BACKENDS[backend].namespace}
         return {name.split(".")[1] for name in self.names}
+
+
+class Indexed(TorchDispatchMode):
+    """Notes how many numbers are taken out of tensors by index, of tensors that have groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.index.Tensor and args[0].dim() > 1:
+            self.sizes.append(args[0].numel())
+        return function(*args, **(kwargs or {}))
 
 
 def ask(made: Setup, **arguments: Any) -> Any:
@@ -95,6 +108,33 @@ def test_banks_and_answers(family, attention, fields, backend) -> None:
             assert ours_.dtype == theirs_.dtype
             assert_same(ours_, theirs_)
     assert_same_answers(ours, theirs, batch_of(QUESTIONS)["attention_mask"].bool())
+
+
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
+@pytest.mark.parametrize("lengths", [[16, 16], [5, 9, 1], [3, 64, 32, 17]])
+@pytest.mark.parametrize("across", [False, True], ids=["token by token", "group by group"])
+def test_padding_is_no_part_of_a_chunk(backend, lengths, across) -> None:
+    """Nor copied away: what stands behind documents, NaN too, is pooled beside them; gradients of it are zero."""
+    torch.manual_seed(0)
+    shape = (len(lengths), max(lengths), 2, 8)
+    states = [torch.randn(shape).transpose(1, 2) for _ in range(2)] + [torch.randn(shape)]
+    if across:
+        states = [item.contiguous() for item in states[:2]] + states[2:]
+    arguments = torch.tensor(lengths), 16, True
+    with use_backend(backend):
+        leaves = [item.clone().requires_grad_() for item in states]
+        sum(part.pow(3).sum() for part in adapters.pool_documents(*leaves, *arguments)).backward()
+        plain = [item.clone().requires_grad_() for item in states]
+        sum(part.pow(3).sum() for part in chunks_msa.pool_documents(*plain, *arguments)).backward()
+        for ours, theirs in zip(leaves, plain, strict=True):
+            assert_same(ours.grad, theirs.grad)
+        for place, length in enumerate(lengths):
+            states[0][place, :, length:] = states[1][place, :, length:] = states[2][place, length:] = torch.nan
+        with Indexed() as indexed:
+            found = adapters.pool_documents(*states, *arguments)
+    for ours, theirs in zip(found, chunks_msa.pool_documents(*states, *arguments), strict=True):
+        assert_same(ours, theirs)
+    assert backend == "pytorch" or not indexed.sizes
 
 
 @pytest.mark.parametrize("backend", BACKENDS_HERE)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.cache_msa import MemoryContext
+from ..model.chunks_msa import chunk_counts
 from ..model.context_attention_msa import LogitOptions
 from ..model.ops_msa import PLAIN, Backend, Operations, inductor, install_operations
 from ..model.streams_msa import send
@@ -24,28 +25,29 @@ TOKEN_DEVICES = {"cuda"}  # on which a kernel for single tokens is quicker than 
 def pool_documents(
     keys: Tensor, values: Tensor, router_keys: Tensor, lengths: Tensor, chunk_size: int, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    """`chunks_msa.pool_documents` of packed documents."""
+    """`chunks_msa.pool_documents`, of documents one after the other."""
     padded = keys.transpose(1, 2), values.transpose(1, 2), router_keys
     # Under autocast RoPE leaves keys in float32.
     dtype = torch.promote_types(keys.dtype, values.dtype)
     width, lengths = padded[0].shape[1], lengths.cpu()
-    counts = lengths.tolist()
-    if min(counts) == width:
-        packed = [states.flatten(0, 1) for states in padded]
-    else:
-        real = torch.arange(width) < lengths[:, None]
-        rows = send(real.flatten().nonzero().squeeze(1), keys.device)
-        packed = [states[rows // width, rows % width] for states in padded]
-    packed_keys, packed_values, packed_router_keys = (states.to(dtype) for states in packed)
+    # What stands behind a document is pooled as one of its own, and left out then: to copy the chunks costs a
+    # `chunk_size`-th of what copying the tokens would.
+    parts = torch.stack([lengths, width - lengths], dim=1).flatten()
+    counts = chunk_counts(parts, chunk_size)
+    packed_keys, packed_values, packed_router_keys = (states.flatten(0, 1).to(dtype) for states in padded)
     content, routing_keys, _ = pool_chunks(
         packed_keys,
         packed_values,
         packed_router_keys,
-        send(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), keys.device),
+        send(torch.nn.functional.pad(parts.cumsum(0), (1, 0)), keys.device),
         chunk_size,
         normalize=normalize,
-        chunks=sum(-(-count // chunk_size) for count in counts),
+        chunks=int(counts.sum()),
     )
+    if counts[1::2].any():
+        real = torch.tensor([True, False]).repeat(len(lengths)).repeat_interleave(counts)
+        rows = send(real.nonzero().squeeze(1), keys.device)
+        content, routing_keys = content.index_select(0, rows), routing_keys.index_select(0, rows)
     return content.to(values.dtype), routing_keys.to(values.dtype)
 
 
