@@ -10,6 +10,7 @@ from scripted import COMPACT, PUBLISHED, TEXTS, bank_of, byte_tokenizer, memory_
 
 from msa_hf import MemoryBank
 from msa_hf.generation import DocumentIds, PromptProtocol
+from msa_hf.generation import protocol as protocol_module
 
 QUESTION = "Where is the {quarry}?"
 both = pytest.mark.parametrize("protocol", [PUBLISHED, COMPACT], ids=["published", "compact"])
@@ -217,6 +218,30 @@ def test_rows_of_a_corpus(tokenizer) -> None:
     assert [row["metadata"] for row in rows] == [{"id": 5}, {"year": 2, "id": 6}, {"year": 3, "id": 7}]
     assert [(row["key"], row["text"]) for row in rows] == [("5", "One."), ("b", "Two."), ("7", "Three.")]
     assert rows[1]["input_ids"] == whole(tokenizer, "<|im_start|>[6]. Two.[6]<|im_end|>")
+
+
+def test_texts_of_a_corpus_are_tokenized_together(tokenizer, monkeypatch) -> None:
+    """In calls of several texts, which a tokenizer spreads over cores; no further ahead than a block."""
+    read, calls = 0, []
+    whole = protocol_module.tokenize_texts
+
+    def texts():
+        nonlocal read
+        for read in range(1, 201):
+            yield f"Text {read}. " * (1 if read < 100 else 3000)
+
+    def tokenize_texts(tokenizer, texts, **options):
+        calls.append(len(texts))
+        return whole(tokenizer, texts, **options)
+
+    monkeypatch.setattr(protocol_module, "tokenize_texts", tokenize_texts)
+    rows = COMPACT.encode_corpus(texts(), tokenizer)
+    first = next(rows)
+    assert read == 64 and calls == [64]
+    for number, row in enumerate([first, *(next(rows) for _ in range(79))]):
+        assert row == COMPACT.document_row(number, f"Text {number + 1}. ", tokenizer)
+    assert 100 < read < 104  # 65,536 characters
+    assert next(iter(COMPACT.encode_corpus(texts(), tokenizer, max_tokens=100))) == first and read == 1
 
 
 @pytest.mark.parametrize("document", ["", "  \n", {"text": None}, {"title": "x"}, {"input_ids": [1]}])

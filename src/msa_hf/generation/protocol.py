@@ -13,7 +13,7 @@ import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -40,6 +40,7 @@ TEMPLATES = {
     "block_item": {"id", "text"},
     "restated": {"question"},
 }
+BLOCK, BLOCK_CHARACTERS = 64, 65536  # documents that are tokenized together: as many, or so much text
 MARKERS = ("ids_end", "retrieval_end", "answer_end")
 
 
@@ -351,18 +352,7 @@ class PromptProtocol:
         Raises:
             ValueError: where `metadata` has another `id`, which would be lost.
         """
-        extra = dict(metadata or {})
-        if extra.get(ID_FIELD, id) != id:
-            raise ValueError(
-                f"Document {key or id!r} has the metadata {ID_FIELD}={extra[ID_FIELD]!r}, a name that the memory needs "
-                "for its own number; rename it, or make it the document's key."
-            )
-        return {
-            "key": str(id) if key is None else str(key),
-            "text": text,
-            "input_ids": self.encode(tokenizer, self.document, id=id, text=text),
-            "metadata": {**extra, ID_FIELD: id},
-        }
+        return _row(id, text, self.encode(tokenizer, self.document, id=id, text=text), key, metadata)
 
     def encode_corpus(
         self,
@@ -373,7 +363,10 @@ class PromptProtocol:
         text_column: str = "text",
         key_column: str = "key",
     ) -> Iterator[DocumentRow]:
-        """Rows for `model.encode_documents`, numbered from `first_id`.
+        """Rows for `model.encode_documents`, numbered from `first_id`, made as they are asked for.
+
+        Texts are tokenized together, on all cores where the tokenizer has threads: up to 64 documents or 65,536
+        characters are read ahead; one where `max_tokens` is given.
 
         Args:
             documents: texts, or mappings with a text, a key and metadata.
@@ -386,25 +379,23 @@ class PromptProtocol:
             ValueError: for a document without text.
         """
         number = first_id
-        for place, document in enumerate(each_document(documents)):
-            values: dict[str, object] = dict(document) if isinstance(document, Mapping) else {text_column: document}
-            text, key = values.pop(text_column, None), values.pop(key_column, None)
-            key = str(place + first_id if key is None else key)
-            if set(values) == {"metadata"} and isinstance(values["metadata"], Mapping | None):
-                values = dict(values["metadata"] or {})
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"Document {place} (key {key!r}) has no text; leave it out.")
-            row = self.document_row(number, text, tokenizer, key, values)
-            if max_tokens is None or len(row["input_ids"]) <= max_tokens:
-                yield row
-                number += 1
-                continue
-            room = max_tokens - len(self.encode(tokenizer, self.document, id=10 ** len(str(number)), text=""))
-            if room < 1:
-                raise ValueError(f"`max_tokens={max_tokens}` leaves no room for text beside a document's wrapping.")
-            for part, (piece, _) in enumerate(split_text(tokenizer, text, room)):
-                yield self.document_row(number, piece, tokenizer, f"{key}#{part}", {**values, "part": part})
-                number += 1
+        # Pieces have numbers of their own, which stand in the tokens of all documents behind them.
+        for block in _blocks(
+            each_document(documents), text_column, key_column, first_id, BLOCK if max_tokens is None else 1
+        ):
+            values = [{"id": id, "text": document.text} for id, document in enumerate(block, start=number)]
+            for document, ids in zip(block, self.encode_each(tokenizer, self.document, values), strict=True):
+                key, text, metadata = document
+                if max_tokens is None or len(ids) <= max_tokens:
+                    yield _row(number, text, ids, key, metadata)
+                    number += 1
+                    continue
+                room = max_tokens - len(self.encode(tokenizer, self.document, id=10 ** len(str(number)), text=""))
+                if room < 1:
+                    raise ValueError(f"`max_tokens={max_tokens}` leaves no room for text beside a document's wrapping.")
+                for part, (piece, _) in enumerate(split_text(tokenizer, text, room)):
+                    yield self.document_row(number, piece, tokenizer, f"{key}#{part}", {**metadata, "part": part})
+                    number += 1
 
     # Storage ----------------------------------------------------------------------------------------------------------
 
@@ -455,6 +446,57 @@ class PromptProtocol:
 def _any_of(tokens: frozenset[str]) -> re.Pattern[str]:
     """A pattern of the longest of some tokens."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+class _Given(NamedTuple):
+    """A document as a user gave it."""
+
+    key: str
+    text: str
+    metadata: dict[str, object]
+
+
+def _blocks(
+    documents: Iterable[object], text_column: str, key_column: str, first_id: int, most: int
+) -> Iterator[list[_Given]]:
+    """Documents whose texts are tokenized together; no more are read ahead than that is of use for.
+
+    Raises:
+        ValueError: for a document without text.
+    """
+    block: list[_Given] = []
+    held = 0
+    for place, document in enumerate(documents):
+        values: dict[str, object] = dict(document) if isinstance(document, Mapping) else {text_column: document}
+        text, key = values.pop(text_column, None), values.pop(key_column, None)
+        key = str(place + first_id if key is None else key)
+        if set(values) == {"metadata"} and isinstance(values["metadata"], Mapping | None):
+            values = dict(values["metadata"] or {})
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"Document {place} (key {key!r}) has no text; leave it out.")
+        block.append(_Given(key, text, values))
+        held += len(text)
+        if held >= BLOCK_CHARACTERS or len(block) >= most:
+            yield block
+            block, held = [], 0
+    if block:
+        yield block
+
+
+def _row(id: int, text: str, ids: list[int], key: str | None, metadata: Mapping[str, object] | None) -> DocumentRow:
+    """A document for `model.encode_documents`, of its token ids; see `PromptProtocol.document_row`."""
+    extra = dict(metadata or {})
+    if extra.get(ID_FIELD, id) != id:
+        raise ValueError(
+            f"Document {key or id!r} has the metadata {ID_FIELD}={extra[ID_FIELD]!r}, a name that the memory needs "
+            "for its own number; rename it, or make it the document's key."
+        )
+    return {
+        "key": str(id) if key is None else str(key),
+        "text": text,
+        "input_ids": ids,
+        "metadata": {**extra, ID_FIELD: id},
+    }
 
 
 def _literal(text: str) -> str:
