@@ -357,6 +357,27 @@ def test_what_cannot_be_removed_of_the_bank_before_is_told(
     assert [item.key for item in bank_now.documents] == [row["key"] for row in rows[::-1]]
 
 
+def test_all_parts_are_encoded_with_the_same_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights in 8-bit floats are made once, not for every part; not at all where all parts are there."""
+    made, given = [], []
+    whole = Model.encode_rows
+
+    def encoding_layers(self: Model, *options: bool) -> object:
+        made.append(options)
+        return made[-1]
+
+    def encode_rows(self: Model, *rows: Any, layers: object, **options: Any) -> Any:
+        given.append(layers)
+        return whole(self, *rows, **options)
+
+    monkeypatch.setattr(Model, "encoding_layers", encoding_layers)
+    monkeypatch.setattr(Model, "encode_rows", encode_rows)
+    source = written(tmp_path / "rows.jsonl", rows_of(2, 20))
+    for _ in range(2):
+        parts = encode(source, tmp_path / "bank", tmp_path / "log", compile_layers=True, fp8_projections=True).parts
+        assert made == [(True, True)] and given == made * parts and parts > 2
+
+
 def test_a_complete_bank_is_taken_over_as_far_as_it_is_the_same(tmp_path: Path) -> None:
     rows = rows_of(2, 20)
     source, bank, log = written(tmp_path / "rows.jsonl", rows), tmp_path / "bank", tmp_path / "log"

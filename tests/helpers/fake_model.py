@@ -78,6 +78,9 @@ class FakeModel:
         prefix = {layer: tuple(part.to(self.dtype) for part in pair) for layer, pair in self.encode_prefix().items()}
         return MemoryBank(layers, offsets, prefix, DocumentTable(rows), ORIGIN)  # type: ignore[arg-type]
 
+    def encoding_layers(self, *options: bool) -> None:
+        return None
+
     def encode_rows(self, keys: Any, ids: Any, *, counted: Any, **options: Any) -> Any:
         """As documents, of which subclasses take note."""
         rows = [{"key": key, "input_ids": tokens.tolist()} for key, tokens in zip(keys, ids, strict=True)]

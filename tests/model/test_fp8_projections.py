@@ -10,7 +10,7 @@ from test_encoding import encode, random_documents
 from torch import nn
 
 from msa_hf.model import fp8_projections_msa
-from msa_hf.model.fp8_projections_msa import Fp8Linear, fp8_projections, to_fp8
+from msa_hf.model.fp8_projections_msa import Fp8Linear, Fp8Projections, to_fp8
 
 __all__ = ["graphs"]
 
@@ -67,7 +67,7 @@ def test_what_stays_as_it_is() -> None:
     """Routers, layers behind the last memory, odd sizes; all of it again after an error."""
     model = model_with_layers(3)
     model.model.layers[0].mlp.up_proj = nn.Linear(model.config.hidden_size, 40)
-    with pytest.raises(RuntimeError, match="stop"), fp8_projections(model):
+    with pytest.raises(RuntimeError, match="stop"), Fp8Projections(model).lent():
         narrow = {name for name, module in model.named_modules() if isinstance(module, Fp8Linear)}
         assert "model.layers.0.mlp.down_proj" in narrow and "model.layers.0.mlp.up_proj" not in narrow
         assert "lm_head" not in narrow and not any("router_" in name for name in narrow)
@@ -81,3 +81,36 @@ def test_a_gpu_without_such_products_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     with pytest.raises(ValueError, match=r"8\.9 or newer\), but A100 has 8\.0\. Leave it out"):
         encode([[5, 6]], model=model_with_layers(3), fp8_projections=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_are_rounded_once_and_lent_to_windows(
+    compiled: bool, graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many windows there are; who makes the documents between them finds the model as it was, to the bit, and
+    so does who gives up on them."""
+    model, made = model_with_layers(3), []
+    whole = Fp8Linear.__init__
+
+    def init(self: Fp8Linear, linear: nn.Linear) -> None:
+        made.append(linear)
+        whole(self, linear)
+
+    monkeypatch.setattr(Fp8Linear, "__init__", init)
+    question, before = torch.tensor([[5, 6, 7]]), dict(model.named_modules())
+    expected = model(question).logits
+
+    def documents(stop: int) -> Any:
+        for number, ids in enumerate(random_documents([30] * 20, seed=1)):
+            assert torch.equal(model(question).logits, expected) and dict(model.named_modules()) == before
+            if number == stop:
+                raise RuntimeError("stop")
+            yield ids
+
+    narrow = functools.partial(encode, model=model, batch_tokens=32, fp8_projections=True, compile_layers=compiled)
+    assert len(narrow(documents(-1))) == 20  # windows of 1, 2, 4, 8 and 5 documents
+    assert len(made) == len(set(made)) == 21
+    with pytest.raises(RuntimeError, match="stop"):
+        narrow(documents(9))
+    assert dict(model.named_modules()) == before
+    assert all(module._compiled_call_impl is None for module in model.modules())

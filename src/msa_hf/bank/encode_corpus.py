@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from ..data.documents import Corpus
 from ..generation.document_ids import ID_FIELD
 from ..model.bank_format_msa import TensorLayout, new_manifest
-from ..model.encoded_batches_msa import EncodedWindow
+from ..model.encoded_batches_msa import EncodedWindow, EncodingLayers
 from ..model.memory_msa import MemoryBank
 from ..model.origin_msa import BankOrigin
 from ..model.positions_msa import position_limit
@@ -62,6 +62,7 @@ class CorpusModel(EncodingModel, Protocol):
     config: PreTrainedConfig
     dtype: torch.dtype
 
+    def encoding_layers(self, compile_layers: bool = False, fp8_projections: bool = False) -> EncodingLayers: ...
     def encode_rows(self, keys: Sequence[str], ids: Sequence[torch.Tensor], **options: object) -> EncodedWindow: ...
 
 
@@ -326,7 +327,8 @@ class _Encoder:
         if too_long not in ("error", "split"):
             raise ValueError(f"`too_long` must be 'error' or 'split', got {too_long!r}.")
         self.corpus, self.model, self.batch_tokens = corpus, model, batch_tokens
-        self.compile_layers, self.fp8_projections = compile_layers, fp8_projections
+        self._layers = partial(model.encoding_layers, compile_layers, fp8_projections)
+        self._made_layers: EncodingLayers | None = None
         self._like: MemoryBank | None = None
         self.origin: BankOrigin = model.memory_origin(tokenizer)
         positions = position_limit(model.config)
@@ -374,6 +376,12 @@ class _Encoder:
             self._like = self.model.encode_documents([[0]], None, bank_device="cpu", show_progress=False)
         return self._like
 
+    def layers(self) -> EncodingLayers:
+        """The model's layers for all parts, made with the first of them."""
+        if self._made_layers is None:
+            self._made_layers = self._layers()
+        return self._made_layers
+
     def encode(self, rows: PartRows, progress: _Progress) -> EncodedWindow:
         """The memory of a part, perhaps on its way."""
 
@@ -384,8 +392,7 @@ class _Encoder:
             rows.keys,
             rows.token_ids(),
             batch_tokens=self.batch_tokens,
-            compile_layers=self.compile_layers,
-            fp8_projections=self.fp8_projections,
+            layers=self.layers(),
             bank_device="cpu",
             counted=count,
         )

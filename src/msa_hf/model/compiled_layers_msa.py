@@ -37,32 +37,41 @@ class SeparateEncodingPass(EncodingPass):
         return super().attend(base, module, query, key, value, attention_mask, **kwargs)
 
 
-@contextlib.contextmanager
-def compiled_layers(model: PreTrainedModel) -> Iterator[None]:
-    """A model whose decoder layers, up to the last one with a memory, run compiled; for `SeparateEncodingPass` alone.
+class CompiledLayers:
+    """The decoder layers of a model, up to the last one with a memory, compiled; for `SeparateEncodingPass` alone.
 
-    Layers that were compiled before stay as they are.
+    They are made once, and the model's while it is given documents.
 
     Raises:
         ValueError: where weights come and go around the calls of modules.
     """
-    if is_entered_by_its_call(model):
-        raise ValueError(
-            "`compile_layers` is for models whose weights stay where they are: this one is offloaded, cut in parts or "
-            "has hooks on the whole model. Leave it out."
-        )
-    memory_layers, names = set(model.config.memory_layers), {module: name for name, module in model.named_modules()}
-    compiled: list[nn.Module] = []
-    try:
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if is_entered_by_its_call(model):
+            raise ValueError(
+                "`compile_layers` is for models whose weights stay where they are: this one is offloaded, cut in parts "
+                "or has hooks on the whole model. Leave it out."
+            )
+        memory_layers, names = set(model.config.memory_layers), {module: name for name, module in model.named_modules()}
+        self._made: list[tuple[nn.Module, Callable[..., object]]] = []
         for number, attention in sorted(attention_layers(model).items()):
             layer = model.get_submodule(names[attention].rpartition(".")[0])
-            if number <= max(memory_layers) and layer._compiled_call_impl is None:
-                layer._compiled_call_impl = _calling(layer, number in memory_layers)
-                compiled.append(layer)
-        yield
-    finally:
-        for layer in compiled:
-            layer._compiled_call_impl = None
+            if number <= max(memory_layers):
+                self._made.append((layer, _calling(layer, number in memory_layers)))
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """A block in which they run compiled. Layers that were compiled before stay as they are."""
+        compiled: list[nn.Module] = []
+        try:
+            for layer, call in self._made:
+                if layer._compiled_call_impl is None:
+                    layer._compiled_call_impl = call
+                    compiled.append(layer)
+            yield
+        finally:
+            for layer in compiled:
+                layer._compiled_call_impl = None
 
 
 def _calling(layer: nn.Module, has_memory: bool) -> Callable[..., object]:

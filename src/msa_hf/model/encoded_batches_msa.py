@@ -6,7 +6,7 @@ to lie in host memory leaves the GPU while the next batch is computed. Elsewhere
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attention_msa import NotFiniteError
-from .compiled_layers_msa import compiled_layers
+from .compiled_layers_msa import CompiledLayers
 from .dense_layer_msa import DenseLayer, chunks_of
-from .fp8_projections_msa import fp8_projections
+from .fp8_projections_msa import Fp8Projections
 from .streams_msa import Departures, send
 from .wrapping_msa import input_device
 
@@ -41,6 +41,35 @@ class _Batch:
     arrived: torch.cuda.Event | None
 
 
+class EncodingLayers:
+    """A model's decoder layers as documents are encoded with them, made once for all windows of a corpus.
+
+    The model has them while documents are given to it, and its own in between: what is asked of it then, be it by who
+    makes the documents, is answered by those.
+
+    Args:
+        model: its weights are those of now.
+        compiled: whether they are compiled.
+        fp8: whether they project in 8-bit floats.
+
+    Raises:
+        ValueError: for models and devices that cannot have them.
+    """
+
+    def __init__(self, model: PreTrainedModel, compiled: bool = False, fp8: bool = False) -> None:
+        self._kinds = [*([Fp8Projections(model)] if fp8 else []), *([CompiledLayers(model)] if compiled else [])]
+        # Under compiled layers, passes keep what they record out of the graphs.
+        self.options = {"separately": True} if compiled else {}
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """A block in which the model has them."""
+        with ExitStack() as stack:
+            for kind in self._kinds:
+                stack.enter_context(kind.lent())
+            yield
+
+
 def batches_ahead(device: torch.device) -> int:
     """The number of batches launched on a device before one is looked at."""
     return AHEAD if device.type == "cuda" else 0
@@ -56,8 +85,7 @@ class EncodedWindow:
         batch_tokens: tokens per batch, padding included.
         device: where the memory is to lie.
         counted: see `Counted`.
-        compiled: with compiled layers.
-        fp8: with projections of 8-bit floats.
+        layers: with which they are encoded.
 
     Raises:
         ValueError: for numbers that are not finite, naming the document; here, or from `wait` and `layers`.
@@ -71,8 +99,7 @@ class EncodedWindow:
         batch_tokens: int,
         device: torch.device,
         counted: Counted,
-        compiled: bool = False,
-        fp8: bool = False,
+        layers: EncodingLayers,
     ) -> None:
         self._keys, self._chunk_size, self._device = keys, model.config.chunk_size, device
         self._lengths = torch.tensor([len(item) for item in ids])
@@ -80,11 +107,10 @@ class EncodedWindow:
         self._unseen: deque[_Batch] = deque()
         source = input_device(model)
         self._departures, ahead = Departures(source), batches_ahead(source)
-        separately = {"separately": True} if compiled else {}
-        with fp8_projections(model) if fp8 else nullcontext(), compiled_layers(model) if compiled else nullcontext():
+        with layers.lent():
             for places in self._places(batch_tokens):
                 padded = torch.nn.utils.rnn.pad_sequence([ids[place] for place in places], batch_first=True)
-                encoded = model.encode_batch(send(padded, source), self._lengths[places], **separately)
+                encoded = model.encode_batch(send(padded, source), self._lengths[places], **layers.options)
                 self._send(places, encoded, source)
                 counted(places)
                 while len(self._unseen) > ahead:

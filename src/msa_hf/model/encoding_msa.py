@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .dense_layer_msa import chunks_of
-from .encoded_batches_msa import Counted, EncodedWindow
+from .encoded_batches_msa import Counted, EncodedWindow, EncodingLayers
 from .given_documents_msa import are_paths, each_document, key_of, read_paths
 from .memory_msa import DenseLayer, Document, DocumentTable, MemoryBank
 from .metadata_msa import checked_metadata
@@ -96,6 +96,7 @@ def encode_documents(
     look_before = beside_the_queue(input_device(model))
     with torch.inference_mode(False), evaluating(model), progress, look_before as looking:
         prefix = {layer: (key.to(device), value.to(device)) for layer, (key, value) in model.encode_prefix().items()}
+        layers = EncodingLayers(model, compile_layers, fp8_projections)
         items = reader.read(given)
         for window in _windows(items, batch_tokens):
 
@@ -106,7 +107,7 @@ def encode_documents(
                     counted(documents, sum(len(window[place].ids) for place in places))
 
             keys, ids = [item.key for item in window], [item.ids for item in window]
-            arriving.add(EncodedWindow(model, keys, ids, batch_tokens, device, count, compile_layers, fp8_projections))
+            arriving.add(EncodedWindow(model, keys, ids, batch_tokens, device, count, layers))
             for item in window:
                 chunks = -(-len(item.ids) // config.chunk_size)
                 table.append(Document(item.key, item.text, item.metadata, len(item.ids), chunks))
@@ -133,14 +134,14 @@ def encode_rows(
     *,
     bank_device: torch.device | str,
     counted: Counted,
+    layers: EncodingLayers | None = None,
     batch_tokens: int = 16384,
-    compile_layers: bool = False,
-    fp8_projections: bool = False,
 ) -> EncodedWindow:
     """Give documents to the model; see `MSAForCausalLM.encode_rows`."""
     device = torch.device(bank_device)
     with torch.inference_mode(False), evaluating(model):
-        return EncodedWindow(model, keys, ids, batch_tokens, device, counted, compile_layers, fp8_projections)
+        layers = EncodingLayers(model) if layers is None else layers
+        return EncodedWindow(model, keys, ids, batch_tokens, device, counted, layers)
 
 
 class _Arriving:

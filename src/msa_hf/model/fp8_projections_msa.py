@@ -49,40 +49,55 @@ class Fp8Linear(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
-@contextlib.contextmanager
-def fp8_projections(model: PreTrainedModel) -> Iterator[None]:
-    """A model whose decoder layers, up to the last one with a memory, project in 8-bit floats.
+class Fp8Projections:
+    """The projections of a model's decoder layers, up to the last one with a memory, in 8-bit floats.
+
+    They are made once, and the model's while it is given documents.
+
+    Args:
+        model: whose weights are taken as they are now.
 
     Raises:
         ValueError: where weights come and go around the calls of modules, or the device has no such products.
     """
-    if is_entered_by_its_call(model):
-        raise ValueError(
-            "`fp8_projections` is for models whose weights stay where they are: this one is offloaded, cut in parts or "
-            "has hooks on the whole model. Leave it out."
-        )
-    device = input_device(model)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
-        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        raise ValueError(
-            f"`fp8_projections` needs a GPU with products of 8-bit floats (compute capability 8.9 or newer), but "
-            f"{torch.cuda.get_device_name(device)} has {found}. Leave it out."
-        )
-    names = {module: name for name, module in model.named_modules()}
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    try:
-        for number, attention in attention_layers(model).items():
-            if number <= max(model.config.memory_layers):
-                layer = model.get_submodule(names[attention].rpartition(".")[0])
-                for parent in list(layer.modules()):
-                    for name, child in list(parent.named_children()):
-                        if type(child) is nn.Linear and not name.startswith("router_") and _fits(child):
-                            setattr(parent, name, Fp8Linear(child))
-                            replaced.append((parent, name, child))
-        yield
-    finally:
-        for parent, name, child in replaced:
-            setattr(parent, name, child)
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if is_entered_by_its_call(model):
+            raise ValueError(
+                "`fp8_projections` is for models whose weights stay where they are: this one is offloaded, cut in "
+                "parts or has hooks on the whole model. Leave it out."
+            )
+        device = input_device(model)
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+            found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+            raise ValueError(
+                f"`fp8_projections` needs a GPU with products of 8-bit floats (compute capability 8.9 or newer), but "
+                f"{torch.cuda.get_device_name(device)} has {found}. Leave it out."
+            )
+        names = {module: name for name, module in model.named_modules()}
+        self._made: list[tuple[nn.Module, str, nn.Module, Fp8Linear]] = []  # parent, name, its own, that in its place
+        with torch.no_grad():
+            for number, attention in attention_layers(model).items():
+                if number <= max(model.config.memory_layers):
+                    layer = model.get_submodule(names[attention].rpartition(".")[0])
+                    for parent in layer.modules():
+                        for name, child in parent.named_children():
+                            if type(child) is nn.Linear and not name.startswith("router_") and _fits(child):
+                                self._made.append((parent, name, child, Fp8Linear(child)))
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """A block in which the model projects with them. Where another thread's are in their place, those stay."""
+        replaced: list[tuple[nn.Module, str, nn.Module]] = []
+        try:
+            for parent, name, own, narrow in self._made:
+                if getattr(parent, name) is own:
+                    setattr(parent, name, narrow)
+                    replaced.append((parent, name, own))
+            yield
+        finally:
+            for parent, name, own in replaced:
+                setattr(parent, name, own)
 
 
 def _fits(linear: nn.Linear) -> bool:

@@ -23,7 +23,7 @@ from .compat_msa import CACHE, empty_cache, rename_cache
 from .compiled_layers_msa import SeparateEncodingPass
 from .compiled_msa import current_runs
 from .configuration_msa import MSAConfig
-from .encoded_batches_msa import EncodedWindow
+from .encoded_batches_msa import EncodedWindow, EncodingLayers
 from .encoding_msa import encode_documents, encode_rows
 from .fingerprint_msa import fingerprint_of, read_weights, tokenizer_fingerprint
 from .interface_msa import MEMORY_INTERFACE
@@ -128,7 +128,7 @@ class MemoryMixin(ModelMixin):
         Args:
             ids: [N, L] int64.
             lengths: [N] int64, tokens of each document; on the CPU, so that no layer waits for the device.
-            separately: under `compiled_layers`.
+            separately: under `CompiledLayers`.
 
         Returns:
             Layer -> `DenseLayer` of their chunks, documents in order.
@@ -190,6 +190,19 @@ class MemoryMixin(ModelMixin):
         renumber_memory_layers(self)
         return encode_documents(self, documents, tokenizer, **kwargs)
 
+    def encoding_layers(self, compile_layers: bool = False, fp8_projections: bool = False) -> EncodingLayers:
+        """The model's layers as `encode_rows` runs them, with the weights that it has now.
+
+        Args:
+            compile_layers, fp8_projections: as of `encode_documents`.
+
+        Raises:
+            ValueError: for models and devices that cannot have them.
+        """
+        renumber_memory_layers(self)
+        with torch.inference_mode(False):
+            return EncodingLayers(self, compile_layers, fp8_projections)
+
     def encode_rows(self, keys: Sequence[str], ids: Sequence[Tensor], **kwargs: Any) -> EncodedWindow:
         """Give documents whose token ids are there to the model, in batches sorted by length, for who puts the bank
         together: without a prefix, an origin or a look at what is given.
@@ -199,7 +212,8 @@ class MemoryMixin(ModelMixin):
             ids: [tokens] int64 of each on the CPU, no fewer than 1 and no more than the model has positions for.
             bank_device: where the memory is to lie.
             counted: called with the places of documents that were given to the model.
-            batch_tokens, compile_layers, fp8_projections: as of `encode_documents`.
+            layers: of `encoding_layers`, those of all rows of a corpus (default: the model's own).
+            batch_tokens: as of `encode_documents`.
 
         Returns:
             What may still be computed on a GPU; its `layers()` waits for that, and returns layer -> `DenseLayer`.
