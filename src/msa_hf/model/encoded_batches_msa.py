@@ -57,7 +57,11 @@ class EncodingLayers:
     """
 
     def __init__(self, model: PreTrainedModel, compiled: bool = False, fp8: bool = False) -> None:
-        self._kinds = [*([Fp8Projections(model)] if fp8 else []), *([CompiledLayers(model)] if compiled else [])]
+        self._kinds: list[Fp8Projections | CompiledLayers] = []
+        if fp8:
+            self._kinds.append(Fp8Projections(model))
+        if compiled:  # behind the others, of which their graphs are made
+            self._kinds.append(CompiledLayers(model))
         # Under compiled layers, passes keep what they record out of the graphs.
         self.options = {"separately": True} if compiled else {}
 
