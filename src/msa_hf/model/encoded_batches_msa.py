@@ -175,11 +175,19 @@ class EncodedWindow:
         counts = offsets.diff()[slot]
         starts = offsets[:-1][slot].repeat_interleave(counts)
         within = torch.arange(int(offsets[-1])) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        rows = send(starts + within, self._device)
+        # Where each chunk goes: every number is copied once, from its batch to its place.
+        places = send((starts + within).argsort(), self._device)
+
+        def joined(parts: list[Tensor]) -> Tensor:
+            whole = parts[0].new_empty(len(places), *parts[0].shape[1:])
+            for part, to in zip(parts, places.split([len(part) for part in parts]), strict=True):
+                whole.index_copy_(0, to, part)
+            return whole
+
         return {
             layer: DenseLayer(
-                torch.cat([batch.layers[layer].routing_keys for batch in batches])[rows],
-                torch.cat([batch.layers[layer].pooled_kv for batch in batches])[rows],
+                joined([batch.layers[layer].routing_keys for batch in batches]),
+                joined([batch.layers[layer].pooled_kv for batch in batches]),
             )
             for layer in batches[0].layers
         }
