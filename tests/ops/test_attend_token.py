@@ -13,7 +13,7 @@ from transformers import CompileConfig
 
 from msa_hf.model.cache_msa import MemoryContext
 from msa_hf.model.context_attention_msa import context_attention
-from msa_hf.ops import adapters, attend_token
+from msa_hf.ops import adapters, attend_token, dispatch
 
 PLACES = places("attend_token")
 EDGES = (16, 32, 64, 128, 256, 600)
@@ -162,6 +162,16 @@ def test_a_sample_that_sees_nothing_is_finite(place: tuple[str, str]) -> None:
     found = case.run(place, False)
     assert found.isfinite().all()
     torch.testing.assert_close(found[1].double(), case.expected()[1], atol=4e-6, rtol=0)
+
+
+def test_old_gpus_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles for none below 8.0."""
+    features = dict.fromkeys(("query", "keys", "values", "context_keys", "context_values"), torch.float16)
+    limit, sizes = dispatch.OPERATIONS["attend_token"].limits["triton"], {"dim": 64, "shared_by": 4}
+    for capability, taken in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        assert (limit(device="cuda", **features, **sizes) is None) == taken
+        assert limit(device="cpu", **features, **sizes) is None
 
 
 def test_contradictions_are_refused() -> None:

@@ -242,12 +242,13 @@ def test_the_rest_is_what_inductor_makes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_it_is_the_default_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU and Triton; AMD's GPUs, and machines without either, have Inductor's."""
+    """A GPU and Triton; AMD's GPUs, old ones, and machines without either have Inductor's."""
     there: dict[str, Any] = {"gpu": True, "triton": True, "hip": None}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there["gpu"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if there[name] else None)
-    for missing in (None, "gpu", "triton", "hip"):
-        there |= {"gpu": missing != "gpu", "triton": missing != "triton"}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5) if there["old"] else (8, 0))
+    for missing in (None, "gpu", "triton", "hip", "old"):
+        there |= {"gpu": missing != "gpu", "triton": missing != "triton", "old": missing == "old"}
         monkeypatch.setattr(torch.version, "hip", "6.4" if missing == "hip" else None)
         expected = InductorWithRowProducts() if missing is None else "inductor"
         assert adapters.token_backend() == expected

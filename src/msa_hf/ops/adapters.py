@@ -14,6 +14,7 @@ from ..model.context_attention_msa import LogitOptions
 from ..model.ops_msa import PLAIN, Backend, Operations, inductor, install_operations
 from ..model.streams_msa import send
 from .attend_token import attend_token
+from .dispatch import too_old
 from .gather_documents import gather_documents, most_rows
 from .pool_chunks import pool_chunks
 from .route_documents import route_documents
@@ -95,9 +96,8 @@ def attend(
 
 def token_backend() -> Backend:
     """`ops_msa.inductor`, with the library's own kernel for products of single rows where there is a GPU and Triton."""
-    if not torch.cuda.is_available() or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
-        return inductor()
-    return InductorWithRowProducts()
+    there = torch.cuda.is_available() and torch.version.hip is None and importlib.util.find_spec("triton") is not None
+    return InductorWithRowProducts() if there and too_old() is None else inductor()
 
 
 def register() -> None:

@@ -86,6 +86,16 @@ def not_floating(*dtypes: torch.dtype) -> str | None:
     return f"it takes float32, bfloat16 and float16, not {wrong[0]}" if wrong else None
 
 
+LEAST_CAPABILITY = (8, 0)  # of GPUs that Triton compiles for
+
+
+def too_old() -> str | None:
+    """A reason not to run Triton's products of matrices on the current GPU, or None."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability() >= LEAST_CAPABILITY:
+        return None
+    return "it needs a GPU of compute capability 8.0 or newer"
+
+
 NO_CUDA = "this machine has no CUDA device, or torch was built without CUDA"
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import Operation, choose, not_floating, size_class
+from ..dispatch import Operation, choose, not_floating, size_class, too_old
 from . import reference
 
 __all__ = ["attend_token"]
@@ -62,6 +62,7 @@ def attend_token(
 
 def _triton_limit(
     *,
+    device: str,
     query: torch.dtype,
     keys: torch.dtype,
     values: torch.dtype,
@@ -71,6 +72,8 @@ def _triton_limit(
     shared_by: int,
     **_: object,
 ) -> str | None:
+    if device == "cuda" and (reason := too_old()) is not None:
+        return reason
     if len({query, keys, values, context_keys, context_values}) > 1:
         return "its tensors have different dtypes"
     too_large = "D is above 256" if dim > 256 else "a group has more than 64 heads" if shared_by > 64 else None
