@@ -258,4 +258,8 @@ def test_what_it_leaves_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert adapters.attend(query, states, states, None, context, **{**options, name: value}) is None
     assert adapters.attend(query, states, states, torch.zeros(1, 1, 1, 6), context, **options) is None
     assert adapters.attend(query, states, states.double(), None, context, **options) is None
+    assert adapters.attend(query, states, states[..., :4], None, None, **options) is None  # narrower values
+    each_head = torch.ones(1, 4, 1, 6, dtype=torch.bool)
+    assert adapters.attend(query, states, states, each_head, None, **options) is None
+    assert adapters.attend(query, states, states, each_head[:, :1], None, **options) is not None
     assert adapters.attend(query.clone().requires_grad_(), states, states, None, context, **options) is None

@@ -81,7 +81,8 @@ def attend(
         options["softcap"] is not None
         or options["sinks"] is not None
         or options["dropout"]
-        or (attention_mask is not None and attention_mask.dtype != torch.bool)
+        or (attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1))
+        or key.shape != value.shape  # values of another width than keys
         or any(item.dtype != value.dtype for item in tensors)
         or (torch.is_grad_enabled() and any(item.requires_grad for item in tensors))
     ):

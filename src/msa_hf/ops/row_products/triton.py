@@ -121,27 +121,28 @@ def launch(
     head = 1 << (width.bit_length() - 1)
     early = _begins_early(row.device)
     options: dict[str, Any] = {"launch_pdl": True} if early else {}
-    row_products_kernel[(rows,)](
-        row,
-        first,
-        second,
-        third,
-        first if norm is None else norm,
-        first if residual is None else residual,
-        out,
-        sizes[0],
-        sum(sizes[:2]),
-        epsilon,
-        WIDTH=width,
-        HEAD=head,
-        TAIL=triton.next_power_of_2(max(width - head, 1)),
-        HAS_NORM=norm is not None,
-        HAS_RESIDUAL=residual is not None,
-        GATED=gated,
-        EARLY=early,
-        num_warps=warps_for(width, gated),
-        **options,
-    )
+    with torch.cuda.device_of(row):
+        row_products_kernel[(rows,)](
+            row,
+            first,
+            second,
+            third,
+            first if norm is None else norm,
+            first if residual is None else residual,
+            out,
+            sizes[0],
+            sum(sizes[:2]),
+            epsilon,
+            WIDTH=width,
+            HEAD=head,
+            TAIL=triton.next_power_of_2(max(width - head, 1)),
+            HAS_NORM=norm is not None,
+            HAS_RESIDUAL=residual is not None,
+            GATED=gated,
+            EARLY=early,
+            num_warps=warps_for(width, gated),
+            **options,
+        )
     return out
 
 
