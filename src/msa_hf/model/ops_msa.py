@@ -81,7 +81,7 @@ def leave_to_pytorch(
     /,
     **options: Unpack[LogitOptions],
 ) -> Tensor | None:
-    """What `context_attention` gives, [B, 1, H, D], for a query [B, H, 1, D]; None, as here, where a call is not taken.
+    """Attend as `context_attention` for a query [B, H, 1, D]: [B, 1, H, D], or None, as here, for a call not taken.
 
     Args:
         context: None for own tokens alone.

@@ -368,7 +368,8 @@ class Recordings:
             if failures + 1 == MOST_FAILURES:
                 logger.warning_once(f"A run of this model is launched piece by piece, it cannot be recorded: {error}")
             restore()
-            return function(inputs)
+            with without_cached_casts(device):  # what it compiles is for the next that is recorded
+                return function(inputs)
         self.known[kind] = Recorded(recording, held, result)
         return result
 

@@ -92,7 +92,7 @@ class InductorWithRowProducts:
 
 
 class _Row(NamedTuple):
-    """What products have to share to be one.
+    """A row whose products can be one.
 
     Attributes:
         states: the row, or what it is the norm of.

@@ -1,4 +1,4 @@
-"""What stands around the product of a single row in a traced graph and goes into its launch.
+"""Operations around the product of a single row in a traced graph that go into its launch.
 
 The norm of the row before it, the gate or the sum with a residual behind it; as models of transformers write them.
 """
@@ -87,7 +87,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def gate_of(product: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """Of a product that is a gate, `silu(product) * other`: the silu, the other, and what multiplies them."""
+    """The silu, the other factor and the multiplication of a gate `silu(product) * other`; None for other products."""
     silu = _only_user(product)
     if silu is None or _called(silu, torch.nn.functional.silu) != (product,):
         return None
@@ -102,7 +102,7 @@ def gate_of(product: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
 
 
 def residual_of(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Of a product that is added to something of its shape: that, and the sum."""
+    """The residual that a product is added to, of its shape, and the sum; None where there is none."""
     total = _only_user(product)
     pair = None if total is None else _called(total, operator.add, torch.add)
     if total is None or pair is None or len(pair) != 2 or total.kwargs:
