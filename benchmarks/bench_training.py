@@ -32,6 +32,7 @@ from torch import Tensor
 from msa_hf import MSAForCausalLM
 from msa_hf.training.compiling import compiled_layers
 from msa_hf.training.contrastive import Temperatures, TokenRows, contrastive_step, first_held, soft_targets
+from msa_hf.training.mining import part_sizes
 from msa_hf.training.reading import plain_reading_loss, reading_loss
 from msa_hf.training.weights import TrainedWeights, linear_ranks
 
@@ -41,11 +42,10 @@ WARM = 3
 
 
 def rows_of(count: int, lengths: tuple[int, int], budget: int, vocabulary: int, device: str) -> list[TokenRows]:
-    """Random rows by length, in parts of about `budget` tokens, as a pool is cut."""
+    """Random rows by length, in parts of at most `budget` tokens, as a pool is cut."""
     sizes = torch.randint(*lengths, (count,)).sort().values
-    parts = (sizes.cumsum(0) - 1) * max(round(int(sizes.sum()) / budget), 1) // sizes.sum()
     made = []
-    for size in sizes.split(torch.bincount(parts).tolist()):
+    for size in sizes.split(part_sizes(sizes.numpy(), budget)):
         width = -(-int(size.max()) // 8) * 8
         made.append(TokenRows(torch.randint(3, vocabulary, (len(size), width), device=device), size.to(device)))
     return made

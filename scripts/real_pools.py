@@ -19,6 +19,7 @@ from real_words import WordRows, fitted_weights, word_scores
 from torch import Tensor
 
 from msa_hf.training.contrastive import TokenRows, route_rows
+from msa_hf.training.mining import part_sizes
 from msa_hf.training.sharing import gather_rows
 
 LONGEST_QUESTION = 48
@@ -353,15 +354,10 @@ class Pools:
         return self.owners[torch.cat([seeds[:, None], around.gather(1, order)], dim=1).flatten()]
 
     def asked_parts(self, numbers: Tensor, budget: int) -> Iterator[tuple[Tensor, TokenRows]]:
-        """Questions by length in parts of about `budget` tokens, each with its rows in `numbers`."""
-        order = self.questions.lengths[numbers].argsort(stable=True)
-        start = 0
-        ends = self.questions.lengths[numbers[order]].cumsum(0)
-        count = max(round(int(ends[-1]) / budget), 1)
-        for size in torch.bincount(((ends - 1) * count // ends[-1]).clamp(max=count - 1), minlength=count).tolist():
-            if size:
-                yield order[start : start + size], self.questions.rows(numbers[order[start : start + size]])
-            start += size
+        """Questions by length in parts of at most `budget` padded tokens, each with its rows in `numbers`."""
+        lengths, order = self.questions.lengths[numbers].sort(stable=True)
+        for chosen in order.split(part_sizes(lengths.cpu().numpy(), budget)):
+            yield chosen, self.questions.rows(numbers[chosen])
 
     def teacher_logits(self, numbers: Tensor, places: Tensor) -> Tensor:
         similar = (self.questions_near[numbers] @ self.near[places].T).float()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msa_hf.training.contrastive import TokenRows
+from msa_hf.training.mining import part_sizes
 
 
 def log(*words: object) -> None:
@@ -125,15 +126,10 @@ class Flat:
         return Flat(self.tokens[index], lengths)
 
     def parts(self, places: Tensor, budget: int) -> Iterator[tuple[Tensor, TokenRows]]:
-        """`places` by length in parts of about `budget` padded tokens, each with its rows."""
-        places = places[self.lengths[places].argsort()]
-        total = int(self.lengths[places].sum())
-        count = max(round(total / budget), 1)
-        ends = self.lengths[places].cumsum(0)
-        part = ((ends - 1) * count // max(total, 1)).clamp(max=count - 1)
-        for chosen in places.split(torch.bincount(part, minlength=count).tolist()):
-            if len(chosen):
-                yield chosen, self.rows(chosen)
+        """`places` by length in parts of at most `budget` padded tokens, each with its rows."""
+        lengths, order = self.lengths[places].sort(stable=True)
+        for chosen in places[order].split(part_sizes(lengths.cpu().numpy(), budget)):
+            yield chosen, self.rows(chosen)
 
     def share(self) -> Tensor:
         """Places that this process takes where all processes divide the rows by their tokens, in order of ranks."""

@@ -1,4 +1,4 @@
-"""Compiled decoder layers for training: those that a memory leaves as they are."""
+"""Compiled decoder layers for training."""
 
 from __future__ import annotations
 
@@ -7,9 +7,39 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..model.attending_layers_msa import MOST_GRAPHS
+from ..model.attention_msa import AttentionFunction, AttentionOutput, MemoryPass
 from ..model.retrofit_msa import attention_layers
+
+
+class SeparatePass:
+    """A pass that no graph sees: what a graph writes would be lost where the pass ends the run.
+
+    Args:
+        whole: the pass, which computes everything.
+    """
+
+    def __init__(self, whole: MemoryPass) -> None:
+        self.whole = whole
+
+    @torch.compiler.disable
+    def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
+        self.whole.enter(module, hidden_states)
+
+    @torch.compiler.disable
+    def attend(
+        self,
+        base: AttentionFunction,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: object,
+    ) -> AttentionOutput:
+        return self.whole.attend(base, module, query, key, value, attention_mask, **kwargs)
 
 
 def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
@@ -24,10 +54,14 @@ def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
 
 @contextmanager
 def compiled_layers(model: Any, dynamic: bool | None = True, **options: Any) -> Iterator[None]:
-    """Compile the decoder layers without memory while the context lasts; one compilation serves all that are alike.
+    """Compile the decoder layers while the context lasts; one compilation serves all that are alike.
 
-    What a run of the model is for (its pass) does not reach these layers. They then compute the base's own attention,
-    which is what every pass asks of them where there is no prefix.
+    What a run of the model is for (its pass) does not reach layers without a memory. They then compute the base's own
+    attention, which is what every pass asks of them where there is no prefix. A layer with one is compiled in pieces,
+    between which the pass does its part.
+
+    Attention is not cuDNN's inside: that plans a kernel for every number and width of rows that it has not seen, which
+    takes tens of milliseconds, and rows of texts have new ones in every step.
 
     Args:
         model: a model with a memory, or a plain one.
@@ -40,18 +74,29 @@ def compiled_layers(model: Any, dynamic: bool | None = True, **options: Any) -> 
     if getattr(model.config, "prefix_token_ids", None):
         raise ValueError("Layers of a model with a prefix cannot be compiled here: each of them attends to the prefix.")
     memory = set(getattr(model.config, "memory_layers", None) or ())
-    plain = [layer for index, layer in decoder_layers(model).items() if index not in memory]
+    layers, planned = decoder_layers(model), torch.backends.cuda.cudnn_sdp_enabled()
     try:
-        for layer in plain:
-            layer.forward = _without_pass(torch.compile(layer.forward, dynamic=dynamic, **options))
-        yield
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        for index, layer in layers.items():
+            run = torch.compile(layer.forward, dynamic=dynamic, **options)
+            layer.forward = _with_separate_pass(run) if index in memory else _without_pass(run)
+        with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+            yield
     finally:
-        for layer in plain:
+        torch.backends.cuda.enable_cudnn_sdp(planned)
+        for layer in layers.values():
             layer.__dict__.pop("forward", None)
 
 
 def _without_pass(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, memory_pass: Any = None, **kwargs: Any) -> Any:
+    def call(*args: Any, memory_pass: MemoryPass | None = None, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
+
+    return call
+
+
+def _with_separate_pass(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, memory_pass: MemoryPass | None = None, **kwargs: Any) -> Any:
+        return forward(*args, memory_pass=None if memory_pass is None else SeparatePass(memory_pass), **kwargs)
 
     return call

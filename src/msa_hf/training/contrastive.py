@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,11 @@ class TokenRows:
     ids: Tensor
     lengths: Tensor
     skipped: int = 0
+
+    @cached_property
+    def host_lengths(self) -> Tensor:
+        """`lengths` on the CPU; the device is waited for once."""
+        return self.lengths.cpu()
 
     @property
     def mask(self) -> Tensor:
@@ -82,7 +88,7 @@ class Temperatures(nn.Module):
 
 def encode_rows(model: MSAForCausalLM, rows: TokenRows) -> dict[int, DenseLayer]:
     """`model.encode_batch` of rows, with gradients where they are enabled, as it routes in training."""
-    encoding = EncodingPass(model.config, rows.lengths, training_similarity(model.config), stop=True)
+    encoding = EncodingPass(model.config, rows.host_lengths, training_similarity(model.config), stop=True)
     run_rows(model, rows, torch.arange(rows.ids.shape[1], device=rows.ids.device), encoding)
     return encoding.finish()
 
@@ -128,7 +134,7 @@ def run_rows(model: MSAForCausalLM, rows: TokenRows, positions: Tensor, memory_p
             backbone_only=True,
             input_ids=rows.ids,
             attention_mask=torch.ones_like(rows.ids),  # padding stands where causal attention does not look
-            position_ids=positions.expand(rows.ids.shape),
+            position_ids=positions[None],  # those of every row, so that their rotations are read once for all
             use_cache=False,
             memory_pass=memory_pass,
         )
@@ -231,6 +237,8 @@ def contrastive_step(
             together with all questions, are encoded once.
     """
     held_from = first_held(documents, questions, held_tokens)
+    for rows in documents:
+        _ = rows.host_lengths  # before there is anything to wait for
     parts = []
     for number, rows in enumerate(documents):
         with torch.set_grad_enabled(number >= held_from):

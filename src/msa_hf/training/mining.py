@@ -25,6 +25,10 @@ from .pairs import words
 SAME_SHARE = 0.6  # of the shorter text's pieces, from which on two texts say the same
 COVERED_SHARE = 0.9  # of a question's words, from which on a passage may answer it
 PIECE = 3  # words
+# Tokens of a small model: fewer of a part take a GPU no less time, because its kernels are not launched faster; and what
+# a part takes beside that.
+LEAST_PART, PART_COST = 12_288, 2_048
+MULTIPLE = 8  # to which rows are padded
 SCORES = 64_000_000  # numbers held at once while questions are scored on an accelerator; on a CPU a sixteenth
 
 
@@ -50,7 +54,7 @@ class TokenStore:
 
 
 def padded(
-    rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", multiple: int = 8, skipped: int = 0
+    rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", multiple: int = MULTIPLE, skipped: int = 0
 ) -> TokenRows:
     """Rows padded to a multiple of a width, so that shapes are few; `skipped` as of `TokenRows`."""
     width = -(-max(map(len, rows)) // multiple) * multiple
@@ -60,16 +64,49 @@ def padded(
     return TokenRows(ids.to(device), torch.tensor([len(row) for row in rows]).to(device), skipped)
 
 
+def part_sizes(lengths: NDArray[np.int64], budget: int, multiple: int = MULTIPLE) -> list[int]:
+    """Cut rows into parts with the least padding, unless these become so many or small that launching them costs more.
+
+    Args:
+        lengths: [N] int64, ascending.
+        budget: padded tokens of a part, at most, but for one of a single row.
+        multiple: to which the longest row of a part is padded.
+
+    Returns:
+        Rows of each part, in order; their sum is N.
+    """
+    widths = -(-lengths // multiple) * multiple
+    # Parts end where a width does, or where more rows of one width would be too many.
+    ends, stops = [0], [*(np.flatnonzero(widths[1:] != widths[:-1]) + 1).tolist(), len(widths)] if len(widths) else []
+    for stop in stops:
+        start, most = ends[-1], max(budget // max(int(widths[stop - 1]), 1), 1)
+        ends += [*range(start + most, stop, most), stop]
+    least, before = [0], [0]  # cost of the rows up to each end, and the place among `ends` where the last part begins
+    for place in range(1, len(ends)):
+        width, found = int(widths[ends[place] - 1]), []
+        for start in range(place - 1, -1, -1):
+            tokens = (ends[place] - ends[start]) * width
+            if found and tokens > budget:
+                break
+            found.append((least[start] + max(tokens, LEAST_PART) + PART_COST, start))
+        cost, start = min(found)
+        least.append(cost)
+        before.append(start)
+    sizes, place = [], len(ends) - 1
+    while place:
+        sizes.append(ends[place] - ends[before[place]])
+        place = before[place]
+    return sizes[::-1]
+
+
 def in_parts(lengths: Sequence[int] | NDArray[np.int64], budget: int) -> Iterator[list[int]]:
-    """Places by length, in parts of at most `budget` padded tokens but for single ones."""
-    part: list[int] = []
-    for place in np.argsort(lengths, kind="stable").tolist():
-        if part and int(lengths[place]) * (len(part) + 1) > budget:
-            yield part
-            part = []
-        part.append(place)
-    if part:
-        yield part
+    """Places by length, in parts of `part_sizes`."""
+    found = np.asarray(lengths, dtype=np.int64)
+    order = found.argsort(kind="stable")
+    start = 0
+    for size in part_sizes(found[order], budget):
+        yield order[start : start + size].tolist()
+        start += size
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def reading_loss(
         backbone_only=True,
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        position_ids=positions.expand(ids.shape),
+        position_ids=positions[None],
         use_cache=False,
         memory_pass=attending,
     )
