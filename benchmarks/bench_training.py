@@ -9,7 +9,9 @@ of all matrices. Random weights and tokens; lengths as of passages, questions an
 steps behind the first three, which compile.
 
 `share` is what the step computes, the second encoding included, over its time at the rate of a product of 8192^3:
-two operations for each weight of a matrix and token forward, four backward. Attention is left out.
+two operations for each weight of a matrix and token forward, four backward. Attention is left out, and so is padding.
+With `--kernels` the last step is profiled: `device, s` is what its kernels take together, `idle, s` the time within it
+in which none runs, launched under a profiler; `waiting, s` is what the other steps take beside the kernels.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from msa_hf.training.compiling import compiled_layers
 from msa_hf.training.contrastive import Temperatures, TokenRows, contrastive_step, first_held, soft_targets
 from msa_hf.training.mining import part_sizes
 from msa_hf.training.reading import plain_reading_loss, reading_loss
-from msa_hf.training.weights import TrainedWeights, linear_ranks
+from msa_hf.training.weights import TrainedWeights, add_gradients, linear_ranks
 
 PASSAGE, QUESTION, ROW = (60, 240), (8, 24), (300, 700)  # least and most tokens
 ANSWER = 6  # tokens of an answer
@@ -61,6 +63,16 @@ def clocked(parts: dict[str, list[float]], name: str, device: str) -> Iterator[N
     parts.setdefault(name, []).append(time.perf_counter() - start)
 
 
+def idle_time(events: Iterable[tuple[float, float]]) -> float:
+    """The time between the first and the last of events, each from a start to an end, in which none goes on."""
+    ordered = sorted(events)
+    idle, until = 0.0, ordered[0][0] if ordered else 0.0
+    for start, end in ordered:
+        idle += max(start - until, 0.0)
+        until = max(until, end)
+    return idle
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -75,6 +87,7 @@ def main() -> None:
     parser.add_argument("--question-tokens", type=int, default=30_000)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--cudnn", action="store_true", help="attention by cuDNN, which plans every new shape")
     parser.add_argument("--kernels", type=int, default=0, help="so many that take most time are named")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -111,6 +124,7 @@ def main() -> None:
         again = documents[: first_held(documents, questions, options.part_tokens)]
         for name, rows in (("documents", documents), ("questions", questions), ("encoded twice", again)):
             tokens[name] = sum(int(part.lengths.sum()) for part in rows)
+        tokens["documents and padding"] = sum(part.ids.numel() for part in documents)
         with clocked(parts, "weights written", device):
             weights.write()
         with clocked(parts, "pool and questions", device):
@@ -130,7 +144,7 @@ def main() -> None:
                         loss: Tensor = reading_loss(model, row.ids, labels, routes, result.pool, result.lengths)
                     else:
                         loss = plain_reading_loss(model, row.ids, labels)
-                    (0.5 * loss * len(row.lengths) / half).backward()
+                    add_gradients(model.parameters(), [0.5 * loss * len(row.lengths) / half])
         with clocked(parts, "optimizer", device):
             weights.take_gradients()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -139,6 +153,8 @@ def main() -> None:
 
     seconds = []
     with compiled_layers(model) if options.compile else nullcontext():
+        if options.cudnn:
+            torch.backends.cuda.enable_cudnn_sdp(True)
         for number in range(options.steps):
             last = number + 1 == options.steps and profile is not None
             with profile if last else nullcontext(), clocked(parts, "step", device):
@@ -169,6 +185,10 @@ def main() -> None:
         on_device = [item for item in averages if item.device_type == torch.autograd.DeviceType.CUDA]
         taking = sorted(on_device, key=lambda item: -item.self_device_time_total)
         figures["device, s"] = sum(item.self_device_time_total for item in on_device) / 1e6
+        if on_device:
+            kernels = [item for item in profile.events() if item.device_type == torch.autograd.DeviceType.CUDA]
+            figures["idle, s"] = idle_time((item.time_range.start, item.time_range.end) for item in kernels) / 1e6
+            figures["waiting, s"] = seconds["step"] - figures["device, s"]
         for item in taking[: options.kernels]:
             print(f"{item.self_device_time_total / 1e3:9.2f} ms {item.count:6} x {item.key[:110]}")
     for name, value in figures.items():

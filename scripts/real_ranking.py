@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from msa_hf.data.questions import IGNORED
 from msa_hf.retrieval.reranking import LONGEST_TEXT, OPENING
 from msa_hf.training.ranking import ranking_loss, ranking_row
+from msa_hf.training.weights import add_gradients
 
 
 class Ranker:
@@ -30,7 +31,7 @@ class Ranker:
         for _ in range(2):
             ids, labels, right = self._batch(max(self.count // 2, 1))
             loss = ranking_loss(model, ids, labels, right)
-            (0.5 * self.weight * loss).backward()
+            add_gradients(model.parameters(), [0.5 * self.weight * loss])
             losses.append(float(loss.detach()))
         return sum(losses) / 2
 

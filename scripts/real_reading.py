@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 from msa_hf.data.questions import IGNORED
 from msa_hf.training.compiling import compiled_layers
 from msa_hf.training.reading import ReadingRow, answer_losses, plain_reading_loss, reading_loss, reading_row
+from msa_hf.training.weights import add_gradients
 
 LONGEST_ROW = 1024  # tokens
 LONGEST_ANSWER = 60  # characters
@@ -252,7 +253,7 @@ class Reader:
                 else:
                     loss = plain_reading_loss(model, items.ids, wanted)
                 loss = loss * int((wanted != IGNORED).sum()) / counted
-                (0.5 * self.weight * loss).backward()
+                add_gradients(model.parameters(), [0.5 * self.weight * loss])
                 total += float(loss.detach())
         return total / 2
 

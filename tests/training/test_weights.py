@@ -6,6 +6,7 @@ from families import base_model
 from torch import nn
 
 from msa_hf import MSAForCausalLM
+from msa_hf.training import weights as training_weights
 from msa_hf.training.weights import TrainedWeights, linear_ranks
 
 
@@ -32,6 +33,29 @@ def test_gradients_are_those_of_updates_computed_beside_the_weight(linear: nn.Mo
     torch.testing.assert_close(item.down.grad, down.grad)
     torch.testing.assert_close(weights.whole_parameters()[0].grad, bias.grad)
     assert linear[0].weight.grad is None and not linear[1].weight.requires_grad
+
+
+def test_weights_of_one_shape_are_written_and_left_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_weights, "HELD", 2 * 5 * 5)  # two of these five weights at a time
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in range(4)), nn.Linear(5, 5, bias=False).double())
+    weights = TrainedWeights(model, {"0": 2, "1": 2, "2": 3, "3": 2, "4": 2})
+    for item in weights.low_rank.values():
+        item.up.data.normal_()
+    weights.write()
+    for item in weights.low_rank.values():
+        written = item.base + item.scale * item.up @ item.down
+        torch.testing.assert_close(item.weight, written.to(item.weight.dtype))
+    given = {}
+    for name, item in weights.low_rank.items():
+        if name not in ("1", "2"):  # which the loss does not reach
+            given[name] = item.weight.grad = torch.randn_like(item.weight)
+    weights.take_gradients()
+    for name, item in weights.low_rank.items():
+        gradient = given.get(name, torch.zeros(5, 5)).float()
+        torch.testing.assert_close(item.up.grad, item.scale * gradient @ item.down.T)
+        torch.testing.assert_close(item.down.grad, item.scale * item.up.T @ gradient)
+        assert item.weight.grad is None
 
 
 def test_nothing_changes_at_first_and_a_step_changes_the_model(linear: nn.Module) -> None:

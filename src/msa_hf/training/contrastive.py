@@ -25,6 +25,7 @@ from ..model.memory_msa import LayerMemory
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.routing_msa import Selection, routing_request, scoring_of
 from .sharing import count_rows, gather_rows, own_rows, sum_over_processes
+from .weights import add_gradients
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,9 @@ def contrastive_step(
     asked = [route_rows(model, rows, leaves, lengths) for rows in questions]
     scores = {layer: torch.cat([item[layer] for item in asked]) for layer in layers}
     loss = pool_loss(scores, targets, temperatures(), layer_weight, document_weight)
-    loss.backward()
+    parameters = list(model.parameters())
+    of_pool = [tensor for leaf in leaves.values() for tensor in (leaf.routing_keys, leaf.pooled_kv)]
+    add_gradients([*parameters, *temperatures.parameters(), *of_pool], [loss])
     with torch.no_grad():
         total = torch.stack(list(scores.values())).sum(0)
         best = total.argmax(1, keepdim=True)
@@ -279,7 +282,7 @@ def contrastive_step(
                 if kept.grad is not None and made.requires_grad:
                     tensors.append(made)
                     gradients.append(kept.grad[start:stop])
-        torch.autograd.backward(tensors, gradients)
+        add_gradients(parameters, tensors, gradients)
         stop = start
     pool = {layer: DenseLayer(leaf.routing_keys.detach(), leaf.pooled_kv.detach()) for layer, leaf in leaves.items()}
     return PoolResult(loss.detach(), hits, pool, lengths)

@@ -53,7 +53,7 @@ from .router_sizes import Sizes, choose_sizes
 from .settings import SettingError, TrainingError
 from .teacher import Teacher, load_teacher
 from .unlabeled import CHECKPOINT_FILE, SETTINGS_FILE, PreparedRouters
-from .weights import TrainedWeights
+from .weights import TrainedWeights, add_gradients
 
 CURVE_FILE, PLOT_FILE = "training_curve.jsonl", "training_curve.png"
 UPPER_RANK = 8  # of low-rank updates from the last memory layer on, which only readers train
@@ -486,7 +486,7 @@ class _Run:
             labels[number, : len(row.ids)] = torch.tensor(row.labels)
             routes[number, : len(row.ids)] = torch.tensor(row.routes)
         loss = reading_loss(self.model, ids.ids, labels, routes, result.pool, result.lengths)
-        (READ_WEIGHT * loss).backward()
+        add_gradients(self.model.parameters(), [READ_WEIGHT * loss])
         return float(loss.detach())
 
     def _note(self, row: JsonObject) -> None:

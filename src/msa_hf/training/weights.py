@@ -8,11 +8,14 @@ which in small models cost more than the layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+
+HELD = 1 << 26  # numbers of weights that are computed together at most: 256 MB in float32
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,53 @@ class LowRank:
     down: nn.Parameter
     up: nn.Parameter
     scale: float
+
+
+class AlikeUpdates:
+    """The low-rank updates of weights of one shape, of one rank and scale, computed in a few operations.
+
+    Args:
+        weights: n of the model, each [out, in].
+        rank, scale: as of `LowRank`.
+
+    Attributes:
+        items: those of `weights`; their tensors are parts of those that this holds. `down` is not set yet.
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter], rank: int, scale: float) -> None:
+        self.scale = scale
+        (rows, columns), device = weights[0].shape, weights[0].device
+        self._base = torch.empty(len(weights), rows, columns, device=device)
+        self._down = torch.empty(len(weights), rank, columns, device=device)
+        self._up = torch.zeros(len(weights), rows, rank, device=device)
+        self.items: list[LowRank] = []
+        for weight, base, down, up in zip(weights, self._base, self._down, self._up, strict=True):
+            base.copy_(weight.detach())
+            self.items.append(LowRank(weight.requires_grad_(), base, nn.Parameter(down), nn.Parameter(up), scale))
+
+    def write(self) -> None:
+        """Put the weights as they are now into the model."""
+        written = torch.baddbmm(self._base, self._up, self._down, alpha=self.scale)
+        torch._foreach_copy_([item.weight for item in self.items], list(written))
+
+    def take_gradients(self) -> None:
+        """Move the gradients of the weights to the factors; zeros where a weight has none."""
+        found = [item.weight.grad for item in self.items]
+        for item in self.items:
+            item.weight.grad = None
+        if all(gradient is None for gradient in found):
+            up, down = torch.zeros_like(self._up), torch.zeros_like(self._down)
+        else:
+            gradients = torch.stack(
+                [
+                    torch.zeros_like(item.weight) if gradient is None else gradient
+                    for item, gradient in zip(self.items, found, strict=True)
+                ]
+            ).float()
+            up = torch.bmm(gradients, self._down.mT).mul_(self.scale)
+            down = torch.bmm(self._up.mT, gradients).mul_(self.scale)
+        for item, of_up, of_down in zip(self.items, up, down, strict=True):
+            item.up.grad, item.down.grad = of_up, of_down
 
 
 class TrainedWeights:
@@ -56,7 +106,7 @@ class TrainedWeights:
         modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
         for parameter in parameters.values():
             parameter.requires_grad_(False)
-        self.low_rank: dict[str, LowRank] = {}
+        alike: dict[tuple[torch.Size, torch.dtype, torch.device, int], dict[str, nn.Parameter]] = {}
         for name, rank in ranks.items():
             module = modules.get(name)
             if not isinstance(module, nn.Linear):
@@ -64,13 +114,19 @@ class TrainedWeights:
             if rank < 1:
                 raise ValueError(f"The rank of {name!r} must be at least 1, got {rank}.")
             weight = module.weight
-            down = torch.empty(rank, weight.shape[1], device=weight.device)
-            nn.init.kaiming_uniform_(down, a=math.sqrt(5))  # as PEFT starts
-            up = torch.zeros(weight.shape[0], rank, device=weight.device)
-            base = weight.detach().float().clone()  # a copy, also of a weight in float32
-            self.low_rank[name] = LowRank(
-                weight.requires_grad_(), base, nn.Parameter(down), nn.Parameter(up), alpha_per_rank
-            )
+            alike.setdefault((weight.shape, weight.dtype, weight.device, rank), {})[name] = weight
+        self._alike: list[AlikeUpdates] = []
+        found: dict[str, LowRank] = {}
+        for (shape, *_, rank), named in alike.items():
+            names, step = list(named), max(HELD // max(shape.numel(), 1), 1)
+            for start in range(0, len(names), step):
+                some = names[start : start + step]
+                updates = AlikeUpdates([named[name] for name in some], rank, alpha_per_rank)
+                self._alike.append(updates)
+                found.update(zip(some, updates.items, strict=True))
+        self.low_rank = {name: found[name] for name in ranks}
+        for item in self.low_rank.values():
+            nn.init.kaiming_uniform_(item.down, a=math.sqrt(5))  # as PEFT starts
         self.whole: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         for name in whole:
             if name not in parameters:
@@ -87,22 +143,16 @@ class TrainedWeights:
     @torch.no_grad()
     def write(self) -> None:
         """Put the weights as they are now into the model."""
-        for item in self.low_rank.values():
-            item.weight.copy_(torch.addmm(item.base, item.up, item.down, alpha=item.scale))
+        for updates in self._alike:
+            updates.write()
         for weight, master in self.whole.values():
             weight.copy_(master)
 
     @torch.no_grad()
     def take_gradients(self) -> None:
         """Move the model's gradients to the masters; those of a weight become those of its update's two factors."""
-        for item in self.low_rank.values():
-            if item.weight.grad is None:
-                item.up.grad, item.down.grad = torch.zeros_like(item.up), torch.zeros_like(item.down)
-                continue
-            gradient = item.weight.grad.float()
-            item.up.grad = item.scale * (gradient @ item.down.T)
-            item.down.grad = item.scale * (item.up.T @ gradient)
-            item.weight.grad = None
+        for updates in self._alike:
+            updates.take_gradients()
         for weight, master in self.whole.values():
             master.grad = torch.zeros_like(master) if weight.grad is None else weight.grad.float()
             weight.grad = None
@@ -127,6 +177,29 @@ class TrainedWeights:
         for name, value in mine.items():
             value.copy_(state[name])
         self.write()
+
+
+def add_gradients(
+    parameters: Iterable[nn.Parameter], outputs: Sequence[Tensor], gradients: Sequence[Tensor | None] | None = None
+) -> None:
+    """`torch.autograd.backward` that adds to the gradients of all parameters together, not of one after the other.
+
+    Args:
+        parameters: the leaves that get gradients; those that need none, and others, stay as they are.
+        outputs, gradients: as `torch.autograd.backward` takes them; outputs are scalars where there are no gradients.
+    """
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    found = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
+    sums: list[Tensor] = []
+    added: list[Tensor] = []
+    for parameter, gradient in zip(wanted, found, strict=True):
+        if gradient is not None and parameter.grad is None:
+            parameter.grad = gradient
+        elif gradient is not None and parameter.grad is not None:
+            sums.append(parameter.grad)
+            added.append(gradient)
+    if sums:
+        torch._foreach_add_(sums, added)
 
 
 def linear_ranks(model: nn.Module, layers: Mapping[int, int], prefix: str = "layers.") -> dict[str, int]:
