@@ -9,6 +9,7 @@ import two_pools
 from families import base_model
 from forking import ended, forked
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from msa_hf import MSAForCausalLM
 from msa_hf.training import contrastive
@@ -22,6 +23,7 @@ from msa_hf.training.contrastive import (
     route_rows,
     soft_targets,
 )
+from msa_hf.training.reading import plain_reading_loss, reading_loss
 
 QUESTIONS, DOCUMENTS = 5, 9
 
@@ -130,6 +132,68 @@ def test_compiled_layers_compute_the_same_and_leave_no_trace(model, documents, q
         for layer, scores in before.items():
             torch.testing.assert_close(inside[layer], scores)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def gradients_of_a_step(model: MSAForCausalLM, documents: TokenRows, questions: TokenRows) -> dict[str, Tensor]:
+    """Of a pool, of a row that reads it and of one that does not."""
+    result = contrastive_step(
+        model,
+        [part(documents, 0, 4), part(documents, 4, len(documents.lengths))],
+        [questions],
+        targets()[: len(questions.lengths), : len(documents.lengths)],
+        Temperatures(len(model.config.memory_layers)),
+    )
+    ids, labels = questions.ids[:2], questions.ids[:2].masked_fill(~questions.mask[:2], -100)
+    loss = reading_loss(model, ids, labels, questions.routes[:2], result.pool, result.lengths)
+    (loss + plain_reading_loss(model, ids, labels)).backward()
+    found = {name: item.grad for name, item in model.named_parameters() if item.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def test_compiled_layers_give_the_same_gradients(model, documents, questions) -> None:
+    expected = gradients_of_a_step(model, documents, questions)
+    with compiled_layers(model, backend="eager"):
+        found = gradients_of_a_step(model, documents, questions)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_rows_of_other_numbers_and_lengths_compile_nothing_more() -> None:
+    model = MSAForCausalLM.from_base(base_model("llama"), chunk_size=4, top_k=3, score_bias=True).eval()
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    counts = []
+    with compiled_layers(model, backend=counter):
+        for number, (longest, asked) in enumerate(((9, 5), (12, 4), (11, 3), (7, 5), (14, 4))):
+            documents = rows_of([3, 4, 9, 5, 5, 8, 2, longest, 7][number % 3 :], number)
+            gradients_of_a_step(model, documents, rows_of([4, 2, 6, 5, number + 3][-asked:], number))
+            counts.append(counter.frame_count)
+    assert counts[0] > 0 and counts[1:] == counts[1:2] * 4
+
+
+def test_layers_with_a_memory_are_compiled_around_it(documents, questions) -> None:
+    model = MSAForCausalLM.from_base(base_model("llama"), chunk_size=4, top_k=3, memory_layers=[0, 1, 2, 3])
+    model.eval()
+    assert model.config.num_hidden_layers == 4
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    with compiled_layers(model, backend=counter), torch.no_grad():
+        route_rows(model, questions, encode_rows(model, documents), documents.lengths)
+    assert counter.op_count > 0
+
+
+def test_no_kernel_of_attention_is_planned_inside(model) -> None:
+    was = torch.backends.cuda.cudnn_sdp_enabled()
+    for planned in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(planned)
+        try:
+            with compiled_layers(model, backend="eager"):
+                assert not torch.backends.cuda.cudnn_sdp_enabled()
+            assert torch.backends.cuda.cudnn_sdp_enabled() == planned
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(was)
 
 
 def test_compiled_layers_refuse_a_prefix() -> None:

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from families import base_model
+from numpy.typing import NDArray
 
 from msa_hf import MSAForCausalLM
+from msa_hf.training import mining
 from msa_hf.training.mining import (
     LexicalIndex,
     TokenStore,
@@ -16,6 +18,7 @@ from msa_hf.training.mining import (
     best_passages,
     encode_corpus,
     in_parts,
+    part_sizes,
     recall_of,
 )
 
@@ -66,6 +69,32 @@ def test_parts_hold_all_places_within_the_budget() -> None:
     parts = list(in_parts(lengths, 200))
     assert sorted(itertools.chain(*parts)) == list(range(100))
     assert all(len(part) == 1 or lengths[part].max() * len(part) <= 200 for part in parts)
+
+
+def test_parts_have_the_least_padding_for_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mining, "LEAST_PART", 20)
+    monkeypatch.setattr(mining, "PART_COST", 5)
+    pick = np.random.default_rng(1)
+
+    def cost(sizes: list[int], lengths: NDArray[np.int64], budget: int) -> float:
+        """Padded tokens and parts; infinite where a part has too many."""
+        ends = np.cumsum(sizes)
+        tokens = [int(size * -(-lengths[end - 1] // 4) * 4) for size, end in zip(sizes, ends, strict=True)]
+        fits = all(size == 1 or count <= budget for size, count in zip(sizes, tokens, strict=True))
+        return sum(max(count, 20) + 5 for count in tokens) if fits else float("inf")
+
+    for budget in (16, 40, 60, 90):
+        lengths = np.sort(pick.integers(1, 17, 9))
+        found = part_sizes(lengths, budget, multiple=4)
+        assert sum(found) == len(lengths)
+        least = cost(found, lengths, budget)
+        assert least < float("inf")
+        widths = -(-lengths // 4)
+        ends = np.flatnonzero(widths[1:] != widths[:-1]) + 1
+        for chosen in itertools.product([False, True], repeat=len(ends)):
+            sizes = np.diff([0, *ends[list(chosen)], len(lengths)]).tolist()
+            assert least <= cost(sizes, lengths, budget), (lengths, budget, found, sizes)
+    assert part_sizes(np.array([], dtype=np.int64), 8) == []
 
 
 def test_recall_counts_any_gold_passage() -> None:

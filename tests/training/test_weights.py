@@ -7,7 +7,7 @@ from torch import nn
 
 from msa_hf import MSAForCausalLM
 from msa_hf.training import weights as training_weights
-from msa_hf.training.weights import TrainedWeights, linear_ranks
+from msa_hf.training.weights import TrainedWeights, add_gradients, linear_ranks
 
 
 @pytest.fixture
@@ -91,3 +91,30 @@ def test_what_is_not_there_is_refused(linear: nn.Module) -> None:
         TrainedWeights(linear, {}, ["1.scale"])
     with pytest.raises(ValueError, match="differ"):
         TrainedWeights(linear, {"0": 1}).load_state_dict({})
+
+
+def test_gradients_are_added_as_a_backward_adds_them(linear: nn.Module) -> None:
+    other = nn.Parameter(torch.ones(2))
+    linear[1].bias.requires_grad_(False)
+    expected = {}
+    for way in ("backward", "together"):
+        torch.manual_seed(1)
+        for number in range(3):
+            # The first loss does not reach the second layer.
+            outputs = [linear[0](torch.randn(3, 6))] if number == 0 else [linear(torch.randn(3, 6)), linear[0].weight]
+            gradients = [torch.randn_like(output) for output in outputs]
+            if way == "backward":
+                torch.autograd.backward(outputs, gradients)
+            else:
+                add_gradients([*linear.parameters(), other], outputs, gradients)
+        for name, parameter in linear.named_parameters():
+            if way == "backward":
+                expected[name] = parameter.grad
+            elif parameter.grad is None:
+                assert expected[name] is None
+            else:
+                torch.testing.assert_close(parameter.grad, expected[name])
+        linear.zero_grad(set_to_none=True)
+    assert other.grad is None and expected["1.bias"] is None
+    add_gradients(linear.parameters(), [linear(torch.ones(1, 6)).sum()])
+    assert linear[0].weight.grad is not None

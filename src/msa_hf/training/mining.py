@@ -25,8 +25,8 @@ from .pairs import words
 SAME_SHARE = 0.6  # of the shorter text's pieces, from which on two texts say the same
 COVERED_SHARE = 0.9  # of a question's words, from which on a passage may answer it
 PIECE = 3  # words
-# Tokens of a small model: fewer of a part take a GPU no less time, because its kernels are not launched faster; and what
-# a part takes beside that.
+# Tokens. A part of fewer takes a GPU as long, whose kernels are launched no faster; and what a part costs beside. As of
+# models of some hundred million weights.
 LEAST_PART, PART_COST = 12_288, 2_048
 MULTIPLE = 8  # to which rows are padded
 SCORES = 64_000_000  # numbers held at once while questions are scored on an accelerator; on a CPU a sixteenth

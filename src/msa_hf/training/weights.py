@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-
 HELD = 1 << 26  # numbers of weights that are computed together at most: 256 MB in float32
 
 
