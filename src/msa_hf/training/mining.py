@@ -83,7 +83,8 @@ def part_sizes(lengths: NDArray[np.int64], budget: int, multiple: int = MULTIPLE
         ends += [*range(start + most, stop, most), stop]
     least, before = [0], [0]  # cost of the rows up to each end, and the place among `ends` where the last part begins
     for place in range(1, len(ends)):
-        width, found = int(widths[ends[place] - 1]), []
+        width = int(widths[ends[place] - 1])
+        found: list[tuple[int, int]] = []
         for start in range(place - 1, -1, -1):
             tokens = (ends[place] - ends[start]) * width
             if found and tokens > budget:

@@ -46,7 +46,7 @@ class AlikeUpdates:
         items: those of `weights`; their tensors are parts of those that this holds. `down` is not set yet.
     """
 
-    def __init__(self, weights: Sequence[nn.Parameter], rank: int, scale: float) -> None:
+    def __init__(self, weights: Sequence[Tensor], rank: int, scale: float) -> None:
         self.scale = scale
         (rows, columns), device = weights[0].shape, weights[0].device
         self._base = torch.empty(len(weights), rows, columns, device=device)
@@ -105,7 +105,7 @@ class TrainedWeights:
         modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
         for parameter in parameters.values():
             parameter.requires_grad_(False)
-        alike: dict[tuple[torch.Size, torch.dtype, torch.device, int], dict[str, nn.Parameter]] = {}
+        alike: dict[tuple[torch.Size, torch.dtype, torch.device, int], dict[str, Tensor]] = {}
         for name, rank in ranks.items():
             module = modules.get(name)
             if not isinstance(module, nn.Linear):
@@ -179,7 +179,7 @@ class TrainedWeights:
 
 
 def add_gradients(
-    parameters: Iterable[nn.Parameter], outputs: Sequence[Tensor], gradients: Sequence[Tensor | None] | None = None
+    parameters: Iterable[Tensor], outputs: Sequence[Tensor], gradients: Sequence[Tensor | None] | None = None
 ) -> None:
     """`torch.autograd.backward` that adds to the gradients of all parameters together, not of one after the other.
 
