@@ -152,7 +152,9 @@ def main() -> None:
             optimizer.zero_grad(set_to_none=True)
 
     seconds = []
-    with compiled_layers(model) if options.compile else nullcontext():
+    tag = {"cache_key_tag": "cuDNN"} if options.cudnn else {}  # or graphs of another run come from the disk
+    compiled = compiled_layers(model) if options.compile else nullcontext()
+    with compiled, torch.compiler.config.patch(**tag):
         if options.cudnn:
             torch.backends.cuda.enable_cudnn_sdp(True)
         for number in range(options.steps):

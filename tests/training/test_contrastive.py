@@ -185,13 +185,15 @@ def test_layers_with_a_memory_are_compiled_around_it(documents, questions) -> No
 
 
 def test_no_kernel_of_attention_is_planned_inside(model) -> None:
-    was = torch.backends.cuda.cudnn_sdp_enabled()
+    was, tag = torch.backends.cuda.cudnn_sdp_enabled(), torch.compiler.config.cache_key_tag
     for planned in (True, False):
         torch.backends.cuda.enable_cudnn_sdp(planned)
         try:
             with compiled_layers(model, backend="eager"):
                 assert not torch.backends.cuda.cudnn_sdp_enabled()
+                assert torch.compiler.config.cache_key_tag != tag  # or a graph with cuDNN's may come from the disk
             assert torch.backends.cuda.cudnn_sdp_enabled() == planned
+            assert torch.compiler.config.cache_key_tag == tag
         finally:
             torch.backends.cuda.enable_cudnn_sdp(was)
 

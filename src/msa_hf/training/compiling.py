@@ -13,6 +13,8 @@ from ..model.attending_layers_msa import MOST_GRAPHS
 from ..model.attention_msa import AttentionFunction, AttentionOutput, MemoryPass
 from ..model.retrofit_msa import attention_layers
 
+NO_PLANS = ", attention without cuDNN"  # of compiled graphs, in the keys of torch's caches
+
 
 class SeparatePass:
     """A pass that no graph sees: what a graph writes would be lost where the pass ends the run.
@@ -80,7 +82,9 @@ def compiled_layers(model: Any, dynamic: bool | None = True, **options: Any) -> 
         for index, layer in layers.items():
             run = torch.compile(layer.forward, dynamic=dynamic, **options)
             layer.forward = _with_separate_pass(run) if index in memory else _without_pass(run)
-        with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+        # Graphs that torch keeps on the disk know their attention, but are not looked up by what was allowed.
+        tag = f"{torch.compiler.config.cache_key_tag}{NO_PLANS}"
+        with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS), torch.compiler.config.patch(cache_key_tag=tag):
             yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(planned)
