@@ -84,7 +84,8 @@ def compiled_layers(model: Any, dynamic: bool | None = True, **options: Any) -> 
             layer.forward = _with_separate_pass(run) if index in memory else _without_pass(run)
         # Graphs that torch keeps on the disk know their attention, but are not looked up by what was allowed.
         tag = f"{torch.compiler.config.cache_key_tag}{NO_PLANS}"
-        with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS), torch.compiler.config.patch(cache_key_tag=tag):
+        tagged = torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]  # torch adds it on import
+        with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS), tagged:
             yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(planned)
