@@ -5,8 +5,10 @@
 
 The step is that of `scripts/train_real.py routers`: a pool of passages (encoded twice, once without a graph, where that
 does not fit), questions routed over it, rows that read with the pool as their memory and without one, low-rank updates
-of all matrices. Random weights and tokens; lengths as of passages, questions and rows of real text. Medians over the
-steps behind the first three, which compile.
+of all matrices. Random weights and tokens; lengths as of passages, questions and rows of real text. They are drawn
+before a step's clock starts, as other processes of a training draw them. Medians over the steps behind those in which
+layers are compiled and attention is planned for new shapes (`--warm`). The times of a step's parts are those of steps
+of their own, in which the device is drained between them.
 
 `share` is what the step computes, the second encoding included, over its time at the rate of a product of 8192^3:
 two operations for each weight of a matrix and token forward, four backward. Attention is left out, and so is padding.
@@ -20,14 +22,14 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
-from bench_encode import gigaflops, matrix_rate
+from bench_encode import drained, gigaflops, matrix_rate
 from random_models import SHAPES, random_base
 from torch import Tensor
 
@@ -40,7 +42,18 @@ from msa_hf.training.weights import TrainedWeights, add_gradients, linear_ranks
 
 PASSAGE, QUESTION, ROW = (60, 240), (8, 24), (300, 700)  # least and most tokens
 ANSWER = 6  # tokens of an answer
-WARM = 3
+PARTED = 3  # steps that are taken apart behind the others
+Clock = Callable[[str], AbstractContextManager[None]]
+
+
+class Batch(NamedTuple):
+    """What a step is given. Rows that read are token ids, labels, and which tokens route."""
+
+    documents: list[TokenRows]
+    questions: list[TokenRows]
+    targets: Tensor
+    with_pool: list[tuple[Tensor, Tensor, Tensor]]
+    without: list[tuple[Tensor, Tensor, Tensor]]
 
 
 def rows_of(count: int, lengths: tuple[int, int], budget: int, vocabulary: int, device: str) -> list[TokenRows]:
@@ -53,13 +66,20 @@ def rows_of(count: int, lengths: tuple[int, int], budget: int, vocabulary: int, 
     return made
 
 
+def labeled(row: TokenRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that read; the last tokens of each are its answer, and the one before asks the pool."""
+    places = torch.arange(row.ids.shape[1], device=row.ids.device)
+    begin = row.lengths[:, None] - ANSWER
+    return row.ids, row.ids.masked_fill(~row.mask | (places < begin), -100), places == begin - 1
+
+
 @contextmanager
 def clocked(parts: dict[str, list[float]], name: str, device: str) -> Iterator[None]:
-    """Note how long something takes."""
+    """Note the seconds of a block, before and behind which the device is drained."""
+    drained(device)
     start = time.perf_counter()
     yield
-    if device != "cpu":
-        torch.cuda.synchronize()
+    drained(device)
     parts.setdefault(name, []).append(time.perf_counter() - start)
 
 
@@ -81,13 +101,13 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=2048, help="passages")
     parser.add_argument("--questions", type=int, default=1024)
     parser.add_argument("--read", type=int, default=96, help="rows that read, half of them with the pool")
-    parser.add_argument("--read-tokens", type=int, default=16_000, help="of these, at a time")
+    parser.add_argument("--read-tokens", type=int, default=48_000, help="of these, at a time")
     parser.add_argument("--rank", type=int, default=28)
-    parser.add_argument("--part-tokens", type=int, default=120_000)
+    parser.add_argument("--part-tokens", type=int, default=160_000)
     parser.add_argument("--question-tokens", type=int, default=30_000)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--warm", type=int, default=25, help="steps left out, the first ones")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument("--cudnn", action="store_true", help="attention by cuDNN, which plans every new shape")
     parser.add_argument("--kernels", type=int, default=0, help="so many that take most time are named")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -111,10 +131,11 @@ def main() -> None:
     temperatures = Temperatures(len(memory_layers)).to(device)
     trained = [*weights.low_rank_parameters(), *weights.whole_parameters(), *temperatures.parameters()]
     optimizer = torch.optim.AdamW(trained, fused=device != "cpu")
-    vocabulary, parts, tokens = shape["vocab_size"], {}, {}
+    vocabulary, tokens = shape["vocab_size"], dict[str, int]()
+    parts: dict[str, list[float]] = {}
     profile = torch.profiler.profile() if options.kernels else None
 
-    def step() -> None:
+    def drawn() -> Batch:
         documents = rows_of(options.pool, PASSAGE, options.part_tokens, vocabulary, device)
         questions = rows_of(options.questions, QUESTION, options.question_tokens, vocabulary, device)
         asked, pool = (sum(len(part.lengths) for part in item) for item in (questions, documents))
@@ -122,47 +143,64 @@ def main() -> None:
         positives[torch.arange(asked), torch.randint(pool, (asked,))] = True
         targets = soft_targets(positives, torch.randn(asked, pool, device=device), 0.5)
         again = documents[: first_held(documents, questions, options.part_tokens)]
-        for name, rows in (("documents", documents), ("questions", questions), ("encoded twice", again)):
+        half = max(options.read // 2, 1)
+        read = [rows_of(half, ROW, options.read_tokens, vocabulary, device) if options.read else [] for _ in range(2)]
+        named = {
+            "documents": documents,
+            "questions": questions,
+            "encoded twice": again,
+            "rows that read": [*read[0], *read[1]],
+        }
+        for name, rows in named.items():
             tokens[name] = sum(int(part.lengths.sum()) for part in rows)
         tokens["documents and padding"] = sum(part.ids.numel() for part in documents)
-        with clocked(parts, "weights written", device):
+        return Batch(
+            documents, questions, targets, [labeled(row) for row in read[0]], [labeled(row) for row in read[1]]
+        )
+
+    def step(batch: Batch, clock: Clock) -> None:
+        with clock("weights written"):
             weights.write()
-        with clocked(parts, "pool and questions", device):
+        with clock("pool and questions"):
             result = contrastive_step(
-                model, documents, questions, targets, temperatures, 0.3, 0.2, held_tokens=options.part_tokens
+                model,
+                batch.documents,
+                batch.questions,
+                batch.targets,
+                temperatures,
+                0.3,
+                0.2,
+                held_tokens=options.part_tokens,
             )
-        tokens["rows that read"] = 0
-        with clocked(parts, "reading", device):
-            for with_pool in (True, False) if options.read else ():
-                half = max(options.read // 2, 1)
-                for row in rows_of(half, ROW, options.read_tokens, vocabulary, device):
-                    tokens["rows that read"] += int(row.lengths.sum())
-                    places = torch.arange(row.ids.shape[1], device=device)
-                    labels = row.ids.masked_fill(~row.mask | (places < row.lengths[:, None] - ANSWER), -100)
-                    if with_pool:
-                        routes = places == row.lengths[:, None] - ANSWER - 1
-                        loss: Tensor = reading_loss(model, row.ids, labels, routes, result.pool, result.lengths)
-                    else:
-                        loss = plain_reading_loss(model, row.ids, labels)
-                    add_gradients(model.parameters(), [0.5 * loss * len(row.lengths) / half])
-        with clocked(parts, "optimizer", device):
+        with clock("reading"):
+            half = max(options.read // 2, 1)
+            for ids, labels, routes in batch.with_pool:
+                loss = reading_loss(model, ids, labels, routes, result.pool, result.lengths)
+                add_gradients(model.parameters(), [0.5 * loss * len(ids) / half])
+            for ids, labels, _ in batch.without:
+                loss = plain_reading_loss(model, ids, labels)
+                add_gradients(model.parameters(), [0.5 * loss * len(ids) / half])
+        with clock("optimizer"):
             weights.take_gradients()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    seconds = []
-    tag = {"cache_key_tag": "cuDNN"} if options.cudnn else {}  # or graphs of another run come from the disk
-    compiled = compiled_layers(model) if options.compile else nullcontext()
-    with compiled, torch.compiler.config.patch(**tag):
-        if options.cudnn:
-            torch.backends.cuda.enable_cudnn_sdp(True)
+    with compiled_layers(model) if options.compile else nullcontext():
         for number in range(options.steps):
-            last = number + 1 == options.steps and profile is not None
-            with profile if last else nullcontext(), clocked(parts, "step", device):
-                step()
+            batch = drawn()
+            with clocked(parts, "step", device):
+                step(batch, lambda name: nullcontext())
             print(f"step {number}: {parts['step'][-1]:.3f} s", flush=True)
-    seconds = {name: statistics.median(items[WARM:-1] or items[-1:]) for name, items in parts.items()}
+        for _ in range(PARTED):
+            step(drawn(), lambda name: clocked(parts, name, device))
+        batch = drawn()
+        with profile if profile is not None else nullcontext():
+            step(batch, lambda name: nullcontext())
+    seconds = {
+        name: statistics.median((items[options.warm :] or items[-1:]) if name == "step" else items)
+        for name, items in parts.items()
+    }
     base = model.base_model.layers
     all_layers = 2e-9 * sum(
         part.weight.numel() for layer in base for part in layer.modules() if isinstance(part, torch.nn.Linear)

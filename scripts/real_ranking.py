@@ -32,8 +32,8 @@ class Ranker:
             ids, labels, right = self._batch(max(self.count // 2, 1))
             loss = ranking_loss(model, ids, labels, right)
             add_gradients(model.parameters(), [0.5 * self.weight * loss])
-            losses.append(float(loss.detach()))
-        return sum(losses) / 2
+            losses.append(loss.detach())
+        return float(torch.stack(losses).mean())
 
     def _batch(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         pools = self.pools

@@ -238,11 +238,11 @@ class Reader:
     def step(self, model: Any, result: Any) -> float:
         """Add the gradients of one batch; its mean loss."""
         half = max(self.count // 2, 1)
-        total = 0.0
+        total = torch.zeros((), device=self.routes.device)  # looked at in the end: until then nothing waits for it
         for attends in (True, False):
             chosen = self.draw(half)
             labels = self.labels.at(chosen).tokens
-            counted = int((labels != IGNORED).sum())
+            counted = (labels != IGNORED).sum()
             # Rows of like length together: padded to the longest of all, most of a batch would be padding.
             for places, items in self.ids.parts(chosen, self.tokens):
                 wanted = self.labels.rows(places).ids.masked_fill(~items.mask, IGNORED)
@@ -252,10 +252,10 @@ class Reader:
                     loss = reading_loss(model, items.ids, wanted, routes, result.pool, result.lengths)
                 else:
                     loss = plain_reading_loss(model, items.ids, wanted)
-                loss = loss * int((wanted != IGNORED).sum()) / counted
+                loss = loss * (wanted != IGNORED).sum() / counted
                 add_gradients(model.parameters(), [0.5 * self.weight * loss])
-                total += float(loss.detach())
-        return total / 2
+                total += loss.detach()
+        return float(total) / 2
 
     def draw(self, count: int) -> Tensor:
         """[count] int64 places of rows."""

@@ -578,11 +578,11 @@ def main() -> None:
         "--mine-margin", type=float, default=0.5, help="above the gold passage's, in the teacher's logits"
     )
     made.add_argument("--mine-tokens", type=int, default=300_000)
-    made.add_argument("--part-tokens", type=int, default=120_000)
+    made.add_argument("--part-tokens", type=int, default=160_000)
     made.add_argument("--question-tokens", type=int, default=30_000)
     made.add_argument("--read", type=int, default=96)
     made.add_argument("--read-weight", type=float, default=1.0)
-    made.add_argument("--read-tokens", type=int, default=16_000, help="of the rows that read, at a time")
+    made.add_argument("--read-tokens", type=int, default=48_000, help="of the rows that read, at a time")
     made.add_argument("--read-asked", type=float, default=0.0, help="share of rows of `answers` among those that read")
     made.add_argument("--ranked", type=int, default=0, help="labeled questions of a step whose candidates are read")
     made.add_argument("--ranked-candidates", type=int, default=8)

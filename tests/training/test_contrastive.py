@@ -184,20 +184,6 @@ def test_layers_with_a_memory_are_compiled_around_it(documents, questions) -> No
     assert counter.op_count > 0
 
 
-def test_no_kernel_of_attention_is_planned_inside(model) -> None:
-    was, tag = torch.backends.cuda.cudnn_sdp_enabled(), torch.compiler.config.cache_key_tag
-    for planned in (True, False):
-        torch.backends.cuda.enable_cudnn_sdp(planned)
-        try:
-            with compiled_layers(model, backend="eager"):
-                assert not torch.backends.cuda.cudnn_sdp_enabled()
-                assert torch.compiler.config.cache_key_tag != tag  # or a graph with cuDNN's may come from the disk
-            assert torch.backends.cuda.cudnn_sdp_enabled() == planned
-            assert torch.compiler.config.cache_key_tag == tag
-        finally:
-            torch.backends.cuda.enable_cudnn_sdp(was)
-
-
 def test_compiled_layers_refuse_a_prefix() -> None:
     model = MSAForCausalLM.from_base(base_model("llama"), prefix_token_ids=[5, 6])
     with pytest.raises(ValueError, match="prefix"), compiled_layers(model):

@@ -74,6 +74,7 @@ def test_parts_hold_all_places_within_the_budget() -> None:
 def test_parts_have_the_least_padding_for_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mining, "LEAST_PART", 20)
     monkeypatch.setattr(mining, "PART_COST", 5)
+    monkeypatch.setattr(mining, "ROWS", 2)
     pick = np.random.default_rng(1)
 
     def cost(sizes: list[int], lengths: NDArray[np.int64], budget: int) -> float:
@@ -89,12 +90,19 @@ def test_parts_have_the_least_padding_for_what_they_cost(monkeypatch: pytest.Mon
         assert sum(found) == len(lengths)
         least = cost(found, lengths, budget)
         assert least < float("inf")
-        widths = -(-lengths // 4)
-        ends = np.flatnonzero(widths[1:] != widths[:-1]) + 1
+        ends = np.arange(2, len(lengths), 2)
         for chosen in itertools.product([False, True], repeat=len(ends)):
             sizes = np.diff([0, *ends[list(chosen)], len(lengths)]).tolist()
             assert least <= cost(sizes, lengths, budget), (lengths, budget, found, sizes)
     assert part_sizes(np.array([], dtype=np.int64), 8) == []
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 640, 700])
+def test_parts_have_few_sizes(count: int) -> None:
+    """Multiples of so many rows, but for the last part, where the budget lets them."""
+    sizes = part_sizes(np.sort(np.random.default_rng(count).integers(9, 90, count)), 20_000)
+    assert sum(sizes) == count and all(size % mining.ROWS == 0 for size in sizes[:-1])
+    assert max(part_sizes(np.full(64, 90), 960)) == 10
 
 
 def test_recall_counts_any_gold_passage() -> None:

@@ -21,6 +21,7 @@ from ..model.attention_msa import AttendingPass, EncodingDone, EncodingPass, Mem
 from ..model.cache_msa import MemoryContext
 from ..model.configuration_msa import MSAConfig
 from ..model.dense_layer_msa import DenseLayer, layers_over
+from ..model.known_masks_msa import ones_like
 from ..model.memory_msa import LayerMemory
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.routing_msa import Selection, routing_request, scoring_of
@@ -134,7 +135,7 @@ def run_rows(model: MSAForCausalLM, rows: TokenRows, positions: Tensor, memory_p
         model.run_base(
             backbone_only=True,
             input_ids=rows.ids,
-            attention_mask=torch.ones_like(rows.ids),  # padding stands where causal attention does not look
+            attention_mask=ones_like(rows.ids),  # padding stands where causal attention does not look
             position_ids=positions[None],  # those of every row, so that their rotations are read once for all
             use_cache=False,
             memory_pass=memory_pass,

@@ -27,7 +27,8 @@ COVERED_SHARE = 0.9  # of a question's words, from which on a passage may answer
 PIECE = 3  # words
 # Tokens. A part of fewer takes a GPU as long, whose kernels are launched no faster; and what a part costs beside. As of
 # models of some hundred million weights.
-LEAST_PART, PART_COST = 12_288, 2_048
+LEAST_PART, PART_COST = 65_536, 8_192
+ROWS = 64  # of which a part has a multiple, so that few shapes occur, and what plans for each has planned for them soon
 MULTIPLE = 8  # to which rows are padded
 SCORES = 64_000_000  # numbers held at once while questions are scored on an accelerator; on a CPU a sixteenth
 
@@ -76,8 +77,7 @@ def part_sizes(lengths: NDArray[np.int64], budget: int, multiple: int = MULTIPLE
         Rows of each part, in order; their sum is N.
     """
     widths = -(-lengths // multiple) * multiple
-    # Parts end where a width does, or where more rows of one width would be too many.
-    ends, stops = [0], [*(np.flatnonzero(widths[1:] != widths[:-1]) + 1).tolist(), len(widths)] if len(widths) else []
+    ends, stops = [0], [*range(ROWS, len(widths), ROWS), len(widths)] if len(widths) else []
     for stop in stops:
         start, most = ends[-1], max(budget // max(int(widths[stop - 1]), 1), 1)
         ends += [*range(start + most, stop, most), stop]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.questions import IGNORED
+from ..model.known_masks_msa import ones_like
 from ..model.modeling_msa import MSAForCausalLM
 
 
@@ -38,9 +39,7 @@ def ranking_loss(
     """
     count, candidates, width = ids.shape
     flat_ids, flat_labels = ids.view(-1, width), labels.view(-1, width)
-    output = model.run_base(
-        backbone_only=True, input_ids=flat_ids, attention_mask=torch.ones_like(flat_ids), use_cache=False
-    )
+    output = model.run_base(backbone_only=True, input_ids=flat_ids, attention_mask=ones_like(flat_ids), use_cache=False)
     wanted = flat_labels[:, 1:] != IGNORED
     logits = model.get_output_embeddings()(output.last_hidden_state[:, :-1][wanted])
     losses = torch.nn.functional.cross_entropy(logits.float(), flat_labels[:, 1:][wanted], reduction="none")

@@ -14,6 +14,7 @@ from ..data.questions import IGNORED
 from ..generation import PromptProtocol
 from ..model.attention_msa import AttendingPass
 from ..model.dense_layer_msa import DenseLayer, layers_over
+from ..model.known_masks_msa import ones_like
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.routing_msa import routing_request, scoring_of
 from .collators import TranscriptCollator
@@ -76,7 +77,7 @@ def reading_loss(
     output = model.run_base(
         backbone_only=True,
         input_ids=ids,
-        attention_mask=torch.ones_like(ids),
+        attention_mask=ones_like(ids),
         position_ids=positions[None],
         use_cache=False,
         memory_pass=attending,
@@ -87,7 +88,7 @@ def reading_loss(
 
 def plain_reading_loss(model: MSAForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
     """`reading_loss` without a memory: what a reader of the texts alone has to learn."""
-    output = model.run_base(backbone_only=True, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    output = model.run_base(backbone_only=True, input_ids=ids, attention_mask=ones_like(ids), use_cache=False)
     return _answer_loss(model, output.last_hidden_state, labels)
 
 
@@ -101,7 +102,7 @@ def answer_losses(model: MSAForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
     Returns:
         [B] float32, sums over labeled tokens.
     """
-    output = model.run_base(backbone_only=True, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    output = model.run_base(backbone_only=True, input_ids=ids, attention_mask=ones_like(ids), use_cache=False)
     losses, wanted = _token_losses(model, output.last_hidden_state, labels)
     return losses.new_zeros(len(ids)).index_add_(0, wanted.nonzero()[:, 0], losses)
 
