@@ -1,28 +1,13 @@
 """Masks that the host knows: documents are given to a model without a look at what lies on its device."""
 
-from typing import Any
-
 import pytest
 import torch
 from families import FAMILIES
+from sums import Sums
 from test_encoding import model_of, random_documents
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from msa_hf.model.known_masks_msa import Ones, ones_like
-
-
-class Sums(TorchDispatchMode):
-    """Notes the shapes of what is summed up to one number, or asked whether all of it is true."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[torch.Size] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (torch.ops.aten.sum.default, torch.ops.aten.all.default):
-            self.shapes.append(args[0].shape)
-        return function(*args, **(kwargs or {}))
 
 
 def test_what_a_mask_says() -> None:

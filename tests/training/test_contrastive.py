@@ -8,10 +8,12 @@ import torch
 import two_pools
 from families import base_model
 from forking import ended, forked
+from sums import Sums
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from msa_hf import MSAForCausalLM
+from msa_hf.data.questions import IGNORED
 from msa_hf.training import contrastive
 from msa_hf.training.compiling import compiled_layers
 from msa_hf.training.contrastive import (
@@ -23,7 +25,8 @@ from msa_hf.training.contrastive import (
     route_rows,
     soft_targets,
 )
-from msa_hf.training.reading import plain_reading_loss, reading_loss
+from msa_hf.training.ranking import ranking_loss
+from msa_hf.training.reading import answer_losses, plain_reading_loss, reading_loss
 
 QUESTIONS, DOCUMENTS = 5, 9
 
@@ -182,6 +185,20 @@ def test_layers_with_a_memory_are_compiled_around_it(documents, questions) -> No
     with compiled_layers(model, backend=counter), torch.no_grad():
         route_rows(model, questions, encode_rows(model, documents), documents.lengths)
     assert counter.op_count > 0
+
+
+def test_rows_are_launched_without_a_look_at_their_masks(model, documents, questions) -> None:
+    """For which a GPU would have to come to the end of the rows before."""
+    labels, routes = questions.ids.masked_fill(~questions.mask, IGNORED), questions.routes
+    with Sums() as sums:
+        pool = encode_rows(model, documents)
+        route_rows(model, questions, pool, documents.lengths)
+        reading_loss(model, questions.ids, labels, routes, pool, documents.lengths)
+        plain_reading_loss(model, questions.ids, labels)
+        answer_losses(model, questions.ids, labels)
+        ids, right = questions.ids[:4].view(2, 2, -1), torch.zeros(2, dtype=torch.long)
+        ranking_loss(model, ids, labels[:4].view(2, 2, -1), right)
+    assert not {documents.ids.shape, questions.ids.shape, questions.ids[:4].shape} & set(sums.shapes)
 
 
 def test_compiled_layers_refuse_a_prefix() -> None:
