@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from .cache_msa import MSAStaticCache, contexts_of
 from .compat_msa import CACHE, NEWEST_TESTED, rename_cache
 from .compiled_msa import compile_from_now_on, current_runs, may_compile, options_of
+from .decoding_msa import can_decode_ahead, decode_ahead
 from .drafting_msa import (
     drafting_arguments,
     has_memory,
@@ -171,6 +172,13 @@ class GeneratingMixin(MemoryMixin):
         pad = options["pad_token_id"]
         if pad is not None and not 0 <= int(pad) < self.config.vocab_size:
             given["padding_id"] = int(pad)
+        if isinstance(cache, MSAStaticCache) and can_decode_ahead(options, cache, prompt.device):
+            whole = mask.shape[1] == prompt.shape[1]
+            given["custom_generate"] = functools.partial(
+                decode_ahead,
+                new_tokens=prompt.shape[1] - past if whole else None,
+                streamer=given.get("streamer"),
+            )
         # Transformers hands what it does not know to every step: `memory` arrives at the model's `forward`.
         with may_compile():
             output = base(memory=memory, **given)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, GenerationConfig, PreTrainedConfig, StaticCache
+from transformers.generation import GenerationMode
 
 from .cache_msa import MSACache, MSAQuantizedCache, MSAStaticCache
 from .types_msa import Arguments
@@ -49,6 +50,13 @@ class GenerationOptions:
             return self.arguments[name]
         found = getattr(self.given, name, None)
         return getattr(self.own, name, None) if found is None else found
+
+    def mode(self) -> GenerationMode:
+        """How transformers will decode."""
+        resolved = copy.copy(self.own)
+        for name in vars(resolved):
+            setattr(resolved, name, self[name])
+        return resolved.get_generation_mode(self["assistant_model"])
 
 
 def bind_positional(
