@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from connected import together
 from helpers.fake_model import FakeModel
 
 from msa_hf.bank import RankFailed, shard_bank
@@ -151,6 +152,27 @@ def test_the_first_traceback_reaches_a_process_that_is_busy(failing: int, store:
     for kind, text in results.values():
         assert kind is RankFailed
         assert text.startswith(f"Process {failing} of this shared memory failed:") and "in out_of_luck" in text
+
+
+def test_none_goes_on_before_all_are_connected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that failed at once would be gone while another still connects to it, and could not say why."""
+    connect, late = dist.new_group, tmp_path / "late"
+
+    def new_group(*given: Any, **options: Any) -> Any:
+        group = connect(*given, **options)
+        time.sleep(0.5)
+        late.touch()
+        return group
+
+    def work(rank: int) -> bool:
+        if rank == 2:
+            monkeypatch.setattr(dist, "new_group", new_group)
+        ranks = Collectives(None, timedelta(minutes=1))
+        found = late.exists()
+        ranks.part()
+        return found
+
+    assert together(3, work) == [True] * 3
 
 
 def test_the_first_of_two_errors_is_the_one_that_is_told() -> None:

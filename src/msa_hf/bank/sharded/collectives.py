@@ -118,6 +118,8 @@ class Collectives:
                 # Told which device is meant, it connects now and not in the first forward.
                 self.data = dist.new_group(backend=backend, device_id=device, **options)
             if self.size > 1:
+                # Or one that fails right behind this is gone before another has connected to it, which cannot be told.
+                dist.barrier(group=self.control)
                 store, heard = self.control.get_group_store().clone(), None if self.data is None else self.data.abort
                 self._notices = Notices(store, self.rank, self.size, heard, timeout.total_seconds() / 10)
 
