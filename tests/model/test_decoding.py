@@ -1,5 +1,6 @@
 """A loop that launches the next token before it asks for the last one: what transformers' own generates."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -212,3 +213,27 @@ def test_what_transformers_does_by_itself(options: dict[str, Any], monkeypatch: 
     monkeypatch.delattr(decoding_msa, "EndAsked")
     given = {"cache_implementation": "static", "max_new_tokens": 3, "do_sample": False, **options}
     made.model.generate(**BATCHES["one"], memory=made.bank, **given)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a device that works while the host goes on")
+@pytest.mark.parametrize("end", [0, 3, None])
+def test_recorded_on_a_gpu(end: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that arrive while the next forward runs, streamed too; what transformers' loop makes of a growing cache."""
+    made = setup("qwen3", "sdpa", base={"num_hidden_layers": 2}, memory_layers=[1])
+    model = copy.deepcopy(made.model).cuda()
+    bank = model.encode_documents(made.documents, show_progress=False)
+    question = {name: item.cuda() for name, item in BATCHES["padded"].items()}
+    options: dict[str, Any] = {"memory": bank, "do_sample": False, "pad_token_id": 1}
+    plain = model.generate(**question, **options, max_new_tokens=12)
+    if end is not None:
+        options["eos_token_id"] = plain[:, question["input_ids"].shape[1] + end].tolist()
+    expected = model.generate(**question, **options, max_new_tokens=12)
+    looks = noted(monkeypatch, "answer")
+    for _ in range(4):  # compiled, recorded, played
+        streamer = Streamed()
+        found = model.generate(**question, **options, max_new_tokens=12, cache_implementation="static")
+        assert torch.equal(found, expected) and looks
+        one = {name: item[:1] for name, item in question.items()}
+        alone = model.generate(**one, **options, max_new_tokens=12, cache_implementation="static", streamer=streamer)
+        pieces = [token for piece in streamer.pieces[1:-1] for token in piece]
+        assert pieces == alone[0, one["input_ids"].shape[1] :].tolist()
