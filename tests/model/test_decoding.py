@@ -215,10 +215,11 @@ def test_what_transformers_does_by_itself(options: dict[str, Any], monkeypatch: 
     made.model.generate(**BATCHES["one"], memory=made.bank, **given)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a device that works while the host goes on")
 @pytest.mark.parametrize("end", [0, 3, None])
 def test_recorded_on_a_gpu(end: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens that arrive while the next forward runs, streamed too; what transformers' loop makes of a growing cache."""
+    """Also streamed: the tokens of a growing cache by the loop of transformers."""
     made = setup("qwen3", "sdpa", base={"num_hidden_layers": 2}, memory_layers=[1])
     model = copy.deepcopy(made.model).cuda()
     bank = model.encode_documents(made.documents, show_progress=False)
