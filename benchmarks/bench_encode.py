@@ -175,10 +175,11 @@ def measure(name: str, model: Any, tokenizer: Any, protocol: Any, options: argpa
                 ).tokens
 
         plain = {way: run for way, run in {"library": library, "command": command}.items() if way in options.ways}
-        ways: dict[str, Callable[[], int]] = dict(plain)
-        print(f"{name:24} library: first call, {timed(library, device).wall:.1f} s", flush=True)
+        ways: dict[str, Callable[[], int]] = {} if options.compiled_only else dict(plain)
+        if not options.compiled_only:
+            print(f"{name:24} library: first call, {timed(library, device).wall:.1f} s", flush=True)
         if options.compile:
-            for way, run in list(ways.items()):
+            for way, run in plain.items():
                 compiled = f"{way}, compiled"
                 ways[compiled] = lambda run=run: run(compile_layers=True)
                 figures[f"{compiled}: first call, s"] = timed(ways[compiled], device).wall
@@ -249,6 +250,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="the rows of compiled layers as well")
     parser.add_argument("--fp8", action="store_true", help="the rows of compiled layers that project in 8-bit floats")
+    parser.add_argument("--compiled-only", action="store_true", help="no rows of layers that are not compiled")
     parser.add_argument("--ways", default="library,command", help="those that are measured, separated by commas")
     parser.add_argument("--kernels", type=int, default=0, help="of each way, so many that take most time are named")
     parser.add_argument("--directory", type=Path, help="where banks are written (default: the temporary one)")

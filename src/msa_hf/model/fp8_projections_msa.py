@@ -27,7 +27,7 @@ def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer whose products are of 8-bit floats, summed in float32.
+    """A linear layer whose products are of 8-bit floats, summed in about float32.
 
     Args:
         linear: what it stands for.
@@ -44,7 +44,10 @@ class Fp8Linear(nn.Module):
         """States [..., in] -> [..., out] in their dtype."""
         rows, scales = to_fp8(states.flatten(0, -2))
         # The operation itself: torch.compile of torch 2.11 breaks its graph at `torch.nn.functional.scaled_mm`.
-        product = torch.ops.aten._scaled_mm(rows, self.weight, scales, self.scales, out_dtype=torch.bfloat16)
+        # Sums are not rounded to float32 after every step: a tenth quicker, and far below what 8 bits round off.
+        product = torch.ops.aten._scaled_mm(
+            rows, self.weight, scales, self.scales, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
         product = product.to(states.dtype).unflatten(0, states.shape[:-1])
         return product if self.bias is None else product + self.bias
 
