@@ -3,26 +3,20 @@
 A token is read at the rate of the memory where as many bytes are on their way as the memory takes in one round. Kernels
 that loop over a row wait for it piece by piece; one launch for every matrix waits for each to end, and small kernels
 in between leave the memory idle. So a launch has up to three matrices, and the norm before and the sum or the gate
-behind them; and on GPUs that can it begins to read its matrices before the kernel that makes its row has ended.
+behind them.
 """
 
 from __future__ import annotations
-
-import functools
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..triton_common import INTERPRETED
 from .graphs import MOST
 
 NAMESPACE = "msa_hf_rows"  # of the operation, in torch.ops
 LONG = 4096  # numbers of a row; longer ones are for more warps
-EARLY_CAPABILITY = (9, 0)  # of GPUs whose kernels can begin before the one that they depend on has ended
 
 
 @triton.jit
@@ -49,7 +43,6 @@ def row_products_kernel(
     HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """out[i] = the inner product of `row` [WIDTH] and row i of the matrices one below the other, summed in float32.
 
@@ -59,7 +52,6 @@ def row_products_kernel(
         residual: is added to the products.
         HEAD, TAIL: powers of two, numbers that are loaded at once: all of WIDTH together.
         GATED: out[i] = silu(inner product with row i of the first) times that with row i of the second.
-        EARLY: matrices are read before the kernel before this one has ended.
     """
     place = tl.program_id(0)
     matrix = first
@@ -82,9 +74,6 @@ def row_products_kernel(
     if HAS_NORM:
         weights = tl.load(norm + head, mask=head < WIDTH, other=0.0)
         more_weights = tl.load(norm + tail, mask=tail < WIDTH, other=0.0)
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     states = tl.load(row + head, mask=head < WIDTH, other=0.0).to(tl.float32)
     more_states = tl.load(row + tail, mask=tail < WIDTH, other=0.0).to(tl.float32)
     scale = 1.0
@@ -119,8 +108,6 @@ def launch(
     rows = sizes[0] if gated else sum(sizes)
     out = row.new_empty(*row.shape[:-1], rows)
     head = 1 << (width.bit_length() - 1)
-    early = _begins_early(row.device)
-    options: dict[str, Any] = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(row):
         row_products_kernel[(rows,)](
             row,
@@ -139,9 +126,7 @@ def launch(
             HAS_NORM=norm is not None,
             HAS_RESIDUAL=residual is not None,
             GATED=gated,
-            EARLY=early,
             num_warps=warps_for(width, gated),
-            **options,
         )
     return out
 
@@ -149,13 +134,6 @@ def launch(
 def warps_for(width: int, gated: bool) -> int:
     """The warps of a program. Of the matrices of Qwen3-4B the fastest on an H200; others were not measured."""
     return 4 if width > LONG else 1
-
-
-@functools.cache
-def _begins_early(device: torch.device) -> bool:
-    if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= EARLY_CAPABILITY
 
 
 @torch.library.custom_op(f"{NAMESPACE}::row_products", mutates_args=())
