@@ -1,6 +1,7 @@
 """Documents are encoded by compiled layers as by plain ones: traced by torch.compile, run without a compiler."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import peft
@@ -10,6 +11,7 @@ from families import base_model
 from test_encoding import CHUNK, VOCABULARY, assert_same_bank, encode, random_documents
 
 from msa_hf import MSAForCausalLM
+from msa_hf.model.encoded_batches_msa import EncodingLayers
 from msa_hf.training import peft_config
 
 
@@ -74,3 +76,16 @@ def test_an_error_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ValueError, match="Document '1' has NaN"):
         encode([[5, 6], [7]], model=model, compile_layers=True)
     assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+def test_what_another_thread_asks_meanwhile(graphs: list[Any]) -> None:
+    """Is answered as ever, prefix and memory included, and compiles nothing; so are plain forwards without a memory."""
+    model = model_with_layers(3)
+    bank, ids = encode(random_documents([5, 9, 30], seed=1), model=model), torch.tensor([[5, 9, 7, 6]])
+    with torch.no_grad():
+        expected = model(ids, memory=bank).logits, model(ids).logits
+        with EncodingLayers(model, compiled=True).lent(), ThreadPoolExecutor(1) as other:
+            found = [other.submit(torch.no_grad()(model), ids, **given).result() for given in ({"memory": bank}, {})]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.logits, theirs)
+    assert not graphs

@@ -75,12 +75,17 @@ class CompiledLayers:
 
 
 def _calling(layer: nn.Module, has_memory: bool) -> Callable[..., object]:
-    """Wrap the call of a layer. One without a memory does not see the pass, which does nothing there."""
+    """Wrap the call of a layer for documents; what other threads ask the model meanwhile goes through the layer itself.
+
+    A layer without a memory does not see the pass, which does nothing there: documents are encoded without a prefix.
+    """
     run = torch.compile(layer._call_impl, dynamic=True)
 
     def call(*args: object, **kwargs: object) -> object:
+        if not isinstance(kwargs.get("memory_pass"), SeparateEncodingPass):
+            return layer._call_impl(*args, **kwargs)
         if not has_memory:
-            kwargs.pop("memory_pass", None)
+            del kwargs["memory_pass"]
         return run(*args, **kwargs)
 
     return call
