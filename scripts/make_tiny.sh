@@ -54,5 +54,5 @@ echo "== results.json"
 "$python" scripts/eval_tiny.py "$out/model" --documents "${sizes[@]}" --questions "$questions" \
     --prose "$out/tokenizer/prose.json" --out "$out/results.json" "${measure[@]}"
 echo "== chains.json"
-"$python" -m msa_hf.cli.command_line bench chains "$out/model" "${chains[@]}" --out "$out/chains.json" \
+"$python" -m msa_hf bench chains "$out/model" "${chains[@]}" --out "$out/chains.json" \
     --html "$out/chains.html" --quiet

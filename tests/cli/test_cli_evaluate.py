@@ -174,3 +174,20 @@ def test_bm25_that_is_not_installed_is_said_before_anything_is_loaded(
     monkeypatch.setattr(evaluate, "load", lambda *args: pytest.fail("loaded"))
     line = refusal(capsys, *arguments(place))
     assert "pip install msa-hf[eval], or leave it out of --conditions" in line
+
+
+def test_a_document_that_is_too_long_has_a_remedy_of_the_command(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not that of Python: none of these commands stores documents in parts."""
+    rows = [{"key": f"{text.split()[1]}.txt", "text": text} for text in TEXTS]
+    rows[0]["text"] = "the sea is deep " * 1000
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions, documents = str(place / "questions.jsonl"), str(tmp_path / "long.jsonl")
+    ways = [
+        ["eval", place / "compact", documents, questions],
+        ["bench", "scaling", place / "compact", "--documents", documents, "--questions", questions, "--sizes", "20K"],
+    ]
+    for command in ways:
+        said = refusal(capsys, *command)
+        assert "tokens" in said and said.endswith("Cut it into shorter documents."), said

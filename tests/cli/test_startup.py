@@ -111,3 +111,8 @@ for case in CASES:
 """
     found = python(code)
     assert found.returncode == 0, found.stderr
+
+
+def test_the_package_is_a_command() -> None:
+    found = subprocess.run([sys.executable, "-m", "msa_hf", "--version"], capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout.startswith("msa-hf ") and not found.stderr

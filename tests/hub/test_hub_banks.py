@@ -323,7 +323,7 @@ def test_a_placed_bank_is_not_sent(hub: FakeHub, bank: MemoryBank) -> None:
 def test_commands_and_the_variables_of_the_hub(hub: FakeHub, bank: MemoryBank, cache: Path) -> None:
     bank.push_to_hub("user/bank")
     variables = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_owner"}
-    command = [sys.executable, "-m", "msa_hf.cli.command_line", "inspect", "user/bank", "--json"]
+    command = [sys.executable, "-m", "msa_hf", "inspect", "user/bank", "--json"]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["documents"] == len(bank) and list(cache.glob("datasets--user--bank"))

@@ -34,6 +34,7 @@ from . import (
     train,
 )
 from .characters import check_arguments, print_error, show_all_characters
+from .lengths import CUT, length_remedy
 
 
 class Command(Protocol):
@@ -118,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_arguments(arguments)
         args = parser(arguments).parse_args(arguments)
-        code = args.run(args)
+        with length_remedy(CUT):
+            code = args.run(args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from ..user_errors import UserError
 
 IN_PYTHON = "Pass too_long="  # how the remedy of `encode_documents` begins
+CUT = "Cut it into shorter documents."  # that of commands without another one
 
 
 @contextlib.contextmanager
@@ -15,7 +16,7 @@ def length_remedy(remedy: str) -> Iterator[None]:
     """Say what helps on the command line where a document has too many tokens."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, UserError) as error:
         cause, found, _ = str(error).partition(IN_PYTHON)
         if not found:
             raise
