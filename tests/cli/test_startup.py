@@ -6,6 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from msa_hf.bench.facts import run_facts
 
 HEAVY = ("torch", "transformers", "numpy", "pyarrow")
 LIGHT = [
@@ -116,3 +119,9 @@ for case in CASES:
 def test_the_package_is_a_command() -> None:
     found = subprocess.run([sys.executable, "-m", "msa_hf", "--version"], capture_output=True, text=True)
     assert found.returncode == 0 and found.stdout.startswith("msa-hf ") and not found.stderr
+
+
+@pytest.mark.parametrize("name", ["/bin/msa-hf", "/package/msa_hf/__main__.py"])
+def test_results_name_the_command_that_a_user_types(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "bench", "needles", "a model"])
+    assert run_facts(torch.device("cpu"))["command"] == "msa-hf bench needles 'a model'"

@@ -86,7 +86,7 @@ def digest_of(texts: Iterable[str]) -> str:
 def program() -> str:
     """The name of what runs, as a user types it."""
     name = Path(sys.argv[0]).name
-    return "msa-hf" if name == "command_line.py" else name
+    return "msa-hf" if name in ("__main__.py", "command_line.py") else name
 
 
 def hardware(device: torch.device) -> str:
