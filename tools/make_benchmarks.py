@@ -30,6 +30,7 @@ RESULTS = {
     "needles of msa-hf-smollm2-135m": ("bench_needles_smollm2.json", ("kind", "tokens")),
     "needles of msa-hf-smollm2-135m, router": ("bench_needles_smollm2_router.json", ("kind", "tokens")),
     "needles of msa-hf-smollm2-135m, hybrid": ("bench_needles_smollm2_hybrid.json", ("kind", "tokens")),
+    "needles of msa-hf-smollm2-135m, hybrid, 256K": ("bench_needles_smollm2_hybrid_256k.json", ("kind", "tokens")),
     "needles of msa-hf-smollm2-135m, hybrid, 120K": ("bench_needles_smollm2_hybrid_120k.json", ("kind", "tokens")),
     "needles of msa-hf-smollm2-135m, hybrid, 1M": ("bench_needles_smollm2_hybrid_1m.json", ("kind", "tokens")),
     "needles of msa-hf-smollm2-135m, hybrid, 10M": ("bench_needles_smollm2_hybrid_10m.json", ("kind", "tokens")),
