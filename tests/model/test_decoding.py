@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from scripted import COMPACT, TEXTS, byte_tokenizer, memory_model
 from setups import PREFIX, batch_of, setup, tokens
 from torch import Tensor
-from transformers import CompileConfig, LogitsProcessor
+from transformers import CompileConfig, GenerationConfig, LogitsProcessor
 from transformers.generation import BaseStreamer, LogitsProcessorList, StoppingCriteriaList
 
 from msa_hf.model import decoding_msa
@@ -238,3 +239,34 @@ def test_recorded_on_a_gpu(end: int | None, monkeypatch: pytest.MonkeyPatch) -> 
         alone = model.generate(**one, **options, max_new_tokens=12, cache_implementation="static", streamer=streamer)
         pieces = [token for piece in streamer.pieces[1:-1] for token in piece]
         assert pieces == alone[0, one["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("how", ["keyword", "configuration", "the model's own", "beside another criterion"])
+def test_texts_that_end_an_answer(how: str, both_ways: Ways) -> None:
+    """For which transformers needs a tokenizer."""
+    tokenizer = byte_tokenizer()
+    model = memory_model(tokenizer, COMPACT).eval()
+    bank = model.encode_documents(TEXTS[:4], tokenizer, show_progress=False)
+    ids = tokenizer(["How far is the amber?"], return_tensors="pt")["input_ids"]
+    options: dict[str, Any] = {"memory": bank, "cache_implementation": "static", "do_sample": False, "pad_token_id": 0}
+    whole = model.generate(ids, **options, max_new_tokens=12)[0, ids.shape[1] :]
+    stop = tokenizer.decode(whole[5:7])
+    assert stop and len(whole) == 12
+
+    def call() -> Tensor:
+        if how == "configuration":
+            plain = {name: value for name, value in options.items() if name != "memory"}
+            config = GenerationConfig(**plain, max_new_tokens=12, stop_strings=[stop])
+            return model.generate(ids, config, memory=bank, tokenizer=tokenizer)
+        if how == "the model's own":
+            model.generation_config.stop_strings = [stop]
+            return model.generate(ids, **options, max_new_tokens=12, tokenizer=tokenizer)
+        more: dict[str, Any] = {}
+        if how != "keyword":
+            more = {"stopping_criteria": [lambda input_ids, scores, **_: input_ids[:, -1] == whole[1]]}
+        return model.generate(ids, **options, **more, max_new_tokens=12, stop_strings=stop, tokenizer=tokenizer)
+
+    ours, theirs = both_ways(call)
+    assert torch.equal(ours, theirs) and ours.shape[1] < ids.shape[1] + 12
+    with pytest.raises(ValueError, match="tokenizer"):
+        model.generate(ids, **options, max_new_tokens=12, stop_strings=stop)

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
-from transformers.generation import BaseStreamer, GenerationMode, StoppingCriteriaList
+from transformers.generation import BaseStreamer, GenerationMode, StoppingCriteriaList, StopStringCriteria
 
 from .cache_msa import MSAStaticCache
 from .compat_msa import CACHE
-from .options_msa import GenerationOptions
+from .options_msa import GenerationOptions, leave_out
 from .types_msa import Arguments
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 QUEUED = ("cuda",)  # kinds of devices that work through what the host has launched while it goes on
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # Options that transformers' loop follows and this one does not.
-LEFT = ("custom_generate", "is_assistant", "prefill_chunk_size", "return_dict_in_generate")
+LEFT = ("custom_generate", "is_assistant", "prefill_chunk_size", "return_dict_in_generate", "token_healing")
 
 
 def can_decode_ahead(options: GenerationOptions, cache: MSAStaticCache, device: torch.device) -> bool:
@@ -42,7 +42,20 @@ def can_decode_ahead(options: GenerationOptions, cache: MSAStaticCache, device: 
         return False
     if any(options[name] for name in LEFT) or options["inputs_embeds"] is not None:
         return False
+    if options["stop_strings"] is not None and options["tokenizer"] is None:
+        return False  # transformers says what is missing
     return options.mode() in MODES
+
+
+def make_stop_strings_criteria(arguments: Arguments, options: GenerationOptions) -> None:
+    """Put a criterion in the place of `stop_strings`, in the keywords `arguments` of a call, in place: transformers has
+    no tokenizer to make one where the decoding method is a function."""
+    strings = options["stop_strings"]
+    if strings is None:
+        return
+    made = StopStringCriteria(tokenizer=options["tokenizer"], stop_strings=strings)
+    arguments["stopping_criteria"] = StoppingCriteriaList([*(arguments.get("stopping_criteria") or ()), made])
+    leave_out("stop_strings", arguments, options)
 
 
 class EndAsked:

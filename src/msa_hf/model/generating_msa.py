@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from .cache_msa import MSAStaticCache, contexts_of
 from .compat_msa import CACHE, NEWEST_TESTED, rename_cache
 from .compiled_msa import compile_from_now_on, current_runs, may_compile, options_of
-from .decoding_msa import can_decode_ahead, decode_ahead
+from .decoding_msa import can_decode_ahead, decode_ahead, make_stop_strings_criteria
 from .drafting_msa import (
     drafting_arguments,
     has_memory,
@@ -173,6 +173,7 @@ class GeneratingMixin(MemoryMixin):
         if pad is not None and not 0 <= int(pad) < self.config.vocab_size:
             given["padding_id"] = int(pad)
         if isinstance(cache, MSAStaticCache) and can_decode_ahead(options, cache, prompt.device):
+            make_stop_strings_criteria(given, options)
             whole = mask.shape[1] == prompt.shape[1]
             given["custom_generate"] = functools.partial(
                 decode_ahead,

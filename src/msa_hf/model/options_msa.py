@@ -177,5 +177,5 @@ def leave_out(option: str, arguments: Arguments, options: GenerationOptions) -> 
         arguments[option] = None
         return
     arguments.pop(option, None)  # beside a configuration, a keyword that is an option draws a warning
-    arguments["generation_config"] = given = copy.deepcopy(options.given)
+    arguments["generation_config"] = given = copy.deepcopy(arguments["generation_config"])
     setattr(given, option, None)
