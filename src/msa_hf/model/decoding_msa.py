@@ -59,7 +59,7 @@ def make_stop_strings_criteria(arguments: Arguments, options: GenerationOptions)
 
 
 class EndAsked:
-    """Whether all samples have ended, and the tokens they go on with, on their way to the host.
+    """An answer on its way to the host: whether all samples have ended, and the tokens they go on with.
 
     Args:
         device: where the loop's tensors are; on others than CUDA's they arrive at once.
@@ -86,7 +86,7 @@ class EndAsked:
             self._event.record(torch.cuda.current_stream(running.device))
 
     def answer(self) -> tuple[bool, Tensor]:
-        """Whether all have ended, and [B] int64, the tokens: the device is waited for, up to the question."""
+        """The answer, for which the device is waited for up to the question; tokens are [B] int64."""
         if self._event is not None:
             self._event.synchronize()
         return bool(self._ended), self._tokens.clone()

@@ -52,7 +52,7 @@ class GenerationOptions:
         return getattr(self.own, name, None) if found is None else found
 
     def mode(self) -> GenerationMode:
-        """How transformers will decode."""
+        """The way in which transformers will decode."""
         resolved = copy.copy(self.own)
         for name in vars(resolved):
             setattr(resolved, name, self[name])
