@@ -6,9 +6,9 @@
 The step is that of `scripts/train_real.py routers`: a pool of passages (encoded twice, once without a graph, where that
 does not fit), questions routed over it, rows that read with the pool as their memory and without one, low-rank updates
 of all matrices. Random weights and tokens; lengths as of passages, questions and rows of real text. They are drawn
-before a step's clock starts, as other processes of a training draw them. Medians over the steps behind those in which
-layers are compiled and attention is planned for new shapes (`--warm`). The times of a step's parts are those of steps
-of their own, in which the device is drained between them.
+before a step's clock starts: drawing is not counted. Medians over the steps behind those in which layers are compiled
+and attention is planned for new shapes (`--warm`). The times of a step's parts are those of steps of their own, in
+which the device is drained between them.
 
 `share` is what the step computes, the second encoding included, over its time at the rate of a product of 8192^3:
 two operations for each weight of a matrix and token forward, four backward. Attention is left out, and so is padding.

@@ -217,7 +217,7 @@ def test_what_transformers_does_by_itself(options: dict[str, Any], monkeypatch: 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a device that works while the host goes on")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which works while the host goes on")
 @pytest.mark.parametrize("end", [0, 3, None])
 def test_recorded_on_a_gpu(end: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also streamed: the tokens of a growing cache by the loop of transformers."""

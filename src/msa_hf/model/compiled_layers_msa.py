@@ -11,17 +11,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention_msa import AttentionFunction, AttentionOutput, EncodingPass
+from .attention_msa import AttentionFunction, AttentionOutput, MemoryPass
 from .retrofit_msa import attention_layers
 from .wrapping_msa import is_entered_by_its_call
 
 
-class SeparateEncodingPass(EncodingPass):
-    """An `EncodingPass` whose records no graph sees: what a graph writes is lost where the pass ends the run."""
+class SeparatePass:
+    """A pass that no graph sees: what a graph writes is lost where the pass ends the run.
+
+    Args:
+        whole: the pass, which computes everything.
+    """
+
+    def __init__(self, whole: MemoryPass) -> None:
+        self.whole = whole
 
     @torch.compiler.disable
     def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
-        super().enter(module, hidden_states)
+        self.whole.enter(module, hidden_states)
 
     @torch.compiler.disable
     def attend(
@@ -34,11 +41,11 @@ class SeparateEncodingPass(EncodingPass):
         attention_mask: Tensor | None,
         **kwargs: object,
     ) -> AttentionOutput:
-        return super().attend(base, module, query, key, value, attention_mask, **kwargs)
+        return self.whole.attend(base, module, query, key, value, attention_mask, **kwargs)
 
 
 class CompiledLayers:
-    """The decoder layers of a model, up to the last one with a memory, compiled; for `SeparateEncodingPass` alone.
+    """The decoder layers of a model, up to the last one with a memory, compiled; for a `SeparatePass` alone.
 
     They are made once, and the model's while it is given documents.
 
@@ -82,7 +89,7 @@ def _calling(layer: nn.Module, has_memory: bool) -> Callable[..., object]:
     run = torch.compile(layer._call_impl, dynamic=True)
 
     def call(*args: object, **kwargs: object) -> object:
-        if not isinstance(kwargs.get("memory_pass"), SeparateEncodingPass):
+        if not isinstance(kwargs.get("memory_pass"), SeparatePass):
             return layer._call_impl(*args, **kwargs)
         if not has_memory:
             del kwargs["memory_pass"]

@@ -20,7 +20,7 @@ from .attention_config_msa import check_holds_memory
 from .attention_msa import AttendingPass, EncodingDone, EncodingPass, PrefixPass
 from .cache_msa import MSACache, MSAStaticCache, SettlesContexts, contexts_of, holds_contexts
 from .compat_msa import CACHE, empty_cache, rename_cache
-from .compiled_layers_msa import SeparateEncodingPass
+from .compiled_layers_msa import SeparatePass
 from .compiled_msa import current_runs
 from .configuration_msa import MSAConfig
 from .encoded_batches_msa import EncodedWindow, EncodingLayers
@@ -134,8 +134,7 @@ class MemoryMixin(ModelMixin):
             Layer -> `DenseLayer` of their chunks, documents in order.
         """
         stop = not is_entered_by_its_call(self)
-        kind = SeparateEncodingPass if separately else EncodingPass
-        encoding = kind(self.config, lengths, self.config.similarity, stop=stop)
+        encoding = EncodingPass(self.config, lengths, self.config.similarity, stop=stop)
         # Padding stands behind the documents, where causal attention does not look. What wraps a model may take its
         # arguments apart, and gets a mask that is a plain tensor.
         self.run_from_outside(
@@ -144,7 +143,7 @@ class MemoryMixin(ModelMixin):
             attention_mask=ones_like(ids) if stop else torch.ones_like(ids),
             position_ids=torch.arange(ids.shape[1], device=ids.device).expand(ids.shape),
             use_cache=False,
-            memory_pass=encoding,
+            memory_pass=SeparatePass(encoding) if separately else encoding,
         )
         layers = encoding.finish()
         refuse_unseen(self.config.memory_layers, layers)

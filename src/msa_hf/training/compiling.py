@@ -7,39 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..model.attending_layers_msa import MOST_GRAPHS
-from ..model.attention_msa import AttentionFunction, AttentionOutput, MemoryPass
+from ..model.attention_msa import MemoryPass
+from ..model.compiled_layers_msa import SeparatePass
 from ..model.retrofit_msa import attention_layers
-
-
-class SeparatePass:
-    """A pass that no graph sees: what a graph writes would be lost where the pass ends the run.
-
-    Args:
-        whole: the pass, which computes everything.
-    """
-
-    def __init__(self, whole: MemoryPass) -> None:
-        self.whole = whole
-
-    @torch.compiler.disable
-    def enter(self, module: nn.Module, hidden_states: Tensor) -> None:
-        self.whole.enter(module, hidden_states)
-
-    @torch.compiler.disable
-    def attend(
-        self,
-        base: AttentionFunction,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: object,
-    ) -> AttentionOutput:
-        return self.whole.attend(base, module, query, key, value, attention_mask, **kwargs)
 
 
 def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
