@@ -65,7 +65,7 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 IDS = 1_000_000
-# A step of the memory phase is of one kind, in turns: (documents of its pool, rows, tokens of a row). Shapes stay the
+# A step of the memory phase is of one kind: (documents of its pool, rows, tokens of a row). Shapes stay the
 # same from step to step, because kernels are chosen anew for every new one.
 KINDS = {
     "naming": (1024, 384, 40),
@@ -76,6 +76,8 @@ KINDS = {
     "needle_rounds": (512, 112, 640),
     "needles": (384, 72, 1024),
 }
+# How often a kind comes: rounds of many hops and needles are learned more slowly than what one or two documents say.
+TURNS = {"naming": 1, "following": 2, "second": 1, "chains": 2, "reading": 1, "needle_rounds": 2, "needles": 2}
 # Kind -> what makes its corpus and its rows, where that is not `make_corpus` and `Rows`.
 MAKERS: dict[str, tuple[Any, Any]] = {
     **dict.fromkeys(("chains", "following", "dense_chains"), (chain_corpus, ChainRows)),
@@ -140,8 +142,8 @@ class Batches(IterableDataset):
     Args:
         tokenizer: directory of the tokenizer.
         prose: real texts to mix in.
-        kinds: what batches are, in turns: "dense", or those of `KINDS`; documents, rows and tokens of each. Rows that
-            are longer are left out.
+        kinds: what batches are, in turns (`TURNS`): "dense", or those of `KINDS`; documents, rows and tokens of each.
+            Rows that are longer are left out.
         seed: of the whole run.
         fixed: whether every batch is padded to its kind's width, so that kernels are not chosen anew for each.
     """
@@ -156,7 +158,7 @@ class Batches(IterableDataset):
         number, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         tokenizer = AutoTokenizer.from_pretrained(self.directory)
         symbols = symbols_of(tokenizer)
-        names = list(self.kinds)
+        names = [kind for kind in self.kinds for _ in range(TURNS.get(kind, 1))]
         while True:
             yield self.batch(tokenizer, symbols, names[number % len(names)], self.seed * 1_000_003 + number)
             number += step
