@@ -35,7 +35,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-from transformers.models.qwen3 import modeling_qwen3
 
 from msa_hf import MSAForCausalLM
 from msa_hf.bench.chains import ROUNDS
@@ -48,6 +47,7 @@ from msa_hf.synthetic.kinds import CHAIN_KINDS
 from msa_hf.synthetic.needle_corpora import NeedleCorpus
 from msa_hf.synthetic.prose import prose_documents
 from msa_hf.training import CollapseGuard, diagnose, router_recall, sharpen_score_bias
+from msa_hf.training.compiling import compiled_layers
 
 VOCABULARY = 8192
 PAD = "<|pad|>"
@@ -324,28 +324,6 @@ def train_dense(arguments: Any) -> None:
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def compile_parts(model: Any) -> None:
-    """Compile layers below the memory whole, and what is elementwise in the others: at this width norms, rotations and
-    activations cost more than the products."""
-    for number, layer in enumerate(model.model.layers):
-        if number < min(model.config.memory_layers):
-            layer.forward = without_pass(torch.compile(layer.forward, dynamic=True))
-        else:
-            for module in layer.modules():
-                if isinstance(module, modeling_qwen3.Qwen3RMSNorm | modeling_qwen3.Qwen3MLP):
-                    module.compile(dynamic=True)
-    modeling_qwen3.apply_rotary_pos_emb = torch.compile(modeling_qwen3.apply_rotary_pos_emb, dynamic=True)
-
-
-def without_pass(forward: Any) -> Any:
-    """A layer below the memory computes the same in every pass, as long as there is no template prefix."""
-
-    def run(*args: Any, memory_pass: Any = None, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs)
-
-    return run
-
-
 def bank_to_ask(
     tokenizer: Any, documents: int, questions: int, **corpus_options: Any
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -449,8 +427,6 @@ def train_memory(arguments: Any) -> None:
     model.to(arguments.device)
     model.train()
     gate = Gate(tokenizer, json.loads(Path(arguments.tokenizer, PROSE).read_text()), arguments.gate, arguments.asked)
-    if arguments.compile:
-        compile_parts(model)
     routers = [p for name, p in model.named_parameters() if "router" in name]
     others = [p for name, p in model.named_parameters() if "router" not in name]
     optimizer = torch.optim.AdamW(
@@ -469,31 +445,34 @@ def train_memory(arguments: Any) -> None:
     clock, step, checks = Clock(arguments.minutes, fall=arguments.fall), 0, 0
     last: dict[str, Any] = {}
     while clock.progress < 1:
-        if clock.elapsed >= checks * arguments.gate_every:
-            checks += 1
-            with clock.stopped():
-                row = {"step": step, "seconds": clock.elapsed, **gate.measure(model)}
-            curve.append(row)
-            print("gate", " ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
-        batch = to_device(next(data), arguments.device)
-        for group in optimizer.param_groups:
-            group["lr"] = clock.rate(group["peak"])
-        warm = not goes_on and clock.progress < arguments.warmup
-        model.config.lm_loss_weight, model.config.aux_loss_weight = (0.1, 1.0) if warm else (1.0, arguments.aux)
-        kind = batch.pop("kind")
-        with torch.autocast(arguments.device, torch.bfloat16):
-            output = model(**batch)
-        optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        clock.tick()
-        step += 1
-        last[kind], last[f"aux_{kind}"] = output.lm_loss, output.aux_loss
-        if step % arguments.every == 0:
-            row = {"step": step, "seconds": clock.elapsed} | {name: value.item() for name, value in last.items()}
-            curve.append(row)
-            print(" ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+        with clock.stopped():
+            row = {"step": step, "seconds": clock.elapsed, **gate.measure(model)}
+        curve.append(row)
+        print("gate", " ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+        checks += 1
+        with compiled_layers(model) if arguments.compile else contextlib.nullcontext():
+            while clock.progress < 1 and clock.elapsed < checks * arguments.gate_every:
+                batch = to_device(next(data), arguments.device)
+                for group in optimizer.param_groups:
+                    group["lr"] = clock.rate(group["peak"])
+                warm = not goes_on and clock.progress < arguments.warmup
+                model.config.lm_loss_weight, model.config.aux_loss_weight = (0.1, 1.0) if warm else (1.0, arguments.aux)
+                kind = batch.pop("kind")
+                with torch.autocast(arguments.device, torch.bfloat16):
+                    output = model(**batch)
+                optimizer.zero_grad(set_to_none=True)
+                output.loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                clock.tick()
+                step += 1
+                last[kind], last[f"aux_{kind}"] = output.lm_loss, output.aux_loss
+                if step % arguments.every == 0:
+                    row = {"step": step, "seconds": clock.elapsed} | {
+                        name: value.item() for name, value in last.items()
+                    }
+                    curve.append(row)
+                    print(" ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
     curve.append({"step": step, "seconds": clock.elapsed, **gate.measure(model)})
     print("gate", " ".join(f"{k} {v:.4g}" for k, v in curve[-1].items()), flush=True)
     model.eval().to(torch.bfloat16)
