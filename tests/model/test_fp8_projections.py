@@ -1,6 +1,8 @@
 """Documents encoded with projections of 8-bit floats: near to those of the model's dtype, by what such floats lose."""
 
 import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ def test_a_projection(dtype: torch.dtype, bias: bool) -> None:
     linear.weight.data *= torch.logspace(-6, 6, 32)[:, None]
     states = torch.randn(3, 5, 48, dtype=dtype) * torch.logspace(-5, 3, 15, dtype=dtype).view(3, 5, 1)
     states[0, 0] = 0
-    found = Fp8Linear(linear)(states)
+    found = Fp8Linear(linear).product(states)
     assert found.dtype == dtype and found.shape == (3, 5, 32)
     (rows, scales), (weight, outputs) = to_fp8(states.flatten(0, 1)), to_fp8(linear.weight)
     rounded = (rows.double() * scales) @ (weight.double() * outputs).T
@@ -81,6 +83,41 @@ def test_a_gpu_without_such_products_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     with pytest.raises(ValueError, match=r"8\.9 or newer\), but A100 has 8\.0\. Leave it out"):
         encode([[5, 6]], model=model_with_layers(3), fp8_projections=True)
+
+
+def in_thread(run: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(run).result()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_other_threads_ask_meanwhile(compiled: bool, graphs: list[Any]) -> None:
+    """It is answered by the model's own projections, to the bit; this thread has the others."""
+    model, question = model_with_layers(3), torch.tensor([[5, 6, 7]])
+    expected = model(question).logits
+    with model.encoding_layers(compiled, fp8_projections=True).lent():
+        assert torch.equal(in_thread(lambda: model(question).logits), expected)
+        if not compiled:
+            assert not torch.equal(model(question).logits, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_threads_that_encode(compiled: bool, graphs: list[Any]) -> None:
+    """The first one ends while the second still encodes, which keeps its projections."""
+    model, rows = model_with_layers(3), random_documents([30] * 4, seed=1)
+    before = dict(model.named_modules())
+    narrow = functools.partial(encode, model=model, fp8_projections=True, compile_layers=compiled)
+    expected = narrow(rows)
+    first, second = (Fp8Projections(model).lent() for _ in range(2))
+    with ThreadPoolExecutor(1) as other:
+        other.submit(first.__enter__).result()
+        with second:
+            other.submit(first.__exit__, None, None, None).result()
+            assert any(isinstance(module, Fp8Linear) for module in model.modules())
+            found = narrow(rows)
+    for layer, item in expected.layers.items():
+        assert torch.equal(found.layers[layer].pooled_kv, item.pooled_kv)
+    assert dict(model.named_modules()) == before
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -5,6 +5,7 @@ are, and so is all that reads a memory: questions are asked in the dtype of the 
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,7 @@ from .wrapping_msa import input_device, is_entered_by_its_call
 FP8 = torch.float8_e4m3fn
 MULTIPLE = 16  # of both sizes of a matrix; others stay as they are
 LEAST_CAPABILITY = (8, 9)  # of a CUDA device
+_exchange = threading.Lock()  # held while projections take the place of others
 
 
 def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,14 +29,19 @@ def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer whose products are of 8-bit floats, summed in about float32.
+    """A linear layer whose products are of 8-bit floats, summed in about float32, for the threads that encode.
 
     Args:
-        linear: what it stands for.
+        linear: what it stands for, and what all other threads compute.
+
+    Attributes:
+        threads: identifiers of those that encode with it.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        self.__dict__["linear"] = linear  # not one of its modules: it is the model's
+        self.threads: set[int] = set()
         weight, scales = to_fp8(linear.weight.detach())
         self.register_buffer("weight", weight.t())
         self.register_buffer("scales", scales.t())
@@ -42,6 +49,13 @@ class Fp8Linear(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """States [..., in] -> [..., out] in their dtype."""
+        # Compiled layers run for documents alone.
+        if not torch.compiler.is_compiling() and threading.get_ident() not in self.threads:
+            return self.linear(states)
+        return self.product(states)
+
+    def product(self, states: Tensor) -> Tensor:
+        """The same, whichever thread asks."""
         rows, scales = to_fp8(states.flatten(0, -2))
         # The operation itself: torch.compile of torch 2.11 breaks its graph at `torch.nn.functional.scaled_mm`.
         # Sums are not rounded to float32 after every step: a tenth quicker, and far below what 8 bits round off.
@@ -55,7 +69,7 @@ class Fp8Linear(nn.Module):
 class Fp8Projections:
     """The projections of a model's decoder layers, up to the last one with a memory, in 8-bit floats.
 
-    They are made once, and the model's while it is given documents.
+    They are made once, and the model's while it is given documents, which other threads do not notice.
 
     Args:
         model: whose weights are taken as they are now.
@@ -90,17 +104,24 @@ class Fp8Projections:
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
-        """A block in which the model projects with them. Where another thread's are in their place, those stay."""
-        replaced: list[tuple[nn.Module, str, nn.Module]] = []
+        """A block in which this thread projects with them; where another's are in their place, with those."""
+        thread, joined = threading.get_ident(), list[tuple[nn.Module, str, Fp8Linear]]()
         try:
-            for parent, name, own, narrow in self._made:
-                if getattr(parent, name) is own:
-                    setattr(parent, name, narrow)
-                    replaced.append((parent, name, own))
+            with _exchange:
+                for parent, name, own, narrow in self._made:
+                    current = getattr(parent, name)
+                    if current is own:
+                        setattr(parent, name, current := narrow)
+                    if isinstance(current, Fp8Linear) and thread not in current.threads:
+                        current.threads.add(thread)
+                        joined.append((parent, name, current))
             yield
         finally:
-            for parent, name, own in replaced:
-                setattr(parent, name, own)
+            with _exchange:
+                for parent, name, current in joined:
+                    current.threads.discard(thread)
+                    if not current.threads:
+                        setattr(parent, name, current.linear)
 
 
 def _fits(linear: nn.Linear) -> bool:
