@@ -83,6 +83,7 @@ MAKERS: dict[str, tuple[Any, Any]] = {
     **dict.fromkeys(("chains", "following", "dense_chains"), (chain_corpus, ChainRows)),
     **dict.fromkeys(("needles", "needle_rounds", "dense_needles"), (NeedleCorpus, NeedleRows)),
 }
+NARROW = 64  # tokens; rows of so few are not told apart
 # The width of pools is a multiple of this.
 POOL_STEP = 16
 CROWDING = (1, 100, 1000, 5000)
@@ -173,7 +174,7 @@ class Batches(IterableDataset):
         texts = encode_all(tokenizer, [f" {text}" for text in corpus.texts()])
         pieces = Pieces(texts, draw.sample(range(IDS), documents), symbols)
         maker = rows_of(tokenizer, corpus, pieces, draw, not kind.startswith("dense"))
-        rows = [row for row in getattr(maker, kind)(count + count // 8) if len(row.ids) <= width][:count]
+        rows, width = short_or_long(getattr(maker, kind)(3 * count), count, width, draw)
         batch = {**self.collate(rows, width if self.fixed else None), "kind": kind}
         if not kind.startswith("dense"):
             pool = [pieces.document(place) for place in range(documents)]
@@ -201,6 +202,22 @@ class Batches(IterableDataset):
             "routing_mask": torch.tensor([padded(row.routes, width, False) for row in rows]),
             "positive_docs": torch.tensor([padded(row.positives, most, -1) for row in rows]),
         }
+
+
+def short_or_long(rows: list[Row], count: int, width: int, draw: random.Random) -> tuple[list[Row], int]:
+    """Rows of a batch and its width: `count` that are longer than half of `width`, or twice as many of half the width.
+
+    Most rows are short, and padding costs as much as tokens do. Both are seen as often as they are made, by how often a
+    batch is of short ones. Where `width` is small, all are of one kind.
+    """
+    rows = [row for row in rows if len(row.ids) <= width]
+    if width <= NARROW:
+        return rows[:count], width
+    short = [row for row in rows if len(row.ids) <= width // 2]
+    share = len(short) / len(rows)
+    if draw.random() < share / (2 - share):
+        return short[: 2 * count], width // 2
+    return [row for row in rows if len(row.ids) > width // 2][:count], width
 
 
 def loader(arguments: Any, kinds: dict[str, tuple[int, int, int]], seed: int) -> Iterator[dict[str, Any]]:
