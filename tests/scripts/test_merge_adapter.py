@@ -31,9 +31,9 @@ def test_the_checkpoint_routes_and_speaks_as_base_and_adapter_do(
     base_model("llama", vocab_size=len(tokenizer)).save_pretrained(base)
     tokenizer.save_pretrained(base)
     if retrofit:
-        MSAForCausalLM.from_base(str(base), **FIELDS).save_pretrained(base)
+        MSAForCausalLM.from_base(str(base), **{**FIELDS, "top_k": 3}).save_pretrained(base)
     make = MSAForCausalLM.from_pretrained if retrofit else MSAForCausalLM.from_base
-    model = make(str(base), **FIELDS)
+    model = make(str(base), **FIELDS, top_k=16)  # the default, and not what the base with a memory has
     tuned = get_peft_model(model, peft_config(model, r=2, target_modules="all-linear"))
     torch.manual_seed(0)
     for name, weight in tuned.named_parameters():
@@ -53,9 +53,9 @@ def test_the_checkpoint_routes_and_speaks_as_base_and_adapter_do(
     merge_adapter.merge(str(base), adapter, out, torch.float32)
     merged = MSAForCausalLM.from_pretrained(out).eval()
     assert PromptProtocol.from_pretrained(out) == COMPACT and FusionWeights.from_pretrained(out) == weights
-    assert merged.config.query_reduction == "last"
+    assert merged.config.query_reduction == "last" and merged.config.top_k == 16
     assert merged.config.routers_trained is True
-    apart = PeftModel.from_pretrained(make(str(base), **FIELDS), adapter).eval()
+    apart = PeftModel.from_pretrained(make(str(base), **FIELDS, top_k=16), adapter).eval()
     texts = ["Ann came.", "Bo left early."]
     ids = torch.tensor([tokenizer("Who came?", add_special_tokens=False)["input_ids"]])
     found = []

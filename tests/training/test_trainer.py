@@ -448,6 +448,50 @@ def test_memory_trainer_puts_it_in_the_place_of_the_language_loss(form, option, 
     assert (trainer.label_smoother is None) == (option == "function")
 
 
+def logged(trainer: Trainer) -> list[dict[str, float]]:
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_the_parts_that_are_logged_make_up_the_loss(every, tmp_path) -> None:
+    """Also where the last step of an epoch has fewer batches (here 3 and 2), rows have different numbers of labels, and
+    an earlier run of the same trainer ended between two lines of the log."""
+    data = rows(10)
+    for number, row in enumerate(data):
+        further = [50 + number] * (number % 4)
+        row["input_ids"], row["labels"] = row["input_ids"] + further, row["labels"] + further
+    model = toy(lm_loss_weight=0.7)
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    log = {"logging_strategy": "steps", "logging_steps": every}
+    trainer = MemoryTrainer(
+        model, arguments(tmp_path, learning_rate=0.0, **settings, **log), train_dataset=data, data_collator=collate
+    )
+    for steps in (3, -1):
+        trainer.args.max_steps = steps
+        trainer.train()
+    assert len(logged(trainer)) == 4 // every
+    for row in logged(trainer):
+        assert 0.7 * row["lm_loss"] + row["aux_loss"] == pytest.approx(row["loss"], rel=1e-5)
+
+
+def test_parts_without_labels_are_means_of_batches(tmp_path) -> None:
+    """Where nothing counts labels, Trainer divides by the batches of each step, and so does the log."""
+    data = [{name: row[name] for name in ("input_ids", "documents")} for row in rows(10)]
+
+    def unlabeled(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        made = collate([{**row, "labels": row["input_ids"]} for row in batch])
+        return {name: value for name, value in made.items() if name != "labels"}
+
+    settings = {"num_train_epochs": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    log = {"logging_strategy": "steps", "logging_steps": 1}
+    trainer = MemoryTrainer(
+        toy(), arguments(tmp_path, learning_rate=0.0, **settings, **log), train_dataset=data, data_collator=unlabeled
+    )
+    trainer.train()
+    assert [row["aux_loss"] for row in logged(trainer)] == pytest.approx([row["loss"] for row in logged(trainer)])
+    assert len(logged(trainer)) == 2 and "lm_loss" not in logged(trainer)[0]
+
+
 def test_options_that_leave_the_loss_alone(tmp_path) -> None:
     """Noise in embeddings changes the step, evaluation of losses alone does not change them."""
     quiet = one_step(tmp_path, "pool")
