@@ -11,17 +11,16 @@ ADAPTER_MEMORY = "memory.json"
 
 
 def save_adapter_memory(config: MSAConfig, directory: str | Path) -> None:
-    """Write what `MSAForCausalLM.from_base` has to be given for the model that an adapter belongs to.
+    """Write what a base has to be given, by `from_base` or `from_pretrained`, for the model that an adapter belongs to.
+
+    Fields that are the default are written as well: a base that has a memory may have another value there.
 
     Args:
-        config: of the trained model; its memory layers are written, and every other field that is not the default.
+        config: of the trained model.
         directory: of the adapter.
     """
-    defaults = MSAConfig()
-    fields = {
-        name: getattr(config, name)
-        for name in OWN_FIELDS
-        if name == "memory_layers" or getattr(config, name) != getattr(defaults, name)
-    }
-    fields.pop("base_model_type", None)  # the base says it
+    fields = {name: getattr(config, name) for name in OWN_FIELDS if name != "base_model_type"}  # the base says that one
+    for name in ("rope_length", "routers_trained"):  # say nothing where they are None
+        if fields[name] is None:
+            del fields[name]
     Path(directory, ADAPTER_MEMORY).write_text(json.dumps(fields) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput, ModelOutput
 from transformers.trainer_pt_utils import LabelSmoother
+from transformers.trainer_utils import TrainOutput
 
 from ..model.configuration_msa import MSAConfig
 from ..model.retrofit_msa import ROUTER_MODULES
@@ -100,8 +101,13 @@ class MemoryTrainer(Trainer):
         self.warmup = RouterWarmup(0) if warmup is None else warmup
         self.add_callback(self.warmup)
         self._parts: dict[str, torch.Tensor] = {}  # sums since the last log
-        self._batches = 0
+        self._steps = 0.0  # since then; the last of an epoch may have fewer batches than the others
         self._router_rate: list[float] = []
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """`transformers.Trainer.train`; what a run before had not logged yet does not count."""
+        self._parts, self._steps = {}, 0.0
+        return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: PreTrainedModel | None = None) -> Optimizer:
         """The groups: everything but the routers, and the routers, marked `routers`; those that there are."""
@@ -171,12 +177,16 @@ class MemoryTrainer(Trainer):
 
     def _note(self, outputs: ModelOutput, num_items_in_batch: Tensor | int | None) -> None:
         """Keep of a batch what the next line of the log will say."""
-        self._batches += 1
+        batches = self.current_gradient_accumulation_steps
+        self._steps += 1 / batches
         # By the time of the log the schedule has moved on.
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         self._router_rate = [group["lr"] for group in groups if group.get("routers")]
-        # Divided by the labels of all processes, losses are shares of a sum, and logged as means.
-        scale = 1 if num_items_in_batch is None else self.accelerator.num_processes
+        # Losses are shares of a sum where they were divided by the labels of a whole step, of all processes or of each
+        # alone, and means of a batch where they were not; logged is the mean over steps and processes.
+        scale = 1 / batches
+        if num_items_in_batch is not None:
+            scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         for name in PARTS:
             if outputs.get(name) is not None:
                 part = outputs[name].detach().float().to(self.accelerator.device) * scale
@@ -184,10 +194,9 @@ class MemoryTrainer(Trainer):
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            steps = self._batches / self.args.gradient_accumulation_steps
             for name in sorted(self._parts, key=PARTS.index):
-                logs[name] = self.accelerator.reduce(self._parts[name], "mean").item() / steps
-            self._parts, self._batches = {}, 0
+                logs[name] = self.accelerator.reduce(self._parts[name], "mean").item() / self._steps
+            self._parts, self._steps = {}, 0.0
             if self._router_rate:
                 logs["router_learning_rate"] = self._router_rate[0]
             logs["phase"] = self.warmup.phase(self.state.global_step - 1)
