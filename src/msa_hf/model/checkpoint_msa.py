@@ -16,13 +16,14 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import ModelOutput, logging
 
+from .adapter_loading_msa import AdapterMixin
 from .attention_config_msa import Implementations, check_holds_memory, implementations_in
 from .attention_msa import IMPLEMENTATIONS
 from .cards_msa import CARD, write_card
 from .compat_msa import warn_of_untested_version
 from .configuration_msa import AUTO_MAP, OWN_FIELDS, MSAConfig
 from .model_card_msa import base_facts, model_card
-from .peft_msa import teach_virtual_tokens
+from .peft_msa import teach_classes
 from .publishing_msa import publish
 from .quantized_msa import is_quantized_checkpoint, note_plain_routers, refuse_bare_gguf
 from .retrofit_msa import (
@@ -35,7 +36,7 @@ from .retrofit_msa import (
     renumber_memory_layers,
 )
 from .trial_msa import refuse_untouchable
-from .types_msa import Arguments, ModelMixin
+from .types_msa import Arguments
 from .wrapping_msa import without_outer_hook
 
 logger = logging.get_logger(__name__)
@@ -75,7 +76,7 @@ class BaseGenerationConfig(GenerationConfig):
         return GenerationConfig.from_model_config(model_config.base_config())
 
 
-class CheckpointMixin(ModelMixin):
+class CheckpointMixin(AdapterMixin):
     """Construction, loading, retrofitting and saving.
 
     A mixin in front of the base's own class: `MSAForCausalLM(config)` makes an instance of a class
@@ -151,7 +152,7 @@ class CheckpointMixin(ModelMixin):
             conversions = get_checkpoint_conversion_mapping(base_model_type)
         if conversions is not None:
             register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
-        teach_virtual_tokens()
+        teach_classes()
         home.setdefault(name, made)  # so that instances can be pickled
         cls.class_names[f"{MSAConfig.model_type}-{base_class.__name__}"] = name
         return made

@@ -5,7 +5,8 @@ that of the base each time PEFT asks a configuration for its fields, which it do
 (`MSAConfig.to_dict`). Only two threads that wrap models of different bases at the same moment need a lock around it.
 
 Virtual tokens (prompt tuning, P-tuning, prefix tuning) stand before the tokens of every call, so that what marks tokens
-must be made longer: a causal LM with a memory gets its own `PeftModelForCausalLM`, any other model PEFT's.
+must be made longer: a causal LM with a memory gets its own `PeftModelForCausalLM`, any other model PEFT's. With other
+methods it gets one that refuses adapters of other memory layers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput, is_peft_available
 
+from .adapter_loading_msa import CheckedAdapters
 from .cache_msa import MSACache
 from .compat_msa import CACHE, CACHE_NAMES, PEFT_CACHE, rename_cache
 from .types_msa import Arguments, ModelMixin
@@ -41,8 +43,8 @@ def teach_targets(base_model_type: str) -> None:
                 table[MODEL_TYPE] = table[base_model_type]
 
 
-def teach_virtual_tokens() -> None:
-    """Tell PEFT, where it is installed, of the class for virtual tokens before a memory's questions."""
+def teach_classes() -> None:
+    """Tell PEFT, where it is installed, of the classes for virtual tokens and for adapters of models with a memory."""
     if is_peft_available():
         classes = importlib.import_module("peft").MODEL_TYPE_TO_PEFT_MODEL_MAPPING
         if isinstance(classes[TASK], type):
@@ -63,14 +65,17 @@ class _CausalLM:
     def __init__(self, plain: type[PreTrainedModel]) -> None:
         self.__name__ = plain.__name__  # by which PEFT compares classes
         self.plain = plain
-        self.for_memory = type(f"Memory{plain.__name__}", (VirtualTokens, plain), {"__module__": __name__})
-        globals()[self.for_memory.__name__] = self.for_memory  # so that instances can be pickled
+        self.for_prompts = type(f"Memory{plain.__name__}", (VirtualTokens, plain), {"__module__": __name__})
+        self.for_adapters = type(f"Checked{plain.__name__}", (CheckedAdapters, plain), {"__module__": __name__})
+        for made in (self.for_prompts, self.for_adapters):
+            globals()[made.__name__] = made  # so that instances can be pickled
 
     def __call__(
         self, model: PreTrainedModel, peft_config: VirtualTokenConfig, *args: object, **kwargs: object
     ) -> PreTrainedModel:
-        has_memory = hasattr(getattr(model, "config", None), "memory_layers")
-        kind = self.for_memory if has_memory and peft_config.is_prompt_learning else self.plain
+        kind = self.plain
+        if hasattr(getattr(model, "config", None), "memory_layers"):
+            kind = self.for_prompts if peft_config.is_prompt_learning else self.for_adapters
         return kind(model, peft_config, *args, **kwargs)
 
 
