@@ -411,6 +411,9 @@ def test_figures_go_to_what_trainer_reports_to(place, tmp_path, monkeypatch) -> 
     logged = [item for item in told if isinstance(item[0], int)]
     assert any("loss" in logs for _, logs in logged) and any("router_recall@9" in logs for _, logs in logged)
     assert all(isinstance(value, float) for _, logs in logged for value in logs.values())
+    recalls = [(step, name) for step, logs in logged for name in logs if "recall" in name]
+    assert len(set(recalls)) == len(recalls) - 1  # one figure a step under each name, but for what does not move
+    assert {name for _, name in recalls} == {"untrained_recall@9", "router_recall@9", "bm25_recall@9"}
 
 
 def test_help_names_both_kinds(capsys) -> None:

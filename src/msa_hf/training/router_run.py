@@ -320,13 +320,14 @@ class _Run:
         }
         self._note(row)
         name = "as given" if as_given else f"step {self.step}"
-        others = "".join(f", {key} {value:.3f}" for key, value in self.others.items())
+        beside = "".join(f", {key} {value:.3f}" for key, value in self.others.items())
         self.say(
             f"{name}: recall@{count} {recall:.3f} of {len(measured)} held-out questions among {len(corpus)} "
-            f"passages{others}, chance {row['chance']:.3f}"
+            f"passages{beside}, chance {row['chance']:.3f}"
         )
         if self.reporter is not None:
-            self.reporter.log(self.step, {f"router_recall@{count}": recall, **self.others})
+            others = {f"{key}_recall@{count}": value for key, value in self.others.items()}
+            self.reporter.log(self.step, {f"{'untrained' if as_given else 'router'}_recall@{count}": recall, **others})
         if not as_given:
             self.guard.check(row, step=self.step)
         if mine:
