@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import logging_processes
 import pytest
 import torch
 import torch.distributed as dist
 import two_processes
 from forking import ended, forked
 from peft import get_peft_model
+from servers import free_port
 from setups import batch_of, setup, tokens
 from steps import assert_same_gradients, gradients, step
 from torch import Tensor
@@ -157,4 +159,12 @@ def test_fsdp_encodes_and_generates(one_process) -> None:
 def test_two_processes_step_as_one_does(tmp_path) -> None:
     """Under DDP and FSDP, each with its half of the questions, one of them with a half that asks nothing of routers."""
     both = [forked(partial(two_processes.main, str(tmp_path / "store"), rank)) for rank in range(2)]
+    assert ended(*both) == [0, 0]
+
+
+@pytest.mark.parametrize("average", [True, False], ids=["all-labels", "own-labels"])
+def test_parts_logged_by_two_processes_make_up_the_loss(average, tmp_path) -> None:
+    """Whether a process divides by the labels of all of them or by its own, also in a shorter step."""
+    port = free_port()
+    both = [forked(partial(logging_processes.main, tmp_path, port, average, rank)) for rank in range(2)]
     assert ended(*both) == [0, 0]
