@@ -115,6 +115,7 @@ CUT = "Cut it into parts with keys of their own."
 def add(args: argparse.Namespace) -> int:
     """`msa-hf bank add`."""
     from ..bank.corpus_lengths import check_lengths
+    from ..model.positions_msa import position_limit
 
     directory = new_directory(args.bank)
     corpus = read_corpus(args, args.source)
@@ -127,7 +128,7 @@ def add(args: argparse.Namespace) -> int:
     model, tokenizer = load(args.model, device_in(args), args.dtype)
     protocol = protocol_of(args.protocol, args.model)
     with reported(), length_remedy(CUT):  # before the first of several commits
-        check_lengths(corpus, range(len(corpus)), model.config, tokenizer, protocol)
+        check_lengths(corpus, range(len(corpus)), position_limit(model.config), tokenizer, protocol)
     options = {"batch_tokens": args.batch_tokens, "show_progress": True}
     counts = Counter[str]()
     rows = iter(corpus)
