@@ -51,6 +51,22 @@ def test_ask_with_a_protocol_interleaves(place: Path, capsys: pytest.CaptureFixt
         assert len(record["trace"]["rounds"]) == len(wanted.trace.rounds)
 
 
+def test_ask_says_what_was_found_and_does_not_fit(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "long.txt").write_text("the sea is deep " * 61)
+    assert main(["encode", str(place / "compact"), str(tmp_path / "long.txt"), str(tmp_path / "bank")]) == 0
+    capsys.readouterr()
+    command = ["ask", str(place / "compact"), str(tmp_path / "bank"), QUESTION, "--max-new-tokens", "2"]
+    assert main(command) == 0
+    sources, unread = capsys.readouterr().out.splitlines()[-2:]
+    assert sources == "Sources: none"
+    assert unread.startswith("Not read, for lack of room in the model's positions: ids 0. `msa-hf encode --too-long")
+    split = ["encode", str(place / "compact"), str(tmp_path / "long.txt"), str(tmp_path / "bank"), "--too-long=split"]
+    assert main(split) == 0 and main(command) == 0
+    assert "  1. long.txt#" in capsys.readouterr().out, "parts are read"
+
+
 def test_ask_reads_no_more_documents_than_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ("ask", place / "compact", place / "compact-bank", QUESTION, "--max-rounds", 1, "--max-new-tokens", 2)
     for most in (1, 3):

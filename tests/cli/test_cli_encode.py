@@ -72,7 +72,22 @@ def test_encode_splits_what_is_too_long_or_refuses_it(
     assert main([*map(str, command), "--too-long", "split"]) == 0
     documents = MemoryBank.from_pretrained(tmp_path / "bank").documents
     assert [item.key for item in documents][:2] == ["long#0", "long#1"]
-    assert all(item.tokens <= 256 for item in documents)
+    assert all(item.tokens <= (256 if model == "plain" else 128) for item in documents), "beside a question if read"
+
+
+def test_encode_takes_no_documents_above_the_length_that_is_given(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"key": "long", "text": "the sea is deep " * 30}))
+    command = ["encode", place / "compact", tmp_path / "long.jsonl", tmp_path / "bank"]
+    assert "above the limit of 100 " in refusal(capsys, *command, "--max-length", "100")
+    said = refusal(capsys, *command, "--max-length", "257")
+    assert said.endswith("`max_length` (--max-length) must be from 1 to 256, the model's positions, got 257.")
+    assert not (tmp_path / "bank").exists()
+    assert main([*map(str, command), "--max-length", "40", "--too-long", "split"]) == 0
+    documents = MemoryBank.from_pretrained(tmp_path / "bank").documents
+    assert len(documents) > 3 and all(item.tokens <= 40 for item in documents)
+    assert "".join(item.text or "" for item in documents) == "the sea is deep " * 30
 
 
 MISTAKES: dict[str, tuple[bytes, str]] = {

@@ -249,6 +249,7 @@ def test_texts_that_do_not_fit_are_not_read() -> None:
         assert read(answer)[0] == fitting
         assert [item.id for item in answer.trace.rounds[0].dropped] == [id for id in range(4) if id not in fitting]
         assert all(item.reason == "no room" for item in answer.trace.rounds[0].dropped)
+        assert answer.trace.without_room == [id for id in range(4) if id not in fitting]
         longest = len(TOKENIZER(said.transcripts[-1][0], add_special_tokens=False)["input_ids"])
         assert longest + 8 <= limit
 

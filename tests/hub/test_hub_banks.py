@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -20,7 +21,9 @@ from huggingface_hub import constants
 from scripted import COMPACT, TEXTS, bank_of
 
 from msa_hf import MemoryBank
-from msa_hf.bank import BankFormatError, BankStore, BankUnavailable, bank_directory, place_bank
+from msa_hf.bank import BankError, BankFormatError, BankStore, BankUnavailable, bank_directory, place_bank
+from msa_hf.cli import main, mcp
+from msa_hf.cli.command_line import parser
 from msa_hf.model import hub_msa, publishing_msa
 from msa_hf.retrieval import search
 
@@ -276,6 +279,26 @@ def test_what_is_no_bank_on_the_hub(hub: FakeHub, bank: MemoryBank) -> None:
         MemoryBank.from_pretrained("user/bank")
 
 
+def test_a_download_that_was_damaged_is_made_again(hub: FakeHub, bank: MemoryBank, model: Any, tokenizer: Any) -> None:
+    bank.push_to_hub("user/bank")
+    name = next(name for name in hub.dataset("user/bank").files() if name.startswith("layer-"))
+    data = hub.dataset("user/bank").files()[name]
+    digest = hashlib.sha256(data).hexdigest()
+
+    class Damaging(dict[str, bytes]):
+        def __getitem__(self, asked: str) -> bytes:
+            whole = super().__getitem__(asked)
+            return whole[:-1] + bytes([whole[-1] ^ 1]) if asked == digest else whole
+
+    stored, hub.stored = hub.stored, Damaging(hub.stored)
+    for _ in range(2):  # the cache keeps it
+        with pytest.raises(BankError, match=r"is corrupted: .* Download the bank again: .* force_download=True"):
+            model.load_memory("user/bank", tokenizer)
+        hub.stored = stored
+    assert len(model.load_memory("user/bank", tokenizer, force_download=True)) == len(bank)
+    assert len(model.load_memory("user/bank", tokenizer)) == len(bank)
+
+
 def test_a_path_that_is_here_is_never_looked_for(
     hub: FakeHub, bank: MemoryBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,6 +341,43 @@ def test_a_placed_bank_is_not_sent(hub: FakeHub, bank: MemoryBank) -> None:
     with pytest.raises(ValueError, match="push the one that it was made from"):
         place_bank(bank, "cpu").push_to_hub("user/bank")
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("command", ["serve", "mcp"])
+def test_servers_read_a_bank_on_the_hub_and_write_to_none(
+    hub: FakeHub,
+    bank: MemoryBank,
+    model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    capsys: Any,
+    patch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    pytest.importorskip("fastapi" if command == "serve" else "mcp")
+    bank.push_to_hub("user/bank")
+    for item in (model, tokenizer, COMPACT):
+        item.save_pretrained(tmp_path / "model")
+    models = [str(tmp_path / "model")] if command == "serve" else []
+
+    def arguments(*options: str) -> list[str]:
+        return [command, *models, *options]
+
+    for name, options, said in (
+        ("user/bank", [], "user/bank: no bank there"),
+        ("user/nosuch", ["--read-only"], "the Hub has no such dataset"),
+    ):
+        assert main(arguments(name, *options)) == 2
+        assert said in capsys.readouterr().err
+    found = []
+    if command == "serve":
+        patch.setattr("msa_hf.serving.running.serve", lambda app, *rest: found.append(len(app.service.store)) or 0)
+        assert main(arguments("user/bank", "--read-only", "--port", "0")) == 0
+    else:
+        given = parser([command]).parse_args(arguments("user/bank", "--read-only"))
+        mcp.check(given)
+        found.append(mcp.open_bank(given).stat()["documents"])
+    assert found == [len(bank)]
 
 
 def test_commands_and_the_variables_of_the_hub(hub: FakeHub, bank: MemoryBank, cache: Path) -> None:

@@ -14,6 +14,7 @@ from small_corpus import save_base
 
 from msa_hf import MSAForCausalLM, MSAModel
 from msa_hf.bank import BankUnavailable
+from msa_hf.generation import COMPACT, protocol_beside
 from msa_hf.model.checkpoint_msa import REMOTE_FILES
 
 MARK = "<!-- Written by msa_hf ("
@@ -159,6 +160,17 @@ def test_pushing(hub: FakeHub, base: Path, tmp_path: Path) -> None:
     assert there.files()["README.md"] == b"# Mine\n"
     with pytest.raises(BankUnavailable, match=r"the model 'user/model'.* log in"):
         loaded.push_to_hub("user/model", token="hf_nonsense")
+
+
+def test_a_protocol_goes_beside_the_checkpoint(hub: FakeHub, made: Any) -> None:
+    made.push_to_hub("user/model", private=True)
+    assert protocol_beside("user/model") is None
+    COMPACT.push_to_hub("user/model", commit_message="Its protocol")
+    there = hub.model("user/model")
+    assert there.messages[-1] == "Its protocol" and "model.safetensors" in there.files()
+    assert protocol_beside("user/model") == COMPACT
+    with pytest.raises(BankUnavailable, match=r"the model 'user/model'.* log in"):
+        COMPACT.push_to_hub("user/model", token="hf_nonsense")
 
 
 def test_saving_and_pushing_at_once(hub: FakeHub, made: Any, tmp_path: Path) -> None:

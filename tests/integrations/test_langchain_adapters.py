@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +88,19 @@ def test_async_batch_and_chains(bank: MemoryBank) -> None:
     assert chain.invoke("cedar") == asyncio.run(chain.ainvoke("cedar")) == "The cedar is old."
 
 
+def test_copies_and_pickles(bank: MemoryBank, routers: dict[str, Any], tmp_path: Path) -> None:
+    retriever = LangChainRetriever(bank=bank, search_kwargs={"k": 2, "mode": "router", **routers})
+    found = retriever.invoke("heron")
+    for copied in (copy.copy(retriever), copy.deepcopy(retriever), pickle.loads(pickle.dumps(retriever))):
+        assert copied.invoke("heron") == found
+    with BankStore(routers["model"], tmp_path, routers["tokenizer"], lexical=True) as store:
+        store.upsert("bird", "A heron.")
+        with pytest.raises(TypeError, match=r"pass `store\.snapshot\(\)`"):
+            pickle.dumps(LangChainRetriever(bank=store))
+        kept = pickle.dumps(LangChainRetriever(bank=store.snapshot(), search_kwargs={"mode": "lexical"}))
+    assert [item.id for item in pickle.loads(kept).invoke("heron")] == ["bird"]
+
+
 def test_callbacks(bank: MemoryBank) -> None:
     retriever = LangChainRetriever(bank=bank, search_kwargs={"k": 1, "mode": "lexical"}, tags=["notes"])
     seen, later = Seen(), SeenLater()
@@ -106,11 +121,17 @@ def test_what_it_is_not_made_of(bank: MemoryBank, routers: dict[str, Any], tmp_p
         ({"k": "3"}, "`k` must be"),
         ({"mode": "bm25"}, "`mode` must be one of"),
         ({"where": ["year"]}, "`where` must be a mapping"),
+        ({"filter": {"year": 1}}, "`filter` is no option of `bank.search`, which takes k, mode, .* where"),
     ):
         with pytest.raises(ValueError, match=said):
             LangChainRetriever(bank=bank, search_kwargs=wrong)
         with pytest.raises(ValueError, match=said):
             LangChainRetriever(bank=bank).invoke("heron", **wrong)
+    for name, value in (("k", 3), ("where", {"year": 1}), ("model", routers["model"])):
+        with pytest.raises(ValueError, match=rf"give it as search_kwargs=\{{'{name}': \.\.\.\}}"):
+            LangChainRetriever(bank=bank, **{name: value})
+    with pytest.raises(ValueError, match=r"filter\n  Extra inputs are not permitted"):
+        LangChainRetriever(bank=bank, filter={"year": 1})
     with pytest.raises(ValueError, match="`bank` must be a MemoryBank or a BankStore, got str"):
         LangChainRetriever(bank="my-bank")
     with pytest.raises(ValueError, match="Searching by routers needs"):

@@ -88,6 +88,11 @@ def test_what_it_is_not_made_of(bank: MemoryBank, routers: dict[str, Any]) -> No
         LlamaIndexRetriever(bank, 0)
     with pytest.raises(ValueError, match="`mode` must be one of"):
         LlamaIndexRetriever(bank, mode="bm25")
+    with pytest.raises(ValueError, match=r"`filters` is no option of `bank\.search`"):
+        LlamaIndexRetriever(bank, search_kwargs={"filters": {"year": 1}})
+    for name, value in (("k", 3), ("mode", "lexical")):
+        with pytest.raises(ValueError, match=f"`{name}` is an argument of its own"):
+            LlamaIndexRetriever(bank, search_kwargs={name: value})
     with pytest.raises(TypeError, match="`bank` must be a MemoryBank or a BankStore, got str"):
         LlamaIndexRetriever("my-bank")  # type: ignore[arg-type]
     numbers = routers["model"].encode_documents([[7, 8, 9]], show_progress=False)

@@ -8,8 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
+from scripted import COMPACT, byte_tokenizer, memory_model
 from served import MODEL, NEW_TOKENS, Served, serving
 
+from msa_hf.bank import BankStore
 from msa_hf.generation import MemoryInterleave
 from msa_hf.generation.direct import DirectAsker
 from msa_hf.serving.limits import Limits
@@ -198,6 +200,19 @@ def test_a_conversation_is_asked_as_everywhere_and_nothing_is_dropped_silently(
     assert answer["usage"]["prompt_tokens"] == expected.prompt_tokens
     turns.insert(0, {"role": "system", "content": "Be brief."})
     assert "notices" in client.post("/v1/chat/completions", json={"model": MODEL, "messages": turns}).json()
+
+
+def test_what_was_found_and_does_not_fit_is_said(fresh: Path) -> None:
+    tokenizer = byte_tokenizer()
+    model = memory_model(tokenizer, COMPACT)
+    with BankStore(model, fresh, tokenizer, COMPACT) as store:
+        store.upsert("long", "long " * ((model.config.max_position_embeddings - 40) // 5))
+    with serving(fresh) as served:
+        messages = [{"role": "user", "content": QUESTIONS[0]}]
+        answer = served.client().post("/v1/chat/completions", json={"model": MODEL, "messages": messages}).json()
+    assert answer["sources"] == [] and answer["notices"] == [
+        "Documents were found and not read, since they do not fit the model's positions beside the question: ids 0."
+    ]
 
 
 def test_a_checkpoint_without_a_protocol_answers_from_its_memory(fresh: Path) -> None:

@@ -102,6 +102,73 @@ def test_a_change_for_another_state_is_a_conflict(documents: httpx.Client) -> No
     assert put(documents, "fresh", "New.", expected_version=0).status_code == 201
 
 
+def test_errors_of_a_change_name_what_asked_for_it(documents: httpx.Client) -> None:
+    put(documents, "named", "Text.")
+    wanted = {
+        "expected_version": put(documents, "named", "Lost.", expected_version=7),
+        "If-Match": put(documents, "named", "Lost.", headers={"If-Match": '"x"'}),
+        "If-None-Match": put(documents, "named", "Lost.", headers={"If-None-Match": "*"}),
+        "version": put(documents, "named", "Lost.", version=1),
+    }
+    for second, param in (
+        ({"key": "named", "text": "Lost.", "expected_version": 7}, "documents[1].expected_version"),
+        ({"key": "named", "text": "Lost.", "version": 1}, "documents[1].version"),
+        ({"key": "named", "text": " "}, "documents[1].text"),
+        ({"key": "named", "text": "long " * 9999}, "documents[1].text"),
+        ({"key": "other", "text": "Lost."}, "documents[1].key"),
+    ):
+        body = {"documents": [{"key": "other", "text": "Text."}, second]}
+        wanted[f"{param} {second['text'][:5]}"] = documents.post("/v1/documents", json=body)
+    for name, answer in wanted.items():
+        assert answer.json()["error"]["param"] == name.partition(" ")[0], answer.text
+        assert answer.status_code in (400, 409)
+    assert documents.get("/v1/documents/named").json()["text"] == "Text."
+    assert documents.get("/v1/documents/other").status_code == 404
+
+
+def test_a_document_of_version_0_is_there(documents: httpx.Client) -> None:
+    """Who expects none does not write over it."""
+    assert put(documents, "zero", "Text.", version=0, expected_version=0).json()["version"] == 0
+    for refused in (
+        put(documents, "zero", "Lost.", expected_version=0),
+        put(documents, "zero", "Lost.", version=5, expected_version=0),
+        documents.delete("/v1/documents/zero", params={"expected_version": 0}),
+    ):
+        assert refused.status_code == 409 and "no document was expected" in refused.json()["error"]["message"]
+    assert documents.get("/v1/documents/zero").json()["text"] == "Text."
+
+
+def test_behind_the_last_version_nothing_changes(documents: httpx.Client) -> None:
+    most = 2**62
+    assert put(documents, "last", "Text.", version=most).json()["version"] == most
+    assert put(documents, "last", "Text.").json()["changed"] is False
+    answer = put(documents, "last", "Another.")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "version")
+    assert "2^62" in answer.json()["error"]["message"] and "another key" in answer.json()["error"]["message"]
+    assert documents.get("/v1/documents/last").json()["text"] == "Text."
+    several = {"documents": [{"key": "new", "text": "Text."}, {"key": "last", "text": "Another."}]}
+    assert documents.post("/v1/documents", json=several).json()["error"]["param"] == "documents[1].version"
+    assert documents.get("/v1/documents/new").status_code == 404
+    assert documents.delete("/v1/documents/last", params={"expected_version": most}).status_code == 200
+    assert put(documents, "last", "Back.").json()["error"]["code"] == "version_exhausted"
+
+
+def test_a_query_that_is_not_understood_changes_nothing(documents: httpx.Client) -> None:
+    put(documents, "kept", "Text.")
+    for answer, param in (
+        (documents.delete("/v1/documents/kept?expectedversion=9"), "expectedversion"),
+        (documents.delete("/v1/documents?key=kept&version=9"), "version"),
+        (documents.delete("/v1/documents/kept?expected_version=9&expected_version=1"), "expected_version"),
+        (documents.put("/v1/documents/kept?expected_version=9", json={"text": "Lost."}), "expected_version"),
+        (documents.post("/v1/documents?expected_version=9", json={"key": "kept", "text": "Lost."}), "expected_version"),
+        (documents.get("/v1/documents?offset=3"), "offset"),
+        (documents.get("/v1/documents/kept?version=1"), "version"),
+        (documents.post("/v1/search?k=3", json={"query": "text"}), "k"),
+    ):
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+    assert documents.get("/v1/documents/kept").json()["text"] == "Text."
+
+
 def test_of_many_that_change_the_same_one_wins(documents: httpx.Client) -> None:
     """No update is lost: as many as were counted came through."""
     put(documents, "counter", "0")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ..model.configuration_msa import MSAConfig
-from ..model.positions_msa import position_limit
 from ..model.tokenizing_msa import tokenize
 
 if TYPE_CHECKING:
@@ -19,23 +17,23 @@ if TYPE_CHECKING:
 def check_lengths(
     corpus: Corpus,
     numbers: Iterable[int],
-    config: MSAConfig,
+    limit: int | None,
     tokenizer: PreTrainedTokenizerBase | None,
     protocol: PromptProtocol | None = None,
 ) -> None:
-    """Refuse documents that have more tokens than the model has positions for.
+    """Refuse documents that have more tokens than a limit.
 
     A text has at most as many tokens as bytes, but for tokenizers that spell characters out: so only texts of more
     bytes are tokenized, and encoding looks at all of them once more.
 
     Args:
         numbers: of documents of the corpus, ascending.
+        limit: of tokens of a document as it is encoded; None: there is none.
         protocol: how documents are wrapped with their ids.
 
     Raises:
         ValueError: for the first one, naming its place and its key.
     """
-    limit = position_limit(config)
     if limit is None or tokenizer is None:
         return
     wrapping = 0

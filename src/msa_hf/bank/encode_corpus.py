@@ -127,6 +127,7 @@ def encode_bank(
     *,
     ranks: Collectives,
     too_long: str = "error",
+    max_length: int | None = None,
     part_size: int = PART_SIZE,
     batch_tokens: int = 16384,
     show_progress: bool = True,
@@ -149,7 +150,10 @@ def encode_bank(
         directory: made where missing; of a file system that all processes share. A bank there is replaced in the end.
         protocol: how documents are wrapped with their ids; None: texts are encoded as they are.
         ranks: of `connected()`.
-        too_long: `"error"`, or `"split"` to store documents above the model's limit in parts `key#0`, `key#1`, ...
+        too_long: `"error"`, or `"split"` to store documents above the limit in parts `key#0`, `key#1`, ...
+        max_length: the limit, in tokens of a document as it is encoded. Default: the model's positions; half of them
+            where documents are split and a protocol has them read, since a part of all positions leaves no room for
+            the question.
         part_size: bytes of text that are kept at a time, by whole documents; the first so many in up to three parts.
         batch_tokens: tokens per batch, padding included.
         sole_writer: for a file system without locks: you vouch that nothing else writes to the directory.
@@ -172,14 +176,14 @@ def encode_bank(
     try:
         with agreed(ranks):
             encoder = _Encoder(
-                corpus, model, tokenizer, protocol, too_long, batch_tokens, compile_layers, fp8_projections
+                corpus, model, tokenizer, protocol, too_long, max_length, batch_tokens, compile_layers, fp8_projections
             )
             parts = encoder.parts(part_size)
             if too_long == "error":
                 own_numbers = (
                     number for part in parts[ranks.rank :: ranks.size] for number in range(part.first, part.end)
                 )
-                check_lengths(corpus, own_numbers, model.config, tokenizer, protocol)
+                check_lengths(corpus, own_numbers, encoder.reader.limit, tokenizer, protocol)
         names = ranks.everyone(_digest([part.name for part in parts]))
         with agreed(ranks):
             if len(set(names)) > 1:
@@ -320,6 +324,7 @@ class _Encoder:
         tokenizer: PreTrainedTokenizerBase | None,
         protocol: PromptProtocol | None,
         too_long: str,
+        max_length: int | None,
         batch_tokens: int,
         compile_layers: bool,
         fp8_projections: bool,
@@ -331,7 +336,6 @@ class _Encoder:
         self._made_layers: EncodingLayers | None = None
         self._like: MemoryBank | None = None
         self.origin: BankOrigin = model.memory_origin(tokenizer)
-        positions = position_limit(model.config)
         if protocol is not None and ID_FIELD in corpus.fields:  # before anything is written
             for number, document in enumerate(corpus):
                 if document["metadata"].get(ID_FIELD, number) != number:
@@ -339,7 +343,8 @@ class _Encoder:
                         f"{corpus.place(number)}: the field {ID_FIELD!r} has the name that the memory needs for its "
                         "own numbers; rename it, or make it the document's key."
                     )
-        limit, split = np.iinfo(np.int64).max if positions is None else positions, too_long == "split"
+        split = too_long == "split"
+        limit = _limit(position_limit(model.config), max_length, halved=split and protocol is not None)
         self.reader = RowReader(
             corpus, tokenizer, protocol, limit, split, model.config.chunk_size, model.config.vocab_size
         )
@@ -401,6 +406,25 @@ class _Encoder:
         """Put the files of a part and its record into `folder`, once its memory is there."""
         layers = {layer: (memory.routing_keys, memory.pooled_kv) for layer, memory in window.layers().items()}
         return write_part(folder, part, rows.table(self.origin.chunk_size), layers)
+
+
+def _limit(positions: int | None, asked: int | None, halved: bool) -> int:
+    """The most tokens of a document.
+
+    Args:
+        positions: of the model; None: any number.
+        asked: for by the user.
+        halved: the model's positions have to hold a question and its answer besides.
+
+    Raises:
+        ValueError: for more than the model has positions for.
+    """
+    if asked is None:
+        return np.iinfo(np.int64).max if positions is None else positions // 2 if halved else positions
+    if asked < 1 or (positions is not None and asked > positions):
+        most = "" if positions is None else f" to {positions}, the model's positions"
+        raise ValueError(f"`max_length` (--max-length) must be from 1{most}, got {asked!r:.80}.")
+    return asked
 
 
 def _digest(value: object) -> str:

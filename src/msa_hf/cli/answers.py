@@ -133,13 +133,18 @@ def record_of(answer: Answer, bank: Memory) -> JsonObject:
 
 
 def described_sources(answer: Answer, bank: Memory, most: int | None = SHOWN_SOURCES) -> Iterator[str]:
-    """The sources of an answer, scores over all layers: a line for each."""
+    """The sources of an answer, scores over all layers: a line for each; then what was chosen and does not fit."""
     yield "Sources:" if answer.documents else "Sources: none"
     for rank, item in enumerate(answer.documents[:most], 1):
         score = "not routed" if item.score is None else f"{item.score:.3f}"
         yield f"  {rank}. {shown(item.key)} ({score}) {snippet(bank.documents[item.position].text)}".rstrip()
     if most is not None and (rest := len(answer.documents) - most) > 0:
         yield f"  and {rest} more"
+    if unread := answer.trace.without_room:
+        yield (
+            f"Not read, for lack of room in the model's positions: ids {', '.join(map(str, unread))}. "
+            "`msa-hf encode --too-long split --max-length TOKENS` stores documents in parts that fit."
+        )
 
 
 def described_trace(answer: Answer) -> str:

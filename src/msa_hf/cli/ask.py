@@ -18,7 +18,7 @@ HELP = "Ask questions of a bank; without a question, or with -, one per line of 
 def add_options(made: argparse.ArgumentParser) -> None:
     """Its options."""
     made.add_argument("model", metavar="MODEL", help="the checkpoint that made the bank")
-    made.add_argument("bank", metavar="BANK")
+    made.add_argument("bank", metavar="BANK", help="directory of the bank, or its name on the Hub")
     made.add_argument("questions", metavar="QUESTION", nargs="*", help="- reads one per line of the input")
     add_asking_options(made)
     made.add_argument("--stream", action="store_true", help="print answers while they are written")

@@ -42,7 +42,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
 
     made = command("add", add, "Add documents, or put them in the place of those with their keys.")
     made.add_argument("model", metavar="MODEL", help="the checkpoint that made the bank")
-    made.add_argument("bank", metavar="BANK", help="made where there is none")
+    made.add_argument("bank", metavar="BANK", help="directory of the bank, made where there is none")
     made.add_argument("source", metavar="SOURCE", help="documents as `encode` takes them; unchanged ones cost nothing")
     add_model_options(made)
     made.add_argument("--batch-tokens", type=positive, default=16384, help="tokens per batch (default: 16384)")
@@ -115,6 +115,7 @@ CUT = "Cut it into parts with keys of their own."
 def add(args: argparse.Namespace) -> int:
     """`msa-hf bank add`."""
     from ..bank.corpus_lengths import check_lengths
+    from ..model.positions_msa import position_limit
 
     directory = new_directory(args.bank)
     corpus = read_corpus(args, args.source)
@@ -127,7 +128,7 @@ def add(args: argparse.Namespace) -> int:
     model, tokenizer = load(args.model, device_in(args), args.dtype)
     protocol = protocol_of(args.protocol, args.model)
     with reported(), length_remedy(CUT):  # before the first of several commits
-        check_lengths(corpus, range(len(corpus)), model.config, tokenizer, protocol)
+        check_lengths(corpus, range(len(corpus)), position_limit(model.config), tokenizer, protocol)
     options = {"batch_tokens": args.batch_tokens, "show_progress": True}
     counts = Counter[str]()
     rows = iter(corpus)

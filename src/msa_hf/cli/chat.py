@@ -40,7 +40,7 @@ COMMANDS = {
 def add_options(made: argparse.ArgumentParser) -> None:
     """Its options."""
     made.add_argument("model", metavar="MODEL", help="the checkpoint that made the bank")
-    made.add_argument("bank", metavar="BANK")
+    made.add_argument("bank", metavar="BANK", help="directory of the bank, or its name on the Hub")
     add_asking_options(made)
     made.add_argument("--history", metavar="FILE", help="keep the conversation here, and go on with the one it holds")
 

@@ -36,7 +36,7 @@ def seconds(text: str) -> float:
 
 def add_options(made: argparse.ArgumentParser) -> None:
     """Its options."""
-    made.add_argument("bank", metavar="BANK", help="made where there is none")
+    made.add_argument("bank", metavar="BANK", help="directory of the bank, made where there is none")
     made.add_argument("--model", metavar="MODEL", required=True, help="the checkpoint that makes the bank")
     made.add_argument("--redis", metavar="URL", required=True, help="such as redis://localhost:6379/0")
     made.add_argument("--stream", metavar="NAME", required=True, help="key of the stream; made where there is none")

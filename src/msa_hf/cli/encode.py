@@ -43,7 +43,18 @@ def add_options(made: argparse.ArgumentParser) -> None:
         help="of waiting for another process; must exceed the time a part takes (default: 3600)",
     )
     made.add_argument(
-        "--too-long", choices=("error", "split"), default="error", help="what to do with a document above the limit"
+        "--too-long",
+        choices=("error", "split"),
+        default="error",
+        help="what to do with a document of more tokens than --max-length: end with an error, or store it in parts "
+        "KEY#0, KEY#1, ... (default: error)",
+    )
+    made.add_argument(
+        "--max-length",
+        type=positive,
+        metavar="TOKENS",
+        help="of a document, with what the protocol puts around it (default: the model's positions; half of them with "
+        "--too-long split, where parts are read beside the question)",
     )
     made.add_argument(
         "--workers",
@@ -97,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
                     protocol,
                     ranks=ranks,
                     too_long=args.too_long,
+                    max_length=args.max_length,
                     part_size=args.part_size or PART_SIZE,
                     batch_tokens=args.batch_tokens,
                     sole_writer=args.sole_writer,

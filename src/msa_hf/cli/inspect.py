@@ -18,7 +18,7 @@ SHOWN_TEXT = 80  # characters of a document's text
 
 def add_options(made: argparse.ArgumentParser) -> None:
     """Its options."""
-    made.add_argument("bank", metavar="BANK")
+    made.add_argument("bank", metavar="BANK", help="directory of the bank, or its name on the Hub")
     made.add_argument("--documents", type=at_least(0), default=5, help="documents to show (default: 5)")
     made.add_argument("--verify", action="store_true", help="compare the checksum of every file, which reads them all")
     made.add_argument("--json", action="store_true", help="one JSON object")

@@ -84,6 +84,25 @@ def check_bank(name: str) -> None:
         raise UserError(f"{missing}, and {problem}")
 
 
+def is_read_from_hub(name: str, read_only: bool) -> bool:
+    """Tell whether a bank is one of the Hub's, which servers take for reading; makes sure that it is there.
+
+    Raises:
+        UserError: where it is not, or is to be written to.
+    """
+    from ..model.hub_msa import is_hub_name
+
+    if not is_hub_name(name):
+        return False
+    if not read_only:
+        raise UserError(
+            f"{name}: no bank there (looked for {Path(name).absolute()}); give --create for an empty one, or "
+            "--read-only for a bank of this name on the Hub"
+        )
+    check_bank(name)
+    return True
+
+
 def load(
     name: str, device: torch.device, dtype: str, protocol: str = "auto"
 ) -> tuple[MSAForCausalLM, PreTrainedTokenizerBase]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..user_errors import UserError, reported
 from .characters import print_error
 from .indexes import add_index_options, embedder_of
-from .loading import checkpoint, load, protocol_of
+from .loading import checkpoint, is_read_from_hub, load, protocol_of
 from .options import add_model_options, add_sole_writer_option, at_least, device_in, positive
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def address(text: str) -> tuple[str, int]:
 
 def add_options(made: argparse.ArgumentParser) -> None:
     """Its options."""
-    made.add_argument("bank", metavar="BANK")
+    made.add_argument("bank", metavar="BANK", help="directory of the bank; with --read-only also a name on the Hub")
     made.add_argument(
         "--model", metavar="MODEL", help="the checkpoint that made the bank; without it, no asking and no remembering"
     )
@@ -105,11 +105,11 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what can be seen to be wrong before anything is loaded."""
     from ..serving.hosts import is_loopback
 
-    bank = Path(args.bank)
-    if not (bank / MANIFEST).exists() and not args.create:
-        raise UserError(f"{bank}: there is no bank; --create makes an empty one")
     if args.create and (args.model is None or args.read_only):
         raise UserError("--create needs --model, whose documents the bank will hold, and no --read-only")
+    bank = Path(args.bank)
+    if not args.create and not (bank / MANIFEST).exists() and not is_read_from_hub(args.bank, args.read_only):
+        raise UserError(f"{bank}: there is no bank; --create makes an empty one")
     if args.model is not None:
         checkpoint(args.model)
     if args.api_keys is not None and args.http is None:
@@ -144,6 +144,7 @@ def open_bank(args: argparse.Namespace) -> SharedBank:
     """The bank, and its model where there is one."""
     from ..bank import BankError
     from ..mcp_server.shared_bank import Options, Reader, SharedBank
+    from ..model.hub_msa import bank_directory
 
     device = device_in(args)
     reader = None
@@ -162,7 +163,9 @@ def open_bank(args: argparse.Namespace) -> SharedBank:
     )
     try:
         with reported():
-            bank = SharedBank(Path(args.bank), reader, options)
+            origin = (None, None) if reader is None else (reader.model, reader.tokenizer)
+            directory = bank_directory(args.bank, *origin) if args.read_only else Path(args.bank)
+            bank = SharedBank(directory, reader, options)
     except (BankError, ImportError) as error:
         raise UserError(str(error)) from error
     logging.getLogger(__name__).info("%s: %d documents", args.bank, bank.stat()["documents"])

@@ -36,7 +36,7 @@ def share(text: str) -> float:
 
 def add_options(made: argparse.ArgumentParser) -> None:
     """Its options."""
-    made.add_argument("bank", metavar="BANK")
+    made.add_argument("bank", metavar="BANK", help="directory of the bank, or its name on the Hub")
     made.add_argument("model", metavar="MODEL", help="the checkpoint that made the bank")
     made.add_argument("--questions", metavar="FILE", required=True, help="a .jsonl of objects with `question`")
     made.add_argument("--encoding", metavar="NAME", help="of the files of questions (default: utf-8)")

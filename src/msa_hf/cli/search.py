@@ -29,7 +29,7 @@ SHOWN_TEXT = 160  # characters of a document's text
 
 def add_options(made: argparse.ArgumentParser) -> None:
     """Its options."""
-    made.add_argument("bank", metavar="BANK")
+    made.add_argument("bank", metavar="BANK", help="directory of the bank, or its name on the Hub")
     made.add_argument("queries", metavar="QUERY", nargs="+")
     made.add_argument(
         "--mode",

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..generation.selectors import SELECTORS
 from ..user_errors import UserError, reported
 from .indexes import add_index_options, embedder_of
-from .loading import compile_runs, load, protocol_of
+from .loading import compile_runs, is_read_from_hub, load, protocol_of
 from .options import add_compile_option, add_model_options, add_sole_writer_option, at_least, device_in, positive
 
 NAME = "serve"
@@ -23,7 +23,11 @@ NEEDS = 'serving needs fastapi, uvicorn and prometheus-client: `pip install "msa
 def add_options(made: argparse.ArgumentParser) -> None:
     """Its options."""
     made.add_argument("model", metavar="MODEL", help="the checkpoint that made the bank")
-    made.add_argument("bank", metavar="BANK", help="directory of the bank, opened for writing")
+    made.add_argument(
+        "bank",
+        metavar="BANK",
+        help="directory of the bank, opened for writing; with --read-only also a name on the Hub",
+    )
     made.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"
     )
@@ -94,11 +98,10 @@ def run(args: argparse.Namespace) -> int:
             f"--host {args.host} lets other machines in, who could read and change the bank: give --api-keys FILE, or "
             "say --no-keys"
         )
-    directory = Path(args.bank)
-    if not args.create and not is_bank(directory):
-        raise UserError(f"{args.bank}: no bank there; make one with `msa-hf encode`, or say --create for an empty one")
     if args.create and args.read_only:
         raise UserError("--create and --read-only exclude each other")
+    if not args.create and not is_bank(Path(args.bank)) and not is_read_from_hub(args.bank, args.read_only):
+        raise UserError(f"{args.bank}: no bank there; make one with `msa-hf encode`, or say --create for an empty one")
     with reported(subject=f"{args.host}:{args.port}"):
         listener = listen(args.host, args.port)
     device = device_in(args)
@@ -132,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
         kept = {"embedder": kept["embedder"]}
     try:
         with reported():
-            store = BankStore(model, directory, tokenizer, protocol, read_only=args.read_only, device=device, **kept)
+            store = BankStore(model, args.bank, tokenizer, protocol, read_only=args.read_only, device=device, **kept)
     except (BankError, ImportError) as error:
         raise UserError(str(error)) from error
     with store, reported():

@@ -29,7 +29,7 @@ from .prompting import Said, asked_of, messages_of, prompting_of, recent_text
 from .protocol import PUBLISHED, PromptProtocol, Segment
 from .routed_document import RoutedDocument
 from .selectors import Asked, SelectionRound, selector_named
-from .trace import Dropped, Round, Stage, Trace
+from .trace import NO_ROOM, Dropped, Round, Stage, Trace
 from .transcript_feeder import TranscriptFeeder
 
 if TYPE_CHECKING:
@@ -401,7 +401,7 @@ class MemoryInterleave:
                 if _tokens(self._appended([*fitting, document])) <= room:
                     fitting.append(document)
                 else:
-                    item.dropped.append(Dropped(document[0].id, "no room"))
+                    item.dropped.append(Dropped(document[0].id, NO_ROOM))
             found = fitting
         if not found:
             return

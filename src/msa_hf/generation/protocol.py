@@ -10,17 +10,20 @@ import functools
 import json
 import re
 import string
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
+from huggingface_hub import CommitInfo
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from ..json_object import JsonObject
 from ..model.bounds_msa import read_json
 from ..model.given_documents_msa import each_document
+from ..model.publishing_msa import publish
 from ..model.splitting_msa import split_text
 from ..model.tokenizing_msa import plain_markers, tokenize_texts
 from ..moved import renamed
@@ -422,6 +425,43 @@ class PromptProtocol:
         record = {"version": FORMAT_VERSION, **self.to_dict()}
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         Path(directory, PROTOCOL_FILE).write_text(text, encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+    ) -> CommitInfo:
+        """Put `memory_protocol.json` beside a checkpoint on the Hub; without it, who loads that asks in another way.
+
+        Args:
+            repo_id: `"user/model"`; made where missing.
+            private: of a repository that is made; None: the Hub's default.
+            revision: a branch, made where missing. Default: main.
+            commit_message: default "Upload protocol".
+            token: default that of `hf auth login`, or of the variable HF_TOKEN.
+
+        Returns:
+            The commit.
+
+        Raises:
+            BankUnavailable: where the Hub refuses or cannot be reached, with the remedy.
+        """
+        with tempfile.TemporaryDirectory(prefix="msa-hf-push-") as made:
+            self.save_pretrained(made)
+            return publish(
+                Path(made),
+                [PROTOCOL_FILE],
+                repo_id,
+                repo_type="model",
+                message=commit_message or "Upload protocol",
+                private=private,
+                revision=revision,
+                token=token,
+            )
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **hub: object) -> PromptProtocol:

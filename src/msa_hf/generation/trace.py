@@ -21,6 +21,9 @@ class Stage:
     seconds: float
 
 
+NO_ROOM = "no room"  # the reason of a document that does not fit the model's positions beside what was read
+
+
 @dataclass(frozen=True)
 class Dropped:
     """A document that was named and not read.
@@ -77,6 +80,12 @@ class Trace:
     rounds: list[Round] = field(default_factory=list)
     answer: str = ""
     stages: dict[str, Stage] = field(default_factory=dict)
+
+    @property
+    def without_room(self) -> list[int]:
+        """Ids of documents that were chosen and not read, since they do not fit the model's positions; each once."""
+        dropped = (item.id for one in self.rounds for item in one.dropped if item.reason == NO_ROOM)
+        return list(dict.fromkeys(dropped))
 
     def to_json(self, indent: int | None = None) -> str:
         """All of it as JSON text; layers become strings, as keys of JSON objects are."""

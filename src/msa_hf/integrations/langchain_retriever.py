@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from .searching import DEFAULTS, check_options, hits_of, metadata_of
+from .searching import DEFAULTS, check_options, hits_of, metadata_of, option_names
 
 try:
     from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
@@ -31,10 +31,20 @@ class LangChainRetriever(BaseRetriever):
         ValueError: for a `bank` that is none, or options that `search` does not take.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
+    # What is passed over might be a filter: documents would be found that it keeps out.
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     bank: Any = Field(repr=False)
     search_kwargs: dict[str, Any] = Field(default_factory=dict, repr=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, given: Any) -> Any:
+        names = given if isinstance(given, dict) else {}
+        for name in option_names():
+            if name in names and name not in cls.model_fields:
+                raise ValueError(f"`{name}` is an option of the search: give it as search_kwargs={{{name!r}: ...}}.")
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> LangChainRetriever:

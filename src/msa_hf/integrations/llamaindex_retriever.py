@@ -25,13 +25,14 @@ class LlamaIndexRetriever(BaseRetriever):
         bank: a `MemoryBank` of any kind or a `BankStore`.
         k: nodes at most.
         mode: `"router"`, `"lexical"`, `"dense"` or `"hybrid"`.
-        search_kwargs: further ones of `bank.search`, as `model` and `tokenizer`.
+        search_kwargs: further ones of `bank.search`, as `model`, `tokenizer` and `where`.
         callback_manager: as of every retriever.
         options: further ones of `BaseRetriever`.
 
     Raises:
         TypeError: for a `bank` that is none.
-        ValueError: for a `k` or `mode` that `search` does not take.
+        ValueError: for a `k`, `mode` or other option that `search` does not take, and for `k` or `mode` in
+            `search_kwargs`.
     """
 
     def __init__(
@@ -43,6 +44,9 @@ class LlamaIndexRetriever(BaseRetriever):
         callback_manager: CallbackManager | None = None,
         **options: Any,
     ) -> None:
+        for name in DEFAULTS:
+            if name in (search_kwargs or {}):
+                raise ValueError(f"`{name}` is an argument of its own: take it out of `search_kwargs`, give `{name}=`.")
         self.bank = bank
         self.search_kwargs = {**DEFAULTS, **(search_kwargs or {}), "k": k, "mode": mode}
         check_options(bank, self.search_kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,12 +20,19 @@ class Searched(Protocol):
     def search(self, query: str | Sequence[str], k: int = 10, mode: str = "hybrid", **options: Any) -> Any: ...
 
 
+def option_names() -> list[str]:
+    """Names of the options of `bank.search`."""
+    from ..retrieval import search
+
+    return [name for name in inspect.signature(search).parameters if name not in ("bank", "query")]
+
+
 def check_options(bank: object, options: Mapping[str, Any]) -> None:
     """Check what a retriever is made with, before it is asked anything.
 
     Raises:
         TypeError: for what is no bank.
-        ValueError: for a number, mode or `where` that `bank.search` does not take.
+        ValueError: for an option, number, mode or `where` that `bank.search` does not take.
     """
     from ..retrieval.searcher import MODES
     from ..retrieval.where import checked_where
@@ -34,6 +42,9 @@ def check_options(bank: object, options: Mapping[str, Any]) -> None:
             f"`bank` must be a MemoryBank or a BankStore, got {type(bank).__name__}; `MemoryBank.from_pretrained` "
             "loads one."
         )
+    known = option_names()
+    if unknown := sorted(options.keys() - set(known)):
+        raise ValueError(f"`{unknown[0]:.80}` is no option of `bank.search`, which takes {', '.join(known)}.")
     k, mode = options["k"], options["mode"]
     if type(k) is not int or k < 1:
         raise ValueError(f"`k` must be an integer of at least 1, got {k!r:.80}.")

@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from .bank_format_msa import RESTORE, BankError, BankFormatError, BankUnreadable, FileRecord, format_error
+from .bank_format_msa import DOWNLOAD, RESTORE, BankError, BankFormatError, BankUnreadable, FileRecord, format_error
 from .hub_cache_msa import blob_of, is_snapshot
 
 
@@ -85,7 +85,7 @@ def unreadable(path: Path, error: Exception) -> BankError:
         return BankUnreadable(errno.ENOENT, _UNREADABLE.format(path, error.strerror))
     remedy = f"{RESTORE}; where another process saved the bank meanwhile, load it again"
     if is_snapshot(path.parent):
-        remedy = "Download the bank again: load it by its name on the Hub with force_download=True"
+        remedy = DOWNLOAD
     return format_error(path, f"cannot be read ({error})", remedy)
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .arrow_msa import DIGEST_BYTES, ArrowTable, numbers_of
+from .hub_cache_msa import is_snapshot
 
 FORMAT = "msa_hf-bank"
 FORMAT_VERSION = 3
@@ -47,6 +48,7 @@ INDEX_ENTRY = 24  # bytes: two halves of a key's hash, and a row
 KEY_ENTRY = 24  # bytes: two halves of a key's hash, and a version
 
 RESTORE = "Restore the bank from a copy, or encode the documents again"
+DOWNLOAD = "Download the bank again: load it by its name on the Hub with force_download=True"
 CHOOSE = "Give the directory that a bank was saved to"
 UPGRADE = "Upgrade: `pip install -U msa-hf`"
 
@@ -77,8 +79,14 @@ class CommitOutcomeUnknown(BankError, RuntimeError):
     """
 
 
-def format_error(file: Path, cause: str, remedy: str = RESTORE) -> BankFormatError:
-    """The error about a file of a bank, in the words that all of them have."""
+def format_error(file: Path, cause: str, remedy: str | None = None) -> BankFormatError:
+    """The error about a file of a bank, in the words that all of them have.
+
+    Args:
+        remedy: default `DOWNLOAD` for a file in the Hub's cache, which keeps a damaged one, else `RESTORE`.
+    """
+    if remedy is None:
+        remedy = DOWNLOAD if is_snapshot(file.parent) else RESTORE
     return BankFormatError(f"{file}: {cause}. {remedy}.")
 
 

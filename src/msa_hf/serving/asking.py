@@ -23,6 +23,7 @@ from .waiting import Answered, Options, Question
 
 SHOWN = 16  # documents of an answer
 NO_PLACE = "The system's messages were left out: this checkpoint's protocol has no place for them."
+NO_ROOM = "Documents were found and not read, since they do not fit the model's positions beside the question: ids {}."
 
 
 class BankAsker:
@@ -130,9 +131,13 @@ def answered(asker: Asker, question: Question, answer: Answer, control: RowContr
         }
         for item in answer.documents[:SHOWN]
     ]
-    left_out = asker.protocol is not None and any(turn["role"] == "system" for turn in question.turns)
+    notices = []
+    if asker.protocol is not None and any(turn["role"] == "system" for turn in question.turns):
+        notices.append(NO_PLACE)
+    if unread := answer.trace.without_room:
+        notices.append(NO_ROOM.format(", ".join(map(str, unread))))
     count = len(control.tokens[row])
-    return Answered(text, reason, answer.prompt_tokens, count, sources, trace, (NO_PLACE,) if left_out else ())
+    return Answered(text, reason, answer.prompt_tokens, count, sources, trace, tuple(notices))
 
 
 def _sampling(options: Options) -> dict[str, Any]:

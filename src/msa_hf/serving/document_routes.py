@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 from anyio import to_thread
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.responses import JSONResponse
 
@@ -49,7 +50,7 @@ def document_routes(service: Service) -> APIRouter:
         record = {"object": "document.deleted", "key": gone.key, "id": gone.id, "deleted": True}
         return JSONResponse(record)
 
-    @router.get("/v1/documents", tags=["documents"])
+    @router.get("/v1/documents", tags=["documents"], dependencies=[Depends(query_of("limit", "after", "key"))])
     async def list_documents(
         limit: Annotated[int, Query(ge=1, le=200)] = 50,
         after: Annotated[int, Query(ge=-1, lt=2**63)] = -1,
@@ -61,7 +62,7 @@ def document_routes(service: Service) -> APIRouter:
             return await show(key, if_none_match)
         return JSONResponse(await to_thread.run_sync(documents.page, after, limit))
 
-    @router.post("/v1/documents", tags=["documents"])
+    @router.post("/v1/documents", tags=["documents"], dependencies=[Depends(query_of())])
     async def put_documents(
         body: KeyedDocument | DocumentList, request: Request, if_match: Tags = None, if_none_match: Tags = None
     ) -> Response:
@@ -71,13 +72,15 @@ def document_routes(service: Service) -> APIRouter:
             raise bad_parameter("documents", "ETags belong to a single document; use `expected_version`.")
         bodies = body.documents if isinstance(body, DocumentList) else [body]
         wanted = [expected(item.expected_version, if_match, if_none_match) for item in bodies]
-        done = await put(request, [given(item.key, item, one) for item, one in zip(bodies, wanted, strict=True)])
+        places = [f"documents[{place}]." if several else "" for place in range(len(bodies))]
+        asked = [given(item.key, item, one, place) for item, one, place in zip(bodies, wanted, places, strict=True)]
+        done = await put(request, asked)
         records = [as_put(*item) for item in done]
         if several:
             return JSONResponse({"object": "list", "data": records})
         return JSONResponse(records[0], 201 if records[0]["created"] else 200, {"ETag": etag(done[0][0])})
 
-    @router.delete("/v1/documents", tags=["documents"])
+    @router.delete("/v1/documents", tags=["documents"], dependencies=[Depends(query_of("key", "expected_version"))])
     async def delete_by_query(
         request: Request,
         key: str,
@@ -87,12 +90,12 @@ def document_routes(service: Service) -> APIRouter:
         """Delete a document."""
         return await remove(request, key, expected(expected_version, if_match))
 
-    @router.get("/v1/documents/{key:document_key}", tags=["documents"])
+    @router.get("/v1/documents/{key:document_key}", tags=["documents"], dependencies=[Depends(query_of())])
     async def get_document(key: str, if_none_match: Tags = None) -> Response:
         """A document with its text."""
         return await show(key, if_none_match)
 
-    @router.put("/v1/documents/{key:document_key}", tags=["documents"])
+    @router.put("/v1/documents/{key:document_key}", tags=["documents"], dependencies=[Depends(query_of())])
     async def put_document(
         key: str, body: DocumentBody, request: Request, if_match: Tags = None, if_none_match: Tags = None
     ) -> Response:
@@ -101,7 +104,9 @@ def document_routes(service: Service) -> APIRouter:
         ((document, fresh, changed),) = await put(request, [given(checked(key), body, wanted)])
         return JSONResponse(as_put(document, fresh, changed), 201 if fresh else 200, {"ETag": etag(document)})
 
-    @router.delete("/v1/documents/{key:document_key}", tags=["documents"])
+    @router.delete(
+        "/v1/documents/{key:document_key}", tags=["documents"], dependencies=[Depends(query_of("expected_version"))]
+    )
     async def delete_document(
         key: str,
         request: Request,
@@ -111,7 +116,7 @@ def document_routes(service: Service) -> APIRouter:
         """Delete a document."""
         return await remove(request, key, expected(expected_version, if_match))
 
-    @router.post("/v1/search", tags=["search"])
+    @router.post("/v1/search", tags=["search"], dependencies=[Depends(query_of())])
     async def find(body: SearchRequest, request: Request) -> JsonObject:
         """The documents that fit a query, best first, without generating."""
         return await search.find(request, body.query, body.k, body.mode, body.where)
@@ -135,11 +140,29 @@ def expected(version: int | None, if_match: str | None = None, if_none_match: st
     return Expected(version, _tags("If-Match", if_match), _tags("If-None-Match", if_none_match))
 
 
-def given(key: str, body: DocumentBody, wanted: Expected) -> Given:
-    """A document that is to be put in."""
+def given(key: str, body: DocumentBody, wanted: Expected, within: str = "") -> Given:
+    """A document that is to be put in, from its place in a body."""
     if not body.text.strip():
-        raise ApiError(400, "`text` is empty; delete the document instead.", "invalid_parameter", "text")
-    return Given(key, body.text, body.metadata, body.version, wanted)
+        name = f"{within}text"
+        raise ApiError(400, f"`{name}` is empty; delete the document instead.", "invalid_parameter", name)
+    return Given(key, body.text, body.metadata, body.version, wanted, within)
+
+
+def query_of(*names: str) -> Callable[[Request], None]:
+    """A dependency that refuses whatever else a query has: `?expectedversion=3`, passed over, would delete a document
+    that has changed."""
+
+    def check(request: Request) -> None:
+        takes = f"takes {' and '.join(names)}" if names else "is empty: what a change is made with belongs in its body"
+        for name in request.query_params:
+            if name not in names:
+                raise ApiError(
+                    400, f"Unknown parameter: `{name[:100]}`. The query here {takes}.", "unknown_parameter", name[:100]
+                )
+            if len(request.query_params.getlist(name)) > 1:
+                raise bad_parameter(name, "is there more than once.")
+
+    return check
 
 
 def as_put(document: Document, fresh: bool, changed: bool) -> JsonObject:

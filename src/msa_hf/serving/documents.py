@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..bank import BankDamaged, BankError, BankStore, CommitOutcomeUnknown
+from ..bank.store.changes import MAX_VERSION
 from ..json_object import JsonObject
 from ..model.memory_msa import Document
 from .errors import ApiError
@@ -35,43 +36,62 @@ class Expected:
     matches: tuple[str, ...] | None = None
     matches_none: tuple[str, ...] | None = None
 
-    def check(self, key: str, found: Document | None) -> None:
+    def check(self, key: str, found: Document | None, within: str = "") -> None:
         """Make sure that a document is as it was expected.
+
+        Args:
+            within: the place of the document in the request, before the names of its fields.
 
         Raises:
             ApiError: 409 where it is not, with its version.
         """
         tag = None if found is None else etag(found)
-        version = 0 if found is None else found.version
-        if self.version is not None and version != self.version:
-            raise conflict(key, found, f"version {self.version} was expected")
+        # A document may have version 0: who expects 0 expects none all the same.
+        there = self.version == 0 if found is None else self.version != 0 and self.version == found.version
+        if self.version is not None and not there:
+            why = f"version {self.version} was expected" if self.version else "no document was expected"
+            raise conflict(key, found, why, f"{within}expected_version")
         if self.matches is not None and (tag is None or (ANY not in self.matches and tag not in self.matches)):
-            raise conflict(key, found, "If-Match names another state")
+            raise conflict(key, found, "If-Match names another state", "If-Match")
         refused = self.matches_none or ()
         if tag is not None and (ANY in refused or tag in refused):
-            raise conflict(key, found, "If-None-Match names this state")
+            raise conflict(key, found, "If-None-Match names this state", "If-None-Match")
 
 
 @dataclass(frozen=True)
 class Given:
-    """A document that is to be put in."""
+    """A document that is to be put in.
+
+    Attributes:
+        within: its place in the request, before the names of its fields: `documents[1].`, or nothing.
+    """
 
     key: str
     text: str
     metadata: Mapping[str, object] | None
     version: int | None
     expected: Expected
+    within: str = ""
 
 
-def conflict(key: str, found: Document | None, why: str) -> ApiError:
-    """A change that was made for another state."""
+def conflict(key: str, found: Document | None, why: str, param: str) -> ApiError:
+    """A change that was made for another state, as `param` says."""
     if found is None:
         state = "there is no document with this key"
     else:
         state = "it has no version" if found.version is None else f"it has version {found.version}"
     message = f"Document {key[:100]!r}: {why}, but {state}. Get it, and decide anew."
     headers = {} if found is None else {"ETag": etag(found)}
-    return ApiError(409, message, "version_conflict", "version", headers)
+    return ApiError(409, message, "version_conflict", param, headers)
+
+
+def no_newer_version(given: Given) -> ApiError:
+    """A change without a version, of a document whose next one would be none."""
+    message = (
+        f"Document {given.key[:100]!r}: version 2^62 is known of it, the highest there is, so that no change can "
+        "be newer. Put it in under another key; nothing has changed."
+    )
+    return ApiError(400, message, "version_exhausted", f"{given.within}version")
 
 
 def not_there(key: str) -> ApiError:
@@ -115,8 +135,8 @@ class Documents:
         self.broken = ""
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[BankStore]:
-        """The bank, in one commit; its errors as clients get them."""
+    def _changing(self, documents: Sequence[Given] = ()) -> Iterator[BankStore]:
+        """The bank, in one commit of these documents; its errors as clients get them."""
         if self.store.read_only:
             raise ApiError(403, "This server reads its bank, and does not change it.", "read_only")
         try:
@@ -143,7 +163,8 @@ class Documents:
             text, of_length, _ = str(error).partition(" Pass too_long=")
             if of_length:
                 text += " Send it in parts, each with a key of its own."
-            raise ApiError(400, text, "document_too_long" if of_length else "invalid_document", "text") from error
+            at = next((given.within for given in documents if f"(key {given.key!r})" in text), "")
+            raise ApiError(400, text, "document_too_long" if of_length else "invalid_document", f"{at}text") from error
 
     def follow(self) -> None:
         """Move on to the last commit, where another process writes."""
@@ -200,14 +221,14 @@ class Documents:
                 has changed then.
         """
         new = []
-        with self._changing() as store:
+        with self._changing(documents) as store:
             for place, given in enumerate(documents):
                 if any(given.key == other.key for other in documents[:place]):
                     raise ApiError(
-                        400, f"Two documents have the key {given.key[:100]!r}.", "duplicate_key", "documents"
+                        400, f"Two documents have the key {given.key[:100]!r}.", "duplicate_key", f"{given.within}key"
                     )
                 found = store.get(given.key)
-                given.expected.check(given.key, found)
+                given.expected.check(given.key, found, given.within)
                 same = (
                     found is not None and found.text == given.text and (found.metadata or {}) == (given.metadata or {})
                 )
@@ -215,8 +236,11 @@ class Documents:
                 version = given.version
                 if version is None:
                     version = known if same else (known or 0) + 1
+                    if version is not None and version > MAX_VERSION:
+                        raise no_newer_version(given)
                 elif known is not None and version <= known and not (same and version == known):
-                    raise conflict(given.key, found, f"version {version} is not newer")
+                    why = f"version {version} is not newer"
+                    raise conflict(given.key, found, why, f"{given.within}version")
                 changed = False
                 if not (same and found is not None and version == found.version):
                     changed = store.upsert(given.key, given.text, version=version, metadata=given.metadata)

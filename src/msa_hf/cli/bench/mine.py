@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from ...bench.mine import MAPS, TABLES, MineSettings, in_words, run_mine
     from ...bench.report import html_report, text_report
     from ...model.bank_manifest_msa import is_bank
+    from ...model.hub_msa import is_hub_name
     from ...model.memory_msa import MemoryBank
 
     settings = MineSettings(
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         rounds=interleave_options(args),
         **({} if args.refusal is None else {"refusal": args.refusal}),
     )
-    banked = is_bank(Path(args.docs))
+    banked = is_bank(Path(args.docs)) or is_hub_name(args.docs)
     if not banked and not Path(args.docs).exists():
         raise UserError(f"{args.docs}: no such file, folder or bank")
     documents: list[str] | MemoryBank = [] if banked else [row["text"] for row in read_corpus(args, args.docs)]
