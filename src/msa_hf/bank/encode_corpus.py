@@ -1,7 +1,7 @@
 """Encoding a corpus into a bank on disk, part by part, in any number of processes, and going on after an interruption.
 
-The corpus is cut into parts of about as much text each, but for smaller ones at the beginning; that depends on the
-corpus alone. A part is encoded by itself: its files and a record, named after everything that they depend on, are put
+The corpus is cut into parts of about as much text each, but for smaller ones at the beginning and the end; that depends
+on the corpus alone. A part is encoded by itself: its files and a record, named after everything that they depend on, are put
 into a folder of the bank's directory and stay there. Whoever finds the record of a part does not encode it, whichever
 process of whichever run did. Once all parts are there, one process moves their files beside the manifest and writes
 that one. Until then a bank that lies in the directory stays as it is.
@@ -50,7 +50,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 PART_SIZE = 10**6  # bytes of text: about 250,000 tokens of English
-FIRST_CUTS = 1 / 8, 3 / 8  # places in the first part where it is cut further, so that its first rows are there soon
+# Shares of a part: how far behind the beginning, and before the end, the corpus is cut as well. So its first rows are
+# there soon, and little is left to be written when the last ones are encoded.
+FIRST_CUTS = LAST_CUTS = 1 / 8, 3 / 8
 TIMEOUT = timedelta(hours=1)
 SHOWN_EVERY = 1.0  # seconds between two looks at what the other processes have encoded
 VERSION = 1  # of what a part is made of; grows when this file makes something else of the same documents
@@ -154,7 +156,7 @@ def encode_bank(
         max_length: the limit, in tokens of a document as it is encoded. Default: the model's positions; half of them
             where documents are split and a protocol has them read, since a part of all positions leaves no room for
             the question.
-        part_size: bytes of text that are kept at a time, by whole documents; the first so many in up to three parts.
+        part_size: bytes of text that are kept at a time, by whole documents; less at the beginning and the end.
         batch_tokens: tokens per batch, padding included.
         sole_writer: for a file system without locks: you vouch that nothing else writes to the directory.
         workers: processes that read and tokenize ahead of this one's model; with any, parts are also written while
@@ -360,17 +362,17 @@ class _Encoder:
             self.settings["projections"] = "fp8"
 
     def parts(self, size: int) -> list[Part]:
-        """Cut the corpus into parts of at least `size` bytes of text, the last one aside; the first of them into up to
-        three."""
-        parts, first, held = [], 0, 0
-        cuts = [*(place * size for place in FIRST_CUTS), size]
+        """Cut the corpus into parts of at least `size` bytes of text, those at the beginning and the end aside."""
+        parts, first, held, own, left = [], 0, 0, 0, sum(self.corpus.sizes)
+        cuts = [*(share * size for share in FIRST_CUTS), size]
         for number, length in enumerate(self.corpus.sizes):
-            held += length
-            if held >= cuts[0] or number + 1 == len(self.corpus):
+            held, own, before, left = held + length, own + length, left, left - length
+            near_end = own >= min(LAST_CUTS) * size and any(left <= share * size < before for share in LAST_CUTS)
+            if held >= cuts[0] or near_end or number + 1 == len(self.corpus):
                 content = self.corpus.digest(first, number + 1).hex()
                 parts.append(Part(first, number + 1, _digest([self.settings, first, content])))
-                first = number + 1
-                cuts = [cut for cut in cuts if cut > held]
+                first, own = number + 1, 0
+                cuts = [] if near_end else [cut for cut in cuts if cut > held]
                 if not cuts:
                     cuts, held = [size], 0
         return parts
