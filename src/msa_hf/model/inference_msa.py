@@ -88,12 +88,13 @@ class MemoryMixin(ModelMixin):
         """One run of the backbone that no forward of this model surrounds.
 
         Args:
-            stop: the pass among the arguments ends the run early, by `EncodingDone`.
+            stop: the pass among the arguments ends the run early, by `EncodingDone`; only where the caller knows that
+                the model is not `is_entered_by_its_call`.
 
         Returns:
             The output; None where the run was ended.
         """
-        if is_entered_by_its_call(self):
+        if not stop and is_entered_by_its_call(self):
             return self(backbone_only=True, **kwargs)
         with contextlib.suppress(EncodingDone) if stop else contextlib.nullcontext():
             return self.run_base(backbone_only=True, **kwargs)
