@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib.util
 import json
 import random
@@ -464,6 +465,8 @@ def train_memory(arguments: Any) -> None:
     while clock.progress < 1:
         with clock.stopped():
             row = {"step": step, "seconds": clock.elapsed, **gate.measure(model)}
+            if step:  # what stops a run for good then costs what was trained since
+                save(model, tokenizer, arguments.out)
         curve.append(row)
         print("gate", " ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
         checks += 1
@@ -492,12 +495,17 @@ def train_memory(arguments: Any) -> None:
                     print(" ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
     curve.append({"step": step, "seconds": clock.elapsed, **gate.measure(model)})
     print("gate", " ".join(f"{k} {v:.4g}" for k, v in curve[-1].items()), flush=True)
-    model.eval().to(torch.bfloat16)
-    model.config.lm_loss_weight, model.config.aux_loss_weight = 1.0, 0.1
-    model.save_pretrained(arguments.out, max_shard_size="14MB")
-    tokenizer.save_pretrained(arguments.out)
-    TINY.save_pretrained(arguments.out)
+    save(model, tokenizer, arguments.out)
     write_curve(curve, arguments.out, "curve_memory.jsonl")
+
+
+def save(model: Any, tokenizer: Any, out: str) -> None:
+    """Write the checkpoint as it is now, in bfloat16; the model trains on in its own dtype."""
+    kept = copy.deepcopy(model).eval().to(torch.bfloat16)
+    kept.config.lm_loss_weight, kept.config.aux_loss_weight = 1.0, 0.1
+    kept.save_pretrained(out, max_shard_size="14MB")
+    tokenizer.save_pretrained(out)
+    TINY.save_pretrained(out)
 
 
 # Score biases ---------------------------------------------------------------------------------------------------------
