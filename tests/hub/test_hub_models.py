@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_hub import FakeHub
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, hf_hub_download
 from scripted import byte_tokenizer
 from small_corpus import save_base
 
 from msa_hf import MSAForCausalLM, MSAModel
 from msa_hf.bank import BankUnavailable
 from msa_hf.generation import COMPACT, protocol_beside
+from msa_hf.model import publishing_msa
 from msa_hf.model.checkpoint_msa import REMOTE_FILES
 
 MARK = "<!-- Written by msa_hf ("
@@ -171,6 +173,15 @@ def test_a_protocol_goes_beside_the_checkpoint(hub: FakeHub, made: Any) -> None:
     assert protocol_beside("user/model") == COMPACT
     with pytest.raises(BankUnavailable, match=r"the model 'user/model'.* log in"):
         COMPACT.push_to_hub("user/model", token="hf_nonsense")
+
+
+def test_a_card_that_cannot_be_read_is_not_replaced(hub: FakeHub, made: Any, patch: pytest.MonkeyPatch) -> None:
+    """It may be a person's; a commit that the Hub takes all the same would be the end of it."""
+    there = hub.make("model", "user/model", {"README.md": b"# Mine\n"})
+    patch.setattr(publishing_msa, "hf_hub_download", partial(hf_hub_download, local_files_only=True))  # as unreachable
+    with pytest.raises(BankUnavailable, match=r"The card of the model 'user/model' could not be read .* try again"):
+        made.push_to_hub("user/model")
+    assert there.files()["README.md"] == b"# Mine\n" and len(there.commits) == 1
 
 
 def test_saving_and_pushing_at_once(hub: FakeHub, made: Any, tmp_path: Path) -> None:

@@ -152,11 +152,15 @@ def compile_runs(model: MSAForCausalLM) -> None:
 def protocol_of(choice: str, name: str) -> PromptProtocol | None:
     """The protocol that was asked for, or the checkpoint's own; None where documents are encoded as they are."""
     from ..generation import COMPACT, PUBLISHED, protocol_beside
+    from ..model.hub_msa import BankUnavailable
 
     if choice != "auto":
         return {"compact": COMPACT, "published": PUBLISHED, "chat": None, "none": None}[choice]
     with reported():
-        return protocol_beside(name)
+        try:
+            return protocol_beside(name)
+        except BankUnavailable as error:
+            raise UserError(f"{error} Or say how it is asked: --protocol {'|'.join(PROTOCOLS)}.") from error
 
 
 def new_directory(name: str) -> Path:
