@@ -17,7 +17,7 @@ from .characters import in_one_line
 from .documents import add_document_options, read_corpus
 from .indexes import add_index_options, embedder_of
 from .lengths import length_remedy
-from .loading import load, new_directory, protocol_of
+from .loading import bank_to_change, load, protocol_of
 from .options import add_model_options, add_sole_writer_option, device_in, device_of, positive
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ def add_options(made: argparse.ArgumentParser) -> None:
 
     made = command("add", add, "Add documents, or put them in the place of those with their keys.")
     made.add_argument("model", metavar="MODEL", help="the checkpoint that made the bank")
-    made.add_argument("bank", metavar="BANK", help="directory of the bank, made where there is none")
+    made.add_argument(
+        "bank", metavar="BANK", help="directory of the bank, made where there is none; not a name on the Hub"
+    )
     made.add_argument("source", metavar="SOURCE", help="documents as `encode` takes them; unchanged ones cost nothing")
     add_model_options(made)
     made.add_argument("--batch-tokens", type=positive, default=16384, help="tokens per batch (default: 16384)")
@@ -117,7 +119,7 @@ def add(args: argparse.Namespace) -> int:
     from ..bank.corpus_lengths import check_lengths
     from ..model.positions_msa import position_limit
 
-    directory = new_directory(args.bank)
+    directory = bank_to_change(args.bank)
     corpus = read_corpus(args, args.source)
     if corpus.nameless is not None:
         raise UserError(f"{corpus.nameless}: no {corpus.key_column!r} (--key-column), by which a bank knows a document")
