@@ -82,6 +82,7 @@ def test_a_bank_that_was_read_here_is_not_hidden(
     assert not hub.requests
     MemoryBank.from_pretrained("user/notes").save_pretrained("notes")  # as the message says
     assert bank_to_change("notes") == Path("notes") and len(MemoryBank.from_pretrained("notes")) == len(bank)
+    capsys.readouterr()
     (here / "user" / "notes").mkdir()
     tell_hidden_bank("user/notes")
     assert capsys.readouterr().err == "" and bank_to_change("user/notes") == Path("user/notes")
