@@ -42,9 +42,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
 
     made = command("add", add, "Add documents, or put them in the place of those with their keys.")
     made.add_argument("model", metavar="MODEL", help="the checkpoint that made the bank")
-    made.add_argument(
-        "bank", metavar="BANK", help="directory of the bank, made where there is none"
-    )
+    made.add_argument("bank", metavar="BANK", help="directory of the bank, made where there is none")
     made.add_argument("source", metavar="SOURCE", help="documents as `encode` takes them; unchanged ones cost nothing")
     add_model_options(made)
     made.add_argument("--batch-tokens", type=positive, default=16384, help="tokens per batch (default: 16384)")
