@@ -256,8 +256,10 @@ def protocol_of(base: str) -> PromptProtocol | None:
     """
     try:
         return protocol_beside(base)
-    except (ValueError, BankUnavailable) as error:
+    except ValueError as error:
         raise SettingError("base", "{} {}", error) from None
+    except BankUnavailable as error:
+        raise SettingError("base", "{} {}: {}", base, error) from None
 
 
 # The run --------------------------------------------------------------------------------------------------------------
