@@ -10,6 +10,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .generation import Answer, PromptProtocol, Trace, asker_of, protocol_beside
 from .generation.prompting import Said, asked_of
+from .model.hub_msa import BankUnavailable
 from .model.memory_msa import Memory, Snapshots
 from .model.modeling_msa import MSAForCausalLM
 
@@ -64,8 +65,7 @@ class MemoryTextGenerationPipeline(Pipeline):
             raise ValueError(f"pipeline({TASK!r}) needs `memory`, a bank that model.encode_documents() made.")
         super().__init__(*args, **kwargs)
         if protocol == "auto":
-            name = str(self.model.name_or_path or "")
-            protocol = protocol_beside(name) if name else None
+            protocol = _protocol_of(str(self.model.name_or_path or ""))
         assert not isinstance(protocol, str)
         self.asker = asker_of(self.model, self.tokenizer, memory, protocol, **(interleave or {}))
 
@@ -108,6 +108,21 @@ class MemoryTextGenerationPipeline(Pipeline):
             for source in model_outputs.documents
         ]
         return {"answer": model_outputs.text, "sources": sources, "trace": model_outputs.trace}
+
+
+def _protocol_of(name: str) -> PromptProtocol | None:
+    """The protocol beside the checkpoint that a model was loaded from; None where it has none, or was not loaded.
+
+    Raises:
+        BankUnavailable: where that cannot be found out, with the remedies.
+    """
+    try:
+        return protocol_beside(name) if name else None
+    except BankUnavailable as error:
+        raise BankUnavailable(
+            f"{error} Or pass `protocol`: PromptProtocol.from_pretrained() takes `token` and `revision`; None for a "
+            "model without one."
+        ) from error
 
 
 PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=MemoryTextGenerationPipeline, pt_model=MSAForCausalLM)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_hub import FakeHub
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, hf_hub_download
 from scripted import byte_tokenizer
 from small_corpus import save_base
 
 from msa_hf import MSAForCausalLM, MSAModel
 from msa_hf.bank import BankUnavailable
 from msa_hf.generation import COMPACT, protocol_beside
+from msa_hf.model import publishing_msa
 from msa_hf.model.checkpoint_msa import REMOTE_FILES
+from msa_hf.training import peft_config
+from msa_hf.training.adapter_memory import save_adapter_memory
 
 MARK = "<!-- Written by msa_hf ("
 
@@ -173,6 +177,15 @@ def test_a_protocol_goes_beside_the_checkpoint(hub: FakeHub, made: Any) -> None:
         COMPACT.push_to_hub("user/model", token="hf_nonsense")
 
 
+def test_a_card_that_cannot_be_read_is_not_replaced(hub: FakeHub, made: Any, patch: pytest.MonkeyPatch) -> None:
+    """It may be a person's; a commit that the Hub takes all the same would be the end of it."""
+    there = hub.make("model", "user/model", {"README.md": b"# Mine\n"})
+    patch.setattr(publishing_msa, "hf_hub_download", partial(hf_hub_download, local_files_only=True))  # as unreachable
+    with pytest.raises(BankUnavailable, match=r"The card of the model 'user/model' could not be read .* try again"):
+        made.push_to_hub("user/model")
+    assert there.files()["README.md"] == b"# Mine\n" and len(there.commits) == 1
+
+
 def test_saving_and_pushing_at_once(hub: FakeHub, made: Any, tmp_path: Path) -> None:
     directory = tmp_path / "notes"
     directory.mkdir()
@@ -182,3 +195,31 @@ def test_saving_and_pushing_at_once(hub: FakeHub, made: Any, tmp_path: Path) -> 
     files = hub.model("user/notes").files()
     assert (directory / "README.md").read_text() == "# Mine\n" and files["README.md"] == b"# Mine\n"
     assert {*REMOTE_FILES, "model.safetensors"} <= set(files) and "log.txt" not in files
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_an_adapter_on_the_hub_is_compared_with_the_model(hub: FakeHub, made: Any, tmp_path: Path, caplog: Any) -> None:
+    peft = pytest.importorskip("peft")
+    made.save_pretrained(tmp_path / "base")
+    trained = MSAForCausalLM.from_pretrained(tmp_path / "base", chunk_size=8)
+    peft.get_peft_model(trained, peft_config(trained, r=2)).save_pretrained(tmp_path / "adapter")
+    put(hub, "user/silent", tmp_path / "adapter")
+    save_adapter_memory(trained.config, tmp_path / "adapter")
+    put(hub, "user/adapter", tmp_path / "adapter")
+
+    def load(name: str, **fields: Any) -> Any:
+        return peft.PeftModel.from_pretrained(MSAForCausalLM.from_pretrained(tmp_path / "base", **fields), name)
+
+    with pytest.raises(ValueError, match="'user/adapter' was trained with chunk_size=8"):
+        load("user/adapter")
+    with pytest.raises(ValueError, match=r"'user/adapter' is an adapter of PEFT and no checkpoint.*chunk_size=8"):
+        MSAForCausalLM.from_pretrained("user/adapter")
+    assert load("user/adapter", chunk_size=8) and load("user/silent")
+    assert not any("memory.json" in line for line in caplog.messages)
+    hub.fail["/user/adapter/resolve/main/memory.json"] = 503
+    with pytest.raises(ValueError, match="'user/adapter' was trained with chunk_size=8"):
+        load("user/adapter")  # the cache has the file
+    hub.make("model", "user/other", hub.model("user/adapter").files())
+    hub.fail["/user/other/resolve/main/memory.json"] = 503
+    assert load("user/other")
+    assert any("503" in line and "not compared with the model" in line for line in caplog.messages)

@@ -1,5 +1,6 @@
 """Adapters of other memory layers: an error with cause and remedy, loaded by PEFT or by transformers."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from families import base_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from msa_hf import MSAForCausalLM
 from msa_hf.training import peft_config
+from msa_hf.training.adapter_memory import save_adapter_memory
 
 # PEFT asks a model for a property by the name that the newer transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -107,3 +110,96 @@ def test_other_missing_weights_stay_errors_of_peft(adapter, tmp_path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
     with pytest.raises(KeyError, match="lm_head"):
         by_peft(LAYERS, tmp_path)
+
+
+# Other fields of the memory ------------------------------------------------------------------------------------------
+
+OTHER_FIELDS: list[dict[str, Any]] = [
+    {"chunk_size": 4},
+    {"similarity": "dot"},
+    {"query_reduction": "last"},
+    {"prefix_token_ids": [1, 2]},
+    {"head_reduction": "max", "chunk_reduction": "mean"},
+]
+
+
+def by_auto_peft(base: Path, adapter: Path) -> Any:
+    return AutoPeftModelForCausalLM.from_pretrained(adapter)
+
+
+def by_auto(base: Path, adapter: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(adapter)
+
+
+def onto_the_base(base: Path, adapter: Path) -> Any:
+    return PeftModel.from_pretrained(MSAForCausalLM.from_pretrained(base), adapter)
+
+
+def onto_the_base_by_transformers(base: Path, adapter: Path) -> Any:
+    model = MSAForCausalLM.from_pretrained(base)
+    model.load_adapter(str(adapter))
+    return model
+
+
+LOADERS = [by_auto_peft, by_auto, onto_the_base, onto_the_base_by_transformers]
+
+
+def trained(root: Path, **fields: Any) -> tuple[Path, Path]:
+    """A base with a memory, and an adapter for it that was trained with other fields."""
+    fresh(LAYERS).save_pretrained(root / "base")
+    model = MSAForCausalLM.from_pretrained(root / "base", **fields)
+    get_peft_model(model, peft_config(model, r=2)).save_pretrained(root / "adapter")
+    save_adapter_memory(model.config, root / "adapter")
+    return root / "base", root / "adapter"
+
+
+@pytest.mark.parametrize("fields", OTHER_FIELDS, ids=str)
+@pytest.mark.parametrize("load", LOADERS)
+def test_other_fields_are_refused(load, fields, tmp_path) -> None:
+    base, adapter = trained(tmp_path, **fields)
+    said = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+    said = re.escape(f"was trained with {said} (memory.json beside it), but the model has")
+    with pytest.raises(ValueError, match=said):
+        load(base, adapter)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_the_same_fields_load_and_another_top_k_is_said(load, tmp_path, caplog) -> None:
+    base, adapter = trained(tmp_path, top_k=5, aux_loss_weight=0.5)
+    caplog.set_level("WARNING", "msa_hf")
+    model = load(base, adapter)
+    assert model.config.top_k == 2
+    assert len([line for line in caplog.messages if "with top_k=5, but the model has top_k=2: set" in line]) == 1
+    caplog.clear()
+    loaded = PeftModel.from_pretrained(MSAForCausalLM.from_pretrained(base, top_k=5), adapter)
+    assert loaded.config.top_k == 5 and not any("top_k" in line for line in caplog.messages)
+
+
+def test_fields_go_through_auto_peft(tmp_path) -> None:
+    _, adapter = trained(tmp_path, chunk_size=4, query_reduction="last")
+    fields = json.loads((adapter / "memory.json").read_text())
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter, **fields)
+    assert (model.config.chunk_size, model.config.query_reduction) == (4, "last")
+
+
+@pytest.mark.parametrize("make", [MSAForCausalLM.from_pretrained, MSAForCausalLM.from_base])
+def test_an_adapter_in_the_place_of_a_checkpoint(make, tmp_path) -> None:
+    base, adapter = trained(tmp_path, chunk_size=4)
+    said = re.escape(f"from_base({str(base)!r}, memory_layers=[1, 3], chunk_size=4, ")
+    with pytest.raises(ValueError, match=f"is an adapter of PEFT and no checkpoint.*{said}"):
+        make(adapter)
+    (adapter / "memory.json").unlink()
+    with pytest.raises(ValueError, match=r"is an adapter of PEFT.*from_base\('.*', \.\.\.\)"):
+        make(adapter)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((OSError, ValueError), match="empty") as error:
+        make(tmp_path / "empty")
+    assert "of PEFT" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '"chunk_size"'])
+def test_a_damaged_file_of_fields(text, tmp_path) -> None:
+    base, adapter = trained(tmp_path)
+    (adapter / "memory.json").write_text(text)
+    with pytest.raises(ValueError, match=r"memory\.json: .*; save the adapter again"):
+        onto_the_base(base, adapter)

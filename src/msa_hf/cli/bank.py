@@ -17,7 +17,7 @@ from .characters import in_one_line
 from .documents import add_document_options, read_corpus
 from .indexes import add_index_options, embedder_of
 from .lengths import length_remedy
-from .loading import load, new_directory, protocol_of
+from .loading import bank_to_change, load, protocol_of
 from .options import add_model_options, add_sole_writer_option, device_in, device_of, positive
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def add(args: argparse.Namespace) -> int:
     from ..bank.corpus_lengths import check_lengths
     from ..model.positions_msa import position_limit
 
-    directory = new_directory(args.bank)
+    directory = bank_to_change(args.bank)
     corpus = read_corpus(args, args.source)
     if corpus.nameless is not None:
         raise UserError(f"{corpus.nameless}: no {corpus.key_column!r} (--key-column), by which a bank knows a document")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..user_errors import UserError, reported
 from .indexes import add_index_options, embedder_of
-from .loading import load, new_directory, protocol_of
+from .loading import bank_to_change, load, protocol_of
 from .options import add_model_options, add_sole_writer_option, device_in, positive
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from ..bank import BankError, BankLocked, BankStore
     from ..hybrid.streams import RedisSource, StreamConsumer, StreamError, open_when_free
 
-    directory = new_directory(args.bank)
+    directory = bank_to_change(args.bank)
     try:
         # First, as it is soon known whether the stream is there; nothing is read yet.
         source = RedisSource(

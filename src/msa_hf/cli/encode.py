@@ -10,7 +10,7 @@ from ..user_errors import UserError, reported
 from .documents import SOURCE_HELP, add_document_options, read_corpus
 from .indexes import add_index_options, embedder_of
 from .lengths import length_remedy
-from .loading import load, new_directory, protocol_of
+from .loading import load, new_directory, protocol_of, tell_hidden_bank
 from .options import add_model_options, add_sole_writer_option, at_least, device_in, positive
 
 NAME = "encode"
@@ -91,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         with reported(), connected(timeout) as ranks:
             with agreed(ranks):
                 out = new_directory(args.bank)
+                if ranks.rank == 0:
+                    tell_hidden_bank(args.bank)
                 with reported():
                     if is_bank(out):
                         read_manifest(out)  # before the model is loaded

@@ -96,8 +96,8 @@ def is_read_from_hub(name: str, read_only: bool) -> bool:
         return False
     if not read_only:
         raise UserError(
-            f"{name}: no bank there (looked for {Path(name).absolute()}); give --create for an empty one, or "
-            "--read-only for a bank of this name on the Hub"
+            f"{name}: no bank there (looked for {Path(name).absolute()}); give --create and ./{name} for an empty one, "
+            "or --read-only for a bank of this name on the Hub"
         )
     check_bank(name)
     return True
@@ -152,11 +152,15 @@ def compile_runs(model: MSAForCausalLM) -> None:
 def protocol_of(choice: str, name: str) -> PromptProtocol | None:
     """The protocol that was asked for, or the checkpoint's own; None where documents are encoded as they are."""
     from ..generation import COMPACT, PUBLISHED, protocol_beside
+    from ..model.hub_msa import BankUnavailable
 
     if choice != "auto":
         return {"compact": COMPACT, "published": PUBLISHED, "chat": None, "none": None}[choice]
     with reported():
-        return protocol_beside(name)
+        try:
+            return protocol_beside(name)
+        except BankUnavailable as error:
+            raise UserError(f"{error} Or say how it is asked: --protocol {'|'.join(PROTOCOLS)}.") from error
 
 
 def new_directory(name: str) -> Path:
@@ -167,3 +171,45 @@ def new_directory(name: str) -> Path:
     if os.path.lexists(path) and not path.is_dir():
         raise UserError(f"{name}: not a directory")
     return path
+
+
+def bank_to_change(name: str) -> Path:
+    """The directory of a bank that a command changes, and makes where there is none.
+
+    A name such as `user/notes` may be meant for the bank of that name on the Hub: a new directory would hold other
+    documents, and from then on would be taken for that bank by all commands. The Hub is not asked.
+
+    Raises:
+        UserError: where the name may be one on the Hub, in a folder that is not here or of a bank in the Hub's cache.
+    """
+    path = new_directory(name)
+    if _may_be_on_hub(name) and (not path.parent.is_dir() or _is_bank_in_cache(name)):
+        copy = path.name
+        raise UserError(
+            f"{name}: no such directory (looked for {path.absolute()}), and a new one would hide a bank of that name "
+            f"on the Hub. Give ./{name} for a new bank; to change the Hub's, save a copy, "
+            f"MemoryBank.from_pretrained({name!r}).save_pretrained({copy!r}), and give {copy}"
+        )
+    return path
+
+
+def tell_hidden_bank(name: str) -> None:
+    """Say on stderr that a new directory will be taken for a bank of that name, which the Hub's cache has."""
+    if _may_be_on_hub(name) and _is_bank_in_cache(name):
+        print(
+            f"msa-hf: {name} is a new directory here, and no more the bank of that name on the Hub, for all commands "
+            "that are run where this one is; another path keeps them apart",
+            file=sys.stderr,
+        )
+
+
+def _may_be_on_hub(name: str) -> bool:
+    from ..model.hub_msa import is_hub_name
+
+    return is_hub_name(name)
+
+
+def _is_bank_in_cache(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, MANIFEST, repo_type="dataset"), str)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..user_errors import UserError, reported
 from .characters import print_error
 from .indexes import add_index_options, embedder_of
-from .loading import checkpoint, is_read_from_hub, load, protocol_of
+from .loading import bank_to_change, checkpoint, is_read_from_hub, load, protocol_of
 from .options import add_model_options, add_sole_writer_option, at_least, device_in, positive
 
 if TYPE_CHECKING:
@@ -110,6 +110,8 @@ def check(args: argparse.Namespace) -> None:
     bank = Path(args.bank)
     if not args.create and not (bank / MANIFEST).exists() and not is_read_from_hub(args.bank, args.read_only):
         raise UserError(f"{bank}: there is no bank; --create makes an empty one")
+    if args.create:
+        bank_to_change(args.bank)
     if args.model is not None:
         checkpoint(args.model)
     if args.api_keys is not None and args.http is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..generation.selectors import SELECTORS
 from ..user_errors import UserError, reported
 from .indexes import add_index_options, embedder_of
-from .loading import compile_runs, is_read_from_hub, load, protocol_of
+from .loading import bank_to_change, compile_runs, is_read_from_hub, load, protocol_of
 from .options import add_compile_option, add_model_options, add_sole_writer_option, at_least, device_in, positive
 
 NAME = "serve"
@@ -102,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--create and --read-only exclude each other")
     if not args.create and not is_bank(Path(args.bank)) and not is_read_from_hub(args.bank, args.read_only):
         raise UserError(f"{args.bank}: no bank there; make one with `msa-hf encode`, or say --create for an empty one")
+    if args.create:
+        bank_to_change(args.bank)
     with reported(subject=f"{args.host}:{args.port}"):
         listener = listen(args.host, args.port)
     device = device_in(args)

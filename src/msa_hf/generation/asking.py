@@ -73,13 +73,18 @@ def asker_of(
     return DirectAsker(model, tokenizer, bank, **options)
 
 
-def protocol_beside(name_or_path: str) -> PromptProtocol | None:
-    """The protocol that lies beside a checkpoint; None where there is none.
+def protocol_beside(name_or_path: str, **hub: Any) -> PromptProtocol | None:
+    """The protocol that lies beside a checkpoint; None where it is known to have none.
+
+    Args:
+        hub: of a checkpoint on the Hub: `revision`, `token` and others, as of `PromptProtocol.from_pretrained`.
 
     Raises:
+        BankUnavailable: where the Hub refuses or cannot be reached and its cache does not know either, with the remedy:
+            without its protocol a checkpoint would be asked in another way than it was trained for.
         ValueError: for one that is damaged.
     """
     try:
-        return PromptProtocol.from_pretrained(name_or_path)
-    except OSError:
+        return PromptProtocol.from_pretrained(name_or_path, **hub)
+    except FileNotFoundError:
         return None

@@ -14,15 +14,15 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from ..json_object import JsonObject
 from ..model.bounds_msa import read_json
 from ..model.given_documents_msa import each_document
+from ..model.hub_files_msa import file_beside
 from ..model.publishing_msa import publish
 from ..model.splitting_msa import split_text
 from ..model.tokenizing_msa import plain_markers, tokenize_texts
@@ -464,16 +464,26 @@ class PromptProtocol:
             )
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **hub: object) -> PromptProtocol:
+    def from_pretrained(cls, name_or_path: str | Path, **hub: Any) -> PromptProtocol:
         """Read the protocol of a checkpoint, from a directory or the Hub.
 
+        Args:
+            hub: of a checkpoint on the Hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`,
+                `subfolder`.
+
         Raises:
-            OSError: where the checkpoint has none.
+            FileNotFoundError: where the checkpoint has none.
+            BankUnavailable: where the Hub refuses or cannot be reached, with the remedy; also an OSError.
             ValueError: for a file that is damaged or of a newer version.
         """
-        path = cached_file(str(name_or_path), PROTOCOL_FILE, **hub)
+        path = file_beside(name_or_path, PROTOCOL_FILE, **hub)
+        if path is None:
+            raise FileNotFoundError(
+                f"{name_or_path} has no {PROTOCOL_FILE}: it is asked without a protocol, or by one that you make and "
+                "save beside it with `save_pretrained`."
+            )
         try:
-            record = read_json(Path(path))
+            record = read_json(path)
             version = record.pop("version", None)
             if version != FORMAT_VERSION:
                 raise ValueError(f"its version is {version!r}, this release reads {FORMAT_VERSION}")

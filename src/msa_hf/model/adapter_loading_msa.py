@@ -68,8 +68,12 @@ class CheckedAdapters(ModelMixin):
         """PEFT's.
 
         Raises:
-            ValueError: for an adapter of other memory layers, which is taken out again where there are others.
+            ValueError: for an adapter of other memory layers, which is taken out again where there are others; for one
+                that was trained for other fields of the memory, which is not loaded.
         """
+        # The code of an earlier release that a checkpoint carries has no such method.
+        if check := getattr(self.get_base_model(), "check_adapter", None):
+            check(model_id, kwargs)
         try:
             loaded: LoadedKeys = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         except KeyError as error:
@@ -101,6 +105,7 @@ class AdapterMixin(ModelMixin):
     """In front of a base's own class: transformers' way to load an adapter refuses one with other routers."""
 
     _keys_to_ignore_on_load_unexpected: Any
+    check_adapter: Any
 
     def load_adapter(
         self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
@@ -108,8 +113,11 @@ class AdapterMixin(ModelMixin):
         """Transformers' `load_adapter`.
 
         Raises:
-            ValueError: for an adapter of other memory layers, after which the model is of no use.
+            ValueError: for an adapter of other memory layers, after which the model is of no use; for one that was
+                trained for other fields of the memory, which is not loaded.
         """
+        if peft_model_id is not None:
+            self.check_adapter(peft_model_id, {**kwargs, **(kwargs.get("adapter_kwargs") or {})})
         name = "default" if adapter_name is None else adapter_name
         ignored = self._keys_to_ignore_on_load_unexpected
         # The patterns of routers are for layers of a checkpoint that have no memory any more.

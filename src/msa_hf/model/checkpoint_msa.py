@@ -16,6 +16,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import ModelOutput, logging
 
+from .adapter_fields_msa import HUB_ARGUMENTS, check_adapter_fields, refuse_adapter
 from .adapter_loading_msa import AdapterMixin
 from .attention_config_msa import Implementations, check_holds_memory, implementations_in
 from .attention_msa import IMPLEMENTATIONS
@@ -51,7 +52,6 @@ UNTRAINED = "what they choose is little better than chance until `msa-hf train` 
 # Fields of a configuration that are arguments of `from_pretrained` in their own right.
 LOADING_ARGUMENTS = {"dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config"}
 PUSH_ARGUMENTS = ("repo_id", "commit_message", "description", "private", "revision", "create_pr", "tags")
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 def copy_code(directory: Path) -> list[str]:
@@ -162,6 +162,10 @@ class CheckpointMixin(AdapterMixin):
         # Transformers reads the source of the file that defines the class; the experts are in the base's.
         return "base_class" in cls.__dict__ and cls.base_class._can_set_experts_implementation()
 
+    def check_adapter(self, name: str | PathLike[str], kwargs: Arguments) -> None:
+        """Compare the fields that an adapter was trained for with the model's; see `check_adapter_fields`."""
+        check_adapter_fields(self.config, name, kwargs)
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Nothing to do: checkpoints always carry their code (see `save_pretrained`)."""
@@ -178,6 +182,9 @@ class CheckpointMixin(AdapterMixin):
 
         Takes what `PreTrainedModel.from_pretrained` takes, and fields of `MSAConfig`, the memory's and the base's, as
         overrides.
+
+        Raises:
+            ValueError: for a plain checkpoint, and for an adapter, naming how to load it.
         """
         if "base_class" not in cls.__dict__:
             if config is None:
@@ -187,6 +194,8 @@ class CheckpointMixin(AdapterMixin):
                 refuse_bare_gguf(pretrained_model_name_or_path)
                 own = {name: kwargs.pop(name) for name in OWN_FIELDS if name in kwargs}
                 kind = MSAConfig.get_config_dict(pretrained_model_name_or_path, **hub)[0].get("model_type")
+                if kind is None:
+                    refuse_adapter(pretrained_model_name_or_path, hub)
                 if kind != MSAConfig.model_type:
                     raise ValueError(
                         f"{str(pretrained_model_name_or_path)!r} is a plain {kind!r} checkpoint; "
@@ -272,7 +281,11 @@ class CheckpointMixin(AdapterMixin):
         hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code", "gguf_file") if name in kwargs}
         base_config = kwargs.pop("config", None)
         if base_config is None:
-            base_config = AutoConfig.from_pretrained(name_or_path_or_model, **hub)
+            try:
+                base_config = AutoConfig.from_pretrained(name_or_path_or_model, **hub)
+            except (OSError, ValueError):
+                refuse_adapter(name_or_path_or_model, hub)
+                raise
             if changed := _taken_by_config(base_config, kwargs):
                 base_config = AutoConfig.from_pretrained(name_or_path_or_model, **hub, **changed)
         config = cls._config_on(base_config, own)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .cards_msa import CARD, is_made_by_transformers, is_ours
 from .hub_msa import LIBRARY, SECONDS, BankUnavailable, hub_errors, knock
@@ -101,6 +101,11 @@ def _are_many(folder: Path, names: Sequence[str]) -> bool:
 def _card_is_ours(repo_id: str, repo_type: str, commit: str | None, token: str | bool | None) -> bool:
     try:
         path = hf_hub_download(repo_id, CARD, repo_type=repo_type, revision=commit, token=token, etag_timeout=SECONDS)
+    except LocalEntryNotFoundError as error:  # an EntryNotFoundError as well
+        raise BankUnavailable(
+            f"The card of the {repo_type} {repo_id!r} could not be read ({error.__cause__ or error}), and may be a "
+            "person's. The commit was not made: try again."
+        ) from error
     except EntryNotFoundError:
         return True
     return is_ours(Path(path)) or is_made_by_transformers(Path(path))

@@ -30,7 +30,6 @@ Weights may also say how the best of what they put together is read for its word
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -40,6 +39,7 @@ import torch
 from torch import Tensor
 
 from ..model.bounds_msa import read_json
+from ..model.hub_files_msa import file_beside
 from . import wording as reading
 from .rankings import Candidates, Ranking, ranks_of, scores_of, standing
 from .sidecar import write_sidecar
@@ -144,17 +144,20 @@ class FusionWeights:
 
 
 def fusion_beside(name_or_path: str) -> FusionWeights | None:
-    """The weights that lie beside a checkpoint in a directory; None where there are none.
+    """The weights that lie beside a checkpoint, in a directory or on the Hub; None where it is known to have none.
+
+    Args:
+        name_or_path: of the checkpoint; a directory without config.json is none, and "" no name.
 
     Raises:
+        BankUnavailable: where the Hub refuses or cannot be reached and its cache does not know either, with the remedy.
         ValueError: for what is no such file, naming the cause.
     """
     directory = Path(name_or_path)
-    if not name_or_path or not (directory / "config.json").is_file():
+    if not name_or_path or (directory.is_dir() and not (directory / "config.json").is_file()):
         return None
-    with contextlib.suppress(FileNotFoundError):
-        return FusionWeights.from_pretrained(directory)
-    return None
+    found = file_beside(name_or_path, FILE)
+    return None if found is None else FusionWeights.from_pretrained(found.parent)
 
 
 def fuse(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +21,7 @@ from ..bank import TieredBank
 from ..bank.tiered.bank import placed_vectors
 from ..bank.tiered.layer import RoutingKeys
 from ..generation import DocumentIds, PromptProtocol, RoutedDocument
+from ..model.hub_msa import BankUnavailable
 from ..model.interface_msa import check_interface
 from ..model.memory_msa import MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
@@ -63,6 +66,16 @@ class _Asked:
     scores: RouterScores | None = None
 
 
+@functools.lru_cache(maxsize=64)
+def _weights_on_hub(name: str) -> FusionWeights | None:
+    """The weights beside a checkpoint on the Hub, which is asked once in a process; None, said aloud: not found out."""
+    try:
+        return fusion_beside(name)
+    except BankUnavailable as error:
+        logger.warning("%s In this process rankings are fused by reciprocal ranks: pass `fusion` to say how.", error)
+        return None
+
+
 class Searcher:
     """Searches one bank.
 
@@ -90,10 +103,8 @@ class Searcher:
         self.model, self.tokenizer, self.protocol, self.embedder = model, tokenizer, protocol, embedder
         self.ids = DocumentIds(self.bank)
         self.fusion = self._fusion(fusion)
-        self._of_checkpoint: FusionWeights | None = None
+        self._checkpoint = str(model.name_or_path or "") if fusion is None and model is not None else ""
         self._warned = False
-        if fusion is None and self.fusion is None and model is not None:
-            self._of_checkpoint = fusion_beside(model.name_or_path)
 
     def _fusion(self, fusion: FusionWeights | str | None) -> FusionWeights | None:
         if fusion is not None and not isinstance(fusion, FusionWeights):
@@ -104,6 +115,11 @@ class Searcher:
             with contextlib.suppress(FileNotFoundError):
                 return FusionWeights.from_pretrained(self.bank.home.directory)
         return fusion
+
+    @functools.cached_property
+    def _of_checkpoint(self) -> FusionWeights | None:
+        name = self._checkpoint
+        return fusion_beside(name) if not name or os.path.isdir(name) else _weights_on_hub(name)
 
     # What there is ----------------------------------------------------------------------------------------------------
 
@@ -246,9 +262,11 @@ class Searcher:
 
         Those of the checkpoint give way, with a warning, where they are for others.
         """
+        if self.fusion is not None:
+            return self.fusion
         found = self._of_checkpoint
         if found is None or set(found.ways) == set(ways):
-            return self.fusion or found
+            return found
         if not self._warned:
             logger.warning(
                 "The checkpoint's %s weighs %s; %s are fused by reciprocal ranks. Pass `fusion`, or fit weights for "

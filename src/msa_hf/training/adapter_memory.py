@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..model.adapter_fields_msa import ADAPTER_MEMORY as ADAPTER_MEMORY
 from ..model.configuration_msa import OWN_FIELDS, MSAConfig
-
-ADAPTER_MEMORY = "memory.json"
 
 
 def save_adapter_memory(config: MSAConfig, directory: str | Path) -> None:

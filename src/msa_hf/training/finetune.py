@@ -31,6 +31,7 @@ from ..data.questions import Question
 from ..generation import PromptProtocol, protocol_beside
 from ..model.attention_msa import NotFiniteError
 from ..model.configuration_msa import MSAConfig
+from ..model.hub_msa import BankUnavailable
 from ..model.modeling_msa import MSAForCausalLM
 from ..model.positions_msa import position_limit
 from .adapter_memory import save_adapter_memory
@@ -251,12 +252,14 @@ def protocol_of(base: str) -> PromptProtocol | None:
     """The protocol that lies beside a checkpoint; None where there is none.
 
     Raises:
-        SettingError: for one that is damaged.
+        SettingError: for one that is damaged, and where the Hub does not say if there is one.
     """
     try:
         return protocol_beside(base)
     except ValueError as error:
         raise SettingError("base", "{} {}", error) from None
+    except BankUnavailable as error:
+        raise SettingError("base", "{} {}: {}", base, error) from None
 
 
 # The run --------------------------------------------------------------------------------------------------------------

@@ -150,15 +150,13 @@ def fusion_of(args: argparse.Namespace) -> FusionWeights | None:
     """
     if args.select != "hybrid":
         return None
-    from ...retrieval import FusionWeights
+    from ...retrieval.fusion import fusion_beside
     from ...retrieval.lexical import require_tantivy
 
     with reported():
         try:
             require_tantivy()
-            return FusionWeights.from_pretrained(args.model)
-        except FileNotFoundError:
-            return None
+            return fusion_beside(args.model)
         except ImportError as error:
             raise UserError(f"--select hybrid: {error}") from error
 
