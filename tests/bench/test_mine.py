@@ -82,6 +82,24 @@ def test_facts_chains_and_twins_are_planted_in_copies_of_the_documents(
     assert all(item == by_size[0] for item in by_size)
 
 
+def test_chains_lie_as_far_apart_as_is_said_though_many_share_a_small_bank(
+    model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of the documents has a sentence: whichever depth is taken, the distance from one fact to the next stays."""
+    monkeypatch.setattr(planting, "put", Reader())
+    texts = [f"Page {number} tells of the weather, and of little besides it." for number in range(150)]
+    settings = MineSettings(sizes=(6000,), hops=4, depths=3, repeats=2, distances=(0.05, 0.4), max_new_tokens=2)
+    result = run(model, texts, settings)
+    chains = [item for item in result.trials if item.kind == "chain"]
+    assert len(chains) == 2 * 3 * 3 * 2
+    for trial in chains:
+        far = float(trial.axes["distance"])
+        assert all(0.7 * far < apart < 1.35 * far for apart in trial.detail["tokens_apart"]), trial
+    for trial in result.trials:
+        if trial.detail["gold"]:
+            assert abs(trial.detail["gold"][0] / 107 - float(trial.axes["depth"])) < 0.1, trial
+
+
 def test_nothing_is_left_behind_in_a_bank_nor_in_its_files(
     model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -39,11 +39,15 @@ class Plant:
     Attributes:
         depth: of the document in the haystack, 0 to 1 by tokens.
         place: in the document, 0 (before its first sentence) to 1 (behind its last).
+        apart: from the sentence before it in a list, as a share of all tokens, below 0 towards the beginning; None: its
+            place is by its depth alone. Counted from where that sentence came to stand, so that a distance is kept
+            where a depth was taken.
     """
 
     sentence: str
     depth: float
     place: float = 0.5
+    apart: float | None = None
 
 
 class Haystack:
@@ -120,8 +124,8 @@ class Haystack:
         return self._ends[documents - 1] if documents else 0
 
     def place(self, documents: int, plants: Sequence[Plant]) -> list[int]:
-        """The document among the first ones that each sentence goes into: the one at its depth, or the nearest that is
-        still free.
+        """The document among the first ones that each sentence goes into: the one at its depth, or so far from the
+        sentence before it, or the nearest to that which is still free.
 
         Raises:
             HaystackTooSmall: for more sentences than documents.
@@ -130,7 +134,10 @@ class Haystack:
             raise HaystackTooSmall(f"{len(plants)} sentences do not go into {documents} documents, one into each.")
         total, taken, places = self.tokens(documents), set[int](), []
         for plant in plants:
-            wanted = min(bisect_left(self._ends, plant.depth * total), documents - 1)
+            tokens = plant.depth * total
+            if plant.apart is not None and places:
+                tokens = self.tokens(places[-1] + 1) + plant.apart * total
+            wanted = min(bisect_left(self._ends, tokens), documents - 1)
             near = (step for width in range(documents) for step in (wanted + width, wanted - width))
             place = next(step for step in near if 0 <= step < documents and step not in taken)
             taken.add(place)

@@ -198,9 +198,9 @@ def _new_chains(settings: MineSettings, texts: Sequence[str]) -> list[Chain]:
     """
     wanted = [
         hops
-        for _ in range(settings.repeats * settings.depths)
+        for _ in range(settings.repeats)
         for hops in range(1, settings.hops + 1)
-        for _ in (settings.distances if hops > 1 else (0.0,))
+        for _ in range(settings.depths * (len(settings.distances) if hops > 1 else 1))
     ]
     chains, whole, numbers, found = Chains(settings.seed), "\n".join(texts), iter(range(CHAINS)), list[Chain]()
     while len(found) < len(wanted):
@@ -217,14 +217,17 @@ def _tasks(
 ) -> Iterator[Task]:
     """All tasks at one size, the kinds in turns; the same ones at every size."""
     number, term = 0, iter(terms)
+    depths = depths_of(settings.depths)
+    shapes = [
+        (hops, far) for hops in range(1, settings.hops + 1) for far in (settings.distances if hops > 1 else (0.0,))
+    ]
     for repeat in range(settings.repeats):
-        for depth in depths_of(settings.depths):
-            if (pair := next(term, None)) is not None:
-                yield _term(settings, tokens, depth, repeat, pair)
-            for hops in range(1, settings.hops + 1):
-                for distance in settings.distances if hops > 1 else (0.0,):
-                    yield _chain(settings, tokens, depth, repeat, hops, distance, chains[number], number)
-                    number += 1
+        # Depths in turns inside a kind, so that those that share a bank do not crowd at one of them.
+        yield from (_term(settings, tokens, depth, repeat, pair) for depth, pair in zip(depths, term, strict=False))
+        for hops, distance in shapes:
+            for depth in depths:
+                yield _chain(settings, tokens, depth, repeat, hops, distance, chains[number], number)
+                number += 1
 
 
 def _chain(
@@ -241,9 +244,10 @@ def _chain(
     depths = depths_apart(depth, distance, hops)
     if hops > 1:  # not what was asked for where there was no room for it
         axes["distance"] = round(min(abs(there - here) for here, there in pairwise(depths)) * tokens)
+    steps = [None, *(there - here for here, there in pairwise(depths))]
     plants = tuple(
-        Plant(sentence, place, _place(settings.seed, number, hop))
-        for hop, (sentence, place) in enumerate(zip(made.sentences, depths, strict=True))
+        Plant(sentence, place, _place(settings.seed, number, hop), step)
+        for hop, (sentence, place, step) in enumerate(zip(made.sentences, depths, steps, strict=True))
     )
     kind = "fact" if hops == 1 else "chain"
     id = f"{kind} {hops} {tokens} {depth:g} {distance:g} {repeat}"
