@@ -85,7 +85,7 @@ def test_facts_chains_and_twins_are_planted_in_copies_of_the_documents(
 def test_chains_lie_as_far_apart_as_is_said_though_many_share_a_small_bank(
     model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A quarter of the documents has a sentence: whichever depth is taken, the distance from one fact to the next stays."""
+    """A quarter of the documents has a sentence: where a depth is taken, the distance from fact to fact stays."""
     monkeypatch.setattr(planting, "put", Reader())
     texts = [f"Page {number} tells of the weather, and of little besides it." for number in range(150)]
     settings = MineSettings(sizes=(6000,), hops=4, depths=3, repeats=2, distances=(0.05, 0.4), max_new_tokens=2)

@@ -127,11 +127,13 @@ def run_chains(
     result = Result.begin(
         NAME, described, model_facts(model, tokenizer, protocol, name, fusion), run_facts(model.device), path
     )
+    for world in worlds:  # before the first is encoded, which can take hours
+        _left(result, world, settings)
     total = sum(len(world.corpus.questions) for world in worlds)
     with result.kept(), tqdm(total=total, unit="question", disable=not show_progress) as progress:
         for world in worlds:
             progress.set_description(f"{world.tokens:,} tokens")
-            left = [place for place in range(len(world.corpus.questions)) if not result.done(world.id(place))]
+            left = _left(result, world, settings)
             progress.update(len(world.corpus.questions) - len(left))
             if not left:
                 continue
@@ -187,6 +189,19 @@ def _documents(corpus: ChainCorpus, protocol: PromptProtocol | None) -> Iterator
             yield {"key": str(place), "text": text}
 
 
+def _left(result: Result, world: _World, settings: ChainSettings) -> list[int]:
+    """The places of the questions that were not asked yet."""
+    return [
+        place
+        for place, question in enumerate(world.corpus.questions)
+        if not result.done(world.id(place), question.text, _expected(question, settings))
+    ]
+
+
+def _expected(question: ChainQuestion, settings: ChainSettings) -> tuple[str]:
+    return (settings.refusal if question.broken else question.answer,)
+
+
 def _asked(
     world: _World,
     places: Sequence[int],
@@ -200,10 +215,7 @@ def _asked(
 ) -> Iterator[list[Trial]]:
     """The trials of one batch after the other."""
     questions = [world.corpus.questions[place] for place in places]
-    asked = [
-        Ask(question.text, (settings.refusal if question.broken else question.answer,), question.rounds)
-        for question in questions
-    ]
+    asked = [Ask(question.text, _expected(question, settings), question.rounds) for question in questions]
     rounds = round_options(settings.rounds, fusion)
     if protocol is not None:
         rounds = {"max_rounds": ROUNDS, **rounds}

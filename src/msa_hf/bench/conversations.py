@@ -216,6 +216,11 @@ def _arm(name: str, kept: Kept, settings: ConversationSettings, fusion: FusionWe
     return _from_gold if name == "gold" else _from_nothing
 
 
+def expected_of(question: TalkQuestion, refusals: Sequence[str]) -> tuple[str]:
+    """The answer that a trial names: the first of the refusals where there is none."""
+    return (refusals[0] if question.answer is None else question.answer,)
+
+
 def judged(question: TalkQuestion, answer: str, read: Sequence[int], refusals: Sequence[str]) -> tuple[bool, str]:
     """Judge whether an answer is right, and what broke if it is not.
 
@@ -290,8 +295,8 @@ def _measure(
     wanted = [
         (name, number)
         for name in settings.arms
-        for number in range(len(talk.questions))
-        if not result.done(f"{tokens} {name} {number}")
+        for number, question in enumerate(talk.questions)
+        if not result.done(f"{tokens} {name} {number}", question.text, expected_of(question, settings.refusals))
     ]
     if not wanted:
         return
@@ -332,7 +337,7 @@ def _trials(
             question.kind,
             {"tokens": tokens, "arm": name, "sort": question.sort},
             question.text,
-            (settings.refusals[0] if question.answer is None else question.answer,),
+            expected_of(question, settings.refusals),
             answer,
             right,
             {"broke": broke, "evidence": len(question.evidence), "found": found, "read": list(read)},

@@ -132,7 +132,7 @@ class Haystack:
         """
         if len(plants) > documents:
             raise HaystackTooSmall(f"{len(plants)} sentences do not go into {documents} documents, one into each.")
-        total, taken, places = self.tokens(documents), set[int](), []
+        total, taken, places = self.tokens(documents), set[int](), list[int]()
         for plant in plants:
             tokens = plant.depth * total
             if plant.apart is not None and places:

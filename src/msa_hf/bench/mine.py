@@ -23,7 +23,7 @@ from .facts import model_facts, run_facts
 from .haystack import Haystack, Plant, depths_of
 from .intervals import fisher_test
 from .invented import CHAINS, MOST_HOPS, Chain, Chains
-from .planting import MOST_PLANTED, Asking, Question, Task, ask_tasks
+from .planting import MOST_PLANTED, Asking, Question, Task, ask_tasks, asked_before
 from .report import broken_in_words, short
 from .result import Axis, Cell, Result
 from .style import insert_in_style, own_terms, own_words
@@ -127,7 +127,7 @@ def run_mine(
         NAME, described, model_facts(model, tokenizer, protocol, name, fusion), run_facts(model.device), path
     )
     result.notes |= {"terms": len(terms), "terms wanted": settings.depths * settings.repeats}
-    if all(result.done(question.id) for made in tasks.values() for task in made for question in task.questions):
+    if all([asked_before(result, task) for made in tasks.values() for task in made]):
         return result
     if isinstance(documents, MemoryBank):
         banks = HaystackBanks(model, tokenizer, protocol, haystack, documents, batch_tokens)
@@ -218,9 +218,7 @@ def _tasks(
     """All tasks at one size, the kinds in turns; the same ones at every size."""
     number, term = 0, iter(terms)
     depths = depths_of(settings.depths)
-    shapes = [
-        (hops, far) for hops in range(1, settings.hops + 1) for far in (settings.distances if hops > 1 else (0.0,))
-    ]
+    shapes = [(1, 0.0), *((hops, far) for hops in range(2, settings.hops + 1) for far in settings.distances)]
     for repeat in range(settings.repeats):
         # Depths in turns inside a kind, so that those that share a bank do not crowd at one of them.
         yield from (_term(settings, tokens, depth, repeat, pair) for depth, pair in zip(depths, term, strict=False))

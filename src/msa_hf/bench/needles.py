@@ -20,7 +20,7 @@ from .asking import round_options
 from .banks import HaystackBanks, haystack_of
 from .facts import model_facts, run_facts
 from .haystack import Haystack, Plant, depths_of
-from .planting import Asking, Question, Task, ask_tasks, check_room
+from .planting import Asking, Question, Task, ask_tasks, asked_before, check_room
 from .report import broken_in_words
 from .result import Axis, Result
 
@@ -99,7 +99,7 @@ def run_needles(
     described = {**asdict(settings), "source": source, "haystack": haystack.digest}
     facts = model_facts(model, tokenizer, protocol, name, fusion)
     result = Result.begin(NAME, described, facts, run_facts(model.device), path)
-    pending = [tokens for tokens in sizes if any(not result.done(task.questions[0].id) for task in tasks[tokens])]
+    pending = [tokens for tokens in sizes if not all([asked_before(result, task) for task in tasks[tokens]])]
     if not pending:
         return result
     if isinstance(texts, MemoryBank):

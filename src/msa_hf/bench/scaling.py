@@ -215,7 +215,7 @@ def run_scaling(
 
 
 def _left(result: Result, asked: AskedDocuments, size: int) -> list[int]:
-    return [number for number in range(len(asked.questions)) if not result.done(f"{size} {number}")]
+    return [number for number, item in enumerate(asked.questions) if not result.done(f"{size} {number}", item.text)]
 
 
 def _ask(

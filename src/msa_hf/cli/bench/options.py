@@ -130,7 +130,7 @@ def check_outputs(args: argparse.Namespace) -> None:
                     path.open("ab").close()
             except OSError as error:
                 raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from error
-    if args.out is not None and args.html is not None and args.out.absolute() == args.html.absolute():
+    if args.out is not None and args.html is not None and args.out.resolve() == args.html.resolve():
         raise UserError(f"{args.out}: --out and --html are one file; name two")
 
 
