@@ -9,7 +9,8 @@ import torch
 
 from msa_hf.bench.asking import Ask, holds, index_words, put
 from msa_hf.bench.banks import HaystackBanks
-from msa_hf.bench.haystack import Haystack, HaystackTooSmall, Plant, generated_texts
+from msa_hf.bench.haystack import Haystack, HaystackTooSmall, Insert, Plant, generated_texts
+from msa_hf.bench.style import insert_in_style
 from msa_hf.generation import PromptProtocol
 from msa_hf.model.splitting_msa import split_text
 from msa_hf.model.tokenizing_msa import tokenize
@@ -67,6 +68,26 @@ def test_a_sentence_goes_between_others(text: str, place: float) -> None:
     assert (before + after).replace(" ", "").replace("\n", "") == text.replace(" ", "").replace("\n", "")
     assert found.split("NEW.")[0][-1:] in ("", " ", "\n")
     assert (place > 0 or not before) and (place < 1 or not after.strip())
+
+
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        ["鲸鱼是最大的动物。", "它们吃什么？", "浮游生物！", "它们生活在深海中。"],
+        ["यह एक वाक्य है।", "दूसरा यहाँ है।", "तीसरा भी।", "चौथा अंत में।"],
+        ["هل هذا سؤال؟", "نعم هو كذلك۔", "وهذا آخر؟", "انتهى۔"],
+        ["One is here.", "Two is 3.5 long!", "Is that three?", "Four it is."],
+    ],
+)
+@pytest.mark.parametrize("insert", [insert_sentence, insert_in_style])
+def test_places_in_a_text_are_kept_in_any_script(sentences: list[str], insert: Insert) -> None:
+    text = (" " if sentences[0][-1] in ".।؟" else "").join(sentences)
+    for place, before in ((0.0, 0), (0.3, 1), (0.75, 3), (1.0, 4)):
+        head, _, rest = insert(text, "NEW.", place).partition("NEW.")
+        assert (head.split(), rest.split()) == (
+            (" " if " " in text else "").join(sentences[:before]).split(),
+            (" " if " " in text else "").join(sentences[before:]).split(),
+        ), (place, head)
 
 
 def test_plants_lie_at_their_depths_each_in_a_document_of_its_own(haystack: Haystack) -> None:
