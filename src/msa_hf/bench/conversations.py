@@ -28,6 +28,7 @@ from ..synthetic.conversations.statements import pin_of
 from ..synthetic.corpora import UNANSWERABLE
 from .asking import INVENTED, holds, index_words, round_options
 from .facts import digest_of, model_facts, run_facts
+from .named import without_names
 from .report import short
 from .result import Result, Trial
 
@@ -258,7 +259,8 @@ def run_conversations(
     """Make conversations of all sizes, and put every question in every arm.
 
     Args:
-        filler: of `make_conversation`; `source` says what it is.
+        filler: of `make_conversation`; `source` says what it is. Texts that name somebody who is asked about are left
+            out.
         path: of the result, which goes on where an earlier run ended.
         name: of the model.
         fusion: weights that the arm "bank" fuses by, with the selector "hybrid".
@@ -269,13 +271,21 @@ def run_conversations(
     """
     if "lexical" in settings.arms:
         require_bm25s()  # said before the work
+    given, filler = len(filler), without_names(filler, _asked_about(settings))
     kept_settings = {**asdict(settings), "filler": source, "filler_texts": digest_of(filler)}
     facts = model_facts(model, tokenizer, protocol, name, fusion)
     result = Result.begin("conversations", kept_settings, facts, run_facts(model.device), path)
+    result.notes |= {"texts left out": given - len(filler)} if given > len(filler) else {}
     with result.kept():
         for tokens in settings.sizes:
             _measure(tokens, settings, model, tokenizer, protocol, filler, result, batch_tokens, show_progress, fusion)
     return result
+
+
+def _asked_about(settings: ConversationSettings) -> set[str]:
+    """The people in questions, who are the same at every size."""
+    questions = make_conversation(1, settings.seed, settings.asked).questions
+    return {person for question in questions for person, _ in question.seen}
 
 
 def _measure(

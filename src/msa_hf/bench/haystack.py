@@ -11,9 +11,11 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data.documents import Corpus
+from ..model.bank_manifest_msa import holds_bank
 from ..model.splitting_msa import split_text
 from ..model.tokenizing_msa import tokenize
 from ..synthetic.corpora import make_corpus
@@ -59,6 +61,7 @@ class Haystack:
         tokens: at least so many; None: all of the texts.
         document_tokens: of a document at most; longer texts are cut where a paragraph or sentence ends.
         least_tokens: of a document; what is shorter is left out.
+        show_progress: a bar of the tokens read, where that takes longer than a second (about 5 s for 1M on one core).
 
     Attributes:
         texts: of the documents.
@@ -75,6 +78,7 @@ class Haystack:
         tokens: int | None,
         document_tokens: int = 112,
         least_tokens: int = LEAST_TOKENS,
+        show_progress: bool = False,
     ) -> None:
         if document_tokens < least_tokens:
             raise ValueError(
@@ -84,15 +88,18 @@ class Haystack:
         self.texts: list[str] = []
         self._ends = array("q")  # tokens up to the end of each document
         total = short = 0
-        for text, count in _cut(texts, tokenizer, document_tokens):
-            if count < least_tokens:
-                short += 1
-                continue
-            total += count
-            self.texts.append(text)
-            self._ends.append(total)
-            if tokens is not None and total >= tokens:
-                return
+        bar = {"unit": "tokens", "unit_scale": True, "delay": 1.0, "disable": not show_progress}
+        with tqdm(total=tokens, desc="Reading texts", **bar) as progress:
+            for text, count in _cut(texts, tokenizer, document_tokens):
+                if count < least_tokens:
+                    short += 1
+                    continue
+                total += count
+                self.texts.append(text)
+                self._ends.append(total)
+                progress.update(count)
+                if tokens is not None and total >= tokens:
+                    return
         if tokens is None and total:
             return
         raise HaystackTooSmall(
@@ -161,8 +168,14 @@ def file_texts(sources: Sequence[str | Path], **options: object) -> Iterator[str
 
     Raises:
         DataError: for what cannot be read.
+        ValueError: for a bank, whose texts are encoded already.
     """
     for source in sources:
+        if holds_bank(Path(source)):
+            raise ValueError(
+                f"{source}: a bank, where texts are wanted; name the documents that it was made of. `bench needles` "
+                "and `bench mine` take a bank."
+            )
         yield from (row["text"] for row in Corpus(source, **options))  # type: ignore[arg-type]
 
 

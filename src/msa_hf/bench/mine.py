@@ -117,7 +117,8 @@ def run_mine(
     if isinstance(documents, MemoryBank):
         haystack = haystack_of(documents)
     else:
-        haystack = Haystack(documents, tokenizer, None, settings.document_tokens, least_tokens=1)
+        options: dict[str, Any] = {"least_tokens": 1, "show_progress": show_progress}
+        haystack = Haystack(documents, tokenizer, None, settings.document_tokens, **options)
     settings = replace(settings, sizes=_sizes(settings, haystack))
     terms = own_terms(own_words(haystack.texts), haystack.texts, settings.depths * settings.repeats, settings.seed)
     chains = _new_chains(settings, haystack.texts)

@@ -92,7 +92,7 @@ def run_needles(
     if isinstance(texts, MemoryBank):
         haystack = haystack_of(texts, sizes[-1])
     else:
-        haystack = Haystack(texts, tokenizer, sizes[-1], settings.document_tokens)
+        haystack = Haystack(texts, tokenizer, sizes[-1], settings.document_tokens, show_progress=show_progress)
     taken = NeedleTasks(settings.seed).keys_in(haystack.texts)
     tasks = {tokens: list(needle_tasks(settings, tokens, taken)) for tokens in sizes}
     check_room(haystack, sizes[0], max(len(task.plants) for task in tasks[sizes[0]]))

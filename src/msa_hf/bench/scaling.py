@@ -24,6 +24,7 @@ from ..synthetic.corpora import UNANSWERABLE, make_corpus
 from .asking import Ask, Outcome, put, round_options
 from .facts import digest_of, model_facts, run_facts
 from .intervals import Z95, sign_test
+from .named import ENTITY
 from .nested import Filler, NestedDocuments, documents_of, encode_nested, first_documents
 from .report import short
 from .result import Result, Trial
@@ -51,10 +52,15 @@ class AskedQuestion:
 
 @dataclass(frozen=True)
 class AskedDocuments:
-    """The documents that all banks have, and the questions about them."""
+    """The documents that all banks have, and the questions about them.
+
+    Attributes:
+        names: of invented entities, which no filler may name.
+    """
 
     texts: tuple[str, ...]
     questions: tuple[AskedQuestion, ...]
+    names: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -102,7 +108,8 @@ def invented_questions(tokens: int, asked: int, seed: int = 0, kinds: Sequence[s
         for kind in kinds
         for item in corpus.questions(asked, kind, seed=seed)  # type: ignore[arg-type]
     ]
-    return AskedDocuments(tuple(corpus.texts()), tuple(questions))
+    names = {*filter(None, corpus.names()), *(name for item in questions for name in ENTITY.findall(item.text))}
+    return AskedDocuments(tuple(corpus.texts()), tuple(questions), tuple(sorted(names)))
 
 
 def given_questions(questions: Sequence[JudgedFields], texts: Mapping[str, str]) -> AskedDocuments:

@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     )
     with reported():
         wanted = min(args.sizes[-1], FILLER_TOKENS)
-        filler = Haystack(file_texts(args.text), tokenizer, wanted).texts if args.text else []
+        shown = not args.quiet
+        filler = Haystack(file_texts(args.text), tokenizer, wanted, show_progress=shown).texts if args.text else []
         result = run_conversations(
             settings,
             model,

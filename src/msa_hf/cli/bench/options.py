@@ -105,10 +105,10 @@ def texts_in(
 ) -> Iterator[str] | MemoryBank:
     """The texts that were named, or the one bank; generated texts where nothing was."""
     from ...bench.haystack import file_texts, generated_texts
-    from ...model.bank_manifest_msa import is_bank
+    from ...model.bank_manifest_msa import holds_bank
     from ...model.hub_msa import is_hub_name
 
-    banks = [source for source in args.text if is_bank(Path(source)) or is_hub_name(source)]
+    banks = [source for source in args.text if holds_bank(Path(source)) or is_hub_name(source)]
     if banks and len(args.text) > 1:
         raise UserError(f"--text {banks[0]}: a bank is a haystack by itself; name it alone")
     if banks:
