@@ -123,7 +123,10 @@ def haystack_of(bank: MemoryBank, tokens: int | None = None) -> Haystack:
     texts, counts, total = list[str](), list[int](), 0
     for document in bank.documents:
         if document.text is None:
-            raise ValueError(f"Document {document.key!r} was stored without its text, into which a sentence is to go.")
+            raise ValueError(
+                f"Document {document.key!r} was stored without its text, into which a sentence is to go. Encode the "
+                "documents again with their texts, or name the documents themselves."
+            )
         texts.append(document.text)
         counts.append(document.tokens)
         total += document.tokens

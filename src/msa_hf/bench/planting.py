@@ -101,12 +101,13 @@ def ask_tasks(
     """
     with result.kept():
         for group in banks_of_tasks(tasks, documents):
-            questions = [question for task in group for question in task.questions]
-            if not all([asked_before(result, task) for task in group]):
-                for trials in _trials(result, group, documents, banks, asking):
-                    result.add(trials)
+            left = [item for task in group for item in task.questions if not result.done(item.id)]
             if progress is not None:
-                progress.update(len(questions))
+                progress.update(sum(len(task.questions) for task in group) - len(left))
+            for trials in _trials(result, group, documents, banks, asking) if left else ():
+                result.add(trials)
+                if progress is not None:  # a large bank has all questions of its size
+                    progress.update(len(trials))
 
 
 def banks_of_tasks(tasks: Sequence[Task], documents: int) -> Iterator[list[Task]]:
