@@ -12,6 +12,7 @@ from msa_hf.bench.conversations import (
     INVENTED,
     MISREAD,
     NOT_FOUND,
+    REASONS,
     REFUSALS,
     STALE,
     BankArm,
@@ -23,7 +24,8 @@ from msa_hf.bench.conversations import (
     judged,
     run_conversations,
 )
-from msa_hf.bench.result import Result, ResultError
+from msa_hf.bench.report import html_report, text_report
+from msa_hf.bench.result import Result, ResultError, Trial
 from msa_hf.cli import main
 from msa_hf.evaluation.prompting import Writer
 from msa_hf.retrieval import FusionWeights
@@ -37,6 +39,14 @@ def kept(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     made = Kept(*tiny, make_conversation(1, asked=3), tmp_path_factory.mktemp("kept"))
     yield made
     made.close()
+
+
+def test_all_that_breaks_is_told_in_words() -> None:
+    trials = [Trial(broke, "update", {}, "?", ("a",), "b", False, {"broke": broke}) for broke in REASONS]
+    result = Result("conversations", {}, {"name": "some"}, trials=trials)
+    text, page = text_report(result, reasons=REASONS), html_report(result, reasons=REASONS)
+    assert set(REASONS) == {NOT_FOUND, STALE, MISREAD, INVENTED}
+    assert all(words in text and words in page for words in REASONS.values())
 
 
 def asked(answer: str | None, evidence: tuple[int, ...] = (4, 9), stale: tuple[str, ...] = ()) -> TalkQuestion:

@@ -28,6 +28,17 @@ def test_documents_too_short_to_count_are_refused(benchmark: str, capsys: pytest
     assert "at least 16" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--out", "--html"])
+@pytest.mark.parametrize("benchmark", ["needles", "chains", "scaling", "conversations", "mine"])
+def test_a_result_among_the_texts_that_are_read_is_refused(
+    benchmark: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "inner").mkdir()
+    source = [str(tmp_path)] if benchmark == "mine" else ["--text", str(tmp_path)]
+    assert main(["bench", benchmark, TINY, *source, option, str(tmp_path / "inner" / "r.json")]) == 2
+    assert f"lies in {tmp_path}, whose files are read; name a file elsewhere" in capsys.readouterr().err
+
+
 BANK = '{"format": "msa_hf-bank", "format_version": 2}'
 
 

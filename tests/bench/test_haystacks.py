@@ -2,11 +2,13 @@
 
 import itertools
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from msa_hf.bench import asking
 from msa_hf.bench.asking import Ask, holds, index_words, put
 from msa_hf.bench.banks import HaystackBanks
 from msa_hf.bench.haystack import Haystack, HaystackTooSmall, Insert, Plant, generated_texts
@@ -145,6 +147,59 @@ def test_what_broke_is_told(tiny: Tiny, haystack: Haystack) -> None:
     # One round cannot find both documents: forced, they answer.
     (cut,) = next(put(model, tokenizer, bank, protocol, asked[:1], max_rounds=1, max_new_tokens=12))
     assert not cut.right and cut.broke == "routing" and holds(cut.rungs["forced_gold"], "roses")
+
+
+def test_every_rung_is_told_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in that is right from a chosen rung on: by itself, over forced documents, from texts alone, or never."""
+    asked = [
+        (Ask("by itself", ("yes",), ((1,),)), (1,), ""),
+        (Ask("forced", ("yes",), ((1,), (2,))), (1, 7), "routing"),
+        (Ask("forced", ("yes",), ((1,), (2,))), (7, 2, 1), "distractors"),
+        (Ask("texts", ("yes",), ((1,),)), (1,), "memory"),
+        (Ask("never", ("yes",), ((1,),)), (), "reader"),
+        (Ask("never", ("not known",), ()), (), "invented"),
+        (Ask("never", ("not known",), ((1,),)), (), "reader"),  # a twin whose first documents are there
+    ]
+    reads = iter([read for _, read, _ in asked])
+    forcings: list[Any] = []
+
+    class Asker:
+        def ask(self, questions: list[str], batch_size: int) -> list[Any]:
+            return [
+                SimpleNamespace(
+                    text="yes" if question == "by itself" else "no",
+                    documents=[SimpleNamespace(position=place) for place in next(reads)],
+                )
+                for question in questions
+            ]
+
+    class Writer:
+        protocol = object()
+
+        def __init__(self, *given: Any) -> None: ...
+
+        def prompt(self, question: str, rounds: Any) -> tuple[Any, int]:
+            assert rounds  # the texts stand in the prompt on both rungs
+            return question, 0
+
+        def write(self, prompts: list[str], memory: bool, forced: Any) -> list[str]:
+            forcings.append(forced)
+            assert (forced is not None) is memory
+            return ["yes" if item == "forced" or (item == "texts" and not memory) else "no" for item in prompts]
+
+    monkeypatch.setattr(asking, "asker_of", lambda *given, **options: Asker())
+    monkeypatch.setattr(asking, "Writer", Writer)
+    model: Any = torch.nn.Linear(1, 1)
+    bank: Any = None
+    for size in (1, 3, 99):
+        reads = iter([read for _, read, _ in asked])
+        batches = put(model, bank, bank, None, [ask for ask, _, _ in asked], batch_size=size)
+        found = [outcome for batch in batches for outcome in batch]
+        assert [outcome.broke for outcome in found] == [broke for _, _, broke in asked]
+        assert [outcome.read for outcome in found] == [read for _, read, _ in asked]
+        climbed = {"": 0, "invented": 0, "routing": 1, "distractors": 1, "memory": 2, "reader": 2}
+        assert [len(outcome.rungs) for outcome in found] == [climbed[broke] for _, _, broke in asked]
+    assert forcings[-2] == [[1, 2], [1, 2], [1], [1], [1]] and forcings[-1] is None
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from ..retrieval import FusionWeights
 from ..synthetic.conversations import NEVER_SAID, LongConversation, TalkQuestion, make_conversation
 from ..synthetic.conversations.statements import pin_of
 from ..synthetic.corpora import UNANSWERABLE
-from .asking import INVENTED, holds, index_words, round_options
+from .asking import INVENTED, RUNGS, holds, index_words, round_options
 from .facts import digest_of, model_facts, run_facts
 from .named import without_names
 from .report import short
@@ -48,6 +48,12 @@ ARMS = {
 NOT_FOUND = "not found"  # turns that hold the answer were not read
 STALE = "stale"  # an answer that held once
 MISREAD = "misread"  # they were read, and another answer was given
+REASONS = {
+    NOT_FOUND: "turns that hold the answer were not read",
+    STALE: "a value that held once, or was taken back",
+    MISREAD: "all turns that hold the answer were read, and another one was given",
+    INVENTED: RUNGS[INVENTED],
+}
 
 
 @dataclass(frozen=True)

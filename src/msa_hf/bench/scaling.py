@@ -20,7 +20,7 @@ from ..generation import PromptProtocol
 from ..model.memory_msa import MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
 from ..retrieval import FusionWeights
-from ..synthetic.corpora import UNANSWERABLE, make_corpus
+from ..synthetic.corpora import UNANSWERABLE, Corpus, Question, make_corpus
 from .asking import Ask, Outcome, put, round_options
 from .facts import digest_of, model_facts, run_facts
 from .intervals import Z95, sign_test
@@ -32,6 +32,7 @@ from .result import Result, Trial
 TABLES = (("tokens",), ("kind", "tokens"))
 MAPS = (("tokens", "kind"),)
 KINDS = ("one_hop", "two_hop", "unanswerable")
+TIMES = (2, 4, 16)  # as many questions are made, where some of them are the same
 DOCUMENT = 110  # tokens of an invented document, or fewer
 PAPER = 0.088  # lost from 16K to 100M tokens (MSA, arXiv 2603.23516)
 
@@ -97,7 +98,7 @@ def invented_questions(tokens: int, asked: int, seed: int = 0, kinds: Sequence[s
     """Questions of each kind about an invented corpus of at most so many tokens, in which all their documents are.
 
     Raises:
-        ValueError: for fewer tokens than questions need.
+        ValueError: for fewer tokens than questions need, and where they have not so many different ones.
     """
     count = tokens // DOCUMENT
     if count < 20:
@@ -106,10 +107,26 @@ def invented_questions(tokens: int, asked: int, seed: int = 0, kinds: Sequence[s
     questions = [
         AskedQuestion(item.text, item.answer, item.kind, item.rounds if item.kind != "unanswerable" else ())
         for kind in kinds
-        for item in corpus.questions(asked, kind, seed=seed)  # type: ignore[arg-type]
+        for item in _different(corpus, asked, kind, seed)
     ]
     names = {*filter(None, corpus.names()), *(name for item in questions for name in ENTITY.findall(item.text))}
     return AskedDocuments(tuple(corpus.texts()), tuple(questions), tuple(sorted(names)))
+
+
+def _different(corpus: Corpus, asked: int, kind: str, seed: int) -> list[Question]:
+    """Questions of which no two are the same, as small corpora have them: one put twice would count as two.
+
+    Raises:
+        ValueError: where the corpus has fewer.
+    """
+    for times in (1, *TIMES):
+        found = {item.text: item for item in corpus.questions(times * asked, kind, seed=seed)}  # type: ignore[arg-type]
+        if len(found) >= asked:
+            return list(found.values())[:asked]
+    raise ValueError(
+        f"The smallest bank has {len(corpus)} documents, which have {len(found)} different questions of the kind "
+        f"{kind}, and {asked} were asked for: ask fewer (--asked), or make the smallest size larger (--sizes)."
+    )
 
 
 def given_questions(questions: Sequence[JudgedFields], texts: Mapping[str, str]) -> AskedDocuments:

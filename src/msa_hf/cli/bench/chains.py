@@ -62,7 +62,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf bench chains`."""
-    check_outputs(args)
+    check_outputs(args, args.text)
     if not 0 <= args.text_share <= 0.9:
         raise UserError(f"--text-share must be between 0 and 0.9, got {args.text_share:g}")
     from ...bench.chains import MAPS, TABLES, ChainSettings, broken_hops, in_words, run_chains

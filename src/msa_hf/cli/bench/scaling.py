@@ -61,7 +61,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf bench scaling`."""
-    check_outputs(args)
+    check_outputs(args, args.text)
     if (args.questions is None) != (args.documents is None):
         raise UserError("--questions and --documents belong together: name both, or neither for invented questions")
     from ...bank.tiered.plan import PlacementOptions
