@@ -96,6 +96,7 @@ class Kept:
 
     Args:
         folder: where the store lies; the bank lies in memory.
+        budget: tokens of the prompts of the arm "store", which must have room for every question; None: no such arm.
 
     Attributes:
         bank: the turns, and only they.
@@ -111,6 +112,7 @@ class Kept:
         folder: str | Path,
         batch_tokens: int = 16384,
         show_progress: bool = False,
+        budget: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.protocol, self.talk = model, tokenizer, protocol, talk
         self.store = SQLiteStore(Path(folder) / "store.sqlite")
@@ -121,6 +123,9 @@ class Kept:
                 conversation.pin(*pin)
         options = {"batch_tokens": batch_tokens, "show_progress": show_progress}
         self.opened = BankStore(model, None, tokenizer, protocol, device=model.device, encode_options=options)
+        if budget is not None:  # said before all is encoded, which can take hours
+            asked = SessionMemory(self.store, SESSION, self.opened, tokenizer, budget=budget)
+            asked.check_budget(max((question.text for question in talk.questions), key=len))
         remember_turns(self.store, self.opened)
         self.bank: MemoryBank = self.opened.snapshot()
         self.places: dict[int, list[int]] = {}
@@ -317,7 +322,8 @@ def _measure(
     if not wanted:
         return
     with tempfile.TemporaryDirectory() as folder, evaluating(model):
-        kept = Kept(model, tokenizer, protocol, talk, folder, batch_tokens, show_progress)
+        budget = settings.budget if any(name == "store" for name, _ in wanted) else None
+        kept = Kept(model, tokenizer, protocol, talk, folder, batch_tokens, show_progress, budget)
         try:
             result.notes[f"conversation of {tokens}"] = {
                 "sessions": len(talk.sessions),
