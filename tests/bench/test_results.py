@@ -256,6 +256,11 @@ def test_other_versions_and_hardware_are_named() -> None:
     assert compare(after, after).changed == ()
 
 
+def test_a_result_of_fewer_trials_is_told() -> None:
+    """As of a run that was stopped."""
+    assert compare(result([True] * 3), result([True] * 2)).changed == ("trials: 3 there, 2 here",)
+
+
 def test_all_questions_together_tell_what_cells_of_one_cannot() -> None:
     before, after = Result("needles", {}, MODEL), Result("needles", {}, MODEL)
     for made, right in ((before, False), (after, True)):

@@ -38,7 +38,8 @@ class Comparison:
     Attributes:
         axes: of the cells.
         whole: all trials of the cells that both results have; its value is `ALL`.
-        changed: settings, facts of the models, versions and hardware that are not the same, in words.
+        changed: settings, facts of the models, versions, hardware and numbers of trials that are not the same,
+            in words.
         cells: in order.
     """
 
@@ -103,6 +104,8 @@ def compare(before: Result, after: Result, *axes: str) -> Comparison:
         left -= 1
     changed = differences(before.settings, after.settings) + differences(before.model, after.model)
     changed += differences(*map(_circumstances, (before, after)))
+    # Under the same settings, one of them has not been finished.
+    changed += differences(*({"trials": len(item.trials)} for item in (before, after)))
     cells = (
         Difference(item, sides[0].get(item), sides[1].get(item), chances.get(item), item in beyond) for item in values
     )

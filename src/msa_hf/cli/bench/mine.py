@@ -50,7 +50,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
         "--distances",
         type=shares,
         default=[0.05, 0.5],
-        help="between a fact and the next, as shares of the size (default: 0.05,0.5)",
+        help="between a fact and the next, as shares of the size, a document at least (default: 0.05,0.5)",
     )
     made.add_argument("--repeats", type=positive, default=2, help="questions of a kind at each place (default: 2)")
     made.add_argument(
