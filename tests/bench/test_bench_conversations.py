@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from msa_hf.bench import conversations
 from msa_hf.bench.conversations import (
     INVENTED,
     MISREAD,
     NOT_FOUND,
+    REASONS,
     REFUSALS,
     STALE,
     BankArm,
@@ -23,9 +25,11 @@ from msa_hf.bench.conversations import (
     judged,
     run_conversations,
 )
-from msa_hf.bench.result import Result, ResultError
+from msa_hf.bench.report import html_report, text_report
+from msa_hf.bench.result import Result, ResultError, Trial
 from msa_hf.cli import main
 from msa_hf.evaluation.prompting import Writer
+from msa_hf.hybrid.chat import PromptTooLong
 from msa_hf.retrieval import FusionWeights
 from msa_hf.synthetic.conversations import NEVER_SAID, TalkQuestion, make_conversation
 
@@ -37,6 +41,26 @@ def kept(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     made = Kept(*tiny, make_conversation(1, asked=3), tmp_path_factory.mktemp("kept"))
     yield made
     made.close()
+
+
+def test_a_budget_without_room_is_refused_before_turns_are_encoded(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encoded(*given: Any) -> None:
+        raise AssertionError("Encoding is begun.")
+
+    monkeypatch.setattr(conversations, "remember_turns", encoded)
+    settings = ConversationSettings((1,), asked=1, arms=("gold", "store"), budget=40)
+    with pytest.raises(PromptTooLong, match="the budget is 40"):
+        run_conversations(settings, *tiny)
+    with pytest.raises(AssertionError, match="begun"):  # of other arms it is no limit
+        run_conversations(ConversationSettings((1,), asked=1, arms=("gold",), budget=40), *tiny)
+
+
+def test_all_that_breaks_is_told_in_words() -> None:
+    trials = [Trial(broke, "update", {}, "?", ("a",), "b", False, {"broke": broke}) for broke in REASONS]
+    result = Result("conversations", {}, {"name": "some"}, trials=trials)
+    text, page = text_report(result, reasons=REASONS), html_report(result, reasons=REASONS)
+    assert set(REASONS) == {NOT_FOUND, STALE, MISREAD, INVENTED}
+    assert all(words in text and words in page for words in REASONS.values())
 
 
 def asked(answer: str | None, evidence: tuple[int, ...] = (4, 9), stale: tuple[str, ...] = ()) -> TalkQuestion:

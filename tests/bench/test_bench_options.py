@@ -1,10 +1,15 @@
 """What the options of benchmarks refuse, before any work is done."""
 
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from msa_hf.bench.haystack import Haystack, file_texts
 from msa_hf.cli import main
+from msa_hf.model.bank_manifest_msa import holds_bank
 
 TINY = str(Path(__file__).parents[2] / "model_cards" / "msa-hf-tiny")
 
@@ -21,3 +26,69 @@ def test_a_refusal_without_words_is_refused(benchmark: str, refusal: str, capsys
 def test_documents_too_short_to_count_are_refused(benchmark: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", benchmark, TINY, "--document-tokens", "15"]) == 2
     assert "at least 16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--out", "--html"])
+@pytest.mark.parametrize("benchmark", ["needles", "chains", "scaling", "conversations", "mine"])
+def test_a_result_among_the_texts_that_are_read_is_refused(
+    benchmark: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "inner").mkdir()
+    source = [str(tmp_path)] if benchmark == "mine" else ["--text", str(tmp_path)]
+    assert main(["bench", benchmark, TINY, *source, option, str(tmp_path / "inner" / "r.json")]) == 2
+    assert f"lies in {tmp_path}, whose files are read; name a file elsewhere" in capsys.readouterr().err
+
+
+BANK = '{"format": "msa_hf-bank", "format_version": 2}'
+
+
+@pytest.mark.parametrize("benchmark", ["chains", "scaling", "conversations"])
+def test_a_bank_in_the_place_of_texts_is_told_as_one(
+    benchmark: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "manifest.json").write_text(BANK)
+    options = ["--text", str(tmp_path), "--sizes", "3K", "--dtype", "float32", "--device", "cpu", "--quiet"]
+    assert main(["bench", benchmark, TINY, *options]) == 2
+    assert f"{tmp_path}: a bank, where texts are wanted" in capsys.readouterr().err
+
+
+def test_options_of_reading_documents_are_refused_for_a_bank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "manifest.json").write_text(BANK)
+    assert main(["bench", "mine", TINY, str(tmp_path), "--glob", "*.md", "--skip-bad", "--text-column", "a"]) == 2
+    assert "a bank, whose documents are not read again; leave out --text-column, --glob, --skip-bad" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("manifest", "bank"),
+    [
+        (BANK, True),
+        (BANK[:-9], True),  # damaged: to be said, not read as documents
+        ("", True),
+        ("[]", True),
+        ('{"name": "app", "icons": []}', False),
+        ('{"format": "zip", "text": "x"}', False),
+    ],
+)
+def test_a_folder_with_a_manifest_of_something_else_is_one_of_documents(
+    manifest: str, bank: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "manifest.json").write_text(manifest)
+    (tmp_path / "a.txt").write_text("Some words.")
+    assert holds_bank(tmp_path) is bank and not holds_bank(tmp_path / "a.txt")
+    if not bank:
+        assert "Some words." in list(file_texts([tmp_path], glob=["*.txt"]))
+
+
+def test_reading_many_texts_shows_how_far_it_is(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def texts() -> Iterator[str]:
+        for number in range(3):
+            time.sleep(0.4)
+            yield f"Text number {number} of a few words that count as a document, and of some more. " * 8
+
+    for shown in (False, True):
+        Haystack(texts(), tiny[1], None, show_progress=shown)
+        assert ("Reading texts" in capsys.readouterr().err) is shown

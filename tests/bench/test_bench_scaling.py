@@ -160,8 +160,17 @@ def test_all_documents_asked_about_are_in_the_smallest_bank(tiny: Any, texts: li
         run_scaling(ScalingSettings((300, 2000)), *tiny, asked, Unread(texts[9:]))
     with pytest.raises(ValueError, match="at least 2200 tokens"):
         invented_questions(1000, 3)
+    with pytest.raises(ValueError, match=r"has 20 documents, .* ask fewer \(--asked\)"):
+        invented_questions(2200, 5000)
     with pytest.raises(ValueError, match="ascend"):
         ScalingSettings((2000, 300))
+
+
+@pytest.mark.parametrize(("tokens", "asked"), [(2200, 100), (4000, 100), (16_000, 1000)])
+def test_no_invented_question_counts_twice(tokens: int, asked: int) -> None:
+    """Small corpora have few entities, whose turns come again."""
+    found = invented_questions(tokens, asked).questions
+    assert len({item.text for item in found}) == len(found) == 3 * asked
 
 
 def test_the_command_asks_the_same_of_every_size_and_goes_on(

@@ -2,14 +2,17 @@
 
 import itertools
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from msa_hf.bench import asking
 from msa_hf.bench.asking import Ask, holds, index_words, put
 from msa_hf.bench.banks import HaystackBanks
-from msa_hf.bench.haystack import Haystack, HaystackTooSmall, Plant, generated_texts
+from msa_hf.bench.haystack import Haystack, HaystackTooSmall, Insert, Plant, generated_texts
+from msa_hf.bench.style import insert_in_style
 from msa_hf.generation import PromptProtocol
 from msa_hf.model.splitting_msa import split_text
 from msa_hf.model.tokenizing_msa import tokenize
@@ -69,6 +72,26 @@ def test_a_sentence_goes_between_others(text: str, place: float) -> None:
     assert (place > 0 or not before) and (place < 1 or not after.strip())
 
 
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        ["鲸鱼是最大的动物。", "它们吃什么？", "浮游生物！", "它们生活在深海中。"],
+        ["यह एक वाक्य है।", "दूसरा यहाँ है।", "तीसरा भी।", "चौथा अंत में।"],
+        ["هل هذا سؤال؟", "نعم هو كذلك۔", "وهذا آخر؟", "انتهى۔"],
+        ["One is here.", "Two is 3.5 long!", "Is that three?", "Four it is."],
+    ],
+)
+@pytest.mark.parametrize("insert", [insert_sentence, insert_in_style])
+def test_places_in_a_text_are_kept_in_any_script(sentences: list[str], insert: Insert) -> None:
+    text = (" " if sentences[0][-1] in ".।؟" else "").join(sentences)
+    for place, before in ((0.0, 0), (0.3, 1), (0.75, 3), (1.0, 4)):
+        head, _, rest = insert(text, "NEW.", place).partition("NEW.")
+        assert (head.split(), rest.split()) == (
+            (" " if " " in text else "").join(sentences[:before]).split(),
+            (" " if " " in text else "").join(sentences[before:]).split(),
+        ), (place, head)
+
+
 def test_plants_lie_at_their_depths_each_in_a_document_of_its_own(haystack: Haystack) -> None:
     plants = [Plant(f"S{number}.", depth) for number, depth in enumerate([0.0, 0.0, 0.5, 0.5, 1.0, 1.0])]
     places = haystack.place(20, plants)
@@ -124,6 +147,59 @@ def test_what_broke_is_told(tiny: Tiny, haystack: Haystack) -> None:
     # One round cannot find both documents: forced, they answer.
     (cut,) = next(put(model, tokenizer, bank, protocol, asked[:1], max_rounds=1, max_new_tokens=12))
     assert not cut.right and cut.broke == "routing" and holds(cut.rungs["forced_gold"], "roses")
+
+
+def test_every_rung_is_told_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in that is right from a chosen rung on: by itself, over forced documents, from texts alone, or never."""
+    asked = [
+        (Ask("by itself", ("yes",), ((1,),)), (1,), ""),
+        (Ask("forced", ("yes",), ((1,), (2,))), (1, 7), "routing"),
+        (Ask("forced", ("yes",), ((1,), (2,))), (7, 2, 1), "distractors"),
+        (Ask("texts", ("yes",), ((1,),)), (1,), "memory"),
+        (Ask("never", ("yes",), ((1,),)), (), "reader"),
+        (Ask("never", ("not known",), ()), (), "invented"),
+        (Ask("never", ("not known",), ((1,),)), (), "reader"),  # a twin whose first documents are there
+    ]
+    reads = iter([read for _, read, _ in asked])
+    forcings: list[Any] = []
+
+    class Asker:
+        def ask(self, questions: list[str], batch_size: int) -> list[Any]:
+            return [
+                SimpleNamespace(
+                    text="yes" if question == "by itself" else "no",
+                    documents=[SimpleNamespace(position=place) for place in next(reads)],
+                )
+                for question in questions
+            ]
+
+    class Writer:
+        protocol = object()
+
+        def __init__(self, *given: Any) -> None: ...
+
+        def prompt(self, question: str, rounds: Any) -> tuple[Any, int]:
+            assert rounds  # the texts stand in the prompt on both rungs
+            return question, 0
+
+        def write(self, prompts: list[str], memory: bool, forced: Any) -> list[str]:
+            forcings.append(forced)
+            assert (forced is not None) is memory
+            return ["yes" if item == "forced" or (item == "texts" and not memory) else "no" for item in prompts]
+
+    monkeypatch.setattr(asking, "asker_of", lambda *given, **options: Asker())
+    monkeypatch.setattr(asking, "Writer", Writer)
+    model: Any = torch.nn.Linear(1, 1)
+    bank: Any = None
+    for size in (1, 3, 99):
+        reads = iter([read for _, read, _ in asked])
+        batches = put(model, bank, bank, None, [ask for ask, _, _ in asked], batch_size=size)
+        found = [outcome for batch in batches for outcome in batch]
+        assert [outcome.broke for outcome in found] == [broke for _, _, broke in asked]
+        assert [outcome.read for outcome in found] == [read for _, read, _ in asked]
+        climbed = {"": 0, "invented": 0, "routing": 1, "distractors": 1, "memory": 2, "reader": 2}
+        assert [len(outcome.rungs) for outcome in found] == [climbed[broke] for _, _, broke in asked]
+    assert forcings[-2] == [[1, 2], [1, 2], [1], [1], [1]] and forcings[-1] is None
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`bench mine` on this repository's own documents: what it plants, what it leaves behind, and what it says."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -80,6 +81,55 @@ def test_facts_chains_and_twins_are_planted_in_copies_of_the_documents(
     # The same questions at every size.
     by_size = [sorted(item.question for item in result.trials if item.axes["tokens"] == size) for size in sizes]
     assert all(item == by_size[0] for item in by_size)
+
+
+def test_a_bar_moves_with_every_batch_and_begins_where_the_run_goes_on(
+    model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    steps: list[int] = []
+
+    class Bar(contextlib.AbstractContextManager[Any]):
+        def __init__(self, total: int, **options: Any) -> None:
+            self.total = total
+
+        def __exit__(self, *error: object) -> None:
+            assert sum(steps) == self.total
+
+        def set_description(self, text: str) -> None: ...
+
+        def update(self, count: int) -> None:
+            steps.append(count)
+
+    monkeypatch.setattr(mine, "tqdm", Bar)
+    monkeypatch.setattr(planting, "put", Reader())
+    settings = MineSettings(sizes=(6000,), hops=1, depths=4, repeats=2, max_new_tokens=2)
+    texts = [f"Page {number} tells of the weather, and of little besides it." for number in range(150)]
+    run_mine(settings, *model, COMPACT, texts, tmp_path / "r.json", show_progress=False)
+    assert max(steps) == 1  # the stand-in answers one at a time
+    record = json.loads((tmp_path / "r.json").read_text())
+    record["trials"] = record["trials"][:5]
+    (tmp_path / "r.json").write_text(json.dumps(record))
+    steps.clear()
+    run_mine(settings, *model, COMPACT, texts, tmp_path / "r.json", show_progress=False)
+    assert steps[0] == 5 and max(steps[1:]) == 1
+
+
+def test_chains_lie_as_far_apart_as_is_said_though_many_share_a_small_bank(
+    model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of the documents has a sentence: where a depth is taken, the distance from fact to fact stays."""
+    monkeypatch.setattr(planting, "put", Reader())
+    texts = [f"Page {number} tells of the weather, and of little besides it." for number in range(150)]
+    settings = MineSettings(sizes=(6000,), hops=4, depths=3, repeats=2, distances=(0.05, 0.4), max_new_tokens=2)
+    result = run(model, texts, settings)
+    chains = [item for item in result.trials if item.kind == "chain"]
+    assert len(chains) == 2 * 3 * 3 * 2
+    for trial in chains:
+        far = float(trial.axes["distance"])
+        assert all(0.7 * far < apart < 1.35 * far for apart in trial.detail["tokens_apart"]), trial
+    for trial in result.trials:
+        if trial.detail["gold"]:
+            assert abs(trial.detail["gold"][0] / 107 - float(trial.axes["depth"])) < 0.1, trial
 
 
 def test_nothing_is_left_behind_in_a_bank_nor_in_its_files(

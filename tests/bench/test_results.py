@@ -95,6 +95,16 @@ def test_a_run_goes_on_where_it_stopped_and_only_with_its_own_file(tmp_path: Pat
     assert [item.name for item in tmp_path.iterdir()] == ["r.json"]
 
 
+def test_a_file_whose_questions_are_others_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Another release may ask otherwise under the same settings and names."""
+    made = result([True, False], tmp_path / "r.json")
+    assert made.done("single 1000 1", "q1?", ["yes"]) and not made.done("single 1000 2", "q2?", ("yes",))
+    with pytest.raises(ResultError, match=r"r\.json: .*another `question`.*'q1\?' there, 'q\?' here.*another file"):
+        made.done("single 1000 1", "q?")
+    with pytest.raises(ResultError, match=r"another `expected`.*\['yes'\] there, \['no'\] here"):
+        made.done("single 1000 1", "q1?", ("no",))
+
+
 def test_a_failed_write_leaves_the_file_that_is_there(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     made = result([True], path)
@@ -126,6 +136,16 @@ def record(**changes: object) -> str:
         (record(detail=3), "damaged"),
         (record(right=1), "damaged"),
         (record().replace('"settings": {}', '"settings": 5'), "damaged"),
+        (record().replace('"runs": []', '"runs": {}'), "damaged"),
+        (record().replace('"runs": []', '"runs": [1]'), "damaged"),
+        (record(question=4), "question"),
+        (record(answer=None), "answer"),
+        (record(kind=None), "kind"),
+        (record(id=7), "trial 7"),
+        (record(expected="yes"), "expected"),
+        (record(expected=[1]), "expected"),
+        (record(axes={"tokens": True}), "axes"),
+        (record(axes={"tokens": float("nan")}), "NaN"),
     ],
 )
 def test_what_is_no_result_is_refused_by_name(
@@ -185,7 +205,7 @@ def test_other_questions_are_compared_by_shares() -> None:
     assert compare(before, after, "kind").cells[0].p == pytest.approx(2 / math.comb(20, 10))
     after = result([], seed=3)
     after.add([Trial("x", "other", {}, "?", ("a",), "a", True)])
-    with pytest.raises(ResultError, match="no trials in common"):
+    with pytest.raises(ResultError, match="no trials in common by kind: put the same questions to both"):
         compare(before, after)
     after.benchmark = "chains"
     with pytest.raises(ResultError, match="different benchmarks"):
@@ -214,6 +234,31 @@ def test_kinds_without_an_axis_are_compared_as_well() -> None:
     assert [item.values for item in compare(*sides, "hops").cells] == [(1,), (2,)]
     with pytest.raises(ResultError, match=r"No axis 'bogus'.* kind, distance, hops"):
         compare(*sides, "kind", "bogus")
+
+
+def test_results_of_other_sizes_are_told_by_what_they_can_be_compared() -> None:
+    """As of `mine` on two folders, whose sizes are their own."""
+    before, after = result([]), result([])
+    for made, tokens in ((before, 1000), (after, 3000)):
+        made.add(trial(number, True, tokens) for number in range(3))
+    with pytest.raises(ResultError, match=r"by kind, depth, tokens: compare by kind, depth \(--by kind\)"):
+        compare(before, after)
+    assert compare(before, after, "kind").whole.p == 1
+    with pytest.raises(ResultError, match="has no trials yet"):
+        compare(before, result([]))
+
+
+def test_other_versions_and_hardware_are_named() -> None:
+    before, after = result([True]), result([True])
+    before.runs = [{"versions": {"msa_hf": "1", "torch": "2"}, "hardware": "here"}]
+    after.runs = [*before.runs, {"versions": {"msa_hf": "3", "torch": "2"}, "hardware": "here"}]
+    assert compare(before, after).changed == ("msa_hf: '1' there, '1, 3' here",)
+    assert compare(after, after).changed == ()
+
+
+def test_a_result_of_fewer_trials_is_told() -> None:
+    """As of a run that was stopped."""
+    assert compare(result([True] * 3), result([True] * 2)).changed == ("trials: 3 there, 2 here",)
 
 
 def test_all_questions_together_tell_what_cells_of_one_cannot() -> None:
@@ -279,6 +324,15 @@ def test_a_name_that_is_not_utf_8_stands_in_a_file(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_refused_before_any_work(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "needles", "model_cards/msa-hf-tiny", option, "/proc/result"]) == 2
     assert "/proc/result: cannot be written" in capsys.readouterr().err
+
+
+def test_one_file_for_both_is_refused_by_whatever_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link.html").symlink_to(tmp_path / "r.json")
+    for page in (tmp_path / "sub" / ".." / "r.json", tmp_path / "link.html"):
+        command = ["bench", "needles", "model_cards/msa-hf-tiny", "--out", str(tmp_path / "r.json")]
+        assert main([*command, "--html", str(page)]) == 2
+        assert "are one file; name two" in capsys.readouterr().err
 
 
 def test_maps_and_curves_have_room_for_long_labels() -> None:

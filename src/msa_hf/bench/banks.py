@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..generation import DocumentIds, PromptProtocol
@@ -70,9 +71,10 @@ class HaystackBanks:
         started = time.monotonic()
         texts = haystack.texts[: len(haystack) if documents is None else documents]
         with ThreadPoolExecutor() as threads:  # tokenizers leave Python's lock to others
-            rows = list(
-                threads.map(lambda item: _row(item[0], str(item[0]), item[1], tokenizer, protocol), enumerate(texts))
+            made_rows = threads.map(
+                lambda item: _row(item[0], str(item[0]), item[1], tokenizer, protocol), enumerate(texts)
             )
+            rows = list(tqdm(made_rows, "Tokenizing", len(texts), unit="doc", delay=1.0, disable=not show_progress))
         whole = model.encode_documents(rows, tokenizer, batch_tokens=batch_tokens, show_progress=show_progress)
         made = cls(model, tokenizer, protocol, haystack, whole, batch_tokens)
         made.facts["seconds"] = round(time.monotonic() - started, 1)
@@ -121,7 +123,10 @@ def haystack_of(bank: MemoryBank, tokens: int | None = None) -> Haystack:
     texts, counts, total = list[str](), list[int](), 0
     for document in bank.documents:
         if document.text is None:
-            raise ValueError(f"Document {document.key!r} was stored without its text, into which a sentence is to go.")
+            raise ValueError(
+                f"Document {document.key!r} was stored without its text, into which a sentence is to go. Encode the "
+                "documents again with their texts, or name the documents themselves."
+            )
         texts.append(document.text)
         counts.append(document.tokens)
         total += document.tokens

@@ -23,6 +23,7 @@ from ..synthetic.corpora import UNANSWERABLE
 from ..synthetic.kinds import CHAIN_KINDS, HOPS, ChainKind
 from .asking import Ask, Outcome, put, round_options
 from .facts import digest_of, model_facts, run_facts
+from .named import ENTITY, without_names
 from .result import Axis, Result, Trial
 
 NAME = "chains"
@@ -109,7 +110,8 @@ def run_chains(
     wrong is asked again with the documents forced and with their texts; the first hop that was not read is noted.
 
     Args:
-        prose: real texts between the invented documents; reprinted where they run out.
+        prose: real texts between the invented documents; reprinted where they run out. Those that name an entity that
+            is asked about are left out.
         path: of the result, which a run that ended early goes on with.
         source: what the prose is, for the result.
         name: of the model, for the result.
@@ -120,18 +122,20 @@ def run_chains(
     Raises:
         ValueError: for settings out of range, sizes too small for the questions, and a file that is of another run.
     """
-    worlds = [
-        world for tokens in sorted(settings.sizes) for world in _worlds(settings, tokens, tokenizer, protocol, prose)
-    ]
+    given = len(prose)
+    worlds, prose = _with_prose(settings, tokenizer, protocol, prose)
     described = {**asdict(settings), "source": source, "prose": digest_of(prose), "prose_texts": len(prose)}
     result = Result.begin(
         NAME, described, model_facts(model, tokenizer, protocol, name, fusion), run_facts(model.device), path
     )
+    result.notes |= {"prose left out": given - len(prose)} if given > len(prose) else {}
+    for world in worlds:  # before the first is encoded, which can take hours
+        _left(result, world, settings)
     total = sum(len(world.corpus.questions) for world in worlds)
     with result.kept(), tqdm(total=total, unit="question", disable=not show_progress) as progress:
         for world in worlds:
             progress.set_description(f"{world.tokens:,} tokens")
-            left = [place for place in range(len(world.corpus.questions)) if not result.done(world.id(place))]
+            left = _left(result, world, settings)
             progress.update(len(world.corpus.questions) - len(left))
             if not left:
                 continue
@@ -143,6 +147,37 @@ def run_chains(
                 result.add(trials)
                 progress.update(len(trials))
     return result
+
+
+def _with_prose(
+    settings: ChainSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: PromptProtocol | None,
+    prose: Sequence[str],
+) -> tuple[list[_World], Sequence[str]]:
+    """All corpora, and the prose in them, in which nothing stands about what is asked."""
+    while True:
+        worlds = [
+            world
+            for tokens in sorted(set(settings.sizes))
+            for world in _worlds(settings, tokens, tokenizer, protocol, prose)
+        ]
+        kept = without_names(prose, {name for world in worlds for name in _asked_names(world.corpus)})
+        if len(kept) == len(prose):
+            return worlds, prose
+        prose = kept  # by its mean length corpora have other numbers of documents, hence other names
+
+
+def _asked_names(corpus: ChainCorpus) -> set[str]:
+    """The names in questions, of their documents, and in these where the document that comes next is missing."""
+    texts = [question.text for question in corpus.questions]
+    names = set[str]()
+    for question in corpus.questions:
+        for place in question.positives:
+            names.update(filter(None, corpus.names(place, place + 1)))
+            if question.broken == "removed":
+                texts += corpus.texts(place, place + 1)
+    return names.union(*map(ENTITY.findall, texts))
 
 
 def _worlds(
@@ -187,6 +222,19 @@ def _documents(corpus: ChainCorpus, protocol: PromptProtocol | None) -> Iterator
             yield {"key": str(place), "text": text}
 
 
+def _left(result: Result, world: _World, settings: ChainSettings) -> list[int]:
+    """The places of the questions that were not asked yet."""
+    return [
+        place
+        for place, question in enumerate(world.corpus.questions)
+        if not result.done(world.id(place), question.text, _expected(question, settings))
+    ]
+
+
+def _expected(question: ChainQuestion, settings: ChainSettings) -> tuple[str]:
+    return (settings.refusal if question.broken else question.answer,)
+
+
 def _asked(
     world: _World,
     places: Sequence[int],
@@ -200,10 +248,7 @@ def _asked(
 ) -> Iterator[list[Trial]]:
     """The trials of one batch after the other."""
     questions = [world.corpus.questions[place] for place in places]
-    asked = [
-        Ask(question.text, (settings.refusal if question.broken else question.answer,), question.rounds)
-        for question in questions
-    ]
+    asked = [Ask(question.text, _expected(question, settings), question.rounds) for question in questions]
     rounds = round_options(settings.rounds, fusion)
     if protocol is not None:
         rounds = {"max_rounds": ROUNDS, **rounds}

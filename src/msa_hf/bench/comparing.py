@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..tables import table_lines
@@ -38,7 +38,8 @@ class Comparison:
     Attributes:
         axes: of the cells.
         whole: all trials of the cells that both results have; its value is `ALL`.
-        changed: settings and facts of the models that are not the same, in words.
+        changed: settings, facts of the models, versions, hardware and numbers of trials that are not the same,
+            in words.
         cells: in order.
     """
 
@@ -88,7 +89,7 @@ def compare(before: Result, after: Result, *axes: str) -> Comparison:
         for item in trials
     ]
     if not sides[0].keys() & sides[1].keys():
-        raise ResultError(f"These results have no trials in common by {', '.join(axes)}: nothing can be compared.")
+        raise ResultError(_apart(before, after, axes, both))
     values = list(sides[0]) + [item for item in sides[1] if item not in sides[0]]
     chances = {
         item: _chance(trials[0][item], trials[1][item]) for item in values if item in sides[0] and item in sides[1]
@@ -102,12 +103,37 @@ def compare(before: Result, after: Result, *axes: str) -> Comparison:
         beyond.add(item)
         left -= 1
     changed = differences(before.settings, after.settings) + differences(before.model, after.model)
+    changed += differences(*map(_circumstances, (before, after)))
+    # Under the same settings, one of them has not been finished.
+    changed += differences(*({"trials": len(item.trials)} for item in (before, after)))
     cells = (
         Difference(item, sides[0].get(item), sides[1].get(item), chances.get(item), item in beyond) for item in values
     )
     sums = [Cell((ALL,), sum(trial.right for trial in side), len(side)) for side in shared]
     whole = Difference((ALL,), sums[0], sums[1], chances[()], () in beyond)
     return Comparison(axes, whole, tuple(changed), tuple(cells))
+
+
+def _circumstances(result: Result) -> dict[str, str]:
+    """Versions and hardware by name; those of several runs, where they differ, one after the other."""
+    found: dict[str, dict[str, None]] = {}
+    for run in result.runs:
+        versions = run.get("versions")
+        facts = {**(versions if isinstance(versions, dict) else {}), "hardware": run.get("hardware")}
+        for name, value in facts.items():
+            if value is not None:
+                found.setdefault(name, {})[str(value)] = None
+    return {name: ", ".join(values) for name, values in found.items()}
+
+
+def _apart(before: Result, after: Result, axes: Sequence[str], known: Sequence[str]) -> str:
+    """Words about two results without a cell in common, and by what they can be compared."""
+    if not before.trials or not after.trials:
+        return f"{(after if before.trials else before).path}: has no trials yet; let its run go on."
+    values = [{axis: {cell.values for cell in item.cells(axis)} for axis in known} for item in (before, after)]
+    common = [axis for axis in known if values[0][axis] & values[1][axis]]
+    remedy = f"compare by {', '.join(common)} (--by {common[0]})" if common else "put the same questions to both"
+    return f"These results have no trials in common by {', '.join(axes)}: {remedy}."
 
 
 def _by_values(result: Result, axes: tuple[str, ...], only_with_all: bool) -> dict[tuple[Axis, ...], list[Trial]]:

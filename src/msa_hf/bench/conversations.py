@@ -26,8 +26,9 @@ from ..retrieval import FusionWeights
 from ..synthetic.conversations import NEVER_SAID, LongConversation, TalkQuestion, make_conversation
 from ..synthetic.conversations.statements import pin_of
 from ..synthetic.corpora import UNANSWERABLE
-from .asking import INVENTED, holds, index_words, round_options
+from .asking import INVENTED, RUNGS, holds, index_words, round_options
 from .facts import digest_of, model_facts, run_facts
+from .named import without_names
 from .report import short
 from .result import Result, Trial
 
@@ -47,6 +48,12 @@ ARMS = {
 NOT_FOUND = "not found"  # turns that hold the answer were not read
 STALE = "stale"  # an answer that held once
 MISREAD = "misread"  # they were read, and another answer was given
+REASONS = {
+    NOT_FOUND: "turns that hold the answer were not read",
+    STALE: "a value that held once, or was taken back",
+    MISREAD: "all turns that hold the answer were read, and another one was given",
+    INVENTED: RUNGS[INVENTED],
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ class Kept:
 
     Args:
         folder: where the store lies; the bank lies in memory.
+        budget: tokens of the prompts of the arm "store", which must have room for every question; None: no such arm.
 
     Attributes:
         bank: the turns, and only they.
@@ -104,6 +112,7 @@ class Kept:
         folder: str | Path,
         batch_tokens: int = 16384,
         show_progress: bool = False,
+        budget: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.protocol, self.talk = model, tokenizer, protocol, talk
         self.store = SQLiteStore(Path(folder) / "store.sqlite")
@@ -114,6 +123,9 @@ class Kept:
                 conversation.pin(*pin)
         options = {"batch_tokens": batch_tokens, "show_progress": show_progress}
         self.opened = BankStore(model, None, tokenizer, protocol, device=model.device, encode_options=options)
+        if budget is not None:  # said before all is encoded, which can take hours
+            asked = SessionMemory(self.store, SESSION, self.opened, tokenizer, budget=budget)
+            asked.check_budget(max((question.text for question in talk.questions), key=len))
         remember_turns(self.store, self.opened)
         self.bank: MemoryBank = self.opened.snapshot()
         self.places: dict[int, list[int]] = {}
@@ -216,6 +228,11 @@ def _arm(name: str, kept: Kept, settings: ConversationSettings, fusion: FusionWe
     return _from_gold if name == "gold" else _from_nothing
 
 
+def expected_of(question: TalkQuestion, refusals: Sequence[str]) -> tuple[str]:
+    """The answer that a trial names: the first of the refusals where there is none."""
+    return (refusals[0] if question.answer is None else question.answer,)
+
+
 def judged(question: TalkQuestion, answer: str, read: Sequence[int], refusals: Sequence[str]) -> tuple[bool, str]:
     """Judge whether an answer is right, and what broke if it is not.
 
@@ -253,7 +270,8 @@ def run_conversations(
     """Make conversations of all sizes, and put every question in every arm.
 
     Args:
-        filler: of `make_conversation`; `source` says what it is.
+        filler: of `make_conversation`; `source` says what it is. Texts that name somebody who is asked about are left
+            out.
         path: of the result, which goes on where an earlier run ended.
         name: of the model.
         fusion: weights that the arm "bank" fuses by, with the selector "hybrid".
@@ -264,13 +282,21 @@ def run_conversations(
     """
     if "lexical" in settings.arms:
         require_bm25s()  # said before the work
+    given, filler = len(filler), without_names(filler, _asked_about(settings))
     kept_settings = {**asdict(settings), "filler": source, "filler_texts": digest_of(filler)}
     facts = model_facts(model, tokenizer, protocol, name, fusion)
     result = Result.begin("conversations", kept_settings, facts, run_facts(model.device), path)
+    result.notes |= {"texts left out": given - len(filler)} if given > len(filler) else {}
     with result.kept():
         for tokens in settings.sizes:
             _measure(tokens, settings, model, tokenizer, protocol, filler, result, batch_tokens, show_progress, fusion)
     return result
+
+
+def _asked_about(settings: ConversationSettings) -> set[str]:
+    """The people in questions, who are the same at every size."""
+    questions = make_conversation(1, settings.seed, settings.asked).questions
+    return {person for question in questions for person, _ in question.seen}
 
 
 def _measure(
@@ -290,13 +316,14 @@ def _measure(
     wanted = [
         (name, number)
         for name in settings.arms
-        for number in range(len(talk.questions))
-        if not result.done(f"{tokens} {name} {number}")
+        for number, question in enumerate(talk.questions)
+        if not result.done(f"{tokens} {name} {number}", question.text, expected_of(question, settings.refusals))
     ]
     if not wanted:
         return
     with tempfile.TemporaryDirectory() as folder, evaluating(model):
-        kept = Kept(model, tokenizer, protocol, talk, folder, batch_tokens, show_progress)
+        budget = settings.budget if any(name == "store" for name, _ in wanted) else None
+        kept = Kept(model, tokenizer, protocol, talk, folder, batch_tokens, show_progress, budget)
         try:
             result.notes[f"conversation of {tokens}"] = {
                 "sessions": len(talk.sessions),
@@ -332,7 +359,7 @@ def _trials(
             question.kind,
             {"tokens": tokens, "arm": name, "sort": question.sort},
             question.text,
-            (settings.refusals[0] if question.answer is None else question.answer,),
+            expected_of(question, settings.refusals),
             answer,
             right,
             {"broke": broke, "evidence": len(question.evidence), "found": found, "read": list(read)},

@@ -11,9 +11,11 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data.documents import Corpus
+from ..model.bank_manifest_msa import holds_bank
 from ..model.splitting_msa import split_text
 from ..model.tokenizing_msa import tokenize
 from ..synthetic.corpora import make_corpus
@@ -39,11 +41,15 @@ class Plant:
     Attributes:
         depth: of the document in the haystack, 0 to 1 by tokens.
         place: in the document, 0 (before its first sentence) to 1 (behind its last).
+        apart: from the sentence before it in a list, as a share of all tokens, below 0 towards the beginning; None: its
+            place is by its depth alone. Counted from where that sentence came to stand, so that a distance is kept
+            where a depth was taken.
     """
 
     sentence: str
     depth: float
     place: float = 0.5
+    apart: float | None = None
 
 
 class Haystack:
@@ -55,6 +61,7 @@ class Haystack:
         tokens: at least so many; None: all of the texts.
         document_tokens: of a document at most; longer texts are cut where a paragraph or sentence ends.
         least_tokens: of a document; what is shorter is left out.
+        show_progress: a bar of the tokens read, where that takes longer than a second (about 5 s for 1M on one core).
 
     Attributes:
         texts: of the documents.
@@ -71,6 +78,7 @@ class Haystack:
         tokens: int | None,
         document_tokens: int = 112,
         least_tokens: int = LEAST_TOKENS,
+        show_progress: bool = False,
     ) -> None:
         if document_tokens < least_tokens:
             raise ValueError(
@@ -80,15 +88,18 @@ class Haystack:
         self.texts: list[str] = []
         self._ends = array("q")  # tokens up to the end of each document
         total = short = 0
-        for text, count in _cut(texts, tokenizer, document_tokens):
-            if count < least_tokens:
-                short += 1
-                continue
-            total += count
-            self.texts.append(text)
-            self._ends.append(total)
-            if tokens is not None and total >= tokens:
-                return
+        bar = {"unit": "tokens", "unit_scale": True, "delay": 1.0, "disable": not show_progress}
+        with tqdm(total=tokens, desc="Reading texts", **bar) as progress:
+            for text, count in _cut(texts, tokenizer, document_tokens):
+                if count < least_tokens:
+                    short += 1
+                    continue
+                total += count
+                self.texts.append(text)
+                self._ends.append(total)
+                progress.update(count)
+                if tokens is not None and total >= tokens:
+                    return
         if tokens is None and total:
             return
         raise HaystackTooSmall(
@@ -120,17 +131,20 @@ class Haystack:
         return self._ends[documents - 1] if documents else 0
 
     def place(self, documents: int, plants: Sequence[Plant]) -> list[int]:
-        """The document among the first ones that each sentence goes into: the one at its depth, or the nearest that is
-        still free.
+        """The document among the first ones that each sentence goes into: the one at its depth, or so far from the
+        sentence before it, or the nearest to that which is still free.
 
         Raises:
             HaystackTooSmall: for more sentences than documents.
         """
         if len(plants) > documents:
             raise HaystackTooSmall(f"{len(plants)} sentences do not go into {documents} documents, one into each.")
-        total, taken, places = self.tokens(documents), set[int](), []
+        total, taken, places = self.tokens(documents), set[int](), list[int]()
         for plant in plants:
-            wanted = min(bisect_left(self._ends, plant.depth * total), documents - 1)
+            tokens = plant.depth * total
+            if plant.apart is not None and places:
+                tokens = self.tokens(places[-1] + 1) + plant.apart * total
+            wanted = min(bisect_left(self._ends, tokens), documents - 1)
             near = (step for width in range(documents) for step in (wanted + width, wanted - width))
             place = next(step for step in near if 0 <= step < documents and step not in taken)
             taken.add(place)
@@ -154,8 +168,14 @@ def file_texts(sources: Sequence[str | Path], **options: object) -> Iterator[str
 
     Raises:
         DataError: for what cannot be read.
+        ValueError: for a bank, whose texts are encoded already.
     """
     for source in sources:
+        if holds_bank(Path(source)):
+            raise ValueError(
+                f"{source}: a bank, where texts are wanted; name the documents that it was made of. `bench needles` "
+                "and `bench mine` take a bank."
+            )
         yield from (row["text"] for row in Corpus(source, **options))  # type: ignore[arg-type]
 
 

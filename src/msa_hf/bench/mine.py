@@ -23,7 +23,7 @@ from .facts import model_facts, run_facts
 from .haystack import Haystack, Plant, depths_of
 from .intervals import fisher_test
 from .invented import CHAINS, MOST_HOPS, Chain, Chains
-from .planting import MOST_PLANTED, Asking, Question, Task, ask_tasks
+from .planting import MOST_PLANTED, Asking, Question, Task, ask_tasks, asked_before
 from .report import broken_in_words, short
 from .result import Axis, Cell, Result
 from .style import insert_in_style, own_terms, own_words
@@ -117,7 +117,8 @@ def run_mine(
     if isinstance(documents, MemoryBank):
         haystack = haystack_of(documents)
     else:
-        haystack = Haystack(documents, tokenizer, None, settings.document_tokens, least_tokens=1)
+        options: dict[str, Any] = {"least_tokens": 1, "show_progress": show_progress}
+        haystack = Haystack(documents, tokenizer, None, settings.document_tokens, **options)
     settings = replace(settings, sizes=_sizes(settings, haystack))
     terms = own_terms(own_words(haystack.texts), haystack.texts, settings.depths * settings.repeats, settings.seed)
     chains = _new_chains(settings, haystack.texts)
@@ -127,7 +128,7 @@ def run_mine(
         NAME, described, model_facts(model, tokenizer, protocol, name, fusion), run_facts(model.device), path
     )
     result.notes |= {"terms": len(terms), "terms wanted": settings.depths * settings.repeats}
-    if all(result.done(question.id) for made in tasks.values() for task in made for question in task.questions):
+    if all([asked_before(result, task) for made in tasks.values() for task in made]):
         return result
     if isinstance(documents, MemoryBank):
         banks = HaystackBanks(model, tokenizer, protocol, haystack, documents, batch_tokens)
@@ -198,9 +199,9 @@ def _new_chains(settings: MineSettings, texts: Sequence[str]) -> list[Chain]:
     """
     wanted = [
         hops
-        for _ in range(settings.repeats * settings.depths)
+        for _ in range(settings.repeats)
         for hops in range(1, settings.hops + 1)
-        for _ in (settings.distances if hops > 1 else (0.0,))
+        for _ in range(settings.depths * (len(settings.distances) if hops > 1 else 1))
     ]
     chains, whole, numbers, found = Chains(settings.seed), "\n".join(texts), iter(range(CHAINS)), list[Chain]()
     while len(found) < len(wanted):
@@ -217,14 +218,15 @@ def _tasks(
 ) -> Iterator[Task]:
     """All tasks at one size, the kinds in turns; the same ones at every size."""
     number, term = 0, iter(terms)
+    depths = depths_of(settings.depths)
+    shapes = [(1, 0.0), *((hops, far) for hops in range(2, settings.hops + 1) for far in settings.distances)]
     for repeat in range(settings.repeats):
-        for depth in depths_of(settings.depths):
-            if (pair := next(term, None)) is not None:
-                yield _term(settings, tokens, depth, repeat, pair)
-            for hops in range(1, settings.hops + 1):
-                for distance in settings.distances if hops > 1 else (0.0,):
-                    yield _chain(settings, tokens, depth, repeat, hops, distance, chains[number], number)
-                    number += 1
+        # Depths in turns inside a kind, so that those that share a bank do not crowd at one of them.
+        yield from (_term(settings, tokens, depth, repeat, pair) for depth, pair in zip(depths, term, strict=False))
+        for hops, distance in shapes:
+            for depth in depths:
+                yield _chain(settings, tokens, depth, repeat, hops, distance, chains[number], number)
+                number += 1
 
 
 def _chain(
@@ -241,9 +243,10 @@ def _chain(
     depths = depths_apart(depth, distance, hops)
     if hops > 1:  # not what was asked for where there was no room for it
         axes["distance"] = round(min(abs(there - here) for here, there in pairwise(depths)) * tokens)
+    steps = [None, *(there - here for here, there in pairwise(depths))]
     plants = tuple(
-        Plant(sentence, place, _place(settings.seed, number, hop))
-        for hop, (sentence, place) in enumerate(zip(made.sentences, depths, strict=True))
+        Plant(sentence, place, _place(settings.seed, number, hop), step)
+        for hop, (sentence, place, step) in enumerate(zip(made.sentences, depths, steps, strict=True))
     )
     kind = "fact" if hops == 1 else "chain"
     id = f"{kind} {hops} {tokens} {depth:g} {distance:g} {repeat}"

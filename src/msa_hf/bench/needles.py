@@ -20,7 +20,7 @@ from .asking import round_options
 from .banks import HaystackBanks, haystack_of
 from .facts import model_facts, run_facts
 from .haystack import Haystack, Plant, depths_of
-from .planting import Asking, Question, Task, ask_tasks, check_room
+from .planting import Asking, Question, Task, ask_tasks, asked_before, check_room
 from .report import broken_in_words
 from .result import Axis, Result
 
@@ -92,14 +92,14 @@ def run_needles(
     if isinstance(texts, MemoryBank):
         haystack = haystack_of(texts, sizes[-1])
     else:
-        haystack = Haystack(texts, tokenizer, sizes[-1], settings.document_tokens)
+        haystack = Haystack(texts, tokenizer, sizes[-1], settings.document_tokens, show_progress=show_progress)
     taken = NeedleTasks(settings.seed).keys_in(haystack.texts)
     tasks = {tokens: list(needle_tasks(settings, tokens, taken)) for tokens in sizes}
     check_room(haystack, sizes[0], max(len(task.plants) for task in tasks[sizes[0]]))
     described = {**asdict(settings), "source": source, "haystack": haystack.digest}
     facts = model_facts(model, tokenizer, protocol, name, fusion)
     result = Result.begin(NAME, described, facts, run_facts(model.device), path)
-    pending = [tokens for tokens in sizes if any(not result.done(task.questions[0].id) for task in tasks[tokens])]
+    pending = [tokens for tokens in sizes if not all([asked_before(result, task) for task in tasks[tokens]])]
     if not pending:
         return result
     if isinstance(texts, MemoryBank):

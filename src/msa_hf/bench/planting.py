@@ -78,6 +78,15 @@ def check_room(haystack: Haystack, tokens: int, most_plants: int) -> None:
         )
 
 
+def asked_before(result: Result, task: Task) -> bool:
+    """Tell whether a result has all questions of a task.
+
+    Raises:
+        ResultError: where it has another question of that name.
+    """
+    return all([result.done(item.id, item.text, item.expected) for item in task.questions])
+
+
 def ask_tasks(
     result: Result,
     tasks: Sequence[Task],
@@ -92,12 +101,13 @@ def ask_tasks(
     """
     with result.kept():
         for group in banks_of_tasks(tasks, documents):
-            questions = [question for task in group for question in task.questions]
-            if any(not result.done(question.id) for question in questions):
-                for trials in _trials(result, group, documents, banks, asking):
-                    result.add(trials)
+            left = [item for task in group for item in task.questions if not result.done(item.id)]
             if progress is not None:
-                progress.update(len(questions))
+                progress.update(sum(len(task.questions) for task in group) - len(left))
+            for trials in _trials(result, group, documents, banks, asking) if left else ():
+                result.add(trials)
+                if progress is not None:  # a large bank has all questions of its size
+                    progress.update(len(trials))
 
 
 def banks_of_tasks(tasks: Sequence[Task], documents: int) -> Iterator[list[Task]]:
@@ -125,7 +135,7 @@ def _trials(
     for task in group:
         own = [next(rest) for _ in task.plants]
         for question in task.questions:
-            if not result.done(question.id):
+            if not result.done(question.id, question.text, question.expected):
                 rounds = tuple((own[number],) for number in question.gold)
                 asks.append((question, Ask(question.text, question.expected, rounds)))
     for values in sorted({len(question.expected) for question, _ in asks}):

@@ -43,11 +43,12 @@ def cell_table(result: Result, *axes: str, kind: str | None = None) -> list[list
     return rows
 
 
-def broken(result: Result) -> list[list[str]]:
-    """Rows of a table of what broke, by kind of question; the header alone where nothing did."""
+def broken(result: Result, reasons: Mapping[str, str] = RUNGS) -> list[list[str]]:
+    """Rows of a table of what broke, by kind of question, with the reasons in words; the header alone where nothing
+    did."""
     counts = Counter((trial.kind, str(trial.detail.get("broke") or "")) for trial in result.trials if not trial.right)
     rows = [["kind", "wrong", "broke", ""]]
-    return rows + [[kind, str(count), broke, RUNGS.get(broke, "")] for (kind, broke), count in sorted(counts.items())]
+    return rows + [[kind, str(count), broke, reasons.get(broke, "")] for (kind, broke), count in sorted(counts.items())]
 
 
 def broken_in_words(result: Result) -> list[str]:
@@ -70,14 +71,16 @@ def broken_in_words(result: Result) -> list[str]:
     return lines
 
 
-def text_report(result: Result, tables: Sequence[Sequence[str]] = (("kind",),)) -> str:
-    """Tables of shares by the axes of each, and what broke, as text."""
+def text_report(
+    result: Result, tables: Sequence[Sequence[str]] = (("kind",),), reasons: Mapping[str, str] = RUNGS
+) -> str:
+    """Tables of shares by the axes of each, and what broke with the reasons in words, as text."""
     lines = [title(result)]
     for axes in tables:
         rows = cell_table(result, *axes)
         if len(rows) > 1:
             lines += ["", *table_lines(rows, left=len(axes))]
-    if len(rows := broken(result)) > 1:
+    if len(rows := broken(result, reasons)) > 1:
         lines += ["", *table_lines(rows, left=4)]
     return "\n".join(lines)
 
@@ -132,6 +135,7 @@ def html_report(
     words: Sequence[str] = (),
     figures: Sequence[str] = (),
     more: Mapping[str, Sequence[Sequence[str]]] = MappingProxyType({}),
+    reasons: Mapping[str, str] = RUNGS,
 ) -> str:
     """A page with what was found: sentences, heat maps, tables, the failures and all that repeats the run.
 
@@ -141,6 +145,7 @@ def html_report(
         words: what it comes to, a sentence each.
         figures: SVG, which comes first.
         more: rows of further tables by their titles, the header first; one without other rows is left out.
+        reasons: in words, by what broke.
     """
     body = [f"<h1>{escape(title(result))}</h1>", *(f"<p>{escape(sentence)}</p>" for sentence in words), *figures]
     for across, down in maps:
@@ -150,7 +155,7 @@ def html_report(
     for axes in tables:
         if len(rows := cell_table(result, *axes)) > 1:
             body += [f"<h2>By {escape(', '.join(axes))}</h2>", _table(rows)]
-    for name, listed in {"What broke": broken(result), **more}.items():
+    for name, listed in {"What broke": broken(result, reasons), **more}.items():
         if len(listed) > 1:
             body += [f"<h2>{escape(name)}</h2>", _table(listed, text=True)]
     failures = [trial for trial in result.trials if not trial.right]

@@ -101,7 +101,7 @@ class Result:
     path: Path | None = None
 
     def __post_init__(self) -> None:
-        self._known = {trial.id for trial in self.trials}
+        self._known = {trial.id: trial for trial in self.trials}
         self._saved = self._begun = time.monotonic()
 
     @classmethod
@@ -144,9 +144,29 @@ class Result:
         finally:
             self.save()
 
-    def done(self, id: str) -> bool:
-        """Tell whether a trial of that name is among those made."""
-        return id in self._known
+    def done(self, id: str, question: str | None = None, expected: Sequence[str] | None = None) -> bool:
+        """Tell whether a trial of that name is among those made.
+
+        Args:
+            question, expected: what the run that goes on would ask; None: whatever it was.
+
+        Raises:
+            ResultError: where that trial asked something else, as another release may have.
+        """
+        found = self._known.get(id)
+        if found is None:
+            return False
+        for name, there, here in (
+            ("question", found.question, found.question if question is None else question),
+            ("expected", list(found.expected), list(found.expected if expected is None else expected)),
+        ):
+            if there != here:
+                raise ResultError(
+                    f"{self.path}: holds a result that this run cannot go on with (its trial {id!r} has another "
+                    f"`{name}`, of another release or by hand: {there!r} there, {here!r} here). Name another file, or "
+                    "remove this one to begin anew."
+                )
+        return True
 
     def add(self, trials: Iterable[Trial]) -> None:
         """Keep trials; the file is written where it is more than two seconds old.
@@ -157,7 +177,7 @@ class Result:
         for trial in trials:
             if trial.id in self._known:
                 raise ValueError(f"Trial {trial.id!r} was made already.")
-            self._known.add(trial.id)
+            self._known[trial.id] = trial
             self.trials.append(trial)
         if time.monotonic() - self._saved > SAVED_EVERY:
             self.save()
@@ -225,7 +245,7 @@ class Result:
         """
         path = Path(path)
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
         except ValueError as error:
             raise ResultError(f"{path}: no result of a benchmark ({error}); name another file") from error
         if not isinstance(record, dict) or "format" not in record:
@@ -235,8 +255,11 @@ class Result:
         try:
             trials = [_trial(item) for item in record["trials"]]
             kept = {name: record[name] for name in ("benchmark", "settings", "model", "runs", "notes")}
-            if wrong := [name for name in ("settings", "model", "notes") if not isinstance(kept[name], dict)]:
-                raise ValueError(f"{wrong[0]}: {kept[wrong[0]]!r:.60}")
+            kinds = {"benchmark": str, "settings": dict, "model": dict, "runs": list, "notes": dict}
+            wrong = [name for name, kind in kinds.items() if not isinstance(kept[name], kind)]
+            wrong += ["runs"] * (not wrong and not all(isinstance(run, dict) for run in kept["runs"]))
+            if wrong:
+                raise ValueError(f"{wrong[0]}: {str(kept[wrong[0]])[:60]}")
         except (KeyError, TypeError, ValueError) as error:
             raise ResultError(
                 f"{path}: damaged, or made by hand ({error!r}); measure again into another file"
@@ -253,12 +276,19 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
 
 
 def _trial(record: Mapping[str, Any]) -> Trial:
-    values = {**record, "expected": tuple(record["expected"])}
-    trial = Trial(**values)
-    whole = isinstance(trial.right, bool) and isinstance(trial.axes, dict) and isinstance(trial.detail, dict)
-    if not whole or not all(isinstance(value, str | int | float) for value in trial.axes.values()):
-        raise ValueError(f"trial {trial.id!r}")
-    return trial
+    kinds = {"id": str, "kind": str, "axes": dict, "question": str, "expected": list, "answer": str, "right": bool}
+    for name, kind in {**kinds, "detail": dict}.items():
+        if not isinstance(record[name], kind):
+            raise ValueError(f"trial {record['id']!r}, {name}: {str(record[name])[:60]}")
+    texts = all(isinstance(item, str) for item in record["expected"])
+    if not texts or not all(type(value) in (str, int, float) for value in record["axes"].values()):
+        raise ValueError(f"trial {record['id']!r}, expected or axes")
+    return Trial(**{**record, "expected": tuple(record["expected"])})
+
+
+def _refuse(number: str) -> float:
+    """Refuse what Python reads as a number and JSON does not have, such as NaN."""
+    raise ValueError(f"{number} is no number of JSON")
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:

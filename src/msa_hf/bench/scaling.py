@@ -20,10 +20,11 @@ from ..generation import PromptProtocol
 from ..model.memory_msa import MemoryBank
 from ..model.modeling_msa import MSAForCausalLM
 from ..retrieval import FusionWeights
-from ..synthetic.corpora import UNANSWERABLE, make_corpus
+from ..synthetic.corpora import UNANSWERABLE, Corpus, Question, make_corpus
 from .asking import Ask, Outcome, put, round_options
 from .facts import digest_of, model_facts, run_facts
 from .intervals import Z95, sign_test
+from .named import ENTITY
 from .nested import Filler, NestedDocuments, documents_of, encode_nested, first_documents
 from .report import short
 from .result import Result, Trial
@@ -31,6 +32,7 @@ from .result import Result, Trial
 TABLES = (("tokens",), ("kind", "tokens"))
 MAPS = (("tokens", "kind"),)
 KINDS = ("one_hop", "two_hop", "unanswerable")
+TIMES = (2, 4, 16)  # as many questions are made, where some of them are the same
 DOCUMENT = 110  # tokens of an invented document, or fewer
 PAPER = 0.088  # lost from 16K to 100M tokens (MSA, arXiv 2603.23516)
 
@@ -51,10 +53,15 @@ class AskedQuestion:
 
 @dataclass(frozen=True)
 class AskedDocuments:
-    """The documents that all banks have, and the questions about them."""
+    """The documents that all banks have, and the questions about them.
+
+    Attributes:
+        names: of invented entities, which no filler may name.
+    """
 
     texts: tuple[str, ...]
     questions: tuple[AskedQuestion, ...]
+    names: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -91,7 +98,7 @@ def invented_questions(tokens: int, asked: int, seed: int = 0, kinds: Sequence[s
     """Questions of each kind about an invented corpus of at most so many tokens, in which all their documents are.
 
     Raises:
-        ValueError: for fewer tokens than questions need.
+        ValueError: for fewer tokens than questions need, and where they have not so many different ones.
     """
     count = tokens // DOCUMENT
     if count < 20:
@@ -100,9 +107,26 @@ def invented_questions(tokens: int, asked: int, seed: int = 0, kinds: Sequence[s
     questions = [
         AskedQuestion(item.text, item.answer, item.kind, item.rounds if item.kind != "unanswerable" else ())
         for kind in kinds
-        for item in corpus.questions(asked, kind, seed=seed)  # type: ignore[arg-type]
+        for item in _different(corpus, asked, kind, seed)
     ]
-    return AskedDocuments(tuple(corpus.texts()), tuple(questions))
+    names = {*filter(None, corpus.names()), *(name for item in questions for name in ENTITY.findall(item.text))}
+    return AskedDocuments(tuple(corpus.texts()), tuple(questions), tuple(sorted(names)))
+
+
+def _different(corpus: Corpus, asked: int, kind: str, seed: int) -> list[Question]:
+    """Questions of which no two are the same, as small corpora have them: one put twice would count as two.
+
+    Raises:
+        ValueError: where the corpus has fewer.
+    """
+    for times in (1, *TIMES):
+        found = {item.text: item for item in corpus.questions(times * asked, kind, seed=seed)}  # type: ignore[arg-type]
+        if len(found) >= asked:
+            return list(found.values())[:asked]
+    raise ValueError(
+        f"The smallest bank has {len(corpus)} documents, which have {len(found)} different questions of the kind "
+        f"{kind}, and {asked} were asked for: ask fewer (--asked), or make the smallest size larger (--sizes)."
+    )
 
 
 def given_questions(questions: Sequence[JudgedFields], texts: Mapping[str, str]) -> AskedDocuments:
@@ -215,7 +239,7 @@ def run_scaling(
 
 
 def _left(result: Result, asked: AskedDocuments, size: int) -> list[int]:
-    return [number for number in range(len(asked.questions)) if not result.done(f"{size} {number}")]
+    return [number for number, item in enumerate(asked.questions) if not result.done(f"{size} {number}", item.text)]
 
 
 def _ask(

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from ..synthetic.hashing import derive_key
-from ..synthetic.sentences import SENTENCE_END
+from ..synthetic.sentences import OTHER_MARKS, SENTENCE_END
 
 ITEM = re.compile(r"(\s*(?:[-*+•]|\d{1,3}[.)])\s+)\S")
 FENCE = re.compile(r"\s*(?:```|~~~)")
 CLOSED = re.compile(r"\s*(?:#|\||<|>|\.\. |={3,}|-{3,}|:::|!\[)")  # lines that no sentence goes behind
+CLOSING = "\"'”’」』）)]"  # marks behind a sentence's own
 WORD = re.compile(r"(?<![\w/.@-])[^\W\d_]{4,12}(?![\w/@-])")  # of any alphabet; those of small letters are taken
 MOST_WORDS = 600
 
@@ -37,7 +38,7 @@ def insert_in_style(text: str, sentence: str, place: float) -> str:
                 for cut in sorted(ends):
                     before = " " if cut and not body[:cut].endswith(" ") else ""
                     after = " " if cut < len(body) else ""
-                    if cut not in (0, len(body)) or body.rstrip()[-1] in ".!?:":
+                    if cut not in (0, len(body)) or body.rstrip().rstrip(CLOSING)[-1:] in (*".!?:：", *OTHER_MARKS):
                         spots.append((start + cut, before, after))
         start = end
     if not spots:

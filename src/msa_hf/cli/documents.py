@@ -37,6 +37,12 @@ def add_document_options(made: argparse.ArgumentParser) -> None:
     group.add_argument("--split", metavar="NAME", help="of a saved dataset that has several")
 
 
+def reading_options(args: argparse.Namespace) -> list[str]:
+    """The options of reading documents that were given, as they are typed."""
+    names = ("text_column", "key_column", "glob", "encoding", "skip_bad", "split")
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+
+
 def read_corpus(args: argparse.Namespace, source: str, quiet: bool = False) -> Corpus:
     """The documents of a source, looked at; says on stderr what was left out.
 

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """`msa-hf eval`."""
     from ..evaluation.diagnosis import diagnose
     from ..evaluation.judged_questions import read_judged
-    from ..model.bank_manifest_msa import is_bank
+    from ..model.bank_manifest_msa import holds_bank
     from ..model.hub_msa import is_hub_name
 
     device = device_in(args)
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             )
     except ImportError as error:
         raise UserError(f"{error}, or leave it out of --conditions") from error
-    corpus = None if is_bank(Path(args.bank)) or is_hub_name(args.bank) else read_corpus(args, args.bank)
+    corpus = None if holds_bank(Path(args.bank)) or is_hub_name(args.bank) else read_corpus(args, args.bank)
     model, tokenizer = load(args.model, device, args.dtype, args.protocol)
     with reported():
         if corpus is None:

@@ -1,5 +1,6 @@
 """The manifest that lies in a bank's directory, with the commits since it was written, and its copy."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from .bank_files_msa import regular_file, unreadable
 from .bank_format_msa import (
     BACKUP,
     CHOOSE,
+    FORMAT,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MEMORY_PER_FILE,
@@ -26,6 +28,7 @@ from .bounds_msa import MEMORY, bytes_there, check_json, json_memory
 # What a manifest may count beside lost files: rows, which take memory; and bytes of tensors, whose places take none.
 FEW_ROWS, ROW_BYTES = 2**18, 128  # without more; one more for so many bytes that are there
 FEW_TENSORS, LOST_TIMES = 2**30, 1024  # bytes without more; so many for each byte that is there
+FOREIGN_BYTES = 2**20  # at most, of a manifest that is looked at for being of something else
 TRIES = 10  # of a reader whose files a writer removes meanwhile
 
 
@@ -39,6 +42,21 @@ def is_bank(directory: Path) -> bool:
     except OSError as error:
         raise unreadable(path, error) from error
     return True
+
+
+def holds_bank(path: Path) -> bool:
+    """Tell whether a bank lies in what may as well be documents: a folder whose manifest is of something else, such as
+    a web application's, is none; one whose manifest is damaged is a bank, which is to be told."""
+    if not is_bank(path):
+        return False
+    manifest = path / MANIFEST
+    try:
+        if not manifest.is_file() or manifest.stat().st_size > FOREIGN_BYTES:
+            return True
+        found = json.loads(manifest.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return True
+    return not isinstance(found, dict) or found.get("format") == FORMAT
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -2,7 +2,9 @@
 
 import re
 
-SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+|\n+")
+# Latin marks need white space behind them, or numbers and abbreviations would be cut; those of other scripts do not.
+OTHER_MARKS = "。！？｡।॥؟۔"
+SENTENCE_END = re.compile(rf"[.!?][\"')\]]*\s+|[{OTHER_MARKS}][\"'”’」』）)]*\s*|\n+")
 
 
 def insert_sentence(text: str, sentence: str, place: float) -> str:

@@ -62,7 +62,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf bench chains`."""
-    check_outputs(args)
+    check_outputs(args, args.text)
     if not 0 <= args.text_share <= 0.9:
         raise UserError(f"--text-share must be between 0 and 0.9, got {args.text_share:g}")
     from ...bench.chains import MAPS, TABLES, ChainSettings, broken_hops, in_words, run_chains
@@ -87,9 +87,10 @@ def run(args: argparse.Namespace) -> int:
     options = run_options(args)
     model, tokenizer, protocol = load_asked(args)
     with reported():
-        if args.text:
+        if args.text and args.text_share:
             wanted = max(int(args.sizes[-1] * args.text_share), 1)
-            prose = Haystack(file_texts(args.text), tokenizer, wanted, args.document_tokens).texts
+            shown = not args.quiet
+            prose = Haystack(file_texts(args.text), tokenizer, wanted, args.document_tokens, show_progress=shown).texts
         else:
             prose = prose_documents(200, seed=args.seed, words=55, packages=False) if args.text_share else []
         result = run_chains(

@@ -47,8 +47,16 @@ def add_options(made: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf bench conversations`."""
-    check_outputs(args)
-    from ...bench.conversations import MAPS, REFUSALS, TABLES, ConversationSettings, in_words, run_conversations
+    check_outputs(args, args.text)
+    from ...bench.conversations import (
+        MAPS,
+        REASONS,
+        REFUSALS,
+        TABLES,
+        ConversationSettings,
+        in_words,
+        run_conversations,
+    )
     from ...bench.haystack import Haystack, file_texts
     from ...bench.report import html_report, text_report
 
@@ -68,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     )
     with reported():
         wanted = min(args.sizes[-1], FILLER_TOKENS)
-        filler = Haystack(file_texts(args.text), tokenizer, wanted).texts if args.text else []
+        shown = not args.quiet
+        filler = Haystack(file_texts(args.text), tokenizer, wanted, show_progress=shown).texts if args.text else []
         result = run_conversations(
             settings,
             model,
@@ -83,6 +92,6 @@ def run(args: argparse.Namespace) -> int:
             show_progress=not args.quiet,
         )
     words = in_words(result)
-    text = "\n".join([text_report(result, TABLES), "", *words])
-    show(args, result, text, html_report(result, TABLES, MAPS, words))
+    text = "\n".join([text_report(result, TABLES, REASONS), "", *words])
+    show(args, result, text, html_report(result, TABLES, MAPS, words, reasons=REASONS))
     return 0

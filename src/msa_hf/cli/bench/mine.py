@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...user_errors import UserError, reported
 from ..answers import interleave_options
-from ..documents import add_document_options, read_corpus
+from ..documents import add_document_options, read_corpus, reading_options
 from ..options import at_least, device_in, positive
 from .options import (
     add_asking_options,
@@ -50,7 +50,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
         "--distances",
         type=shares,
         default=[0.05, 0.5],
-        help="between a fact and the next, as shares of the size (default: 0.05,0.5)",
+        help="between a fact and the next, as shares of the size, a document at least (default: 0.05,0.5)",
     )
     made.add_argument("--repeats", type=positive, default=2, help="questions of a kind at each place (default: 2)")
     made.add_argument(
@@ -65,11 +65,11 @@ def add_options(made: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf bench mine`."""
-    check_outputs(args)
+    check_outputs(args, [] if args.glob else [args.docs])  # patterns say themselves what is read
     device_in(args)
     from ...bench.mine import MAPS, TABLES, MineSettings, in_words, run_mine
     from ...bench.report import html_report, text_report
-    from ...model.bank_manifest_msa import is_bank
+    from ...model.bank_manifest_msa import holds_bank
     from ...model.hub_msa import is_hub_name
     from ...model.memory_msa import MemoryBank
 
@@ -85,9 +85,11 @@ def run(args: argparse.Namespace) -> int:
         rounds=interleave_options(args),
         **({} if args.refusal is None else {"refusal": args.refusal}),
     )
-    banked = is_bank(Path(args.docs)) or is_hub_name(args.docs)
+    banked = holds_bank(Path(args.docs)) or is_hub_name(args.docs)
     if not banked and not Path(args.docs).exists():
         raise UserError(f"{args.docs}: no such file, folder or bank")
+    if banked and (given := reading_options(args)):
+        raise UserError(f"{args.docs}: a bank, whose documents are not read again; leave out {', '.join(given)}")
     documents: list[str] | MemoryBank = [] if banked else [row["text"] for row in read_corpus(args, args.docs)]
     options = run_options(args)
     model, tokenizer, protocol = load_asked(args)

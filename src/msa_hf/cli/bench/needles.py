@@ -44,7 +44,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf bench needles`."""
-    check_outputs(args)
+    check_outputs(args, args.text)
     from ...bench.needles import MAPS, TABLES, NeedleSettings, in_words, run_needles
     from ...bench.report import html_report, text_report
 

@@ -105,10 +105,10 @@ def texts_in(
 ) -> Iterator[str] | MemoryBank:
     """The texts that were named, or the one bank; generated texts where nothing was."""
     from ...bench.haystack import file_texts, generated_texts
-    from ...model.bank_manifest_msa import is_bank
+    from ...model.bank_manifest_msa import holds_bank
     from ...model.hub_msa import is_hub_name
 
-    banks = [source for source in args.text if is_bank(Path(source)) or is_hub_name(source)]
+    banks = [source for source in args.text if holds_bank(Path(source)) or is_hub_name(source)]
     if banks and len(args.text) > 1:
         raise UserError(f"--text {banks[0]}: a bank is a haystack by itself; name it alone")
     if banks:
@@ -117,8 +117,13 @@ def texts_in(
     return file_texts(args.text) if args.text else generated_texts(args.seed)
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Refuse, before any work, files that could not be written."""
+def check_outputs(args: argparse.Namespace, sources: Sequence[str] = ()) -> None:
+    """Refuse, before any work, files that could not be written, and those that would be read.
+
+    Args:
+        sources: files and folders that are read whole: a result among them would be one of the texts of the next run,
+            which could not go on with it.
+    """
     for path in (args.out, args.html):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise UserError(f"{path}: not a file in a directory that is there")
@@ -130,7 +135,11 @@ def check_outputs(args: argparse.Namespace) -> None:
                     path.open("ab").close()
             except OSError as error:
                 raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from error
-    if args.out is not None and args.html is not None and args.out.absolute() == args.html.absolute():
+    for source in sources:
+        for path in (args.out, args.html):
+            if path is not None and path.resolve().is_relative_to(Path(source).resolve()):
+                raise UserError(f"{path}: lies in {source}, whose files are read; name a file elsewhere")
+    if args.out is not None and args.html is not None and args.out.resolve() == args.html.resolve():
         raise UserError(f"{args.out}: --out and --html are one file; name two")
 
 

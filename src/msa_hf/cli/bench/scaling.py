@@ -61,12 +61,13 @@ def add_options(made: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`msa-hf bench scaling`."""
-    check_outputs(args)
+    check_outputs(args, args.text)
     if (args.questions is None) != (args.documents is None):
         raise UserError("--questions and --documents belong together: name both, or neither for invented questions")
     from ...bank.tiered.plan import PlacementOptions
     from ...bench.curve import curve
     from ...bench.haystack import Haystack, file_texts
+    from ...bench.named import without_names
     from ...bench.nested import Filler, GivenTexts, InventedTexts
     from ...bench.report import html_report, text_report
     from ...bench.scaling import MAPS, TABLES, ScalingSettings, in_words, run_scaling
@@ -86,8 +87,9 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer, protocol = load_asked(args)
     with reported():
         if args.text:
-            texts = Haystack(file_texts(args.text), tokenizer, args.sizes[-1], args.document_tokens).texts
-            filler: Filler = GivenTexts(texts)
+            size, shown = args.sizes[-1], not args.quiet
+            texts = Haystack(file_texts(args.text), tokenizer, size, args.document_tokens, show_progress=shown).texts
+            filler: Filler = GivenTexts(without_names(texts, asked.names))
         else:
             filler = InventedTexts(args.seed, [*asked.texts, *(item.text for item in asked.questions)])
         result = run_scaling(

@@ -83,15 +83,7 @@ class SessionMemory:
         Raises:
             PromptTooLong: where pinned texts, state, question and the last turns alone exceed the budget.
         """
-        conversation, turns = self.conversation, self.conversation.turns()
-        context = SessionContext(question, conversation.pins(), conversation.state(), ())
-        least = min(self.least_recent, len(turns))
-        needed = self._counted(_with_recent(context, turns, least))
-        if needed > self.budget:
-            raise PromptTooLong(
-                f"Session {conversation.session!r}: pinned texts, state, the question and the last {least} turns have "
-                f"{needed} tokens, the budget is {self.budget}. Raise it, or shorten what is pinned."
-            )
+        context, turns, least, needed = self._least(question)
         recent = self._fitting(context, turns, least, self.budget)
         if recent < len(turns):
             fixed = self._counted(context)
@@ -102,7 +94,7 @@ class SessionMemory:
             if missing:
                 logger.warning(
                     "Session %r: %d older turns are not in the bank yet and stay unseen; remember_turns puts them in.",
-                    conversation.session,
+                    self.conversation.session,
                     len(missing),
                 )
             context = replace(_with_recent(context, turns, recent), missing=tuple(missing))
@@ -121,7 +113,29 @@ class SessionMemory:
         turns = [turn for turn in self.conversation.turns() if turn.number not in shown]
         return self._select(self._keys(turns)[0])
 
+    def check_budget(self, question: str) -> None:
+        """Make sure that a question fits, which takes no bank: it may be asked before turns are in one.
+
+        Raises:
+            PromptTooLong: where `context` would.
+        """
+        self._least(question)
+
     # Inside -----------------------------------------------------------------------------------------------------------
+
+    def _least(self, question: str) -> tuple[SessionContext, Sequence[Turn], int, int]:
+        """What every context of a question has beside turns, all turns, how many of the last it has at least, and the
+        tokens of these together."""
+        conversation, turns = self.conversation, self.conversation.turns()
+        context = SessionContext(question, conversation.pins(), conversation.state(), ())
+        least = min(self.least_recent, len(turns))
+        needed = self._counted(_with_recent(context, turns, least))
+        if needed > self.budget:
+            raise PromptTooLong(
+                f"Session {conversation.session!r}: pinned texts, state, the question and the last {least} turns have "
+                f"{needed} tokens, the budget is {self.budget}. Raise it, or shorten what is pinned."
+            )
+        return context, turns, least, needed
 
     def _counted(self, context: SessionContext) -> int:
         assert self._count is not None
