@@ -164,9 +164,10 @@ def prepare_routers(
         raise SettingError("max_length", "{1} ({0} {2})", error, settings.max_length) from None
     notes = [f"{len(repeated)} passages occur more than once and are taken once"] if repeated else []
     if len(passages) < LEAST_PASSAGES:
+        again = f", and {len(repeated)} that repeat them" if repeated else ""
         raise TrainingError(
-            f"the documents have {len(passages)} different passages; routers learn to tell passages apart, which takes "
-            f"at least {LEAST_PASSAGES}"
+            f"the documents have {len(passages)} different passages{again}; routers learn to tell passages apart, "
+            f"which takes at least {LEAST_PASSAGES}"
         )
     record = {**settings.decisive(), "protocol": protocol.to_dict(), "data": _digest(documents, questions)}
     checkpoint = _checkpoint_to_resume(settings, output, record)
@@ -281,9 +282,14 @@ def _hold_out(settings: RouterSettings, maker: PairMaker, labeled: Sequence[Aske
         for place in item.gold:
             answers.setdefault(place, []).append(item.answer or "")
     measured: list[Asked] = []
+    others = 0  # passages that ask something and are not held out, of those looked at
     for place in pick.sample(range(count), count):
         if len(measured) == wanted:
-            break
+            # Where few passages ask anything, those held out must leave some to train on.
+            others += bool(maker.of(place))
+            if others >= wanted:
+                break
+            continue
         # A title asks for all of its document, which few documents of one passage can tell from the text. Readers are
         # trained and routers measured on these texts, so that the answers of labeled questions stay in them.
         whole = maker.passages[place].text
@@ -293,9 +299,16 @@ def _hold_out(settings: RouterSettings, maker: PairMaker, labeled: Sequence[Aske
             pair = pick.choice(pairs)
             text = None if pair.text == whole else pair.text
             measured.append(Asked(pair.query, pair.kind, (place,), text))
+    if others < len(measured):
+        asking = len(measured) + others
+        if settings.held_out is not None and asking > 1:
+            most = asking // 2
+            raise SettingError("held_out", "{} {}: of {} passages that can ask at most {}", wanted, asking, most)
+        measured = measured[: max(asking // 5, 1)] if asking > 1 else []
     if not measured:
         raise TrainingError(
-            "the documents are too short to make questions of: no passage has two sentences or rare words"
+            f"the documents are too short to make questions of, or their words do not stand apart: of {count} passages "
+            "fewer than two have several words, with a sentence or two rarer words among them; bring running text"
         )
     kept = set(pick.sample(range(len(labeled)), min(MOST_HELD_OUT, len(labeled) // 5)))
     measured += [item for number, item in enumerate(labeled) if number in kept]
