@@ -19,7 +19,7 @@ def test_a_short_run_needs_no_line() -> None:
 
 def test_a_run_of_minutes_has_its_time_and_no_advice() -> None:
     assert describe_time(WORK, 2e-5) == (
-        "about 7 min on this CPU: 300 steps of 64 passages, and 620 passages encoded every 100 steps"
+        "about 7 min on this CPU: 300 steps of 64 texts, and 620 texts encoded every 100 steps"
     )
 
 
@@ -32,6 +32,11 @@ def test_a_run_of_hours_names_sizes_that_take_less() -> None:
 def test_small_sizes_are_not_named_again() -> None:
     line = describe_time(replace(WORK, steps=30, pool=32, corpus=500), 1.0)
     assert line is not None and "--" not in line
+
+
+def test_sizes_that_a_run_has_not_are_not_named() -> None:
+    line = describe_time(replace(WORK, corpus=0), 5e-4, ["steps", "pool"])
+    assert line is not None and "encoded" not in line and "with --steps 30 --pool 32." in line
 
 
 def test_whitening_and_its_measurement_count() -> None:

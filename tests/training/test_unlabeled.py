@@ -368,9 +368,7 @@ def test_a_long_run_on_a_cpu_says_how_long_and_what_takes_less(place, tmp_path, 
         prepare_routers(settings(place, tmp_path, steps=40, pool=40, eval_every=20), notes()), say=said.append
     )
     estimate = next(line for line in said if line.startswith("about "))
-    assert re.match(
-        r"about \d+ h on this CPU: 40 steps of 40 passages, and 96 passages encoded every 20 steps", estimate
-    )
+    assert re.match(r"about \d+ h on this CPU: 40 steps of 40 texts, and 96 texts encoded every 20 steps", estimate)
     assert "with --steps 30 --pool 32" not in estimate  # it saves less than a half
     assert said.index(estimate) == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,5 +18,7 @@ def phase(what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]
         total: of the units, all of them.
         unit: of what is counted, as a singular.
     """
-    with tqdm(total=total, desc=what, unit=unit, unit_scale=True, leave=False, disable=None) as bar:
+    # Of several processes the first one speaks.
+    disable = None if os.environ.get("RANK", "0") == "0" else True
+    with tqdm(total=total, desc=what, unit=unit, unit_scale=True, leave=False, disable=disable) as bar:
         yield bar.update

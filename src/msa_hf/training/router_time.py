@@ -14,7 +14,7 @@ from .contrastive import encode_rows
 from .mining import padded
 
 WORTH_SAYING, LONG = 60.0, 1_800.0  # seconds
-SMALL_STEPS, SMALL_POOL, SMALL_CORPUS = 30, 32, 500  # of a run that shows whether it is worth a longer one
+SMALL = {"steps": 30, "pool": 32, "corpus": 500}  # of a run that shows whether it is worth a longer one
 PROBE_TOKENS = 1_024
 # Runs through the model, in times of one without a graph: passages are encoded, encoded again with a graph unless it
 # was held, and go backward; questions are run once, with a graph.
@@ -57,25 +57,24 @@ class Work:
         return self.steps * step + measurements * measuring + searches * mining + self.sample * self.passage_tokens
 
 
-def describe_time(work: Work, seconds_per_token: float) -> str | None:
-    """A line on how long a run will take, and where it is long, on sizes that take less; None for a short one."""
+def describe_time(work: Work, seconds_per_token: float, sizes: Sequence[str] = tuple(SMALL)) -> str | None:
+    """A line on how long a run will take, and where it is long, on sizes that take less; None for a short one.
+
+    Args:
+        work: what is to be done.
+        seconds_per_token: of `seconds_per_token`.
+        sizes: that may be chosen, of `SMALL`.
+    """
     seconds = work.tokens * seconds_per_token
     if seconds < WORTH_SAYING:
         return None
-    line = (
-        f"about {_spelled(seconds)} on this CPU: {work.steps} steps of {work.pool} passages, and "
-        f"{work.corpus} passages encoded every {work.every} steps"
-    )
+    line = f"about {_spelled(seconds)} on this CPU: {work.steps} steps of {work.pool} texts"
+    if work.corpus:
+        line += f", and {work.corpus} texts encoded every {work.every} steps"
     if seconds < LONG:
         return line
-    small = replace(
-        work,
-        steps=min(work.steps, SMALL_STEPS),
-        pool=min(work.pool, SMALL_POOL),
-        corpus=min(work.corpus, max(SMALL_CORPUS, work.measured)),
-    )
-    shorter = small.tokens * seconds_per_token
-    options = {"steps": small.steps, "pool": small.pool, "corpus": small.corpus}
+    options = {name: min(SMALL[name], getattr(work, name)) for name in sizes}
+    shorter = replace(work, **options).tokens * seconds_per_token
     chosen = " ".join(f"--{name} {value}" for name, value in options.items() if value != getattr(work, name))
     if chosen and shorter < seconds / 2:
         line += f"; about {_spelled(shorter)} with {chosen}"
