@@ -431,6 +431,10 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
             {"questions": [{**QUESTIONS[0], "positives": ["d99"]}]},
             "questions.jsonl, line 1: 'positives' names 'd99'",
         ),
+        (
+            {"questions": [{**question, "positives": []} for question in QUESTIONS]},
+            "none of the 40 questions names a document that answers it",
+        ),
         ({"top-k": 0}, "--top-k must be at least 1, got 0"),
         ({"pool": 0}, "--pool must be at least 1, got 0"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),

@@ -128,6 +128,11 @@ def prepare(
     for what, given in (("documents", documents), ("questions", questions)):
         if not given:
             raise TrainingError(f"there are no {what} to train on")
+    if not any(question["positives"] for question in questions):
+        raise TrainingError(
+            f"none of the {len(questions)} questions names a document that answers it ('positives' is empty in all), "
+            "so that routers would learn nothing; name the documents, or train by documents alone"
+        )
     training, held_out = split(questions, settings.held_out, settings.seed)
     set_seed(settings.seed)
     _check_output(settings)

@@ -7,7 +7,7 @@ import json
 import os
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..generation.prompting import ChatPrompting, prompting_of
 from ..json_object import JsonObject
 from ..model.configuration_msa import MSAConfig, full_attention_layers
 from ..model.modeling_msa import MSAForCausalLM
+from ..model.positions_msa import position_limit
 from .pairs import PairMaker, Passage, cut_passages, words
 from .pools import Asked, Coder
 from .router_settings import RouterSettings
@@ -157,12 +158,18 @@ def prepare_routers(
         protocol.check_tokenizer(tokenizer)
     except ValueError as error:
         raise SettingError("protocol", "{} {}", error) from None
+    positions = position_limit(model.config)
+    notes = []
+    if positions is not None and settings.max_length > (room := positions - model.config.first_position):
+        notes.append(f"passages have at most {room} tokens, as the model has positions for no more")
+        settings = replace(settings, max_length=room)
     wrapping = len(coder.documents([""], [len(documents)])[0])
     try:
         passages, repeated = cut_passages(documents, tokenizer, max(settings.max_length - wrapping, 1), titles)
     except ValueError as error:
         raise SettingError("max_length", "{1} ({0} {2})", error, settings.max_length) from None
-    notes = [f"{len(repeated)} passages occur more than once and are taken once"] if repeated else []
+    if repeated:
+        notes.append(f"{len(repeated)} passages occur more than once and are taken once")
     if len(passages) < LEAST_PASSAGES:
         again = f", and {len(repeated)} that repeat them" if repeated else ""
         raise TrainingError(
