@@ -20,6 +20,7 @@ from msa_hf import MSAForCausalLM
 from msa_hf.bank.encode_corpus import connected, encode_bank
 from msa_hf.data.documents import Corpus
 from msa_hf.generation import COMPACT, MemoryInterleave
+from msa_hf.model import splitting_msa, tokenizing_msa
 from msa_hf.model.splitting_msa import split_text
 from msa_hf.model.tokenizing_msa import token_spans, tokenize, tokenize_texts
 from msa_hf.training import QuestionCollator
@@ -366,3 +367,26 @@ def test_templates_may_say_what_texts_may_not(make: Callable[[], Any]) -> None:
     protocol = replace(protocol, special_tokens=("<secret>",))
     ids = protocol.answer_segment(tokenizer, "<secret>").input_ids
     assert [number for number in ids if number in (begin, end, secret)] == [begin, end, secret]
+
+
+LONG_TEXT = "\n\n".join(f"Sentence {number} of {HOSTILE} is here. And {number * 7} more." for number in range(60))
+
+
+@pytest.mark.parametrize("section", [1, 90, 1_000])
+def test_a_very_long_text_is_cut_by_sections_of_its_tokens(monkeypatch: pytest.MonkeyPatch, section: int) -> None:
+    """Of one character to many pieces; the cuts stay where they were, and few tokens are held."""
+    tokenizer, held = plain(), list[int]()
+    expected = list(split_text(tokenizer, LONG_TEXT, 50))
+    monkeypatch.setattr(splitting_msa, "SECTION", section)
+    monkeypatch.setattr(splitting_msa, "token_spans", lambda of, text: held.append(len(text)) or token_spans(of, text))
+    assert list(split_text(tokenizer, LONG_TEXT, 50)) == expected
+    assert max(held) <= max(section, 200) < len(LONG_TEXT) == sum(len(piece) for piece, _ in expected)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_many_texts_are_coded_in_groups(monkeypatch: pytest.MonkeyPatch, special: bool) -> None:
+    tokenizer, texts = plain(), [HOSTILE * (number % 4) for number in range(9)]
+    expected = tokenize_texts(tokenizer, texts, special)
+    monkeypatch.setattr(tokenizing_msa, "MOST_CHARACTERS", 2 * len(HOSTILE))
+    assert [len(group) for group in tokenizing_msa._groups(texts)] == [2, 1, 1, 2, 1, 1, 1]
+    assert tokenize_texts(tokenizer, texts, special) == expected and tokenize_texts(tokenizer, []) == []

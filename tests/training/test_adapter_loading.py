@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from families import base_model
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    load_peft_weights,
+)
 from transformers import AutoModelForCausalLM
 
 from msa_hf import MSAForCausalLM
@@ -60,6 +67,13 @@ def by_transformers(layers: list[int], adapter: Path) -> Any:
     return model
 
 
+def by_transformers_from_weights(layers: list[int], adapter: Path) -> Any:
+    model = fresh(layers)
+    weights = load_peft_weights(str(adapter), device="cpu")
+    model.load_adapter(peft_config=PeftConfig.from_pretrained(str(adapter)), adapter_state_dict=weights)
+    return model
+
+
 def routers(model: Any, name: str) -> list[torch.Tensor]:
     return [item for key, item in model.named_parameters() if "router" in key and f"modules_to_save.{name}." in key]
 
@@ -73,12 +87,43 @@ def test_other_memory_layers_are_refused(load, layers, adapter) -> None:
         load(layers, adapter)
 
 
-@pytest.mark.parametrize("load, name", [(by_peft, "default"), (beside_another, "second"), (by_transformers, "default")])
+@pytest.mark.parametrize(
+    "load, name",
+    [
+        (by_peft, "default"),
+        (beside_another, "second"),
+        (by_transformers, "default"),
+        (by_transformers_from_weights, "default"),
+    ],
+)
 def test_the_same_memory_layers_load(load, name, adapter) -> None:
     expected = routers(PeftModel.from_pretrained(fresh(LAYERS), adapter), "default")
     found = routers(load(LAYERS, adapter), name)
     assert len(found) == 4 and all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
     assert not torch.equal(found[0], routers(adapted(LAYERS), "default")[0])
+
+
+def test_transformers_loads_other_whole_modules(tmp_path) -> None:
+    """A head and all norms beside the routers: PEFT takes a name for the end of a module's."""
+    model = fresh(LAYERS)
+    adapted_one = get_peft_model(model, peft_config(model, r=2, modules_to_save=["lm_head", "norm"]))
+    changed = {}
+    for name, weight in adapted_one.named_parameters():
+        if "modules_to_save" in name and "router" not in name:
+            weight.data.add_(1.0)
+            changed[name.removeprefix("base_model.model.")] = weight.data.clone()
+    adapted_one.save_pretrained(tmp_path)
+    loaded = dict(by_transformers(LAYERS, tmp_path).named_parameters())
+    assert len(changed) == 18 and all(torch.equal(loaded[name], weight) for name, weight in changed.items())
+
+
+def test_a_checkpoint_with_an_adapter_beside_it_loads(adapter, tmp_path) -> None:
+    fresh(LAYERS).save_pretrained(tmp_path)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / file).write_bytes((adapter / file).read_bytes())
+    found = routers(MSAForCausalLM.from_pretrained(tmp_path), "default")
+    expected = routers(by_peft(LAYERS, adapter), "default")
+    assert len(found) == 4 and all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 def test_a_refused_adapter_leaves_the_others(adapter) -> None:

@@ -347,7 +347,10 @@ def test_options_that_change_how_it_trains(extra, base, files, capsys) -> None:
         ({"base": "none/at/all/here"}, "--base none/at/all/here: "),
         ({"eval-questions": 21}, "--eval-questions 21: of 40 questions with positives at most 20 can be held out"),
         ({"eval-questions": -1}, "--eval-questions must be at least 0, got -1"),
-        ({"max-length": 4}, "'d2' has 5 tokens, above the limit of 4; split it. (--max-length 4)"),
+        (
+            {"max-length": 4},
+            "'d2' has 5 tokens, above the limit of 4, and so are 12 others; split them into documents with keys",
+        ),
         ({"questions": SCRIPT}, "finetune_peft.py, line 1: not valid JSON"),
         ({"output": SCRIPT}, "finetune_peft.py: File exists"),
     ],

@@ -53,8 +53,16 @@ def test_a_corpus_routes_as_a_bank(layers: list[int]) -> None:
     questions = [[pick.randrange(3, 128) for _ in range(pick.randint(1, 6))] for _ in range(5)]
     model = MSAForCausalLM.from_base(base_model("llama"), memory_layers=layers, chunk_size=4, top_k=3).eval()
     bank = model.encode_documents(rows, show_progress=False)
-    encoded = encode_corpus(model, TokenStore(rows), range(len(rows)), part_tokens=pick.choice([16, 40, 1000]))
+    encoded_so_far: list[int] = []
+    encoded = encode_corpus(
+        model, TokenStore(iter(rows)), range(len(rows)), pick.choice([16, 40, 1000]), encoded_so_far.append
+    )
+    assert sum(encoded_so_far) == len(rows)
     by_layer, total = best_passages(model, encoded, questions, 4)
+    done: list[int] = []
+    in_small_parts, _ = best_passages(model, encoded, questions, 4, part_tokens=8, done=done.append)
+    assert all((in_small_parts[layer] == by_layer[layer]).all() for layer in layers)
+    assert sum(done) == len(questions) and len(done) > 2
     for number, question in enumerate(questions):
         with torch.no_grad():
             routing = model(input_ids=torch.tensor([question]), memory=bank, output_document_scores=True).routing

@@ -5,6 +5,7 @@ import random
 import pytest
 from small_corpus import notes, tokenizer_of_notes
 
+from msa_hf.model.tokenizing_msa import tokenize_texts
 from msa_hf.training.pairs import KINDS, SHARES, Pair, PairMaker, Passage, cut_passages, first_heading, words
 
 TEXT = """# Office moves
@@ -81,6 +82,17 @@ def test_passages_are_cut_to_length_and_taken_once() -> None:
         if limit == 200:
             assert [" ".join(together[n]) for n in together] == [" ".join(text.split()) for text in texts.values()]
     assert first_heading(texts["note3"]) == found[3].title != ""
+
+
+def test_very_long_documents_are_cut_without_being_counted_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, texts = tokenizer_of_notes(), {**notes(), "short": "w0x1 ."}
+    expected = cut_passages(texts, tokenizer, 9)
+    counted: list[str] = []
+    monkeypatch.setattr("msa_hf.training.pairs.LONG", 2)
+    monkeypatch.setattr(
+        "msa_hf.training.pairs.tokenize_texts", lambda of, some: counted.extend(some) or tokenize_texts(of, some)
+    )
+    assert cut_passages(texts, tokenizer, 9) == expected and counted == ["w0x1 ."]
 
 
 @pytest.mark.parametrize(

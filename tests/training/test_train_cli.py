@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -430,6 +431,10 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
             {"questions": [{**QUESTIONS[0], "positives": ["d99"]}]},
             "questions.jsonl, line 1: 'positives' names 'd99'",
         ),
+        (
+            {"questions": [{**question, "positives": []} for question in QUESTIONS]},
+            "none of the 40 questions names a document that answers it",
+        ),
         ({"top-k": 0}, "--top-k must be at least 1, got 0"),
         ({"pool": 0}, "--pool must be at least 1, got 0"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),
@@ -440,7 +445,10 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         ({"seed": -1}, "--seed must be from 0 to 4294967295, got -1"),
         ({"eval-every": -1}, "--eval-every must be at least 0, got -1"),
         ({"held-out": 21}, "--held-out 21: of 40 questions with positives at most 20 can be held out"),
-        ({"max-length": 4}, "'d2' has 5 tokens, above the limit of 4; split it. (--max-length 4)"),
+        (
+            {"max-length": 4},
+            "'d2' has 5 tokens, above the limit of 4, and so are 12 others; split them into documents with keys",
+        ),
         ({"merge": True, "full": True}, "--merge is for adapters; 'full' saves a whole checkpoint anyway"),
         ({"lora": True, "full": True}, "argument --full: not allowed with argument --lora"),
         ({"resume": True}, "holds no checkpoint of an interrupted run"),
@@ -455,6 +463,54 @@ def test_mistakes_are_one_line_and_exit_code_2(extra, message, base, data, tmp_p
     }
     assert message in refusal(capsys, command(base, data, tmp_path / "out", **extra))
     assert not (tmp_path / "out").exists()
+
+
+LONG = "word " * 300
+
+
+@pytest.mark.parametrize(
+    "extra, messages",
+    [
+        (
+            {"documents": [*document_rows(), {"key": "long", "text": LONG}]},
+            ["'long' has 300 tokens, above the limit of 254; split it into", "(--max-length 1024", "254 tokens and no"],
+        ),
+        (
+            {"documents": [*document_rows(), {"key": "long", "text": LONG}], "max-length": 200},
+            ["above the limit of 200; split it", "(--max-length 200; the model has positions for 254 tokens)"],
+        ),
+        (
+            {"questions": [*QUESTIONS, {**QUESTIONS[0], "question": LONG}]},
+            ["Question 'word word", "tokens with its answer, above the limit of 254; shorten these."],
+        ),
+        (
+            {"questions": [*QUESTIONS, {**QUESTIONS[0], "answer": " \n"}]},
+            ["line 41: 'answer' must be text that is not empty"],
+        ),
+    ],
+    ids=["documents above all positions", "documents above the length", "question", "blank answer"],
+)
+def test_what_is_too_long_or_empty_is_named_with_the_remedy(extra, messages, base, data, tmp_path, capsys) -> None:
+    extra = {
+        name: write(tmp_path / f"{name}.jsonl", value) if isinstance(value, list) else value
+        for name, value in extra.items()
+    }
+    said = refusal(capsys, command(base, data, tmp_path / "out", **extra))
+    assert all(message in said for message in messages)
+
+
+def test_a_long_run_on_a_cpu_says_so_before_it_begins(base, data, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(finetune, "seconds_per_token", lambda model, lengths: 1.0)
+    rows = {row["key"]: row["text"] for row in document_rows()}
+    given = Settings(base=str(base), output=str(tmp_path), pool=12, steps=400, batch_size=4, eval_every=50, held_out=8)
+    *_, line = prepare(given, rows, QUESTIONS).notes
+    assert re.match(
+        rf"about .* h on this CPU: 400 steps of 12 texts, and {len(rows)} texts encoded every 50 steps; ", line
+    )
+    assert "with --steps 30." in line
+    *_, line = prepare(replace(given, held_out=0), rows, QUESTIONS).notes
+    assert "encoded" not in line
 
 
 def test_bases_that_are_none_are_refused(data, tmp_path, capsys) -> None:

@@ -1,5 +1,6 @@
 """`msa-hf train MODEL DOCUMENTS OUT`: routers from documents alone, or with questions; resumed, reported, refused."""
 
+import itertools
 import json
 import os
 import re
@@ -213,7 +214,7 @@ def test_questions_about_a_document_that_stands_twice_are_kept(place: Path, tmp_
     ]
     prepared = prepare_routers(settings(place, tmp_path / "out"), texts, questions)
     assert [item.gold for item in prepared.labeled] == [(3,), (3,)]
-    assert prepared.notes == ["1 passages occur more than once and are taken once"]
+    assert prepared.notes[1:] == ["1 passages occur more than once and are taken once"]
 
 
 def test_mined_passages_are_wrong_and_in_the_pools(place: Path, tmp_path: Path, monkeypatch) -> None:
@@ -325,6 +326,7 @@ def test_what_cannot_be_done_is_said_in_one_line(place, tmp_path, capsys, monkey
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+FEW = dict(itertools.islice(notes().items(), 10))
 DUPLICATES = {f"n{n}": "the same words in every single note . again and again" for n in range(30)}
 
 
@@ -336,16 +338,48 @@ DUPLICATES = {f"n{n}": "the same words in every single note . again and again" f
             {"one": "w0x1 the only note"},
             "the documents have 1 different passages; routers learn to tell",
         ),
-        (DUPLICATES, "the documents have 1 different passages"),
+        (DUPLICATES, "the documents have 1 different passages, and 29 that repeat them; routers learn"),
         ({f"n{n}": f"w{n}x0" for n in range(16)}, "too short to make questions of"),
+        ({"long": "x" * 100_000}, "the documents have 1 different passages"),
+        ({f"n{n}": "x" * (n + 900) for n in range(16)}, "their words do not stand apart: of 16 passages"),
+        (FEW | {f"x{n}": f"x{n}" * 90 for n in range(90)}, "--held-out 8: of 10 passages that can ask at most 5"),
     ],
-    ids=["empty", "one", "duplicates", "words"],
+    ids=["empty", "one", "duplicates", "words", "unbroken", "many unbroken", "few that ask"],
 )
 def test_folders_that_teach_nothing_are_refused(place, tmp_path, capsys, texts, message) -> None:
     documents = save_notes(tmp_path / "docs", texts)
     assert main(command(place, tmp_path / "out", documents, held_out=8)) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert message in said and said.startswith("msa-hf: error:")
+
+
+def test_passages_that_ask_nothing_leave_some_to_train_on(place: Path, tmp_path: Path) -> None:
+    """A fifth of the few that ask is held out, where a fifth of all would be all of these."""
+    documents = FEW | {f"x{n}": f"x{n}" * 90 for n in range(90)}
+    prepared = prepare_routers(settings(place, tmp_path, held_out=None, steps=1), documents)
+    assert len(prepared.measured) == 2
+    assert train_routers(prepared).measurements[-1]["passages"] == 100
+
+
+def test_passages_are_no_longer_than_the_model_has_positions(place: Path, tmp_path: Path) -> None:
+    """Which is said; the first position of a document stands behind those of the context."""
+    long = {f"long{n}": " ".join(text for text in notes(n).values()) for n in range(3)}
+    prepared = prepare_routers(settings(place, tmp_path, max_length=5_000), long)
+    assert prepared.notes[0] == "passages have at most 240 tokens, as the model has positions for no more"
+    assert 200 < max(map(len, prepared.coder.documents(prepared.corpus, range(len(prepared.corpus))))) <= 240
+    assert prepare_routers(settings(place, tmp_path, max_length=240), long).notes == []
+
+
+def test_a_long_run_on_a_cpu_says_how_long_and_what_takes_less(place, tmp_path, monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(router_run, "seconds_per_token", lambda model, lengths: 1.0)
+    train_routers(
+        prepare_routers(settings(place, tmp_path, steps=40, pool=40, eval_every=20), notes()), say=said.append
+    )
+    estimate = next(line for line in said if line.startswith("about "))
+    assert re.match(r"about \d+ h on this CPU: 40 steps of 40 texts, and 96 texts encoded every 20 steps", estimate)
+    assert "with --steps 30 --pool 32" not in estimate  # it saves less than a half
+    assert said.index(estimate) == 0
 
 
 def test_a_handful_of_notes_is_enough(place, tmp_path, capsys) -> None:

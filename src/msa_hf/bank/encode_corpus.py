@@ -1,10 +1,10 @@
 """Encoding a corpus into a bank on disk, part by part, in any number of processes, and going on after an interruption.
 
 The corpus is cut into parts of about as much text each, but for smaller ones at the beginning and the end; that depends
-on the corpus alone. A part is encoded by itself: its files and a record, named after everything that they depend on, are put
-into a folder of the bank's directory and stay there. Whoever finds the record of a part does not encode it, whichever
-process of whichever run did. Once all parts are there, one process moves their files beside the manifest and writes
-that one. Until then a bank that lies in the directory stays as it is.
+on the corpus alone. A part is encoded by itself: its files and a record, named after everything that they depend on,
+are put into a folder of the bank's directory and stay there. Whoever finds the record of a part does not encode it,
+whichever process of whichever run did. Once all parts are there, one process moves their files beside the manifest and
+writes that one. Until then a bank that lies in the directory stays as it is.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol
 
+from .compat_msa import adapter_weights
 from .gradients_msa import ROUTER_MODULES
 from .types_msa import ModelMixin
 
@@ -108,9 +109,15 @@ class AdapterMixin(ModelMixin):
     check_adapter: Any
 
     def load_adapter(
-        self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+        self,
+        peft_model_id: Any = None,
+        adapter_name: str | None = None,
+        peft_config: Any = None,
+        adapter_state_dict: Mapping[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        """Transformers' `load_adapter`.
+        """Transformers' `load_adapter`, with whole modules in every version.
 
         Raises:
             ValueError: for an adapter of other memory layers, after which the model is of no use; for one that was
@@ -119,13 +126,14 @@ class AdapterMixin(ModelMixin):
         if peft_model_id is not None:
             self.check_adapter(peft_model_id, {**kwargs, **(kwargs.get("adapter_kwargs") or {})})
         name = "default" if adapter_name is None else adapter_name
+        weights = adapter_weights(peft_model_id, name, peft_config, adapter_state_dict, kwargs)
         ignored = self._keys_to_ignore_on_load_unexpected
         # The patterns of routers are for layers of a checkpoint that have no memory any more.
         self._keys_to_ignore_on_load_unexpected = {
             pattern for pattern in ignored or () if not any(router in pattern for router in ROUTER_MODULES)
         }
         try:
-            loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+            loaded = super().load_adapter(peft_model_id, adapter_name, peft_config, weights, *args, **kwargs)
         finally:
             self._keys_to_ignore_on_load_unexpected = ignored
         here = routers_of_adapter(self, name)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from typing import Any
 
 import transformers
 from torch import Tensor
@@ -21,6 +24,10 @@ NEWEST_TESTED = "5.24"  # the newest minor release that the tests of this code r
 # An argument, and a field of outputs: `past_key_values` until 5.23, `cache` from 5.24 on. Callers may use either.
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(BaseModelOutputWithPast)})
+
+# Transformers 5.17 alone adapts a model, and leaves whole modules of the adapter (`modules_to_save`) as they were.
+LEAVES_WHOLE_MODULES = re.match(r"5\.17(\D|$)", transformers.__version__) is not None
+DOWNLOADING = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
 
 PEFT_CACHE = "past_key_values"  # what PEFT, up to 0.21, asks a base's inputs for, whatever transformers says
 
@@ -70,6 +77,48 @@ def in_dtypes_of(layer: StaticLayer, keys: Tensor, values: Tensor) -> tuple[Tens
     if not layer.is_initialized:
         layer.lazy_initialization(keys, values)
     return keys.to(layer.keys.dtype), values.to(layer.values.dtype)
+
+
+def adapter_weights(
+    model_id: str | None,
+    adapter_name: str,
+    config: Any,
+    weights: Mapping[str, Tensor] | None,
+    options: Mapping[str, Any],
+) -> Mapping[str, Tensor] | None:
+    """The weights to hand to transformers' `load_adapter`, so that it loads whole modules of the adapter too.
+
+    Where it does so itself they are those given. Else they are read here, and those of whole modules get the names
+    that PEFT has for them in a model.
+
+    Args:
+        model_id: directory or name of the adapter.
+        adapter_name: its name in the model.
+        config: of the adapter, where it is given.
+        weights: of the adapter, where they are given.
+        options: the further arguments of `load_adapter`.
+    """
+    loading = options.get("load_config")
+    model_id = model_id or getattr(loading, "pretrained_model_name_or_path", None)
+    if not LEAVES_WHOLE_MODULES or (model_id is None and (config is None or weights is None)):
+        return weights
+    peft = importlib.import_module("peft")
+    found = {**(getattr(loading, "download_kwargs", None) or {}), **(options.get("adapter_kwargs") or {}), **options}
+    download = {name: found[name] for name in DOWNLOADING if found.get(name) is not None}
+    config = peft.PeftConfig.from_pretrained(model_id, **download) if config is None else config
+    whole = getattr(config, "modules_to_save", None)
+    if not whole:
+        return weights
+    weights = peft.load_peft_weights(model_id, device="cpu", **download) if weights is None else weights
+    return {_within_wrapper(key, whole, adapter_name): value for key, value in weights.items()}
+
+
+def _within_wrapper(key: str, modules: Iterable[str], adapter_name: str) -> str:
+    """A weight's name where PEFT wraps its module; a module's name may be the end of the whole, as PEFT takes it."""
+    for name in modules:
+        if found := re.match(rf"(.*?{re.escape(name)})\.(.+)", key):
+            return f"{found[1]}.modules_to_save.{adapter_name}.{found[2]}"
+    return key
 
 
 def readable_by_both_names(output_class: type) -> type:

@@ -3,6 +3,7 @@
 import re
 from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +16,7 @@ BOUNDARIES = (
     re.compile(r"[.!?][\"')\]]*\s|[。！？]"),
     re.compile(r"\s"),
 )
+SECTION = 1_000_000  # characters whose tokens are held at a time: some hundred bytes each
 
 
 class LimitTooSmall(ValueError):
@@ -26,7 +28,8 @@ def split_text(
 ) -> Iterator[tuple[str, list[int]]]:
     """Pieces that together are `text`, each with its token ids.
 
-    The tokens of the whole say where to cut; each piece is then tokenized by itself.
+    The tokens of the whole say where to cut, those of a section at a time where it is very long; each piece is then
+    tokenized by itself.
 
     Args:
         tokenizer: a fast tokenizer, which knows where its tokens lie in the text.
@@ -37,6 +40,22 @@ def split_text(
     Raises:
         LimitTooSmall: where one character has more tokens than the limit.
     """
+    start, length = 0, SECTION
+    while start + length < len(text):
+        begun = start
+        pieces = _split_section(tokenizer, text[start : start + length], limit, add_special_tokens)
+        # The last piece ends where the section does, so the next one begins with it; of a single piece, more is needed.
+        for piece, _ in pairwise(pieces):
+            yield piece
+            start += len(piece[0])
+        length = SECTION if start > begun else 2 * length
+    yield from _split_section(tokenizer, text[start:], limit, add_special_tokens)
+
+
+def _split_section(
+    tokenizer: PreTrainedTokenizerBase, text: str, limit: int, add_special_tokens: bool
+) -> Iterator[tuple[str, list[int]]]:
+    """The pieces of `split_text`, of a text whose tokens fit in memory."""
 
     def tokens(piece: str) -> list[int]:
         return tokenize(tokenizer, piece, add_special_tokens)

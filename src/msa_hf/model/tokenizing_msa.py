@@ -12,7 +12,7 @@ import re
 import threading
 import unicodedata
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from tokenizers import Encoding
@@ -23,6 +23,7 @@ from .unicode_msa import check_unicode
 
 # Besides letters, digits and white space: what an added token may hold that is a word and no marker.
 WORD_CHARACTERS = frozenset("-_'’.▁")
+MOST_CHARACTERS = 4_000_000  # coded at a time: some hundred bytes a token, of which the ids are a few
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> list[int]:
@@ -61,16 +62,31 @@ def tokenize_texts(
         return [_tokenize_slowly(tokenizer, text, add_special_tokens, refused) for text in texts]
     private = _private_copy(tokenizer)
     refused = private.markers.union(markers)
-    coded = private.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
     found = []
-    for text, item in zip(texts, coded, strict=True):
-        pieces = _pieces(private.backend, text, item, refused)
-        ids = [number for _, piece in pieces for number in piece.ids] if len(pieces) > 1 else pieces[0][1].ids
-        if add_special_tokens and len(pieces) > 1:
-            own = item.special_tokens_mask
-            ids = [*item.ids[: own.index(0)], *ids, *item.ids[len(own) - own[::-1].index(0) :]]
-        found.append(ids)
+    for some in _groups(texts):
+        coded = private.backend.encode_batch(some, add_special_tokens=add_special_tokens)
+        for text, item in zip(some, coded, strict=True):
+            pieces = _pieces(private.backend, text, item, refused)
+            ids = [number for _, piece in pieces for number in piece.ids] if len(pieces) > 1 else pieces[0][1].ids
+            if add_special_tokens and len(pieces) > 1:
+                own = item.special_tokens_mask
+                ids = [*item.ids[: own.index(0)], *ids, *item.ids[len(own) - own[::-1].index(0) :]]
+            found.append(ids)
     return found
+
+
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Texts in order, in groups of at most `MOST_CHARACTERS`, but for one of a single text."""
+    group: list[str] = []
+    characters = 0
+    for text in texts:
+        if group and characters + len(text) > MOST_CHARACTERS:
+            yield group
+            group, characters = [], 0
+        group.append(text)
+        characters += len(text)
+    if group:
+        yield group
 
 
 def token_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:

@@ -59,7 +59,7 @@ def batches_by_length(rows: Sequence[Sequence[int]], batch_tokens: int) -> list[
 
 @torch.no_grad()
 def center_routers(
-    model: MSAForCausalLM, documents: Sequence[TokenRows], how: str = "center", smallest: float = 1e-3
+    model: MSAForCausalLM, documents: Iterable[TokenRows], how: str = "center", smallest: float = 1e-3
 ) -> None:
     """Change the routers of every memory layer by the statistics of what they see of documents.
 

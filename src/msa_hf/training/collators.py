@@ -15,6 +15,7 @@ from ..generation import PromptProtocol
 from ..generation.prompting import prompting_of
 from ..generation.protocol import Segment
 from ..model.tokenizing_msa import tokenize
+from .progress import phase
 
 DISTRACTORS = 3  # at most so many documents that a round names in vain
 LEAST_IDS = 10_000  # numbers to draw ids from, so that those of small corpora are as varied as those of large ones
@@ -58,6 +59,9 @@ class QuestionCollator:
         seed: of the draws.
         max_length: longest document, and longest question with its answer, in tokens.
 
+    Attributes:
+        lengths: key -> tokens of a document.
+
     Raises:
         ValueError: for no documents, an empty pool, and a document that is empty or too long, naming it; when called,
             for a positive that is no document and for a question that is too long.
@@ -79,12 +83,15 @@ class QuestionCollator:
         self.prompting = prompting_of(tokenizer)
         self.seed, self.drawn = seed, 0
         self.keys = list(documents)
-        self.tokens = {key: tokenize(tokenizer, text) for key, text in documents.items()}
-        for key, ids in self.tokens.items():
-            if not ids:
-                raise ValueError(f"Document {key!r} has no tokens; leave it out.")
-            if max_length is not None and len(ids) > max_length:
-                raise ValueError(f"Document {key!r} has {len(ids)} tokens, above the limit of {max_length}; split it.")
+        self.tokens: dict[str, list[int]] = {}
+        with phase("tokenizing documents", len(documents), "documents") as done:
+            for key, text in documents.items():
+                self.tokens[key] = tokenize(tokenizer, text)
+                if not self.tokens[key]:
+                    raise ValueError(f"Document {key!r} has no tokens; leave it out.")
+                done(1)
+        self.lengths = {key: len(ids) for key, ids in self.tokens.items()}
+        _refuse_long(self.lengths, max_length)
 
     def row(self, question: Question) -> tuple[list[int], list[int]]:
         """Token ids of a question with its answer, closed by the token that ends it, and their labels."""
@@ -97,7 +104,7 @@ class QuestionCollator:
         if self.max_length is not None and len(asked) + len(answer) > self.max_length:
             raise ValueError(
                 f"Question {question['question'][:60]!r} has {len(asked) + len(answer)} tokens with its answer, above "
-                f"the limit of {self.max_length}."
+                f"the limit of {self.max_length}; shorten these."
             )
         return asked + answer, [IGNORED] * len(asked) + answer, routes + [False] * len(answer)
 
@@ -142,6 +149,9 @@ class TranscriptCollator:
         pool, seed: as `QuestionCollator` takes them.
         max_length: longest wrapped document, and longest row, in tokens.
 
+    Attributes:
+        lengths: key -> tokens of a wrapped document, of a long id.
+
     Raises:
         ValueError: for what `QuestionCollator` refuses, and a tokenizer without the protocol's tokens.
     """
@@ -164,10 +174,12 @@ class TranscriptCollator:
         self.pool, self.seed, self.drawn = pool, seed, 0
         self.documents, self.keys = documents, list(documents)
         self.ids = max(LEAST_IDS, 10 * len(documents))
-        for key in self.keys:
-            length = len(self._wrapped(self.ids - 1, key))
-            if max_length is not None and length > max_length:
-                raise ValueError(f"Document {key!r} has {length} tokens, above the limit of {max_length}; split it.")
+        self.lengths: dict[str, int] = {}
+        with phase("tokenizing documents", len(documents), "documents") as done:
+            for key in self.keys:
+                self.lengths[key] = len(self._wrapped(self.ids - 1, key))
+                done(1)
+        _refuse_long(self.lengths, max_length)
 
     def _wrapped(self, number: int, key: str) -> list[int]:
         return self.protocol.encode(self.tokenizer, self.protocol.document, id=number, text=self.documents[key])
@@ -185,7 +197,7 @@ class TranscriptCollator:
         if not self._fits(segments):
             raise ValueError(
                 f"Question {question['question'][:60]!r} has {len(ids)} tokens with its answer and the documents that "
-                f"it reads, above the limit of {self.max_length}."
+                f"it reads, above the limit of {self.max_length}; shorten these."
             )
         return ids, labels
 
@@ -265,6 +277,21 @@ class TranscriptCollator:
             rounds -= given
             labels += segment.input_ids if segment.generated and not given else [IGNORED] * len(segment.input_ids)
         return ids, labels, routes
+
+
+def _refuse_long(lengths: Mapping[str, int], limit: int | None) -> None:
+    """Compare the tokens of documents with the limit.
+
+    Raises:
+        ValueError: for documents above it, naming the first and how many there are.
+    """
+    long = [key for key, length in lengths.items() if limit is not None and length > limit]
+    if long:
+        others = f", and so are {len(long) - 1} others" if len(long) > 1 else ""
+        raise ValueError(
+            f"Document {long[0]!r} has {lengths[long[0]]} tokens, above the limit of {limit}{others}; split "
+            f"{'them' if others else 'it'} into documents with keys of their own."
+        )
 
 
 def draw_pool(

@@ -40,6 +40,7 @@ from .curve import Curve, summary
 from .monitor import CollapsedError, CollapseGuard, Measurement, RouterMonitor
 from .peft import peft_config
 from .resume import SETTINGS_FILE, ResumeDrawing, checkpoint_to_resume, checkpoints_in, digest_of
+from .router_time import Work, describe_time, seconds_per_token
 from .settings import LORA, SettingError, Settings, TrainingError
 from .trainer import MemoryTrainer, RouterWarmup
 
@@ -128,6 +129,11 @@ def prepare(
     for what, given in (("documents", documents), ("questions", questions)):
         if not given:
             raise TrainingError(f"there are no {what} to train on")
+    if not any(question["positives"] for question in questions):
+        raise TrainingError(
+            f"none of the {len(questions)} questions names a document that answers it ('positives' is empty in all), "
+            "so that routers would learn nothing; name the documents, or train by documents alone"
+        )
     training, held_out = split(questions, settings.held_out, settings.seed)
     set_seed(settings.seed)
     _check_output(settings)
@@ -153,10 +159,11 @@ def prepare(
             collator = QuestionCollator(tokenizer, documents, pool, seed, limit)
         else:
             collator = TranscriptCollator(tokenizer, documents, protocol, pool, seed, limit)
-        for question in questions:
-            collator.row(question)
+        rows = [len(collator.row(question)[0]) for question in questions]
     except ValueError as error:
-        raise SettingError("max_length", "{1} ({0} {2})", error, settings.max_length) from None
+        raise SettingError(
+            "max_length", "{1} ({0} {2}{3})", error, settings.max_length, _room(settings, model)
+        ) from None
     try:
         Path(settings.output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -168,6 +175,10 @@ def prepare(
             f"{available} documents a step, of which each layer reads {model.config.top_k}: routers learn little that "
             "way; raise --pool or lower --top-k"
         )
+    if not torch.accelerator.is_available():
+        begun = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        if line := _time_on_cpu(settings, model, collator, rows, held_out, begun):
+            notes.append(line)
     if settings.method == LORA:
         from peft import get_peft_model
 
@@ -235,6 +246,44 @@ def _limit(settings: Settings, model: PreTrainedModel) -> int:
     if positions is None:
         return settings.max_length
     return min(settings.max_length, positions - model.config.first_position)
+
+
+def _room(settings: Settings, model: PreTrainedModel) -> str:
+    """What the model's positions leave of the choice of `max_length`, in words behind it."""
+    positions = position_limit(model.config)
+    if positions is None:
+        return ""
+    room = positions - model.config.first_position
+    return f"; the model has positions for {room} tokens" + (" and no more" if room < settings.max_length else "")
+
+
+def _time_on_cpu(
+    settings: Settings,
+    model: MSAForCausalLM,
+    collator: QuestionCollator | TranscriptCollator,
+    rows: Sequence[int],
+    held_out: Sequence[Question],
+    begun: int,
+) -> str | None:
+    """A line on how long the run will take on a CPU; None for a short one.
+
+    Args:
+        rows: tokens of the questions with what they read and their answers.
+        begun: steps that an interrupted run has done.
+    """
+    lengths, pool = list(collator.lengths.values()), min(settings.pool, len(collator.lengths))
+    work = Work(
+        steps=settings.steps - begun,
+        every=settings.eval_every or settings.steps,
+        pool=pool,
+        corpus=len(lengths) if held_out else 0,
+        sample=0,
+        passage_tokens=sum(lengths) / len(lengths),
+        question_tokens=sum(rows) / len(rows) * settings.batch_size / pool,  # to each document of a pool
+        measured=len(held_out),
+        mined=0,
+    )
+    return describe_time(work, seconds_per_token(model, lengths), ("steps", "pool"))
 
 
 def _check_output(settings: Settings) -> None:

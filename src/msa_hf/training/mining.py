@@ -6,7 +6,7 @@ the question's words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..model.modeling_msa import MSAForCausalLM
 from ..model.routing_msa import select_documents
 from .contrastive import TokenRows, encode_rows, route_rows
 from .pairs import words
+from .progress import phase
 
 SAME_SHARE = 0.6  # of the shorter text's pieces, from which on two texts say the same
 COVERED_SHARE = 0.9  # of a question's words, from which on a passage may answer it
@@ -40,9 +41,10 @@ class TokenStore:
         rows: token ids, none of them empty.
     """
 
-    def __init__(self, rows: Sequence[Sequence[int]]) -> None:
-        self.lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-        self.tokens = np.fromiter((token for row in rows for token in row), np.int32, count=int(self.lengths.sum()))
+    def __init__(self, rows: Iterable[Sequence[int]]) -> None:
+        kept = [np.asarray(row, dtype=np.int32) for row in rows]
+        self.lengths = np.asarray([len(row) for row in kept], dtype=np.int64)
+        self.tokens = np.concatenate(kept) if kept else np.zeros(0, dtype=np.int32)
         self.starts = self.lengths.cumsum() - self.lengths
 
     def __len__(self) -> int:
@@ -125,8 +127,17 @@ class EncodedCorpus:
 
 
 @torch.no_grad()
-def encode_corpus(model: MSAForCausalLM, store: TokenStore, places: Sequence[int], part_tokens: int) -> EncodedCorpus:
-    """Encode the passages at `places`, shortest first, and put them in the order of `places`."""
+def encode_corpus(
+    model: MSAForCausalLM,
+    store: TokenStore,
+    places: Sequence[int],
+    part_tokens: int,
+    done: Callable[[int], object] | None = None,
+) -> EncodedCorpus:
+    """Encode the passages at `places`, shortest first, and put them in the order of `places`.
+
+    `done` is called with the number of passages that have been encoded since, part by part.
+    """
     size, last, device = model.config.chunk_size, model.config.memory_layers[-1], model.device
     parts: dict[int, list[DenseLayer]] = {layer: [] for layer in model.config.memory_layers}
     owners = []
@@ -137,6 +148,8 @@ def encode_corpus(model: MSAForCausalLM, store: TokenStore, places: Sequence[int
             content = memory.pooled_kv[:, :, :0] if layer == last else memory.pooled_kv
             parts[layer].append(DenseLayer(memory.routing_keys, content))
         owners.append(torch.tensor(part, device=device).repeat_interleave((rows.lengths + size - 1) // size))
+        if done is not None:
+            done(len(part))
     order = torch.cat(owners).argsort(stable=True)
     layers = {
         layer: DenseLayer(
@@ -150,11 +163,24 @@ def encode_corpus(model: MSAForCausalLM, store: TokenStore, places: Sequence[int
 
 @torch.no_grad()
 def best_passages(
-    model: MSAForCausalLM, corpus: EncodedCorpus, questions: Sequence[Sequence[int]], count: int, skipped: int = 0
+    model: MSAForCausalLM,
+    corpus: EncodedCorpus,
+    questions: Sequence[Sequence[int]],
+    count: int,
+    skipped: int = 0,
+    part_tokens: int | None = None,
+    done: Callable[[int], object] | None = None,
 ) -> tuple[dict[int, NDArray[np.int64]], NDArray[np.int64]]:
     """Layer -> [Q, count] places in the corpus that it scores highest, best first; and those by the sum of layers.
 
-    `skipped` tokens of every question do not route, the first ones.
+    Args:
+        model: with a memory.
+        corpus: what is searched.
+        questions: token ids.
+        count: of the best places.
+        skipped: tokens of every question that do not route, the first ones.
+        part_tokens: of questions that run together, at most, padding included; None: as many as there are scores for.
+        done: called with the number of questions that have been put since, part by part.
     """
     layers, total = list(corpus.layers), len(corpus.lengths)
     count = min(count, total)
@@ -162,13 +188,19 @@ def best_passages(
     step = max(held // (total * len(layers)), 1)
     order = np.argsort([len(question) for question in questions], kind="stable")
     found = np.zeros((len(layers) + 1, len(questions), count), dtype=np.int64)
-    for start in range(0, len(questions), step):
+    start = 0
+    while start < len(questions):
         places = order[start : start + step]
+        if part_tokens is not None:  # the longest stands last
+            places = places[: max(part_tokens // max(len(questions[places[-1]]), 1), 1)]
+        start += len(places)
         rows = padded([questions[place] for place in places], model.device, skipped=skipped)
         scores = route_rows(model, rows, corpus.layers, corpus.lengths)
         every = [scores[layer] for layer in layers]
         for number, item in enumerate([*every, torch.stack(every).sum(0)]):
             found[number, places] = select_documents(item, count)[0].cpu().numpy()
+        if done is not None:
+            done(len(places))
     return dict(zip(layers, found[:-1], strict=True)), found[-1]
 
 
@@ -191,7 +223,12 @@ class LexicalIndex:
     def __init__(self, texts: Sequence[str]) -> None:
         bm25s = import_bm25s("Training without questions", "train")
         self.size, self.index = len(texts), bm25s.BM25()
-        self.index.index([words(text) or ["\0"] for text in texts], show_progress=False)
+        listed = []
+        with phase("reading words", len(texts), "passages") as done:
+            for text in texts:
+                listed.append(words(text) or ["\0"])
+                done(1)
+        self.index.index(listed, show_progress=False)
 
     def best(self, questions: Sequence[str], count: int) -> NDArray[np.int64]:
         """[Q, count] places of passages, best first."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -186,7 +188,8 @@ class RouterMonitor(TrainerCallback):
 
     def measure(self, model: PreTrainedModel, step: int = 0) -> RouterRecall:
         """The report of `router_recall` on `model` as it is; kept in `measurements`."""
-        bank = model.encode_documents(self._documents, show_progress=False)
+        shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+        bank = model.encode_documents(self._documents, show_progress=shown)
         found = router_recall(model, self.tokenizer, bank, self.questions, protocol=self.protocol)
         self.measurements.append({"step": step, **found})
         return found

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..model.splitting_msa import LimitTooSmall, split_text
 from ..model.tokenizing_msa import tokenize_texts
+from .progress import phase
 
 KINDS = ("sentence", "first", "part", "keywords", "heading", "title")
 # Of the pairs of a passage that is asked for once.
@@ -30,6 +31,7 @@ HEADING = re.compile(r"^(?:#{1,6}[ \t]+(?P<marked>\S.*?)[ \t#]*|(?P<bare>[^\W\d_
 LONGEST_QUERY = 40  # words
 LEAST_LEFT = 4  # words of a passage that something was taken out of
 BATCH = 1_000
+LONG = 100  # characters to a token of the limit, from which on a text is cut without being counted first
 
 
 def words(text: str) -> list[str]:
@@ -90,26 +92,34 @@ def cut_passages(
     seen: dict[int, int] = {}
     repeated: list[tuple[int, int]] = []
     keys = list(documents)
-    for start in range(0, len(keys), BATCH):
-        some = keys[start : start + BATCH]
-        lengths = [len(ids) for ids in tokenize_texts(tokenizer, [documents[key] for key in some])]
-        for number, (key, length) in enumerate(zip(some, lengths, strict=True), start):
-            text = documents[key]
-            title = (titles or {}).get(key) or first_heading(text)
-            try:
-                pieces = [text] if length <= limit else [piece for piece, _ in split_text(tokenizer, text, limit)]
-            except LimitTooSmall as error:
-                raise ValueError(f"Document {key!r} cannot be cut: {error}.") from None
-            for piece in pieces:
-                if not (piece := piece.strip()):
-                    continue
-                same = hash(tuple(words(piece)) or piece)
-                if same in seen:
-                    repeated.append((number, seen[same]))
-                else:
-                    seen[same] = len(found)
-                    found.append(Passage(piece, number, title))
+    with phase("cutting documents", sum(map(len, documents.values())), "characters") as done:
+        for start in range(0, len(keys), BATCH):
+            some = keys[start : start + BATCH]
+            texts = [documents[key] for key in some]
+            fits = _fit(tokenizer, texts, limit)
+            for number, (key, text, whole) in enumerate(zip(some, texts, fits, strict=True), start):
+                title = (titles or {}).get(key) or first_heading(text)
+                try:
+                    for piece in [text] if whole else (piece for piece, _ in split_text(tokenizer, text, limit)):
+                        done(len(piece))
+                        if not (piece := piece.strip()):
+                            continue
+                        same = hash(tuple(words(piece)) or piece)
+                        if same in seen:
+                            repeated.append((number, seen[same]))
+                        else:
+                            seen[same] = len(found)
+                            found.append(Passage(piece, number, title))
+                except LimitTooSmall as error:
+                    raise ValueError(f"Document {key!r} cannot be cut: {error}.") from None
     return found, repeated
+
+
+def _fit(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int) -> list[bool]:
+    """Tell of each text whether it has no more tokens than the limit; a very long one is not counted for that."""
+    asked = [text for text in texts if len(text) <= LONG * limit]
+    lengths = iter([len(ids) for ids in tokenize_texts(tokenizer, asked)])
+    return [len(text) <= LONG * limit and next(lengths) <= limit for text in texts]
 
 
 def first_heading(text: str) -> str:
@@ -169,11 +179,13 @@ class PairMaker:
         # What several documents say asks for none of them.
         said: dict[int, int] = {}
         self.repeated: set[int] = set()
-        for passage in passages:
-            lines = [*_sentences(passage.text), *_headings(passage.text), passage.title]
-            for line in map(_key, lines):
-                if said.setdefault(line, passage.document) != passage.document:
-                    self.repeated.add(line)
+        with phase("reading sentences", len(passages), "passages") as done:
+            for passage in passages:
+                lines = [*_sentences(passage.text), *_headings(passage.text), passage.title]
+                for line in map(_key, lines):
+                    if said.setdefault(line, passage.document) != passage.document:
+                        self.repeated.add(line)
+                done(1)
 
     def of(self, number: int, turn: int = 0) -> list[Pair]:
         """A pair of every kind that a passage has, each question once; none where it has too few words.

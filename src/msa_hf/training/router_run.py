@@ -14,7 +14,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -33,8 +33,9 @@ from ..model.attention_msa import NotFiniteError
 from .asked_questions import ask_about
 from .centering import center_routers
 from .compiling import compiled_layers, decoder_layers
-from .contrastive import PoolResult, Temperatures, contrastive_step, soft_targets
+from .contrastive import PoolResult, Temperatures, TokenRows, contrastive_step, soft_targets
 from .mining import (
+    EncodedCorpus,
     LexicalIndex,
     TokenStore,
     WrongPassages,
@@ -46,10 +47,12 @@ from .mining import (
 )
 from .monitor import CollapsedError, CollapseGuard
 from .pools import Pool, PoolDrawer, Round
+from .progress import phase
 from .reading import reading_loss, reading_row
 from .router_report import Reporter, plot_curve, read_curve, write_curve
 from .router_saving import adapter_expression, save_adapter
 from .router_sizes import Sizes, choose_sizes
+from .router_time import Work, describe_time, seconds_per_token
 from .settings import SettingError, TrainingError
 from .teacher import Teacher, load_teacher
 from .unlabeled import CHECKPOINT_FILE, SETTINGS_FILE, PreparedRouters
@@ -58,6 +61,9 @@ from .weights import TrainedWeights, add_gradients
 CURVE_FILE, PLOT_FILE = "training_curve.jsonl", "training_curve.png"
 UPPER_RANK = 8  # of low-rank updates from the last memory layer on, which only readers train
 WHITENING_SAMPLE = 4_096
+TAUGHT = {"cuda": 8_192, "cpu": 256}  # passages that a teacher embeds at a time
+CODED = 1_000  # passages tokenized at a time
+SPOKEN_EVERY = 60.0  # seconds from one line on the steps to the next, where no bar shows them
 FOUND = 10  # passages counted as found
 LEXICAL, MINED = 2, 4  # wrong passages kept of a seed, by its words and by the router
 CANDIDATES = 12  # looked at for them
@@ -148,7 +154,7 @@ class _Run:
 
         coder, texts = prepared.coder, prepared.corpus
         self.skipped = coder.skipped
-        self.store = TokenStore(coder.documents(texts, range(len(texts))))
+        self.store = TokenStore(self._coded(texts))
         self.measured_rows = coder.questions([item.query for item in prepared.measured])
         torch.manual_seed(self.settings.seed)
         self.weights = TrainedWeights(self.model, self._ranks(), self._whole())
@@ -202,6 +208,13 @@ class _Run:
         if self.reporter is not None:
             self.reporter.close()
 
+    def _coded(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        with phase("tokenizing passages", len(texts), "passages") as done:
+            for start in range(0, len(texts), CODED):
+                numbers = range(start, min(start + CODED, len(texts)))
+                yield from self.prepared.coder.documents(texts[start : start + CODED], numbers)
+                done(len(numbers))
+
     # What is trained --------------------------------------------------------------------------------------------------
 
     def _ranks(self) -> dict[str, int]:
@@ -223,6 +236,28 @@ class _Run:
     def _whole(self) -> list[str]:
         return [name for name, _ in self.model.named_parameters() if "router_" in name]
 
+    def _say_time(self) -> None:
+        """Tell how long the run will take, on a CPU."""
+        if self.model.device.type != "cpu":
+            return
+        settings, lengths = self.settings, [len(row) for row in self.measured_rows]
+        steps = settings.steps - self.step
+        whitened = self.prepared.whiten and self.prepared.checkpoint is None
+        chunks = (-(-self.store.lengths[self.corpus] // self.model.config.chunk_size)).sum()
+        work = Work(
+            steps,
+            settings.eval_every or settings.steps,
+            self.drawer.size,
+            len(self.corpus),
+            min(WHITENING_SAMPLE, len(self.store)) if whitened else 0,
+            float(self.store.lengths.mean()),
+            sum(lengths) / len(lengths),
+            len(lengths),
+            int(MINING_WORK["cpu"] * len(lengths) / (int(chunks) * max(sum(lengths), 1))),
+        )
+        if line := describe_time(work, seconds_per_token(self.model, self.store.lengths.tolist())):
+            self.say(line)
+
     # Before the first step --------------------------------------------------------------------------------------------
 
     def _corpus(self, held_out: set[int]) -> list[int]:
@@ -243,12 +278,7 @@ class _Run:
         self.others["bm25"] = recall_of(found, gold, self._found)
         if self.teacher is not None:
             queries = self.teacher.embed([item.query for item in measured])
-            texts = torch.cat(
-                [
-                    self.teacher.embed([self.prepared.corpus[place] for place in self.corpus[start : start + 8_192]])
-                    for start in range(0, len(self.corpus), 8_192)
-                ]
-            )
+            texts = torch.cat(list(self._embedded(self.teacher)))
             best = (queries @ texts.T).topk(min(self._found, len(self.corpus)), dim=1).indices.cpu().numpy()
             self.others["teacher"] = recall_of(np.asarray(self.corpus)[best], gold, self._found)
         if self.prepared.whiten:
@@ -256,13 +286,18 @@ class _Run:
             self._whiten()
             self.model.config.query_reduction = "mean"  # by the last token whitened routers find nothing
 
+    def _embedded(self, teacher: Teacher) -> Iterator[Tensor]:
+        """The teacher's embeddings of the corpus, in parts."""
+        size = TAUGHT["cpu" if self.model.device.type == "cpu" else "cuda"]
+        with phase("embedding passages", len(self.corpus), "passages") as done:
+            for start in range(0, len(self.corpus), size):
+                places = self.corpus[start : start + size]
+                yield teacher.embed([self.prepared.corpus[place] for place in places])
+                done(len(places))
+
     def _whiten(self) -> None:
         pick = random.Random(f"{self.settings.seed}, whitening")
         places = pick.sample(range(len(self.store)), min(WHITENING_SAMPLE, len(self.store)))
-        rows = [
-            padded([self.store.row(places[number]) for number in part], self.model.device)
-            for part in in_parts(self.store.lengths[places], self.sizes.part_tokens)
-        ]
         config = self.model.config
         chunks = int((-(-self.store.lengths[places] // config.chunk_size)).sum())
         keys = self.model.get_parameter(next(name for name in self._whole() if "router_k_proj" in name)).shape[0]
@@ -272,7 +307,14 @@ class _Run:
                 f"{chunks} chunks are too few to whiten routers of {keys} directions: training starts from copies "
                 "without the mean's direction"
             )
-        center_routers(self.model, rows, how)
+        with phase("whitening routers", len(places), "passages") as done:
+
+            def rows() -> Iterator[TokenRows]:
+                for part in in_parts(self.store.lengths[places], self.sizes.part_tokens):
+                    yield padded([self.store.row(places[number]) for number in part], self.model.device)
+                    done(len(part))
+
+            center_routers(self.model, rows(), how)
         for weight, master in self.weights.whole.values():
             master.data.copy_(weight.data)
 
@@ -288,10 +330,11 @@ class _Run:
         if not all(bool(weight.isfinite().all()) for weight in self.weights.state_dict().values()):
             raise CollapsedError(f"The run has collapsed at step {self.step}: weights are no numbers.")
         self.weights.write()
-        encoded = encode_corpus(self.model, self.store, self.corpus, self.sizes.part_tokens)
+        with phase("encoding passages", len(self.corpus), "passages") as done:
+            encoded = encode_corpus(self.model, self.store, self.corpus, self.sizes.part_tokens, done)
         corpus = np.asarray(self.corpus)
         measured, count = self.prepared.measured, self._found
-        layers, best = best_passages(self.model, encoded, self.measured_rows, count, self.skipped)
+        layers, best = self._searched("measuring", encoded, self.measured_rows, count)
         found, total = {layer: corpus[places] for layer, places in layers.items()}, corpus[best]
         gold = [set(item.gold) for item in measured]
         kinds = sorted({item.kind for item in measured})
@@ -333,6 +376,13 @@ class _Run:
         if mine:
             self._mine(encoded, corpus)
 
+    def _searched(
+        self, what: str, encoded: EncodedCorpus, questions: Sequence[Sequence[int]], count: int
+    ) -> tuple[dict[int, NDArray[np.int64]], NDArray[np.int64]]:
+        """`best_passages` of questions, shown as a phase."""
+        with phase(what, len(questions), "questions") as done:
+            return best_passages(self.model, encoded, questions, count, self.skipped, self.sizes.part_tokens, done)
+
     def _mine(self, encoded: Any, corpus: NDArray[np.int64]) -> None:
         """Draw the seeds of the next steps, and look for passages that are wrong for them."""
         every = self.settings.eval_every or self.settings.steps
@@ -343,7 +393,7 @@ class _Run:
         most = min(steps * self.drawer.seeds_per_pool, max(int(work / (chunks * tokens)), self.drawer.seeds_per_pool))
         seeds = self.drawer.seeds(self.step, most)
         rows = self.prepared.coder.questions([item.query for item in seeds])
-        mistakes = corpus[best_passages(self.model, encoded, rows, CANDIDATES, self.skipped)[1]]
+        mistakes = corpus[self._searched("looking for mistakes", encoded, rows, CANDIDATES)[1]]
         lexical = self.index.best([item.query for item in seeds[:MOST_LEXICAL]], CANDIDATES)
         misses = np.full((len(seeds), LEXICAL + MINED), -1, dtype=np.int64)
         for number, item in enumerate(seeds):
@@ -363,6 +413,8 @@ class _Run:
         if checkpoint is None:
             record = json.dumps(self.prepared.record, indent=2) + "\n"
             (self.output / SETTINGS_FILE).write_text(record, encoding="utf-8")
+        self._say_time()
+        if checkpoint is None:
             self._start()
         else:
             self._resume(checkpoint)
@@ -371,6 +423,7 @@ class _Run:
         sums: dict[str, float] = {}
         coming: Future[Pool] | None = None
         since, tokens = time.perf_counter(), 0
+        spoken = since
         compiled = compiled_layers(self.model) if self._compiles else nullcontext()
         bar = tqdm(total=settings.steps, initial=self.step, desc="routers", unit="step", disable=None)
         with compiled, bar:
@@ -396,6 +449,9 @@ class _Run:
                     self._note({"step": self.step, **means, "tokens_per_second": round(speed)})
                     self.reporter.log(self.step, {**means, "tokens_per_second": speed})
                     bar.set_postfix(loss=f"{means['loss']:.3f}", hits=f"{means['hits']:.2f}")
+                    if bar.disable and time.perf_counter() - spoken > SPOKEN_EVERY:
+                        self.say(f"step {self.step} of {settings.steps}: loss {means['loss']:.3f}")
+                        spoken = time.perf_counter()
                     sums, since, tokens = {}, time.perf_counter(), 0
                 if settings.save_every and self.step % settings.save_every == 0 and self.step < settings.steps:
                     self._write_checkpoint()

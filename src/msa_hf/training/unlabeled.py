@@ -7,7 +7,7 @@ import json
 import os
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..generation.prompting import ChatPrompting, prompting_of
 from ..json_object import JsonObject
 from ..model.configuration_msa import MSAConfig, full_attention_layers
 from ..model.modeling_msa import MSAForCausalLM
+from ..model.positions_msa import position_limit
 from .pairs import PairMaker, Passage, cut_passages, words
 from .pools import Asked, Coder
 from .router_settings import RouterSettings
@@ -157,16 +158,23 @@ def prepare_routers(
         protocol.check_tokenizer(tokenizer)
     except ValueError as error:
         raise SettingError("protocol", "{} {}", error) from None
+    positions = position_limit(model.config)
+    notes = []
+    if positions is not None and settings.max_length > (room := positions - model.config.first_position):
+        notes.append(f"passages have at most {room} tokens, as the model has positions for no more")
+        settings = replace(settings, max_length=room)
     wrapping = len(coder.documents([""], [len(documents)])[0])
     try:
         passages, repeated = cut_passages(documents, tokenizer, max(settings.max_length - wrapping, 1), titles)
     except ValueError as error:
         raise SettingError("max_length", "{1} ({0} {2})", error, settings.max_length) from None
-    notes = [f"{len(repeated)} passages occur more than once and are taken once"] if repeated else []
+    if repeated:
+        notes.append(f"{len(repeated)} passages occur more than once and are taken once")
     if len(passages) < LEAST_PASSAGES:
+        again = f", and {len(repeated)} that repeat them" if repeated else ""
         raise TrainingError(
-            f"the documents have {len(passages)} different passages; routers learn to tell passages apart, which takes "
-            f"at least {LEAST_PASSAGES}"
+            f"the documents have {len(passages)} different passages{again}; routers learn to tell passages apart, "
+            f"which takes at least {LEAST_PASSAGES}"
         )
     record = {**settings.decisive(), "protocol": protocol.to_dict(), "data": _digest(documents, questions)}
     checkpoint = _checkpoint_to_resume(settings, output, record)
@@ -281,9 +289,14 @@ def _hold_out(settings: RouterSettings, maker: PairMaker, labeled: Sequence[Aske
         for place in item.gold:
             answers.setdefault(place, []).append(item.answer or "")
     measured: list[Asked] = []
+    others = 0  # passages that ask something and are not held out, of those looked at
     for place in pick.sample(range(count), count):
         if len(measured) == wanted:
-            break
+            # Where few passages ask anything, those held out must leave some to train on.
+            others += bool(maker.of(place))
+            if others >= wanted:
+                break
+            continue
         # A title asks for all of its document, which few documents of one passage can tell from the text. Readers are
         # trained and routers measured on these texts, so that the answers of labeled questions stay in them.
         whole = maker.passages[place].text
@@ -293,9 +306,16 @@ def _hold_out(settings: RouterSettings, maker: PairMaker, labeled: Sequence[Aske
             pair = pick.choice(pairs)
             text = None if pair.text == whole else pair.text
             measured.append(Asked(pair.query, pair.kind, (place,), text))
+    if others < len(measured):
+        asking = len(measured) + others
+        if settings.held_out is not None and asking > 1:
+            most = asking // 2
+            raise SettingError("held_out", "{} {}: of {} passages that can ask at most {}", wanted, asking, most)
+        measured = measured[: max(asking // 5, 1)] if asking > 1 else []
     if not measured:
         raise TrainingError(
-            "the documents are too short to make questions of: no passage has two sentences or rare words"
+            f"the documents are too short to make questions of, or their words do not stand apart: of {count} passages "
+            "fewer than two have several words, with a sentence or two rarer words among them; bring running text"
         )
     kept = set(pick.sample(range(len(labeled)), min(MOST_HELD_OUT, len(labeled) // 5)))
     measured += [item for number, item in enumerate(labeled) if number in kept]
