@@ -180,6 +180,13 @@ def test_who_asks_says_what_else_can_be_done(
     assert finetune.protocol_of(NAME) == COMPACT
 
 
+@pytest.mark.parametrize("name, cause", [("./missing", "no such directory"), ("/missing/model", "no such directory")])
+def test_of_a_model_that_is_not_there_no_protocol_is_unknown(name: str, cause: str) -> None:
+    """Also for commands that ask for the protocol before they load the model."""
+    with pytest.raises(UserError, match=rf"^{re.escape(name)}: {cause}$"):
+        protocol_of("auto", name)
+
+
 def test_a_search_asks_for_the_checkpoints_weights_once(
     hub: FakeHub, files: dict[str, bytes], bank: MemoryBank, patch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any
 ) -> None:

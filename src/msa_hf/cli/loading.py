@@ -152,10 +152,12 @@ def compile_runs(model: MSAForCausalLM) -> None:
 def protocol_of(choice: str, name: str) -> PromptProtocol | None:
     """The protocol that was asked for, or the checkpoint's own; None where documents are encoded as they are."""
     from ..generation import COMPACT, PUBLISHED, protocol_beside
-    from ..model.hub_msa import BankUnavailable
+    from ..model.hub_msa import BankUnavailable, is_hub_name
 
     if choice != "auto":
         return {"compact": COMPACT, "published": PUBLISHED, "chat": None, "none": None}[choice]
+    if not is_hub_name(name):
+        checkpoint(name)  # where there is no model, it is not its protocol that is unknown
     with reported():
         try:
             return protocol_beside(name)
