@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Iterator
