@@ -89,7 +89,7 @@ def refuse_adapter(name: str | PathLike[str], kwargs: Arguments) -> None:
 
 
 def _adapter_fields(name: str | PathLike[str], kwargs: Arguments) -> Arguments:
-    """What stands beside an adapter; nothing where there is no such file, or, said aloud, nobody could find out."""
+    """The fields beside an adapter; none where there is no such file, or, said aloud, nobody could find out."""
     try:
         found = file_beside(fspath(name), ADAPTER_MEMORY, **_of_hub(kwargs))
     except BankUnavailable as error:

@@ -21,7 +21,7 @@ Routers = set[tuple[int, str]]  # layer and module
 
 
 class LoadedKeys(Protocol):
-    """What is read of the report on a loaded adapter."""
+    """The report on a loaded adapter, as far as it is read."""
 
     missing_keys: Collection[str]
     unexpected_keys: Collection[str]

@@ -249,7 +249,7 @@ def _limit(settings: Settings, model: PreTrainedModel) -> int:
 
 
 def _room(settings: Settings, model: PreTrainedModel) -> str:
-    """What the model's positions leave of the choice of `max_length`, in words behind it."""
+    """The room that the model's positions leave for `max_length`, in words behind it."""
     positions = position_limit(model.config)
     if positions is None:
         return ""

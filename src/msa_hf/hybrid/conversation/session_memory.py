@@ -124,8 +124,11 @@ class SessionMemory:
     # Inside -----------------------------------------------------------------------------------------------------------
 
     def _least(self, question: str) -> tuple[SessionContext, Sequence[Turn], int, int]:
-        """What every context of a question has beside turns, all turns, how many of the last it has at least, and the
-        tokens of these together."""
+        """The least that is in every context of a question.
+
+        Returns:
+            The context without turns, all turns, how many of the last it has at least, and the tokens of it and these.
+        """
         conversation, turns = self.conversation, self.conversation.turns()
         context = SessionContext(question, conversation.pins(), conversation.state(), ())
         least = min(self.least_recent, len(turns))
