@@ -198,13 +198,13 @@ def test_an_error_in_one_document_ends_all_processes_and_costs_only_what_lies_be
     """One that only encoding finds, as of a tokenizer with more tokens than bytes. With the length of the last document
     the places change where the end is cut."""
     monkeypatch.setattr("msa_hf.bank.encode_corpus.check_lengths", lambda *given: None)
-    rows = rows_of(5, 20)
+    rows = rows_of(5, 40)
     wrong = {"key": "the wrong one", "text": "x" * (LONGEST + 1)}
     source = written(tmp_path / "rows.jsonl", [*rows, wrong])
     log, bank = tmp_path / "log", tmp_path / "bank"
     errors = together(3, lambda rank: caught(lambda: encode(source, bank, log)))
     (own,) = (error for error in errors if error.kind is ValueError)
-    text = f"Document 20 (key 'the wrong one') has {LONGEST + 1} tokens"
+    text = f"Document 40 (key 'the wrong one') has {LONGEST + 1} tokens"
     assert own.text.startswith(text)
     for error in errors:
         assert error is own or error == Raised(
@@ -216,7 +216,7 @@ def test_an_error_in_one_document_ends_all_processes_and_costs_only_what_lies_be
     log.unlink()
     rows.append({"key": "the wrong one", "text": "mended"})
     done = encode(written(source, rows), bank, log)
-    beside = {row["key"] for place, row in enumerate(rows) if sum(len(row["text"]) for row in rows[place:]) <= PART}
+    beside = {row["key"] for place, row in enumerate(rows) if sum(len(row["text"]) for row in rows[place:]) <= 2 * PART}
     assert done.found > done.parts // 2 and kept & set(keys_in(log)) <= beside
     assert_bank(bank, rows)
 
@@ -381,19 +381,19 @@ def test_all_parts_are_encoded_with_the_same_layers(tmp_path: Path, monkeypatch:
 
 
 def test_a_complete_bank_is_taken_over_as_far_as_it_is_the_same(tmp_path: Path) -> None:
-    rows = rows_of(2, 20)
+    rows = rows_of(2, 40)
     source, bank, log = written(tmp_path / "rows.jsonl", rows), tmp_path / "bank", tmp_path / "log"
     first = encode(source, bank, log)
     before = content_of(bank)
-    assert encode(source, bank, log) == Encoded(20, first.tokens, first.chunks, first.parts, first.parts, 0)
-    assert content_of(bank) == before and len(keys_in(log)) == 20
+    assert encode(source, bank, log) == Encoded(40, first.tokens, first.chunks, first.parts, first.parts, 0)
+    assert content_of(bank) == before and len(keys_in(log)) == 40
     assert encode(source, bank, log, fp8_projections=True).found == 0  # what was projected otherwise is not the same
     assert encode(source, bank, log).found == 0
     log.unlink()
     rows[9]["text"] = rows[9]["text"][::-1]
     rows += [{"key": "one more", "text": "y" * 30}]
     done = encode(written(source, rows), bank, log)
-    assert done.parts - 3 <= done.found < done.parts and {"key 9", "one more"} <= set(keys_in(log))
+    assert done.parts - 6 <= done.found < done.parts and {"key 9", "one more"} <= set(keys_in(log))
     assert_bank(bank, rows)
 
 
@@ -401,7 +401,7 @@ def test_documents_that_get_other_numbers_are_encoded_again(tmp_path: Path) -> N
     """A protocol would put the numbers into what is encoded."""
     rows = [{"key": f"key {number}", "text": f"{number:03} " + "z" * 36} for number in range(12)]
     source, bank, log = written(tmp_path / "rows.jsonl", rows), tmp_path / "bank", tmp_path / "log"
-    assert encode(source, bank, log).parts == 7  # one, one, one, three, three, two, one
+    assert encode(source, bank, log).parts == 6  # one, two, three, three, one, two
     assert encode(written(source, rows[3:]), bank, log).found == 0
     assert_bank(bank, rows[3:])
 
@@ -526,12 +526,13 @@ def cut(tmp_path: Path, lengths: list[int], size: int) -> list[int]:
     [
         ([60], [1]),
         ([1, 60, 1], [2, 3]),
-        ([5, 9, 1, 25, 1, 60, 39, 1], [1, 3, 4, 6, 7, 8]),  # 5, 10, 25, then 61 and 39, behind which little is left
-        ([1] * 5, [5]),  # as much as the first and the last piece have
-        ([1] * 6, [5, 6]),
-        ([1] * 40, [5, 15, 25, 35, 40]),  # first pieces of 5 and 10, last ones of 10 and 5
-        ([1] * 100, [5, 15, 40, 80, 85, 95, 100]),
-        ([1] * 97, [5, 15, 40, 80, 92, 97]),  # no piece of two before the last 15
+        ([5, 9, 1, 25, 1, 60, 39, 1], [1, 2, 4, 6, 7, 8]),  # 5, 9, 26, then 61 and 39, behind which little is left
+        ([1] * 3, [3]),  # as much as the first piece has
+        ([1] * 5, [3, 5]),
+        ([1] * 42, [3, 10, 32, 40, 42]),  # no piece of two before the last 30
+        ([1] * 43, [3, 10, 13, 33, 41, 43]),  # first pieces of 3 and 7, last ones of 20, 8 and 2
+        ([1] * 97, [3, 10, 40, 67, 87, 95, 97]),
+        ([1] * 140, [3, 10, 40, 80, 110, 130, 138, 140]),
     ],
     ids=lambda given: str(len(given)),
 )
@@ -547,10 +548,10 @@ def test_little_is_left_to_be_written_at_the_end(tmp_path: Path, seed: int) -> N
     ends = cut(tmp_path, lengths, size)
     pieces = [sum(lengths[first:end]) for first, end in zip([0, *ends], ends, strict=False)]
     assert sum(pieces) == sum(lengths)
-    assert pieces[0] < size / 8 + 40 and pieces[1] < size / 4 + 40
-    assert pieces[-1] <= size / 4 and pieces[-1] + pieces[-2] <= size / 2 + 40
-    assert all(size / 8 <= piece < size + 40 for piece in pieces[:-1])
-    assert sum(piece < size for piece in pieces) <= 7
+    assert pieces[0] < size / 16 + 40 and pieces[1] < size / 4 + 40
+    assert pieces[-1] <= size / 8 + 40 and pieces[-2] < size / 2 + size / 16 + 40
+    assert all(size / 16 <= piece < size + 40 for piece in pieces[:-1])
+    assert sum(piece < size for piece in pieces) <= 8
 
 
 # --- what is encoded --------------------------------------------------------------------------------------------------

@@ -51,8 +51,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 PART_SIZE = 10**6  # bytes of text: about 250,000 tokens of English
 # Shares of a part: how far behind the beginning, and before the end, the corpus is cut as well. So its first rows are
-# there soon, and little is left to be written when the last ones are encoded.
-FIRST_CUTS = LAST_CUTS = 1 / 8, 3 / 8
+# there soon, and little is left to be written when the last ones are encoded: writing takes up to half the time of
+# encoding, so that each of the last parts is written while the next one, of a third, is encoded.
+FIRST_CUTS = 1 / 16, 1 / 4
+LAST_CUTS = 1 / 16, 1 / 4, 3 / 4
 TIMEOUT = timedelta(hours=1)
 SHOWN_EVERY = 1.0  # seconds between two looks at what the other processes have encoded
 VERSION = 1  # of what a part is made of; grows when this file makes something else of the same documents
