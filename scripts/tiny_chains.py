@@ -26,6 +26,9 @@ SHARES: dict[ChainKind, int] = {
 }
 ASTRAY = 0.12  # of the rounds that read a document which leads nowhere before the right one
 BESIDE = 0.15  # of the rounds that read another document beside the right one
+STUDIED = 6  # documents at most that are read for several questions
+FACTS = 3  # of these documents that are asked for beside
+SPARED = 0.6  # of the twins that are left out there
 
 
 def chain_corpus(documents: int, seed: int, **options: Any) -> ChainCorpus:
@@ -112,6 +115,55 @@ class ChainRows:
         return rows
 
     dense_chains = chains
+
+    def studying(self, count: int) -> list[Row]:
+        """Texts of several questions, then all of these, and single facts of the texts: what two documents say together
+        is learned from answers, of which other rows have one."""
+        known = self.corpus.facts()
+        groups = [self.together() for _ in range(count)]
+        asked: list[tuple[Row, str, str]] = []
+        rows = []
+        for questions, heading in zip(
+            groups, encode_all(self.tokenizer, [group[0].text for group in groups]), strict=True
+        ):
+            places = list(dict.fromkeys(place for question in questions for place in question.positives))
+            self.draw.shuffle(places)
+            row = self.opened(heading)
+            size = self.draw.choice((1, 1, 2, 3))
+            blocks = [places[start : start + size] for start in range(0, len(places), size)]
+            for number, chosen in enumerate(blocks):
+                row.add(self.pieces.named(chosen))
+                row.add(self.pieces.block(chosen), routes=number == len(blocks) - 1)
+            row.add([self.pieces.symbols["<|answer|>"]])
+            row.positives = list(questions[0].positives)
+            rows.append(row)
+            stated = [fact for place in places for fact in known[place]]
+            further = [(item.text, item.answer) for item in questions[1:]]
+            further += [
+                (self.draw.choice(fact.questions), fact.answer)
+                for fact in self.draw.sample(stated, min(FACTS, len(stated)))
+            ]
+            self.draw.shuffle(further)
+            asked += [(row, text, answer) for text, answer in [(questions[0].text, questions[0].answer), *further]]
+        texts = encode_all(self.tokenizer, [text for _, text, _ in asked])
+        answers = encode_all(self.tokenizer, [f" {answer}" for _, _, answer in asked])
+        for (row, _, _), text, answer in zip(asked, texts, answers, strict=True):
+            row.add([*text, self.pieces.symbols["\n"]])
+            row.add([*answer, self.pieces.symbols["<|end|>"]], labeled=True)
+        return rows
+
+    def together(self) -> list[ChainQuestion]:
+        """Questions that are read for together, the first of which has documents; of twins fewer than there are."""
+        chosen: list[ChainQuestion] = []
+        documents = 0
+        for question in self.draw.sample(self.corpus.questions, len(self.corpus.questions)):
+            if question.broken and (not chosen or self.draw.random() < SPARED):
+                continue
+            if documents + len(question.positives) > STUDIED:
+                break
+            chosen.append(question)
+            documents += len(question.positives)
+        return chosen
 
     def in_some_order(self, question: ChainQuestion) -> list[int]:
         """The documents as rounds find them: hops one after the other, two entities or editions either way."""

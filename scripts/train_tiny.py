@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import transformers
 from tiny_chains import ChainRows, chain_corpus
-from tiny_needles import NeedleRows
+from tiny_needles import NeedleRows, needle_corpus
 from tiny_rows import TINY, UNLABELLED, Pieces, Row, Rows, encode_all, symbols_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -73,16 +73,26 @@ KINDS = {
     "following": (768, 144, 512),
     "second": (512, 160, 512),
     "chains": (512, 112, 640),
+    "studying": (384, 72, 1024),
     "reading": (384, 96, 768),
     "needle_rounds": (512, 112, 640),
     "needles": (384, 72, 1024),
 }
 # How often a kind comes: rounds of many hops and needles are learned more slowly than what one or two documents say.
-TURNS = {"naming": 1, "following": 2, "second": 1, "chains": 2, "reading": 1, "needle_rounds": 2, "needles": 2}
+TURNS = {
+    "naming": 1,
+    "following": 2,
+    "second": 1,
+    "chains": 2,
+    "studying": 4,
+    "reading": 1,
+    "needle_rounds": 2,
+    "needles": 2,
+}
 # Kind -> what makes its corpus and its rows, where that is not `make_corpus` and `Rows`.
 MAKERS: dict[str, tuple[Any, Any]] = {
-    **dict.fromkeys(("chains", "following", "dense_chains"), (chain_corpus, ChainRows)),
-    **dict.fromkeys(("needles", "needle_rounds", "dense_needles"), (NeedleCorpus, NeedleRows)),
+    **dict.fromkeys(("chains", "following", "studying", "dense_chains"), (chain_corpus, ChainRows)),
+    **dict.fromkeys(("needles", "needle_rounds", "dense_needles"), (needle_corpus, NeedleRows)),
 }
 NARROW = 64  # tokens; rows of so few are not told apart
 # The width of pools is a multiple of this.

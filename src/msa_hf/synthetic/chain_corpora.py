@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from .corpora import UNANSWERABLE, checked_prose_count, reprint
+from .corpora import UNANSWERABLE, Fact, checked_prose_count, facts_of, reprint
 from .hashing import Draws, Integers, Permutation, derive_key
 from .kinds import CHAIN_KINDS, HOPS, Broken, ChainKind
 from .planting import Planted, Planter, Record
@@ -110,6 +110,26 @@ class ChainCorpus:
             entities = iter(self._world.names(self._entities(slots)))
             names += [next(entities) if slot >= self._prose_count else None for slot in slots.tolist()]
         return names
+
+    def facts(self, start: int = 0, stop: int | None = None) -> list[list[Fact]]:
+        """The facts of each document, in the order of its sentences, as of `Corpus`; nothing for prose, nor for an
+        edition, which another one contradicts."""
+        facts: list[list[Fact]] = []
+        for slots in self._blocks(start, stop):
+            entities = self._entities(slots)
+            natural = zip(
+                entities.kinds.tolist(), self._world.subjects(entities), self._world.statements(entities), strict=True
+            )
+            for slot in slots.tolist():
+                if slot < self._prose_count:
+                    facts.append([])
+                    continue
+                kind, subject, statements = next(natural)
+                record = self._records.get(slot)
+                if record is not None:
+                    statements = [] if record.heading else record.statements
+                facts.append(facts_of(kind, subject, statements))
+        return facts
 
     def nearest(self, positions: Sequence[int] | Integers, count: int) -> Integers:
         """[n, count] positions of the documents whose names are nearest to those of these; -1 where there are no more,

@@ -5,7 +5,7 @@ corpus, which makes questions that need two documents. All of it is a function o
 nothing is stored, and any range can be made anywhere, by any number of processes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 from .hashing import Integers, Permutation, derive_key, random_below
 from .templates import ATTRIBUTES
 from .words import Split
-from .world import ATTRIBUTE_COUNTS, Entities, World, pick_columns
+from .world import ATTRIBUTE_COUNTS, Entities, Statement, World, pick_columns
 from .writing import write_records
 
 UNANSWERABLE = "The memory does not hold the answer."
@@ -55,6 +55,14 @@ class Fact(NamedTuple):
     attribute: str
     answer: str
     questions: tuple[str, ...]
+
+
+def facts_of(kind: int, subject: str, statements: Iterable[Statement]) -> list[Fact]:
+    """The facts of an entity of a kind, of which `subject` is the name as it stands in a sentence."""
+    return [
+        Fact(attribute.name, value, tuple(question.format(n=subject) for question in attribute.questions))
+        for attribute, value in ((ATTRIBUTES[kind][number], value) for number, value in statements)
+    ]
 
 
 class Corpus:
@@ -165,10 +173,7 @@ class Corpus:
     def _facts(self, entities: Entities) -> Iterator[list[Fact]]:
         subjects, records = self._world.subjects(entities), self._world.statements(entities)
         for kind, subject, statements in zip(entities.kinds.tolist(), subjects, records, strict=True):
-            yield [
-                Fact(attribute.name, value, tuple(question.format(n=subject) for question in attribute.questions))
-                for attribute, value in ((ATTRIBUTES[kind][number], value) for number, value in statements)
-            ]
+            yield facts_of(kind, subject, statements)
 
     # Questions
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from .corpora import UNANSWERABLE, make_corpus
 from .hashing import Draws, Integers
+from .needle_wordings import Wording
 from .needles import TASKS, VALUES, NeedleTasks
 from .sentences import insert_sentence
 from .words import Split
@@ -49,16 +50,25 @@ class NeedleCorpus:
         documents: how many.
         seed: another seed gives other documents and needles.
         split: "train" and "test" share no names, keys and wordings.
+        words, wordings: of the needles, see `NeedleTasks`.
         options: of `make_corpus`.
 
     Attributes:
         questions: about each needle task once, in turns of all kinds; some have no answer.
     """
 
-    def __init__(self, documents: int, seed: int = 0, split: Split = "train", **options: Any) -> None:
+    def __init__(
+        self,
+        documents: int,
+        seed: int = 0,
+        split: Split = "train",
+        words: tuple[Sequence[str], Sequence[str]] | None = None,
+        wordings: Sequence[Wording] | None = None,
+        **options: Any,
+    ) -> None:
         self._texts = make_corpus(documents, seed=seed, split=split, **options).texts()
         self.questions: list[NeedleQuestion] = []
-        tasks, draws = NeedleTasks(seed, split), Draws("needle corpus", seed, split)
+        tasks, draws = NeedleTasks(seed, split, words, wordings), Draws("needle corpus", seed, split)
         free = draws.shuffled(range(documents))[: round(documents * PLANTED)]
         number = 0
         while True:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .words import Split
@@ -129,3 +129,9 @@ NOUNS = _listed(
     "magnet mallet maple meadow melon mirror mitten monsoon mosaic museum napkin nectar needle notebook nutmeg oasis "
     "orchard otter oyster paddle parcel parrot pebble pepper"
 )
+
+
+def words_of(split: Split) -> tuple[Sequence[str], Sequence[str]]:
+    """The adjectives that keys of a split begin with, and the nouns that they end with."""
+    half = 0 if split == "train" else 1
+    return ADJECTIVES[half::2], NOUNS[half::2]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .hashing import Draws, Permutation, derive_key
-from .needle_wordings import ADJECTIVES, NOUNS, WORDINGS, Wording
+from .needle_wordings import WORDINGS, Wording, words_of
 from .words import Split
 
 TASKS = ("single", "multi_key_2", "multi_key_3", "multi_value", "multi_query")
@@ -59,13 +59,20 @@ class NeedleTasks:
     Args:
         seed: another seed gives other keys, values and wordings.
         split: "train" and "test" share no keys and no wordings.
+        words: those that keys begin and end with, the split's by default; no word is in both, none has a hyphen.
+        wordings: to choose from, those of the split by default.
     """
 
-    def __init__(self, seed: int = 0, split: Split = "test") -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        split: Split = "test",
+        words: tuple[Sequence[str], Sequence[str]] | None = None,
+        wordings: Sequence[Wording] | None = None,
+    ) -> None:
         self._key = derive_key("needles", seed, split)
-        half = 0 if split == "train" else 1
-        self._words = [list(words[half::2]) for words in (ADJECTIVES, NOUNS)]
-        self._wordings: Sequence[Wording] = WORDINGS[split]
+        self._words = [list(each) for each in words or words_of(split)]
+        self._wordings = wordings or WORDINGS[split]
         # Blocks of two adjectives and two nouns, each the four keys of one task.
         self._blocks = Permutation(
             len(self._words[0]) // 2 * (len(self._words[1]) // 2), derive_key(self._key, "blocks")
