@@ -105,7 +105,7 @@ def test_parts_have_the_least_padding_for_what_they_cost(monkeypatch: pytest.Mon
     assert part_sizes(np.array([], dtype=np.int64), 8) == []
 
 
-@pytest.mark.parametrize("count", [1, 63, 64, 65, 640, 700])
+@pytest.mark.parametrize("count", [1, 63, 127, 128, 129, 640, 700])
 def test_parts_have_few_sizes(count: int) -> None:
     """Multiples of so many rows, but for the last part, where the budget lets them."""
     sizes = part_sizes(np.sort(np.random.default_rng(count).integers(9, 90, count)), 20_000)
