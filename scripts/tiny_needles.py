@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from tiny_chains import ChainRows
@@ -24,12 +25,18 @@ from msa_hf.synthetic.words import Words
 
 OWN_WORDS = 0.75  # of the corpora, which have words of their own
 OWN_WORDINGS = 0.7
+PROSE_SHARES = (0.2, 0.6, 0.9)
 KEYS = 32  # words that keys of a corpus begin with, and as many that they end with
 ASKING = ("What is", "What was", "What are", "Which", "Which are", "Tell me", "Name", "Give", "Do you know")
 
 
-def needle_corpus(documents: int, seed: int, prose: Sequence[str] = (), **options: object) -> NeedleCorpus:
-    """A corpus of needles for training; words of its own are real ones of `prose`, or invented."""
+def needle_corpus(documents: int, seed: int, prose: Sequence[str] = (), **options: Any) -> NeedleCorpus:
+    """A corpus of needles for training; words of its own are real ones of `prose`, or invented.
+
+    Args:
+        options: of `make_corpus`; in most corpora the share of prose is larger, for needles are asked for among such
+            texts.
+    """
     draw = random.Random(f"needle corpus {seed}")
     real = real_words(tuple(prose))
     words, wordings = None, None
@@ -41,6 +48,8 @@ def needle_corpus(documents: int, seed: int, prose: Sequence[str] = (), **option
         words = mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]
     if real and draw.random() < OWN_WORDINGS:
         wordings = [strange_wording(real, draw) for _ in range(12)]
+    if real:
+        options["prose_share"] = draw.choice(PROSE_SHARES)
     return NeedleCorpus(documents, seed, "train", words, wordings, prose=prose, **options)
 
 
