@@ -88,7 +88,9 @@ class ChainRows:
             if not wanted and not blocks:
                 continue
             said = self.pieces.named(wanted[:1]) if wanted else [self.pieces.symbols["<|answer|>"]]
-            row.add(said, labeled=len(wanted) < 2)
+            # Which of several comes next is chance, but not that there is one.
+            row.add(said[:1], labeled=True)
+            row.add(said[1:], labeled=len(wanted) < 2)
             row.positives = wanted or order[-1:]
             rows.append(row)
         return rows
