@@ -355,7 +355,8 @@ UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: transformers.FalconForCausalLM(
             transformers.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
         ),
-        r"FalconForCausalLM cannot hold a memory: FalconAttention does not use transformers' attention interface",
+        # What transformers says of it until 5.24; from then on a trial finds it out.
+        r"FalconForCausalLM cannot hold a memory: FalconAttention (does not use|of layer 1 computes attention)",
     ),
     "bloom": (
         lambda: transformers.BloomForCausalLM(
