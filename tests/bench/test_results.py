@@ -4,6 +4,9 @@ import itertools
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -92,7 +95,7 @@ def test_a_run_goes_on_where_it_stopped_and_only_with_its_own_file(tmp_path: Pat
         with pytest.raises(ResultError, match=named):
             Result.begin(benchmark, settings, model, {}, path)
         assert path.read_bytes() == before
-    assert [item.name for item in tmp_path.iterdir()] == ["r.json"]
+    assert {item.name for item in tmp_path.iterdir()} == {"r.json", ".r.json.lock"}
 
 
 def test_a_file_whose_questions_are_others_is_not_gone_on_with(tmp_path: Path) -> None:
@@ -112,7 +115,7 @@ def test_a_failed_write_leaves_the_file_that_is_there(tmp_path: Path) -> None:
     made.add([trial(1, True, broke=object())])
     with pytest.raises(TypeError):
         made.save()
-    assert path.read_bytes() == before and [item.name for item in tmp_path.iterdir()] == ["r.json"]
+    assert path.read_bytes() == before and {item.name for item in tmp_path.iterdir()} == {"r.json", ".r.json.lock"}
 
 
 def record(**changes: object) -> str:
@@ -365,3 +368,53 @@ def test_numbers_are_short() -> None:
     assert [short(value) for value in (999, 65_536, 999_499, 999_999, 999_999_999, 10**12)] == [
         *("999", "65.5K", "999K", "1M", "1B", "1000B")
     ]
+
+
+def test_two_runs_do_not_write_to_one_file(tmp_path: Path) -> None:
+    """The second is refused while the first goes on, and loses none of its answers; behind it, it goes on."""
+    path = tmp_path / "r.json"
+    first = result([True, False], path)
+    with first.kept():
+        first.add([trial(2, True)])
+        first.save()
+        before = path.read_bytes()
+        with pytest.raises(ResultError, match=r"r\.json: another run writes to it\. Wait until .* name another file"):
+            result([], path)
+        assert path.read_bytes() == before
+        first.add([trial(3, False)])
+    second = result([], path)
+    assert [item.right for item in second.trials] == [True, False, True, False]
+    with second.kept():
+        second.add([trial(4, True)])
+    assert len(Result.load(path).trials) == 5 and {item.name for item in tmp_path.iterdir()} == {
+        "r.json",
+        ".r.json.lock",
+    }
+
+
+def test_a_run_that_another_one_overtook_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    late = result([True], path)
+    other = result([], path)
+    with other.kept():
+        other.add([trial(1, True)])
+    with pytest.raises(ResultError, match="another run has written to it meanwhile. Run the same command again"):
+        with late.kept():
+            raise AssertionError("asks nothing")
+    assert len(Result.load(path).trials) == 2
+
+
+def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    script = (
+        "import os, sys\n"
+        "from msa_hf.bench.result import Result\n"
+        f"made = Result.begin('needles', {{'seed': 0}}, {MODEL!r}, {{}}, sys.argv[1])\n"
+        "with made.kept():\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(path)], check=False).returncode == -signal.SIGKILL
+    made = result([True], path)
+    with made.kept():
+        made.add([trial(1, True)])
+    assert len(Result.load(path).trials) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,8 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from .intervals import wilson
 
+logger = logging.getLogger(__name__)
 FORMAT = 1
 SAVED_EVERY = 2.0  # seconds between two writes of a file
 
@@ -103,6 +107,7 @@ class Result:
     def __post_init__(self) -> None:
         self._known = {trial.id: trial for trial in self.trials}
         self._saved = self._begun = time.monotonic()
+        self._written: tuple[int, int, int] | None = None  # mark of the file as this run left it
 
     @classmethod
     def begin(
@@ -116,33 +121,74 @@ class Result:
         """A new result, or the one in the file, which a run that ended early left there.
 
         Raises:
-            ResultError: where the file is of another benchmark, other settings or another model, naming what differs.
+            ResultError: where the file is of another benchmark, other settings or another model, naming what differs;
+                or where another run writes to it.
         """
         settings, model = _as_json(settings), _as_json(model)
         path = None if path is None else Path(path)
         result = cls(benchmark, settings, model, path=path)
-        if path is not None and path.exists():
-            found = cls.load(path)
-            differ = [f"its benchmark is {found.benchmark}"] if found.benchmark != benchmark else []
-            differ += differences(found.settings, settings)
-            differ += [item for item in differences(found.model, model) if not item.startswith("name: ")]
-            if differ:
-                raise ResultError(
-                    f"{path}: holds a result that this run cannot go on with ({'; '.join(differ[:4])}). Name another "
-                    "file, or remove this one to begin anew."
-                )
-            result = found
-        result.runs.append({**_as_json(run), "seconds": 0.0})
-        result.save()
+        with result._alone():
+            if path is not None and path.exists():
+                found = cls.load(path)
+                differ = [f"its benchmark is {found.benchmark}"] if found.benchmark != benchmark else []
+                differ += differences(found.settings, settings)
+                differ += [item for item in differences(found.model, model) if not item.startswith("name: ")]
+                if differ:
+                    raise ResultError(
+                        f"{path}: holds a result that this run cannot go on with ({'; '.join(differ[:4])}). Name "
+                        "another file, or remove this one to begin anew."
+                    )
+                result = found
+            result.runs.append({**_as_json(run), "seconds": 0.0})
+            result.save()
         return result
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Write the file at the end, also where an interruption or a fault is the end: no answer is lost."""
+        """A block in which no other run writes to the file. It is written at the end, also where an interruption or a
+        fault is the end: no answer is lost.
+
+        Raises:
+            ResultError: where another run writes to it, or has written to it since `begin`.
+        """
+        with self._alone():
+            if self.path is not None and self._mark() != self._written:
+                raise ResultError(f"{self.path}: another run has written to it meanwhile. Run the same command again.")
+            try:
+                yield
+            finally:
+                self.save()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A block in which this run has the lock of the file, which the operating system frees if the run is killed.
+
+        The lock lies beside the file and stays there: removing it would let two runs lock two files of that name.
+        """
+        if self.path is None:
+            yield
+            return
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ResultError(
+                f"{self.path}: another run writes to it. Wait until that has ended, or name another file."
+            ) from error
+        except NotImplementedError:
+            logger.warning("%s: its file system has no locks. Let no other run write to it.", self.path)
         try:
             yield
         finally:
-            self.save()
+            lock.release()
+
+    def _mark(self) -> tuple[int, int, int] | None:
+        """Something that is another one once the file is another one; None where there is none."""
+        try:
+            found = Path(self.path or "").stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
 
     def done(self, id: str, question: str | None = None, expected: Sequence[str] | None = None) -> bool:
         """Tell whether a trial of that name is among those made.
@@ -222,7 +268,7 @@ class Result:
             os.replace(new, self.path)
         finally:
             new.unlink(missing_ok=True)
-        self._saved = time.monotonic()
+        self._saved, self._written = time.monotonic(), self._mark()
 
     def to_json(self) -> str:
         """All of it as JSON text, a line for each share and each trial. The shares are there for whoever reads the

@@ -29,7 +29,9 @@ PIECE = 3  # words
 # Tokens. A part of fewer takes a GPU as long, whose kernels are launched no faster; and what a part costs beside. As of
 # models of some hundred million weights.
 LEAST_PART, PART_COST = 65_536, 8_192
-ROWS = 128  # of which a part has a multiple, so that few shapes occur, and what plans for each has planned for them soon
+ROWS = (
+    128  # of which a part has a multiple, so that few shapes occur, and what plans for each has planned for them soon
+)
 MULTIPLE = 8  # to which rows are padded
 SCORES = 64_000_000  # numbers held at once while questions are scored on an accelerator; on a CPU a sixteenth
 
