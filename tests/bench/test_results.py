@@ -398,9 +398,8 @@ def test_a_run_that_another_one_overtook_is_refused(tmp_path: Path) -> None:
     other = result([], path)
     with other.kept():
         other.add([trial(1, True)])
-    with pytest.raises(ResultError, match="another run has written to it meanwhile. Run the same command again"):
-        with late.kept():
-            raise AssertionError("asks nothing")
+    with pytest.raises(ResultError, match=r"another run has written to it meanwhile\. Run the same"), late.kept():
+        raise AssertionError("asks nothing")
     assert len(Result.load(path).trials) == 2
 
 
@@ -418,3 +417,23 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
     with made.kept():
         made.add([trial(1, True)])
     assert len(Result.load(path).trials) == 2
+
+
+@pytest.mark.parametrize(
+    ("detail", "named"),
+    [({"of": 1}, "trial 'single 1000 0' has no 'found'"), ({"found": "1", "of": 1}, "found: 1")],
+    ids=["missing", "of another type"],
+)
+def test_details_that_a_report_counts_with_are_looked_at(tmp_path: Path, detail: dict[str, object], named: str) -> None:
+    """Else a file that was changed by hand would end a run behind its last question."""
+    path = tmp_path / "r.json"
+    made = Result.begin("needles", {}, MODEL, {}, path, ("tokens", "found", "of"))
+    made.add([trial(0, True, found=1, of=1)])
+    made.save()
+    assert len(Result.begin("needles", {}, MODEL, {}, path, ("tokens", "found", "of")).trials) == 1
+    record = json.loads(path.read_text())
+    record["trials"][0]["detail"] = detail
+    path.write_text(text := json.dumps(record))
+    with pytest.raises(ResultError, match=f"r.json: damaged, or made by hand .*{re.escape(named)}.*measure again"):
+        Result.begin("needles", {}, MODEL, {}, path, ("tokens", "found", "of"))
+    assert path.read_text() == text

@@ -125,9 +125,8 @@ def run_chains(
     given = len(prose)
     worlds, prose = _with_prose(settings, tokenizer, protocol, prose)
     described = {**asdict(settings), "source": source, "prose": digest_of(prose), "prose_texts": len(prose)}
-    result = Result.begin(
-        NAME, described, model_facts(model, tokenizer, protocol, name, fusion), run_facts(model.device), path
-    )
+    facts, needed = model_facts(model, tokenizer, protocol, name, fusion), ("tokens", "hop", "stopped", "broke")
+    result = Result.begin(NAME, described, facts, run_facts(model.device), path, needed)
     result.notes |= {"prose left out": given - len(prose)} if given > len(prose) else {}
     for world in worlds:  # before the first is encoded, which can take hours
         _left(result, world, settings)

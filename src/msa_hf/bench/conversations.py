@@ -285,7 +285,8 @@ def run_conversations(
     given, filler = len(filler), without_names(filler, _asked_about(settings))
     kept_settings = {**asdict(settings), "filler": source, "filler_texts": digest_of(filler)}
     facts = model_facts(model, tokenizer, protocol, name, fusion)
-    result = Result.begin("conversations", kept_settings, facts, run_facts(model.device), path)
+    needed = ("tokens", "arm", "broke")
+    result = Result.begin("conversations", kept_settings, facts, run_facts(model.device), path, needed)
     result.notes |= {"texts left out": given - len(filler)} if given > len(filler) else {}
     with result.kept():
         for tokens in settings.sizes:

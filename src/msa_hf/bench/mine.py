@@ -124,9 +124,8 @@ def run_mine(
     chains = _new_chains(settings, haystack.texts)
     tasks = {tokens: list(_tasks(settings, tokens, terms, chains)) for tokens in settings.sizes}
     described = {**asdict(settings), "source": source, "haystack": haystack.digest}
-    result = Result.begin(
-        NAME, described, model_facts(model, tokenizer, protocol, name, fusion), run_facts(model.device), path
-    )
+    facts, needed = model_facts(model, tokenizer, protocol, name, fusion), ("tokens", "found", "of", "broke")
+    result = Result.begin(NAME, described, facts, run_facts(model.device), path, needed)
     result.notes |= {"terms": len(terms), "terms wanted": settings.depths * settings.repeats}
     if all([asked_before(result, task) for made in tasks.values() for task in made]):
         return result

@@ -98,7 +98,7 @@ def run_needles(
     check_room(haystack, sizes[0], max(len(task.plants) for task in tasks[sizes[0]]))
     described = {**asdict(settings), "source": source, "haystack": haystack.digest}
     facts = model_facts(model, tokenizer, protocol, name, fusion)
-    result = Result.begin(NAME, described, facts, run_facts(model.device), path)
+    result = Result.begin(NAME, described, facts, run_facts(model.device), path, ("tokens", "found", "of"))
     pending = [tokens for tokens in sizes if not all([asked_before(result, task) for task in tasks[tokens]])]
     if not pending:
         return result

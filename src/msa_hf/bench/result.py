@@ -19,6 +19,17 @@ from .intervals import wilson
 logger = logging.getLogger(__name__)
 FORMAT = 1
 SAVED_EVERY = 2.0  # seconds between two writes of a file
+# What details are that reports count with.
+DETAILS: dict[str, type | tuple[type, ...]] = {
+    "broke": (str, type(None)),
+    "found": int,
+    "of": int,
+    "gold": (list, int),
+    "gold_read": int,
+    "read": list,
+    "hop": int,
+    "stopped": bool,
+}
 
 Axis = str | int | float
 
@@ -117,8 +128,12 @@ class Result:
         model: Mapping[str, Any],
         run: Mapping[str, Any],
         path: str | Path | None = None,
+        needed: Sequence[str] = (),
     ) -> Result:
         """A new result, or the one in the file, which a run that ended early left there.
+
+        Args:
+            needed: axes and details that every trial of this benchmark has.
 
         Raises:
             ResultError: where the file is of another benchmark, other settings or another model, naming what differs;
@@ -138,6 +153,9 @@ class Result:
                         f"{path}: holds a result that this run cannot go on with ({'; '.join(differ[:4])}). Name "
                         "another file, or remove this one to begin anew."
                     )
+                for trial in found.trials:
+                    if lacking := [name for name in needed if name not in {**trial.axes, **trial.detail}]:
+                        raise _damaged(path, f"trial {trial.id!r} has no {lacking[0]!r}")
                 result = found
             result.runs.append({**_as_json(run), "seconds": 0.0})
             result.save()
@@ -307,12 +325,14 @@ class Result:
             if wrong:
                 raise ValueError(f"{wrong[0]}: {str(kept[wrong[0]])[:60]}")
         except (KeyError, TypeError, ValueError) as error:
-            raise ResultError(
-                f"{path}: damaged, or made by hand ({error!r}); measure again into another file"
-            ) from error
+            raise _damaged(path, repr(error)) from error
         if len({trial.id for trial in trials}) < len(trials):
             raise ResultError(f"{path}: damaged, a trial is there twice; measure again into another file")
         return cls(**kept, trials=trials, path=path)
+
+
+def _damaged(path: Path, what: str) -> ResultError:
+    return ResultError(f"{path}: damaged, or made by hand ({what}); measure again into another file")
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -326,6 +346,9 @@ def _trial(record: Mapping[str, Any]) -> Trial:
     for name, kind in {**kinds, "detail": dict}.items():
         if not isinstance(record[name], kind):
             raise ValueError(f"trial {record['id']!r}, {name}: {str(record[name])[:60]}")
+    for name, value in record["detail"].items():
+        if not isinstance(value, DETAILS.get(name, object)):
+            raise ValueError(f"trial {record['id']!r}, {name}: {str(value)[:60]}")
     texts = all(isinstance(item, str) for item in record["expected"])
     if not texts or not all(type(value) in (str, int, float) for value in record["axes"].values()):
         raise ValueError(f"trial {record['id']!r}, expected or axes")

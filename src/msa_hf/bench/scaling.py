@@ -201,7 +201,7 @@ def run_scaling(
         "questions": len(asked.questions),
         "documents": len(asked.texts),
     }
-    result = Result.begin("scaling", kept, facts, run_facts(model.device), path)
+    result = Result.begin("scaling", kept, facts, run_facts(model.device), path, ("tokens",))
     left = {size: _left(result, asked, size) for size in settings.sizes}
     if not any(left.values()):
         return result
