@@ -33,6 +33,10 @@ RESULTS = {
     "needles of msa-hf-smollm2-135m, hybrid, 256K": ("bench_needles_smollm2_hybrid_256k.json", ("kind", "tokens")),
     "needles of msa-hf-smollm2-135m, hybrid, 120K": ("bench_needles_smollm2_hybrid_120k.json", ("kind", "tokens")),
     "needles of msa-hf-smollm2-135m, hybrid, 1M": ("bench_needles_smollm2_hybrid_1m.json", ("kind", "tokens")),
+    "needles of msa-hf-smollm2-135m, hybrid, 1M, three times as many": (
+        "bench_needles_smollm2_hybrid_1m_81.json",
+        ("kind", "tokens"),
+    ),
     "needles of msa-hf-smollm2-135m, hybrid, 10M": ("bench_needles_smollm2_hybrid_10m.json", ("kind", "tokens")),
     "several needles of msa-hf-smollm2-135m, hybrid": ("bench_needles_smollm2_several.json", ("kind", "tokens")),
     "scaling of msa-hf-tiny among articles": ("bench_scaling_tiny_wikipedia.json", ("kind", "tokens")),
