@@ -78,8 +78,8 @@ KINDS = {
     "needle_rounds": (512, 112, 640),
     "needles": (384, 72, 1024),
 }
-# How often a kind comes: rounds of many hops and needles are learned more slowly than what one or two documents say, and
-# reading is forgotten where it comes seldom (its loss rose from .02 to .12 at one in ten).
+# How often a kind comes: rounds of many hops and needles are learned more slowly than what one or two documents say,
+# and reading is forgotten where it comes seldom (its loss rose from .02 to .12 at one in ten).
 TURNS = {
     "naming": 1,
     "following": 2,
