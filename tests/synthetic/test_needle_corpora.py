@@ -31,6 +31,12 @@ def test_answers_stand_in_their_documents_and_nowhere_else(split: Any) -> None:
     assert NeedleCorpus(300, seed=3, split=split).questions == corpus.questions != NeedleCorpus(300, seed=4).questions
 
 
+@pytest.mark.parametrize("words", [(["a"], ["b", "c"]), (["a", "b"], ["b", "c"]), (["a", "b-c"], ["d", "e"])])
+def test_words_that_no_keys_are_made_of_are_refused(words: Any) -> None:
+    with pytest.raises(ValueError, match="of letters alone, each of them once"):
+        NeedleCorpus(30, words=words)
+
+
 def test_rows_read_the_documents_and_say_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import tiny_rows

@@ -59,8 +59,11 @@ class NeedleTasks:
     Args:
         seed: another seed gives other keys, values and wordings.
         split: "train" and "test" share no keys and no wordings.
-        words: those that keys begin and end with, the split's by default; no word is in both, none has a hyphen.
+        words: those that keys begin and end with, two of each at least; the split's by default.
         wordings: to choose from, those of the split by default.
+
+    Raises:
+        ValueError: for words that keys cannot be made of.
     """
 
     def __init__(
@@ -72,6 +75,11 @@ class NeedleTasks:
     ) -> None:
         self._key = derive_key("needles", seed, split)
         self._words = [list(each) for each in words or words_of(split)]
+        every = [word for each in self._words for word in each]
+        if min(map(len, self._words)) < 2 or len(set(every)) < len(every) or not all(map(str.isalpha, every)):
+            raise ValueError(
+                "Keys need two words or more to begin and to end with, of letters alone, each of them once."
+            )
         self._wordings = wordings or WORDINGS[split]
         # Blocks of two adjectives and two nouns, each the four keys of one task.
         self._blocks = Permutation(
