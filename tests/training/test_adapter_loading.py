@@ -13,6 +13,8 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
     get_peft_model,
     load_peft_weights,
 )
@@ -218,6 +220,27 @@ def test_the_same_fields_load_and_another_top_k_is_said(load, tmp_path, caplog) 
     caplog.clear()
     loaded = PeftModel.from_pretrained(MSAForCausalLM.from_pretrained(base, top_k=5), adapter)
     assert loaded.config.top_k == 5 and not any("top_k" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize("load", [by_auto_peft, onto_the_base])
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_fields_of_learned_prompts_are_compared(kind, load, tmp_path, caplog) -> None:
+    """As those of other adapters: refused where what is read depends on them, said for another `top_k`."""
+    base = tmp_path / "base"
+    fresh(LAYERS).save_pretrained(base)
+    for name, fields in (("other", {"chunk_size": 4}), ("same", {"top_k": 5})):
+        model = MSAForCausalLM.from_pretrained(base, **fields)
+        prompted = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=2))
+        prompted.save_pretrained(tmp_path / name)
+        save_adapter_memory(model.config, tmp_path / name)
+    with pytest.raises(ValueError, match=re.escape("was trained with chunk_size=4 (memory.json beside it), but the")):
+        load(base, tmp_path / "other")
+    caplog.set_level("WARNING", "msa_hf")
+    loaded = load(base, tmp_path / "same")
+    assert len([line for line in caplog.messages if "with top_k=5, but the model has top_k=2: set" in line]) == 1
+    with pytest.raises(ValueError, match=r"was trained with chunk_size=4"):
+        loaded.load_adapter(tmp_path / "other", "second")
+    assert set(loaded.peft_config) == {"default"}
 
 
 def test_fields_go_through_auto_peft(tmp_path) -> None:

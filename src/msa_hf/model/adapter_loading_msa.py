@@ -62,8 +62,24 @@ def _parts(routers: Routers) -> tuple[list[int], list[str]]:
     return sorted({layer for layer, _ in routers}), sorted({module for _, module in routers})
 
 
-class CheckedAdapters(ModelMixin):
-    """In front of a class of PEFT's for a whole model: loading an adapter refuses one with other routers."""
+class ComparedAdapters(ModelMixin):
+    """In front of a class of PEFT's for a whole model: loading an adapter compares its fields with the model's."""
+
+    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> LoadedKeys:
+        """PEFT's.
+
+        Raises:
+            ValueError: for an adapter that was trained for other fields of the memory, which is not loaded.
+        """
+        # The code of an earlier release that a checkpoint carries has no such method.
+        if check := getattr(self.get_base_model(), "check_adapter", None):
+            check(model_id, kwargs)
+        loaded: LoadedKeys = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        return loaded
+
+
+class CheckedAdapters(ComparedAdapters):
+    """In front of a class of PEFT's for a whole model: loading an adapter refuses one with other routers as well."""
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> LoadedKeys:
         """PEFT's.
@@ -72,11 +88,8 @@ class CheckedAdapters(ModelMixin):
             ValueError: for an adapter of other memory layers, which is taken out again where there are others; for one
                 that was trained for other fields of the memory, which is not loaded.
         """
-        # The code of an earlier release that a checkpoint carries has no such method.
-        if check := getattr(self.get_base_model(), "check_adapter", None):
-            check(model_id, kwargs)
         try:
-            loaded: LoadedKeys = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+            loaded = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         except KeyError as error:
             if not routers_in(map(str, error.args)):
                 raise

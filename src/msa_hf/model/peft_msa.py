@@ -6,7 +6,8 @@ that of the base each time PEFT asks a configuration for its fields, which it do
 
 Virtual tokens (prompt tuning, P-tuning, prefix tuning) stand before the tokens of every call, so that what marks tokens
 must be made longer: a causal LM with a memory gets its own `PeftModelForCausalLM`, any other model PEFT's. With other
-methods it gets one that refuses adapters of other memory layers.
+methods it gets one that refuses adapters of other memory layers. Both compare the fields that an adapter was trained
+for.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput, is_peft_available
 
-from .adapter_loading_msa import CheckedAdapters
+from .adapter_loading_msa import CheckedAdapters, ComparedAdapters
 from .cache_msa import MSACache
 from .compat_msa import CACHE, CACHE_NAMES, PEFT_CACHE, rename_cache
-from .types_msa import Arguments, ModelMixin
+from .types_msa import Arguments
 
 TABLES = "TRANSFORMERS_MODELS_TO_"  # so open the names of PEFT's tables of modules
 MODEL_TYPE = "msa"
@@ -79,7 +80,7 @@ class _CausalLM:
         return kind(model, peft_config, *args, **kwargs)
 
 
-class VirtualTokens(ModelMixin):
+class VirtualTokens(ComparedAdapters):
     """In front of `PeftModelForCausalLM`: calls with a memory, whose virtual tokens do not route."""
 
     active_peft_config: VirtualTokenConfig
