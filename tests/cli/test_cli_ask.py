@@ -153,7 +153,9 @@ def test_what_is_no_checkpoint_or_bank_is_named(
     bank = place / "plain-bank"
     assert "no checkpoint there (no config.json)" in refusal(capsys, "ask", tmp_path, bank, "where")
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "an adapter of PEFT without its base; make one" in refusal(capsys, "ask", tmp_path, bank, "where")
+    said = refusal(capsys, "ask", tmp_path, bank, "where")
+    assert "an adapter of PEFT, whose base its adapter_config.json does not name" in said
+    assert f"`python scripts/merge_adapter.py --base BASE --adapter {tmp_path} --out OUT`" in said
     file = tmp_path / "adapter_config.json"
     assert "not a directory, which a bank is" in refusal(capsys, "ask", place / "plain", file, "where")
 

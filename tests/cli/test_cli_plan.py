@@ -93,3 +93,10 @@ def test_amounts(capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     message = run(capsys, *arguments, code=2)
     assert message.startswith("msa-hf: error: ") and said in message and message.count("\n") == 1
+
+
+def test_what_is_no_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = ("--tokens", "1M", "--model", str(tmp_path), *ROOM)
+    assert f"{tmp_path}: " in run(capsys, *known, code=2)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    assert f"{tmp_path}: an adapter of PEFT, of the base some/base" in run(capsys, *known, code=2)

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.config import PromptLearningConfig
 from setups import setup
 
+from msa_hf.cli.adapters import LEARNED_PROMPTS
 from msa_hf.cli.loading import slow_dtype
 
 
@@ -24,3 +27,8 @@ def test_a_dtype_that_is_slow_here_is_named(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     note = slow_dtype(setup().model.to(dtype))
     assert said in note and bool(note) == bool(said) == ("--dtype float32" in note)
+
+
+def test_the_learned_prompts_are_those_of_peft() -> None:
+    known = {kind.value for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(made, PromptLearningConfig)}
+    assert known <= set(LEARNED_PROMPTS)

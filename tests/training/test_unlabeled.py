@@ -420,7 +420,7 @@ def test_scores_that_are_no_numbers_are_a_collapse(place, tmp_path, capsys) -> N
 def test_an_adapter_is_no_base(place, tmp_path, capsys) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     assert main(["train", str(tmp_path), str(place / "notes"), str(tmp_path / "out")]) == 2
-    assert "an adapter of PEFT without its base; make one" in capsys.readouterr().err
+    assert "an adapter of PEFT, whose base" in capsys.readouterr().err
 
 
 def test_figures_go_to_what_trainer_reports_to(place, tmp_path, monkeypatch) -> None:

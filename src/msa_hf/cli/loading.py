@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..user_errors import UserError, reported
+from .adapters import ADAPTER, adapter_error, is_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -29,19 +30,31 @@ def checkpoint(name: str) -> str:
     if not name:
         raise UserError("the name of the model is empty")
     if path.is_dir():
-        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-            raise UserError(
-                f"{name}: an adapter of PEFT without its base; make one checkpoint of both (`msa-hf train --merge`, or "
-                "PeftModel.merge_and_unload() and save_pretrained())"
-            )
+        if is_adapter(path):
+            raise adapter_error(name, path / ADAPTER)
         return name
     if path.exists():
         raise UserError(f"{name}: not a directory")
     if path.is_absolute() or name.startswith((".", "~")) or not HUB_ID.fullmatch(name):
         raise UserError(f"{name}: no such directory")
     if problem := _missing_on_hub(name, "config.json", "model"):
+        if not _missing_on_hub(name, ADAPTER, "model") and (file := _adapter_on_hub(name)) is not None:
+            raise adapter_error(name, file)
         raise UserError(f"{name}: no such directory (looked for {path.absolute()}), and {problem}")
     return name
+
+
+def _adapter_on_hub(name: str) -> Path | None:
+    """The adapter_config.json of a name on the Hub, from its cache where that has it; None where fetching it fails."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HTTPError
+
+    if isinstance(cached := try_to_load_from_cache(name, ADAPTER), str):
+        return Path(cached)
+    try:
+        return Path(hf_hub_download(name, ADAPTER, etag_timeout=PROBE_SECONDS))
+    except (HTTPError, OSError):
+        return None
 
 
 def _missing_on_hub(name: str, file: str, kind: str) -> str:
@@ -63,6 +76,8 @@ def _missing_on_hub(name: str, file: str, kind: str) -> str:
     except Exception as error:  # of the one of several HTTP libraries that huggingface_hub uses
         return f"the Hub cannot be reached ({constants.ENDPOINT}: {error})"
     why = reply.headers.get("X-Error-Code", "")
+    if why == "EntryNotFound":
+        return f"the {kind} of that name on the Hub has no {file} ({constants.ENDPOINT})"
     if reply.status_code in (401, 404) and why != "GatedRepo":
         return f"the Hub has no such {kind} that you may read ({constants.ENDPOINT}: {reply.status_code} {why})"
     return ""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..user_errors import reported
+from .adapters import ADAPTER, adapter_error, is_adapter
 from .sizes import amount, count, device_amount
 
 if TYPE_CHECKING:
@@ -181,7 +182,10 @@ def _model_layers(name: str) -> tuple[list[tuple[int, int]], int]:
 
     if not Path(name).is_dir():
         raise ValueError(f"{name}: no such directory")
-    config = AutoConfig.from_pretrained(name).get_text_config(decoder=True)
+    if is_adapter(Path(name)):
+        raise adapter_error(name, Path(name, ADAPTER))
+    with reported(foreign=True, subject=name):
+        config = AutoConfig.from_pretrained(name).get_text_config(decoder=True)
     chunk_size = 64
     if (layers := getattr(config, "memory_layers", None)) is None:
         layers = default_memory_layers(config)
