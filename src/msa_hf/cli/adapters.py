@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from ..model.bounds_msa import read_json
 from ..user_errors import UserError
 
 ADAPTER = "adapter_config.json"
@@ -46,6 +45,8 @@ def adapter_error(name: str, file: Path) -> UserError:
 
 def _read(file: Path) -> dict[str, object]:
     """The fields of an adapter_config.json; none where nobody can read them, since it is refused in any case."""
+    from ..model.bounds_msa import read_json  # imports torch, which names of what is not there need not wait for
+
     try:
         fields: object = read_json(file)
     except (OSError, ValueError):
