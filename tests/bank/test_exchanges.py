@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,22 +134,24 @@ def test_rows_are_those_of_one_process_to_the_bit(content: str, size: int, input
                 assert torch.equal(real.contiguous().view(torch.int32), known.contiguous().view(torch.int32))
 
 
-def test_nobody_waits_for_others_before_the_first_layer_exchanges() -> None:
+def test_nobody_waits_for_others_before_the_first_layer_exchanges(tmp_path: Path) -> None:
     """A process begins its forward, and comes to its first memory layer, while another one does something else."""
-    made = layered(2)
+    made, begun = layered(2), tmp_path / "begun"
 
     def work(rank: int) -> Any:
-        times: list[float] = []
-        made.model.base_model.layers[0].register_forward_pre_hook(lambda *_: times.append(time.monotonic()))
         with shard_bank(made.bank) as memory, torch.no_grad():
             made.model(**QUESTION, memory=memory)
-            if rank == 1:
-                time.sleep(0.3)
+            if rank == 0:
+                made.model.base_model.layers[0].register_forward_pre_hook(lambda *_: begun.touch())
+            else:
+                deadline = time.monotonic() + 20
+                while not begun.exists() and time.monotonic() < deadline:
+                    time.sleep(0.01)
+            there = begun.exists()
             made.model(**QUESTION, memory=memory)
-        return times[1]
+        return there
 
-    first, second = together(2, work)
-    assert second - first > 0.2
+    assert together(2, work)[1], "the first waits for the second before its first layer"
 
 
 @pytest.mark.parametrize("content", ["sharded", "replicated"])

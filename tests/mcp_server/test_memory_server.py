@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -29,6 +30,7 @@ from msa_hf.cli.command_line import parser
 from msa_hf.cli.mcp import check, open_bank, run, tell_failure
 from msa_hf.generation import Answer, MemoryInterleave, Trace
 from msa_hf.mcp_server import server as server_module
+from msa_hf.mcp_server import stopping
 from msa_hf.mcp_server.limits import Limits
 from msa_hf.mcp_server.server import MemoryServer
 from msa_hf.mcp_server.shared_bank import Options, Reader, SharedBank
@@ -126,12 +128,19 @@ def test_clients_at_once_each_see_what_they_wrote(directory: Path, server_of: An
 
 def test_calls_beyond_the_limit_are_refused_at_once(directory: Path, server_of: Any, monkeypatch: Any) -> None:
     server, go = server_of(directory, with_model=False, limits=Limits(calls=2)), threading.Event()
-    monkeypatch.setattr(SharedBank, "get", lambda self, key: go.wait(20) and None)
+    at_work = threading.Semaphore(0)
+
+    def get(self: SharedBank, key: str) -> None:
+        at_work.release()
+        assert go.wait(60)
+
+    monkeypatch.setattr(SharedBank, "get", get)
 
     async def crowd() -> list[Any]:
         async with Client(server) as client:
             waiting = [asyncio.create_task(client.call_tool("read", {"key": "x"})) for _ in range(2)]
-            await asyncio.sleep(0.2)
+            for _ in waiting:
+                assert await asyncio.to_thread(at_work.acquire, timeout=60)
             refused = await client.call_tool("read", {"key": "x"})
             go.set()
             return [refused, *await asyncio.gather(*waiting), await client.call_tool("read", {"key": "x"})]
@@ -142,7 +151,9 @@ def test_calls_beyond_the_limit_are_refused_at_once(directory: Path, server_of: 
 
 @pytest.mark.parametrize("gone", [False, True], ids=["too slow", "given up"])
 def test_an_answer_that_nobody_waits_for_ends(directory: Path, reader: Reader, gone: bool, monkeypatch: Any) -> None:
-    bank, stop = SharedBank(directory, reader), Stop(60 if gone else 0.1)
+    clock = [0.0]  # seconds
+    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    bank, stop = SharedBank(directory, reader), Stop(60)
 
     def ask(self: MemoryInterleave, question: str, stopping_criteria: list[Any]) -> Answer:
         (criterion,) = stopping_criteria
@@ -151,7 +162,7 @@ def test_an_answer_that_nobody_waits_for_ends(directory: Path, reader: Reader, g
         if gone:
             stop.give_up()
         else:
-            time.sleep(0.15)
+            clock[0] = 60.0
         assert criterion(tokens, None).tolist() == [True, True]
         return Answer("half an", [], Trace(question, "router"), [])
 
@@ -165,11 +176,16 @@ def test_an_answer_that_nobody_waits_for_ends(directory: Path, reader: Reader, g
 def test_the_model_is_waited_for_as_long_as_a_call_may_take(directory: Path, server_of: Any, reader: Reader) -> None:
     bank: Future[SharedBank] = Future()
     bank.set_result(SharedBank(directory, reader))
-    server = MemoryServer("test", bank, tools_for(True, False), Limits(seconds=0.2)).protocol
-    with connected(server) as client, bank.result()._model_turn:
-        assert "busy for longer" in client.refusal("ask", question=QUESTION)
-        assert "busy for longer" in client.refusal("remember", key="x", text="y")
-        assert client.tell("search", query="roses", mode="lexical")["documents"]
+
+    def server(seconds: float) -> Any:
+        return MemoryServer("test", bank, tools_for(True, False), Limits(seconds=seconds)).protocol
+
+    with bank.result()._model_turn:
+        with connected(server(0.2)) as client:
+            assert "busy for longer" in client.refusal("ask", question=QUESTION)
+            assert "busy for longer" in client.refusal("remember", key="x", text="y")
+        with connected(server(60)) as client:
+            assert client.tell("search", query="roses", mode="lexical")["documents"]
 
 
 def test_faults_are_logged_and_not_told(directory: Path, server_of: Any, monkeypatch: Any, caplog: Any) -> None:

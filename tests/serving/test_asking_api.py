@@ -357,7 +357,8 @@ def test_what_takes_too_long_is_a_504(fresh: Path) -> None:
             assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
             put = client.put("/v1/documents/late", json={"text": "Too late."})
             assert put.status_code == 504
-        assert client.get("/v1/documents/late").status_code == 404
+    with serving(fresh) as served:
+        assert served.client().get("/v1/documents/late").status_code == 404
 
 
 def test_a_full_queue_is_a_429_with_the_time_to_wait(fresh: Path) -> None:

@@ -24,7 +24,7 @@ JSON = {"Content-Type": "application/json"}
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     keys = [ApiKey.of(WRITER), ApiKey.of(READER, writes=False)]
-    limits = Limits(body_bytes=2000, body_seconds=0.5)
+    limits = Limits(body_bytes=2000, body_seconds=1.0)
     with serving(tmp_path_factory.mktemp("guarded") / "bank", limits, keys=keys) as served:
         yield served
 
@@ -162,13 +162,12 @@ def status_of_reply(connection: socket.socket) -> int:
 @pytest.mark.parametrize("piece", [b"", b"POST /v1/documents HT", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: y"])
 def test_a_head_that_does_not_come(guarded: Served, before: bytes, piece: bytes) -> None:
     """Nor one that comes a byte at a time: connections are few, and whoever holds them keeps others out."""
-    address = urlsplit(guarded.url)
+    address, start = urlsplit(guarded.url), time.monotonic()
     with socket.create_connection((address.hostname, address.port), 20) as connection:
         if before:
             connection.sendall(before)
             assert status_of_reply(connection) == 200
         connection.sendall(piece)
-        start = time.monotonic()
         connection.settimeout(0.1)
         while time.monotonic() < start + 20:
             try:
@@ -181,7 +180,7 @@ def test_a_head_that_does_not_come(guarded: Served, before: bytes, piece: bytes)
                 break
         else:
             pytest.fail("the connection stayed")
-    assert time.monotonic() - start >= 0.4
+    assert time.monotonic() - start >= 0.9
 
 
 def test_requests_that_follow_one_another_keep_their_connection(guarded: Served) -> None:
@@ -191,7 +190,7 @@ def test_requests_that_follow_one_another_keep_their_connection(guarded: Served)
         for _ in range(8):
             connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert status_of_reply(connection) == 200
-            time.sleep(0.1)
+            time.sleep(0.15)
 
 
 def test_a_body_that_does_not_come(guarded: Served) -> None:
