@@ -136,9 +136,13 @@ def test_mistakes(
     said = refusal(capsys, "bank", "add", place / "compact", bank, place / "docs", "--version-column", "at")
     assert "'at' (--version-column)" in said
     assert "no keys" in refusal(capsys, "bank", "delete", bank)
-    for command in ("delete x", "compact", "verify", "stat"):
+    for command in ("delete x", "compact", "verify", "verify --discard-damaged", "stat", "index --lexical"):
         name, *rest = command.split()
-        assert "not a bank" in refusal(capsys, "bank", name, tmp_path / "nowhere", *rest)
+        assert "no bank: there is no such directory" in refusal(capsys, "bank", name, tmp_path / "nowhere", *rest)
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert "not a bank" in refusal(capsys, "bank", name, tmp_path / "empty", *rest)
+        assert "not a directory, which a bank is" in refusal(capsys, "bank", name, nameless, *rest)
+        assert "the name of the bank is empty" in refusal(capsys, "bank", name, "", *rest)
     assert not (tmp_path / "nowhere").exists()
     with BankStore(None, bank):
         assert "process" in refusal(capsys, "bank", "compact", bank)

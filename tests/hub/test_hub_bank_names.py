@@ -54,6 +54,20 @@ def test_a_name_that_may_be_on_the_hub_makes_no_directory(
     assert not (here / "user").exists() and not hub.requests
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["delete {} key", "compact {}", "restore {}", "index {} --lexical english", "verify {} --discard-damaged"],
+)
+def test_what_changes_a_bank_is_not_for_those_on_the_hub(
+    command: str, hub: FakeHub, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bank", *command.format("user/notes").split()]) == 2
+    said = capsys.readouterr().err
+    assert f"user/notes: no bank: there is no such directory (looked for {here}/user/notes); banks on the Hub" in said
+    assert "MemoryBank.from_pretrained('user/notes').save_pretrained('notes'), and give notes" in said
+    assert not hub.requests
+
+
 @pytest.mark.parametrize("name", ["./user/notes", "notes", "out/bank", "a/b/c", "../user/notes", "_a/b", "user/notes/"])
 def test_paths_are_paths(name: str, hub: FakeHub, here: Path) -> None:
     (here / "out").mkdir()

@@ -17,7 +17,7 @@ from .characters import in_one_line
 from .documents import add_document_options, read_corpus
 from .indexes import add_index_options, embedder_of
 from .lengths import length_remedy
-from .loading import bank_to_change, load, protocol_of
+from .loading import bank_here, bank_to_change, check_bank, load, protocol_of
 from .options import add_model_options, add_sole_writer_option, device_in, device_of, positive
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def delete(args: argparse.Namespace) -> int:
         keys += dict.fromkeys(lines)
     if not keys:
         raise UserError("no keys: name documents, or a file of them with --keys-from")
-    with opened(args.bank, sole_writer=args.sole_writer) as bank:
+    with opened(bank_here(args.bank), sole_writer=args.sole_writer) as bank:
         missing = [key for key in keys if key not in bank]
         if missing and not args.missing_ok:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -183,7 +183,7 @@ def delete(args: argparse.Namespace) -> int:
 
 def compact(args: argparse.Namespace) -> int:
     """`msa-hf bank compact`."""
-    with opened(args.bank, sole_writer=args.sole_writer) as bank:
+    with opened(bank_here(args.bank), sole_writer=args.sole_writer) as bank:
         before = bank.stat()
         forgotten = 0
         if args.forget_deletions is not None:
@@ -209,9 +209,7 @@ def restore(args: argparse.Namespace) -> int:
     from ..bank import BankError, restore_manifest
     from ..model.bank_lock_msa import WriterLock
 
-    directory = Path(args.bank)
-    if not directory.is_dir():
-        raise UserError(f"{directory} is no directory")
+    directory = bank_here(args.bank)
     with reported():
         try:
             with WriterLock(directory, args.sole_writer):
@@ -224,6 +222,10 @@ def restore(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """`msa-hf bank verify`."""
+    if args.discard_damaged:
+        bank_here(args.bank)
+    else:
+        check_bank(args.bank)
     with opened(args.bank, read_only=not args.discard_damaged, sole_writer=args.sole_writer) as bank:
         found = bank.verify()
         given_up = bank.discard_damaged() if args.discard_damaged else 0
@@ -246,6 +248,7 @@ def index(args: argparse.Namespace) -> int:
     from ..bank import BankError
     from ..retrieval import keep_indexes
 
+    bank_here(args.bank)
     embedder = embedder_of(args.embedder, device_in(args))
     with reported():
         try:
@@ -267,6 +270,7 @@ def described(indexes: Mapping[str, Mapping[str, object]]) -> list[str]:
 
 def stat(args: argparse.Namespace) -> int:
     """`msa-hf bank stat`."""
+    check_bank(args.bank)
     with opened(args.bank, read_only=True) as bank:
         record = bank.stat()
     if args.json:

@@ -92,11 +92,15 @@ def check_bank(name: str) -> None:
         return
     if path.exists():
         raise UserError(f"{name}: not a directory, which a bank is")
-    missing = f"{name}: no bank: there is no such directory (looked for {path.absolute()})"
+    missing = _no_bank(name)
     if name.count("/") != 1 or name.startswith((".", "~")) or not HUB_ID.fullmatch(name):
         raise UserError(missing)
     if problem := _missing_on_hub(name, MANIFEST, "dataset"):
         raise UserError(f"{missing}, and {problem}")
+
+
+def _no_bank(name: str) -> str:
+    return f"{name}: no bank: there is no such directory (looked for {Path(name).absolute()})"
 
 
 def is_read_from_hub(name: str, read_only: bool) -> bool:
@@ -201,13 +205,37 @@ def bank_to_change(name: str) -> Path:
     """
     path = new_directory(name)
     if _may_be_on_hub(name) and (not path.parent.is_dir() or _is_bank_in_cache(name)):
-        copy = path.name
         raise UserError(
             f"{name}: no such directory (looked for {path.absolute()}), and a new one would hide a bank of that name "
-            f"on the Hub. Give ./{name} for a new bank; to change the Hub's, save a copy, "
-            f"MemoryBank.from_pretrained({name!r}).save_pretrained({copy!r}), and give {copy}"
+            f"on the Hub. Give ./{name} for a new bank. {_copied(name)}"
         )
     return path
+
+
+def bank_here(name: str) -> Path:
+    """The directory of a bank that a command changes, which has to be there already. The Hub is not asked.
+
+    Raises:
+        UserError: where it is not; where the name may be one on the Hub, with the way to change a copy.
+    """
+    path = Path(name)
+    if not name:
+        raise UserError("the name of the bank is empty")
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{name}: not a directory, which a bank is")
+    if _may_be_on_hub(name):
+        raise UserError(f"{_no_bank(name)}; banks on the Hub are for reading. {_copied(name)}")
+    raise UserError(_no_bank(name))
+
+
+def _copied(name: str) -> str:
+    copy = name.rpartition("/")[2]
+    return (
+        f"To change the Hub's, save a copy, MemoryBank.from_pretrained({name!r}).save_pretrained({copy!r}), and give "
+        f"{copy}"
+    )
 
 
 def tell_hidden_bank(name: str) -> None:
