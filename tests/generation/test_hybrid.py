@@ -98,6 +98,7 @@ def test_memory_layers_attend_to_what_was_found() -> None:
     expected = searcher.search(QUESTIONS, MODEL.config.top_k, ways=("lexical", "dense"))
     assert documents.tolist() == [[hit.position for hit in hits] for hits in expected]
     assert searcher.documents(["xyzzy amber"], 3, "lexical").tolist() == [[0, -1, -1]]
+    assert searcher.documents(["xyzzy amber"], 10**12, "lexical").tolist() == [[0, *[-1] * (len(bank) - 1)]]
     inputs = TOKENIZER(QUESTIONS, return_tensors="pt", padding=True)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():

@@ -318,10 +318,12 @@ class Searcher:
         `generate(force_documents=...)` takes, whose memory layers then attend to them in place of the routed ones.
 
         Args:
+            k: at most; the bank's number of documents where that is less.
             options: as of `search`.
         """
         rows = [[hit.position for hit in hits] for hits in self.search(queries, k, mode, **options)]
-        return torch.tensor([row + [-1] * (k - len(row)) for row in rows], dtype=torch.int64).view(len(rows), k)
+        width = min(k, len(self.bank))
+        return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64).view(len(rows), width)
 
     def candidates(
         self, queries: Sequence[str], ways: Sequence[str] | None = None, depth: int = DEPTH, batch_size: int = BATCH
