@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,10 +31,13 @@ def trial(number: int, right: bool, tokens: int = 1000, kind: str = "single", **
 
 
 def result(right: list[bool], path: Path | None = None, **settings: object) -> Result:
-    made = Result.begin("needles", {"seed": 0, **settings}, MODEL, {"hardware": "here"}, path)
-    made.add(trial(number, value) for number, value in enumerate(right))
-    made.save()
+    with begun(path, **settings) as made:
+        made.add(trial(number, value) for number, value in enumerate(right))
     return made
+
+
+def begun(path: Path | None = None, **settings: object) -> AbstractContextManager[Result]:
+    return Result.begin("needles", {"seed": 0, **settings}, MODEL, {"hardware": "here"}, path)
 
 
 @pytest.mark.parametrize(
@@ -78,10 +82,11 @@ def test_cells_group_by_axes_and_leave_out_what_lacks_one() -> None:
 def test_a_run_goes_on_where_it_stopped_and_only_with_its_own_file(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     result([True, False], path, depths=[0.0, 1.0], values=("words",))
-    again = Result.begin(
-        "needles", {"seed": 0, "depths": (0.0, 1.0), "values": ["words"]}, MODEL, {"hardware": "there"}, path
-    )
-    Result.begin("needles", again.settings, {**MODEL, "name": "the same elsewhere"}, {}, path)
+    settings = {"seed": 0, "depths": (0.0, 1.0), "values": ["words"]}
+    with Result.begin("needles", settings, MODEL, {"hardware": "there"}, path) as again:
+        pass
+    with Result.begin("needles", again.settings, {**MODEL, "name": "the same elsewhere"}, {}, path):
+        pass
     assert again.done("single 1000 1") and not again.done("single 1000 2")
     assert [run["hardware"] for run in again.runs] == ["here", "there"]
     with pytest.raises(ValueError, match="made already"):
@@ -92,8 +97,8 @@ def test_a_run_goes_on_where_it_stopped_and_only_with_its_own_file(tmp_path: Pat
         (again.settings, MODEL, "chains", "its benchmark is needles"),
     ):
         before = path.read_bytes()
-        with pytest.raises(ResultError, match=named):
-            Result.begin(benchmark, settings, model, {}, path)
+        with pytest.raises(ResultError, match=named), Result.begin(benchmark, settings, model, {}, path):
+            raise AssertionError("goes on")
         assert path.read_bytes() == before
     assert {item.name for item in tmp_path.iterdir()} == {"r.json", ".r.json.lock"}
 
@@ -309,12 +314,15 @@ def test_a_file_has_the_shares_with_their_intervals(tmp_path: Path) -> None:
     assert Result.load(tmp_path / "r.json").trials == made.trials
 
 
-def test_an_interruption_loses_no_answer(tmp_path: Path) -> None:
-    made = result([], tmp_path / "r.json")
-    with pytest.raises(KeyboardInterrupt), made.kept():
+@pytest.mark.parametrize("end", [KeyboardInterrupt, OSError, SystemExit])
+def test_no_end_of_a_run_loses_an_answer(end: type[BaseException], tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    with pytest.raises(end), begun(path) as made:
         made.add([trial(1, True)])
-        raise KeyboardInterrupt
-    assert Result.load(tmp_path / "r.json").trials == made.trials
+        raise end
+    assert Result.load(path).trials == made.trials == [trial(1, True)]
+    with begun(path) as again:  # and none keeps the file
+        assert again.done("single 1000 1") and len(again.runs) == 2
 
 
 def test_a_name_that_is_not_utf_8_stands_in_a_file(tmp_path: Path) -> None:
@@ -370,53 +378,70 @@ def test_numbers_are_short() -> None:
     ]
 
 
+REFUSED = r"r\.json: another run writes to it\. Wait until .* name another file"
+
+
 def test_two_runs_do_not_write_to_one_file(tmp_path: Path) -> None:
     """The second is refused while the first goes on, and loses none of its answers; behind it, it goes on."""
     path = tmp_path / "r.json"
-    first = result([True, False], path)
-    with first.kept():
-        first.add([trial(2, True)])
-        first.save()
+    result([True, False], path)
+    with begun(path) as first:
         before = path.read_bytes()
-        with pytest.raises(ResultError, match=r"r\.json: another run writes to it\. Wait until .* name another file"):
-            result([], path)
+        with pytest.raises(ResultError, match=REFUSED), begun(path):
+            raise AssertionError("goes on")
         assert path.read_bytes() == before
-        first.add([trial(3, False)])
-    second = result([], path)
-    assert [item.right for item in second.trials] == [True, False, True, False]
-    with second.kept():
+        first.add([trial(2, True), trial(3, False)])
+    with begun(path) as second:
+        assert [item.right for item in second.trials] == [True, False, True, False]
         second.add([trial(4, True)])
-    assert len(Result.load(path).trials) == 5 and {item.name for item in tmp_path.iterdir()} == {
-        "r.json",
-        ".r.json.lock",
-    }
+    assert len(Result.load(path).trials) == 5 and len(Result.load(path).runs) == 3
+    assert {item.name for item in tmp_path.iterdir()} == {"r.json", ".r.json.lock"}
 
 
-def test_a_run_that_another_one_overtook_is_refused(tmp_path: Path) -> None:
+SCRIPT = f"""
+import sys
+from msa_hf.bench.result import Result, Trial
+with Result.begin("needles", {{"seed": 0}}, {MODEL!r}, {{}}, sys.argv[1]) as made:
+    made.add([Trial("other", "single", {{}}, "?", ("a",), "a", True)])
+    print("begun", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_of_another_process_is_refused_until_the_first_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "r.json"
-    late = result([True], path)
-    other = result([], path)
-    with other.kept():
-        other.add([trial(1, True)])
-    with pytest.raises(ResultError, match=r"another run has written to it meanwhile\. Run the same"), late.kept():
-        raise AssertionError("asks nothing")
-    assert len(Result.load(path).trials) == 2
+    command = [sys.executable, "-c", SCRIPT, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None and first.stdout.readline() == b"begun\n"
+        with pytest.raises(ResultError, match=REFUSED), begun(path):
+            raise AssertionError("goes on")
+        # A command says so before it looks for its model.
+        assert main(["bench", "needles", "no-model", "--out", str(path)]) == 2
+        assert re.search(REFUSED, capsys.readouterr().err)
+        second = subprocess.run(command, input=b"", capture_output=True, check=False)
+        assert second.returncode == 1 and re.search(REFUSED, second.stderr.decode())
+        first.communicate(b"")
+    assert main(["bench", "needles", "no-model", "--out", str(path)]) == 2
+    assert "no-model" in capsys.readouterr().err
+    with begun(path) as made:
+        assert made.done("other")
 
 
 def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    script = (
-        "import os, sys\n"
-        "from msa_hf.bench.result import Result\n"
-        f"made = Result.begin('needles', {{'seed': 0}}, {MODEL!r}, {{}}, sys.argv[1])\n"
-        "with made.kept():\n"
-        "    os.kill(os.getpid(), 9)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", script, str(path)], check=False).returncode == -signal.SIGKILL
-    made = result([True], path)
-    with made.kept():
-        made.add([trial(1, True)])
-    assert len(Result.load(path).trials) == 2
+    with subprocess.Popen([sys.executable, "-c", SCRIPT, str(path)], stdin=subprocess.PIPE, stdout=-1) as killed:
+        assert killed.stdout is not None and killed.stdout.readline() == b"begun\n"
+        killed.kill()
+    assert killed.returncode == -signal.SIGKILL
+    assert len(result([True], path).runs) == 2
+
+
+def test_a_run_without_a_file_keeps_nobody_out() -> None:
+    with begun() as one, begun() as other:
+        one.add([trial(0, True)])
+        other.add([trial(0, True)])
 
 
 @pytest.mark.parametrize(
@@ -427,13 +452,15 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
 def test_details_that_a_report_counts_with_are_looked_at(tmp_path: Path, detail: dict[str, object], named: str) -> None:
     """Else a file that was changed by hand would end a run behind its last question."""
     path = tmp_path / "r.json"
-    made = Result.begin("needles", {}, MODEL, {}, path, ("tokens", "found", "of"))
-    made.add([trial(0, True, found=1, of=1)])
-    made.save()
-    assert len(Result.begin("needles", {}, MODEL, {}, path, ("tokens", "found", "of")).trials) == 1
+    needed = ("tokens", "found", "of")
+    with Result.begin("needles", {}, MODEL, {}, path, needed) as made:
+        made.add([trial(0, True, found=1, of=1)])
+    with Result.begin("needles", {}, MODEL, {}, path, needed) as made:
+        assert len(made.trials) == 1
     record = json.loads(path.read_text())
     record["trials"][0]["detail"] = detail
     path.write_text(text := json.dumps(record))
-    with pytest.raises(ResultError, match=f"r.json: damaged, or made by hand .*{re.escape(named)}.*measure again"):
-        Result.begin("needles", {}, MODEL, {}, path, ("tokens", "found", "of"))
+    said = f"r.json: damaged, or made by hand .*{re.escape(named)}.*measure again"
+    with pytest.raises(ResultError, match=said), Result.begin("needles", {}, MODEL, {}, path, needed):
+        raise AssertionError("goes on")
     assert path.read_text() == text

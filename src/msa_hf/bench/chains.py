@@ -126,25 +126,28 @@ def run_chains(
     worlds, prose = _with_prose(settings, tokenizer, protocol, prose)
     described = {**asdict(settings), "source": source, "prose": digest_of(prose), "prose_texts": len(prose)}
     facts, needed = model_facts(model, tokenizer, protocol, name, fusion), ("tokens", "hop", "stopped", "broke")
-    result = Result.begin(NAME, described, facts, run_facts(model.device), path, needed)
-    result.notes |= {"prose left out": given - len(prose)} if given > len(prose) else {}
-    for world in worlds:  # before the first is encoded, which can take hours
-        _left(result, world, settings)
-    total = sum(len(world.corpus.questions) for world in worlds)
-    with result.kept(), tqdm(total=total, unit="question", disable=not show_progress) as progress:
-        for world in worlds:
-            progress.set_description(f"{world.tokens:,} tokens")
-            left = _left(result, world, settings)
-            progress.update(len(world.corpus.questions) - len(left))
-            if not left:
-                continue
-            documents = _documents(world.corpus, protocol)
-            rows = documents if protocol is None else protocol.encode_corpus(documents, tokenizer)
-            bank = model.encode_documents(rows, tokenizer, batch_tokens=batch_tokens, show_progress=show_progress)
-            result.notes[f"corpus {world.tokens} {world.number}"] = {"documents": len(bank), "tokens": bank.num_tokens}
-            for trials in _asked(world, left, settings, model, tokenizer, protocol, bank, batch_size, fusion):
-                result.add(trials)
-                progress.update(len(trials))
+    with Result.begin(NAME, described, facts, run_facts(model.device), path, needed) as result:
+        result.notes |= {"prose left out": given - len(prose)} if given > len(prose) else {}
+        for world in worlds:  # before the first is encoded, which can take hours
+            _left(result, world, settings)
+        total = sum(len(world.corpus.questions) for world in worlds)
+        with tqdm(total=total, unit="question", disable=not show_progress) as progress:
+            for world in worlds:
+                progress.set_description(f"{world.tokens:,} tokens")
+                left = _left(result, world, settings)
+                progress.update(len(world.corpus.questions) - len(left))
+                if not left:
+                    continue
+                documents = _documents(world.corpus, protocol)
+                rows = documents if protocol is None else protocol.encode_corpus(documents, tokenizer)
+                bank = model.encode_documents(rows, tokenizer, batch_tokens=batch_tokens, show_progress=show_progress)
+                result.notes[f"corpus {world.tokens} {world.number}"] = {
+                    "documents": len(bank),
+                    "tokens": bank.num_tokens,
+                }
+                for trials in _asked(world, left, settings, model, tokenizer, protocol, bank, batch_size, fusion):
+                    result.add(trials)
+                    progress.update(len(trials))
     return result
 
 

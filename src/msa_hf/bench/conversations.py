@@ -286,9 +286,8 @@ def run_conversations(
     kept_settings = {**asdict(settings), "filler": source, "filler_texts": digest_of(filler)}
     facts = model_facts(model, tokenizer, protocol, name, fusion)
     needed = ("tokens", "arm", "broke")
-    result = Result.begin("conversations", kept_settings, facts, run_facts(model.device), path, needed)
-    result.notes |= {"texts left out": given - len(filler)} if given > len(filler) else {}
-    with result.kept():
+    with Result.begin("conversations", kept_settings, facts, run_facts(model.device), path, needed) as result:
+        result.notes |= {"texts left out": given - len(filler)} if given > len(filler) else {}
         for tokens in settings.sizes:
             _measure(tokens, settings, model, tokenizer, protocol, filler, result, batch_tokens, show_progress, fusion)
     return result

@@ -125,26 +125,28 @@ def run_mine(
     tasks = {tokens: list(_tasks(settings, tokens, terms, chains)) for tokens in settings.sizes}
     described = {**asdict(settings), "source": source, "haystack": haystack.digest}
     facts, needed = model_facts(model, tokenizer, protocol, name, fusion), ("tokens", "found", "of", "broke")
-    result = Result.begin(NAME, described, facts, run_facts(model.device), path, needed)
-    result.notes |= {"terms": len(terms), "terms wanted": settings.depths * settings.repeats}
-    if all([asked_before(result, task) for made in tasks.values() for task in made]):
-        return result
-    if isinstance(documents, MemoryBank):
-        banks = HaystackBanks(model, tokenizer, protocol, haystack, documents, batch_tokens)
-    else:
-        wanted = haystack.documents(settings.sizes[-1])
-        banks = HaystackBanks.encode(model, tokenizer, protocol, haystack, wanted, batch_tokens, show_progress)
-    result.notes["encoding"] = banks.facts
 
     def judge(answer: str, expected: Sequence[str]) -> bool:
         return refuses(answer, settings.refusal) if settings.refusal in expected else holds_all(answer, expected)
 
-    asking = Asking(batch_size, settings.max_new_tokens, round_options(settings.rounds, fusion), judge, insert_in_style)
-    count = sum(len(task.questions) for made in tasks.values() for task in made)
-    with tqdm(total=count, unit="question", disable=not show_progress) as progress:
-        for tokens, made in tasks.items():
-            progress.set_description(f"{tokens:,} tokens")
-            ask_tasks(result, made, haystack.documents(tokens), banks, asking, progress)
+    with Result.begin(NAME, described, facts, run_facts(model.device), path, needed) as result:
+        result.notes |= {"terms": len(terms), "terms wanted": settings.depths * settings.repeats}
+        if all([asked_before(result, task) for made in tasks.values() for task in made]):
+            return result
+        if isinstance(documents, MemoryBank):
+            banks = HaystackBanks(model, tokenizer, protocol, haystack, documents, batch_tokens)
+        else:
+            wanted = haystack.documents(settings.sizes[-1])
+            banks = HaystackBanks.encode(model, tokenizer, protocol, haystack, wanted, batch_tokens, show_progress)
+        result.notes["encoding"] = banks.facts
+        asking = Asking(
+            batch_size, settings.max_new_tokens, round_options(settings.rounds, fusion), judge, insert_in_style
+        )
+        count = sum(len(task.questions) for made in tasks.values() for task in made)
+        with tqdm(total=count, unit="question", disable=not show_progress) as progress:
+            for tokens, made in tasks.items():
+                progress.set_description(f"{tokens:,} tokens")
+                ask_tasks(result, made, haystack.documents(tokens), banks, asking, progress)
     return result
 
 

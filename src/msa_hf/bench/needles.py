@@ -98,21 +98,22 @@ def run_needles(
     check_room(haystack, sizes[0], max(len(task.plants) for task in tasks[sizes[0]]))
     described = {**asdict(settings), "source": source, "haystack": haystack.digest}
     facts = model_facts(model, tokenizer, protocol, name, fusion)
-    result = Result.begin(NAME, described, facts, run_facts(model.device), path, ("tokens", "found", "of"))
-    pending = [tokens for tokens in sizes if not all([asked_before(result, task) for task in tasks[tokens]])]
-    if not pending:
-        return result
-    if isinstance(texts, MemoryBank):
-        banks = HaystackBanks(model, tokenizer, protocol, haystack, texts, batch_tokens)
-    else:
-        wanted = haystack.documents(pending[-1])
-        banks = HaystackBanks.encode(model, tokenizer, protocol, haystack, wanted, batch_tokens, show_progress)
-    result.notes["encoding"] = banks.facts
-    asking = Asking(batch_size, settings.max_new_tokens, round_options(settings.rounds, fusion))
-    with tqdm(total=sum(map(len, tasks.values())), unit="question", disable=not show_progress) as progress:
-        for tokens in sizes:
-            progress.set_description(f"{tokens:,} tokens")
-            ask_tasks(result, tasks[tokens], haystack.documents(tokens), banks, asking, progress)
+    needed = ("tokens", "found", "of")
+    with Result.begin(NAME, described, facts, run_facts(model.device), path, needed) as result:
+        pending = [tokens for tokens in sizes if not all([asked_before(result, task) for task in tasks[tokens]])]
+        if not pending:
+            return result
+        if isinstance(texts, MemoryBank):
+            banks = HaystackBanks(model, tokenizer, protocol, haystack, texts, batch_tokens)
+        else:
+            wanted = haystack.documents(pending[-1])
+            banks = HaystackBanks.encode(model, tokenizer, protocol, haystack, wanted, batch_tokens, show_progress)
+        result.notes["encoding"] = banks.facts
+        asking = Asking(batch_size, settings.max_new_tokens, round_options(settings.rounds, fusion))
+        with tqdm(total=sum(map(len, tasks.values())), unit="question", disable=not show_progress) as progress:
+            for tokens in sizes:
+                progress.set_description(f"{tokens:,} tokens")
+                ask_tasks(result, tasks[tokens], haystack.documents(tokens), banks, asking, progress)
     return result
 
 

@@ -99,15 +99,14 @@ def ask_tasks(
 
     What lies in a bank does not depend on what was asked before.
     """
-    with result.kept():
-        for group in banks_of_tasks(tasks, documents):
-            left = [item for task in group for item in task.questions if not result.done(item.id)]
-            if progress is not None:
-                progress.update(sum(len(task.questions) for task in group) - len(left))
-            for trials in _trials(result, group, documents, banks, asking) if left else ():
-                result.add(trials)
-                if progress is not None:  # a large bank has all questions of its size
-                    progress.update(len(trials))
+    for group in banks_of_tasks(tasks, documents):
+        left = [item for task in group for item in task.questions if not result.done(item.id)]
+        if progress is not None:
+            progress.update(sum(len(task.questions) for task in group) - len(left))
+        for trials in _trials(result, group, documents, banks, asking) if left else ():
+            result.add(trials)
+            if progress is not None:  # a large bank has all questions of its size
+                progress.update(len(trials))
 
 
 def banks_of_tasks(tasks: Sequence[Task], documents: int) -> Iterator[list[Task]]:

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,9 @@ class Result:
     def __post_init__(self) -> None:
         self._known = {trial.id: trial for trial in self.trials}
         self._saved = self._begun = time.monotonic()
-        self._written: tuple[int, int, int] | None = None  # mark of the file as this run left it
 
     @classmethod
+    @contextmanager
     def begin(
         cls,
         benchmark: str,
@@ -129,84 +129,55 @@ class Result:
         run: Mapping[str, Any],
         path: str | Path | None = None,
         needed: Sequence[str] = (),
-    ) -> Result:
-        """A new result, or the one in the file, which a run that ended early left there.
+    ) -> Iterator[Result]:
+        """A new result, or the one in the file, which a run that ended early left there; for a `with` block.
+
+        Until the block ends the file is this run's alone. It is written at the end, also where an interruption or a
+        fault is the end: no answer is lost.
 
         Args:
+            path: of the file; None: there is none, and nothing to keep others from.
             needed: axes and details that every trial of this benchmark has.
 
         Raises:
             ResultError: where the file is of another benchmark, other settings or another model, naming what differs;
                 or where another run writes to it.
         """
-        settings, model = _as_json(settings), _as_json(model)
         path = None if path is None else Path(path)
-        result = cls(benchmark, settings, model, path=path)
-        with result._alone():
-            if path is not None and path.exists():
-                found = cls.load(path)
-                differ = [f"its benchmark is {found.benchmark}"] if found.benchmark != benchmark else []
-                differ += differences(found.settings, settings)
-                differ += [item for item in differences(found.model, model) if not item.startswith("name: ")]
-                if differ:
-                    raise ResultError(
-                        f"{path}: holds a result that this run cannot go on with ({'; '.join(differ[:4])}). Name "
-                        "another file, or remove this one to begin anew."
-                    )
-                for trial in found.trials:
-                    if lacking := [name for name in needed if name not in {**trial.axes, **trial.detail}]:
-                        raise _damaged(path, f"trial {trial.id!r} has no {lacking[0]!r}")
-                result = found
+        with nullcontext() if path is None else claimed(path):
+            result = cls._found(benchmark, _as_json(settings), _as_json(model), path, needed)
             result.runs.append({**_as_json(run), "seconds": 0.0})
             result.save()
-        return result
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """A block in which no other run writes to the file. It is written at the end, also where an interruption or a
-        fault is the end: no answer is lost.
-
-        Raises:
-            ResultError: where another run writes to it, or has written to it since `begin`.
-        """
-        with self._alone():
-            if self.path is not None and self._mark() != self._written:
-                raise ResultError(f"{self.path}: another run has written to it meanwhile. Run the same command again.")
             try:
-                yield
+                yield result
             finally:
-                self.save()
+                result.save()
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """A block in which this run has the lock of the file, which the operating system frees if the run is killed.
-
-        The lock lies beside the file and stays there: removing it would let two runs lock two files of that name.
-        """
-        if self.path is None:
-            yield
-            return
-        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
-        try:
-            lock.acquire()
-        except Timeout as error:
+    @classmethod
+    def _found(
+        cls,
+        benchmark: str,
+        settings: dict[str, Any],
+        model: dict[str, Any],
+        path: Path | None,
+        needed: Sequence[str],
+    ) -> Result:
+        """The result in the file that a run of these settings can go on with, or a new one where there is no file."""
+        if path is None or not path.exists():
+            return cls(benchmark, settings, model, path=path)
+        found = cls.load(path)
+        differ = [f"its benchmark is {found.benchmark}"] if found.benchmark != benchmark else []
+        differ += differences(found.settings, settings)
+        differ += [item for item in differences(found.model, model) if not item.startswith("name: ")]
+        if differ:
             raise ResultError(
-                f"{self.path}: another run writes to it. Wait until that has ended, or name another file."
-            ) from error
-        except NotImplementedError:
-            logger.warning("%s: its file system has no locks. Let no other run write to it.", self.path)
-        try:
-            yield
-        finally:
-            lock.release()
-
-    def _mark(self) -> tuple[int, int, int] | None:
-        """Something that is another one once the file is another one; None where there is none."""
-        try:
-            found = Path(self.path or "").stat()
-        except FileNotFoundError:
-            return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
+                f"{path}: holds a result that this run cannot go on with ({'; '.join(differ[:4])}). Name another file, "
+                "or remove this one to begin anew."
+            )
+        for trial in found.trials:
+            if lacking := [name for name in needed if name not in {**trial.axes, **trial.detail}]:
+                raise _damaged(path, f"trial {trial.id!r} has no {lacking[0]!r}")
+        return found
 
     def done(self, id: str, question: str | None = None, expected: Sequence[str] | None = None) -> bool:
         """Tell whether a trial of that name is among those made.
@@ -286,7 +257,7 @@ class Result:
             os.replace(new, self.path)
         finally:
             new.unlink(missing_ok=True)
-        self._saved, self._written = time.monotonic(), self._mark()
+        self._saved = time.monotonic()
 
     def to_json(self) -> str:
         """All of it as JSON text, a line for each share and each trial. The shares are there for whoever reads the
@@ -329,6 +300,36 @@ class Result:
         if len({trial.id for trial in trials}) < len(trials):
             raise ResultError(f"{path}: damaged, a trial is there twice; measure again into another file")
         return cls(**kept, trials=trials, path=path)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Keep other runs from a file, which need not be there yet, for a `with` block.
+
+    A lock beside it does, which the operating system frees if the run is killed. The lock stays there: removing it
+    would let two runs lock two files of that name.
+
+    Raises:
+        ResultError: where another run has it.
+    """
+    lock = FileLock(lock_of(path), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ResultError(
+            f"{path}: another run writes to it. Wait until that has ended, or name another file."
+        ) from error
+    except NotImplementedError:
+        logger.warning("%s: its file system has no locks. Let no other run write to it.", path)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def lock_of(path: Path) -> Path:
+    """The file that a run locks while it writes to another one."""
+    return path.with_name(f".{path.name}.lock")
 
 
 def _damaged(path: Path, what: str) -> ResultError:

@@ -201,23 +201,22 @@ def run_scaling(
         "questions": len(asked.questions),
         "documents": len(asked.texts),
     }
-    result = Result.begin("scaling", kept, facts, run_facts(model.device), path, ("tokens",))
-    left = {size: _left(result, asked, size) for size in settings.sizes}
-    if not any(left.values()):
-        return result
-    placed = settings.placement is not None
-    start = time.monotonic()
-    whole = encode_nested(
-        model,
-        tokenizer,
-        documents,
-        batch_tokens=batch_tokens,
-        bank_device="cpu" if placed else None,
-        show_progress=show_progress,
-    )
-    seconds = round(time.monotonic() - start, 1)
-    result.notes["encoding"] = {"seconds": seconds, "tokens": whole.num_tokens, "documents": len(whole)}
-    with result.kept():
+    with Result.begin("scaling", kept, facts, run_facts(model.device), path, ("tokens",)) as result:
+        left = {size: _left(result, asked, size) for size in settings.sizes}
+        if not any(left.values()):
+            return result
+        placed = settings.placement is not None
+        start = time.monotonic()
+        whole = encode_nested(
+            model,
+            tokenizer,
+            documents,
+            batch_tokens=batch_tokens,
+            bank_device="cpu" if placed else None,
+            show_progress=show_progress,
+        )
+        seconds = round(time.monotonic() - start, 1)
+        result.notes["encoding"] = {"seconds": seconds, "tokens": whole.num_tokens, "documents": len(whole)}
         for size, questions in left.items():
             if questions:
                 bank = first_documents(whole, documents_of(whole, size))

@@ -118,7 +118,7 @@ def texts_in(
 
 
 def check_outputs(args: argparse.Namespace, sources: Sequence[str] = ()) -> None:
-    """Refuse, before any work, files that could not be written, and those that would be read.
+    """Refuse, before any work, files that could not be written, those that would be read, and that of another run.
 
     Args:
         sources: files and folders that are read whole: a result among them would be one of the texts of the next run,
@@ -141,6 +141,12 @@ def check_outputs(args: argparse.Namespace, sources: Sequence[str] = ()) -> None
                 raise UserError(f"{path}: lies in {source}, whose files are read; name a file elsewhere")
     if args.out is not None and args.html is not None and args.out.resolve() == args.html.resolve():
         raise UserError(f"{args.out}: --out and --html are one file; name two")
+    if args.out is not None:
+        from ...bench.result import claimed, lock_of
+
+        if lock_of(args.out).exists():
+            with reported(), claimed(args.out):  # the run claims it again, once its model is loaded
+                pass
 
 
 def load_asked(args: argparse.Namespace) -> tuple[MSAForCausalLM, PreTrainedTokenizerBase, PromptProtocol | None]:
