@@ -33,10 +33,14 @@ def test_documents_too_short_to_count_are_refused(benchmark: str, capsys: pytest
 def test_a_result_among_the_texts_that_are_read_is_refused(
     benchmark: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "inner").mkdir()
-    source = [str(tmp_path)] if benchmark == "mine" else ["--text", str(tmp_path)]
-    assert main(["bench", benchmark, TINY, *source, option, str(tmp_path / "inner" / "r.json")]) == 2
-    assert f"lies in {tmp_path}, whose files are read; name a file elsewhere" in capsys.readouterr().err
+    docs = tmp_path / "docs"
+    (docs / "inner").mkdir(parents=True)
+    (tmp_path / "into.json").symlink_to(docs / "r.json")
+    (docs / "out.json").symlink_to(tmp_path / "r.json")
+    source = [str(docs)] if benchmark == "mine" else ["--text", str(docs)]
+    for name in ("docs/inner/r.json", "into.json", "docs/out.json"):
+        assert main(["bench", benchmark, TINY, *source, option, str(tmp_path / name)]) == 2
+        assert f"lies in {docs}, whose files are read; name a file elsewhere" in capsys.readouterr().err
 
 
 BANK = '{"format": "msa_hf-bank", "format_version": 2}'

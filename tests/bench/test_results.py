@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -396,6 +397,64 @@ def test_two_runs_do_not_write_to_one_file(tmp_path: Path) -> None:
         second.add([trial(4, True)])
     assert len(Result.load(path).trials) == 5 and len(Result.load(path).runs) == 3
     assert {item.name for item in tmp_path.iterdir()} == {"r.json", ".r.json.lock"}
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["file", "nothing yet"])
+def test_a_link_stays_one_and_what_it_points_to_is_written_and_locked(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.json").symlink_to("other.json")
+    (tmp_path / "other.json").symlink_to(Path("real") / "r.json")
+    path = tmp_path / "real" / "r.json"
+    if there:
+        result([True], path)
+    monkeypatch.chdir(tmp_path)
+    with begun(Path("link.json")) as made:
+        monkeypatch.chdir("/")  # a relative path is that of the beginning
+        for file in (path, tmp_path / "link.json", tmp_path / "real" / ".." / "other.json"):
+            with pytest.raises(ResultError, match=f"{file.name}: another run writes to it"), begun(file):
+                raise AssertionError("goes on")
+        made.add([trial(1, True)])
+        # Written beside what it replaces, which may lie on another disk than the link.
+        moved = list[Path]()
+        replace = os.replace
+        monkeypatch.setattr(os, "replace", lambda old, new: (moved.append(Path(old)), replace(old, new)))
+    assert [item.parent for item in moved] == [path.parent]
+    assert Result.load(path).trials == made.trials and len(made.trials) == 1 + there
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "other.json").is_symlink()
+    assert {item.name for item in tmp_path.iterdir()} == {"link.json", "other.json", "real"}
+    assert {item.name for item in path.parent.iterdir()} == {"r.json", ".r.json.lock"}
+    Result.load(tmp_path / "link.json").save()
+    assert (tmp_path / "link.json").is_symlink() and not path.is_symlink()
+
+
+@pytest.mark.parametrize("option", ["--out", "--html"])
+def test_what_no_file_can_be_written_to_is_refused(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "to-folder").symlink_to("folder")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "none" / "r.json")
+    os.mkfifo(tmp_path / "pipe")
+    names = sorted(item.name for item in tmp_path.iterdir())
+    for name, said in (
+        ("folder", f"a directory, not a file; name a file in it, such as {tmp_path / 'folder' / 'result.json'}"),
+        ("to-folder", "a directory, not a file; name a file in it"),
+        ("circle", "a link that leads back to itself; name a file"),
+        ("pipe", "not an ordinary file, but such as a device; name another file"),
+        ("nowhere", f"not a file in a directory that is there; make {tmp_path / 'none'}, or name another file"),
+        ("none/r.json", "not a file in a directory that is there"),
+    ):
+        assert main(["bench", "needles", "no-model", option, str(tmp_path / name)]) == 2
+        assert f"{tmp_path / name}: {said}" in capsys.readouterr().err
+    with (
+        pytest.raises(ResultError, match="folder: a directory, not a file; name a file in it"),
+        begun(tmp_path / "folder"),
+    ):
+        raise AssertionError("goes on")
+    assert sorted(item.name for item in tmp_path.iterdir()) == names and not list((tmp_path / "folder").iterdir())
 
 
 SCRIPT = f"""

@@ -104,7 +104,7 @@ class Result:
         runs: each time that the benchmark ran: `facts.run_facts`, and the `seconds` it took.
         notes: facts found on the way, such as tokens of a bank; JSON values.
         trials: in the order in which they were made.
-        path: the file that grows; None: none does.
+        path: the file that grows; None: none does. Through a symbolic link it is the file that this points to.
     """
 
     benchmark: str
@@ -118,6 +118,7 @@ class Result:
     def __post_init__(self) -> None:
         self._known = {trial.id: trial for trial in self.trials}
         self._saved = self._begun = time.monotonic()
+        self._file = None if self.path is None else Path(os.path.realpath(self.path))
 
     @classmethod
     @contextmanager
@@ -141,7 +142,7 @@ class Result:
 
         Raises:
             ResultError: where the file is of another benchmark, other settings or another model, naming what differs;
-                or where another run writes to it.
+                where another run writes to it; and for what no file can be written to, such as a directory.
         """
         path = None if path is None else Path(path)
         with nullcontext() if path is None else claimed(path):
@@ -248,13 +249,13 @@ class Result:
         now = time.monotonic()
         if self.runs:
             self.runs[-1]["seconds"] = round(now - self._begun, 1)
-        if self.path is None:
+        if self._file is None:
             return
-        new = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        new = self._file.with_name(f".{self._file.name}.{os.getpid()}")
         try:
             # A file's name need not be UTF-8: its other bytes are escaped as JSON has them.
             new.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
-            os.replace(new, self.path)
+            os.replace(new, self._file)
         finally:
             new.unlink(missing_ok=True)
         self._saved = time.monotonic()
@@ -310,7 +311,7 @@ def claimed(path: Path) -> Iterator[None]:
     would let two runs lock two files of that name.
 
     Raises:
-        ResultError: where another run has it.
+        ResultError: where another run has it, and for what no file can be written to.
     """
     lock = FileLock(lock_of(path), timeout=0)
     try:
@@ -328,8 +329,25 @@ def claimed(path: Path) -> Iterator[None]:
 
 
 def lock_of(path: Path) -> Path:
-    """The file that a run locks while it writes to another one."""
-    return path.with_name(f".{path.name}.lock")
+    """The file that a run locks while it writes to another one, beside it."""
+    file = file_at(path)
+    return file.with_name(f".{file.name}.lock")
+
+
+def file_at(path: Path) -> Path:
+    """The file that a path leads to, through symbolic links; it need not be there yet.
+
+    Raises:
+        ResultError: for what no file can be written to, such as a directory.
+    """
+    file = Path(os.path.realpath(path))
+    if file.is_dir():
+        raise ResultError(f"{path}: a directory, not a file; name a file in it, such as {path / 'result.json'}")
+    if file.is_symlink():
+        raise ResultError(f"{path}: a link that leads back to itself; name a file")
+    if file.exists() and not file.is_file():
+        raise ResultError(f"{path}: not an ordinary file, but such as a device; name another file")
+    return file
 
 
 def _damaged(path: Path, what: str) -> ResultError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -124,29 +125,34 @@ def check_outputs(args: argparse.Namespace, sources: Sequence[str] = ()) -> None
         sources: files and folders that are read whole: a result among them would be one of the texts of the next run,
             which could not go on with it.
     """
+    from ...bench.result import claimed, file_at, lock_of
+
+    files = dict[Path, Path]()  # what a path leads to, through links
     for path in (args.out, args.html):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise UserError(f"{path}: not a file in a directory that is there")
         if path is not None:
+            with reported():
+                files[path] = file = file_at(path)
+            if not file.parent.is_dir():
+                raise UserError(
+                    f"{path}: not a file in a directory that is there; make {file.parent}, or name another file"
+                )
             try:
-                with tempfile.TemporaryFile(dir=path.absolute().parent):
+                with tempfile.TemporaryFile(dir=file.parent):
                     pass
-                if path.exists():
-                    path.open("ab").close()
+                if file.exists():
+                    file.open("ab").close()
             except OSError as error:
                 raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from error
     for source in sources:
-        for path in (args.out, args.html):
-            if path is not None and path.resolve().is_relative_to(Path(source).resolve()):
+        folder = os.path.realpath(source)
+        for path, file in files.items():
+            if any(one.is_relative_to(folder) for one in (file, Path(os.path.realpath(path.parent), path.name))):
                 raise UserError(f"{path}: lies in {source}, whose files are read; name a file elsewhere")
-    if args.out is not None and args.html is not None and args.out.resolve() == args.html.resolve():
+    if args.out is not None and args.html is not None and files[args.out] == files[args.html]:
         raise UserError(f"{args.out}: --out and --html are one file; name two")
-    if args.out is not None:
-        from ...bench.result import claimed, lock_of
-
-        if lock_of(args.out).exists():
-            with reported(), claimed(args.out):  # the run claims it again, once its model is loaded
-                pass
+    if args.out is not None and lock_of(args.out).exists():
+        with reported(), claimed(args.out):  # the run claims it again, once its model is loaded
+            pass
 
 
 def load_asked(args: argparse.Namespace) -> tuple[MSAForCausalLM, PreTrainedTokenizerBase, PromptProtocol | None]:
