@@ -14,13 +14,16 @@ from pathlib import Path
 
 import pytest
 
+from msa_hf.bench import checking, conversations
 from msa_hf.bench.comparing import compare
 from msa_hf.bench.curve import curve
 from msa_hf.bench.intervals import fisher_test, sign_test, wilson
 from msa_hf.bench.report import broken_in_words, heat_map, html_report, short, text_report
 from msa_hf.bench.result import Result, ResultError, Trial
 from msa_hf.cli import main
+from msa_hf.cli.bench import conversations as cli_conversations
 
+DOCS = Path(__file__).parents[2] / "docs"
 MODEL = {"name": "some", "fingerprint": "f"}
 
 
@@ -131,6 +134,14 @@ def record(**changes: object) -> str:
     return json.dumps({**head, "trials": [made]})
 
 
+def of_settings(value: str) -> str:
+    return record().replace('"settings": {}', f'"settings": {{"a": {value}}}')
+
+
+def of_notes(name: str, value: object) -> str:
+    return record().replace('"notes": {}', f'"notes": {json.dumps({name: value})}')
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
@@ -154,17 +165,103 @@ def record(**changes: object) -> str:
         (record(expected="yes"), "expected"),
         (record(expected=[1]), "expected"),
         (record(axes={"tokens": True}), "axes"),
-        (record(axes={"tokens": float("nan")}), "NaN"),
+        (record(axes={"tokens": float("nan")}), "NaN is no number of JSON"),
+        (" \n", "empty, no result of a benchmark; remove it"),
+        ("\ufeff", "empty"),
+        ('{"format": true}', "no result"),
+        ('{"format": ' + 500 * "[" + 500 * "]" + "}", "no result"),
+        ('{"format": ' + 100_000 * "[", "nested too deep"),
+        (of_settings(99 * "[" + 99 * "]"), "nested more than 64 deep"),
+        (of_settings("1e999"), "1e999 is too large a number"),
+        (of_settings("-1e999"), "-1e999 is too large a number"),
+        (of_settings("1" + 5000 * "0"), "no result of a benchmark (Exceeds the limit"),
+        (of_settings('1, "a": 2'), "'a' is there twice in one object"),
+        (record().replace('"answer"', '"right": true, "answer"'), "'right' is there twice in one object"),
+        (record().replace('"trials": [', '"trials": [3, '), "`trials`"),
+        (record().replace('"answer": "yes", ', ""), "trial 'single 1000 0' has no `answer`"),
+        (record(extra=1), "trial 'single 1000 0' has 'extra', which no trial has"),
+        (record(axes={"tokens": 10**18 + 1}), "`tokens` is 1000000000000000001, not"),
+        (record(axes={"tokens": 10**400}), "`tokens` is 1"),
+        (record(axes={"else": 10**400}), "`else` is 1"),
+        (record(axes={"else": 1e300}), "`else` is 1e+300, not a text or a number to 10^18"),
+        (record(axes={"else": False}), "`else` is False"),
+        (record(axes={"else": None}), "`else` is None"),
+        (record(axes={"tokens": 0}), "`tokens` is 0, not a whole number, 1 to 10^18"),
+        (record(axes={"tokens": "many"}), "`tokens` is 'many'"),
+        (record(axes={"tokens": 16000.5}), "`tokens` is 16000.5"),
+        (record(axes={"hops": -1}), "`hops` is -1, not a whole number, 0 to 10^18"),
+        (record(axes={"distance": True}), "`distance` is True"),
+        (record(detail={"found": True}), "`found` is True"),
+        (record(detail={"found": -1}), "`found` is -1"),
+        (record(detail={"of": 0}), "`of` is 0"),
+        (record(detail={"gold": 3}), "`gold` is 3"),
+        (record(detail={"gold": [None]}), "`gold` is [None]"),
+        (record(detail={"read": [[1]]}), "`read` is [[1]], not a list of positions"),
+        (record(detail={"gold_read": "1"}), "`gold_read` is '1'"),
+        (record(detail={"hop": 10**19}), "`hop` is 10000000000000000000"),
+        (record(detail={"stopped": 1}), "`stopped` is 1, not true or false"),
+        (record(detail={"broke": None}), "`broke` is None, not a text"),
+        (record(detail={"evidence": []}), "`evidence` is []"),
+        (record(detail={"gold": [1]}).replace("needles", "scaling"), "`gold` is [1], not a whole number"),
+        (record(axes={"arm": "crystal"}).replace("needles", "conversations"), "`arm` is 'crystal', not among store"),
+        (of_notes("conversation of 9", 3), "`conversation of 9` is 3, not an object"),
+        (of_notes("conversation of 9", {"tokens": "3"}), "`conversation of 9`: `tokens` is '3'"),
+        (of_notes("terms", "3"), "`terms` is '3'"),
+        (of_notes("terms wanted", True), "`terms wanted` is True"),
     ],
 )
 def test_what_is_no_result_is_refused_by_name(
     content: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "some.json"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     assert main(["bench", "compare", str(path), str(path)]) == 2
     said = capsys.readouterr().err
     assert "some.json" in said and named in said and said.count("\n") == 1
+    with pytest.raises(ResultError, match=re.escape(named)), begun(path):
+        raise AssertionError("goes on")
+    assert path.read_text(encoding="utf-8") == content
+
+
+def test_files_are_taken_that_are_as_good_as_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What an editor puts in front, names and texts of any characters, and large numbers that nobody counts with."""
+    path = tmp_path / "some.json"
+    axes = {"tokens": 10**18, "odd \udce9": "\ud800"}
+    for content in (
+        "\ufeff" + record(),
+        record(kind="\ud800", axes=axes, question="\udfff", detail={"broke": "\udce9", "else": 10**30}, right=False),
+        of_settings("1" + 30 * "0"),
+        of_settings(20 * "[" + 20 * "]"),
+    ):
+        path.write_text(content, encoding="utf-8")
+        found = Result.load(path)
+        assert main(["bench", "compare", str(path), str(path)]) == 0
+        assert "+0.000" in capsys.readouterr().out
+        assert text_report(found) and html_report(found, [("kind",)], [("tokens", "kind")], figures=[curve(found)])
+        found.save()
+        assert Result.load(path).trials == found.trials and Result.load(path).settings == found.settings
+
+
+@pytest.mark.parametrize("options", [[], ["--by", "tokens"]])
+def test_files_without_trials_are_gone_on_with_and_not_compared(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a run that was stopped while it encoded."""
+    path = tmp_path / "some.json"
+    result([], path)
+    assert main(["bench", "compare", str(path), str(path), *options]) == 2
+    assert "some.json: has no trials yet; let its run go on" in capsys.readouterr().err
+    assert len(result([True], path).runs) == 2
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("bench_*.json")), ids=lambda path: path.stem)
+def test_results_of_these_documents_are_taken(path: Path) -> None:
+    if "trials" in json.loads(path.read_text(encoding="utf-8")):
+        assert Result.load(path).trials
+
+
+def test_the_arms_of_conversations_are_known_by_their_names() -> None:
+    assert checking.ARMS == tuple(conversations.ARMS) == cli_conversations.ARMS
 
 
 def test_a_result_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -505,7 +602,10 @@ def test_a_run_without_a_file_keeps_nobody_out() -> None:
 
 @pytest.mark.parametrize(
     ("detail", "named"),
-    [({"of": 1}, "trial 'single 1000 0' has no 'found'"), ({"found": "1", "of": 1}, "found: 1")],
+    [
+        ({"of": 1}, "trial 'single 1000 0' has no 'found'"),
+        ({"found": "1", "of": 1}, "`found` is '1', not a whole number"),
+    ],
     ids=["missing", "of another type"],
 )
 def test_details_that_a_report_counts_with_are_looked_at(tmp_path: Path, detail: dict[str, object], named: str) -> None:

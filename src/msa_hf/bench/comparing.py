@@ -78,6 +78,8 @@ def compare(before: Result, after: Result, *axes: str) -> Comparison:
     """
     if before.benchmark != after.benchmark:
         raise ResultError(f"These are results of different benchmarks: {before.benchmark} and {after.benchmark}.")
+    if empty := [item for item in (before, after) if not item.trials]:
+        raise ResultError(f"{empty[0].path or 'A result'}: has no trials yet; let its run go on.")
     known = [{"kind", *(name for trial in item.trials for name in trial.axes)} for item in (before, after)]
     both = ["kind", *sorted(known[0] & known[1] - {"kind"})]
     if unknown := [axis for axis in axes if axis not in both]:
@@ -128,8 +130,6 @@ def _circumstances(result: Result) -> dict[str, str]:
 
 def _apart(before: Result, after: Result, axes: Sequence[str], known: Sequence[str]) -> str:
     """Words about two results without a cell in common, and by what they can be compared."""
-    if not before.trials or not after.trials:
-        return f"{(after if before.trials else before).path}: has no trials yet; let its run go on."
     values = [{axis: {cell.values for cell in item.cells(axis)} for axis in known} for item in (before, after)]
     common = [axis for axis in known if values[0][axis] & values[1][axis]]
     remedy = f"compare by {', '.join(common)} (--by {common[0]})" if common else "put the same questions to both"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -14,22 +16,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .checking import fault_in
 from .intervals import wilson
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
 SAVED_EVERY = 2.0  # seconds between two writes of a file
-# What details are that reports count with.
-DETAILS: dict[str, type | tuple[type, ...]] = {
-    "broke": (str, type(None)),
-    "found": int,
-    "of": int,
-    "gold": (list, int),
-    "gold_read": int,
-    "read": list,
-    "hop": int,
-    "stopped": bool,
-}
 
 Axis = str | int | float
 
@@ -281,25 +273,27 @@ class Result:
         """
         path = Path(path)
         try:
-            record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+            # Editors may put a mark of UTF-8 in front.
+            text = path.read_text(encoding="utf-8-sig")
+            if not text.strip():
+                raise ResultError(f"{path}: empty, no result of a benchmark; remove it, or name another file")
+            record = json.loads(
+                text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_without_duplicates
+            )
+        except ResultError:
+            raise
+        except RecursionError as error:
+            raise ResultError(f"{path}: no result of a benchmark (nested too deep); name another file") from error
         except ValueError as error:
             raise ResultError(f"{path}: no result of a benchmark ({error}); name another file") from error
-        if not isinstance(record, dict) or "format" not in record:
+        if not isinstance(record, dict) or type(record.get("format")) is not int:
             raise ResultError(f"{path}: no result of a benchmark; name another file")
         if record["format"] != FORMAT:
-            raise ResultError(f"{path}: its format is {record['format']!r}, this release reads {FORMAT}; measure again")
-        try:
-            trials = [_trial(item) for item in record["trials"]]
-            kept = {name: record[name] for name in ("benchmark", "settings", "model", "runs", "notes")}
-            kinds = {"benchmark": str, "settings": dict, "model": dict, "runs": list, "notes": dict}
-            wrong = [name for name, kind in kinds.items() if not isinstance(kept[name], kind)]
-            wrong += ["runs"] * (not wrong and not all(isinstance(run, dict) for run in kept["runs"]))
-            if wrong:
-                raise ValueError(f"{wrong[0]}: {str(kept[wrong[0]])[:60]}")
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, repr(error)) from error
-        if len({trial.id for trial in trials}) < len(trials):
-            raise ResultError(f"{path}: damaged, a trial is there twice; measure again into another file")
+            raise ResultError(f"{path}: its format is {record['format']}, this release reads {FORMAT}; measure again")
+        if fault := fault_in(record):
+            raise _damaged(path, fault)
+        kept = {name: record[name] for name in ("benchmark", "settings", "model", "runs", "notes")}
+        trials = [Trial(**{**item, "expected": tuple(item["expected"])}) for item in record["trials"]]
         return cls(**kept, trials=trials, path=path)
 
 
@@ -360,23 +354,26 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     return [f"{name}: {before.get(name)!r} there, {after.get(name)!r} here" for name in names]
 
 
-def _trial(record: Mapping[str, Any]) -> Trial:
-    kinds = {"id": str, "kind": str, "axes": dict, "question": str, "expected": list, "answer": str, "right": bool}
-    for name, kind in {**kinds, "detail": dict}.items():
-        if not isinstance(record[name], kind):
-            raise ValueError(f"trial {record['id']!r}, {name}: {str(record[name])[:60]}")
-    for name, value in record["detail"].items():
-        if not isinstance(value, DETAILS.get(name, object)):
-            raise ValueError(f"trial {record['id']!r}, {name}: {str(value)[:60]}")
-    texts = all(isinstance(item, str) for item in record["expected"])
-    if not texts or not all(type(value) in (str, int, float) for value in record["axes"].values()):
-        raise ValueError(f"trial {record['id']!r}, expected or axes")
-    return Trial(**{**record, "expected": tuple(record["expected"])})
-
-
 def _refuse(number: str) -> float:
     """Refuse what Python reads as a number and JSON does not have, such as NaN."""
     raise ValueError(f"{number} is no number of JSON")
+
+
+def _finite(number: str) -> float:
+    """A number; one too large for Python would be infinite, which no file can hold."""
+    found = float(number)
+    if math.isinf(found):
+        raise ValueError(f"{number:.60} is too large a number")
+    return found
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are there once each: of two, one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{name!r:.60} is there twice in one object")
+    return found
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
