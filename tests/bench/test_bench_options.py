@@ -66,6 +66,60 @@ def test_options_of_reading_documents_are_refused_for_a_bank(
     )
 
 
+@pytest.mark.parametrize("tokens", ["112", "200"])
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (
+            "needles --text BANK",
+            "--document-tokens {}: BANK is a bank, whose documents are not cut again; leave it out",
+        ),
+        ("needles --text user/no-such", "--document-tokens {}: user/no-such is a bank, whose documents are not cut"),
+        ("mine BANK", "BANK: a bank, whose documents are not read again; leave out --document-tokens"),
+        ("mine BANK --skip-bad", "read again; leave out --skip-bad, --document-tokens"),
+        ("scaling", "--document-tokens {}: invented texts are not cut; leave it out, or name texts (--text)"),
+        ("chains", "--document-tokens {}: no text is read that would be cut; leave it out, or name texts (--text)"),
+        (
+            "chains --text FILE --text-share 0",
+            "--document-tokens {}: with --text-share 0 no text is read that would be cut; leave it out, or",
+        ),
+    ],
+)
+def test_a_number_of_tokens_to_cut_at_is_refused_where_nothing_is_cut(
+    command: str, said: str, tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By whatever number, and only where it was given: without it the same commands miss nothing but their model."""
+    (tmp_path / "manifest.json").write_text(BANK)
+    name, *options = command.replace("BANK", str(tmp_path)).replace("FILE", __file__).split()
+    assert main(["bench", name, "./none", *options, "--document-tokens", tokens]) == 2
+    assert said.format(tokens).replace("BANK", str(tmp_path)) in capsys.readouterr().err
+    if "--skip-bad" not in options:
+        assert main(["bench", name, "./none", *options, "--device", "cpu"]) == 2
+        assert "none: no such directory" in capsys.readouterr().err
+
+
+def test_documents_are_cut_at_what_a_command_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cuts: list[int] = []
+
+    def haystack(texts: object, tokenizer: object, tokens: object, document_tokens: int, **options: object) -> None:
+        cuts.append(document_tokens)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("msa_hf.bench.haystack.Haystack", haystack)
+    for module in ("needles", "mine"):
+        monkeypatch.setattr(f"msa_hf.bench.{module}.Haystack", haystack)
+    for name, *options in (
+        ("needles",),
+        ("scaling", "--text", __file__),
+        ("chains", "--text", __file__),
+        ("mine", __file__),
+    ):
+        for limit in ([], ["--document-tokens", "50"]):
+            command = ["bench", name, TINY, *options, *limit, "--sizes", "9K", "--dtype", "float32", "--device", "cpu"]
+            assert main([*command, "--quiet"]) == 130
+    assert cuts == [112, 50] * 4
+
+
 @pytest.mark.parametrize(
     ("manifest", "bank"),
     [

@@ -201,6 +201,9 @@ def test_the_command_measures_and_compares(
     hybrid = [*command, "--text", str(tmp_path / "bank"), "--select", "hybrid", "--max-rounds", "1"]
     hybrid.remove(str(tmp_path / "texts.txt"))
     hybrid.remove("--text")
+    assert main(hybrid) == 2
+    assert f"--document-tokens 150: {tmp_path / 'bank'} is a bank" in capsys.readouterr().err
+    del hybrid[(place := hybrid.index("--document-tokens")) : place + 2]
     assert main([*hybrid, "--out", str(tmp_path / "hybrid.json")]) == 0
     found = Result.load(tmp_path / "hybrid.json")
     assert found.settings["rounds"] == {"select": "hybrid", "max_rounds": 1} and "lexical" in found.model["fusion"]

@@ -6,11 +6,13 @@ import argparse
 
 from ...user_errors import UserError, reported
 from ..answers import interleave_options
-from ..options import at_least, positive
+from ..options import positive
 from .options import (
     add_asking_options,
     add_batch_size_option,
+    add_document_tokens_option,
     check_outputs,
+    document_tokens,
     load_asked,
     names_of,
     run_options,
@@ -54,7 +56,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--text-share", type=float, default=0.2, help="of the documents that are such texts, 0 to 0.9 (default: 0.2)"
     )
-    made.add_argument("--document-tokens", type=at_least(16), default=112, help="of such a text at most (default: 112)")
+    add_document_tokens_option(made, "of such a text at most")
     made.add_argument(
         "--refusal", type=told, help="the answer to what the memory does not hold (default: that of msa-hf-tiny)"
     )
@@ -65,6 +67,10 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args, args.text)
     if not 0 <= args.text_share <= 0.9:
         raise UserError(f"--text-share must be between 0 and 0.9, got {args.text_share:g}")
+    uncut = None if args.text else "no text is read that would be cut; leave it out, or name texts (--text)"
+    if args.text and not args.text_share:
+        uncut = "with --text-share 0 no text is read that would be cut; leave it out, or ask for a share"
+    limit = document_tokens(args, uncut)
     from ...bench.chains import MAPS, TABLES, ChainSettings, broken_hops, in_words, run_chains
     from ...bench.haystack import Haystack, file_texts
     from ...bench.report import html_report, text_report
@@ -90,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         if args.text and args.text_share:
             wanted = max(int(args.sizes[-1] * args.text_share), 1)
             shown = not args.quiet
-            prose = Haystack(file_texts(args.text), tokenizer, wanted, args.document_tokens, show_progress=shown).texts
+            prose = Haystack(file_texts(args.text), tokenizer, wanted, limit, show_progress=shown).texts
         else:
             prose = prose_documents(200, seed=args.seed, words=55, packages=False) if args.text_share else []
         result = run_chains(

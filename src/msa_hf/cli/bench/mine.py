@@ -8,11 +8,14 @@ from pathlib import Path
 from ...user_errors import UserError, reported
 from ..answers import interleave_options
 from ..documents import add_document_options, read_corpus, reading_options
-from ..options import at_least, device_in, positive
+from ..options import device_in, positive
 from .options import (
     add_asking_options,
     add_batch_size_option,
+    add_document_tokens_option,
     check_outputs,
+    document_tokens,
+    is_bank,
     load_asked,
     run_options,
     show,
@@ -53,9 +56,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
         help="between a fact and the next, as shares of the size, a document at least (default: 0.05,0.5)",
     )
     made.add_argument("--repeats", type=positive, default=2, help="questions of a kind at each place (default: 2)")
-    made.add_argument(
-        "--document-tokens", type=at_least(16), default=112, help="of a document at most; longer are cut (default: 112)"
-    )
+    add_document_tokens_option(made, "of a document at most; longer are cut")
     made.add_argument(
         "--refusal",
         type=told,
@@ -69,8 +70,6 @@ def run(args: argparse.Namespace) -> int:
     device_in(args)
     from ...bench.mine import MAPS, TABLES, MineSettings, in_words, run_mine
     from ...bench.report import html_report, text_report
-    from ...model.bank_manifest_msa import holds_bank
-    from ...model.hub_msa import is_hub_name
     from ...model.memory_msa import MemoryBank
 
     settings = MineSettings(
@@ -80,15 +79,16 @@ def run(args: argparse.Namespace) -> int:
         distances=args.distances,
         repeats=args.repeats,
         seed=args.seed,
-        document_tokens=args.document_tokens,
+        document_tokens=document_tokens(args),
         max_new_tokens=args.max_new_tokens,
         rounds=interleave_options(args),
         **({} if args.refusal is None else {"refusal": args.refusal}),
     )
-    banked = holds_bank(Path(args.docs)) or is_hub_name(args.docs)
+    banked = is_bank(args.docs)
     if not banked and not Path(args.docs).exists():
         raise UserError(f"{args.docs}: no such file, folder or bank")
-    if banked and (given := reading_options(args)):
+    given = [*reading_options(args), *["--document-tokens"] * (args.document_tokens is not None)]
+    if banked and given:
         raise UserError(f"{args.docs}: a bank, whose documents are not read again; leave out {', '.join(given)}")
     documents: list[str] | MemoryBank = [] if banked else [row["text"] for row in read_corpus(args, args.docs)]
     options = run_options(args)

@@ -11,7 +11,9 @@ from .options import (
     add_asking_options,
     add_batch_size_option,
     add_text_options,
+    bank_in,
     check_outputs,
+    document_tokens,
     load_asked,
     names_of,
     run_options,
@@ -48,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
     from ...bench.needles import MAPS, TABLES, NeedleSettings, in_words, run_needles
     from ...bench.report import html_report, text_report
 
+    bank = bank_in(args)
+    uncut = None if bank is None else f"{bank} is a bank, whose documents are not cut again; leave it out"
+    limit = document_tokens(args, uncut)
     options = run_options(args)
     model, tokenizer, protocol = load_asked(args)
     settings = NeedleSettings(
@@ -57,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         depths=args.depths,
         repeats=args.repeats,
         seed=args.seed,
-        document_tokens=args.document_tokens,
+        document_tokens=limit,
         max_new_tokens=args.max_new_tokens,
         rounds=interleave_options(args),
     )
@@ -67,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             model,
             tokenizer,
             protocol,
-            texts_in(args, model, tokenizer),
+            texts_in(args, bank, model, tokenizer),
             args.out,
             source=", ".join(args.text) or "generated",
             **options,

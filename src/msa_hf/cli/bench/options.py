@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ...model.modeling_msa import MSAForCausalLM
     from ...retrieval import FusionWeights
 
+DOCUMENT_TOKENS = 112  # of a document that texts are cut into, unless told otherwise
+
 
 def sizes(text: str) -> list[int]:
     """An argument type: numbers of tokens, such as 16K,64K,1M, ascending."""
@@ -96,25 +98,58 @@ def add_text_options(made: argparse.ArgumentParser, default_sizes: str) -> None:
     made.add_argument(
         "--sizes", type=sizes, default=sizes(default_sizes), help=f"in tokens, by commas (default: {default_sizes})"
     )
-    made.add_argument(
-        "--document-tokens", type=at_least(16), default=112, help="of a haystack's documents at most (default: 112)"
-    )
+    add_document_tokens_option(made, "of a haystack's documents at most")
 
 
-def texts_in(
-    args: argparse.Namespace, model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[str] | MemoryBank:
-    """The texts that were named, or the one bank; generated texts where nothing was."""
-    from ...bench.haystack import file_texts, generated_texts
+def add_document_tokens_option(made: argparse.ArgumentParser, of: str) -> None:
+    """Add the option of the documents that texts are cut into; `document_tokens` says which number it is.
+
+    Args:
+        of: the documents, in words.
+    """
+    made.add_argument("--document-tokens", type=at_least(16), help=f"{of} (default: {DOCUMENT_TOKENS})")
+
+
+def document_tokens(args: argparse.Namespace, uncut: str | None = None) -> int:
+    """The most tokens of a document that texts are cut into.
+
+    Args:
+        uncut: why nothing is cut, and the remedy; None: texts are.
+
+    Raises:
+        UserError: where the option was given and nothing is cut.
+    """
+    given: int | None = args.document_tokens
+    if given is not None and uncut is not None:
+        raise UserError(f"--document-tokens {given}: {uncut}")
+    return DOCUMENT_TOKENS if given is None else given
+
+
+def is_bank(source: str) -> bool:
+    """Tell whether a source of texts is a bank, here or on the Hub."""
     from ...model.bank_manifest_msa import holds_bank
     from ...model.hub_msa import is_hub_name
 
-    banks = [source for source in args.text if holds_bank(Path(source)) or is_hub_name(source)]
+    return holds_bank(Path(source)) or is_hub_name(source)
+
+
+def bank_in(args: argparse.Namespace) -> str | None:
+    """The bank that `--text` names; None where it names texts or nothing."""
+    banks = [source for source in args.text if is_bank(source)]
     if banks and len(args.text) > 1:
         raise UserError(f"--text {banks[0]}: a bank is a haystack by itself; name it alone")
-    if banks:
+    return banks[0] if banks else None
+
+
+def texts_in(
+    args: argparse.Namespace, bank: str | None, model: MSAForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[str] | MemoryBank:
+    """The texts that were named, or the bank (`bank_in`); generated texts where nothing was."""
+    from ...bench.haystack import file_texts, generated_texts
+
+    if bank is not None:
         with reported():
-            return model.load_memory(banks[0], tokenizer, device=model.device)
+            return model.load_memory(bank, tokenizer, device=model.device)
     return file_texts(args.text) if args.text else generated_texts(args.seed)
 
 

@@ -15,6 +15,7 @@ from .options import (
     add_batch_size_option,
     add_text_options,
     check_outputs,
+    document_tokens,
     load_asked,
     names_of,
     run_options,
@@ -64,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args, args.text)
     if (args.questions is None) != (args.documents is None):
         raise UserError("--questions and --documents belong together: name both, or neither for invented questions")
+    limit = document_tokens(
+        args, None if args.text else "invented texts are not cut; leave it out, or name texts (--text)"
+    )
     from ...bank.tiered.plan import PlacementOptions
     from ...bench.curve import curve
     from ...bench.haystack import Haystack, file_texts
@@ -88,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     with reported():
         if args.text:
             size, shown = args.sizes[-1], not args.quiet
-            texts = Haystack(file_texts(args.text), tokenizer, size, args.document_tokens, show_progress=shown).texts
+            texts = Haystack(file_texts(args.text), tokenizer, size, limit, show_progress=shown).texts
             filler: Filler = GivenTexts(without_names(texts, asked.names))
         else:
             filler = InventedTexts(args.seed, [*asked.texts, *(item.text for item in asked.questions)])
