@@ -96,6 +96,30 @@ def test_distances_that_do_not_fit_give_way_to_a_quarter_of_the_size():
     assert settings.distances_in(16_000) == [4000]
 
 
+def test_a_distance_below_one_document_is_refused_before_anything_is_encoded(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stop(*given: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt  # where it would encode
+
+    monkeypatch.setattr(type(tiny[0]), "encode_documents", stop)
+    shape: Any = {"sizes": (6000,), "kinds": ("one_hop", "two_hop"), "questions": 1}
+    path, options = tmp_path / "chains.json", {"show_progress": False}
+    with pytest.raises(
+        ValueError, match=r"of 20 tokens is less than one document.*smallest possible is \d+\. Ask"
+    ) as no:
+        run_chains(ChainSettings(distances=(20, 2000), **shape), *tiny, path=path, **options)
+    least = int(re.findall(r"possible is (\d+)", str(no.value))[0])
+    with pytest.raises(ValueError, match=f"of {least - 1} tokens is less than .* possible is {least}"):
+        run_chains(ChainSettings(distances=(2000, least - 1), **shape), *tiny, path=path, **options)
+    assert 60 < least < 200 and not list(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        run_chains(ChainSettings(distances=(least, 2000), **shape), *tiny, path=path, **options)
+    # Questions of one document have no distance.
+    with pytest.raises(KeyboardInterrupt):
+        run_chains(ChainSettings(distances=(20,), **{**shape, "kinds": ("one_hop",)}), *tiny, **options)
+
+
 def test_a_size_too_small_says_what_to_change(tiny: Any):
     with pytest.raises(ValueError, match=r"too few for a question of each kind .* larger sizes, fewer kinds"):
         run_chains(ChainSettings(sizes=(1500,), questions=1), *tiny, show_progress=False)

@@ -25,7 +25,7 @@ from msa_hf.cli import main
 DOCS = Path(__file__).parents[2] / "docs"
 NAMES = ("asking.md", "diagnosis.md", "hub.md")
 PAGES = [(DOCS / name).read_text(encoding="utf-8") for name in NAMES]
-SETTINGS = MineSettings(depths=2, repeats=1, hops=2, document_tokens=400, max_new_tokens=2)
+SETTINGS = MineSettings(depths=2, repeats=1, hops=2, distances=(0.1, 0.5), document_tokens=400, max_new_tokens=2)
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +267,7 @@ def test_every_fact_of_a_chain_is_about_what_the_one_before_names(hops: int) -> 
     ("settings", "named"),
     [
         ({"hops": 5}, "`hops` must be 1 to 4"),
-        ({"distances": ()}, "at least one"),
+        ({"depths": 0}, "at least one"),
         ({"distances": (2.0,)}, "0 to 1"),
         ({"distances": (0.5, 0.5)}, "has one twice"),
         ({"sizes": (100,)}, "are too few to plant"),
@@ -280,6 +280,77 @@ def test_what_cannot_be_asked_is_refused(settings: dict[str, Any], named: str, m
         run(model, settings=MineSettings(**{"document_tokens": 400, **settings}))
     with pytest.raises(ValueError, match=r"too few|have 0 tokens|have \d tokens"):
         run(model, ["Short."])
+
+
+def alike(documents: int) -> list[str]:
+    """Texts of as many tokens each."""
+    return [
+        f"Page {chr(ord('a') + number // 26)}{chr(ord('a') + number % 26)} is short." for number in range(documents)
+    ]
+
+
+def no_encoding(*given: Any, **options: Any) -> Any:
+    raise AssertionError("encodes")
+
+
+def test_a_distance_below_one_document_is_refused_before_anything_is_encoded(
+    model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(planting, "put", Reader())
+    texts = alike(64)
+    tokens = len(model[1](texts[0])["input_ids"])
+    options: dict[str, Any] = {"depths": 1, "repeats": 1, "hops": 2, "max_new_tokens": 2}
+    for sizes, far, documents, least in (
+        ((), 0.01, 64, "0.016"),
+        ((16 * tokens,), 0.05, 16, "0.063"),
+        ((16 * tokens, 64 * tokens), 0.05, 16, "0.063"),
+        ((), 0.0, 64, "0.016"),
+        ((50 * tokens,), 0.0199, 50, "0.02"),
+    ):
+        said = (
+            rf"{far:g} is less than one of the {documents} documents .* smallest possible is {least}\. Ask for larger"
+        )
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=said):
+            patch.setattr(type(model[0]), "encode_documents", no_encoding)
+            run(model, texts, MineSettings(sizes, distances=(far, 0.5), **options), tmp_path / "r.json")
+        assert not (tmp_path / "r.json").exists()
+        made = run(model, texts, MineSettings(sizes, distances=(float(least), 0.5), **options))
+        for trial in made.trials:
+            if trial.kind == "chain":
+                assert trial.detail["tokens_apart"][0] == pytest.approx(trial.axes["distance"], abs=tokens)
+    # One fact has no distance to another.
+    assert run(model, texts, MineSettings(distances=(0.0,), **{**options, "hops": 1})).trials
+
+
+@pytest.mark.parametrize(
+    ("documents", "sizes", "given", "taken", "distances"),
+    [
+        # Of sizes that nobody asked for, those remain that have the room; one of 16 and of 64 documents.
+        (64, (), (), (64,), (0.05, 0.5)),
+        (64, (), (0.05,), (64,), (0.05,)),
+        (64, (), (0.5,), (16, 64), (0.5,)),
+        (80, (), (), (20, 80), (0.05, 0.5)),
+        # Of distances that nobody asked for as well.
+        (16, (), (), (16,), (0.5,)),
+        (64, (16, 64), (), (16, 64), (0.5,)),
+        (64, (20, 64), (), (20, 64), (0.05, 0.5)),
+    ],
+)
+def test_what_was_not_asked_for_gives_way_to_distances_of_a_document(
+    documents: int,
+    sizes: tuple[int, ...],
+    given: tuple[float, ...],
+    taken: tuple[int, ...],
+    distances: tuple[float, ...],
+    model: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planting, "put", Reader())
+    texts = alike(documents)
+    tokens = len(model[1](texts[0])["input_ids"])
+    settings = MineSettings([size * tokens for size in sizes], 2, 1, given, 1, max_new_tokens=2)
+    made = run(model, texts, settings).settings
+    assert made["sizes"] == [size * tokens for size in taken] and made["distances"] == list(distances)
 
 
 def test_it_says_in_words_where_the_memory_is_blind() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -44,8 +45,8 @@ class ChainSettings:
     Attributes:
         sizes: of corpora, in tokens as the model encodes them, about.
         kinds: of questions, among `CHAIN_KINDS`.
-        distances: tokens from one fact of a chain to the next, about. A size gets those up to its half; where there is
-            none, its quarter.
+        distances: tokens from one fact of a chain to the next, about, those of a document at least. A size gets those
+            up to its half; where there is none, its quarter.
         questions: of each kind, distance and size; as many twins besides.
         prose_share: of the documents.
         refusal: the answer to what the memory does not hold.
@@ -195,6 +196,11 @@ def _worlds(
     if protocol is not None:
         sample = [protocol.document.format(id=place, text=text) for place, text in enumerate(sample)]
     mean = sum(map(len, tokenize_texts(tokenizer, sample))) / len(sample)
+    if min(settings.distances) < mean and any(HOPS.get(kind) != 1 for kind in settings.kinds):
+        raise ValueError(
+            f"A distance of {min(settings.distances):,} tokens is less than one document, and each fact has a document "
+            f"of its own: the smallest possible is {math.ceil(mean)}. Ask for larger distances."
+        )
     documents = round(tokens / mean)
     apart = [max(round(distance / mean), 1) for distance in settings.distances_in(tokens)]
     units = sum(len(apart) if HOPS.get(kind) != 1 else 1 for kind in settings.kinds)

@@ -33,6 +33,7 @@ NAME = "mine"
 TABLES = (("kind",), ("kind", "tokens"), ("kind", "hops"), ("kind", "distance"), ("kind", "depth"))
 MAPS = (("tokens", "depth"),)
 PARTS = (16, 4, 1)  # sizes, if none are given: the whole corpus, and these parts of it
+DISTANCES = (0.05, 0.5)  # if none are given
 WANTED = 0.9  # a share below it is a blind spot, if its interval is
 UNDECIDED = "too few questions to tell (--repeats asks more)"
 TWIN = ", unanswerable"
@@ -55,11 +56,13 @@ class MineSettings:
     """Settings that the questions of a run depend on, besides the documents.
 
     Attributes:
-        sizes: in tokens, of the first documents; none: the whole corpus, a quarter and a sixteenth of it.
+        sizes: in tokens, of the first documents; none: the whole corpus, a quarter and a sixteenth of it, those that
+            have room for the hops and the distances.
         hops: most facts that a question follows.
         depths: how many places of the first fact, from the first document to the last.
-        distances: between a fact and the next, as shares of the size; chains turn back at the ends, and where neither
-            way is long enough go to the end that is farther away.
+        distances: between a fact and the next, as shares of the size, a document at least; none: a twentieth and a
+            half, or the half alone where a size that is asked for, or the corpus, has fewer than 20 documents. Chains
+            turn back at the ends, and where neither way is long enough go to the end that is farther away.
         repeats: questions of each kind at each place, each with an unanswerable twin.
         document_tokens: of a document at most; longer ones are cut where a paragraph or sentence ends.
         refusal: what the model says where there is no answer.
@@ -70,7 +73,7 @@ class MineSettings:
     sizes: Sequence[int] = ()
     hops: int = 3
     depths: int = 3
-    distances: Sequence[float] = (0.05, 0.5)
+    distances: Sequence[float] = ()
     repeats: int = 2
     seed: int = 0
     document_tokens: int = 112
@@ -119,7 +122,7 @@ def run_mine(
     else:
         options: dict[str, Any] = {"least_tokens": 1, "show_progress": show_progress}
         haystack = Haystack(documents, tokenizer, None, settings.document_tokens, **options)
-    settings = replace(settings, sizes=_sizes(settings, haystack))
+    settings = _fitted(replace(settings, sizes=_sizes(settings, haystack)), haystack, bool(settings.sizes))
     terms = own_terms(own_words(haystack.texts), haystack.texts, settings.depths * settings.repeats, settings.seed)
     chains = _new_chains(settings, haystack.texts)
     tasks = {tokens: list(_tasks(settings, tokens, terms, chains)) for tokens in settings.sizes}
@@ -158,8 +161,8 @@ def refuses(answer: str, refusal: str) -> bool:
 def _check(settings: MineSettings) -> None:
     if not 1 <= settings.hops <= MOST_HOPS:
         raise ValueError(f"`hops` must be 1 to {MOST_HOPS}, got {settings.hops}.")
-    if settings.depths < 1 or settings.repeats < 1 or not settings.distances:
-        raise ValueError("Depths, distances and repeats must be at least one each.")
+    if settings.depths < 1 or settings.repeats < 1:
+        raise ValueError("Depths and repeats must be at least one each.")
     if not all(0 <= distance <= 1 for distance in settings.distances):
         raise ValueError(f"`distances` are shares of the size, 0 to 1, got {list(settings.distances)}.")
     if any(size < 1 for size in settings.sizes):
@@ -168,7 +171,9 @@ def _check(settings: MineSettings) -> None:
         raise ValueError(f"`distances` has one twice, to six digits, got {list(settings.distances)}.")
     if not settings.refusal.strip():
         raise ValueError("`refusal` is empty: say what the model answers where there is no answer.")
-    if (wanted := settings.depths * settings.repeats * (1 + settings.hops * len(settings.distances))) > CHAINS:
+    if (
+        wanted := settings.depths * settings.repeats * (1 + settings.hops * len(settings.distances or DISTANCES))
+    ) > CHAINS:
         raise ValueError(f"{wanted} questions were asked for at each size, and there are names for {CHAINS}.")
 
 
@@ -190,6 +195,38 @@ def _sizes(settings: MineSettings, haystack: Haystack) -> tuple[int, ...]:
             "are needed: give more documents, larger sizes, fewer hops, or cut them shorter (a bank's when it is made)."
         )
     return tuple(fitting)
+
+
+def _fitted(settings: MineSettings, haystack: Haystack, asked: bool) -> MineSettings:
+    """The settings with sizes and distances that go together: facts lie in documents of their own, so that a distance
+    is a document at least.
+
+    Args:
+        asked: whether the sizes were asked for; of others those go that are too small.
+
+    Raises:
+        ValueError: for a distance that was asked for and is less, naming the smallest possible.
+    """
+    distances = tuple(settings.distances or DISTANCES)
+
+    def far(distance: float, size: int) -> bool:
+        return settings.hops == 1 or distance * haystack.documents(size) > 1 - 1e-9
+
+    sizes = [size for size in settings.sizes if far(min(distances), size)]
+    if sizes and (not asked or len(sizes) == len(settings.sizes)):
+        return replace(settings, sizes=tuple(sizes), distances=distances)
+    if not settings.distances:
+        usual = tuple(distance for distance in DISTANCES if far(distance, settings.sizes[0]))
+        return replace(settings, distances=usual)
+    size = settings.sizes[0 if asked else -1]
+    documents = haystack.documents(size)
+    digits = 10 ** (len(str(documents)) + 1)
+    least = -(-digits // documents) / digits  # rounded up
+    raise ValueError(
+        f"A distance of {min(distances):g} is less than one of the {documents} documents that have {size:,} tokens, "
+        f"and each fact has a document of its own: the smallest possible is {least:g}. Ask for larger distances, or "
+        "larger sizes."
+    )
 
 
 def _new_chains(settings: MineSettings, texts: Sequence[str]) -> list[Chain]:

@@ -52,8 +52,9 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--distances",
         type=shares,
-        default=[0.05, 0.5],
-        help="between a fact and the next, as shares of the size, a document at least (default: 0.05,0.5)",
+        default=[],
+        help="between a fact and the next, as shares of the size, a document at least (default: 0.05,0.5; 0.5 alone of "
+        "fewer than 20 documents)",
     )
     made.add_argument("--repeats", type=positive, default=2, help="questions of a kind at each place (default: 2)")
     add_document_tokens_option(made, "of a document at most; longer are cut")
