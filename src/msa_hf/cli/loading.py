@@ -38,30 +38,49 @@ def checkpoint(name: str) -> str:
     if path.is_absolute() or name.startswith((".", "~")) or not HUB_ID.fullmatch(name):
         raise UserError(f"{name}: no such directory")
     if problem := _missing_on_hub(name, "config.json", "model"):
-        if not _missing_on_hub(name, ADAPTER, "model") and (file := _adapter_on_hub(name)) is not None:
+        if (file := _adapter_on_hub(name)) is not None:
             raise adapter_error(name, file)
         raise UserError(f"{name}: no such directory (looked for {path.absolute()}), and {problem}")
     return name
 
 
 def _adapter_on_hub(name: str) -> Path | None:
-    """The adapter_config.json of a name on the Hub, from its cache where that has it; None where fetching it fails."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HTTPError
+    """The adapter_config.json of a name on the Hub, from its cache where that has it; None where it is not to be had
+    at once."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
-    if isinstance(cached := try_to_load_from_cache(name, ADAPTER), str):
-        return Path(cached)
+    try:
+        if isinstance(cached := try_to_load_from_cache(name, ADAPTER), str):
+            return Path(cached)
+    except HFValidationError:
+        return None
+    try:
+        if constants.HF_HUB_OFFLINE or _asked(name, ADAPTER, "model")[0] >= 400:
+            return None  # what fails is fetched again and again for half a minute
+    except Exception:  # of the one of several HTTP libraries that huggingface_hub uses
+        return None
     try:
         return Path(hf_hub_download(name, ADAPTER, etag_timeout=PROBE_SECONDS))
     except (HTTPError, OSError):
         return None
 
 
+def _asked(name: str, file: str, kind: str) -> tuple[int, str]:
+    """The status with which the Hub replies when it is asked whether a model or dataset has a file, and the name of the
+    error, "" for none; raises what its HTTP library does."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    url = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}/resolve/main/{file}"
+    reply = get_session().head(url, headers=build_hf_headers(), timeout=PROBE_SECONDS)
+    return reply.status_code, reply.headers.get("X-Error-Code", "")
+
+
 def _missing_on_hub(name: str, file: str, kind: str) -> str:
     """Why the Hub cannot give a model or dataset with this file; empty where it can, or says itself what it wants."""
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import build_hf_headers, get_session
 
     try:
         if isinstance(try_to_load_from_cache(name, file, repo_type=kind), str):
@@ -70,16 +89,14 @@ def _missing_on_hub(name: str, file: str, kind: str) -> str:
         return f"that is no id of a {kind} on the Hub"
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE keeps the Hub from being asked"
-    url = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}/resolve/main/{file}"
     try:
-        reply = get_session().head(url, headers=build_hf_headers(), timeout=PROBE_SECONDS)
+        status, why = _asked(name, file, kind)
     except Exception as error:  # of the one of several HTTP libraries that huggingface_hub uses
         return f"the Hub cannot be reached ({constants.ENDPOINT}: {error})"
-    why = reply.headers.get("X-Error-Code", "")
     if why == "EntryNotFound":
         return f"the {kind} of that name on the Hub has no {file} ({constants.ENDPOINT})"
-    if reply.status_code in (401, 404) and why != "GatedRepo":
-        return f"the Hub has no such {kind} that you may read ({constants.ENDPOINT}: {reply.status_code} {why})"
+    if status in (401, 404) and why != "GatedRepo":
+        return f"the Hub has no such {kind} that you may read ({constants.ENDPOINT}: {status} {why})"
     return ""
 
 
