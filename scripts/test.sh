@@ -5,7 +5,7 @@
 #
 # Without --transformers: uses the active virtual environment, or else .venv in the repository root (made when it is
 # missing), and runs ruff, mypy, pytest, and, where nvcc is, compiles the CUDA kernels (tools/check_cuda.py). All other
-# arguments go to pytest. Without any, banks are tortured beside all this for five minutes (benchmarks/torture_bank.py).
+# arguments go to pytest. Without any, banks are tortured beside all this for three minutes (benchmarks/torture_bank.py).
 #
 # With --transformers VERSION: always uses an environment of its own, .venv-transformers-VERSION, because versions of
 # transformers differ in the huggingface-hub they accept. Runs pytest only, on tests/goldens and those of tests/model that
@@ -222,10 +222,10 @@ tidy() {
 }
 trap tidy EXIT
 if [[ -z "$version" && ${#pytest_args[@]} -eq 0 ]] && [[ -r /proc/self/maps ]]; then
-    say "torture of banks: runs beside the rest for 5 minutes"
+    say "torture of banks: runs beside the rest for 3 minutes"
     # What it judges by a clock, it judges by that of its own processes: others beside it only make it try less. It takes
     # what the tests leave, for they decide how long all this takes.
-    TQDM_DISABLE=1 nice -n 15 "$python" benchmarks/torture_bank.py --minutes 5 >"$logs/torture" 2>&1 &
+    TQDM_DISABLE=1 nice -n 15 "$python" benchmarks/torture_bank.py --minutes 3 >"$logs/torture" 2>&1 &
     torture="$!"
 fi
 if [[ -z "$version" ]]; then
