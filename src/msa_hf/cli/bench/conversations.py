@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ...bench.checking import ARMS
 from ...user_errors import reported
 from ..answers import interleave_options
 from ..options import positive
@@ -13,7 +14,6 @@ NAME = "conversations"
 HELP = (
     "Ask about long conversations whose facts change, are taken back, and are spoken of again (as LongMemEval, BEAM)."
 )
-ARMS = ("store", "bank", "lexical", "none", "gold")  # as msa_hf.bench.conversations has them
 MODES = ("router", "lexical", "hybrid")
 FILLER_TOKENS = 2_000_000  # of given texts that are read; they come again after that
 
