@@ -504,9 +504,9 @@ def train_memory(arguments: Any) -> None:
                     }
                     curve.append(row)
                     print(" ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+    save(model, tokenizer, arguments.out)  # before measuring, which takes a while
     curve.append({"step": step, "seconds": clock.elapsed, **gate.measure(model)})
     print("gate", " ".join(f"{k} {v:.4g}" for k, v in curve[-1].items()), flush=True)
-    save(model, tokenizer, arguments.out)
     write_curve(curve, arguments.out, "curve_memory.jsonl")
 
 
